@@ -1,0 +1,52 @@
+"""qwenrt: run every Qwen on every device. `import qwenrt` is quick and imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qwenrt.errors import (
+        BackendError as BackendError,
+        CapacityError as CapacityError,
+        CheckpointError as CheckpointError,
+        ConfigError as ConfigError,
+        QwenrtError as QwenrtError,
+        RequestError as RequestError,
+    )
+    from qwenrt.llm import LLM as LLM, load as load
+    from qwenrt.outputs import Delta as Delta, Generation as Generation, Usage as Usage
+    from qwenrt.sampling_params import SamplingParams as SamplingParams
+    from qwenrt.text.tokenizer import Tokenizer as Tokenizer
+    from qwenrt.llm import load_tokenizer as load_tokenizer
+
+# name -> module that has it; looked up on first use so that importing the package stays cheap
+_LAZY = {
+    "load": "qwenrt.llm",
+    "LLM": "qwenrt.llm",
+    "load_tokenizer": "qwenrt.llm",
+    "Tokenizer": "qwenrt.text.tokenizer",
+    "SamplingParams": "qwenrt.sampling_params",
+    "Generation": "qwenrt.outputs",
+    "Delta": "qwenrt.outputs",
+    "Usage": "qwenrt.outputs",
+    "QwenrtError": "qwenrt.errors",
+    "ConfigError": "qwenrt.errors",
+    "CheckpointError": "qwenrt.errors",
+    "BackendError": "qwenrt.errors",
+    "RequestError": "qwenrt.errors",
+    "CapacityError": "qwenrt.errors",
+}
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qwenrt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

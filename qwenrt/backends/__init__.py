@@ -1,0 +1,1 @@
+"""How an op runs: one class per device over the definitions in ops/reference.py."""

@@ -1,0 +1,265 @@
+"""The backend of any torch device: every op is its definition. Vendors subclass it and override what they do
+better; the rest keeps working."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from qwenrt.errors import BackendError
+from qwenrt.ops import reference
+from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# The ops a backend may override, and the seams of a decoder layer that compose them.
+PRIMITIVES = ("rms_norm", "linear", "rotary", "store_kv", "attention", "silu_and_mul")
+SEAMS = ("norm_linear", "rotary_store_kv", "linear_add", "norm_gate_up_silu")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an override serves, as data. Empty means no limit. ``needs``: conditions the backend checks by name."""
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    head_dim: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()  # Packed.kind of the weight
+    needs: tuple[str, ...] = ()
+    note: str = ""
+
+
+def native(
+    *,
+    dtypes: tuple[torch.dtype, ...] = (),
+    head_dim: tuple[int, ...] = (),
+    kinds: tuple[str, ...] = (),
+    needs: tuple[str, ...] = (),
+    note: str = "",
+) -> Callable[[F], F]:
+    """Marks a method as this device's own code and states where it serves; elsewhere the definition does."""
+    limits = Limits(dtypes, head_dim, kinds, needs, note)
+
+    def mark(method: F) -> F:
+        method.native = limits  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+@dataclass
+class OpSpec:
+    """One use of an op at model build: which op, in which layer, with what shape facts."""
+
+    op: str
+    where: str
+    dtype: torch.dtype
+    head_dim: int = 0
+    kind: str = ""
+
+
+@dataclass
+class Binding:
+    """Which code serves one use, and why not the native one."""
+
+    spec: OpSpec
+    served_by: str  # the backend's name, or "reference"
+    why: str = ""
+
+
+@dataclass
+class Backend:
+    """Runs every op as defined, on any torch device.
+
+    Shapes as in ops/reference.py: T flat tokens, H query heads, KVH key heads, hd head_dim.
+    """
+
+    device: torch.device
+    bindings: list[Binding] = field(default_factory=list)
+    name: ClassVar[str] = "torch"
+    layout_id: ClassVar[str] = "torch-v1"
+
+    # ---- which code serves
+
+    def provides(self, need: str) -> str | None:
+        """None where the named condition (a library, an instruction set) holds, else the reason it does not."""
+        return f"{need} is not available"
+
+    def resolve(self, spec: OpSpec) -> Callable[..., Any]:
+        """The bound function for one use of an op, chosen once at model build and noted in ``bindings``."""
+        method: Callable[..., Any] = getattr(self, spec.op)
+        limits: Limits | None = getattr(method, "native", None)
+        if limits is None:
+            self.bindings.append(Binding(spec, "reference"))
+            return method
+        why = self._why_not(limits, spec)
+        if why is None:
+            self.bindings.append(Binding(spec, self.name, limits.note))
+            return method
+        self.bindings.append(Binding(spec, "reference", why))
+        definition: Callable[..., Any] = getattr(Backend, spec.op).__get__(self)
+        return definition
+
+    def _why_not(self, limits: Limits, spec: OpSpec) -> str | None:
+        if limits.dtypes and spec.dtype not in limits.dtypes:
+            return f"no {spec.dtype} kernel"
+        if limits.head_dim and spec.head_dim and spec.head_dim not in limits.head_dim:
+            return f"no kernel for head_dim {spec.head_dim}"
+        if limits.kinds and spec.kind and spec.kind not in limits.kinds:
+            return f"no {spec.kind} kernel"
+        for need in limits.needs:
+            reason = self.provides(need)
+            if reason is not None:
+                return reason
+        return None
+
+    # ---- primitives
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return reference.rms_norm(x, weight, eps)
+
+    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        return reference.linear(x, w)
+
+    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return reference.rotary(x, cos, sin)
+
+    def store_kv(self, k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
+        reference.store_kv(k, v, kv, slots)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv: LayerKV | None,
+        plan: StepPlan,
+        scale: float,
+    ) -> torch.Tensor:
+        return reference.attention(q, k, v, kv, plan, scale)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return reference.silu_and_mul(gate_up)
+
+    # ---- seams: what a decoder layer calls
+
+    def norm_linear(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        """[T, D] -> [T, N] = linear(rms_norm(x))."""
+        return self.linear(self.rms_norm(x, norm, eps), w)
+
+    def rotary_store_kv(
+        self,
+        qkv: torch.Tensor,
+        heads: tuple[int, int, int],
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_scale: torch.Tensor | None,
+        kv: LayerKV | None,
+        plan: StepPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """qkv [T, (H + 2 KVH) hd] -> rotated q [T, H, hd] and k, v [T, KVH, hd], k and v stored as well.
+
+        ``heads``: (H, KVH, hd). ``q_scale`` [T] multiplies each token's rotated query (LogN), in q's dtype.
+        """
+        num_heads, num_kv_heads, head_dim = heads
+        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
+        if q_scale is not None:
+            q = q * q_scale.to(q.dtype)[:, None, None]
+        if kv is not None and plan.slots is not None:
+            self.store_kv(k, v, kv, plan.slots)
+        return q, k, v
+
+    def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:
+        """residual + linear(x), both [T, D]."""
+        return residual + self.linear(x, w)
+
+    def norm_gate_up_silu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        """[T, D] -> [T, I] = silu_and_mul(linear(rms_norm(x)))."""
+        return self.silu_and_mul(self.linear(self.rms_norm(x, norm, eps), w))
+
+    # ---- layouts
+
+    def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
+        """A weight in this backend's layout and on its device. A dense one that fits already is not copied."""
+        return reference.pack(weight, dtype, self.device)
+
+    def alloc_kv(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        quantized: bool,
+    ) -> list[LayerKV]:
+        """An empty paged cache for each layer; what an unused slot holds must never matter."""
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+
+        def empty(*dims: int, of: torch.dtype) -> torch.Tensor:
+            return torch.empty(dims, dtype=of, device=self.device)
+
+        layers = []
+        for _ in range(num_layers):
+            if quantized:
+                sides = [empty(*shape[:3], of=torch.float32) for _ in range(4)]
+                codes = (empty(*shape, of=torch.uint8), empty(*shape, of=torch.uint8))
+                layers.append(LayerKV(*codes, *sides))
+            else:
+                layers.append(LayerKV(empty(*shape, of=dtype), empty(*shape, of=dtype)))
+        return layers
+
+    def kv_bytes_per_token(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, quantized: bool
+    ) -> int:
+        """What alloc_kv takes for one slot of all layers."""
+        per_head = head_dim + 8 if quantized else head_dim * dtype.itemsize
+        return 2 * num_layers * num_kv_heads * per_head
+
+    def plan(
+        self, q_lens: list[int], kv_lens: list[int], block_table: list[list[int]], slots: list[int]
+    ) -> StepPlan:
+        """Host lists of one step -> what every layer of the step shares, on the device."""
+        return StepPlan(
+            q_lens, kv_lens, torch.tensor(slots, dtype=torch.int64, device=self.device), block_table
+        )
+
+    # ---- the device
+
+    def default_dtype(self, weight_dtype: str | None, weight_bytes_f32: int) -> torch.dtype:
+        """The dtype "auto" means, given the checkpoint's own and what its weights would take in float32."""
+        return {"float16": torch.float16, "float32": torch.float32}.get(weight_dtype or "", torch.bfloat16)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raises BackendError where the device cannot compute in ``dtype``; found out by trying."""
+        try:
+            probe = torch.ones(2, 2, dtype=dtype, device=self.device)
+            (probe @ probe).sum().item()
+        except RuntimeError as error:
+            name = str(dtype).removeprefix("torch.")
+            raise BackendError(
+                f"dtype={name!r} on {self.device}", str(error)[:200], 'Use dtype="float32" or dtype="auto".'
+            ) from error
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device's memory."""
+        module = torch.get_device_module(self.device)
+        free, total = module.mem_get_info(self.device)
+        return int(free), int(total)
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all it was given."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
+
+    def empty_cache(self) -> None:
+        """Gives memory that is no longer used back to the system."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
+
+    def describe(self) -> str:
+        """One phrase for the line that is printed at load: which kernels serve here."""
+        return "plain torch"

@@ -1,0 +1,130 @@
+"""From a device's name to one backend: "auto", "cpu", "cuda:1", "npu", "dcu", or a plugin's name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from qwenrt.backends.base import Backend
+from qwenrt.errors import BackendError
+
+PLUGIN_GROUP = "qwenrt.backends"  # entry point: name = "module:BackendClass"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found for one backend: usable or not, and why."""
+
+    name: str
+    usable: bool
+    why: str
+
+
+def _accelerator(module: str) -> Callable[[], str | None]:
+    """A check that torch.<module> sees a device; the reason where it does not."""
+
+    def check() -> str | None:
+        if module == "npu":
+            try:
+                importlib.import_module("torch_npu")
+            except Exception as error:  # a broken vendor install must not break the CPU
+                return f"torch_npu cannot be imported ({type(error).__name__}: {str(error)[:120]})"
+        runtime = getattr(torch, module, None)
+        if runtime is None or not runtime.is_available():
+            return f"this torch ({torch.__version__}) sees no {module} device"
+        return None
+
+    return check
+
+
+def _dcu() -> str | None:
+    missing = _accelerator("cuda")()
+    if missing is None and torch.version.hip is None:
+        return f"this torch ({torch.__version__}) is not a ROCm or DTK build"
+    return missing
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    torch_device: str
+    backend: str  # module:class
+    missing: Callable[[], str | None]
+
+
+# In the order "auto" tries them.
+_BUILT_IN = {
+    "cuda": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _accelerator("cuda")),
+    "npu": _BuiltIn("npu", "qwenrt.backends.base:Backend", _accelerator("npu")),
+    "dcu": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _dcu),
+    "cpu": _BuiltIn("cpu", "qwenrt.backends.cpu:CPUBackend", lambda: None),
+}
+
+
+def probe_all() -> list[Probe]:
+    """Every backend there is, built in or plugged in, with whether it can serve here."""
+    found = []
+    for name, built_in in _BUILT_IN.items():
+        missing = built_in.missing()
+        found.append(Probe(name, missing is None, missing or "available"))
+    found += [Probe(point.name, True, f"plugin {point.value}") for point in _plugins().values()]
+    return found
+
+
+def create(device: str = "auto", preferred: str | None = None) -> Backend:
+    """The backend for ``device``. "auto" is ``preferred`` (the user's setting) or the first that is usable.
+
+    Raises BackendError that lists what is available here.
+    """
+    if not isinstance(device, str) or not device:
+        raise BackendError(f"device={device!r}", "not a device name", _advice())
+    if device == "auto":
+        device = preferred or next(p.name for p in probe_all() if p.usable)
+    name, _, index = device.partition(":")
+    if index and not index.isdecimal():
+        raise BackendError(f"device={device!r}", f"{index!r} is not a device number", _advice())
+    if name in _plugins():
+        return _load(_plugins()[name].value, name)(torch.device("cpu"))
+    built_in = _BUILT_IN.get(name)
+    if built_in is None:
+        raise BackendError(f"device={device!r}", "no such backend", _advice())
+    missing = built_in.missing()
+    if missing is not None:
+        raise BackendError(f"device={device!r}", missing, _advice())
+    torch_device = torch.device(built_in.torch_device, int(index) if index else None)
+    if torch_device.type != "cpu":
+        count = torch.get_device_module(torch_device).device_count()
+        if int(index or 0) >= count:
+            raise BackendError(f"device={device!r}", f"there are {count} {name} devices", _advice())
+    return _load(built_in.backend, name)(torch_device)
+
+
+def _plugins() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in metadata.entry_points(group=PLUGIN_GROUP)}
+
+
+def _load(dotted: str, name: str) -> type[Backend]:
+    module, _, attribute = dotted.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise BackendError(
+            f"loading backend {name!r} from {dotted}",
+            f"{type(error).__name__}: {str(error)[:200]}",
+            "Reinstall the plugin, or choose another device.",
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Backend)):
+        raise BackendError(
+            f"loading backend {name!r} from {dotted}",
+            "not a subclass of qwenrt.backends.base.Backend",
+            "Ask the plugin's author for a version that fits this qwenrt.",
+        )
+    return cls
+
+
+def _advice() -> str:
+    usable = [p.name for p in probe_all() if p.usable]
+    return f'Available here: {", ".join(usable)}; "auto" takes the first. `qwenrt doctor` says more.'

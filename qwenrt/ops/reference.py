@@ -1,0 +1,196 @@
+"""The definition of every op in plain torch: any device, differentiable where training needs it, slow.
+
+Rounding is part of a definition. All tokens are flat, [num_tokens, ...]; zero tokens in, zero tokens out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, D], weight [D] -> [T, D]. The norm is float32; its result is rounded to x's dtype first and then
+    multiplied by the weight in that dtype (the order Qwen was trained with)."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """x [T, K] -> [T, N] = x Wᵀ + bias. Quantised weights are multiplied as their dequantised values."""
+    if w.kind == "parts":
+        y = torch.cat([linear(x, part) for part in w.data["parts"]], dim=-1)
+        return y if w.bias is None else y + w.bias
+    if w.kind == "dense":
+        return F.linear(x, w.data["weight"], w.bias)
+    perm = w.data.get("perm")
+    if perm is not None:
+        x = x.index_select(-1, perm)
+    y = x @ dequantize(w, x.dtype)
+    return y if w.bias is None else y + w.bias
+
+
+def pack(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device) -> Packed:
+    """A canonical weight in the layout ``linear`` reads: dense in ``dtype`` (not copied where it is so already),
+    int8 codes as they are, int4 codes two to a byte along K (even row in the low half)."""
+    bias = None if weight.bias is None else weight.bias.to(device, dtype)
+    shape = (weight.out_features, weight.in_features)
+    if weight.dense is not None:
+        return Packed("dense", *shape, {"weight": weight.dense.to(device, dtype)}, bias)
+    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
+    codes = weight.codes
+    if weight.bits == 4:
+        codes = F.pad(codes, (0, 0, 0, codes.shape[0] % 2))
+        codes = codes[0::2] | (codes[1::2] << 4)
+    data = {
+        "codes": codes.to(device),
+        "scales": weight.scales.to(device),
+        "zeros": weight.zeros.to(device),
+        "perm": None if weight.perm is None else weight.perm.to(device),
+    }
+    kind = f"w{weight.bits}a16"
+    return Packed(kind, *shape, data, bias, bits=weight.bits, group_size=weight.group_size)
+
+
+def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """Packed "w8a16" or "w4a16" -> W [K, N] in ``dtype``, rows in the order of the codes (see perm).
+
+    scale * (code - zero), the difference exact and the product rounded once to ``dtype``.
+    """
+    codes, scales, zeros = w.data["codes"], w.data["scales"], w.data["zeros"]
+    if w.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=1).flatten(0, 1)[: w.in_features]
+    group = torch.arange(w.in_features, device=codes.device) // w.group_size
+    step = codes.to(torch.int16) - zeros.to(torch.int16).index_select(0, group)
+    return (step.to(scales.dtype) * scales.index_select(0, group)).to(dtype)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, hd]; cos, sin float32 [T, rotary_dim], each token's row, both halves alike -> [T, H, hd].
+
+    Half rotation: y = x cos + (-x₂, x₁) sin on the first rotary_dim channels, the rest passes. Computed in
+    float32 and rounded once.
+    """
+    dim = cos.shape[-1]
+    head = x[..., :dim].float()
+    x1, x2 = head.chunk(2, dim=-1)
+    turned = torch.cat((-x2, x1), dim=-1)
+    head = (head * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
+    return head if dim == x.shape[-1] else torch.cat((head, x[..., dim:]), dim=-1)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2I] -> [T, I] = silu(first half) * second half, each in gate_up's dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, H, hd] -> codes uint8 [T, H, hd], scale and zero float32 [T, H].
+
+    Asymmetric, per token and head, round to nearest: x ≈ scale * code + zero with zero = min and
+    scale = (max - min) / 255. A constant row is exact (all codes 0, scale 0).
+    """
+    x32 = x.float()
+    low, high = x32.amin(-1), x32.amax(-1)
+    scale = (high - low) / 255
+    step = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = ((x32 - low.unsqueeze(-1)) / step.unsqueeze(-1)).round_().clamp_(0, 255).to(torch.uint8)
+    return codes, scale, low
+
+
+def dequantize_kv(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The inverse: codes [..., hd], scale and zero [...] -> [..., hd] in ``dtype``."""
+    return (codes.float() * scale.unsqueeze(-1) + zero.unsqueeze(-1)).to(dtype)
+
+
+def store_kv(k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
+    """Write k, v [T, KVH, hd] of this step to their slots (int64 [T]; -1 writes nowhere). Changes ``kv``."""
+    if (slots < 0).any():
+        keep = slots >= 0
+        k, v, slots = k[keep], v[keep], slots[keep]
+    if kv.quantized:
+        for x, codes, scale, zero in ((k, kv.k, kv.k_scale, kv.k_zero), (v, kv.v, kv.v_scale, kv.v_zero)):
+            assert scale is not None and zero is not None
+            for target, value in zip((codes, scale, zero), quantize_kv(x), strict=True):
+                _by_slot(target).index_copy_(0, slots, value)
+    else:
+        _by_slot(kv.k).index_copy_(0, slots, k)
+        _by_slot(kv.v).index_copy_(0, slots, v)
+
+
+def _by_slot(cache: torch.Tensor) -> torch.Tensor:
+    """[num_blocks, block_size, ...] -> [slots, ...], the same memory."""
+    return cache.view(-1, *cache.shape[2:])
+
+
+def load_kv(
+    kv: LayerKV, blocks: list[int], length: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``length`` cached keys and values of the sequence that owns ``blocks`` -> [length, KVH, hd] x 2."""
+    size = kv.block_size
+    index = torch.tensor(blocks[: -(-length // size)], device=kv.k.device)
+
+    def rows(cache: torch.Tensor) -> torch.Tensor:
+        return cache.index_select(0, index).flatten(0, 1)[:length]
+
+    if not kv.quantized:
+        return rows(kv.k), rows(kv.v)
+    assert kv.k_scale is not None and kv.k_zero is not None
+    assert kv.v_scale is not None and kv.v_zero is not None
+    return (
+        dequantize_kv(rows(kv.k), rows(kv.k_scale), rows(kv.k_zero), dtype),
+        dequantize_kv(rows(kv.v), rows(kv.v_scale), rows(kv.v_zero), dtype),
+    )
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: LayerKV | None,
+    plan: StepPlan,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of each sequence over its history and itself.
+
+    q [T, H, hd]; k, v [T, KVH, hd] of this step, already stored in ``kv`` where there is a cache -> [T, H, hd].
+    Query j of a sequence sees its keys 0 .. kv_len - q_len + j. Without history the step's own k and v serve;
+    a quantised cache is always read back, so that a token sees the same values however the prompt was cut.
+    """
+    fresh = kv is None or not (plan.has_history or kv.quantized)
+    lens = plan.q_lens
+    if fresh and len(lens) > 1 and len(set(lens)) == 1 and lens[0] > 0:
+        batched = (x.unflatten(0, (len(lens), lens[0])).transpose(1, 2) for x in (q, k, v))
+        return _causal(*batched, scale=scale).transpose(1, 2).flatten(0, 1)
+    out, start = [], 0
+    for i, (q_len, kv_len) in enumerate(zip(lens, plan.kv_lens, strict=True)):
+        here = slice(start, start + q_len)
+        start += q_len
+        if q_len == 0:
+            continue
+        if fresh:
+            keys, values = k[here], v[here]
+        else:
+            assert kv is not None
+            keys, values = load_kv(kv, plan.block_table[i], kv_len, q.dtype)
+        one = (x.transpose(0, 1).unsqueeze(0) for x in (q[here], keys, values))
+        out.append(_causal(*one, scale=scale)[0].transpose(0, 1))
+    return torch.cat(out) if out else q.new_empty(q.shape)
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [B, H, n, hd], k, v [B, KVH, m, hd], n <= m; the last query sees all keys (bottom-right aligned)."""
+    n, m = q.shape[2], k.shape[2]
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    mask = None
+    if 1 < n < m:
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n == m and n > 1, scale=scale)

@@ -1,0 +1,61 @@
+"""What a generation gives back: whole (Generation) or piece by piece (Delta)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written by one request. ``cached_tokens`` of the prompt came from the KV cache."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One chosen token, its natural-log probability, and the likeliest alternatives (id -> logprob)."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of one completion. Joined over a stream, ``text`` is exactly Generation.text."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    index: int = 0  # which of the n completions
+    logprobs: list[TokenLogprob] | None = None
+    usage: Usage | None = None  # on the last piece
+    reasoning: str = ""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished completion.
+
+    ``token_ids`` are all tokens the model wrote, the stopping one included; ``text`` is what they say
+    without the stop. ``message`` is ready to append to an OpenAI-shaped conversation. With n > 1,
+    ``choices`` holds all n completions, this one first.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: list[TokenLogprob] | None = None
+    message: dict[str, Any] = field(default_factory=dict)
+    choices: tuple[Generation, ...] = ()

@@ -1,0 +1,151 @@
+"""What a caller may ask of one generation. Validated when built, so nothing bad reaches the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from qwenrt.errors import RequestError
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_LOGPROBS = 64
+MAX_N = 64
+MAX_LOGIT_BIAS = 4096
+_INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    temperature: 0 is greedy; larger is more random.
+    top_k: keep the k likeliest tokens (0 keeps all). top_p: keep the smallest set whose probability
+    reaches top_p. min_p: keep tokens at least min_p times as likely as the likeliest.
+    repetition_penalty: divides the logits of tokens in prompt or output (1 is off).
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once and per
+    occurrence. logit_bias: token id -> added to its logit.
+    seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
+    n: how many completions. logprobs: how many alternatives to report per token (None reports none).
+    stop: strings that end the text and are cut from it. stop_token_ids: ids that end it.
+    max_tokens: None lets the text run to the end of the context. min_tokens: no stop before that many.
+    ignore_eos: go on past the end-of-text tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    max_tokens: int | None = 512
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        self._number("temperature", 0, 100)
+        self._integer("top_k", 0, _INT64)
+        self._number("top_p", 0, 1, low_open=True)
+        self._number("min_p", 0, 1)
+        self._number("repetition_penalty", 0, 100, low_open=True)
+        self._number("presence_penalty", -100, 100)
+        self._number("frequency_penalty", -100, 100)
+        self._integer("n", 1, MAX_N)
+        self._integer("min_tokens", 0, _INT64)
+        if self.seed is not None:
+            self._integer("seed", -_INT64, _INT64 - 1)
+        if self.logprobs is not None:
+            self._integer("logprobs", 0, MAX_LOGPROBS)
+        if self.max_tokens is not None:
+            self._integer("max_tokens", 1, _INT64)
+            if self.min_tokens > self.max_tokens:
+                raise _bad("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        if not isinstance(self.ignore_eos, bool):
+            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
+    def with_(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed; an unknown name is an error that lists the known ones."""
+        known = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise RequestError(
+                    f"sampling parameter {name!r}", "unknown", f"Known are: {', '.join(sorted(known))}."
+                )
+        return replace(self, **changes)
+
+    def _number(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
+        value = getattr(self, name)
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not ok or value > high or value < low or (low_open and value == low):
+            bracket = "(" if low_open else "["
+            raise _bad(name, value, f"a number in {bracket}{low:g}, {high:g}]")
+
+    def _integer(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            upper = "" if high >= _INT64 - 1 else f" and <= {high}"
+            raise _bad(name, value, f"an integer >= {low}{upper}")
+
+
+def _bad(name: str, value: object, wanted: str) -> RequestError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return RequestError(f"sampling parameter {name}", f"got {shown}", f"It must be {wanted}.")
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if strings is None:
+        return ()
+    if not isinstance(strings, Sequence) or isinstance(strings, bytes):
+        raise _bad("stop", stop, "a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise _bad("stop", f"{len(strings)} strings", f"at most {MAX_STOP_STRINGS} strings")
+    for s in strings:
+        if not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_CHARS:
+            raise _bad("stop", s, f"strings of 1 to {MAX_STOP_CHARS} characters")
+    return tuple(dict.fromkeys(strings))
+
+
+def _stop_ids(ids: object) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)) or len(ids) > MAX_STOP_CHARS:
+        raise _bad("stop_token_ids", ids, f"a list of at most {MAX_STOP_CHARS} token ids")
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool) or i < 0:
+            raise _bad("stop_token_ids", i, "token ids >= 0")
+    return tuple(dict.fromkeys(ids))
+
+
+def _logit_bias(bias: object) -> dict[int, float] | None:
+    if not bias:
+        return None
+    if not isinstance(bias, Mapping) or len(bias) > MAX_LOGIT_BIAS:
+        raise _bad("logit_bias", bias, f"a mapping of at most {MAX_LOGIT_BIAS} token ids to numbers")
+    checked: dict[int, float] = {}
+    for key, value in bias.items():
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not isinstance(key, int) or isinstance(key, bool) or key < 0:
+            raise _bad("logit_bias", key, "keyed by token ids >= 0")
+        if not numeric or not -100 <= value <= 100:
+            raise _bad("logit_bias", value, "numbers in [-100, 100]")
+        checked[key] = float(value)
+    return checked
