@@ -1,0 +1,127 @@
+"""Reads vocabulary files (`base64(token) rank` lines) that nobody has vouched for."""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from qwenrt.config import not_the_file
+from qwenrt.errors import CheckpointError
+
+MAX_VOCAB_BYTES = 16 * 2**20  # the released file has 2.5 MB
+MAX_TOKEN_ID = 2**21 - 1  # tables are indexed by id, so an absurd id would be an absurd allocation
+_FETCH_AGAIN = "Fetch the file again; it may be damaged or cut off."
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_base_vocab(path: Path) -> dict[bytes, int]:
+    """The ranks of a complete vocabulary: token bytes -> rank = token id, 0..n-1 without gaps.
+
+    Raises CheckpointError naming the file, the line and what is wrong with it.
+    """
+    ranks: dict[bytes, int] = {}
+    line_of_rank: dict[int, int] = {}
+    for line, token, rank in _entries(path):
+        if token in ranks:
+            raise _bad(
+                path, line, f"token {token!r} occurs a second time (first with rank {ranks[token]})"
+            )
+        if rank in line_of_rank:
+            raise _bad(
+                path, line, f"rank {rank} occurs a second time (first in line {line_of_rank[rank]})"
+            )
+        ranks[token] = rank
+        line_of_rank[rank] = line
+    for rank, line in line_of_rank.items():
+        if rank >= len(ranks):
+            gap = next(r for r in range(len(ranks)) if r not in line_of_rank)
+            raise _bad(
+                path, line, f"rank {rank} in a file of {len(ranks)} tokens: rank {gap} is missing"
+            )
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise CheckpointError(
+            f"reading {path}",
+            f"{len(missing)} of the 256 single bytes have no token, the first is 0x{missing[0]:02x}",
+            "Every text must be expressible: a Qwen vocabulary holds all single bytes. "
+            + _FETCH_AGAIN,
+        )
+    return ranks
+
+
+def read_extra_vocab(
+    path: Path, known: dict[bytes, int], reserved: Collection[bytes], used: Collection[int]
+) -> None:
+    """Add a vocabulary extension to ``known`` in place. Ids may have gaps.
+
+    A token that exists already (in ``known`` or ``reserved``) is skipped, and so is one whose id is taken (in
+    ``used``, in ``known`` or by an earlier line).
+    """
+    taken = set(used) | set(known.values())
+    for _, token, rank in _entries(path):
+        if token in known or token in reserved or rank in taken:
+            continue
+        known[token] = rank
+        taken.add(rank)
+
+
+def _entries(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """(line number from 1, token bytes, rank) of each line; blank lines are skipped, CRLF is fine."""
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line or line.isspace():
+            continue
+        fields = line.split()
+        if len(fields) != 2:
+            raise _bad(
+                path, number, f"{len(fields)} fields in {_shown(line)}, expected `base64 rank`"
+            )
+        encoded, digits = fields
+        try:
+            token = binascii.a2b_base64(encoded)
+        except ValueError:
+            token = b""
+        # Decoding skips foreign characters and stray bits: only what encodes back to the same is base64.
+        if not token or binascii.b2a_base64(token, newline=False) != encoded:
+            raise _bad(path, number, f"{_shown(encoded)} is not base64")
+        if not digits.isdigit() or len(digits) > 9 or int(digits) > MAX_TOKEN_ID:
+            raise _bad(
+                path, number, f"rank {_shown(digits)} is not an integer from 0 to {MAX_TOKEN_ID}"
+            )
+        yield number, token, int(digits)
+
+
+def _read(path: Path) -> bytes:
+    asked = f"reading {path}"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_VOCAB_BYTES + 1)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            asked,
+            "no such file",
+            "The model directory is incomplete: qwen.tiktoken is one of its git-lfs files. "
+            "Fetch it with `git lfs pull` or `qwenrt pull`.",
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            asked,
+            f"{type(error).__name__}: {error.strerror}",
+            "Check the path and its permissions.",
+        ) from error
+    if len(raw) > MAX_VOCAB_BYTES:
+        raise CheckpointError(
+            asked, f"more than {MAX_VOCAB_BYTES} bytes", "This is not a vocabulary file."
+        )
+    unlike = not_the_file(raw)
+    if unlike:
+        raise CheckpointError(asked, *unlike)
+    return raw.removeprefix(_BOM)
+
+
+def _bad(path: Path, line: int, found: str) -> CheckpointError:
+    return CheckpointError(f"reading {path}, line {line}", found, _FETCH_AGAIN)
+
+
+def _shown(raw: bytes) -> str:
+    return repr(raw if len(raw) <= 60 else raw[:57] + b"...")[1:]
