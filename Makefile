@@ -1,0 +1,53 @@
+# Two commands to know: `make chat` talks to the built-in model, `make test` checks everything.
+# Both make a virtual environment in .venv first. A Python that already has a torch (a vendor's build for
+# Ascend, DCU or ROCm, say) keeps it: the environment then sees the system's packages.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: chat test lint types tests demo bench clean
+
+chat: $(VENV)/.chat
+	$(BIN)/qwenrt chat
+
+test: lint types tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# Trains the built-in model again from its seed.
+demo: $(VENV)/.dev
+	$(BIN)/python scripts/build_demo.py
+
+bench: $(VENV)/.chat
+	$(BIN)/qwenrt bench --shape Qwen-1_8B --quantize int4
+
+$(VENV)/bin/python:
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  echo "using the torch that is installed already"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.chat: $(SOURCES) $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet -e '.[cli]'
+	@touch $@
+
+$(VENV)/.dev: $(SOURCES) $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.chat
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,88 @@
+"""The house rules that a machine can check beside ruff, mypy and import-linter."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qwenrt"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def in_fresh_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "torch numpy jinja2 tiktoken huggingface_hub safetensors transformers fastapi rich prompt_toolkit"
+    loaded = in_fresh_python(f"import sys, qwenrt; print([m for m in '{heavy}'.split() if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_importing_the_package_is_quick() -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        "def took(c):\n"
+        "    best = 9.0\n"
+        "    for _ in range(3):\n"
+        "        t = time.perf_counter(); subprocess.run([sys.executable, '-c', c], check=True)\n"
+        "        best = min(best, time.perf_counter() - t)\n"
+        "    return best\n"
+        "print(took('import qwenrt') - took('pass'))"
+    )
+    assert float(in_fresh_python(code)) < 0.150
+
+
+def test_text_and_config_import_no_torch() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (*sorted((PACKAGE / "text").glob("*.py")), PACKAGE / "config.py")
+        if path.stem != "__init__"
+    ]
+    code = f"import sys\nfor n in {names}: __import__(n)\nprint('torch' in sys.modules)"
+    assert in_fresh_python(code) == "False"
+
+
+def test_every_public_name_resolves() -> None:
+    assert in_fresh_python("import qwenrt\nfor n in qwenrt.__all__: getattr(qwenrt, n)\nprint('ok')") == "ok"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_stay_small(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= 450, "a room grew past 450 lines: look for a natural wall"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 75, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_config_reads_the_environment(path: Path) -> None:
+    if path.name != "config.py":
+        assert not re.search(r"os\.environ|getenv\(", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_runs_code_from_files(path: Path) -> None:
+    forbidden = {"eval", "exec", "compile", "__import__"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in forbidden, f"{node.func.id} at line {node.lineno}"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            assert not any(n.split(".")[0] in {"pickle", "marshal", "shelve", "dill"} for n in names)
+
+
+def test_every_room_is_on_the_map() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for room in sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()):
+        assert f"{room}/" in text, f"docs/architecture.md does not mention {room}/"
