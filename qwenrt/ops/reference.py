@@ -58,14 +58,15 @@ def pack(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device) -> P
 def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
     """Packed "w8a16" or "w4a16" -> W [K, N] in ``dtype``, rows in the order of the codes (see perm).
 
-    scale * (code - zero), the difference exact and the product rounded once to ``dtype``.
+    scale * (code - zero): the difference is exact and so, in float32, is its product with a 16-bit scale; it is
+    rounded once, to ``dtype``.
     """
     codes, scales, zeros = w.data["codes"], w.data["scales"], w.data["zeros"]
     if w.bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=1).flatten(0, 1)[: w.in_features]
     group = torch.arange(w.in_features, device=codes.device) // w.group_size
     step = codes.to(torch.int16) - zeros.to(torch.int16).index_select(0, group)
-    return (step.to(scales.dtype) * scales.index_select(0, group)).to(dtype)
+    return (step.float() * scales.float().index_select(0, group)).to(dtype)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
