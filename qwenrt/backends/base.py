@@ -3,6 +3,7 @@ better; the rest keeps working."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -15,9 +16,14 @@ from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The ops a backend may override, and the seams of a decoder layer that compose them.
+# The primitive ops a backend may override, and the seams of a decoder layer that compose them.
 PRIMITIVES = ("rms_norm", "linear", "rotary", "store_kv", "attention", "silu_and_mul")
-SEAMS = ("norm_linear", "rotary_store_kv", "linear_add", "norm_gate_up_silu")
+SEAMS = {
+    "norm_linear": ("rms_norm", "linear"),
+    "rotary_store_kv": ("rotary", "store_kv"),
+    "linear_add": ("linear",),
+    "norm_gate_up_silu": ("rms_norm", "linear", "silu_and_mul"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def native(
     return mark
 
 
-@dataclass
+@dataclass(frozen=True)
 class OpSpec:
     """One use of an op at model build: which op, in which layer, with what shape facts."""
 
@@ -60,12 +66,14 @@ class OpSpec:
     kind: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Binding:
-    """Which code serves one use, and why not the native one."""
+    """Which code serves one use of an op: the backend's own or the definition, and why not its own."""
 
-    spec: OpSpec
-    served_by: str  # the backend's name, or "reference"
+    op: str
+    where: str
+    kind: str
+    native: bool
     why: str = ""
 
 
@@ -74,11 +82,14 @@ class Backend:
     """Runs every op as defined, on any torch device.
 
     Shapes as in ops/reference.py: T flat tokens, H query heads, KVH key heads, hd head_dim.
+    ``demoted``: op -> why its override is not trusted on this machine; the definition serves instead.
     """
 
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
+    demoted: dict[str, str] = field(default_factory=dict)
     name: ClassVar[str] = "torch"
+    device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
 
     # ---- which code serves
@@ -88,32 +99,41 @@ class Backend:
         return f"{need} is not available"
 
     def resolve(self, spec: OpSpec) -> Callable[..., Any]:
-        """The bound function for one use of an op, chosen once at model build and noted in ``bindings``."""
-        method: Callable[..., Any] = getattr(self, spec.op)
-        limits: Limits | None = getattr(method, "native", None)
-        if limits is None:
-            self.bindings.append(Binding(spec, "reference"))
-            return method
-        why = self._why_not(limits, spec)
-        if why is None:
-            self.bindings.append(Binding(spec, self.name, limits.note))
-            return method
-        self.bindings.append(Binding(spec, "reference", why))
-        definition: Callable[..., Any] = getattr(Backend, spec.op).__get__(self)
-        return definition
+        """The bound function for one use of an op, chosen once at model build and noted in ``bindings``.
 
-    def _why_not(self, limits: Limits, spec: OpSpec) -> str | None:
+        It is a method of a copy of this backend in which every override that does not serve the use is replaced
+        by its definition, so a seam composes what really serves.
+        """
+        bound = copy.copy(self)
+        for op in (*PRIMITIVES, *SEAMS):
+            if self._native(op) is not None and self.why_not(op, spec) is not None:
+                setattr(bound, op, getattr(Backend, op).__get__(bound))
+        seam_serves = self._native(spec.op) is not None and self.why_not(spec.op, spec) is None
+        for op in (spec.op,) if seam_serves else SEAMS.get(spec.op, (spec.op,)):
+            limits, why = self._native(op), self.why_not(op, spec)
+            serves = limits is not None and why is None
+            note = limits.note if limits is not None and serves else why or ""
+            self.bindings.append(Binding(op, spec.where, spec.kind, serves, note))
+        method: Callable[..., Any] = getattr(bound, spec.op)
+        return method
+
+    def _native(self, op: str) -> Limits | None:
+        return getattr(getattr(type(self), op), "native", None)
+
+    def why_not(self, op: str, spec: OpSpec) -> str | None:
+        """The reason this backend's override of ``op`` does not serve a use; None where it does or there is none."""
+        limits = self._native(op)
+        if limits is None:
+            return None
+        if op in self.demoted:
+            return self.demoted[op]
         if limits.dtypes and spec.dtype not in limits.dtypes:
-            return f"no {spec.dtype} kernel"
+            return f"no {str(spec.dtype).removeprefix('torch.')} kernel"
         if limits.head_dim and spec.head_dim and spec.head_dim not in limits.head_dim:
             return f"no kernel for head_dim {spec.head_dim}"
         if limits.kinds and spec.kind and spec.kind not in limits.kinds:
             return f"no {spec.kind} kernel"
-        for need in limits.needs:
-            reason = self.provides(need)
-            if reason is not None:
-                return reason
-        return None
+        return next((why for need in limits.needs if (why := self.provides(need)) is not None), None)
 
     # ---- primitives
 

@@ -87,7 +87,8 @@ def create(device: str = "auto", preferred: str | None = None) -> Backend:
     if index and not index.isdecimal():
         raise BackendError(f"device={device!r}", f"{index!r} is not a device number", _advice())
     if name in _plugins():
-        return _load(_plugins()[name].value, name)(torch.device("cpu"))
+        plugin = _load(_plugins()[name].value, name)
+        return plugin(torch.device(plugin.device_type, int(index) if index else None))
     built_in = _BUILT_IN.get(name)
     if built_in is None:
         raise BackendError(f"device={device!r}", "no such backend", _advice())

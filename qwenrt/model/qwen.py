@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from qwenrt.backends.base import Backend
+from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError
 from qwenrt.model.layers import DecoderLayer, LinearSpec, StepInputs, layer_linears
@@ -100,6 +100,8 @@ class Qwen:
         self.backend.bindings.clear()
         for layer in self.layers:
             layer.bind(self.backend, self.dtype)
+        self._final_norm = self.backend.resolve(OpSpec("rms_norm", "norm", self.dtype))
+        self._head = self.backend.resolve(OpSpec("linear", "lm_head", self.dtype, kind=self.lm_head.kind))
 
     @property
     def weight_bytes(self) -> int:
@@ -132,8 +134,10 @@ class Qwen:
         x = F.embedding(token_ids, self.embed_tokens)
         for i, layer in enumerate(self.layers):
             x = layer.forward(x, step, None if kv is None else kv[i])
-        return self.backend.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        hidden: torch.Tensor = self._final_norm(x, self.norm, self.config.rms_norm_eps)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""
-        return self.backend.linear(hidden, self.lm_head).float()
+        logits: torch.Tensor = self._head(hidden, self.lm_head)
+        return logits.float()

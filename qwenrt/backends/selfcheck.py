@@ -1,0 +1,133 @@
+"""At load, every override runs once at the model's own shapes against its definition; a wrong one is demoted.
+
+Nobody in the field notices a silently wrong kernel, so this takes about a second of every load to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from qwenrt.backends.base import PRIMITIVES, Backend, OpSpec
+from qwenrt.ops import reference
+from qwenrt.ops.types import CanonicalWeight, StepPlan
+
+# Largest error allowed, relative to the largest value of the definition's result.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def check(
+    backend: Backend,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    linears: Iterable[tuple[int, int, int, int]],
+) -> dict[str, str]:
+    """Run each native primitive against its definition and demote those that differ -> what was demoted and why.
+
+    ``heads``: (H, KVH, hd). ``linears``: the distinct (out_features, in_features, bits, group_size) of the model.
+    """
+    checks: dict[str, Callable[[], float]] = {
+        "linear": lambda: max((_linear(backend, dtype, *shape) for shape in linears), default=0.0),
+        "attention": lambda: _attention(backend, dtype, heads),
+        "rms_norm": lambda: _elementwise(backend, dtype, "rms_norm"),
+        "silu_and_mul": lambda: _elementwise(backend, dtype, "silu_and_mul"),
+        "rotary": lambda: _rotary(backend, dtype, heads),
+    }
+    bad = {}
+    for op in PRIMITIVES:
+        spec = OpSpec(op, "self-check", dtype, heads[2])
+        if getattr(getattr(type(backend), op), "native", None) is None or op not in checks:
+            continue
+        if backend.why_not(op, spec) is not None:
+            continue
+        try:
+            error = checks[op]()
+            wrong = not error <= TOLERANCE[dtype]  # NaN is wrong as well
+            why = f"self-check: differs from its definition by {error:.2g} (relative)"
+        except Exception as failure:  # a kernel that cannot even run must not stop the load
+            wrong, why = True, f"self-check: {type(failure).__name__}: {str(failure)[:160]}"
+        if wrong:
+            bad[op] = backend.demoted[op] = why
+    return bad
+
+
+def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return float("inf")
+    scale = wanted.float().abs().max().clamp_min(1e-6)
+    return float((got.float() - wanted.float()).abs().max() / scale)
+
+
+def _generator(backend: Backend) -> Callable[..., torch.Tensor]:
+    source = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=source).to(backend.device)
+
+    return normal
+
+
+def random_weight(
+    out_features: int, in_features: int, bits: int, group_size: int, seed: int = 0
+) -> CanonicalWeight:
+    """A random weight of a given shape and kind, with values of about 1 / sqrt(in_features)."""
+    source = torch.Generator().manual_seed(seed)
+    spread = in_features**-0.5
+    if bits == 16:
+        return CanonicalWeight(dense=torch.randn(out_features, in_features, generator=source) * spread)
+    group = in_features if group_size == -1 else group_size
+    groups = -(-in_features // group)
+    codes = torch.randint(0, 2**bits, (in_features, out_features), dtype=torch.uint8, generator=source)
+    scales = (torch.rand(groups, out_features, generator=source) + 0.5) * spread * 4 / 2**bits
+    zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.int16, generator=source)
+    return CanonicalWeight(codes=codes, scales=scales.half(), zeros=zeros, bits=bits, group_size=group)
+
+
+def _linear(backend: Backend, dtype: torch.dtype, n: int, k: int, bits: int, group_size: int) -> float:
+    rows = min(n, 1024)  # every code path of a kernel is met by then
+    weight = random_weight(rows, k, bits, group_size)
+    native, defined = backend.pack_linear(weight, dtype), reference.pack(weight, dtype, backend.device)
+    worst = 0.0
+    for tokens in (1, 3):
+        x = _generator(backend)(tokens, k).to(dtype)
+        worst = max(worst, _relative(backend.linear(x, native), reference.linear(x, defined)))
+    return worst
+
+
+def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
+    """A ragged batch of a decode step over 513 tokens and a cut prompt, with NaN in every unused slot."""
+    num_heads, num_kv_heads, head_dim = heads
+    normal, size, lens = _generator(backend), 16, [(1, 513), (5, 21)]
+    blocks = [list(range(40, 40 - -(-kv // size), -1)) if i == 0 else [50, 51] for i, (_, kv) in enumerate(lens)]
+    kv = backend.alloc_kv(1, 64, size, num_kv_heads, head_dim, dtype, False)[0]
+    kv.k.fill_(float("nan"))
+    kv.v.fill_(float("nan"))
+    every = [table[p // size] * size + p % size for (_, n), table in zip(lens, blocks) for p in range(n)]
+    history_k, history_v = (normal(len(every), num_kv_heads, head_dim).to(dtype) for _ in range(2))
+    reference.store_kv(history_k, history_v, kv, torch.tensor(every, device=backend.device))
+    ends, start = [], 0
+    for q_len, kv_len in lens:
+        ends += list(range(start + kv_len - q_len, start + kv_len))
+        start += kv_len
+    index = torch.tensor(ends, device=backend.device)
+    plan = backend.plan([q for q, _ in lens], [n for _, n in lens], blocks, [every[i] for i in ends])
+    q = normal(len(ends), num_heads, head_dim).to(dtype)
+    args = (q, history_k[index], history_v[index], kv)
+    scale = head_dim**-0.5
+    plain = StepPlan(plan.q_lens, plan.kv_lens, plan.slots, blocks)
+    return _relative(backend.attention(*args, plan, scale), reference.attention(*args, plain, scale))
+
+
+def _elementwise(backend: Backend, dtype: torch.dtype, op: str) -> float:
+    x = _generator(backend)(3, 512).to(dtype)
+    if op == "silu_and_mul":
+        return _relative(backend.silu_and_mul(x), reference.silu_and_mul(x))
+    weight = _generator(backend)(512).to(dtype)
+    return _relative(backend.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+
+
+def _rotary(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
+    x = _generator(backend)(3, heads[0], heads[2]).to(dtype)
+    angles = _generator(backend)(3, heads[2] // 2).repeat(1, 2)
+    return _relative(backend.rotary(x, angles.cos(), angles.sin()), reference.rotary(x, angles.cos(), angles.sin()))
