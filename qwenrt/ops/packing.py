@@ -1,4 +1,4 @@
-"""GPTQ's int4 and int8 bits on disk <-> CanonicalWeight <-> the plain-torch Packed, and quantising a dense matrix."""
+"""GPTQ's int4 and int8 bits on disk <-> CanonicalWeight, and quantising a dense matrix to it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.types import CanonicalWeight
 
 if TYPE_CHECKING:
     from qwenrt.config import QuantConfig
 
 _WORD = 32  # GPTQ packs codes into int32 words, lowest bits first
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Shares of a group's range tried when rounding to 4 bits: clipping the outliers often lowers the squared error.
+# Shares of a group's range tried when rounding to 4 bits: clipping the outliers often lowers the squared
+# error.
 _CLIPS = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78, 0.72), 8: (1.0,)}
-_BLOCK_ELEMENTS = (
-    1 << 17
-)  # elements quantised at once: float32 temporaries stay in the second-level cache
+_BLOCK_ELEMENTS = 1 << 17  # elements quantised at once: float32 temporaries stay in the second-level cache
 
 
 def unpack_gptq(
@@ -37,22 +36,19 @@ def unpack_gptq(
 ) -> CanonicalWeight:
     """One GPTQ linear, as AutoGPTQ wrote it, in the canonical form.
 
-    With K = in_features, N = out_features, b = quant.bits, G = ceil(K / group_size): ``qweight`` int32 [K*b/32, N],
-    ``qzeros`` int32 [G, N*b/32], ``scales`` float [G, N], ``g_idx`` int [K] (absent or empty: arange(K) // group_size),
-    ``bias`` [N] or None; a bias of zeros, which AutoGPTQ adds to every linear, is dropped.
-    W[n, k] = scales[g_idx[k], n] * (q[k, n] - (stored_zero[g_idx[k], n] + quant.zero_offset)), without masking the
-    sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. Zeros are always read, whatever
-    ``quant.sym`` says. Raises CheckpointError that names the module when a shape, dtype or index is wrong.
+    With K = in_features, N = out_features, b = quant.bits, G = ceil(K / group_size): ``qweight`` int32
+    [K*b/32, N], ``qzeros`` int32 [G, N*b/32], ``scales`` float [G, N], ``g_idx`` int [K] (absent or empty:
+    arange(K) // group_size), ``bias`` [N] or None; a bias of zeros, which AutoGPTQ adds to every linear,
+    is dropped. W[n, k] = scales[g_idx[k], n] * (q[k, n] - (stored_zero[g_idx[k], n] + quant.zero_offset)),
+    without masking the sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. Zeros are
+    always read, whatever ``quant.sym`` says. Raises CheckpointError that names the module when a shape,
+    dtype or index is wrong.
     """
     _check_bits(quant.bits, name)
     group_size = _group_size(quant.group_size, in_features, name)
-    _check_tensors(
-        qweight, qzeros, scales, bias, quant.bits, group_size, in_features, out_features, name
-    )
+    _check_tensors(qweight, qzeros, scales, bias, quant.bits, group_size, in_features, out_features, name)
     codes = _unpack_rows(qweight, quant.bits)[:in_features]
-    zeros = (
-        _unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16) + quant.zero_offset
-    )
+    zeros = _unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16) + quant.zero_offset
     perm = None
     if g_idx is not None and g_idx.numel() > 0:
         g_idx = _checked_g_idx(g_idx, in_features, scales.shape[0], quant, name)
@@ -131,12 +127,13 @@ def _check_tensors(
             raise CheckpointError(
                 asked,
                 f"{label} has shape {list(tensor.shape)}, expected {list(shape)}",
-                "bits or group_size in the quantisation config do not describe these files, or they are of another model.",
+                "bits or group_size in the config do not describe these files, or they are of another model.",
             )
         if tensor.dtype not in dtypes:
             raise CheckpointError(
                 asked,
-                f"{label} has dtype {_dtype_name(tensor.dtype)}, expected {' or '.join(map(_dtype_name, dtypes))}",
+                f"{label} has dtype {_dtype_name(tensor.dtype)}, "
+                f"expected {' or '.join(map(_dtype_name, dtypes))}",
                 "The file was not written by a GPTQ tool, or was converted: download it again.",
             )
     bad = int((~torch.isfinite(scales)).sum())
@@ -164,13 +161,11 @@ def _checked_g_idx(
     g_idx = g_idx.to("cpu", torch.int64)
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
-        raise CheckpointError(
-            asked, f"groups {low} to {high}, but scales hold 0 to {groups - 1}", remedy
-        )
+        raise CheckpointError(asked, f"groups {low} to {high}, but scales hold 0 to {groups - 1}", remedy)
     if groups > 1 and high == 0 and not quant.desc_act:
         raise CheckpointError(
             asked,
-            f"all zeros, which leaves {groups - 1} of {groups} groups of scales unused: a placeholder, not an order",
+            f"all zeros, which leaves {groups - 1} of {groups} groups of scales unused: a placeholder",
             "Remove g_idx from the file if the checkpoint was quantised without desc_act.",
         )
     return g_idx
@@ -181,8 +176,8 @@ def _sort_groups(
 ) -> tuple[torch.Tensor | None, int, torch.Tensor | None]:
     """(perm, group_size, order): rows in the order ``perm`` (None: as they are) fall into equal groups.
 
-    ``order`` int64 picks the scales of each of these groups (None: as they are). Where the file's groups are of
-    unequal sizes they are cut into the largest equal ones, and order repeats their scales.
+    ``order`` int64 picks the scales of each of these groups (None: as they are). Where the file's groups
+    are of unequal sizes they are cut into the largest equal ones, and order repeats their scales.
     """
     in_features = g_idx.shape[0]
     by_group = torch.argsort(g_idx, stable=True)
@@ -218,10 +213,12 @@ def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_gptq(weight: CanonicalWeight, *, zero_offset: int = 1) -> dict[str, torch.Tensor]:
-    """The tensors GPTQ keeps on disk for a quantised weight: qweight, qzeros, scales (float16), g_idx, bias.
+    """The tensors GPTQ keeps on disk for a quantised weight: qweight, qzeros, scales (float16), g_idx,
+    bias.
 
-    ``zero_offset`` 1 writes v1 (stored zero = true zero - 1), 0 writes v2. Inverse of unpack_gptq. The bias is
-    written even when there is none (zeros), as AutoGPTQ does. Raises ConfigError when the format cannot hold it.
+    ``zero_offset`` 1 writes v1 (stored zero = true zero - 1), 0 writes v2. Inverse of unpack_gptq. The
+    bias is written even when there is none (zeros), as AutoGPTQ does. Raises ConfigError when the format
+    cannot hold it.
     """
     codes, scales, zeros = _quantized(weight)
     bits, per_word = weight.bits, _WORD // weight.bits
@@ -238,7 +235,8 @@ def pack_gptq(weight: CanonicalWeight, *, zero_offset: int = 1) -> dict[str, tor
     if low < 0 or high >= 2**bits:
         raise ConfigError(
             asked,
-            f"zeros from {low + zero_offset} to {high + zero_offset} do not fit in {bits} bits with offset {zero_offset}",
+            f"zeros from {low + zero_offset} to {high + zero_offset} do not fit in {bits} bits "
+            f"with offset {zero_offset}",
             "Write the other version of the format (zero_offset 0 is v2, 1 is v1).",
         )
     g_idx = torch.arange(in_features) // weight.group_size
@@ -259,8 +257,8 @@ def pack_gptq(weight: CanonicalWeight, *, zero_offset: int = 1) -> dict[str, tor
 def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
     """One weight whose outputs are those of ``weights`` in turn, or None where they cannot share one form.
 
-    Dense ones merge with dense ones; quantised ones when bits, group_size and perm are equal. A part without a bias
-    counts as one with zeros.
+    Dense ones merge with dense ones; quantised ones when bits, group_size and perm are equal. A part
+    without a bias counts as one with zeros.
     """
     first = weights[0]
     if len(weights) == 1:
@@ -293,16 +291,15 @@ def _merged_bias(weights: list[CanonicalWeight]) -> torch.Tensor | None:
     given = [w.bias for w in weights if w.bias is not None]
     if not given:
         return None
-    return torch.cat(
-        [given[0].new_zeros(w.out_features) if w.bias is None else w.bias for w in weights]
-    )
+    return torch.cat([given[0].new_zeros(w.out_features) if w.bias is None else w.bias for w in weights])
 
 
 def dequantize(weight: CanonicalWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """[N, K] in ``dtype`` (default: that of the scales, or of the dense weight), columns in the order of x.
+    """[N, K] in ``dtype`` (default: that of the scales, or of the dense weight), columns in the order of
+    x.
 
-    scale * (code - zero) is exact in float32 for float16 and bfloat16 scales and is rounded once to ``dtype``, so
-    float16 equals AutoGPTQ's half-precision product bit for bit.
+    scale * (code - zero) is exact in float32 for float16 and bfloat16 scales and is rounded once to
+    ``dtype``, so float16 equals AutoGPTQ's half-precision product bit for bit.
     """
     if weight.dense is not None:
         return weight.dense if dtype is None else weight.dense.to(dtype)
@@ -321,34 +318,8 @@ def dequantize(weight: CanonicalWeight, dtype: torch.dtype | None = None) -> tor
 
 def _quantized(weight: CanonicalWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if weight.codes is None or weight.scales is None or weight.zeros is None:
-        raise ConfigError(
-            "reading a weight's codes", "it is dense", "Quantise it first (quantize_dense)."
-        )
+        raise ConfigError("reading a weight's codes", "it is dense", "Quantise it first (quantize_dense).")
     return weight.codes, weight.scales, weight.zeros
-
-
-def pack_reference(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device) -> Packed:
-    """The layout of the plain-torch backend (see ops/types.py): "dense", "w8a16" or "w4a16".
-
-    int4 codes [K, N] go two to a byte, [ceil(K / 2), N]: row 2i in the low half of byte row i, row 2i + 1 above it.
-    A dense weight that has ``dtype`` and lies on ``device`` already is not copied; scales keep their dtype.
-    """
-    bias = None if weight.bias is None else weight.bias.to(device, dtype)
-    if weight.dense is not None:
-        data = {"weight": weight.dense.to(device, dtype)}
-        return Packed("dense", weight.out_features, weight.in_features, data, bias)
-    codes, scales, zeros = _quantized(weight)
-    if weight.bits == 4:
-        low, high = codes[0::2], codes[1::2]
-        codes = low.clone()
-        codes[: high.shape[0]] |= high << 4
-    data = {"codes": codes.to(device), "scales": scales.to(device), "zeros": zeros.to(device)}
-    if weight.perm is not None:
-        data["perm"] = weight.perm.to(device)
-    kind = f"w{weight.bits}a16"
-    return Packed(
-        kind, weight.out_features, weight.in_features, data, bias, weight.bits, weight.group_size
-    )
 
 
 def quantize_dense(
@@ -362,15 +333,14 @@ def quantize_dense(
 ) -> CanonicalWeight:
     """``weight`` [N, K] rounded to ``bits`` (4 or 8) in groups of ``group_size`` inputs (-1: all of them).
 
-    Round to nearest. For 4 bits several clips of each group's range are tried, and each group keeps the one of least
-    squared error; the scale is then the least-squares one for the codes it got. ``sym`` fixes the zero at the middle
-    code. Zeros lie in [1, 2**bits - 1], so v1 and v2 of GPTQ can hold the result. Scales are float16 where this costs
-    no precision, else float32. Raises ConfigError for other bits, CheckpointError for values that are not finite.
+    Round to nearest. For 4 bits several clips of each group's range are tried, and each group keeps the
+    one of least squared error; the scale is then the least-squares one for the codes it got. ``sym`` fixes
+    the zero at the middle code. Zeros lie in [1, 2**bits - 1], so v1 and v2 of GPTQ can hold the result.
+    Scales are float16 where this costs no precision, else float32. Raises ConfigError for other bits,
+    CheckpointError for values that are not finite.
     """
     if bits not in _CLIPS:
-        raise ConfigError(
-            f"quantising {name} to {bits} bits", "4 and 8 are supported", "Use int4 or int8."
-        )
+        raise ConfigError(f"quantising {name} to {bits} bits", "4 and 8 are supported", "Use int4 or int8.")
     rows, columns = weight.shape
     group_size = columns if group_size == -1 else min(group_size, columns)
     if group_size < 1:
@@ -421,17 +391,13 @@ def _quantize_groups(
         high = torch.maximum(high, -low)
         low = -high
     span = high - low
-    empty = (
-        span < torch.finfo(torch.float32).tiny * 2 * top
-    )  # all zeros, or too small for a normal scale
+    empty = span < torch.finfo(torch.float32).tiny * 2 * top  # all zeros, or too small for a normal scale
     span = torch.where(empty, torch.ones_like(span), span)
     best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     best_gain = torch.empty(0)
     for clip in _CLIPS[bits]:
         step = span * (clip / top)
-        zero = (
-            torch.full_like(step, middle) if sym else (-low * clip / step).round_().clamp_(1, top)
-        )
+        zero = torch.full_like(step, middle) if sym else (-low * clip / step).round_().clamp_(1, top)
         steps = (w / step[..., None]).round_()
         steps = torch.minimum(torch.maximum(steps, -zero[..., None]), (top - zero)[..., None])
         # With s = <w, q> / <q, q> the squared error is <w, w> - <w, q>^2 / <q, q>: the largest gain is best.

@@ -1,0 +1,229 @@
+// The C ABI: chooses the instruction set, lays out the activations and shares the rows between the threads.
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+#ifdef QWENRT_X86
+#include <cpuid.h>
+#endif
+
+namespace {
+
+constexpr int64_t kTokensAtOnce = 32;      // bounds the scratch memory; weights are read again for each such chunk
+constexpr int64_t kTasksPerThread = 4;     // so that a thread that is held up leaves its share to the others
+constexpr int64_t kSmallWork = 64 * 1024;  // multiply-adds below which waking the workers costs more than it saves
+
+bool cpu_has_avx2() {
+#ifdef QWENRT_X86
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return false;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // these ask the operating system as well
+#else
+  return false;
+#endif
+}
+
+const Kernels* best_kernels() {
+#ifdef QWENRT_X86
+  if (cpu_has_avx2()) return avx2_kernels();
+#endif
+  return scalar_kernels();
+}
+
+std::atomic<const Kernels*>& kernels() {
+  static std::atomic<const Kernels*> chosen{best_kernels()};
+  return chosen;
+}
+
+// Grows and is kept: one buffer for all calls, used under PoolLock.
+float* scratch(int64_t floats) {
+  static float* memory = nullptr;
+  static int64_t size = 0;
+  if (floats > size) {
+    free(memory);
+    memory = static_cast<float*>(malloc(size_t(floats) * sizeof(float)));
+    size = memory ? floats : 0;
+  }
+  return memory;
+}
+
+// One token's activations into lane `lane` of its tile; false where a group's sum is not finite.
+template <int BITS>
+bool lay_out_token(const QwenrtQuantMatrix& w, const float* x, float* out, float* sums, int64_t tile) {
+  constexpr int PER_WORD = 32 / BITS;
+  float place[PER_WORD];
+  for (int j = 0; j < PER_WORD; ++j) place[j] = j == PER_WORD - 1 ? 1.0f : 1.0f / float(int64_t(1) << (BITS * j));
+  for (int64_t g = 0; g < w.groups; ++g, sums += tile) {
+    const int64_t first = g * w.group_size;
+    const int64_t inputs = w.in_features - first < w.group_size ? w.in_features - first : w.group_size;
+    float part[PER_WORD] = {};
+    int64_t i = 0;
+    for (; i + PER_WORD <= inputs; i += PER_WORD, out += PER_WORD * tile)
+      for (int j = 0; j < PER_WORD; ++j) {
+        const float value = w.perm ? x[w.perm[first + i + j]] : x[first + i + j];
+        out[j * tile] = value * place[j];
+        part[j] += value;
+      }
+    for (; i < w.words_per_group * PER_WORD; ++i, out += tile) {
+      const float value = i >= inputs ? 0.0f : (w.perm ? x[w.perm[first + i]] : x[first + i]);
+      *out = value * place[i % PER_WORD];
+      part[i % PER_WORD] += value;
+    }
+    float sum = 0;
+    for (int j = 0; j < PER_WORD; ++j) sum += part[j];
+    if (!isfinite(sum)) return false;
+    *sums = sum;
+  }
+  return true;
+}
+
+struct QuantTask {
+  const QwenrtQuantMatrix* w;
+  QuantInput in;
+  float* y;
+  int64_t blocks;
+  int64_t tasks;
+  const Kernels* kernels;
+};
+
+void run_quant_task(void* context, int64_t i) {
+  const QuantTask& t = *static_cast<const QuantTask*>(context);
+  t.kernels->quant_rows(*t.w, t.in, t.y, t.blocks * i / t.tasks, t.blocks * (i + 1) / t.tasks);
+}
+
+int64_t task_count(int64_t units, int64_t work) {
+  const int threads = pool_threads();
+  if (threads == 1 || work < kSmallWork) return 1;
+  const int64_t most = units / 4 > 0 ? units / 4 : 1;
+  const int64_t wanted = threads * kTasksPerThread;
+  return wanted < most ? wanted : most;
+}
+
+int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens) {
+  const int64_t per_word = 32 / w.bits;
+  QuantInput in;
+  in.tokens = tokens;
+  in.tile = tokens >= 3 ? 4 : tokens;
+  in.tiles = (tokens + in.tile - 1) / in.tile;
+  in.padded = w.groups * w.words_per_group * per_word;
+  const int64_t x_floats = in.tiles * in.tile * in.padded, sum_floats = in.tiles * in.tile * w.groups;
+  float* memory = scratch(x_floats + sum_floats);
+  if (!memory) return QWENRT_NO_MEMORY;
+  if (in.tiles * in.tile != tokens) memset(memory, 0, size_t(x_floats + sum_floats) * sizeof(float));
+  float* sums = memory + x_floats;
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* token_x = memory + (t / in.tile) * in.tile * in.padded + t % in.tile;
+    float* token_sums = sums + (t / in.tile) * in.tile * w.groups + t % in.tile;
+    const auto lay_out = w.bits == 4 ? lay_out_token<4> : lay_out_token<8>;
+    if (!lay_out(w, x + t * w.in_features, token_x, token_sums, in.tile)) return QWENRT_NOT_FINITE;
+  }
+  in.x = memory;
+  in.sums = sums;
+  QuantTask task{&w, in, y, (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK, 1, kernels().load()};
+  task.tasks = task_count(task.blocks, w.out_features * w.in_features * tokens);
+  parallel_for(task.tasks, run_quant_task, &task);
+  return QWENRT_OK;
+}
+
+struct PackTask {
+  const uint8_t* codes;
+  uint32_t* words;
+  int64_t in_features, out_features, group_size, groups;
+  int bits;
+};
+
+constexpr int64_t kPackBlocks = 8;  // blocks packed together: their codes of one input fill a cache line
+
+void run_pack_task(void* context, int64_t i) {
+  const PackTask& t = *static_cast<const PackTask*>(context);
+  const int64_t per_word = 32 / t.bits, per_group = (t.group_size + per_word - 1) / per_word;
+  const int64_t first = i * kPackBlocks * QWENRT_BLOCK;
+  const int64_t rest = t.out_features - first;
+  const int64_t rows = rest < kPackBlocks * QWENRT_BLOCK ? rest : kPackBlocks * QWENRT_BLOCK;
+  for (int64_t word = 0; word < t.groups * per_group; ++word) {
+    const int64_t in_group = word % per_group * per_word;
+    const int64_t k = word / per_group * t.group_size + in_group;
+    int64_t places = t.group_size - in_group < t.in_features - k ? t.group_size - in_group : t.in_features - k;
+    if (places > per_word) places = per_word;
+    uint32_t line[kPackBlocks * QWENRT_BLOCK] = {};
+    for (int64_t j = 0; j < places; ++j) {
+      const uint8_t* codes = t.codes + (k + j) * t.out_features + first;
+      for (int64_t r = 0; r < rows; ++r) line[r] |= uint32_t(codes[r]) << (t.bits * j);
+    }
+    for (int64_t r = 0; r < rows; r += QWENRT_BLOCK) {
+      const int64_t block = (first + r) / QWENRT_BLOCK;
+      memcpy(t.words + (block * t.groups * per_group + word) * QWENRT_BLOCK, line + r, sizeof(uint32_t) * QWENRT_BLOCK);
+    }
+  }
+}
+
+struct DenseTask {
+  const uint16_t* w;
+  const float* bias;
+  const float* x;
+  float* y;
+  int64_t tokens, out_features, in_features, tasks;
+  int is_half;
+  const Kernels* kernels;
+};
+
+void run_dense_task(void* context, int64_t i) {
+  const DenseTask& t = *static_cast<const DenseTask*>(context);
+  t.kernels->dense16_rows(t.w, t.bias, t.x, t.y, t.tokens, t.out_features, t.in_features, t.is_half,
+                          t.out_features * i / t.tasks, t.out_features * (i + 1) / t.tasks);
+}
+
+}  // namespace
+
+int qwenrt_abi(void) { return QWENRT_ABI; }
+
+const char* qwenrt_isa(void) { return kernels().load()->name; }
+
+int qwenrt_set_isa(const char* name) {
+  const bool automatic = strcmp(name, "auto") == 0;
+  if (strcmp(name, "scalar") == 0) {
+    kernels() = scalar_kernels();
+    return 0;
+  }
+  const Kernels* best = best_kernels();
+  if (!automatic && strcmp(name, best->name) != 0) return -1;
+  kernels() = best;
+  return 0;
+}
+
+int qwenrt_set_threads(int threads) { return set_pool_threads(threads); }
+
+int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens) {
+  if (w->bits != 4 && w->bits != 8) return QWENRT_BAD_ARGUMENT;
+  PoolLock lock;
+  for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
+    const int64_t chunk = tokens - t < kTokensAtOnce ? tokens - t : kTokensAtOnce;
+    const int status = quant_linear_chunk(*w, x + t * w->in_features, y + t * w->out_features, chunk);
+    if (status != QWENRT_OK) return status;
+  }
+  return QWENRT_OK;
+}
+
+int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features, int64_t group_size,
+                int bits) {
+  if ((bits != 4 && bits != 8) || group_size < 1) return QWENRT_BAD_ARGUMENT;
+  PackTask task{codes, words, in_features, out_features, group_size, (in_features + group_size - 1) / group_size, bits};
+  const int64_t rows = kPackBlocks * QWENRT_BLOCK;
+  parallel_for((out_features + rows - 1) / rows, run_pack_task, &task);
+  return QWENRT_OK;
+}
+
+int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
+                          int64_t out_features, int64_t in_features, int is_half) {
+  if (tokens > 8) return QWENRT_BAD_ARGUMENT;
+  PoolLock lock;
+  DenseTask task{w, bias, x, y, tokens, out_features, in_features, 1, is_half, kernels().load()};
+  task.tasks = task_count(out_features, out_features * in_features * tokens);
+  parallel_for(task.tasks, run_dense_task, &task);
+  return QWENRT_OK;
+}

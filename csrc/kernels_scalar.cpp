@@ -1,0 +1,78 @@
+// Portable kernels: any CPU, and what the vector ones are compared with.
+#include <string.h>
+
+#include "kernels.h"
+
+namespace {
+
+float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, body = h & 0x7fff;
+  if (body >= 0x7c00) return from_bits(sign | 0x7f800000 | (body & 0x3ff) << 13);
+  // Shifted into place the exponent is 112 too small; the product corrects it, subnormals included.
+  return from_bits(sign | body << 13) * from_bits(0x77800000);  // 2^112
+}
+
+float scale_at(const QwenrtQuantMatrix& w, int64_t i) {
+  return w.scales_are_float ? static_cast<const float*>(w.scales)[i]
+                            : half_to_float(static_cast<const uint16_t*>(w.scales)[i]);
+}
+
+void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int64_t begin, int64_t end) {
+  const int bits = w.bits, per_word = 32 / bits;
+  const int64_t group_inputs = w.words_per_group * per_word;
+  for (int64_t n = begin * QWENRT_BLOCK; n < end * QWENRT_BLOCK && n < w.out_features; ++n) {
+    const int64_t block = n / QWENRT_BLOCK, row = n % QWENRT_BLOCK;
+    const uint32_t* words = w.words + block * w.groups * w.words_per_group * QWENRT_BLOCK + row;
+    for (int64_t t = 0; t < in.tokens; ++t) {
+      const int64_t tile = t / in.tile, lane = t % in.tile;
+      const float* x = in.x + tile * in.padded * in.tile + lane;
+      const float* sums = in.sums + tile * w.groups * in.tile + lane;
+      float total = 0;
+      for (int64_t g = 0; g < w.groups; ++g) {
+        float part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        for (int64_t i = 0; i < w.words_per_group; ++i) {
+          const uint32_t word = words[(g * w.words_per_group + i) * QWENRT_BLOCK];
+          const float* xs = x + (g * group_inputs + i * per_word) * in.tile;
+          for (int j = 0; j < per_word; ++j) {
+            const uint32_t in_place = j == per_word - 1 ? word >> (32 - bits) : word & (((1u << bits) - 1) << (bits * j));
+            part[j] += float(in_place) * xs[j * in.tile];
+          }
+        }
+        const float acc = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+        const int64_t s = (block * w.groups + g) * QWENRT_BLOCK + row;
+        const float zero = float(w.zeros ? w.zeros[s] : w.zero);
+        total += scale_at(w, s) * (acc - zero * sums[g * in.tile]);
+      }
+      y[t * w.out_features + n] = w.bias ? total + w.bias[n] : total;
+    }
+  }
+}
+
+void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
+                  int64_t in_features, int is_half, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const uint16_t* row = w + n * in_features;
+    float part[8][4] = {};
+    for (int64_t k = 0; k < in_features; ++k) {
+      const float value = is_half ? half_to_float(row[k]) : from_bits(uint32_t(row[k]) << 16);
+      for (int64_t t = 0; t < tokens; ++t) part[t][k & 3] += value * x[t * in_features + k];
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float sum = (part[t][0] + part[t][1]) + (part[t][2] + part[t][3]);
+      y[t * out_features + n] = bias ? sum + bias[n] : sum;
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels* scalar_kernels() {
+  static const Kernels kernels = {"scalar", quant_rows, dense16_rows};
+  return &kernels;
+}

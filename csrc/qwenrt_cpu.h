@@ -1,0 +1,51 @@
+// The C ABI of qwenrt's CPU kernels, called from qwenrt/backends/cpu through ctypes. Plain C types only.
+#pragma once
+#include <stdint.h>
+
+#define QWENRT_ABI 1
+#if defined(_WIN32)
+#define QWENRT_API extern "C" __declspec(dllexport)
+#else
+#define QWENRT_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Output rows are stored in blocks of 8: element [block][i][row of 8]. One word holds 32 / bits consecutive inputs of
+// one row, lowest bits first. Each group of inputs starts a new word; inputs past its end have code 0 and activation 0.
+#define QWENRT_BLOCK 8
+
+enum { QWENRT_OK = 0, QWENRT_NOT_FINITE = 1, QWENRT_NO_MEMORY = 2, QWENRT_BAD_ARGUMENT = 3 };
+
+typedef struct {
+  const uint32_t* words;  // [blocks][groups * words_per_group][8]
+  const void* scales;     // [blocks][groups][8], float16 bits, or float32 where scales_are_float
+  const uint16_t* zeros;  // [blocks][groups][8], or NULL: all are `zero`
+  const int32_t* perm;    // [in_features]: input i reads x[perm[i]], or NULL: x[i]
+  const float* bias;      // [out_features] or NULL
+  int64_t out_features;
+  int64_t in_features;
+  int64_t groups;
+  int64_t group_size;      // inputs that share a scale
+  int64_t words_per_group; // ceil(group_size * bits / 32)
+  int32_t bits;            // 4 or 8
+  int32_t zero;
+  int32_t scales_are_float;
+  int32_t reserved;
+} QwenrtQuantMatrix;
+
+// Version of this ABI; the loader refuses a library of another.
+QWENRT_API int qwenrt_abi(void);
+// Name of the instruction set in use: "avx2" or "scalar".
+QWENRT_API const char* qwenrt_isa(void);
+// Chooses "avx2", "scalar" or "auto" (the best this CPU runs). Returns 0, or -1 where this CPU or build lacks it.
+QWENRT_API int qwenrt_set_isa(const char* name);
+// Threads that share one call, the caller included. Returns the number in use.
+QWENRT_API int qwenrt_set_threads(int threads);
+// y[tokens][out_features] = x[tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
+// Returns QWENRT_NOT_FINITE, with y untouched, where x holds (or sums to) infinities or NaN.
+QWENRT_API int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens);
+// codes [in_features][out_features], one a byte and below 2^bits -> words as in QwenrtQuantMatrix.
+QWENRT_API int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,
+                           int64_t group_size, int bits);
+// y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major, tokens <= 8.
+QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
+                                     int64_t out_features, int64_t in_features, int is_half);

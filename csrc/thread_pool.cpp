@@ -1,0 +1,149 @@
+#include "thread_pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Long enough to bridge the Python between two linears of a token, short enough not to starve other threads.
+constexpr auto kSpin = std::chrono::microseconds(200);
+
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+template <class Done>
+bool spin_until(Done done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+      pause_cpu();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
+}
+
+// The tasks of a round and the next one to take, in one word, so that a late worker can neither take a task twice nor
+// mistake one round's tasks for another's.
+constexpr int kIndexBits = 32;
+constexpr int64_t next_of(uint64_t word) { return int64_t(word & 0xffffffffu); }
+constexpr int64_t count_of(uint64_t word) { return int64_t(word >> kIndexBits); }
+
+// Never destroyed: its threads may outlive every static object at exit.
+struct Pool {
+  std::recursive_mutex turn;  // held by the one caller that uses the pool
+  std::mutex sleep;
+  std::condition_variable wake;
+  std::atomic<uint64_t> tasks{0};  // count << 32 | next
+  std::atomic<int64_t> left{0};    // tasks not finished
+  std::atomic<int> sleeping{0};
+  std::atomic<int> wanted{1};  // threads of a round, the caller included
+  int workers = 0;             // threads started
+  // Set before `tasks` and left alone until the round's last task is finished.
+  void (*task)(void*, int64_t) = nullptr;
+  void* context = nullptr;
+};
+
+Pool* pool = new Pool;
+
+void take_tasks(Pool& p) {
+  for (;;) {
+    const uint64_t word = p.tasks.fetch_add(1);
+    if (next_of(word) >= count_of(word)) return;
+    p.task(p.context, next_of(word));  // this task is unfinished, so the round and its fields last until it is
+    p.left.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void work(Pool* p, int index) {
+  const auto something_to_do = [&] {
+    const uint64_t word = p->tasks.load();
+    return next_of(word) < count_of(word) && index < p->wanted.load() - 1;
+  };
+  for (;;) {
+    if (!spin_until(something_to_do)) {
+      std::unique_lock<std::mutex> lock(p->sleep);
+      p->sleeping.fetch_add(1);
+      p->wake.wait(lock, something_to_do);
+      p->sleeping.fetch_sub(1);
+    }
+    take_tasks(*p);
+  }
+}
+
+void start_workers(Pool& p) {
+  while (p.workers < p.wanted.load() - 1) {
+    try {
+      std::thread(work, &p, p.workers).detach();
+    } catch (const std::system_error&) {
+      p.wanted.store(p.workers + 1);  // the system gives no more threads: go on with these
+      return;
+    }
+    ++p.workers;
+  }
+}
+
+#if !defined(_WIN32)
+// The child has none of the parent's workers, and locks may be in any state: begin anew with the same size.
+void after_fork_in_child() {
+  const int wanted = pool->wanted.load();
+  pool = new Pool;
+  pool->wanted.store(wanted);
+}
+const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+#endif
+
+}  // namespace
+
+PoolLock::PoolLock() { pool->turn.lock(); }
+PoolLock::~PoolLock() { pool->turn.unlock(); }
+
+void parallel_for(int64_t count, void (*task)(void*, int64_t), void* context) {
+  Pool& p = *pool;
+  std::lock_guard<std::recursive_mutex> turn(p.turn);
+  if (count > 1) start_workers(p);
+  if (count <= 1 || p.wanted.load() < 2) {
+    for (int64_t i = 0; i < count; ++i) task(context, i);
+    return;
+  }
+  p.task = task;
+  p.context = context;
+  p.left.store(count);
+  p.tasks.store(uint64_t(count) << kIndexBits);
+  if (p.sleeping.load() > 0) {
+    { std::lock_guard<std::mutex> lock(p.sleep); }
+    p.wake.notify_all();
+  }
+  take_tasks(p);
+  // Only tasks that a worker has begun are waited for: one that never got a core delays nobody.
+  const auto done = [&] { return p.left.load(std::memory_order_acquire) == 0; };
+  while (!spin_until(done)) std::this_thread::yield();
+}
+
+int set_pool_threads(int threads) {
+  PoolLock lock;
+  pool->wanted.store(threads < 1 ? 1 : (threads > 1024 ? 1024 : threads));
+  start_workers(*pool);
+  return pool->wanted.load();
+}
+
+int pool_threads() {
+  PoolLock lock;
+  return pool->wanted.load();
+}

@@ -1,0 +1,20 @@
+// A small pool of our own, so that waiting threads spin no longer than we say and do not fight torch's.
+#pragma once
+#include <cstdint>
+
+// Runs task(context, i) for every i in [0, count), shared between the caller and the pool's workers. One call at a
+// time: callers on other threads wait for their turn. In a forked child the workers are started anew.
+void parallel_for(int64_t count, void (*task)(void* context, int64_t i), void* context);
+
+// Holds the pool for a caller that runs several parallel_for over shared scratch memory.
+class PoolLock {
+ public:
+  PoolLock();
+  ~PoolLock();
+  PoolLock(const PoolLock&) = delete;
+  PoolLock& operator=(const PoolLock&) = delete;
+};
+
+// Threads of one call, the caller included. Returns the number in use: fewer where the system starts no more.
+int set_pool_threads(int threads);
+int pool_threads();

@@ -1,0 +1,210 @@
+"""The CPU's backend: linears through the kernels of csrc/ where they were built, the rest in plain torch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from qwenrt.backends.base import Backend, OpSpec, native
+from qwenrt.backends.cpu import resources
+from qwenrt.backends.cpu.kernels import (
+    BLOCK,
+    Kernels,
+    KernelsUnavailable,
+    dequantize_blocks,
+    native_kind,
+    pack_quantized,
+    words_per_group,
+)
+from qwenrt.errors import BackendError
+from qwenrt.ops import reference
+from qwenrt.ops.types import CanonicalWeight, Packed
+
+KERNEL_CHOICES = ("auto", "off", "avx2", "scalar")
+_DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
+_QUANTIZED = (native_kind(4), native_kind(8))
+_DENSE16_TOKENS = 8  # above this converting the weight and torch's own product are faster
+_CHUNK_ELEMENTS = 1 << 22  # elements of a weight that exist in float32 at once
+_PADDING_WORTH = 1.25  # groups that do not fill their words may cost this factor of memory, not more
+
+
+@functools.cache
+def _load() -> Kernels | KernelsUnavailable:
+    try:
+        return Kernels()
+    except KernelsUnavailable as reason:
+        return reason
+
+
+def kernel_status() -> str:
+    """One line: which kernels serve the CPU and, if not the compiled ones, why and how to get them."""
+    return CPUBackend(torch.device("cpu")).describe()
+
+
+@dataclass
+class CPUBackend(Backend):
+    """Int4 and int8 linears are computed from packed codes with float32 activations and sums.
+
+    Dense 16-bit weights of a float32 model stay in 16 bits, which loses nothing. ``kernels`` is None where
+    plain torch serves instead, and ``unavailable`` says why.
+    """
+
+    kernels: Kernels | None = field(default=None, init=False)
+    unavailable: str = field(default="", init=False)
+    threads: int = field(default=1, init=False)
+    name: ClassVar[str] = "cpu"
+    layout_id: ClassVar[str] = "cpu-rows8-v1"
+
+    def __post_init__(self) -> None:
+        self.configure()
+
+    def configure(self, kernels: str = "auto", num_threads: int | None = None) -> None:
+        """Choose the kernels ("auto", "off", "avx2", "scalar") and the threads; before any weight is
+        packed.
+
+        The number of threads holds for this process, torch included where it is given; by default it is
+        torch's own, and no more than the cores that affinity and cgroup leave us. Raises BackendError for
+        a choice that cannot be.
+        """
+        if kernels not in KERNEL_CHOICES:
+            known = ", ".join(KERNEL_CHOICES)
+            raise BackendError(f"CPU kernels {kernels!r}", "no such choice", f"Use one of: {known}.")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.threads = num_threads or min(resources.usable_cores(), torch.get_num_threads())
+        self.kernels = None
+        if kernels == "off":
+            self.unavailable = "the kernels are switched off"
+            return
+        library = _load()
+        if isinstance(library, KernelsUnavailable):
+            if kernels != "auto":
+                raise BackendError(f"CPU kernels {kernels!r}", str(library), "Use auto for plain torch.")
+            self.unavailable = str(library)
+            return
+        try:
+            library.set_isa(kernels)
+        except KernelsUnavailable as error:
+            raise BackendError(f"CPU kernels {kernels!r}", str(error), "Use auto or scalar.") from error
+        self.threads = library.set_threads(self.threads)
+        self.kernels, self.unavailable = library, ""
+
+    # ---- which code serves
+
+    def provides(self, need: str) -> str | None:
+        return (self.unavailable or None) if need == "csrc" else super().provides(need)
+
+    def why_not(self, op: str, spec: OpSpec) -> str | None:
+        # Dense float32 linears are torch's own at its best: no kernel is missing there.
+        if op == "linear" and spec.kind in ("dense", _DENSE16, "parts"):
+            return None
+        if op == "linear" and spec.kind in ("w4a16", "w8a16") and self.kernels is not None:
+            return self.demoted.get(op, "its groups do not fill the kernel's 32-bit words")
+        return super().why_not(op, spec)
+
+    # ---- linear
+
+    @native(needs=("csrc",))
+    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        if w.kind in _QUANTIZED:
+            if x.requires_grad:
+                y: torch.Tensor = _QuantLinear.apply(x, w, self.kernels)  # type: ignore[no-untyped-call]
+                return y
+            return self._quantized(x, w)
+        if w.kind == _DENSE16:
+            return self._dense16(x, w)
+        if w.kind == "parts":
+            y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
+            return y if w.bias is None else y + w.bias
+        return reference.linear(x, w)
+
+    def _quantized(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        assert self.kernels is not None
+        y = self.kernels.quant_linear(x.to(torch.float32).contiguous(), w)
+        return (_quantized_torch(x, w) if y is None else y).to(x.dtype)
+
+    def _dense16(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        weight: torch.Tensor = w.data["weight"]
+        if self.kernels is not None and x.shape[0] <= _DENSE16_TOKENS and not x.requires_grad:
+            return self.kernels.dense16_linear(x.contiguous(), weight, w.bias)
+        rows = max(1, _CHUNK_ELEMENTS // max(1, w.in_features))
+        starts = range(0, w.out_features, rows)
+        y = torch.cat([F.linear(x, weight[i : i + rows].to(x.dtype)) for i in starts], dim=-1)
+        return y if w.bias is None else y + w.bias
+
+    def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
+        """As Backend.pack_linear; in the kernels' layout where they serve."""
+        if self.kernels is None or "linear" in self.demoted:
+            return super().pack_linear(weight, dtype)
+        if weight.dense is None:
+            padded = words_per_group(weight.group_size, weight.bits) * 32 / weight.bits
+            if padded > weight.group_size * _PADDING_WORTH:
+                return super().pack_linear(weight, dtype)
+            return pack_quantized(self.kernels, weight)
+        dense = weight.dense
+        if dtype != torch.float32 or dense.dtype not in (torch.bfloat16, torch.float16):
+            return super().pack_linear(weight, dtype)
+        bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
+        shape = (weight.out_features, weight.in_features)
+        return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+
+    # ---- the device
+
+    def default_dtype(
+        self, weight_dtype: str | None, weight_bytes_f32: int, quantized: bool = False
+    ) -> torch.dtype:
+        """float32, which CPUs compute fastest, unless a dense model would fill most of the memory with it."""
+        if quantized or weight_bytes_f32 <= 0.7 * self.memory()[0]:
+            return torch.float32
+        return torch.bfloat16
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes that this process may use: the machine's or its container's."""
+        return resources.memory()
+
+    def describe(self) -> str:
+        """Which kernels serve here and with how many threads or, if plain torch does, why."""
+        if self.kernels is None:
+            return f"plain torch: {self.unavailable}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"csrc {self.kernels.isa}, {threads}"
+
+
+def _row_chunks(w: Packed) -> range:
+    """First blocks of chunks of a quantised weight that are small enough to exist in float32."""
+    blocks = -(-w.out_features // BLOCK)
+    return range(0, blocks, max(1, _CHUNK_ELEMENTS // (BLOCK * max(1, w.in_features))))
+
+
+def _quantized_torch(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """The same product in plain torch, for what the kernel refuses: infinities and NaN follow torch's
+    rules."""
+    starts, blocks = _row_chunks(w), -(-w.out_features // BLOCK)
+    x = x.to(torch.float32)
+    parts = [x @ dequantize_blocks(w, b, min(b + starts.step, blocks)).t() for b in starts]
+    y = torch.cat(parts, dim=-1)
+    return y if w.bias is None else y + w.bias
+
+
+class _QuantLinear(torch.autograd.Function):
+    """Gradients through a frozen quantised weight, which is dequantised again in pieces on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: Packed, kernels: Kernels) -> torch.Tensor:
+        ctx.weight = w
+        y = kernels.quant_linear(x.detach().to(torch.float32).contiguous(), w)
+        return (_quantized_torch(x, w) if y is None else y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        w, grad = ctx.weight, grads[0].to(torch.float32)
+        starts, blocks = _row_chunks(w), -(-w.out_features // BLOCK)
+        total = grad.new_zeros(grad.shape[0], w.in_features)
+        for b in starts:
+            rows = slice(b * BLOCK, min(b + starts.step, blocks) * BLOCK)
+            total += grad[:, rows] @ dequantize_blocks(w, b, min(b + starts.step, blocks))
+        return total.to(grads[0].dtype), None, None

@@ -1,0 +1,218 @@
+"""The compiled kernels of csrc/, through ctypes: found, checked and called here; layouts are made here
+too."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from qwenrt.ops.types import CanonicalWeight, Packed
+
+ABI = 1
+BLOCK = 8  # output rows stored together
+LIBRARY = Path(__file__).parent / {
+    "win32": "_qwenrt_cpu.dll",
+    "darwin": "_qwenrt_cpu.dylib",
+}.get(sys.platform, "_qwenrt_cpu.so")
+HOW_TO_BUILD = (
+    "install a C++ compiler and reinstall qwenrt, or run `python setup.py build_kernels` in its source"
+)
+
+_NOT_FINITE = 1
+_NO_MEMORY = 2
+
+
+class _QuantMatrix(ctypes.Structure):
+    """QwenrtQuantMatrix of csrc/qwenrt_cpu.h."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("perm", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("words_per_group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("zero", ctypes.c_int32),
+        ("scales_are_float", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class KernelsUnavailable(Exception):
+    """Why the compiled kernels cannot serve; the text is what doctor prints."""
+
+
+class Kernels:
+    """The loaded library. Calls release the GIL; calls from several threads take turns inside."""
+
+    def __init__(self, path: Path = LIBRARY) -> None:
+        """Raises KernelsUnavailable where the library is missing, damaged or of another version."""
+        if sys.byteorder != "little":
+            raise KernelsUnavailable("the layouts of csrc are little-endian, this machine is not")
+        if not path.is_file():
+            raise KernelsUnavailable(f"csrc was not built ({path.name} is missing): {HOW_TO_BUILD}")
+        _check_complete(path)
+        try:
+            self._library = ctypes.CDLL(str(path))
+            abi = int(self._library.qwenrt_abi())
+        except (OSError, AttributeError) as error:
+            reason = str(error).replace(str(path.parent), "").strip(": /")
+            raise KernelsUnavailable(f"{path.name} does not load ({reason}): {HOW_TO_BUILD}") from error
+        if abi != ABI:
+            raise KernelsUnavailable(f"{path.name} has interface {abi}, expected {ABI}: {HOW_TO_BUILD}")
+        lib, pointer, size = self._library, ctypes.c_void_p, ctypes.c_int64
+        lib.qwenrt_isa.restype = ctypes.c_char_p
+        lib.qwenrt_set_isa.argtypes = [ctypes.c_char_p]
+        lib.qwenrt_set_threads.argtypes = [ctypes.c_int]
+        lib.qwenrt_quant_linear.argtypes = [ctypes.POINTER(_QuantMatrix), pointer, pointer, size]
+        lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
+        lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use: "avx2" or "scalar"."""
+        name: bytes = self._library.qwenrt_isa()
+        return name.decode()
+
+    def set_isa(self, name: str) -> None:
+        """ "auto", "avx2" or "scalar"; KernelsUnavailable where this CPU or build lacks it."""
+        if self._library.qwenrt_set_isa(name.encode()) != 0:
+            raise KernelsUnavailable(f"kernels for {name!r} were asked for; this CPU or build has {self.isa}")
+
+    def set_threads(self, threads: int) -> int:
+        """Threads that share a call, the caller's included -> the number in use."""
+        return int(self._library.qwenrt_set_threads(threads))
+
+    def quant_linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor | None:
+        """x float32 [T, K] contiguous -> float32 [T, N]; None where x holds infinities or NaN."""
+        y = torch.empty(x.shape[0], w.out_features)
+        status = self._library.qwenrt_quant_linear(w.data["native"], x.data_ptr(), y.data_ptr(), x.shape[0])
+        if status == _NO_MEMORY:
+            raise MemoryError("no memory for the activations of a quantised linear")
+        return None if status == _NOT_FINITE else y
+
+    def pack(self, codes: torch.Tensor, words: torch.Tensor, group_size: int, bits: int) -> None:
+        """codes uint8 [K, N] -> words, allocated by the caller as pack_quantized says."""
+        self._library.qwenrt_pack(codes.data_ptr(), words.data_ptr(), *codes.shape, group_size, bits)
+
+    def dense16_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x float32 [T, K] contiguous, at most 8 tokens, weight bfloat16 or float16 [N, K] -> float32 [T,
+        N]."""
+        y = torch.empty(x.shape[0], weight.shape[0])
+        self._library.qwenrt_dense16_linear(
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            x.shape[0],
+            *weight.shape,
+            int(weight.dtype == torch.float16),
+        )
+        return y
+
+
+def _check_complete(path: Path) -> None:
+    """Refuses an ELF file that was cut short: mapping one can kill the process instead of failing."""
+    if path.suffix != ".so":
+        return
+    header = path.read_bytes()[:64]
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        raise KernelsUnavailable(f"{path.name} is not a library: {HOW_TO_BUILD}")
+    sections_at = int.from_bytes(header[40:48], "little")
+    entry, count = int.from_bytes(header[58:60], "little"), int.from_bytes(header[60:62], "little")
+    if path.stat().st_size < sections_at + entry * count:
+        raise KernelsUnavailable(f"{path.name} is cut short: {HOW_TO_BUILD}")
+
+
+def native_kind(bits: int) -> str:
+    """Packed.kind of the layout the compiled kernels read."""
+    return f"w{bits}a16-rows{BLOCK}"
+
+
+def words_per_group(group_size: int, bits: int) -> int:
+    return math.ceil(group_size * bits / 32)
+
+
+def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
+    """Canonical codes in the layout of csrc/qwenrt_cpu.h.
+
+    data: ``words`` int32 [blocks, groups * words_per_group, 8], ``scales`` float16 (float32 where that
+    loses bits) [blocks, groups, 8], ``zeros`` int16 of the same shape (absent where all are equal),
+    ``perm`` int32 [K], and ``native``, the struct that points at them.
+    """
+    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
+    columns, rows = weight.codes.shape
+    bits, size, groups = weight.bits, weight.group_size, weight.scales.shape[0]
+    per_group = words_per_group(size, bits)
+    blocks = math.ceil(rows / BLOCK)
+    words = torch.empty(blocks, groups * per_group, BLOCK, dtype=torch.int32)
+    kernels.pack(weight.codes.contiguous(), words, size, bits)
+    data: dict[str, torch.Tensor | _QuantMatrix] = {"words": words}
+    scales = weight.scales.to(torch.float16)
+    exact = bool((scales.to(torch.float32) == weight.scales.to(torch.float32)).all())
+    data["scales"] = _by_block(scales if exact else weight.scales.to(torch.float32), blocks)
+    zero = int(weight.zeros[0, 0]) if weight.zeros.numel() else 0
+    if not bool((weight.zeros == zero).all()):
+        data["zeros"] = _by_block(weight.zeros, blocks)
+    if weight.perm is not None:
+        data["perm"] = weight.perm.to(torch.int32).contiguous()
+    bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
+    packed = Packed(native_kind(bits), rows, columns, data, bias, bits, size)
+    _point(packed, groups, per_group, zero)
+    return packed
+
+
+def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[R, rows] -> [blocks, R, 8], rows padded with zeros."""
+    tensor = torch.nn.functional.pad(tensor, (0, blocks * BLOCK - tensor.shape[1]))
+    return tensor.view(-1, blocks, BLOCK).transpose(0, 1).contiguous()
+
+
+def _point(packed: Packed, groups: int, per_group: int, zero: int) -> None:
+    def address(tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    packed.data["native"] = _QuantMatrix(
+        words=address(packed.data["words"]),
+        scales=address(packed.data["scales"]),
+        zeros=address(packed.data.get("zeros")),
+        perm=address(packed.data.get("perm")),
+        bias=address(packed.bias),
+        out_features=packed.out_features,
+        in_features=packed.in_features,
+        groups=groups,
+        group_size=packed.group_size,
+        words_per_group=per_group,
+        bits=packed.bits,
+        zero=zero,
+        scales_are_float=int(packed.data["scales"].dtype == torch.float32),
+    )
+
+
+def dequantize_blocks(w: Packed, first: int, last: int) -> torch.Tensor:
+    """Blocks [first, last) of a native weight -> float32 [rows, K], columns in the order of x."""
+    native: _QuantMatrix = w.data["native"]
+    per_word, blocks = 32 // w.bits, last - first
+    words = w.data["words"][first:last]
+    shifts = torch.arange(0, 32, w.bits, dtype=torch.int32)[:, None]
+    codes = ((words.unsqueeze(2) >> shifts) & (2**w.bits - 1)).to(torch.float32)
+    codes = codes.view(blocks, native.groups, native.words_per_group * per_word, BLOCK)[:, :, : w.group_size]
+    zeros = w.data.get("zeros")
+    zero = native.zero if zeros is None else zeros[first:last].unsqueeze(2).to(torch.float32)
+    values: torch.Tensor = (codes - zero) * w.data["scales"][first:last].unsqueeze(2).to(torch.float32)
+    values = values.flatten(1, 2)[:, : w.in_features].transpose(1, 2).flatten(0, 1)
+    rows = min(last * BLOCK, w.out_features) - first * BLOCK
+    perm = w.data.get("perm")
+    values = values[:rows]
+    return values if perm is None else torch.empty_like(values).index_copy_(1, perm.long(), values)

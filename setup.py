@@ -1,0 +1,158 @@
+"""Builds csrc/ into the package when there is a C++ compiler, and installs without it otherwise.
+
+Everything else about the package stands in pyproject.toml. No torch and no Python headers are needed: the
+library has a plain C interface and is loaded through ctypes, so one build serves every Python and every
+torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.develop import develop
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code that is run before the CPU was asked
+    "api.cpp": [],
+    "thread_pool.cpp": [],
+    "kernels_scalar.cpp": [],
+    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+LIBRARY = Path("qwenrt", "backends", "cpu", f"_qwenrt_cpu{SUFFIX}")
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command: $CXX, else the first one on the PATH."""
+    chosen = os.environ.get("CXX")
+    if chosen:
+        return shlex.split(chosen)
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def build_kernels(target: Path, source: Path = ROOT / "csrc") -> str | None:
+    """Compile csrc/ to ``target``; None when it worked, else why not in one line. Never raises, leaves no
+    part file."""
+    compiler = find_compiler()
+    if compiler is None:
+        return "no C++ compiler was found (set CXX, or install g++ or clang++)"
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            objects = []
+            for name, flags in SOURCES.items():
+                objects.append(str(Path(scratch, name).with_suffix(".o")))
+                own = flags if x86 else []
+                _run([*compiler, *FLAGS, *own, "-c", str(source / name), "-o", objects[-1]])
+            library = Path(scratch, target.name)
+            _run([*compiler, "-shared", "-pthread", *objects, "-o", str(library)])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}")
+            shutil.copy(library, partial)
+            os.replace(partial, target)  # a process that has the old library mapped keeps it
+    except (OSError, subprocess.SubprocessError) as error:
+        return _one_line(error, compiler)
+    return None
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+
+
+def _one_line(error: Exception, compiler: list[str]) -> str:
+    output = str(getattr(error, "stderr", None) or error).strip().splitlines()
+    cause = next((line for line in output if "error" in line.lower()), output[0] if output else "no message")
+    return f"{compiler[0]} failed ({cause.strip()[:200]})"
+
+
+def build_or_say_why(target: Path) -> bool:
+    """build_kernels, with one line for the reader of the installation's output."""
+    reason = build_kernels(target)
+    if reason is None:
+        print(f"qwenrt: built the CPU kernels ({target.name})")
+    else:
+        what = f"qwenrt: the CPU kernels were not built: {reason}. Plain torch serves the CPU instead."
+        print(what, file=sys.stderr)
+    return reason is None
+
+
+class BuildKernels(Command):
+    """`python setup.py build_kernels`: compile csrc/ into this source tree."""
+
+    description = "compile csrc/ into this source tree"
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None:
+        """Nothing to choose."""
+
+    def finalize_options(self) -> None:
+        """Nothing to check."""
+
+    def run(self) -> None:
+        if not build_or_say_why(ROOT / LIBRARY):
+            raise SystemExit(1)
+
+
+class BuildPy(build_py):
+    """Puts the library beside the modules: into the build folder, or into the source tree of an editable
+    install."""
+
+    def run(self) -> None:
+        super().run()
+        built = ROOT if self.editable_mode else Path(self.build_lib)
+        build_or_say_why(built / LIBRARY)
+
+
+class Develop(develop):
+    """The editable install of old versions of pip."""
+
+    def run(self) -> None:  # type: ignore[override]
+        build_or_say_why(ROOT / LIBRARY)
+        super().run()
+
+
+class PlatformDistribution(Distribution):
+    """A wheel with the library is for one platform, one without it for any."""
+
+    def has_ext_modules(self) -> bool:
+        return find_compiler() is not None
+
+
+commands: dict[str, type] = {"build_kernels": BuildKernels, "build_py": BuildPy, "develop": Develop}
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = None
+
+if bdist_wheel is not None:
+
+    class BdistWheel(bdist_wheel):
+        """Tags the wheel after what is in it: py3-none-<platform> with the library, py3-none-any without."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            with_library = (Path(self.bdist_dir or "") / LIBRARY).exists() or (
+                Path(self.get_finalized_command("build").build_lib) / LIBRARY
+            ).exists()
+            if not with_library:
+                return "py3", "none", "any"
+            return "py3", "none", super().get_tag()[2]
+
+    commands["bdist_wheel"] = BdistWheel
+
+if __name__ == "__main__":
+    setup(cmdclass=commands, distclass=PlatformDistribution)
