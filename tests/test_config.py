@@ -181,8 +181,8 @@ def test_any_json_gives_a_config_or_a_config_error(changes: dict[str, Any]) -> N
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["chat_format", "eos_token_id", "pad_token_id", "stop_words_ids", "max_window_size", "top_k"]
-            + ["top_p", "do_sample", "max_new_tokens", "repetition_penalty", "temperature", "decay_bound"]
+            "chat_format eos_token_id pad_token_id stop_words_ids max_window_size top_k top_p do_sample "
+            "max_new_tokens repetition_penalty temperature decay_bound".split()
         ),
         _json,
     )

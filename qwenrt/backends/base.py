@@ -184,7 +184,8 @@ class Backend:
         ``heads``: (H, KVH, hd). ``q_scale`` [T] multiplies each token's rotated query (LogN), in q's dtype.
         """
         num_heads, num_kv_heads, head_dim = heads
-        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        rows = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = torch.split(rows, (num_heads, num_kv_heads, num_kv_heads), dim=1)  # type: ignore[no-untyped-call]
         q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
         if q_scale is not None:
             q = q * q_scale.to(q.dtype)[:, None, None]
@@ -249,9 +250,12 @@ class Backend:
 
     # ---- the device
 
-    def default_dtype(self, weight_dtype: str | None, weight_bytes_f32: int) -> torch.dtype:
-        """The dtype "auto" means, given the checkpoint's own and what its weights would take in float32."""
-        return {"float16": torch.float16, "float32": torch.float32}.get(weight_dtype or "", torch.bfloat16)
+    def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
+        """The dtype "auto" means: what the checkpoint is ``stored`` in, where that is known.
+
+        ``nbytes_float32``: what the weights would take in float32; ``quantized``: whether they are GPTQ's.
+        """
+        return {"float16": torch.float16, "float32": torch.float32}.get(stored or "", torch.bfloat16)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raises BackendError where the device cannot compute in ``dtype``; found out by trying."""

@@ -88,19 +88,23 @@ def create(device: str = "auto", preferred: str | None = None) -> Backend:
         raise BackendError(f"device={device!r}", f"{index!r} is not a device number", _advice())
     if name in _plugins():
         plugin = _load(_plugins()[name].value, name)
-        return plugin(torch.device(plugin.device_type, int(index) if index else None))
+        return plugin(_torch_device(plugin.device_type, index))
     built_in = _BUILT_IN.get(name)
     if built_in is None:
         raise BackendError(f"device={device!r}", "no such backend", _advice())
     missing = built_in.missing()
     if missing is not None:
         raise BackendError(f"device={device!r}", missing, _advice())
-    torch_device = torch.device(built_in.torch_device, int(index) if index else None)
+    torch_device = _torch_device(built_in.torch_device, index)
     if torch_device.type != "cpu":
         count = torch.get_device_module(torch_device).device_count()
         if int(index or 0) >= count:
             raise BackendError(f"device={device!r}", f"there are {count} {name} devices", _advice())
     return _load(built_in.backend, name)(torch_device)
+
+
+def _torch_device(kind: str, index: str) -> torch.device:
+    return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
 def _plugins() -> dict[str, metadata.EntryPoint]:

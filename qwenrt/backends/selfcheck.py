@@ -99,7 +99,9 @@ def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]
     """A ragged batch of a decode step over 513 tokens and a cut prompt, with NaN in every unused slot."""
     num_heads, num_kv_heads, head_dim = heads
     normal, size, lens = _generator(backend), 16, [(1, 513), (5, 21)]
-    blocks = [list(range(40, 40 - -(-kv // size), -1)) if i == 0 else [50, 51] for i, (_, kv) in enumerate(lens)]
+    blocks = [
+        list(range(40, 40 - -(-kv // size), -1)) if i == 0 else [50, 51] for i, (_, kv) in enumerate(lens)
+    ]
     kv = backend.alloc_kv(1, 64, size, num_kv_heads, head_dim, dtype, False)[0]
     kv.k.fill_(float("nan"))
     kv.v.fill_(float("nan"))
@@ -130,4 +132,6 @@ def _elementwise(backend: Backend, dtype: torch.dtype, op: str) -> float:
 def _rotary(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
     x = _generator(backend)(3, heads[0], heads[2]).to(dtype)
     angles = _generator(backend)(3, heads[2] // 2).repeat(1, 2)
-    return _relative(backend.rotary(x, angles.cos(), angles.sin()), reference.rotary(x, angles.cos(), angles.sin()))
+    return _relative(
+        backend.rotary(x, angles.cos(), angles.sin()), reference.rotary(x, angles.cos(), angles.sin())
+    )

@@ -81,15 +81,20 @@ class Qwen:
             value = getattr(self, name)
         return value
 
+    def linears(self) -> Iterator[Packed]:
+        """Every packed linear, in the order of ``linear_specs``."""
+        for name in self.linear_specs:
+            packed = self.get(name)
+            assert isinstance(packed, Packed)
+            yield packed
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every dense weight and bias by name ("layers.0.qkv_proj.weight", ".bias", "norm", ...)."""
         for name in self.tensor_specs:
             tensor = self.get(name)
             assert isinstance(tensor, torch.Tensor)
             yield name, tensor
-        for name in self.linear_specs:
-            packed = self.get(name)
-            assert isinstance(packed, Packed)
+        for name, packed in zip(self.linear_specs, self.linears(), strict=True):
             if packed.kind == "dense":
                 yield f"{name}.weight", packed.data["weight"]
             if packed.bias is not None:
@@ -107,7 +112,7 @@ class Qwen:
     def weight_bytes(self) -> int:
         """Bytes of all weights as they are packed."""
         tensors = sum(self.get(name).nbytes for name in self.tensor_specs)
-        return tensors + sum(self.get(name).nbytes for name in self.linear_specs)
+        return tensors + sum(packed.nbytes for packed in self.linears())
 
     # ---- the network
 
@@ -121,7 +126,10 @@ class Qwen:
         """token_ids int64 [T], ``alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
         final norm. ``kv``: one cache per layer, or None to attend over this step's tokens alone."""
         positions = torch.cat(
-            [torch.arange(kv_len - q_len, kv_len) for q_len, kv_len in zip(plan.q_lens, plan.kv_lens, strict=True)]
+            [
+                torch.arange(kv_len - q_len, kv_len)
+                for q_len, kv_len in zip(plan.q_lens, plan.kv_lens, strict=True)
+            ]
             or [torch.empty(0, dtype=torch.int64)]
         )
         longest = max(plan.kv_lens, default=1)

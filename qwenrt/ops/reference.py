@@ -29,7 +29,7 @@ def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
     perm = w.data.get("perm")
     if perm is not None:
         x = x.index_select(-1, perm)
-    y = x @ dequantize(w, x.dtype)
+    y = torch.matmul(x, dequantize(w, x.dtype))
     return y if w.bias is None else y + w.bias
 
 
@@ -66,7 +66,8 @@ def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
         codes = torch.stack((codes & 15, codes >> 4), dim=1).flatten(0, 1)[: w.in_features]
     group = torch.arange(w.in_features, device=codes.device) // w.group_size
     step = codes.to(torch.int16) - zeros.to(torch.int16).index_select(0, group)
-    return (step.float() * scales.float().index_select(0, group)).to(dtype)
+    values: torch.Tensor = step.float() * scales.float().index_select(0, group)
+    return values.to(dtype)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -167,8 +168,8 @@ def attention(
     fresh = kv is None or not (plan.has_history or kv.quantized)
     lens = plan.q_lens
     if fresh and len(lens) > 1 and len(set(lens)) == 1 and lens[0] > 0:
-        batched = (x.unflatten(0, (len(lens), lens[0])).transpose(1, 2) for x in (q, k, v))
-        return _causal(*batched, scale=scale).transpose(1, 2).flatten(0, 1)
+        qs, ks, vs = (x.view(len(lens), lens[0], *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        return _causal(qs, ks, vs, scale).transpose(1, 2).flatten(0, 1)
     out, start = [], 0
     for i, (q_len, kv_len) in enumerate(zip(lens, plan.kv_lens, strict=True)):
         here = slice(start, start + q_len)
@@ -180,8 +181,8 @@ def attention(
         else:
             assert kv is not None
             keys, values = load_kv(kv, plan.block_table[i], kv_len, q.dtype)
-        one = (x.transpose(0, 1).unsqueeze(0) for x in (q[here], keys, values))
-        out.append(_causal(*one, scale=scale)[0].transpose(0, 1))
+        qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in (q[here], keys, values))
+        out.append(_causal(qs, ks, vs, scale)[0].transpose(0, 1))
     return torch.cat(out) if out else q.new_empty(q.shape)
 
 

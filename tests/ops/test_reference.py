@@ -91,13 +91,13 @@ def test_paged_attention_is_the_formula(
     q_lens, kv_lens, block_size, groups = batch
     torch.manual_seed(sum(kv_lens))
     heads, kv_heads, dim, scale = 2 * groups, 2, 16, 0.3
-    kv = CPU.alloc_kv(1, 64, block_size, kv_heads, dim, torch.float32, quantized)[0]
+    kv = CPU.alloc_kv(1, 128, block_size, kv_heads, dim, torch.float32, quantized)[0]
     for side in (kv.k, kv.v):  # what an unused slot holds must not matter
         side.fill_(255 if quantized else math.nan)
     for zeros in (kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero):
         if zeros is not None:
             zeros.fill_(math.nan)
-    free = torch.randperm(64).tolist()
+    free = torch.randperm(128).tolist()
     tables = [[free.pop() for _ in range(-(-length // block_size))] for length in kv_lens]
     kv_all = [(torch.randn(m, kv_heads, dim), torch.randn(m, kv_heads, dim)) for m in kv_lens]
     slots: list[int] = []
@@ -120,9 +120,7 @@ def test_paged_attention_is_the_formula(
     for (keys, values), q_len in zip(kv_all, q_lens, strict=True):
         expected = naive_attention(q[start : start + q_len], keys, values, scale)
         tolerance = 0.05 if quantized else 1e-5
-        torch.testing.assert_close(
-            out[start : start + q_len].double(), expected, atol=tolerance, rtol=0
-        )
+        torch.testing.assert_close(out[start : start + q_len].double(), expected, atol=tolerance, rtol=0)
         start += q_len
 
 

@@ -1,0 +1,354 @@
+"""From a name and the user's settings to a model with its engine: resolve, check, load, bind."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwenrt.backends import registry, selfcheck
+from qwenrt.backends.base import Backend, Binding
+from qwenrt.config import Environment, GenerationConfig, ModelConfig
+from qwenrt.engine.async_engine import AsyncEngine
+from qwenrt.engine.engine import Engine
+from qwenrt.errors import BackendError, ConfigError
+from qwenrt.loader import hub
+from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
+from qwenrt.loader.preflight import preflight
+from qwenrt.loader.weights import QUANTIZE_GROUP, load_weights, quantize_bits
+from qwenrt.model.qwen import Qwen
+from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("qwenrt")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_CACHE_DTYPES = ("auto", "int8")
+FALLBACKS = ("warn", "error", "silent")
+BLOCK_SIZE = 16
+CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
+LONGEST_BY_CHOICE = 32768  # the longest context that is set up unless the user asks for more
+
+# The released shapes, for random weights: layers, hidden size, heads, config.json's intermediate_size, vocabulary.
+SHAPES = {
+    "Qwen-1_8B": (24, 2048, 16, 11008, 151936),
+    "Qwen-7B": (32, 4096, 32, 22016, 151936),
+    "Qwen-14B": (40, 5120, 40, 27392, 152064),
+    "Qwen-72B": (80, 8192, 64, 49152, 152064),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may set when loading; `qwenrt.load` says what each means."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    source: str = "auto"
+    revision: str | None = None
+    offline: bool | None = None
+    quantize: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    fallback: str = "warn"
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[object, ...]] = {
+            "dtype": ("auto", *DTYPES),
+            "source": ("auto", "huggingface", "modelscope"),
+            "quantize": (None, "int8", "int4"),
+            "kv_cache_dtype": KV_CACHE_DTYPES,
+            "fallback": FALLBACKS,
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(
+                    f"{name}={value!r}", "unknown", f"Use one of {', '.join(map(repr, allowed))}."
+                )
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            bad = not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**24
+            if bad and not (name == "max_model_len" and value is None):
+                raise ConfigError(
+                    f"{name}={value!r}", "not a usable number", f"Use an integer from 1 to {2**24}."
+                )
+
+
+@dataclass
+class Assembled:
+    """A model that is ready to serve, and what was decided on the way."""
+
+    name: str
+    config: ModelConfig
+    generation: GenerationConfig
+    tokenizer: Tokenizer | None
+    model: Qwen
+    backend: Backend
+    engine: AsyncEngine
+    dtype: torch.dtype
+    max_model_len: int
+    quantize: str | None
+    load_s: float
+    summary: str = ""
+
+    def explain(self) -> str:
+        """A table: op, kind of weight, what serves it in how many places, and why or with which note."""
+        rows: dict[tuple[str, str, str, str], int] = {}
+        for b in self.backend.bindings:
+            key = (b.op, b.kind, self.backend.name if b.native else "plain torch", b.why)
+            rows[key] = rows.get(key, 0) + 1
+        lines = [self.summary, f"{'op':<16} {'weights':<10} {'served by':<12} places  note"]
+        lines += [
+            f"{op:<16} {kind:<10} {served:<12} {count:>6}  {note}".rstrip()
+            for (op, kind, served, note), count in sorted(rows.items())
+        ]
+        sizes: dict[str, int] = {}
+        for packed in self.model.linears():
+            sizes[packed.kind] = sizes.get(packed.kind, 0) + packed.nbytes
+        lines += [f"{kind} weights: {nbytes / 2**20:.1f} MiB" for kind, nbytes in sizes.items()]
+        return "\n".join(lines)
+
+
+def assemble(name: str, settings: Settings, environment: Environment) -> Assembled:
+    """Resolve a name, check its files and the memory, load the weights, bind the ops, start the engine."""
+    started = time.perf_counter()
+    backend = registry.create(settings.device, environment.backend)
+    directory = hub.resolve(
+        name,
+        source=settings.source,
+        revision=settings.revision,
+        offline=settings.offline,
+        env=environment,
+        progress=settings.progress,
+    )
+    config, generation = ModelConfig.from_dir(directory), GenerationConfig.from_dir(directory)
+    checkpoint = open_checkpoint(directory)
+    tokenizer = _tokenizer(directory, config)
+
+    def fill(model: Qwen, dtype: torch.dtype) -> None:
+        load_weights(
+            model, checkpoint, config, backend, dtype, quantize=settings.quantize, progress=settings.progress
+        )
+
+    stored = _stored_dtype(checkpoint)
+    return _build(name, config, generation, tokenizer, backend, settings, fill, stored, started)
+
+
+def assemble_random(shape: str | ModelConfig, settings: Settings, environment: Environment) -> Assembled:
+    """The same with random weights of a released shape and no tokenizer: for benchmarks, without a download."""
+    started = time.perf_counter()
+    config = shape if isinstance(shape, ModelConfig) else shape_config(shape)
+    backend = registry.create(settings.device, environment.backend)
+    bits = quantize_bits(settings.quantize, config) or 16
+
+    def fill(model: Qwen, dtype: torch.dtype) -> None:
+        for name, dims in model.tensor_specs.items():
+            tensor = torch.ones(dims) if len(dims) == 1 else torch.empty(dims, dtype=dtype).normal_(std=0.02)
+            model.set_tensor(name, tensor.to(backend.device, dtype))
+        for seed, (name, spec) in enumerate(model.linear_specs.items()):
+            kept = bits if spec.quantizable else 16
+            weight = selfcheck.random_weight(spec.out_features, spec.in_features, kept, QUANTIZE_GROUP, seed)
+            bias = torch.zeros(spec.out_features) if spec.bias else None
+            model.set_linear(name, backend.pack_linear(dataclasses.replace(weight, bias=bias), dtype))
+
+    name = shape if isinstance(shape, str) else "random weights"
+    return _build(name, config, GenerationConfig(), None, backend, settings, fill, None, started)
+
+
+def shape_config(name: str) -> ModelConfig:
+    """The config of a released shape."""
+    if name not in SHAPES:
+        raise ConfigError(f"shape {name!r}", "unknown", f"Known shapes are: {', '.join(SHAPES)}.")
+    layers, hidden, heads, intermediate, vocab = SHAPES[name]
+    return ModelConfig.from_dict(
+        {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "intermediate_size": intermediate,
+            "vocab_size": vocab,
+            "seq_length": 8192,
+            "max_position_embeddings": 32768,
+        }
+    )
+
+
+def _build(
+    name: str,
+    config: ModelConfig,
+    generation: GenerationConfig,
+    tokenizer: Tokenizer | None,
+    backend: Backend,
+    settings: Settings,
+    fill: Callable[[Qwen, torch.dtype], None],
+    stored: str | None,
+    started: float,
+) -> Assembled:
+    quantize_bits(settings.quantize, config)
+    dtype = choose_dtype(settings.dtype, config, backend, stored)
+    longest = settings.max_model_len or min(config.max_position_embeddings, LONGEST_BY_CHOICE)
+    if settings.max_model_len is None:
+        longest = _longest_that_fits(config, backend, dtype, settings, longest)
+    preflight(
+        config,
+        backend,
+        dtype,
+        quantize=settings.quantize,
+        max_model_len=longest,
+        kv_cache_dtype=settings.kv_cache_dtype,
+    )
+    _selfcheck(config, backend, dtype, settings)
+    model = Qwen(config, backend, dtype)
+    fill(model, dtype)
+    model.bind()
+    _report_fallbacks(model.backend.bindings, settings.fallback)
+    engine = Engine(
+        model,
+        backend,
+        tokenizer,
+        eos_token_ids=_eos(generation, tokenizer),
+        vocab_limit=None if tokenizer is None else tokenizer.vocab_size,
+        max_model_len=longest,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        block_size=BLOCK_SIZE,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        num_blocks=_num_blocks(config, backend, dtype, settings, longest),
+    )
+    built = Assembled(
+        name,
+        config,
+        generation,
+        tokenizer,
+        model,
+        backend,
+        AsyncEngine(engine),
+        dtype,
+        longest,
+        settings.quantize,
+        time.perf_counter() - started,
+    )
+    built.summary = _summary(built, settings)
+    logger.info(built.summary)
+    if settings.progress or (settings.progress is None and sys.stderr is not None and sys.stderr.isatty()):
+        sys.stderr.write(built.summary + "\n")
+    return built
+
+
+def choose_dtype(wanted: str, config: ModelConfig, backend: Backend, stored: str | None) -> torch.dtype:
+    """The activations' dtype: what the user wants if the device can, else the backend's choice."""
+    if wanted != "auto":
+        backend.check_dtype(DTYPES[wanted])
+        return DTYPES[wanted]
+    return backend.default_dtype(config.dtype or stored, config.num_parameters * 4, config.quant is not None)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str | None:
+    """The dtype most of a checkpoint's bytes are in."""
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype in names:
+            sizes[names[entry.dtype]] = sizes.get(names[entry.dtype], 0) + entry.nbytes
+    return max(sizes, key=sizes.__getitem__) if sizes else None
+
+
+def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None for one without (ids in, ids out)."""
+    if not (directory / "qwen.tiktoken").exists():
+        logger.warning("%s has no qwen.tiktoken: only token ids can go in and out", directory)
+        return None
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"loading {directory}",
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model has {config.vocab_size} rows",
+            "The vocabulary and config.json come from different models: fetch them again.",
+        )
+    return tokenizer
+
+
+def _eos(generation: GenerationConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Every id that ends a text, whichever file names it; a chat model's turns end with <|im_end|> as well."""
+    ids = [*generation.eos_token_ids]
+    if tokenizer is not None:
+        ids.append(tokenizer.eod_id)
+        if generation.chat_format == "chatml":
+            ids += [tokenizer.im_end_id, tokenizer.im_start_id]
+    return tuple(dict.fromkeys(ids))
+
+
+def _cache_token_bytes(config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings) -> int:
+    return backend.kv_bytes_per_token(
+        config.num_layers, config.num_kv_heads, config.head_dim, dtype, settings.kv_cache_dtype == "int8"
+    )
+
+
+def _longest_that_fits(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings, longest: int
+) -> int:
+    """The longest context, up to ``longest``, whose cache is at most half of what is free now."""
+    fits = backend.memory()[0] // 2 // _cache_token_bytes(config, backend, dtype, settings)
+    return max(min(longest, fits // BLOCK_SIZE * BLOCK_SIZE), min(longest, 256))
+
+
+def _num_blocks(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings, longest: int
+) -> int:
+    """Blocks of the cache: every sequence at full length, if a share of the free memory holds that; one at least."""
+    per_token = _cache_token_bytes(config, backend, dtype, settings)
+    one, all_of_them = longest, longest * settings.max_num_seqs
+    affordable = int(backend.memory()[0] * CACHE_SHARE) // per_token
+    return -(-max(one, min(all_of_them, affordable)) // BLOCK_SIZE)
+
+
+def _selfcheck(config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings) -> None:
+    bits = config.quant.bits if config.quant else quantize_bits(settings.quantize, config) or 16
+    group = config.quant.group_size if config.quant else QUANTIZE_GROUP
+    specs = Qwen(config, backend, dtype).linear_specs.values()
+    shapes = {(s.out_features, s.in_features, bits if s.quantizable else 16, group) for s in specs}
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    for op, why in selfcheck.check(backend, dtype, heads, sorted(shapes)).items():
+        logger.error("the %s kernel of %s is not used: %s", op, backend.name, why)
+        if settings.fallback == "error":
+            raise BackendError(
+                f"kernel {op} of {backend.name}", why, 'Load with fallback="warn" to go without it.'
+            )
+
+
+def _report_fallbacks(bindings: list[Binding], fallback: str) -> None:
+    """Say once for each reason which native kernel does not serve; or refuse."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for binding in bindings:
+        if not binding.native and binding.why:
+            reasons.setdefault((binding.op, binding.why), []).append(binding.where)
+    for (op, why), places in reasons.items():
+        line = f"{op} runs as plain torch in {len(places)} places ({places[0]}, ...): {why}"
+        if fallback == "error":
+            raise BackendError("fallback='error'", line, "`qwenrt doctor` says how to get the kernel.")
+        if fallback == "warn":
+            logger.warning(line)
+
+
+def _summary(built: Assembled, settings: Settings) -> str:
+    """The one line that says what serves."""
+    kinds = dict.fromkeys(spec.kind for spec in built.model.linears())
+    weights = "+".join(
+        {"w4a16": "int4", "w8a16": "int8"}.get(k.split("-")[0], k.split("-")[0]) for k in kinds
+    )
+    cache = "int8" if settings.kv_cache_dtype == "int8" else str(built.dtype).removeprefix("torch.")
+    return (
+        f"{built.name}: {built.backend.name} ({built.backend.device}), "
+        f"{str(built.dtype).removeprefix('torch.')}, weights {weights} {built.model.weight_bytes / 2**30:.2f} GiB, "
+        f"cache {cache} up to {built.max_model_len} tokens, {built.backend.describe()}, "
+        f"loaded in {built.load_s:.1f} s"
+    )

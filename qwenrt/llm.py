@@ -1,0 +1,395 @@
+"""A loaded model: chat, stream, generate, logits. Read this first.
+
+``load`` turns a name into an LLM; an LLM turns what it is asked into requests for its engine. One engine thread
+serves all callers, so any thread may use one LLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from qwenrt.config import Environment, GenerationConfig, ModelConfig
+from qwenrt.errors import RequestError
+from qwenrt.outputs import Delta, FinishReason, Generation, TokenLogprob, Usage
+from qwenrt.sampling_params import SamplingParams
+from qwenrt.text.chat_template import Prompt, build_chat, build_messages
+from qwenrt.text.conversations import as_history
+from qwenrt.text.messages import DEFAULT_SYSTEM
+from qwenrt.text.tool_calls import parse_react
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenrt.assembly import Assembled
+    from qwenrt.engine.async_engine import Handle
+    from qwenrt.text.tokenizer import Tokenizer
+
+History = list[tuple[str, str]]
+
+
+def load(
+    model: str | PathLike[str] = "demo",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    source: str = "auto",
+    revision: str | None = None,
+    offline: bool | None = None,
+    quantize: str | None = None,
+    kv_cache_dtype: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 16,
+    max_num_batched_tokens: int = 512,
+    fallback: str = "warn",
+    progress: bool | None = None,
+) -> LLM:
+    """Load a model, wherever it is, for whatever device is there.
+
+    model: an alias ("Qwen-7B-Chat"), a repository ("Qwen/Qwen-7B-Chat"), a local directory, or "demo" (built in).
+    device: "auto" | "cpu" | "cuda" | "cuda:1" | "npu" | "dcu" | a plugin's name.
+    dtype: "auto" | "float32" | "bfloat16" | "float16", of activations and of weights that are not quantised.
+    source: "auto" | "huggingface" | "modelscope"; revision: a branch, tag or commit; offline: True opens no socket.
+    quantize: None | "int8" | "int4": round dense weights at load. kv_cache_dtype: "auto" | "int8".
+    max_model_len: longest prompt and answer together, in tokens; None takes what the model and the memory allow.
+    max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
+    fallback: "warn" | "error" | "silent", where a device's own kernel cannot serve.
+    progress: None shows bars and one summary line on a terminal's stderr; True or False decides.
+
+    Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
+    """
+    from qwenrt.assembly import Settings, assemble
+
+    settings = Settings(
+        device=device,
+        dtype=dtype,
+        source=source,
+        revision=revision,
+        offline=offline,
+        quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        fallback=fallback,
+        progress=progress,
+    )
+    return LLM(assemble(_name(model), settings, Environment.read()))
+
+
+def load_random(shape: str | ModelConfig, **settings: Any) -> LLM:
+    """Random weights of a released shape ("Qwen-1_8B", "Qwen-7B", ...), without a tokenizer: for benchmarks.
+
+    ``settings`` as for `load`, but for those that concern a download.
+    """
+    from qwenrt.assembly import Settings, assemble_random
+
+    return LLM(assemble_random(shape, Settings(**settings), Environment.read()))
+
+
+def load_tokenizer(model: str | PathLike[str]) -> Tokenizer:
+    """A model's tokenizer alone, by any name `load` takes; needs no torch."""
+    from qwenrt.loader.hub import resolve
+    from qwenrt.text.tokenizer import load_tokenizer as from_directory
+
+    return from_directory(resolve(_name(model), env=Environment.read()))
+
+
+class LLM:
+    """One model in memory. Made by `load`; usable from any thread; a context manager that frees it at the end."""
+
+    def __init__(self, assembled: Assembled) -> None:
+        self._assembled: Assembled | None = assembled
+        self.name: str = assembled.name
+        self.config: ModelConfig = assembled.config
+        self.generation_config: GenerationConfig = assembled.generation
+        self.tokenizer: Tokenizer | None = assembled.tokenizer
+        self.summary: str = assembled.summary
+        self.device = assembled.backend.device
+
+    # ---- chat
+
+    def chat(
+        self,
+        query: str | None = None,
+        history: Any = None,
+        system: str = DEFAULT_SYSTEM,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling_params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """One turn of a conversation.
+
+        With ``query``: -> (response, history), the new pair appended to a copy of ``history``; `system` is not part
+        of it. With ``messages`` (OpenAI's shape, ``tools`` too): -> Generation, whose ``message`` is ready to append.
+        ``sampling`` changes single fields of ``sampling_params`` or of the checkpoint's own defaults.
+        """
+        past = as_history(history)
+        prompt = self._chat_prompt(query, past, system, messages, tools)
+        params = self._params(sampling_params, sampling)
+        if messages is None and params.n != 1:
+            raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
+        generation = self._collect([self._submit(prompt.token_ids, params, prompt.stop)], bool(tools))[0]
+        if messages is not None:
+            return generation
+        response = generation.text.strip()
+        assert query is not None
+        return response, [*past, (query, response)]
+
+    def stream(
+        self,
+        query: str | None = None,
+        history: Any = None,
+        system: str = DEFAULT_SYSTEM,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling_params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> Iterator[Delta]:
+        """The same turn piece by piece. Leaving the loop, or closing the iterator, cancels the request."""
+        prompt = self._chat_prompt(query, as_history(history), system, messages, tools)
+        handle = self._submit(prompt.token_ids, self._params(sampling_params, sampling), prompt.stop)
+        return _deltas(handle)
+
+    # ---- completion
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Continue a text, or token ids: -> Generation. A list of prompts -> a list of Generations, one engine run.
+
+        Control tokens in a text stay plain text. ``sampling_params`` may be a list, one for each prompt.
+        """
+        prompts, single = self._prompts(prompt, prompt_token_ids)
+        if isinstance(sampling_params, Sequence):
+            if len(sampling_params) != len(prompts):
+                found = f"{len(sampling_params)} for {len(prompts)} prompts"
+                raise RequestError(
+                    "a list of sampling_params", found, "Give one for each prompt, or one for all."
+                )
+            each = [self._params(p, sampling) for p in sampling_params]
+        else:
+            each = [self._params(sampling_params, sampling)] * len(prompts)
+        handles: list[Handle] = []
+        try:
+            for ids, params in zip(prompts, each, strict=True):
+                handles.append(self._submit(ids, params))
+            generations = self._collect(handles, False)
+        except BaseException:  # one bad prompt, or Ctrl-C: nothing of the others goes on in the background
+            for handle in handles:
+                handle.cancel()
+            raise
+        return generations[0] if single else generations
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The model's logits after each token -> float32 [num_tokens, vocab_size] on the CPU; one prefill."""
+        ids = _token_ids(token_ids)
+        return self._alive().engine.logits(ids)
+
+    # ---- about it
+
+    def explain(self) -> str:
+        """Which code serves which op of which layers, bytes of the weights, and why not the fast one."""
+        return self._alive().explain()
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the engine (running, waiting, free blocks, ...) and of the model (bytes, limits)."""
+        alive = self._alive()
+        embedding = alive.model.embed_tokens.nbytes
+        return {
+            **alive.engine.stats(),
+            "max_model_len": alive.max_model_len,
+            "weight_bytes": alive.model.weight_bytes,
+            # a token reads every weight but one row of the embedding
+            "weight_bytes_per_token": alive.model.weight_bytes
+            - embedding
+            + embedding // self.config.vocab_size,
+            "load_s": alive.load_s,
+            "dtype": str(alive.dtype).removeprefix("torch."),
+            "kernels": alive.backend.describe(),
+        }
+
+    def close(self) -> None:
+        """End all requests and give the memory back. Safe to call twice; any use afterwards is a RequestError."""
+        assembled, self._assembled = self._assembled, None
+        if assembled is not None:
+            assembled.engine.close()
+            backend = assembled.backend
+            del assembled
+            backend.empty_cache()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<qwenrt.LLM {self.name}{'' if self._assembled else ' (closed)'}>"
+
+    # ---- inside
+
+    def _alive(self) -> Assembled:
+        if self._assembled is None:
+            raise RequestError(f"using {self.name}", "it was closed", "Load it again with qwenrt.load(...).")
+        return self._assembled
+
+    def _chat_prompt(
+        self,
+        query: str | None,
+        history: History,
+        system: str,
+        messages: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> Prompt:
+        if (query is None) == (messages is None):
+            found = "both a query and messages" if messages is not None else "neither a query nor messages"
+            raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
+        tokenizer = self._needs_tokenizer("chat")
+        if self.generation_config.chat_format == "raw":
+            raise RequestError(
+                f"chatting with {self.name}",
+                "it is a base model (chat_format 'raw'), which continues texts and knows no conversation",
+                "Use generate(prompt), or load the -Chat release of the model.",
+            )
+        window = self.generation_config.max_window_size
+        if messages is not None:
+            return build_messages(tokenizer, messages, tools, max_window_size=window)
+        assert query is not None
+        if not tools:
+            return Prompt(build_chat(tokenizer, query, history, system, window))
+        turns = [{"role": "system", "content": system}]
+        for user, assistant in history:
+            turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        return build_messages(tokenizer, [*turns, {"role": "user", "content": query}], tools, window)
+
+    def _needs_tokenizer(self, asked: str) -> Tokenizer:
+        self._alive()
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{asked} with {self.name}",
+                "it has no tokenizer file (qwen.tiktoken)",
+                "Pass generate(prompt_token_ids=...), or add the file to the directory.",
+            )
+        return self.tokenizer
+
+    def _params(self, given: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+        if given is not None and not isinstance(given, SamplingParams):
+            raise RequestError(
+                "sampling_params", f"got {type(given).__name__}", "Pass qwenrt.SamplingParams(...)."
+            )
+        params = self.generation_config.sampling if given is None else given
+        return params.with_(**changes) if changes else params
+
+    def _prompts(self, prompt: object, prompt_token_ids: object) -> tuple[list[list[int]], bool]:
+        """The prompts as token ids, and whether a single one was given."""
+        if (prompt is None) == (prompt_token_ids is None):
+            found = "neither" if prompt is None else "both"
+            raise RequestError("generate", f"{found} of prompt and prompt_token_ids", "Pass one of the two.")
+        if prompt_token_ids is not None:
+            listed = _as_list("prompt_token_ids", prompt_token_ids)
+            if listed and not isinstance(listed[0], int):
+                return [_token_ids(ids) for ids in listed], False
+            return [_token_ids(listed)], True
+        tokenizer = self._needs_tokenizer("generate from text")
+        texts = [prompt] if isinstance(prompt, str) else _as_list("prompt", prompt)
+        for text in texts:
+            if not isinstance(text, str):
+                raise RequestError(
+                    "prompt", f"got {type(text).__name__}", "Pass a string or a list of strings."
+                )
+        return [tokenizer.encode(text) for text in texts], isinstance(prompt, str)
+
+    def _submit(self, ids: list[int], params: SamplingParams, stop: Sequence[str] = ()) -> Handle:
+        if stop:
+            params = replace(params, stop=(*params.stop, *stop))
+        return self._alive().engine.submit(ids, params, stop_sequences=self.generation_config.stop_words_ids)
+
+    def _collect(self, handles: list[Handle], with_tools: bool) -> list[Generation]:
+        """Wait for all requests; each one's choices become one Generation with the rest in ``choices``."""
+        done = []
+        try:
+            for handle in handles:
+                choices = _generations(handle, with_tools)
+                done.append(choices[0] if len(choices) == 1 else replace(choices[0], choices=tuple(choices)))
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return done
+
+
+def _deltas(handle: Handle) -> Iterator[Delta]:
+    try:
+        yield from handle
+    finally:
+        handle.cancel()
+
+
+def _generations(handle: Handle, with_tools: bool) -> list[Generation]:
+    """All deltas of one request, joined per completion, in the order of their index."""
+    pieces: dict[int, list[Delta]] = {}
+    for delta in handle:
+        pieces.setdefault(delta.index, []).append(delta)
+    return [_joined(pieces[index], with_tools) for index in sorted(pieces)]
+
+
+def _joined(deltas: list[Delta], with_tools: bool) -> Generation:
+    text = "".join(delta.text for delta in deltas)
+    logprobs: list[TokenLogprob] | None = None
+    if any(delta.logprobs is not None for delta in deltas):
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    reason: FinishReason = deltas[-1].finish_reason or "abort"
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if with_tools:
+        content, calls = parse_react(text)
+        message["content"] = content
+        if calls:
+            message["tool_calls"] = calls
+            reason = "tool_calls"
+    return Generation(
+        text=text,
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        finish_reason=reason,
+        usage=deltas[-1].usage or Usage(),
+        logprobs=logprobs,
+        message=message,
+    )
+
+
+def _name(model: object) -> str:
+    text = fspath(model) if isinstance(model, PathLike) else model
+    if not isinstance(text, str) or not text:
+        raise RequestError(
+            "a model's name", f"got {model!r:.80}", "Pass a name, a repository or a directory."
+        )
+    return text
+
+
+def _as_list(name: str, value: object) -> list[Any]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise RequestError(name, f"got {type(value).__name__}", "Pass a list.")
+    return list(value)
+
+
+def _token_ids(ids: object) -> list[int]:
+    listed = _as_list("token ids", ids)
+    if hasattr(ids, "tolist"):  # a tensor or an array
+        listed = ids.tolist()
+    for token in listed:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise RequestError("token ids", f"one is {token!r:.40}", "Token ids are integers.")
+    return listed
