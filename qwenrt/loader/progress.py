@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 
 class ByteBar:
     """Counts bytes up to ``total``. ``show`` None means: only on a terminal."""
 
     def __init__(self, description: str, total: int, show: bool | None = None) -> None:
-        from tqdm import tqdm  # comes with huggingface-hub
-
-        disable = None if show is None else not show  # None is tqdm's word for "unless a terminal"
-        self._bar = tqdm(
-            total=total, desc=description, unit="B", unit_scale=True, disable=disable, leave=False
-        )
+        self._bar = quiet_tqdm(show)(total=total, desc=description, unit="B", unit_scale=True, leave=False)
 
     def add(self, nbytes: int) -> None:
         self._bar.update(nbytes)
+
+    def close(self) -> None:
+        self._bar.close()
 
     def __enter__(self) -> ByteBar:
         return self
@@ -25,4 +24,17 @@ class ByteBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self.close()
+
+
+def quiet_tqdm(show: bool | None) -> Any:
+    """The class of bar to hand to a client: shown, silent, or (None) shown on a terminal only."""
+    from tqdm import tqdm  # comes with huggingface-hub
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)  # huggingface-hub's own bars take a name
+            kwargs["disable"] = None if show is None else not show  # None is tqdm's "unless a terminal"
+            super().__init__(*args, **kwargs)
+
+    return Bar

@@ -1,0 +1,85 @@
+"""What is asked of a model hub, whichever it is, and the failures all hubs share."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from qwenrt.errors import CheckpointError
+
+# Never fetched: *.py (code) and *.bin (pickles). Patterns match names in the repository's top directory and below.
+SMALL_FILES = ("*.json", "*.tiktoken", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+WEIGHT_FILES = ("*.safetensors",)
+NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "socket", "ssl")
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One repository to bring to this machine. ``show``: progress bars on stderr (None: only on a terminal)."""
+
+    hub: str
+    repo: str
+    revision: str | None
+    cache_dir: Path
+    endpoint: str | None
+    token: str | None
+    offline: bool
+    show: bool | None
+    patterns: tuple[str, ...]
+
+    @property
+    def asked(self) -> str:
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        return f"fetching {self.repo}{at} from {self.hub}"
+
+    def fail(self, found: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
+        raise CheckpointError(self.asked, found, remedy) from cause
+
+    def unreachable(self, found: str, cause: BaseException | None = None) -> NoReturn:
+        where = f" at {self.endpoint}" if self.endpoint else ""
+        raise Unreachable(
+            self.asked,
+            f"the hub{where} cannot be reached ({found[:300]})",
+            "Check the network and proxy settings, set HF_ENDPOINT to a mirror, or pass source='modelscope'. "
+            "What was fetched is kept: the next try goes on from there.",
+        ) from cause
+
+    def not_cached(self, cause: BaseException | None = None) -> NoReturn:
+        raise NotCached(
+            self.asked, f"offline, and it is not complete in {self.cache_dir}", "Fetch it while online."
+        ) from cause
+
+
+class Unreachable(CheckpointError):
+    """A hub did not answer, or something else answered in its place: another source may."""
+
+
+class NotCached(CheckpointError):
+    """Offline, and the files are not all here."""
+
+
+def out_of_space(pull: Pull, error: BaseException | None) -> None:
+    """Raise for a full or read-only disk, wherever in a chain of exceptions it lies."""
+    seen = 0
+    while error is not None and seen < 10:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            pull.fail(
+                f"no space left on the disk of {pull.cache_dir}",
+                "Free some space or set QWENRT_HOME to another disk; what was fetched is kept.",
+                error,
+            )
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+            pull.fail(
+                f"{pull.cache_dir} cannot be written ({error.strerror})",
+                "Set QWENRT_HOME to a directory you may write to.",
+                error,
+            )
+        error, seen = error.__cause__ or error.__context__, seen + 1
+
+
+def from_network(error: BaseException) -> bool:
+    """Whether an exception came out of an HTTP library or the network below it."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
+    return bool(packages & set(NETWORK_PACKAGES)) or isinstance(error, (ConnectionError, TimeoutError))
