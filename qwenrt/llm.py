@@ -19,7 +19,7 @@ from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat_template import Prompt, build_chat, build_messages
 from qwenrt.text.conversations import as_history
 from qwenrt.text.messages import DEFAULT_SYSTEM
-from qwenrt.text.tool_calls import parse_react
+from qwenrt.text.tool_calls import ReplyStream, parse_reply
 
 if TYPE_CHECKING:
     import torch
@@ -152,10 +152,15 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Iterator[Delta]:
-        """The same turn piece by piece. Leaving the loop, or closing the iterator, cancels the request."""
+        """The same turn piece by piece. Leaving the loop, or closing the iterator, cancels the request.
+
+        With ``tools`` the text is what is meant for a reader; thoughts are left out, and the last Delta carries the
+        calls.
+        """
         prompt = self._chat_prompt(query, as_history(history), system, messages, tools)
-        handle = self._submit(prompt.token_ids, self._params(sampling_params, sampling), prompt.stop)
-        return _deltas(handle)
+        params = self._params(sampling_params, sampling)
+        deltas = _deltas(self._submit(prompt.token_ids, params, prompt.stop))
+        return _readable(deltas, prompt.is_continuation) if tools else deltas
 
     # ---- completion
 
@@ -339,6 +344,20 @@ def _deltas(handle: Handle) -> Iterator[Delta]:
         handle.cancel()
 
 
+def _readable(deltas: Iterator[Delta], in_thought: bool) -> Iterator[Delta]:
+    """ReAct text as it streams: prose and the final answer pass, calls come with the last piece."""
+    replies: dict[int, ReplyStream] = {}
+    for delta in deltas:
+        reply = replies.setdefault(delta.index, ReplyStream(in_thought))
+        text = reply.push(delta.text)
+        if delta.finish_reason is None:
+            yield replace(delta, text=text)
+            continue
+        rest, whole = reply.finish()
+        reason: FinishReason = "tool_calls" if whole.tool_calls else delta.finish_reason
+        yield replace(delta, text=text + rest, finish_reason=reason, tool_calls=whole.tool_calls or None)
+
+
 def _generations(handle: Handle, with_tools: bool) -> list[Generation]:
     """All deltas of one request, joined per completion, in the order of their index."""
     pieces: dict[int, list[Delta]] = {}
@@ -355,11 +374,9 @@ def _joined(deltas: list[Delta], with_tools: bool) -> Generation:
     reason: FinishReason = deltas[-1].finish_reason or "abort"
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if with_tools:
-        content, calls = parse_react(text)
-        message["content"] = content
-        if calls:
-            message["tool_calls"] = calls
-            reason = "tool_calls"
+        reply = parse_reply(text)
+        message = reply.message()
+        reason = "tool_calls" if reply.tool_calls else reason
     return Generation(
         text=text,
         token_ids=[token for delta in deltas for token in delta.token_ids],

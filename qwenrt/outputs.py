@@ -40,7 +40,7 @@ class Delta:
     index: int = 0  # which of the n completions
     logprobs: list[TokenLogprob] | None = None
     usage: Usage | None = None  # on the last piece
-    reasoning: str = ""
+    tool_calls: list[dict[str, Any]] | None = None  # on the last piece, in OpenAI's shape
 
 
 @dataclass(frozen=True)
