@@ -1,41 +1,20 @@
-"""ChatML prompts as token ids: turns, history trimming, OpenAI-shaped messages, tools in ReAct form."""
+"""ChatML prompts as token ids: turns, history trimming, messages, stop ids."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.errors import RequestError
+from qwenrt.text.conversations import as_history
+from qwenrt.text.messages import DEFAULT_SYSTEM as DEFAULT_SYSTEM
+from qwenrt.text.messages import Turns, parse_messages
 
 if TYPE_CHECKING:
     from qwenrt.text.tokenizer import Tokenizer
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
 OBSERVATION_STOP = "Observation:"  # the model would go on and make up the tool's result
-REACT_INSTRUCTION = """Answer the following questions as best you can. You have access to the following APIs:
-
-{tools_text}
-
-Use the following format:
-
-Question: the input question you must answer
-Thought: you should always think about what to do
-Action: the action to take, should be one of [{tools_name_text}]
-Action Input: the input to the action
-Observation: the result of the action
-... (this Thought/Action/Action Input/Observation can be repeated zero or more times)
-Thought: I now know the final answer
-Final Answer: the final answer to the original input question
-
-Begin!"""
-_TOOL = (
-    "{name_for_model}: Call this tool to interact with the {name_for_human} API. "
-    "What is the {name_for_human} API useful for? {description_for_model} Parameters: {parameters}"
-)
-_FINAL_ANSWER = "Thought: I now know the final answer.\nFinal Answer: "
-_ROLES = ("system", "user", "assistant", "tool", "function")
 
 
 @dataclass(frozen=True)
@@ -53,49 +32,23 @@ class Prompt:
     dropped_turns: int = 0
 
 
-@dataclass(frozen=True)
-class _Call:
-    name: str
-    arguments: str
-    id: object = None
-
-
-@dataclass(frozen=True)
-class _Message:
-    role: str
-    text: str
-    calls: tuple[_Call, ...] = ()
-    tool_call_id: object = None
-
-
-@dataclass(frozen=True)
-class Turns:
-    """A conversation as Qwen-1 was trained on it: a system text and pairs of user and assistant.
-
-    ``query`` is the user text to answer, or None where the last pair's assistant text is to be continued.
-    """
-
-    system: str
-    history: list[tuple[str, str]]
-    query: str | None
-
-
 def build_chat(
     tokenizer: Tokenizer,
     query: str,
-    history: Iterable[tuple[str, str]] | None = None,
+    history: object = None,
     system: str = DEFAULT_SYSTEM,
     max_window_size: int | None = None,
     add_generation_prompt: bool = True,
 ) -> list[int]:
     """The ids of one chat prompt. Texts go in as they are: not stripped, never parsed for control tokens.
 
-    ``history``: (user, assistant) pairs, oldest first. The newest of them are kept, as many as together with
-    the system block have fewer than ``max_window_size`` tokens (None keeps all); the query is not counted.
+    ``history``: (user, assistant) pairs or alternating messages, oldest first. The newest turns are kept, as
+    many as have, with the system block, fewer than ``max_window_size`` tokens (None keeps all); the query is
+    not counted.
     """
     _require_text("query", query)
     return _render(
-        tokenizer, Turns(system, list(history or ()), query), max_window_size, add_generation_prompt
+        tokenizer, Turns(system, as_history(history), query), max_window_size, add_generation_prompt
     ).token_ids
 
 
@@ -134,62 +87,20 @@ def stop_ids(tokenizer: Tokenizer, chat_format: str | None) -> list[list[int]]:
     raise RequestError(f"chat format {chat_format!r:.80}", "unknown", "Known are: 'chatml', 'raw'.")
 
 
-def parse_messages(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-) -> Turns:
-    """OpenAI-shaped messages as turns; calls, results and ``tools`` become ReAct text inside them."""
-    checked = _checked(messages)
-    if not any(m.role == "user" for m in checked):
-        raise _invalid("Expecting at least one user message", "Add a message with role 'user'.")
-    system = DEFAULT_SYSTEM
-    if checked[0].role == "system":
-        system = checked.pop(0).text
-    turns = _alternating(_sequential(checked), bool(tools))
-    query = turns.pop()[1] if turns[-1][0] == "user" else None
-    if len(turns) % 2:
-        raise RequestError(
-            "Invalid request",
-            f"{len(turns)} messages before the last user message do not pair up",
-            "User and assistant messages must alternate.",
-        )
-    history = []
-    for user, assistant in zip(turns[::2], turns[1::2], strict=True):
-        if (user[0], assistant[0]) != ("user", "assistant"):
-            raise _invalid(
-                "Expecting exactly one user (or function) role before every assistant role",
-                "User and assistant messages must alternate.",
-            )
-        history.append((user[1], assistant[1]))
-    if tools:
-        instruction = react_instruction(tools) + "\n\nQuestion: "
-        # In front of the last *answered* question where there is one: odd, but how Qwen-1 was served.
-        if history:
-            history[-1] = (instruction + history[-1][0], history[-1][1])
-        else:
-            query = instruction + (query or "")
-    return Turns(system, history, query)
-
-
-def react_instruction(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The text that tells the model which tools it has and in what form to call them."""
-    specs = _tool_specs(tools)
-    return REACT_INSTRUCTION.format(
-        tools_text="\n\n".join(_TOOL.format(**spec) for spec in specs),
-        tools_name_text=", ".join(spec["name_for_model"] for spec in specs),
-    )
-
-
 def _render(
     tokenizer: Tokenizer, turns: Turns, max_window_size: int | None, add_generation_prompt: bool
 ) -> Prompt:
     """Each piece is encoded by itself: a newline of the template never merges with one of the content."""
+    window = max_window_size
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
+        raise RequestError("max_window_size", f"got {window!r:.80}", "Pass a number of tokens, or None.")
     encode, newline = tokenizer.encode, tokenizer.encode("\n")
     start, end = [tokenizer.im_start_id], [tokenizer.im_end_id]
     user = [*newline, *start, *encode("user"), *newline]
     assistant = [*newline, *start, *encode("assistant"), *newline]
     _require_text("system", turns.system)
     head = [*start, *encode("system"), *newline, *encode(turns.system), *end]
-    pairs = [_checked_pair(pair) for pair in turns.history]
+    pairs = list(turns.history)
 
     def turn(pair: tuple[str, str]) -> list[int]:
         return [*user, *encode(pair[0]), *end, *assistant, *encode(pair[1]), *end]
@@ -207,7 +118,7 @@ def _render(
     size = len(head)
     for pair in reversed(pairs):
         ids = turn(pair)
-        if max_window_size is not None and size + len(ids) >= max_window_size:
+        if window is not None and size + len(ids) >= window:
             break
         kept.append(ids)
         size += len(ids)
@@ -215,216 +126,6 @@ def _render(
     return Prompt([*head, *middle, *tail], (), is_continuation, len(pairs) - len(kept))
 
 
-def _checked(messages: object) -> list[_Message]:
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise RequestError(
-            "messages",
-            f"got {type(messages).__name__}",
-            "Pass a list of {'role': ..., 'content': ...}.",
-        )
-    return [_checked_message(index, message) for index, message in enumerate(messages)]
-
-
-def _checked_message(index: int, message: object) -> _Message:
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(
-            where, f"got {type(message).__name__}", "Pass {'role': ..., 'content': ...}."
-        )
-    role = message.get("role")
-    if role not in _ROLES:
-        raise RequestError(where, f"role is {role!r:.80}", f"Known roles are: {', '.join(_ROLES)}.")
-    text = _content(where, message.get("content")).lstrip("\n").rstrip()
-    calls = _calls(where, message) if role == "assistant" else ()
-    return _Message(role, text, calls, message.get("tool_call_id"))
-
-
-def _content(where: str, content: object) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
-        raise RequestError(
-            f"{where}: content",
-            f"got {type(content).__name__}",
-            "Pass a str, a list of text parts, or None.",
-        )
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(text, str):
-            raise RequestError(
-                f"{where}: content", f"a part of type {kind!r:.80}", "Qwen-1 reads text parts only."
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _calls(where: str, message: Mapping[str, Any]) -> tuple[_Call, ...]:
-    """The calls of an assistant message, from ``tool_calls`` or the older ``function_call``."""
-    given = message.get("tool_calls")
-    if given is None:
-        given = (
-            [{"function": message["function_call"]}]
-            if message.get("function_call") is not None
-            else []
-        )
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        raise RequestError(f"{where}: tool_calls", f"got {type(given).__name__}", "Pass a list.")
-    calls = []
-    for call in given:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        arguments = function.get("arguments") if isinstance(function, Mapping) else None
-        if isinstance(arguments, Mapping):
-            arguments = _json(f"{where}: arguments of {name!r:.80}", arguments)
-        if not isinstance(name, str) or not name or not isinstance(arguments, str):
-            raise RequestError(
-                f"{where}: tool call",
-                f"got {call!r:.120}",
-                "A call is {'type': 'function', 'function': {'name': str, 'arguments': str}}.",
-            )
-        calls.append(_Call(name, arguments, call.get("id")))
-    return tuple(calls)
-
-
-def _sequential(messages: Sequence[_Message]) -> list[_Message]:
-    """Several calls in one message become one call after another, each followed by its own result.
-
-    The ReAct form knows one call at a time. Results are matched by tool_call_id, else by order.
-    """
-    ordered: list[_Message] = []
-    index = 0
-    while index < len(messages):
-        message = messages[index]
-        index += 1
-        if len(message.calls) < 2:
-            ordered.append(message)
-            continue
-        results = []
-        while index < len(messages) and messages[index].role in ("tool", "function"):
-            results.append(messages[index])
-            index += 1
-        for number, call in enumerate(message.calls):
-            ordered.append(_Message("assistant", "" if number else message.text, (call,)))
-            for result in results:
-                if result.tool_call_id is None or result.tool_call_id == call.id:
-                    ordered.append(result)
-                    results.remove(result)
-                    break
-        if results:
-            raise RequestError(
-                "Invalid request",
-                f"tool_call_id {results[0].tool_call_id!r:.80} matches none of {len(message.calls)} calls",
-                "Answer each tool call with one tool message that carries its id.",
-            )
-    return ordered
-
-
-def _alternating(messages: Sequence[_Message], with_tools: bool) -> list[tuple[str, str]]:
-    """(role, text) of user and assistant only: calls and results are written into the assistant's text."""
-    turns: list[tuple[str, str]] = []
-    for index, message in enumerate(messages):
-        role, text = message.role, message.text
-        if role == "user":
-            turns.append((role, text))
-        elif role == "system":
-            raise _invalid("Incorrect role system", "Only the first message may have it.")
-        elif role == "assistant":
-            if not turns:
-                raise _invalid(
-                    "Expecting role user before role assistant", "Begin with a user message."
-                )
-            text = _assistant_text(message, with_tools)
-            if turns[-1][0] == "user":
-                turns.append((role, text.lstrip("\n").rstrip()))
-            else:
-                turns[-1] = (role, f"{turns[-1][1]}\n{text}")
-        else:
-            if not turns or turns[-1][0] != "assistant":
-                raise _invalid(
-                    f"Expecting role assistant before role {role}",
-                    "A tool's result follows its call.",
-                )
-            text = f"{turns[-1][1]}\nObservation: {text}"
-            if index == len(messages) - 1:
-                text += "\nThought:"
-            turns[-1] = ("assistant", text)
-    return turns
-
-
-def _assistant_text(message: _Message, with_tools: bool) -> str:
-    text = message.text
-    if not message.calls:
-        return _FINAL_ANSWER + text if with_tools else text
-    if not text.startswith("Thought:"):
-        text = f"Thought: {text}"
-    call = message.calls[0]
-    return f"{text}\nAction: {call.name}\nAction Input: {call.arguments}"
-
-
-def _tool_specs(tools: object) -> list[dict[str, str]]:
-    """Tools as OpenAI wraps them, as bare functions, or with Qwen's own name_for_model keys."""
-    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
-        raise RequestError(
-            "tools", f"got {type(tools).__name__}", "Pass a list of function descriptions."
-        )
-    specs = []
-    for index, tool in enumerate(tools):
-        where = f"tools[{index}]"
-        if isinstance(tool, Mapping) and "function" in tool:
-            if tool.get("type", "function") != "function":
-                raise RequestError(
-                    where, f"type is {tool['type']!r:.80}", "Supported is: 'function'."
-                )
-            tool = tool["function"]
-        if not isinstance(tool, Mapping):
-            raise RequestError(
-                where, f"got {type(tool).__name__}", "Pass a dict that describes a function."
-            )
-        name, description = tool.get("name") or "", tool.get("description") or ""
-        spec = {
-            "name_for_model": tool.get("name_for_model") or name,
-            "name_for_human": tool.get("name_for_human") or name,
-            "description_for_model": tool.get("description_for_model") or description,
-        }
-        for key, value in spec.items():
-            if not isinstance(value, str):
-                raise RequestError(f"{where}: {key}", f"got {type(value).__name__}", "Pass a str.")
-        if not spec["name_for_model"]:
-            raise RequestError(where, "it has no name", "Give the function a 'name'.")
-        parameters = tool.get("parameters")
-        if parameters is None:  # as OpenAI reads it: a function without parameters
-            parameters = {"type": "object", "properties": {}}
-        spec["parameters"] = _json(f"{where}: parameters", parameters)
-        specs.append(spec)
-    return specs
-
-
-def _json(where: str, value: object) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(where, str(error)[:120], "It must be expressible as JSON.") from error
-
-
 def _require_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise RequestError(name, f"got {type(value).__name__}", "Pass a str.")
-
-
-def _checked_pair(pair: object) -> tuple[str, str]:
-    ok = isinstance(pair, Sequence) and not isinstance(pair, (str, bytes)) and len(pair) == 2
-    if not ok or not all(isinstance(text, str) for text in pair):  # type: ignore[attr-defined]
-        raise RequestError(
-            "history",
-            f"an entry is {pair!r:.80}",
-            "History is a list of (user, assistant) pairs of str.",
-        )
-    return pair[0], pair[1]  # type: ignore[index]
-
-
-def _invalid(found: str, remedy: str) -> RequestError:
-    return RequestError("Invalid request", found, remedy)

@@ -121,9 +121,7 @@ class Tokenizer:
                 start = found.end()
         return ids + self._encode_ordinary(text[start:])
 
-    def decode(
-        self, ids: Iterable[int], skip_special_tokens: bool = False, errors: str = "replace"
-    ) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, errors: str = "replace") -> str:
         """The text of ``ids``: their bytes joined, then decoded as UTF-8 with any codec error handler.
 
         ``skip_special_tokens`` drops the control tokens and nothing else. Unknown ids raise RequestError.
@@ -201,9 +199,7 @@ def _index(token_id: object) -> int:
     try:
         return operator.index(token_id)  # type: ignore[arg-type]
     except TypeError as error:
-        raise RequestError(
-            "decoding", f"token id {token_id!r:.80}", "Token ids are integers."
-        ) from error
+        raise RequestError("decoding", f"token id {token_id!r:.80}", "Token ids are integers.") from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -238,12 +234,7 @@ def _extra_vocab_files(directory: Path, tokenizer_config: Mapping[str, Any]) -> 
     if named is None:
         default = directory / EXTRA_VOCAB_FILE
         return [default] if default.exists() else []
-    if (
-        not isinstance(named, str)
-        or not named
-        or named in (".", "..")
-        or re.search(r"[/\\:\0]", named)
-    ):
+    if not isinstance(named, str) or not named or named in (".", "..") or re.search(r"[/\\:\0]", named):
         raise CheckpointError(
             f"reading {directory / 'tokenizer_config.json'}",
             f"extra_vocab_file is {named!r}",

@@ -24,28 +24,21 @@ def read_base_vocab(path: Path) -> dict[bytes, int]:
     line_of_rank: dict[int, int] = {}
     for line, token, rank in _entries(path):
         if token in ranks:
-            raise _bad(
-                path, line, f"token {token!r} occurs a second time (first with rank {ranks[token]})"
-            )
+            raise _bad(path, line, f"token {token!r} occurs a second time (first with rank {ranks[token]})")
         if rank in line_of_rank:
-            raise _bad(
-                path, line, f"rank {rank} occurs a second time (first in line {line_of_rank[rank]})"
-            )
+            raise _bad(path, line, f"rank {rank} occurs a second time (first in line {line_of_rank[rank]})")
         ranks[token] = rank
         line_of_rank[rank] = line
     for rank, line in line_of_rank.items():
         if rank >= len(ranks):
             gap = next(r for r in range(len(ranks)) if r not in line_of_rank)
-            raise _bad(
-                path, line, f"rank {rank} in a file of {len(ranks)} tokens: rank {gap} is missing"
-            )
+            raise _bad(path, line, f"rank {rank} in a file of {len(ranks)} tokens: rank {gap} is missing")
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise CheckpointError(
             f"reading {path}",
             f"{len(missing)} of the 256 single bytes have no token, the first is 0x{missing[0]:02x}",
-            "Every text must be expressible: a Qwen vocabulary holds all single bytes. "
-            + _FETCH_AGAIN,
+            "Every text must be expressible: a Qwen vocabulary holds all single bytes. " + _FETCH_AGAIN,
         )
     return ranks
 
@@ -73,9 +66,7 @@ def _entries(path: Path) -> Iterator[tuple[int, bytes, int]]:
             continue
         fields = line.split()
         if len(fields) != 2:
-            raise _bad(
-                path, number, f"{len(fields)} fields in {_shown(line)}, expected `base64 rank`"
-            )
+            raise _bad(path, number, f"{len(fields)} fields in {_shown(line)}, expected `base64 rank`")
         encoded, digits = fields
         try:
             token = binascii.a2b_base64(encoded)
@@ -85,9 +76,7 @@ def _entries(path: Path) -> Iterator[tuple[int, bytes, int]]:
         if not token or binascii.b2a_base64(token, newline=False) != encoded:
             raise _bad(path, number, f"{_shown(encoded)} is not base64")
         if not digits.isdigit() or len(digits) > 9 or int(digits) > MAX_TOKEN_ID:
-            raise _bad(
-                path, number, f"rank {_shown(digits)} is not an integer from 0 to {MAX_TOKEN_ID}"
-            )
+            raise _bad(path, number, f"rank {_shown(digits)} is not an integer from 0 to {MAX_TOKEN_ID}")
         yield number, token, int(digits)
 
 
@@ -110,9 +99,7 @@ def _read(path: Path) -> bytes:
             "Check the path and its permissions.",
         ) from error
     if len(raw) > MAX_VOCAB_BYTES:
-        raise CheckpointError(
-            asked, f"more than {MAX_VOCAB_BYTES} bytes", "This is not a vocabulary file."
-        )
+        raise CheckpointError(asked, f"more than {MAX_VOCAB_BYTES} bytes", "This is not a vocabulary file.")
     unlike = not_the_file(raw)
     if unlike:
         raise CheckpointError(asked, *unlike)
