@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
-from qwenrt.loader.pull import WEIGHT_FILES, Pull, from_network, out_of_space
+from qwenrt.loader.pull import SUBDIRECTORIES, WEIGHT_FILES, Pull, from_network, out_of_space
 from qwenrt.loader.shards import fetch_shards
 
 _TOKEN_ADVICE = (
@@ -35,6 +35,7 @@ def fetch(pull: Pull) -> Path:
             token=pull.token or False,
             local_files_only=pull.offline,
             allow_patterns=list(pull.patterns),
+            ignore_patterns=SUBDIRECTORIES,
             max_workers=4,
             tqdm_class=quiet_tqdm(pull.show),
             library_name="qwenrt",

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenrt.loader.pull import Pull, from_network, out_of_space
+from qwenrt.loader.pull import SUBDIRECTORIES, Pull, from_network, out_of_space
 
 DEFAULT_ENDPOINT = "https://www.modelscope.cn"
 
@@ -38,6 +38,7 @@ def fetch(pull: Pull) -> Path:
                 "model",
                 revision=pull.revision,
                 allow_patterns=list(pull.patterns),
+                ignore_patterns=[SUBDIRECTORIES],
                 local_files_only=pull.offline,
             )
         )

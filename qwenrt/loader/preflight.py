@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qwenrt.config import ModelConfig, QuantConfig
@@ -77,8 +78,10 @@ def memory_need(
     quantize: str | None = None,
     kv_cache_dtype: str = "auto",
     batch_tokens: int = 512,
+    weight_itemsize: int | None = None,
 ) -> MemoryNeed:
-    """What loading and running take. ``cache_tokens``: of all sequences together; ``batch_tokens``: computed at once.
+    """What loading and running take. ``cache_tokens``: of all sequences together; ``batch_tokens``: computed at once;
+    ``weight_itemsize``: bytes of a dense weight where it is kept in another dtype than ``dtype_bytes`` are of.
 
     The larger of the load's peak above the weights (the biggest linear, once more) and a step's activations counts
     as workspace.
@@ -87,7 +90,7 @@ def memory_need(
     widest = max(rows + columns for rows, columns in linear_shapes(config))
     step = 4 * batch_tokens * widest * dtype_bytes + _LOGIT_ROWS * config.vocab_size * 4
     return MemoryNeed(
-        weight_bytes(config, dtype_bytes, quantize),
+        weight_bytes(config, weight_itemsize or dtype_bytes, quantize),
         cache_bytes(config, cache_tokens, dtype_bytes, kv_cache_dtype),
         max(largest, step) + _FIXED,
     )
@@ -102,19 +105,27 @@ def preflight(
     max_model_len: int,
     kv_cache_dtype: str = "auto",
     cache_tokens: int | None = None,
+    stored: str | None = None,
 ) -> MemoryNeed:
     """Compare what the model needs with what the device has free (in a container, what that may use).
 
-    ``cache_tokens`` defaults to one sequence of ``max_model_len``. Raises CapacityError with the figures and what
-    would fit; nothing has been allocated then. Weights that stay mapped files count in full: a cache of the system
-    could drop them, and every token would then read them from the disk again.
+    ``cache_tokens`` defaults to one sequence of ``max_model_len``; ``stored``: the dtype of the files' dense weights.
+    Raises CapacityError with the figures and what would fit; nothing has been allocated then. Weights that stay
+    mapped files count in full: a cache of the system could drop them, and every token would then read them from the
+    disk again.
     """
     free, total = backend.memory()
     tokens = cache_tokens or max_model_len
-    need = memory_need(config, dtype.itemsize, tokens, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
+    kept = backend.weight_dtype(stored, dtype).itemsize
+    needed = partial(memory_need, config, dtype.itemsize, tokens, weight_itemsize=kept)
+    need = needed(quantize=quantize, kv_cache_dtype=kv_cache_dtype)
     if need.total <= free:
         return need
-    options = _what_fits(config, dtype.itemsize, tokens, free, quantize, kv_cache_dtype)
+    token_bytes = partial(cache_bytes, config, 1, dtype.itemsize)
+    levels = [quantize]
+    if config.quant is None:
+        levels += [level for level in ("int8", "int4") if level != quantize and quantize != "int4"]
+    options = _what_fits(needed, token_bytes, tokens, free, levels, kv_cache_dtype)
     remedy = f"This would fit: {'; '.join(options)}." if options else "No setting makes this model fit here."
     raise CapacityError(
         f"loading this model on {backend.device} with {tokens} tokens of cache",
@@ -129,23 +140,24 @@ def _gib(nbytes: int) -> str:
 
 
 def _what_fits(
-    config: ModelConfig, dtype_bytes: int, tokens: int, free: int, quantize: str | None, kv_cache_dtype: str
+    needed: Callable[..., MemoryNeed],
+    token_bytes: Callable[[str], int],
+    tokens: int,
+    free: int,
+    levels: list[str | None],
+    kv_cache_dtype: str,
 ) -> list[str]:
-    """Changes of one or two settings that fit into ``free`` bytes, the mildest first."""
+    """Changes of one or two settings that fit into ``free`` bytes, the mildest first; ``levels[0]`` is as asked."""
     found: list[str] = []
-    levels: list[str | None] = [quantize]
-    if config.quant is None:
-        levels += [level for level in ("int8", "int4") if level != quantize and quantize != "int4"]
     for level in levels:
-        named = [] if level == quantize else [f'quantize="{level}"']
+        named = [] if level == levels[0] else [f'quantize="{level}"']
         for kv in dict.fromkeys((kv_cache_dtype, "int8")):
             words = named + ([] if kv == kv_cache_dtype else ['kv_cache_dtype="int8"'])
-            need = memory_need(config, dtype_bytes, tokens, quantize=level, kv_cache_dtype=kv)
+            need = needed(quantize=level, kv_cache_dtype=kv)
             if words and need.total <= free:
                 found.append(" with ".join(words))
                 break
-            room = free - need.weights - need.workspace
-            shorter = room // cache_bytes(config, 1, dtype_bytes, kv) // 16 * 16
+            shorter = (free - need.weights - need.workspace) // token_bytes(kv) // 16 * 16
             if kv == kv_cache_dtype and 256 <= shorter < tokens:
                 found.append(" with ".join([*named, f"max_model_len={shorter}"]))
     return found

@@ -31,7 +31,7 @@ def quiet_tqdm(show: bool | None) -> Any:
     """The class of bar to hand to a client: shown, silent, or (None) shown on a terminal only."""
     from tqdm import tqdm  # comes with huggingface-hub
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)  # huggingface-hub's own bars take a name
             kwargs["disable"] = None if show is None else not show  # None is tqdm's "unless a terminal"

@@ -9,9 +9,10 @@ from typing import NoReturn
 
 from qwenrt.errors import CheckpointError
 
-# Never fetched: *.py (code) and *.bin (pickles). Patterns match names in the repository's top directory and below.
+# Never fetched: *.py (code), *.bin (pickles), and what lies in subdirectories (other formats of the weights).
 SMALL_FILES = ("*.json", "*.tiktoken", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 WEIGHT_FILES = ("*.safetensors",)
+SUBDIRECTORIES = "*/*"
 NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "socket", "ssl")
 
 

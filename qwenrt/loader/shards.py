@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
@@ -85,7 +85,7 @@ def _patiently(call: Callable[[], Any]) -> Any:
 def _describe(pull: Pull, name: str, commit: str) -> RemoteFile | None:
     """What a HEAD request says of a file; None where its hash is not told, and the client is left to fetch it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
     url = hf_hub_url(pull.repo, name, revision=commit, endpoint=pull.endpoint)
     token = pull.token or False
@@ -152,7 +152,7 @@ def _fetch_one(
         try:
             http_get(
                 file.url,
-                _Counted(stream, bar, stop),
+                cast(Any, _Counted(stream, bar, stop)),
                 resume_size=have,
                 headers=dict(file.headers),
                 expected_size=file.size,
