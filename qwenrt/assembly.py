@@ -121,7 +121,7 @@ class Assembled:
 def assemble(name: str, settings: Settings, environment: Environment) -> Assembled:
     """Resolve a name, check its files and the memory, load the weights, bind the ops, start the engine."""
     started = time.perf_counter()
-    backend = registry.create(settings.device, environment.backend)
+    backend = _backend(settings, environment)
     directory = hub.resolve(
         name,
         source=settings.source,
@@ -147,7 +147,7 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
     """The same with random weights of a released shape and no tokenizer: for benchmarks, without a download."""
     started = time.perf_counter()
     config = shape if isinstance(shape, ModelConfig) else shape_config(shape)
-    backend = registry.create(settings.device, environment.backend)
+    backend = _backend(settings, environment)
     bits = quantize_bits(settings.quantize, config) or 16
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
@@ -162,6 +162,12 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
 
     name = shape if isinstance(shape, str) else "random weights"
     return _build(name, config, GenerationConfig(), None, backend, settings, fill, None, started)
+
+
+def _backend(settings: Settings, environment: Environment) -> Backend:
+    backend = registry.create(settings.device, environment.backend)
+    backend.configure(environment.kernels, environment.num_threads)
+    return backend
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -205,6 +211,7 @@ def _build(
         quantize=settings.quantize,
         max_model_len=longest,
         kv_cache_dtype=settings.kv_cache_dtype,
+        stored=stored,
     )
     _selfcheck(config, backend, dtype, settings)
     model = Qwen(config, backend, dtype)

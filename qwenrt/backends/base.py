@@ -185,7 +185,7 @@ class Backend:
         """
         num_heads, num_kv_heads, head_dim = heads
         rows = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-        q, k, v = torch.split(rows, (num_heads, num_kv_heads, num_kv_heads), dim=1)  # type: ignore[no-untyped-call]
+        q, k, v = rows.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], dim=1)
         q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
         if q_scale is not None:
             q = q * q_scale.to(q.dtype)[:, None, None]
@@ -249,6 +249,13 @@ class Backend:
         )
 
     # ---- the device
+
+    def configure(self, kernels: str = "auto", num_threads: int | None = None) -> None:
+        """The user's settings for a device that has such choices; before any weight is packed."""
+
+    def weight_dtype(self, stored: str | None, dtype: torch.dtype) -> torch.dtype:
+        """What dense weights ``stored`` in one dtype are kept in for activations in ``dtype``."""
+        return dtype
 
     def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
         """The dtype "auto" means: what the checkpoint is ``stored`` in, where that is known.

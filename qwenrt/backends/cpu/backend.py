@@ -154,11 +154,16 @@ class CPUBackend(Backend):
 
     # ---- the device
 
-    def default_dtype(
-        self, weight_dtype: str | None, weight_bytes_f32: int, quantized: bool = False
-    ) -> torch.dtype:
+    def weight_dtype(self, stored: str | None, dtype: torch.dtype) -> torch.dtype:
+        """Weights stored in 16 bits stay so beside float32 activations where our kernels multiply them."""
+        if self.kernels is None or "linear" in self.demoted or dtype != torch.float32:
+            return dtype
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(stored or "", dtype)
+
+    def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
         """float32, which CPUs compute fastest, unless a dense model would fill most of the memory with it."""
-        if quantized or weight_bytes_f32 <= 0.7 * self.memory()[0]:
+        nbytes = nbytes_float32 * self.weight_dtype(stored, torch.float32).itemsize // 4
+        if quantized or nbytes <= 0.7 * self.memory()[0]:
             return torch.float32
         return torch.bfloat16
 
