@@ -1,0 +1,261 @@
+"""A thread around an Engine: any thread may submit, and reads its own answer piece by piece."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from collections.abc import Sequence as List
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwenrt.engine.engine import Engine, Request
+from qwenrt.engine.output_processor import RequestOutput
+from qwenrt.errors import BackendError, QwenrtError, RequestError
+from qwenrt.outputs import Delta
+from qwenrt.sampling_params import SamplingParams
+
+_CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed
+
+
+@dataclass(frozen=True)
+class _Add:
+    request: Request
+    sink: queue.SimpleQueue[RequestOutput]
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _Logits:
+    token_ids: list[int]
+    result: Future[torch.Tensor]
+
+
+class _Wake:
+    """Nothing to do but look whether the loop is to end."""
+
+
+class Handle(Iterator[Delta]):
+    """One submitted request. Iterating yields its Deltas as they come and raises what made it fail.
+
+    `cancel`, or forgetting the handle, frees what the request holds.
+    """
+
+    def __init__(
+        self, request_id: str, sink: queue.SimpleQueue[RequestOutput], loop: _Loop, engine: AsyncEngine
+    ) -> None:
+        self.request_id = request_id
+        self._sink, self._pid = sink, loop.pid
+        self._engine: AsyncEngine | None = engine  # one that nobody else holds lives until the answer is read
+        self._done = False
+        self._cancel = weakref.finalize(self, loop.inbox.put, _Abort(request_id))
+        self._cancel.atexit = False
+
+    def __iter__(self) -> Handle:
+        return self
+
+    def __next__(self) -> Delta:
+        if self._done:
+            raise StopIteration
+        if os.getpid() != self._pid:
+            raise _forked()
+        output = self._sink.get()
+        if output.finished or output.error is not None:
+            self._done = True
+            self._engine = None
+            self._cancel.detach()
+        if output.error is not None:
+            raise _again(output.error)
+        return output.delta
+
+    def cancel(self) -> None:
+        """End the request soon; its last Delta has finish_reason "abort". Harmless when it has ended."""
+        self._cancel()
+
+
+class _Loop:
+    """What the thread runs. It knows the engine and the sinks, not the AsyncEngine, which may be collected."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.pid = os.getpid()
+        self.inbox: queue.SimpleQueue[_Add | _Abort | _Logits | _Wake] = queue.SimpleQueue()
+        # Guards `ended`: nothing is put for a loop that no longer reads. Re-entrant, as a collection may close
+        # another engine, or this one, from anywhere.
+        self.lock = threading.RLock()
+        self.ended: QwenrtError | None = None
+        self._engine: Engine | None = engine
+        self._stop = threading.Event()
+        self._sinks: dict[str, queue.SimpleQueue[RequestOutput]] = {}
+        self.thread = threading.Thread(target=self.run, name="qwenrt-engine", daemon=True)
+
+    def put(self, message: _Add | _Logits) -> None:
+        """Hand the loop some work; raises what ended it where it has ended."""
+        if os.getpid() != self.pid:
+            raise _forked()
+        with self.lock:
+            if self.ended is not None:
+                raise _again(self.ended)
+            if isinstance(message, _Add):
+                self._sinks[message.request.request_id] = message.sink
+            self.inbox.put(message)
+
+    def run(self) -> None:
+        error: QwenrtError = _closed()
+        try:
+            while not self._stop.is_set():
+                self._turn()
+        except BaseException as cause:
+            error = BackendError(
+                "the engine's thread",
+                f"ended with {type(cause).__name__}: {str(cause)[:300]}",
+                "Load the model again.",
+            )
+            error.__cause__ = cause
+        self.end(error)
+        self._engine = None
+
+    def stop(self) -> None:
+        """End the loop: running requests fail, the thread is waited for, though not for ever."""
+        if os.getpid() != self.pid:
+            return
+        self._stop.set()
+        self.inbox.put(_Wake())
+        if self.thread.is_alive() and self.thread is not threading.current_thread():
+            self.thread.join(_CLOSE_TIMEOUT)
+        self.end(_closed())
+
+    def end(self, error: QwenrtError) -> None:
+        """Nothing is taken any more, and whoever waits is told why."""
+        with self.lock:
+            if self.ended is None:
+                self.ended = error
+        while True:
+            try:
+                message = self.inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, _Logits) and message.result.set_running_or_notify_cancel():
+                message.result.set_exception(error)
+        for request_id, sink in list(self._sinks.items()):
+            sink.put(RequestOutput(request_id, Delta("", finish_reason="abort"), True, error))
+        self._sinks.clear()
+
+    def _turn(self) -> None:
+        """Take what was submitted, waiting only when there is nothing to compute; then one step."""
+        engine = self._engine
+        assert engine is not None
+        if not engine.has_work:
+            self._take(engine, self.inbox.get())
+        while True:
+            try:
+                message = self.inbox.get_nowait()
+            except queue.Empty:
+                break
+            self._take(engine, message)
+        if not engine.has_work or self._stop.is_set():
+            return
+        for output in engine.step():
+            self._deliver(output)
+
+    def _take(self, engine: Engine, message: _Add | _Abort | _Logits | _Wake) -> None:
+        if isinstance(message, _Abort):
+            engine.abort(message.request_id)
+        elif isinstance(message, _Add):
+            engine.enqueue(message.request)
+        elif isinstance(message, _Logits) and message.result.set_running_or_notify_cancel():
+            try:
+                message.result.set_result(engine.logits(message.token_ids))
+            except QwenrtError as error:
+                message.result.set_exception(error)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        sink = self._sinks.get(output.request_id)
+        if sink is None:
+            return
+        sink.put(output)
+        if output.finished:
+            del self._sinks[output.request_id]
+
+
+class AsyncEngine:
+    """An Engine that runs by itself. Any number of threads may submit; it sleeps while there is nothing to do."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+        self._loop = _Loop(engine)
+        self._loop.thread.start()
+        # At the interpreter's exit too: a daemon thread that is inside a kernel then must not be torn down.
+        self._stop = weakref.finalize(self, self._loop.stop)
+
+    def submit(
+        self,
+        prompt_token_ids: List[int],
+        params: SamplingParams,
+        *,
+        stop_sequences: List[List[int]] = (),
+        skip_special_tokens: bool = True,
+    ) -> Handle:
+        """Queue a request; what is wrong with it is raised here and now, as by Engine.add."""
+        request = self._alive().check(
+            prompt_token_ids,
+            params,
+            stop_sequences=stop_sequences,
+            skip_special_tokens=skip_special_tokens,
+        )
+        sink: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+        self._loop.put(_Add(request, sink))
+        return Handle(request.request_id, sink, self._loop, self)
+
+    def logits(self, token_ids: List[int]) -> torch.Tensor:
+        """Engine.logits between two steps -> float32 [num_tokens, vocab_size] on the CPU."""
+        self._alive()
+        result: Future[torch.Tensor] = Future()
+        self._loop.put(_Logits(list(token_ids), result))
+        return result.result()
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        return self._alive().stats()
+
+    def close(self) -> None:
+        """Fail what is running, end the thread, let go of the model and the cache. Safe to call twice."""
+        self._stop()
+        self._engine = None
+
+    def _alive(self) -> Engine:
+        if os.getpid() != self._loop.pid:
+            raise _forked()
+        engine, ended = self._engine, self._loop.ended
+        if ended is not None:
+            raise _again(ended)
+        if engine is None:
+            raise _closed()
+        return engine
+
+
+def _again(error: QwenrtError) -> QwenrtError:
+    """The same error for one more reader: an exception belongs to the thread that raises it."""
+    copy = type(error)(error.asked, error.found, error.remedy)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+def _closed() -> RequestError:
+    return RequestError("using the model", "it was closed", "Load it again with qwenrt.load(...).")
+
+
+def _forked() -> BackendError:
+    return BackendError(
+        "using a model in a forked process",
+        f"process {os.getpid()} has no engine thread: a fork copies memory, not threads",
+        "Load the model after the fork, or start processes with the 'spawn' method.",
+    )

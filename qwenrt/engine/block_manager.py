@@ -1,0 +1,143 @@
+"""Who owns which block of the paged cache, and which full blocks can be shared. Block ids are plain ints."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from qwenrt.engine.sequence import Sequence
+
+# A full block's identity: the block before it (its uid, or the NTK factor at the start) and its own tokens.
+# Being the key of a dict, it is compared in full: equal hashes of different tokens never meet.
+Key = tuple[int | tuple[int, ...], tuple[int, ...]]
+
+
+class BlockManager:
+    """Hands out blocks of ``block_size`` slots, counts their users, and keeps finished ones for reuse.
+
+    Full blocks whose tokens are computed can be found again by content (``prefix_caching``). Such a block is
+    only ever read: a sequence writes behind its shared prefix, into blocks of its own. Blocks nobody uses
+    stay findable until they are needed; the least recently used goes first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        self.num_blocks, self.block_size, self.prefix_caching = num_blocks, block_size, prefix_caching
+        self._users = [0] * num_blocks
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # unused but findable, oldest first
+        self._by_key: dict[Key, int] = {}
+        self._registered: dict[int, tuple[Key, int]] = {}  # block -> its key and uid
+        self._next_uid = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out now."""
+        return len(self._blank) + len(self._idle)
+
+    @property
+    def num_findable(self) -> int:
+        """Blocks a new prompt could share."""
+        return len(self._by_key)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold ``num_tokens``."""
+        return -(-num_tokens // self.block_size)
+
+    def users(self, block: int) -> int:
+        """How many sequences hold a block."""
+        return self._users[block]
+
+    def admit(self, seq: Sequence, reserve: int = 0) -> bool:
+        """Give a sequence without blocks room for all its tokens, shared ones first; False (and nothing
+        changed) where fewer than ``reserve`` blocks would stay free. Sets ``num_computed`` to the tokens found
+        in the cache; at least the last one is left to compute."""
+        found = self._find(seq)
+        missing = self.blocks_for(len(seq.token_ids)) - len(found)
+        idle = sum(self._users[block] == 0 for block in found)
+        if missing + idle + reserve > self.num_free:
+            return False
+        for block in found:
+            if self._users[block] == 0:
+                del self._idle[block]
+            self._users[block] += 1
+        seq.block_table = found + [self._take() for _ in range(missing)]
+        seq.num_computed = len(found) * self.block_size
+        seq.num_committed = len(found)
+        if found:
+            seq.chain = self._registered[found[-1]][1]
+        return True
+
+    def grow(self, seq: Sequence) -> bool:
+        """Make sure a running sequence has a slot for its last token; False where no block is free."""
+        if len(seq.token_ids) <= len(seq.block_table) * self.block_size:
+            return True
+        if self.num_free == 0:
+            return False
+        seq.block_table.append(self._take())
+        return True
+
+    def commit(self, seq: Sequence) -> None:
+        """Offer the blocks that are full and computed for sharing."""
+        if not self.prefix_caching:
+            return
+        size = self.block_size
+        while (seq.num_committed + 1) * size <= seq.num_computed:
+            i = seq.num_committed
+            key: Key = (seq.chain, tuple(seq.token_ids[i * size : (i + 1) * size]))
+            same = self._by_key.get(key)
+            if same is None:
+                same = seq.block_table[i]
+                self._by_key[key] = same
+                self._registered[same] = (key, self._next_uid)
+                self._next_uid += 1
+            seq.chain = self._registered[same][1]
+            seq.num_committed += 1
+
+    def free(self, seq: Sequence) -> None:
+        """Take all blocks back. The end of a sequence is reused before its beginning, which others may share."""
+        for block in reversed(seq.block_table):
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if block in self._registered:
+                    self._idle[block] = None
+                else:
+                    self._blank.append(block)
+        seq.reset()
+
+    def forget(self, seq: Sequence) -> None:
+        """Nobody shall find this sequence's blocks again: what they hold is not to be trusted."""
+        for block in seq.block_table:
+            if block in self._registered:
+                self._unregister(block)
+
+    def clear(self) -> None:
+        """Forget every shared block, for when the weights change."""
+        for block in list(self._registered):
+            self._unregister(block)
+        self._blank.extend(self._idle)
+        self._idle.clear()
+
+    def _find(self, seq: Sequence) -> list[int]:
+        if not self.prefix_caching:
+            return []
+        found: list[int] = []
+        size, chain = self.block_size, seq.chain
+        for start in range(0, len(seq.token_ids) - size, size):
+            block = self._by_key.get((chain, tuple(seq.token_ids[start : start + size])))
+            if block is None:
+                break
+            found.append(block)
+            chain = self._registered[block][1]
+        return found
+
+    def _take(self) -> int:
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            self._unregister(block)
+        self._users[block] = 1
+        return block
+
+    def _unregister(self, block: int) -> None:
+        key, _ = self._registered.pop(block)
+        del self._by_key[key]

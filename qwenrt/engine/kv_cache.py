@@ -1,0 +1,55 @@
+"""The paged cache of one engine: how many blocks its memory holds, and the tensors themselves."""
+
+from __future__ import annotations
+
+import torch
+
+from qwenrt.backends.base import Backend
+from qwenrt.config import ModelConfig
+from qwenrt.errors import CapacityError, ConfigError
+from qwenrt.ops.types import LayerKV
+
+KV_CACHE_DTYPES = ("auto", "int8")
+
+
+class KVCache:
+    """``layers``: one LayerKV per decoder layer, ``num_blocks`` blocks of ``block_size`` slots each.
+
+    ``kv_cache_dtype`` "auto" keeps the activation dtype, "int8" codes each token and head with its own range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        dtype: torch.dtype,
+        *,
+        kv_cache_dtype: str,
+        block_size: int,
+        num_blocks: int,
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.nbytes = num_blocks * block_bytes(config, backend, dtype, kv_cache_dtype, block_size)
+        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        try:
+            self.layers: list[LayerKV] = backend.alloc_kv(*shape, dtype, kv_cache_dtype == "int8")
+        except (RuntimeError, MemoryError) as error:
+            raise CapacityError(
+                f"a KV cache of {num_blocks} blocks of {block_size} tokens ({self.nbytes} bytes)",
+                str(error)[:200],
+                'Set a smaller max_model_len or cache, or kv_cache_dtype="int8".',
+            ) from error
+
+
+def block_bytes(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, kv_cache_dtype: str, block_size: int
+) -> int:
+    """What one block takes in all layers. Raises ConfigError for an unknown ``kv_cache_dtype``."""
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(
+            "kv_cache_dtype", f"got {kv_cache_dtype!r}", f"It must be one of: {', '.join(KV_CACHE_DTYPES)}."
+        )
+    per_token = backend.kv_bytes_per_token(
+        config.num_layers, config.num_kv_heads, config.head_dim, dtype, kv_cache_dtype == "int8"
+    )
+    return per_token * block_size
