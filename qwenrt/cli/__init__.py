@@ -1,0 +1,61 @@
+"""The command line: qwenrt chat | run | pull | doctor | bench | eval | finetune."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from qwenrt import __version__
+from qwenrt.cli import bench, chat, doctor, pull, run
+from qwenrt.cli.options import example
+from qwenrt.cli.terminal import forgive_encoding
+from qwenrt.errors import QwenrtError
+
+COMMANDS = (chat, run, pull, doctor, bench)
+EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Each command module adds itself and sets ``command`` to its function."""
+    parser = argparse.ArgumentParser(
+        prog="qwenrt",
+        description="Run every Qwen on every device.",
+        **example("example:\n  qwenrt chat            talk to the built-in demo model\n"),
+    )
+    parser.add_argument("--version", action="version", version=f"qwenrt {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 when done, 1 after an error (one message on stderr), 130 after Ctrl-C.
+
+    Wrong usage raises SystemExit(2), as argparse does.
+    """
+    forgive_encoding()
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "command"):
+        parser.print_help()
+        return EXIT_OK
+    try:
+        code: int = args.command(args)
+        sys.stdout.flush()
+        return code
+    except QwenrtError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our pipe has gone, e.g. `qwenrt run ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def _fail(message: str) -> int:
+    sys.stdout.flush()
+    print(f"qwenrt: error: {message}", file=sys.stderr)
+    return EXIT_ERROR

@@ -1,0 +1,224 @@
+"""qwenrt bench: prefill and decode speed, beside the memory bandwidth measured in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwenrt import __version__
+from qwenrt.cli import machine
+from qwenrt.cli.options import MODEL_HELP, add_model_options, example, load_arguments
+from qwenrt.cli.terminal import Terminal, readable_bytes
+from qwenrt.errors import RequestError
+from qwenrt.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenrt.llm import LLM
+
+_READ_BYTES = 512 * 2**20  # far more than any cache holds
+EXAMPLES = """examples:
+  qwenrt bench --shape Qwen-1_8B --quantize int4
+  qwenrt bench --model demo --prompt-tokens 128 --new-tokens 32 --json
+
+--shape takes random weights of that shape, so nothing is downloaded.
+Every figure is the median over the rounds. Decode reads every weight once per
+step: bandwidth_fraction is how much of the measured read bandwidth that is.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="how fast a model runs here",
+        description="Measure prefill and decode, and the bandwidth of memory in the same run.",
+        **example(EXAMPLES),
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help=MODEL_HELP)
+    what.add_argument("--shape", help="random weights shaped like Qwen-1_8B, Qwen-7B, Qwen-14B or Qwen-72B")
+    work = parser.add_argument_group("the work")
+    work.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+    work.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    work.add_argument("--batch", type=int, default=1, metavar="N", help="requests at once (default: 1)")
+    work.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    add_model_options(parser)
+    parser.set_defaults(command=bench)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every round does."""
+
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name, low in (("prompt_tokens", 1), ("new_tokens", 1), ("batch", 1), ("rounds", 1)):
+            value = getattr(self, name)
+            if value < low:
+                option = "--" + name.replace("_", "-")
+                raise RequestError(option, f"got {value}", f"It must be at least {low}.")
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds for the prompts (their first tokens included), seconds for the other tokens, read bandwidth."""
+
+    prefill_s: float
+    decode_s: float
+    read_bytes_per_s: float
+
+
+def bench(args: argparse.Namespace) -> int:
+    work = Work(args.prompt_tokens, args.new_tokens, args.batch, args.rounds)
+    terminal = Terminal()
+    with _load(args) as llm:
+        _check_fits(llm, work)
+        report = _report(llm, work, measure(llm, work, terminal))
+        report["quantize"] = args.quantize
+    if args.json:
+        terminal.result(report)
+    else:
+        _show(report, terminal)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> LLM:
+    arguments = load_arguments(args) | {"max_num_seqs": max(16, args.batch)}
+    if args.shape is None:
+        from qwenrt.llm import load
+
+        return load(args.model, **arguments)
+    from qwenrt.llm import load_random
+
+    for name in ("source", "revision", "offline"):
+        del arguments[name]
+    return load_random(args.shape, **arguments)
+
+
+def _check_fits(llm: LLM, work: Work) -> None:
+    longest = llm.stats().get("max_model_len")
+    needed = work.prompt_tokens + work.new_tokens + 1
+    if longest is not None and needed > longest:
+        raise RequestError(
+            f"{work.prompt_tokens} prompt and {work.new_tokens} new tokens",
+            f"this model's context is {longest} tokens",
+            "Ask for fewer, or raise --max-model-len.",
+        )
+
+
+def measure(llm: LLM, work: Work, terminal: Terminal) -> list[Round]:
+    """``work.rounds`` rounds after a warm-up. Each: read memory, then prefill alone, then prefill and decode.
+
+    Prompts are random and new every time, so that nothing comes from the prefix cache.
+    """
+    source = random.Random(0)
+    buffer = _buffer(llm)
+    _generate(llm, source, work, 2)
+    rounds = []
+    for number in range(1, work.rounds + 1):
+        bandwidth = _read_bandwidth(buffer)
+        prefill_s = _generate(llm, source, work, 1)
+        whole_s = _generate(llm, source, work, 1 + work.new_tokens)
+        rounds.append(Round(prefill_s, max(whole_s - prefill_s, 1e-9), bandwidth))
+        if terminal.looked_at:
+            terminal.remark(f"round {number} of {work.rounds}: {prefill_s:.2f} s, {whole_s:.2f} s")
+    return rounds
+
+
+def _generate(llm: LLM, source: random.Random, work: Work, new_tokens: int) -> float:
+    """Seconds for a batch of new random prompts with ``new_tokens`` each."""
+    vocabulary = min(llm.config.vocab_size, 151643)  # ordinary tokens only, no control tokens
+    prompts = [[source.randrange(vocabulary) for _ in range(work.prompt_tokens)] for _ in range(work.batch)]
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    started = time.perf_counter()
+    generations = llm.generate(prompt_token_ids=prompts, sampling_params=params)
+    took = time.perf_counter() - started
+    for generation in generations:
+        if len(generation.token_ids) != new_tokens:
+            raise RequestError(
+                f"{new_tokens} tokens",
+                f"the model wrote {len(generation.token_ids)}",
+                "Raise --max-model-len.",
+            )
+    return took
+
+
+def _buffer(llm: LLM) -> torch.Tensor:
+    """Memory to read on the model's device; less of it where the device is nearly full."""
+    import torch
+
+    device = llm.device
+    return torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
+
+
+def _read_bandwidth(buffer: torch.Tensor) -> float:
+    """Bytes per second of reading ``buffer`` once with all threads: the median of five readings."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        buffer.sum().item()
+        times.append(time.perf_counter() - started)
+    return buffer.nbytes / statistics.median(times)
+
+
+def _report(llm: LLM, work: Work, rounds: list[Round]) -> dict[str, Any]:
+    import torch
+
+    prefill_s = statistics.median(r.prefill_s for r in rounds)
+    decode_s = statistics.median(r.decode_s for r in rounds)
+    bandwidth = statistics.median(r.read_bytes_per_s for r in rounds)
+    stats = llm.stats()
+    weight_bytes = stats["weight_bytes_per_token"]
+    fractions = [weight_bytes * work.new_tokens / r.decode_s / r.read_bytes_per_s for r in rounds]
+    found = machine.describe()
+    return {
+        "model": llm.name,
+        "prompt_tokens": work.prompt_tokens,
+        "new_tokens": work.new_tokens,
+        "batch": work.batch,
+        "rounds": work.rounds,
+        "prefill_tokens_per_s": work.batch * work.prompt_tokens / prefill_s,
+        "decode_tokens_per_s": work.batch * work.new_tokens / decode_s,
+        "weight_bytes_per_token": weight_bytes,
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "bandwidth_fraction": statistics.median(fractions),
+        "load_s": stats["load_s"],
+        "peak_rss_bytes": machine.peak_rss_bytes(),
+        "kernels": stats["kernels"],
+        "dtype": stats["dtype"],
+        "machine": f"{found['processor'] or found['system']}, {found['cores_allowed']} logical cores",
+        "device": str(llm.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "qwenrt": __version__,
+    }
+
+
+def _show(report: dict[str, Any], terminal: Terminal) -> None:
+    def row(label: str, text: str, style: str = "") -> None:
+        terminal.say(f"{label:<15} {text}", style)
+
+    row("model", f"{report['model']}, {report['dtype']}, {report['quantize'] or 'not quantised at load'}")
+    row("kernels", report["kernels"])
+    row("machine", report["machine"])
+    row("versions", f"qwenrt {report['qwenrt']}, torch {report['torch']}, {report['threads']} threads")
+    size = f"{report['prompt_tokens']} prompt and {report['new_tokens']} new tokens"
+    row("work", f"{report['batch']} x {size}, median of {report['rounds']} rounds")
+    row("prefill", f"{report['prefill_tokens_per_s']:.1f} tokens/s", "bold")
+    row("decode", f"{report['decode_tokens_per_s']:.1f} tokens/s", "bold")
+    row("weights read", f"{readable_bytes(report['weight_bytes_per_token'])} per step")
+    row("bandwidth", f"{readable_bytes(report['read_bandwidth_bytes_per_s'])}/s read in the same run")
+    row("fraction", f"{report['bandwidth_fraction']:.2f} of it used by decode")
+    row("load", f"{report['load_s']:.1f} s")
+    if report["peak_rss_bytes"] is not None:
+        row("peak memory", readable_bytes(report["peak_rss_bytes"]))

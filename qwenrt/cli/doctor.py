@@ -1,0 +1,274 @@
+"""qwenrt doctor: what is here, which backend serves and why, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import textwrap
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qwenrt import __version__
+from qwenrt.cli import machine
+from qwenrt.cli.options import example
+from qwenrt.cli.terminal import Terminal, readable_bytes
+from qwenrt.config import Environment
+from qwenrt.errors import QwenrtError
+
+REQUIRED = ("torch", "numpy", "safetensors", "tiktoken", "huggingface-hub", "jinja2")
+EXTRAS = {  # extra -> (its packages, what it is for)
+    "cli": (("rich", "prompt-toolkit"), "colours and line editing in the terminal"),
+    "modelscope": (("modelscope",), "downloads from ModelScope"),
+}
+_WIDTH = 80
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="what is here, what is missing, and the fix",
+        description="Report versions, devices, which backend serves and why, what is missing and the fix.",
+        **example("examples:\n  qwenrt doctor\n  qwenrt doctor --device cuda --json\n"),
+    )
+    parser.add_argument("--device", default="auto", help="would this device serve? (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.set_defaults(command=doctor)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """0 where the device can serve, 1 where it cannot."""
+    report = examine(args.device)
+    terminal = Terminal()
+    if args.json:
+        terminal.result(report)
+    else:
+        _show(report, terminal)
+    return 0 if report["backend"]["name"] else 1
+
+
+def examine(device: str = "auto") -> dict[str, Any]:
+    """Everything doctor knows, ready for JSON. Nothing here raises: what fails is reported."""
+    problems: list[dict[str, str]] = []  # each: what, fix
+    report: dict[str, Any] = {
+        "qwenrt": __version__,
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "packages": {name: _version(name) for name in REQUIRED},
+        "extras": _extras(problems),
+        "machine": machine.describe(),
+        "torch": _torch(problems),
+    }
+    for name, version in report["packages"].items():
+        if version is None:
+            problems.append({"what": f"{name} is not installed", "fix": f"pip install {name}"})
+    environment = _environment(problems)
+    report["environment"] = _settings(environment)
+    usable = report["torch"]["error"] is None
+    report["backends"] = _backends(problems) if usable else []
+    report["cpu_kernels"] = _cpu_kernels() if usable else None
+    preferred = environment.backend if environment else None
+    report["backend"] = _chosen(device, preferred, problems) if usable else {"name": None, "why": "no torch"}
+    report["problems"] = problems
+    return report
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _extras(problems: list[dict[str, str]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for extra, (packages, purpose) in EXTRAS.items():
+        versions = {name: _version(name) for name in packages}
+        missing = [name for name, version in versions.items() if version is None]
+        found[extra] = {"packages": versions, "for": purpose, "missing": missing}
+        if missing:
+            what = f"optional: {' and '.join(missing)} not installed ({purpose})"
+            problems.append({"what": what, "fix": f'pip install "qwenrt[{extra}]"'})
+    return found
+
+
+def _torch(problems: list[dict[str, str]]) -> dict[str, Any]:
+    """The torch that is installed; one that cannot be imported is a finding, not a crash."""
+    found: dict[str, Any] = dict.fromkeys(("version", "build", "threads", "path", "error"))
+    found["devices"] = []
+    try:
+        import torch
+
+        found |= {"version": torch.__version__, "path": str(Path(torch.__file__).parent)}
+        found["build"] = _build(torch)
+        found["threads"] = torch.get_num_threads()
+        found["devices"] = _devices(torch)
+    except Exception as error:  # a broken install may raise anything
+        found["error"] = f"{type(error).__name__}: {error}"
+        fix = "pip install --force-reinstall torch, or your device vendor's build of it"
+        problems.append({"what": f"torch cannot be imported ({found['error'][:300]})", "fix": fix})
+        return found
+    _unused_hardware(found, problems)
+    return found
+
+
+def _build(torch: Any) -> str:
+    """For which device this torch was built."""
+    if getattr(torch.version, "hip", None):
+        return f"ROCm {torch.version.hip}"
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return "CPU only"
+
+
+def _devices(torch: Any) -> list[dict[str, Any]]:
+    """The accelerators torch sees, with their memory."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {"name": f"cuda:{index}", "model": properties.name, "memory_bytes": properties.total_memory}
+        )
+    return found
+
+
+def _unused_hardware(found: dict[str, Any], problems: list[dict[str, str]]) -> None:
+    """A device's driver is here, but this torch was not built for it."""
+    build = found["build"]
+    known = (
+        ("NVIDIA", "/dev/nvidiactl", build.startswith("CUDA"), "the CUDA build of torch"),
+        ("AMD or DCU", "/dev/kfd", build.startswith("ROCm"), "the ROCm (or DTK) build of torch"),
+        ("Ascend", "/dev/davinci_manager", _version("torch-npu") is not None, "torch-npu"),
+    )
+    for vendor, driver, served, remedy in known:
+        if Path(driver).exists() and not served:
+            what = f"a driver for {vendor} devices is here, but torch ({build}) does not use it"
+            problems.append({"what": what, "fix": f"install {remedy}"})
+
+
+def _environment(problems: list[dict[str, str]]) -> Environment | None:
+    try:
+        return Environment.read()
+    except QwenrtError as error:
+        problems.append({"what": f"{error.asked} {error.found}", "fix": error.remedy})
+        return None
+
+
+def _settings(environment: Environment | None) -> dict[str, Any] | None:
+    if environment is None:
+        return None
+    return {
+        "cache_dir": str(environment.cache_dir),
+        "hf_endpoint": environment.hf_endpoint,
+        "hf_token": "set" if environment.hf_token else None,
+        "modelscope_endpoint": environment.modelscope_endpoint,
+        "offline": environment.offline,
+        "backend": environment.backend,
+        "num_threads": environment.num_threads,
+    }
+
+
+def _backends(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
+    try:
+        from qwenrt.backends.registry import probe_all
+
+        return [{"name": p.name, "usable": p.usable, "why": p.why} for p in probe_all()]
+    except Exception as error:
+        what = f"the devices cannot be examined ({type(error).__name__}: {error})"
+        problems.append({"what": what, "fix": "reinstall qwenrt, or the plugin named above"})
+        return []
+
+
+def _cpu_kernels() -> str:
+    """One line: which kernels serve the CPU and, if not the fast ones, why and how to get them."""
+    try:
+        from qwenrt.backends.cpu import kernel_status
+
+        return str(kernel_status())
+    except Exception as error:
+        return f"plain torch (the kernels cannot be loaded: {type(error).__name__}: {error})"
+
+
+def _chosen(device: str, preferred: str | None, problems: list[dict[str, str]]) -> dict[str, Any]:
+    """Which backend load(device=...) would take here, and why."""
+    from qwenrt.backends.registry import create
+
+    try:
+        backend = create(device, preferred)
+    except QwenrtError as error:
+        problems.append({"what": f"{error.asked}: {error.found}", "fix": error.remedy})
+        return {"name": None, "device": device, "why": error.found, "kernels": None}
+    except Exception as error:  # a plugin may raise anything
+        why = f"{type(error).__name__}: {error}"
+        what = f"device={device!r}: {why}"
+        problems.append({"what": what, "fix": "choose another device, or fix its plugin"})
+        return {"name": None, "device": device, "why": why, "kernels": None}
+    if device != "auto":
+        why = "it was asked for"
+    else:
+        why = "QWENRT_BACKEND says so" if preferred else "the first usable one in the list above"
+    return {"name": backend.name, "device": str(backend.device), "why": why, "kernels": backend.describe()}
+
+
+# ---- for people
+
+
+def _show(report: dict[str, Any], terminal: Terminal) -> None:
+    def row(label: str, text: object, style: str = "") -> None:
+        lines = textwrap.wrap(str(text), _WIDTH - 16, break_on_hyphens=False) or [""]
+        terminal.say(f"{label:<15} {lines[0]}", style)
+        for line in lines[1:]:
+            terminal.say(" " * 16 + line, style)
+
+    python, torch = report["python"], report["torch"]
+    row("qwenrt", f"{report['qwenrt']}, Python {python['version']} ({python['executable']})")
+    row("torch", torch["error"] or f"{torch['version']} ({torch['build']}), {torch['threads']} threads")
+    others = {name: version for name, version in report["packages"].items() if name != "torch"}
+    row("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in others.items()))
+    for extra, found in report["extras"].items():
+        versions = ", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items())
+        row(f"[{extra}]", versions)
+    _show_machine(report["machine"], row)
+    for device in torch["devices"]:
+        row(device["name"], f"{device['model']}, {readable_bytes(device['memory_bytes'])}")
+    for backend in report["backends"]:
+        row(f"backend {backend['name']}", ("yes: " if backend["usable"] else "no: ") + backend["why"])
+    if report["cpu_kernels"]:
+        row("CPU kernels", report["cpu_kernels"])
+    settings = report["environment"]
+    if settings:
+        row("cache", settings["cache_dir"])
+        row("hubs", _hubs(settings))
+    chosen = report["backend"]
+    if chosen["name"]:
+        what = f"{chosen['name']} on {chosen['device']} ({chosen['why']}); {chosen['kernels']}"
+        row("serves here", what, "bold")
+    else:
+        row("serves here", f"nothing: {chosen['why']}", "bold red")
+    for problem in report["problems"]:
+        row("to do", f"{problem['what']}. Fix: {problem['fix']}", "yellow")
+    if not report["problems"]:
+        row("to do", "nothing, all is well", "green")
+
+
+def _show_machine(found: dict[str, Any], row: Any) -> None:
+    row("system", found["system"])
+    cores = f"{found['cores']} logical cores, {found['cores_allowed']} allowed to this process"
+    if found["cores_usable"]:
+        cores += f", {found['cores_usable']} worth using"
+    row("processor", f"{found['processor'] or 'unknown'}; {cores}")
+    if found["instruction_sets"]:
+        row("instructions", " ".join(found["instruction_sets"]))
+    if found["memory_total_bytes"]:
+        free, total = (readable_bytes(found[f"memory_{kind}_bytes"]) for kind in ("free", "total"))
+        row("memory", f"{free} free of {total} (containers' limits included)")
+
+
+def _hubs(settings: dict[str, Any]) -> str:
+    if settings["offline"]:
+        return "offline: no network connection will be opened"
+    hf = settings["hf_endpoint"] or "huggingface.co"
+    token = " with a token" if settings["hf_token"] else ""
+    return f"{hf}{token}, {settings['modelscope_endpoint'] or 'modelscope.cn'}"

@@ -1,0 +1,68 @@
+"""What this machine has, as doctor and bench report it: system, processor, cores, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+# What kernels for language models look for, as Linux spells it.
+_INSTRUCTION_SETS = frozenset(
+    (
+        *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni"),
+        *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+        *("neon", "asimd", "asimddp", "fphp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
+    )
+)
+
+
+def describe() -> dict[str, Any]:
+    """System, processor, cores, instruction sets and memory, with None for what cannot be found out.
+
+    ``cores_usable`` and the memory heed containers' limits; they need a torch that can be imported.
+    """
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    affinity = getattr(os, "sched_getaffinity", None)
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": info.get("model name") or info.get("Hardware") or platform.processor() or None,
+        "cores": os.cpu_count(),
+        "cores_allowed": len(affinity(0)) if affinity is not None else os.cpu_count(),
+        "cores_usable": None,
+        "instruction_sets": sorted(_INSTRUCTION_SETS & flags),
+        "memory_free_bytes": None,
+        "memory_total_bytes": None,
+    }
+    try:
+        from qwenrt.backends.cpu.resources import memory, usable_cores
+
+        found["cores_usable"] = usable_cores()
+        found["memory_free_bytes"], found["memory_total_bytes"] = memory()
+    except (
+        Exception
+    ):  # its package needs torch, and a broken torch may raise anything; doctor reports that itself
+        pass
+    return found
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory this process has held at once, None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's block of /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

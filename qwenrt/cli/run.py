@@ -1,0 +1,110 @@
+"""qwenrt run: one prompt, one answer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qwenrt.cli.lines import Undecodable, read_all
+from qwenrt.cli.options import (
+    MODEL_HELP,
+    add_model_options,
+    add_sampling_options,
+    example,
+    load_model,
+    sampling_changes,
+)
+from qwenrt.cli.terminal import Terminal, is_tty
+from qwenrt.errors import RequestError
+from qwenrt.text.messages import DEFAULT_SYSTEM
+
+if TYPE_CHECKING:
+    from qwenrt.llm import LLM
+    from qwenrt.outputs import Generation
+    from qwenrt.sampling_params import SamplingParams
+
+EXAMPLES = """examples:
+  qwenrt run demo "What is the capital of France?"
+  qwenrt run Qwen-7B "Once upon a time" --max-tokens 64
+  qwenrt run demo - --json < question.txt
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "run",
+        help="one prompt, one answer",
+        description="One prompt, one answer: a turn of a conversation where the model is a chat model, "
+        "else the prompt continued.",
+        **example(EXAMPLES),
+    )
+    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("prompt", nargs="?", default="-", help='the text, or "-" to read it from stdin')
+    parser.add_argument("--raw", action="store_true", help="continue the prompt even if it is a chat model")
+    parser.add_argument(
+        "--system", metavar="TEXT", default=DEFAULT_SYSTEM, help="the system prompt of a chat model"
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole result as JSON when it is done")
+    parser.add_argument("-s", "--seed", type=int, help="repeats an answer (default: another one each time)")
+    add_sampling_options(parser)
+    add_model_options(parser)
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    changes = sampling_changes(args)
+    if args.seed is not None:
+        changes["seed"] = args.seed
+    prompt = _prompt(args.prompt)
+    terminal = Terminal()
+    with load_model(args) as llm:
+        params = llm.generation_config.sampling.with_(**changes)
+        as_chat = not args.raw and llm.generation_config.chat_format == "chatml"
+        if args.json:
+            generation = _chat(llm, prompt, args.system, params) if as_chat else llm.generate(prompt, params)
+            terminal.result(dataclasses.asdict(generation))
+            return 0
+        for piece in _pieces(llm, prompt, args.system if as_chat else None, params):
+            terminal.stream(piece)
+        terminal.stream("\n")
+    return 0
+
+
+def _prompt(given: str) -> str:
+    """The prompt from the command line or stdin, checked to be text before a model is loaded for it."""
+    if given != "-":
+        text = given
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "the prompt", "not text in this locale's encoding", "Give it as UTF-8."
+            ) from error
+    else:
+        if is_tty(sys.stdin):
+            Terminal().remark("Type the prompt; end with Ctrl-D on a line of its own.")
+        try:
+            text = read_all().rstrip("\n")
+        except Undecodable as error:
+            raise RequestError("the prompt from stdin", "not readable text", "Give it as UTF-8.") from error
+    if not text.strip():
+        raise RequestError("the prompt", "it is empty", 'Give some text, e.g. qwenrt run demo "Hello".')
+    return text
+
+
+def _chat(llm: LLM, prompt: str, system: str, params: SamplingParams) -> Generation:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    generation: Generation = llm.chat(messages=messages, sampling_params=params)
+    return generation
+
+
+def _pieces(llm: LLM, prompt: str, system: str | None, params: SamplingParams) -> Iterator[str]:
+    """The answer as it is written, or where ``system`` is None the prompt's continuation."""
+    if system is None:
+        yield llm.generate(prompt, params).text
+        return
+    for delta in llm.stream(prompt, system=system, sampling_params=params):
+        yield delta.text

@@ -1,0 +1,93 @@
+"""Where a command's words go: results to stdout, remarks to stderr; colour only where a person looks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import IO, Any
+
+# What a model writes is shown, never obeyed: control characters could move the cursor or retitle the window.
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t\r"}
+_VISIBLE |= {ord("\r"): "", 0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+CLEAR_SCREEN = "\x1b[2J\x1b[3J\x1b[H"
+
+
+def is_tty(stream: IO[str] | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def forgive_encoding() -> None:
+    """A console that cannot show a character (GBK, Latin-1) shows a question mark instead of failing."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+class Terminal:
+    """Prints for one command. Styles ("dim", "bold", "red", ...) show on a tty where rich is installed."""
+
+    def __init__(self) -> None:
+        self.looked_at = is_tty(sys.stdout)
+        self.interactive = self.looked_at and is_tty(sys.stdin)
+
+    def say(self, text: str = "", style: str = "", end: str = "\n") -> None:
+        """A result, on stdout."""
+        _write(sys.stdout, text, style, end)
+
+    def stream(self, piece: str) -> None:
+        """A piece of an answer, on stdout at once."""
+        sys.stdout.write(piece.translate(_VISIBLE) if self.looked_at else piece)
+        sys.stdout.flush()
+
+    def remark(self, text: str, style: str = "dim") -> None:
+        """Something about the work that is not its result, on stderr."""
+        sys.stdout.flush()
+        _write(sys.stderr, text, style, "\n")
+
+    def warn(self, text: str) -> None:
+        self.remark(f"[WARNING] {text}", "yellow")
+
+    def error(self, text: str) -> None:
+        self.remark(f"[ERROR] {text}", "red")
+
+    def result(self, value: Any) -> None:
+        """A JSON document, for the program that reads it."""
+        print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+    def clear(self) -> None:
+        """An empty screen, where there is a screen."""
+        if self.looked_at:
+            sys.stdout.write(CLEAR_SCREEN)
+            sys.stdout.flush()
+
+
+def _write(stream: IO[str], text: str, style: str, end: str) -> None:
+    if not is_tty(stream):
+        stream.write(text + end)
+        stream.flush()
+        return
+    text = text.translate(_VISIBLE)
+    if style:
+        try:
+            from rich.console import Console
+            from rich.text import Text
+
+            Console(file=stream, highlight=False).print(Text(text, style), end=end, soft_wrap=True)
+            return
+        except ImportError:
+            pass
+    stream.write(text + end)
+    stream.flush()
+
+
+def readable_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,116 @@
+"""A model that answers by rule, in place of qwenrt.llm: what the command line does around a model is tested."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from qwenrt.config import GenerationConfig, ModelConfig
+from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.outputs import Delta, Generation, Usage
+from qwenrt.sampling_params import SamplingParams
+
+CONFIG = ModelConfig.from_dict(
+    {
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "seq_length": 64,
+    }
+)
+
+
+class FakeLLM:
+    """Echoes. "/slow" writes words for a minute, "/interrupt" is cut by Ctrl-C, "/fail" fails, "/escape" writes
+    control characters, "/long" runs into max_tokens."""
+
+    name = "fake"
+    summary = "fake on cpu"
+    device = "cpu"
+    config = CONFIG
+
+    def __init__(self, chat_format: str = "chatml") -> None:
+        self.generation_config = GenerationConfig(chat_format=chat_format, sampling=SamplingParams(top_p=0.8))
+        self.calls: list[dict[str, Any]] = []
+        self.closed_streams = 0
+        self.closed = False
+
+    def stream(self, query: str, history: Any = None, system: str = "", **rest: Any) -> Iterator[Delta]:
+        self.calls.append({"query": query, "history": history, "system": system, **rest})
+        return self._stream(query, history or [], rest["sampling_params"])
+
+    def _stream(self, query: str, history: Any, params: SamplingParams) -> Iterator[Delta]:
+        try:
+            if query == "/fail":
+                raise RequestError("a query", "it fails", "Ask another one.")
+            yield Delta("echo ")
+            if query == "/interrupt":
+                raise KeyboardInterrupt
+            if query == "/slow":
+                for _ in range(600):
+                    time.sleep(0.1)
+                    yield Delta("word ")
+            text = {"/escape": "\x1b[2Jred\x07", "/smile": "\U0001f642"}.get(query, query)
+            yield Delta(f"{text} ({len(history)} turns, seed {params.seed}, top_p {params.top_p})")
+            yield Delta("", finish_reason="length" if query == "/long" else "stop", usage=Usage(1, 2))
+        finally:
+            self.closed_streams += 1
+
+    def chat(self, *, messages: list[dict[str, str]], sampling_params: SamplingParams) -> Generation:
+        text = f"reply to {messages[-1]['content']}"
+        return Generation(text, [1], "stop", Usage(3, 1), message={"role": "assistant", "content": text})
+
+    def generate(
+        self, prompt: Any = None, sampling_params: Any = None, *, prompt_token_ids: Any = None
+    ) -> Any:
+        self.calls.append({"prompt": prompt, "prompt_token_ids": prompt_token_ids, "params": sampling_params})
+        if prompt_token_ids is not None:
+            count = sampling_params.max_tokens
+            time.sleep(0.001 * count)
+            return [Generation("", [0] * count, "length", Usage(1, count)) for _ in prompt_token_ids]
+        return Generation(f"{prompt} and so on", [1], "length", Usage(2, 1))
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "weight_bytes_per_token": 1000,
+            "max_model_len": 4096,
+            "load_s": 0.5,
+            "kernels": "none",
+            "dtype": "float32",
+        }
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.closed = True
+
+
+def install(monkeypatch: Any = None, chat_format: str = "chatml") -> types.SimpleNamespace:
+    """Put the fake in the place of qwenrt.llm. Returns .llm and .loaded (the arguments of each load)."""
+    made = types.SimpleNamespace(llm=FakeLLM(chat_format), loaded=[])
+
+    def load(model: str = "demo", **arguments: Any) -> FakeLLM:
+        made.loaded.append((model, arguments))
+        if model == "nowhere":
+            raise CheckpointError("model 'nowhere'", "no such model", "Known are: demo.")
+        return made.llm
+
+    module: Any = types.ModuleType("qwenrt.llm")
+    module.load = module.load_random = load
+    if monkeypatch is None:
+        sys.modules["qwenrt.llm"] = module
+    else:
+        monkeypatch.setitem(sys.modules, "qwenrt.llm", module)
+    return made
+
+
+if __name__ == "__main__":  # a process to talk to through a pseudo-terminal
+    from qwenrt.cli import main
+
+    install()
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,219 @@
+"""qwenrt chat at a (pseudo-)terminal: typing, Ctrl-C, colours, and consoles that cannot show everything."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
+ROOT = Path(__file__).parents[2]
+CTRL_C, CTRL_D, ENTER = "\x03", "\x04", "\r"
+PROMPT = "User>"
+
+
+class Talk:
+    """A process behind a pseudo-terminal."""
+
+    def __init__(self, *argv: str, module: str = "tests.cli.fake_llm", **environment: str) -> None:
+        self.master, slave = pty.openpty()
+        env = {
+            k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING")
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *argv],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**env, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environment},
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=lambda: _take_terminal(slave),
+        )
+        os.close(slave)
+        self.seen = b""
+        self.mark = 0
+
+    def type(self, text: str, encoding: str = "utf-8") -> None:
+        self.mark = len(self.seen)
+        os.write(self.master, text.encode(encoding))
+
+    def until(self, wanted: str, count: int = 1, timeout: float = 20, encoding: str = "utf-8") -> str:
+        """What appears after the last ``type`` up to ``wanted``, escape codes taken out."""
+        deadline = time.monotonic() + timeout
+        while True:
+            plain = strip(self.seen[self.mark :].decode(encoding, "replace"))
+            if plain.count(wanted) >= count:
+                return plain
+            if not select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"{wanted!r} did not appear in {plain!r}")
+            self.seen += self._read(wanted, plain)
+
+    def _read(self, wanted: str, plain: str) -> bytes:
+        try:
+            piece = os.read(self.master, 65536)
+        except OSError:
+            piece = b""
+        if not piece:
+            raise AssertionError(f"{wanted!r} did not appear before the end, only {plain!r}")
+        if b"\x1b[6n" in piece:  # where is the cursor? (a terminal answers)
+            os.write(self.master, b"\x1b[1;1R")
+        return piece
+
+    def code(self) -> int:
+        return self.process.wait(timeout=20)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+
+
+def _take_terminal(slave: int) -> None:
+    """Make the pseudo-terminal the process's own, so that Ctrl-C becomes a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+
+def strip(text: str) -> str:
+    return re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[=>])", "", text)
+
+
+@pytest.fixture
+def talk() -> Iterator[Talk]:
+    made = Talk("chat")
+    made.until(PROMPT)
+    yield made
+    made.close()
+
+
+def test_a_conversation(talk: Talk) -> None:
+    assert "This is fake." in strip(talk.seen.decode())
+    talk.type("hello" + ENTER)
+    talk.until("echo hello (0 turns, seed 1234, top_p 0.8)")
+    talk.until(PROMPT, count=1)
+    talk.type("你好" + ENTER)
+    talk.until("echo 你好 (1 turns")
+    talk.type(CTRL_D)
+    assert talk.code() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(talk: Talk) -> None:
+    talk.type("first" + ENTER)
+    talk.until("(0 turns")
+    talk.until(PROMPT)
+    talk.type("/slow" + ENTER)
+    talk.until("word word")
+    started = time.monotonic()
+    talk.type(CTRL_C)
+    talk.until("Answer stopped; the history is unchanged.")
+    assert time.monotonic() - started < 5
+    talk.until(PROMPT)
+    talk.type("again" + ENTER)
+    talk.until("echo again (1 turns")
+    talk.until(PROMPT)
+    talk.type(":q" + ENTER)
+    assert talk.code() == 0
+
+
+def test_ctrl_c_at_the_prompt_leaves_with_1(talk: Talk) -> None:
+    talk.type(CTRL_C)
+    talk.until("Left with Ctrl-C")
+    assert talk.code() == 1
+
+
+def test_ctrl_c_raised_inside_the_model_is_the_same(talk: Talk) -> None:
+    talk.type("/interrupt" + ENTER)
+    talk.until("Answer stopped")
+    talk.until(PROMPT)
+    talk.type(":his" + ENTER)
+    talk.until("History (0)")
+
+
+def test_longer_messages_have_their_own_prompt(talk: Talk) -> None:
+    talk.type('"""one' + ENTER)
+    talk.until("... >")
+    talk.type('two"""' + ENTER)
+    talk.until("echo one\r\ntwo (0 turns")
+    talk.until(PROMPT)
+    talk.type("dropped \\" + ENTER)
+    talk.until("... >")
+    talk.type(CTRL_C)
+    talk.until("This message was dropped.")
+    talk.until(PROMPT)
+    talk.type(ENTER)
+    talk.until("The question is empty")
+
+
+def test_a_model_cannot_steer_the_terminal(talk: Talk) -> None:
+    talk.type("/escape" + ENTER)
+    talk.until("␛[2Jred␇")
+    assert b"\x1b[2J" not in talk.seen[talk.mark :]
+
+
+def test_clear_empties_the_screen(talk: Talk) -> None:
+    talk.type(":clear" + ENTER)
+    talk.until("This is fake.")
+    assert b"\x1b[2J" in talk.seen[talk.mark :]
+
+
+def test_a_gbk_console() -> None:
+    talk = Talk("chat", PYTHONIOENCODING="gbk")
+    try:
+        talk.until(PROMPT, encoding="gbk")
+        talk.type("你好" + ENTER, encoding="gbk")
+        talk.until("echo 你好 (0 turns", encoding="gbk")
+        talk.until(PROMPT, encoding="gbk")
+        talk.type("/smile" + ENTER)
+        talk.until("echo ? (1 turns", encoding="gbk")
+        talk.until(PROMPT, encoding="gbk")
+        talk.type(b"\xff\xff\n".decode("latin-1"), encoding="latin-1")
+        talk.until("not readable text", encoding="gbk")
+        talk.until(PROMPT, encoding="gbk")
+        time.sleep(0.2)  # input() must have begun to read: a signal before that waits for the next key
+        talk.type(CTRL_C)
+        assert talk.code() == 1
+    finally:
+        talk.close()
+
+
+def test_ctrl_c_ends_a_run_with_130() -> None:
+    talk = Talk("run", "demo", "/slow")
+    try:
+        talk.until("word word")
+        talk.type(CTRL_C)
+        assert talk.code() == 130
+        assert b"Traceback" not in talk.seen
+    finally:
+        talk.close()
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "en_US.ISO-8859-1"])
+def test_a_pipe_in_any_locale(locale: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cli.fake_llm", "chat"],
+        input="你好\n/smile\n".encode(),
+        capture_output=True,
+        env={**os.environ, "LC_ALL": locale},
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert b"(1 turns" in done.stdout and b"\x1b" not in done.stdout
+
+
+def test_the_optimised_interpreter_and_a_closed_stdin() -> None:
+    command = [sys.executable, "-O", "-m", "tests.cli.fake_llm", "chat"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
