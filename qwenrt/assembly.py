@@ -23,6 +23,7 @@ from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.preflight import preflight
 from qwenrt.loader.weights import QUANTIZE_GROUP, load_weights, quantize_bits
 from qwenrt.model.qwen import Qwen
+from qwenrt.ops.types import CanonicalWeight
 from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("qwenrt")
@@ -152,16 +153,31 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
         for name, dims in model.tensor_specs.items():
-            tensor = torch.ones(dims) if len(dims) == 1 else torch.empty(dims, dtype=dtype).normal_(std=0.02)
+            tensor = torch.ones(dims) if len(dims) == 1 else _random_rows(dims[0], dims[1], 16).dense
+            assert tensor is not None
             model.set_tensor(name, tensor.to(backend.device, dtype))
-        for seed, (name, spec) in enumerate(model.linear_specs.items()):
+        for name, spec in model.linear_specs.items():
             kept = bits if spec.quantizable else 16
-            weight = selfcheck.random_weight(spec.out_features, spec.in_features, kept, QUANTIZE_GROUP, seed)
+            weight = _random_rows(spec.out_features, spec.in_features, kept)
             bias = torch.zeros(spec.out_features) if spec.bias else None
             model.set_linear(name, backend.pack_linear(dataclasses.replace(weight, bias=bias), dtype))
 
     name = shape if isinstance(shape, str) else "random weights"
-    return _build(name, config, GenerationConfig(), None, backend, settings, fill, None, started)
+    return _build(name, config, GenerationConfig(), None, backend, settings, fill, "bfloat16", started)
+
+
+def _random_rows(rows: int, columns: int, bits: int) -> CanonicalWeight:
+    """Random weights as a checkpoint would hold them (dense ones in bfloat16); rows repeat, which no kernel sees."""
+    block = selfcheck.random_weight(min(rows, 512), columns, bits, QUANTIZE_GROUP, seed=rows)
+    times = -(-rows // 512)
+    if block.dense is not None:
+        return CanonicalWeight(dense=block.dense.bfloat16().repeat(times, 1)[:rows])
+    codes, scales, zeros = (
+        tensor.repeat(1, times)[:, :rows].contiguous()
+        for tensor in (block.codes, block.scales, block.zeros)
+        if tensor is not None
+    )
+    return dataclasses.replace(block, codes=codes, scales=scales, zeros=zeros)
 
 
 def _backend(settings: Settings, environment: Environment) -> Backend:
@@ -348,14 +364,13 @@ def _report_fallbacks(bindings: list[Binding], fallback: str) -> None:
 
 def _summary(built: Assembled, settings: Settings) -> str:
     """The one line that says what serves."""
-    kinds = dict.fromkeys(spec.kind for spec in built.model.linears())
-    weights = "+".join(
-        {"w4a16": "int4", "w8a16": "int8"}.get(k.split("-")[0], k.split("-")[0]) for k in kinds
-    )
-    cache = "int8" if settings.kv_cache_dtype == "int8" else str(built.dtype).removeprefix("torch.")
+    dtype = str(built.dtype).removeprefix("torch.")
+    bits = {packed.bits for linear in built.model.linears() for packed in linear.data.get("parts", [linear])}
+    weights = "+".join(f"int{b}" if b < 16 else "dense" for b in sorted(bits))
+    size = built.model.weight_bytes
+    cache = "int8" if settings.kv_cache_dtype == "int8" else dtype
     return (
-        f"{built.name}: {built.backend.name} ({built.backend.device}), "
-        f"{str(built.dtype).removeprefix('torch.')}, weights {weights} {built.model.weight_bytes / 2**30:.2f} GiB, "
-        f"cache {cache} up to {built.max_model_len} tokens, {built.backend.describe()}, "
-        f"loaded in {built.load_s:.1f} s"
+        f"{built.name}: {built.backend.name} ({built.backend.describe()}), {dtype}, "
+        f"{weights} weights {f'{size / 2**30:.2f} GiB' if size >= 2**29 else f'{size / 2**20:.1f} MiB'}, "
+        f"{cache} cache, context {built.max_model_len} tokens, loaded in {built.load_s:.1f} s"
     )
