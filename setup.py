@@ -71,8 +71,13 @@ def _run(command: list[str]) -> None:
 
 
 def _one_line(error: Exception, compiler: list[str]) -> str:
-    output = str(getattr(error, "stderr", None) or error).strip().splitlines()
-    cause = next((line for line in output if "error" in line.lower()), output[0] if output else "no message")
+    if isinstance(error, subprocess.CalledProcessError):
+        output = error.stderr.strip().splitlines() or [f"exit status {error.returncode}, no message"]
+        cause = next((line for line in output if "error" in line.lower()), output[0])
+    elif isinstance(error, subprocess.TimeoutExpired):
+        cause = f"not done in {error.timeout:.0f} s"
+    else:
+        cause = str(error)
     return f"{compiler[0]} failed ({cause.strip()[:200]})"
 
 
@@ -110,8 +115,10 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        built = ROOT if self.editable_mode else Path(self.build_lib)
-        build_or_say_why(built / LIBRARY)
+        if self.editable_mode:
+            build_or_say_why(ROOT / LIBRARY)
+        elif not build_or_say_why(Path(self.build_lib, LIBRARY)):
+            Path(self.build_lib, LIBRARY).unlink(missing_ok=True)  # one of an earlier build, copied as data
 
 
 class Develop(develop):

@@ -61,7 +61,7 @@ template <int BITS, int TILE, int STREAMS>
 void blocks_times_tile(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int64_t first, int64_t stride,
                        int64_t tile) {
   constexpr int PER_WORD = 32 / BITS;
-  constexpr int CHAINS = TILE * STREAMS >= 8 ? 1 : (TILE * STREAMS >= 4 ? 2 : 4);  // hide the multiply-add's latency
+  constexpr int CHAINS = TILE == 1 ? 2 : 1;  // of the tile alone: a row's sums are the same wherever it is computed
   const int64_t row_words = w.groups * w.words_per_group;
   const float* x = in.x + tile * in.padded * TILE;
   const float* sums = in.sums + tile * w.groups * TILE;
@@ -153,7 +153,7 @@ inline float value16(const uint16_t* p) {
 template <bool HALF, int TILE, int STREAMS>
 void dense_rows_times_tile(const uint16_t* w, const float* bias, const float* x, float* y, int64_t out_features,
                            int64_t in_features, int64_t first, int64_t stride) {
-  constexpr int CHAINS = TILE * STREAMS >= 8 ? 1 : 2;
+  constexpr int CHAINS = TILE == 1 ? 2 : 1;
   constexpr int STEP = 8 * CHAINS;
   __m256 acc[CHAINS][STREAMS][TILE];
   UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = _mm256_setzero_ps(); }); }); });

@@ -1,0 +1,68 @@
+"""The recorded logits and tokens, through the CPU's own kernels: one token at a time, and all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwenrt.backends.cpu import CPUBackend
+from qwenrt.config import ModelConfig
+from qwenrt.loader.weights import load_weights
+from qwenrt.model.qwen import Qwen
+from qwenrt.model.rotary import ntk_alpha
+from qwenrt.ops.types import Packed, StepPlan
+from tests.conftest import GPTQ_GOLDENS
+
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(params=["auto", "scalar"])
+def cpu(request: pytest.FixtureRequest) -> CPUBackend:
+    """The backend with the best kernels, and with the portable ones."""
+    backend = CPUBackend(torch.device("cpu"))
+    if backend.kernels is None:
+        pytest.skip("csrc was not built")
+    request.addfinalizer(lambda: backend.configure())
+    backend.configure(request.param)
+    return backend
+
+
+@pytest.mark.parametrize("name", GPTQ_GOLDENS)
+@torch.inference_mode()
+def test_recorded_logits_hold_through_the_kernels(golden_dir: Path, name: str, cpu: CPUBackend) -> None:
+    config = ModelConfig.from_dir(golden_dir / name)
+    model = Qwen(config, cpu, torch.float32)
+    load_weights(model, golden_dir / name, config, cpu, torch.float32, progress=False)
+    model.bind()
+    assert config.quant is not None
+    for weight, kind in (("layers.0.qkv_proj", f"w{config.quant.bits}a16-rows8"), ("lm_head", "dense16")):
+        packed = model.get(weight)
+        assert isinstance(packed, Packed) and packed.kind == kind
+    assert all(b.native for b in cpu.bindings if b.op == "linear")
+    golden = load_file(golden_dir / name / "golden.safetensors")
+    prompt, new = golden["0.ids"].long(), golden["0.new_tokens"].long()
+    total = len(prompt) + len(new)
+    table = [list(range(-(-total // BLOCK_SIZE)))]
+    kv = cpu.alloc_kv(
+        config.num_layers,
+        len(table[0]),
+        BLOCK_SIZE,
+        config.num_kv_heads,
+        config.head_dim,
+        torch.float32,
+        False,
+    )
+    alpha = ntk_alpha(len(prompt), config)
+    logits, done = [], 0
+    for ids in (prompt, *new.split(1)):
+        slots = list(range(done, done + len(ids)))
+        done += len(ids)
+        plan = cpu.plan([len(ids)], [done], table, slots)
+        logits.append(model.logits(model.forward(ids, plan, [alpha], kv)))
+    torch.testing.assert_close(logits[0], golden["0.prefill_logits"], atol=1e-4, rtol=0)
+    steps = torch.cat([logits[0][-1:], *logits[1:]])
+    torch.testing.assert_close(steps, golden["0.step_logits"], atol=1e-4, rtol=0)
+    assert steps[:-1].argmax(-1).tolist() == new.tolist()

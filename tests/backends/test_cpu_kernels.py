@@ -1,0 +1,463 @@
+"""The kernels of csrc/ against float64, their threads, and every way of not having them."""
+
+from __future__ import annotations
+
+import ctypes.util
+import dataclasses
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.backends.cpu import CPUBackend, backend, kernel_status, kernels, resources
+from qwenrt.errors import BackendError
+from qwenrt.ops import packing, reference
+from qwenrt.ops.types import CanonicalWeight, Packed
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
+needs_kernels = pytest.mark.skipif(not BUILT, reason="csrc was not built")
+# Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
+EXACT = 2e-6
+
+
+@pytest.fixture
+def cpu() -> Iterator[CPUBackend]:
+    """A CPU backend with two threads and the best kernels; what it set for the process is set back."""
+    made = CPUBackend(CPU)
+    made.configure(num_threads=2)
+    yield made
+    CPUBackend(CPU).configure()
+
+
+def random_weight(
+    n: int, k: int, bits: int, group_size: int, *, sym: bool = False, shuffle: bool = False, bias: bool = True
+) -> CanonicalWeight:
+    weight = packing.quantize_dense(
+        torch.randn(n, k), bits, group_size, bias=torch.randn(n) if bias else None, sym=sym
+    )
+    perm = torch.randperm(k).to(torch.int32) if shuffle else None
+    return dataclasses.replace(weight, perm=perm)
+
+
+def float64_linear(x: torch.Tensor, weight: CanonicalWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """x W^T + bias in float64, and the size that errors are measured by."""
+    w = packing.dequantize(weight, torch.float64)
+    y, size = x.double() @ w.t(), x.double().abs() @ w.abs().t() + 1e-9
+    return (y, size) if weight.bias is None else (y + weight.bias, size + weight.bias.abs())
+
+
+def assert_exact(y: torch.Tensor, x: torch.Tensor, weight: CanonicalWeight) -> None:
+    wanted, size = float64_linear(x, weight)
+    assert y.shape == wanted.shape and y.dtype == x.dtype
+    if y.numel():
+        assert float(((y.double() - wanted).abs() / size).max()) < EXACT
+
+
+# ---- right answers
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.one_of(st.integers(1, 40), st.sampled_from([64, 201])),
+    k=st.one_of(st.integers(1, 140), st.sampled_from([128, 259])),
+    tokens=st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 33, 40]),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([-1, 8, 16, 20, 24, 31, 64, 128]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    isa=st.sampled_from(["auto", "scalar"]),
+)
+def test_quantised_linears_of_any_shape(
+    cpu: CPUBackend,
+    n: int,
+    k: int,
+    tokens: int,
+    bits: int,
+    group_size: int,
+    flags: tuple[bool, bool, bool],
+    isa: str,
+) -> None:
+    sym, shuffle, bias = flags
+    weight = random_weight(n, k, bits, group_size, sym=sym, shuffle=shuffle, bias=bias)
+    x = torch.randn(tokens, k)
+    cpu.configure(isa)
+    w = cpu.pack_linear(weight, torch.float32)
+    y = cpu.linear(x, w)
+    assert_exact(y, x, weight)
+    if w.kind == kernels.native_kind(bits):
+        rows = kernels.dequantize_blocks(w, 0, -(-n // kernels.BLOCK))
+        assert torch.equal(rows, packing.dequantize(weight, torch.float32))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_definition_agrees_and_threads_change_nothing(cpu: CPUBackend, bits: int) -> None:
+    weight = random_weight(1000, 1024, bits, 128, shuffle=True)
+    x = torch.randn(5, 1024)
+    w = cpu.pack_linear(weight, torch.float32)
+    y = cpu.linear(x, w)
+    defined = reference.linear(x, reference.pack(weight, torch.float32, CPU))
+    assert torch.allclose(y, defined, rtol=1e-5, atol=2e-4)
+    for threads in (1, 3):
+        cpu.configure(num_threads=threads)
+        assert torch.equal(cpu.linear(x, w), y)
+
+
+@needs_kernels
+def test_scales_outside_float16_keep_their_float32(cpu: CPUBackend) -> None:
+    weight = packing.quantize_dense(torch.randn(24, 64) * 1e-9, 4, 32)
+    assert weight.scales is not None and weight.scales.dtype == torch.float32
+    x = torch.randn(3, 64)
+    w = cpu.pack_linear(weight, torch.float32)
+    assert w.data["scales"].dtype == torch.float32
+    wanted, _ = float64_linear(x, weight)
+    assert torch.allclose(cpu.linear(x, w).double(), wanted, rtol=1e-4, atol=1e-14)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+def test_subnormal_and_extreme_float16_scales(cpu: CPUBackend, isa: str) -> None:
+    cpu.configure(isa)
+    weight = random_weight(8, 16, 4, 16, bias=False)
+    scales = torch.tensor([6e-8, 1e-6, 6.1e-5, 1.0, 65504.0, -2.0, 0.0, 3e-5], dtype=torch.float16)
+    weight = dataclasses.replace(weight, scales=scales[None])
+    x = torch.randn(1, 16)
+    assert_exact(cpu.linear(x, cpu.pack_linear(weight, torch.float32)), x, weight)
+
+
+@needs_kernels
+def test_true_zeros_past_the_largest_code(cpu: CPUBackend) -> None:
+    for bits in (4, 8):
+        weight = random_weight(16, 32, bits, 16)
+        assert weight.zeros is not None
+        weight = dataclasses.replace(weight, zeros=torch.full_like(weight.zeros, 2**bits))
+        weight.zeros[0, 0] = 0  # type: ignore[index]
+        x = torch.randn(2, 32)
+        assert_exact(cpu.linear(x, cpu.pack_linear(weight, torch.float32)), x, weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
+def test_activations_that_are_not_finite_follow_torch(cpu: CPUBackend, bad: float) -> None:
+    weight = random_weight(20, 64, 4, 32)
+    x = torch.randn(2, 64)
+    x[1, 3:6] = bad
+    y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
+    wanted = x @ packing.dequantize(weight, torch.float32).t() + weight.bias
+    assert torch.allclose(y, wanted, rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert bool(torch.isfinite(y[0]).all())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_16_bit_weights_stay_so_and_multiply_in_float32(cpu: CPUBackend, dtype: torch.dtype) -> None:
+    for n, k in ((1, 1), (7, 3), (33, 100), (130, 256), (9, 515)):
+        for tokens in (0, 1, 2, 3, 4, 7, 8, 9, 20):
+            weight = CanonicalWeight(dense=torch.randn(n, k).to(dtype), bias=torch.randn(n))
+            x = torch.randn(tokens, k)
+            w = cpu.pack_linear(weight, torch.float32)
+            assert w.nbytes == 2 * n * k + 4 * n
+            assert_exact(cpu.linear(x, w), x, weight)
+    cpu.configure("scalar")
+    assert_exact(cpu.linear(x, w), x, weight)
+    assert w.data["weight"].data_ptr() == weight.dense.data_ptr()  # type: ignore[union-attr]
+    assert cpu.pack_linear(weight, dtype).kind == "dense"
+
+
+@needs_kernels
+def test_parts_and_16_bit_activations(cpu: CPUBackend) -> None:
+    parts = [random_weight(5, 64, bits, 32) for bits in (4, 8)]
+    packed = [cpu.pack_linear(part, torch.bfloat16) for part in parts]
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    y = cpu.linear(x, Packed("parts", 10, 64, {"parts": packed}))
+    wanted = torch.cat([float64_linear(x, part)[0] for part in parts], dim=-1)
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.double(), wanted, rtol=1e-2, atol=1e-1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_gradients_reach_the_input_of_a_frozen_weight(cpu: CPUBackend, bits: int) -> None:
+    if bits == 16:
+        weight = CanonicalWeight(dense=torch.randn(50, 40).to(torch.bfloat16))
+    else:
+        weight = random_weight(50, 40, bits, 16, shuffle=True)
+    w = cpu.pack_linear(weight, torch.float32)
+    x = torch.randn(3, 40, requires_grad=True)
+    grad = torch.randn(3, 50)
+    cpu.linear(x, w).backward(grad)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, grad @ packing.dequantize(weight, torch.float32), rtol=1e-4, atol=1e-4)
+
+
+# ---- threads and processes
+
+
+@needs_kernels
+def test_many_callers_at_once_get_their_own_answers(cpu: CPUBackend) -> None:
+    weights = [random_weight(96, 128, bits, 64) for bits in (4, 8)]
+    packed = [cpu.pack_linear(weight, torch.float32) for weight in weights]
+    wrong: list[str] = []
+
+    def call(seed: int) -> None:
+        x = torch.randn(1 + seed % 5, 128, generator=torch.Generator().manual_seed(seed))
+        for weight, w in zip(weights, packed, strict=True):
+            wanted, size = float64_linear(x, weight)
+            for _ in range(20):
+                if float(((cpu.linear(x, w) - wanted).abs() / size).max()) > EXACT:
+                    wrong.append(f"thread {seed}")
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+@needs_kernels
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_computes_with_workers_of_its_own(cpu: CPUBackend) -> None:
+    assert cpu.kernels is not None
+    w = cpu.pack_linear(random_weight(512, 1024, 4, 128), torch.float32)
+    x = torch.randn(1, 1024)
+    y = cpu.kernels.quant_linear(x, w)
+    assert y is not None
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        again = cpu.kernels.quant_linear(x, w)
+        os._exit(0 if again is not None and again.tolist() == y.tolist() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# ---- choices, and what is said about them
+
+
+@needs_kernels
+def test_kernels_can_be_chosen_and_switched_off(cpu: CPUBackend) -> None:
+    cpu.configure("scalar", num_threads=1)
+    assert cpu.describe() == "csrc scalar, 1 thread"
+    cpu.configure("off")
+    assert cpu.describe() == "plain torch: the kernels are switched off"
+    weight = random_weight(8, 32, 4, 16)
+    assert cpu.pack_linear(weight, torch.float32).kind == "w4a16"
+    assert cpu.why_not("linear", OpSpec("linear", "o", torch.float32, kind="w4a16")) is not None
+    with pytest.raises(BackendError, match=r"'avx512': no such choice. Use one of: auto, off, avx2, scalar"):
+        cpu.configure("avx512")
+
+
+def test_kernel_status_is_one_line() -> None:
+    line = kernel_status()
+    assert "\n" not in line
+    assert line.startswith("csrc ") if BUILT else line.startswith("plain torch: csrc was not built")
+
+
+@needs_kernels
+def test_bindings_say_which_code_serves(cpu: CPUBackend) -> None:
+    def why(kind: str, op: str = "linear") -> str | None:
+        return cpu.why_not(op, OpSpec(op, "layers.0", torch.float32, kind=kind))
+
+    assert [why(kind) for kind in (kernels.native_kind(4), "dense", "dense16", "parts", "")] == [None] * 5
+    odd = cpu.pack_linear(random_weight(8, 30, 4, 3), torch.float32)
+    assert odd.kind == "w4a16" and "groups do not fill" in str(why(odd.kind))
+    x = torch.randn(2, 30)
+    assert torch.equal(cpu.linear(x, odd), reference.linear(x, odd))
+    cpu.demoted["linear"] = "self-check: wrong"
+    assert why("w4a16") == "self-check: wrong"
+    assert cpu.pack_linear(random_weight(8, 32, 4, 16), torch.float32).kind == "w4a16"
+    assert type(cpu).linear is not Backend.linear
+
+
+def test_without_a_library_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "csrc was not built (_qwenrt_cpu.so is missing): install a C++ compiler"
+    monkeypatch.setattr(backend, "_load", lambda: kernels.KernelsUnavailable(reason))
+    cpu = CPUBackend(CPU)
+    assert cpu.kernels is None and cpu.describe() == f"plain torch: {reason}"
+    assert cpu.why_not("linear", OpSpec("linear", "o", torch.float32, kind="w4a16")) == reason
+    weight, x = random_weight(8, 32, 4, 16), torch.randn(2, 32)
+    w = cpu.pack_linear(weight, torch.float32)
+    assert torch.equal(cpu.linear(x, w), reference.linear(x, w))
+    with pytest.raises(BackendError, match="'scalar': csrc was not built"):
+        cpu.configure("scalar")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "csrc was not built .*missing.*install a C\\+\\+ compiler and reinstall"),
+        (b"", "is not a library"),
+        (b"<html>404</html>" * 10, "is not a library"),
+        (b"\x7fELF" + bytes(36) + (1 << 40).to_bytes(8, "little") + bytes(16), "is cut short"),
+        (b"\x7fELF" + bytes(200), "does not load"),
+    ],
+)
+def test_a_damaged_library_is_refused_with_the_reason(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "_qwenrt_cpu.so"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(kernels.KernelsUnavailable, match=message) as error:
+        kernels.Kernels(path)
+    assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF only")
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
+def test_a_library_cut_anywhere_is_refused(tmp_path: Path, share: float) -> None:
+    whole = kernels.LIBRARY.read_bytes()
+    path = tmp_path / "_qwenrt_cpu.so"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(kernels.KernelsUnavailable, match="cut short"):
+        kernels.Kernels(path)
+
+
+@needs_kernels
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "ABI", kernels.ABI + 1)
+    with pytest.raises(kernels.KernelsUnavailable, match=r"has interface \d+, expected \d+: install a C"):
+        kernels.Kernels()
+    monkeypatch.undo()
+    foreign = ctypes.util.find_library("m")
+    found = next(iter(Path("/lib").glob(f"*/{foreign}")), None) if foreign else None
+    if found is not None:
+        path = tmp_path / "_qwenrt_cpu.so"
+        shutil.copy(found, path)
+        with pytest.raises(kernels.KernelsUnavailable, match="does not load"):
+            kernels.Kernels(path)
+
+
+# ---- the machine
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal: 8388608 kB\nMemFree: 1 kB\nMemAvailable: 4194304 kB\n"
+GIB = 1 << 30
+
+
+def test_memory_is_the_tightest_cgroups(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"proc/meminfo": MEMINFO})
+    assert resources.memory(root) == (4 * GIB, 8 * GIB)
+    tree(
+        root,
+        {
+            "proc/self/cgroup": "0::/box/inner\n",
+            "sys/fs/cgroup/box/memory.max": str(3 * GIB),
+            "sys/fs/cgroup/box/memory.current": str(2 * GIB),
+            "sys/fs/cgroup/box/memory.stat": f"anon 1\ninactive_file {GIB // 2}\n",
+            "sys/fs/cgroup/box/inner/memory.max": "max",
+        },
+    )
+    assert resources.memory(root) == (3 * GIB // 2, 3 * GIB)
+    tree(
+        root, {"sys/fs/cgroup/box/inner/memory.max": str(GIB), "sys/fs/cgroup/box/inner/memory.current": "5"}
+    )
+    assert resources.memory(root) == (GIB - 5, GIB)
+
+
+def test_memory_of_version_1_and_of_a_container_with_its_own_mount(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/meminfo": MEMINFO,
+            "proc/self/cgroup": "5:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2 * GIB),
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": str(3 * GIB),
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+        },
+    )
+    assert resources.memory(root) == (0, 2 * GIB)
+    assert resources.usable_cores(root) == 1
+    tree(root, {"sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096)})
+    assert resources.memory(root) == (4 * GIB, 8 * GIB)
+
+
+def test_cores_obey_affinity_siblings_and_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    assert resources.usable_cores(tmp_path) == 4
+    siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    root = tree(tmp_path, {siblings.format(cpu): f"{cpu % 2},{cpu % 2 + 2}" for cpu in range(4)})
+    assert resources.usable_cores(root) == 2
+    tree(root, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000"})
+    assert resources.usable_cores(root) == 1
+    tree(root, {"sys/fs/cgroup/cpu.max": "max 100000"})
+    assert resources.usable_cores(root) == 2
+
+
+def test_memory_here_is_plausible_and_float32_is_taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = CPUBackend(CPU)
+    free, total = cpu.memory()
+    assert 0 < free <= total
+    monkeypatch.setattr(resources, "memory", lambda: (10 * GIB, 16 * GIB))
+    assert cpu.default_dtype("bfloat16", 6 * GIB, False) == torch.float32
+    assert cpu.default_dtype("float16", 16 * GIB, False) == torch.bfloat16
+    assert cpu.default_dtype("float16", 60 * GIB, True) == torch.float32
+
+
+# ---- the build
+
+
+@pytest.fixture
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("qwenrt_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_failing_compiler_costs_one_line(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "deep" / "_qwenrt_cpu.so"
+    for command, cause in (("/bin/false", "exit status 1"), ("/no/such/compiler -x", "No such file")):
+        monkeypatch.setenv("CXX", command)
+        assert build.build_or_say_why(target) is False
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("qwenrt: the CPU kernels were not built: ")
+        assert cause in said and "Plain torch serves the CPU instead." in said
+    assert not target.exists() and not list(tmp_path.rglob("*.so*"))
+
+
+def test_no_compiler_at_all_is_no_error(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.build_kernels(tmp_path / "x.so").startswith("no C++ compiler was found (set CXX")
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
+def test_broken_sources_name_the_compilers_first_error(build: ModuleType, tmp_path: Path) -> None:
+    for name in build.SOURCES:
+        (tmp_path / name).write_text("int x = nothing_of_that_name;\n")
+    reason = build.build_kernels(tmp_path / "x.so", source=tmp_path)
+    assert "failed (" in reason and "error" in reason and "\n" not in reason
+    assert not (tmp_path / "x.so").exists()
+
+
+def test_every_source_is_compiled(build: ModuleType) -> None:
+    assert {path.name for path in (ROOT / "csrc").glob("*.cpp")} == set(build.SOURCES)
