@@ -73,6 +73,11 @@ class NameTable:
                 return Place(param.format(n=groups.get("n")), part, groups.get("kind") or "weight")
         return IGNORED if self._ignored.fullmatch(name) else None
 
+    def parts(self, param: str) -> list[str]:
+        """The parts in which checkpoints of this generation store a linear; [""] for one block."""
+        n = next((word for word in param.split(".") if word.isdecimal()), "")
+        return [part for name, part in self.linears.values() if name.format(n=n) == param]
+
     def source(self, param: str, part: str = "", kind: str = "weight") -> str:
         """The name under which a checkpoint holds a parameter: locate's inverse, for messages and for writing."""
         n = next((word for word in param.split(".") if word.isdecimal()), "")

@@ -200,7 +200,7 @@ class _SlotCheck:
 
     def linear(self, spec: LinearSpec) -> None:
         slots = self.inventory.slots.get(spec.name, {})
-        parts = parts_of(spec, slots)
+        parts = parts_of(spec, slots or {(part, ""): "" for part in self.table.parts(spec.name)})
         present = [part for part, _ in parts if any(p == part for p, _ in slots)]
         if present and len(present) < len(parts):
             absent = ", ".join(self.table.source(spec.name, p) for p, _ in parts if p not in present)
