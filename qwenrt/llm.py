@@ -6,7 +6,7 @@ serves all callers, so any thread may use one LLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from types import TracebackType
@@ -199,8 +199,8 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The model's logits after each token -> float32 [num_tokens, vocab_size] on the CPU; one prefill."""
-        ids = _token_ids(token_ids)
-        return self._alive().engine.logits(ids)
+        logits: torch.Tensor = self._alive().engine.logits(_token_ids(token_ids))
+        return logits
 
     # ---- about it
 
@@ -397,15 +397,15 @@ def _name(model: object) -> str:
 
 
 def _as_list(name: str, value: object) -> list[Any]:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+    if hasattr(value, "tolist"):  # a tensor or an array
+        value = value.tolist()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise RequestError(name, f"got {type(value).__name__}", "Pass a list.")
     return list(value)
 
 
 def _token_ids(ids: object) -> list[int]:
     listed = _as_list("token ids", ids)
-    if hasattr(ids, "tolist"):  # a tensor or an array
-        listed = ids.tolist()
     for token in listed:
         if not isinstance(token, int) or isinstance(token, bool):
             raise RequestError("token ids", f"one is {token!r:.40}", "Token ids are integers.")

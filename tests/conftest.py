@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 GOLDEN = Path(__file__).parent / "golden"
 DENSE_GOLDENS = ("plain", "ntk_only", "logn_only", "ntk_logn", "big_base")
@@ -45,3 +48,54 @@ def _loopback_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def golden_dir() -> Path:
     """The directory of tiny checkpoints with recorded logits and tokens."""
     return GOLDEN
+
+
+def write_tiny_checkpoint(directory: Path, *, chat_format: str = "chatml", seed: int = 0, **config: object) -> Path:
+    """A random Qwen-1 directory with a tokenizer of single bytes: 464 real ids in 512 rows."""
+    directory.mkdir(parents=True, exist_ok=True)
+    values = {
+        "model_type": "qwen",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+        "intermediate_size": 192,
+        "seq_length": 64,
+        "max_position_embeddings": 512,
+    } | config
+    (directory / "config.json").write_text(json.dumps(values))
+    generation = {"chat_format": chat_format, "eos_token_id": 256, "pad_token_id": 256, "max_new_tokens": 16}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
+    (directory / "qwen.tiktoken").write_text("".join(lines))
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=source) * 0.15
+
+    d, i, v = values["hidden_size"], values["intermediate_size"] // 2, values["vocab_size"]
+    tensors = {
+        "transformer.wte.weight": normal(v, d),
+        "transformer.ln_f.weight": torch.ones(d),
+        "lm_head.weight": normal(v, d),
+    }
+    for n in range(values["num_hidden_layers"]):
+        tensors |= {
+            f"transformer.h.{n}.ln_1.weight": torch.ones(d),
+            f"transformer.h.{n}.ln_2.weight": torch.ones(d),
+            f"transformer.h.{n}.attn.c_attn.weight": normal(3 * d, d),
+            f"transformer.h.{n}.attn.c_attn.bias": normal(3 * d),
+            f"transformer.h.{n}.attn.c_proj.weight": normal(d, d),
+            f"transformer.h.{n}.mlp.w1.weight": normal(i, d),
+            f"transformer.h.{n}.mlp.w2.weight": normal(i, d),
+            f"transformer.h.{n}.mlp.c_proj.weight": normal(d, i),
+        }
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random chat checkpoint with a tokenizer."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "chat model 模型.v1")

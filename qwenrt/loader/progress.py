@@ -32,6 +32,8 @@ def quiet_tqdm(show: bool | None) -> Any:
     from tqdm import tqdm  # comes with huggingface-hub
 
     class Bar(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
+        monitor_interval = 0  # tqdm's watching thread, one for each class of bars, would outlive the load
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)  # huggingface-hub's own bars take a name
             kwargs["disable"] = None if show is None else not show  # None is tqdm's "unless a terminal"
