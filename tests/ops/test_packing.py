@@ -198,7 +198,7 @@ def test_what_the_format_cannot_hold_is_not_written() -> None:
     assert weight.zeros is not None
     zero = dataclasses.replace(weight, zeros=torch.zeros_like(weight.zeros))
     with pytest.raises(
-        ConfigError, match="zeros from 0 to 0 do not fit in 4 bits with offset 1.*zero_offset 0"
+        ConfigError, match=r"zeros from 0 to 0 do not fit in 4 bits with offset 1.*zero_offset 0"
     ):
         packing.pack_gptq(zero)
     assert int(packing.pack_gptq(zero, zero_offset=0)["qzeros"].abs().max()) == 0
