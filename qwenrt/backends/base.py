@@ -185,8 +185,8 @@ class Backend:
         """
         num_heads, num_kv_heads, head_dim = heads
         rows = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-        q, k, v = rows.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
+        qk, v = rows.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], dim=1)
+        q, k = self.rotary(qk, cos, sin).split_with_sizes([num_heads, num_kv_heads], dim=1)
         if q_scale is not None:
             q = q * q_scale.to(q.dtype)[:, None, None]
         if kv is not None and plan.slots is not None:
