@@ -89,10 +89,9 @@ class Tokenizer:
             (name, read_json(directory / name) if (directory / name).exists() else {})
             for name in ("generation_config.json", "tokenizer_config.json")
         ]
+        _check_end_of_text(ranks, directory / VOCAB_FILE, configs)
         extra = extra_vocab_files or _extra_vocab_files(directory, configs[1][1])
-        tokenizer = cls(ranks, extra, name=str(directory))
-        _check_end_of_text(tokenizer, ranks, directory / VOCAB_FILE, configs)
-        return tokenizer
+        return cls(ranks, extra, name=str(directory))
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -244,7 +243,6 @@ def _extra_vocab_files(directory: Path, tokenizer_config: Mapping[str, Any]) -> 
 
 
 def _check_end_of_text(
-    tokenizer: Tokenizer,
     ranks: Mapping[bytes, int],
     path: Path,
     configs: Sequence[tuple[str, Mapping[str, Any]]],
@@ -255,17 +253,18 @@ def _check_end_of_text(
     like the released vocabulary must have its length.
     """
     token, rank = _RELEASED_TOKEN
+    eod_id, im_end_id = len(ranks), len(ranks) + SPECIAL_TOKENS.index(IM_END)
     cut_off = ranks.get(token) == rank and len(ranks) != RELEASED_RANKS
     named_any = False
     for name, config in configs:
         eos = config.get("eos_token_id")
         named = eos if isinstance(eos, list) else [] if eos is None else [eos]
         named_any = named_any or bool(named)
-        agrees = tokenizer.eod_id in named or (tokenizer.im_end_id in named and not cut_off)
+        agrees = eod_id in named or (im_end_id in named and not cut_off)
         if named and not agrees:
             raise CheckpointError(
                 f"reading {path}",
-                f"it holds {len(ranks)} tokens, so {END_OF_TEXT} is id {tokenizer.eod_id}, "
+                f"it holds {len(ranks)} tokens, so {END_OF_TEXT} is id {eod_id}, "
                 f"but eos_token_id in {name} is {eos!r:.80}",
                 "One of the two files is cut off or from another model: fetch both again.",
             )

@@ -76,17 +76,15 @@ def test_recorded_texts(tokenizer: Tokenizer, golden: Any) -> None:
 def test_recorded_chats(tokenizer: Tokenizer, golden: Any) -> None:
     assert len(golden["chats"]) == 5
     for case in golden["chats"]:
-        ids = build_chat(
-            tokenizer, case["query"], case["history"], case["system"], case["max_window_size"]
-        )
+        ids = build_chat(tokenizer, case["query"], case["history"], case["system"], case["max_window_size"])
         assert ids == case["ids"]
         assert tokenizer.decode(ids) == case["raw_text"]
 
 
 def test_the_released_vocabulary(released_dir: Path) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer = load_tokenizer(released_dir)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert (tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id) == (
         151643,
         151644,
@@ -100,7 +98,7 @@ def test_the_released_vocabulary(released_dir: Path) -> None:
     )
     assert tokenizer.token_bytes(0) == b"!"
     assert tokenizer.token_bytes(188) == b"\0"
-    assert seconds < 3, f"{seconds:.2f} s"  # 0.6 s alone; the limit leaves room for a busy machine
+    assert seconds < 3, f"{seconds:.2f} s"  # 0.6 s on an idle machine
 
 
 def test_agrees_with_another_tokenizer(tokenizer: Tokenizer) -> None:
