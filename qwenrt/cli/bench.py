@@ -83,7 +83,10 @@ def bench(args: argparse.Namespace) -> int:
     terminal = Terminal()
     with _load(args) as llm:
         _check_fits(llm, work)
-        report = _report(llm, work, measure(llm, work, terminal))
+        _generate(llm, random.Random(1), work, 2)  # warm up
+        peak = machine.peak_rss_bytes()  # before the buffer below adds to it
+        report = _report(llm, work, measure(llm, work, _buffer(llm), terminal))
+        report["peak_rss_bytes"] = peak
         report["quantize"] = args.quantize
     if args.json:
         terminal.result(report)
@@ -116,14 +119,12 @@ def _check_fits(llm: LLM, work: Work) -> None:
         )
 
 
-def measure(llm: LLM, work: Work, terminal: Terminal) -> list[Round]:
-    """``work.rounds`` rounds after a warm-up. Each: read memory, then prefill alone, then prefill and decode.
+def measure(llm: LLM, work: Work, buffer: torch.Tensor, terminal: Terminal) -> list[Round]:
+    """``work.rounds`` rounds. Each: read ``buffer``, then prefill alone, then prefill and decode.
 
     Prompts are random and new every time, so that nothing comes from the prefix cache.
     """
     source = random.Random(0)
-    buffer = _buffer(llm)
-    _generate(llm, source, work, 2)
     rounds = []
     for number in range(1, work.rounds + 1):
         bandwidth = _read_bandwidth(buffer)
@@ -154,11 +155,12 @@ def _generate(llm: LLM, source: random.Random, work: Work, new_tokens: int) -> f
 
 
 def _buffer(llm: LLM) -> torch.Tensor:
-    """Memory to read on the model's device; less of it where the device is nearly full."""
+    """Memory to read, on the model's device; less than usual where there is little."""
     import torch
 
-    device = llm.device
-    return torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
+    free = machine.describe()["memory_free_bytes"] if llm.device.type == "cpu" else None
+    size = _READ_BYTES if free is None else max(2**20, min(_READ_BYTES, free // 4))
+    return torch.ones(size // 4, dtype=torch.float32, device=llm.device)
 
 
 def _read_bandwidth(buffer: torch.Tensor) -> float:
@@ -193,7 +195,6 @@ def _report(llm: LLM, work: Work, rounds: list[Round]) -> dict[str, Any]:
         "read_bandwidth_bytes_per_s": bandwidth,
         "bandwidth_fraction": statistics.median(fractions),
         "load_s": stats["load_s"],
-        "peak_rss_bytes": machine.peak_rss_bytes(),
         "kernels": stats["kernels"],
         "dtype": stats["dtype"],
         "machine": f"{found['processor'] or found['system']}, {found['cores_allowed']} logical cores",

@@ -100,35 +100,32 @@ def converse(session: Session, lines: Lines) -> int:
                 ask(session, query)
         except Leave:
             return int(failed)
+        except KeyboardInterrupt:
+            if not terminal.interactive:
+                raise
+            terminal.warn("Answer stopped; the history is unchanged.")
         except QwenrtError as error:
             terminal.error(str(error))
             failed = not terminal.interactive
 
 
 def ask(session: Session, query: str) -> None:
-    """Stream one answer and remember it. A stopped or failed answer leaves the history as it was."""
+    """Stream one answer and remember it. Where it is stopped or fails, the history stays as it was."""
     terminal = session.terminal
     pieces: list[str] = []
     reason = None
-    if terminal.interactive:
-        terminal.say("Qwen> ", "bold", end="")
-    try:
-        with one_interrupt(), contextlib.closing(session.stream(query)) as deltas:
-            for delta in deltas:
-                pieces.append(delta.text)
-                terminal.stream(delta.text)
-                reason = delta.finish_reason or reason
-    except KeyboardInterrupt:
-        if not terminal.interactive:
-            raise
-        terminal.stream("\n")
-        terminal.warn("Answer stopped; the history is unchanged.")
-        return
-    except QwenrtError:
-        if pieces or terminal.interactive:
-            terminal.stream("\n")
-        raise
-    terminal.stream("\n")
+    with one_interrupt():
+        if terminal.interactive:
+            terminal.say("Qwen> ", "bold", end="")
+        try:
+            with contextlib.closing(session.stream(query)) as deltas:
+                for delta in deltas:
+                    pieces.append(delta.text)
+                    terminal.stream(delta.text)
+                    reason = delta.finish_reason or reason
+        finally:
+            if pieces or terminal.interactive:
+                terminal.stream("\n")
     session.history.append((query, "".join(pieces).strip()))
     if reason == "length":
         terminal.remark("[INFO] The answer reached its longest length; :conf max_tokens=N allows more.")

@@ -30,7 +30,6 @@ class FakeLLM:
 
     name = "fake"
     summary = "fake on cpu"
-    device = "cpu"
     config = CONFIG
 
     def __init__(self, chat_format: str = "chatml") -> None:
@@ -73,6 +72,12 @@ class FakeLLM:
             time.sleep(0.001 * count)
             return [Generation("", [0] * count, "length", Usage(1, count)) for _ in prompt_token_ids]
         return Generation(f"{prompt} and so on", [1], "length", Usage(2, 1))
+
+    @property
+    def device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
 
     def stats(self) -> dict[str, Any]:
         return {
