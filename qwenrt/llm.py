@@ -125,17 +125,18 @@ class LLM:
     ) -> Any:
         """One turn of a conversation.
 
-        With ``query``: -> (response, history), the new pair appended to a copy of ``history``; `system` is not part
-        of it. With ``messages`` (OpenAI's shape, ``tools`` too): -> Generation, whose ``message`` is ready to append.
+        With ``query``: -> (response, history), the new pair appended to a copy of ``history``; ``system`` is not part
+        of it. With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose ``message`` is ready to append.
         ``sampling`` changes single fields of ``sampling_params`` or of the checkpoint's own defaults.
         """
         past = as_history(history)
         prompt = self._chat_prompt(query, past, system, messages, tools)
         params = self._params(sampling_params, sampling)
-        if messages is None and params.n != 1:
+        pair = messages is None and not tools
+        if pair and params.n != 1:
             raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
         generation = self._collect([self._submit(prompt.token_ids, params, prompt.stop)], bool(tools))[0]
-        if messages is not None:
+        if not pair:
             return generation
         response = generation.text.strip()
         assert query is not None
