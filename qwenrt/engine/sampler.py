@@ -147,7 +147,8 @@ class TokenCounts:
             self._place.update((token, start + i) for i, token in enumerate(fresh))
             self._reserve(len(self._place))
             self._ids[start : len(self._place)] = torch.tensor(list(fresh), device=self._ids.device)
-        written = [self._place[t] for t in seq.token_ids[max(self._read, seq.prompt_len) :]]
+        output = seq.token_ids[max(self._read, seq.prompt_len) :]
+        written = [self._place[t] for t in output if t < self._limit]
         if written:
             places = torch.tensor(written, device=self._ids.device)
             self._written.index_add_(0, places, torch.ones(len(written), device=self._ids.device))

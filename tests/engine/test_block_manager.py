@@ -1,0 +1,178 @@
+"""Blocks: none lost, none doubly owned, shared ones found by content alone."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenrt.engine.block_manager import BlockManager
+from qwenrt.engine.sequence import Sequence
+from qwenrt.sampling_params import SamplingParams
+
+
+def sequence(seq_id: int, ids: list[int], alpha: int = 1) -> Sequence:
+    return Sequence(seq_id, ids, SamplingParams(), alpha=alpha)
+
+
+def compute(manager: BlockManager, seq: Sequence) -> None:
+    seq.num_computed = len(seq.token_ids)
+    manager.commit(seq)
+
+
+def test_a_prefix_is_shared_but_its_last_token_is_computed() -> None:
+    manager = BlockManager(8, 4)
+    first = sequence(0, list(range(8)))
+    assert manager.admit(first)
+    compute(manager, first)
+    again, longer = sequence(1, list(range(8))), sequence(2, [*range(8), 9])
+    assert manager.admit(again) and manager.admit(longer)
+    assert again.num_computed == 4, "the second block holds the last token: not shared"
+    assert longer.num_computed == 8
+    assert longer.block_table[:2] == first.block_table
+    assert again.block_table[0] == first.block_table[0] and again.block_table[1] != first.block_table[1]
+    assert manager.users(first.block_table[0]) == 3
+
+
+def test_another_ntk_factor_is_another_prefix() -> None:
+    manager = BlockManager(8, 4)
+    first = sequence(0, list(range(8)), alpha=1)
+    manager.admit(first)
+    compute(manager, first)
+    other = sequence(1, list(range(8)), alpha=3)
+    manager.admit(other)
+    assert other.num_computed == 0
+
+
+def test_equal_hashes_of_different_tokens_do_not_meet() -> None:
+    colliding = 2**61 - 1  # hash(2**61 - 1) == hash(0)
+    assert hash((0, 0, 0, 0)) == hash((colliding,) * 4)
+    manager = BlockManager(8, 4)
+    first = sequence(0, [0] * 5)
+    manager.admit(first)
+    compute(manager, first)
+    other = sequence(1, [colliding] * 5)
+    manager.admit(other)
+    assert other.num_computed == 0
+
+
+def test_the_same_tokens_behind_another_prefix_are_another_block() -> None:
+    manager = BlockManager(8, 2)
+    first = sequence(0, [1, 2, 3, 4, 5])
+    manager.admit(first)
+    compute(manager, first)
+    other = sequence(1, [9, 9, 3, 4, 5])
+    manager.admit(other)
+    assert other.num_computed == 0
+
+
+def test_least_recently_used_goes_first_and_ends_before_beginnings() -> None:
+    manager = BlockManager(4, 2)
+    for i, start in enumerate((10, 20)):
+        seq = sequence(i, [start, start + 1, start + 2, start + 3])
+        manager.admit(seq)
+        compute(manager, seq)
+        manager.free(seq)
+    assert manager.num_free == 4 and manager.num_findable == 4
+    manager.admit(sequence(2, [99]))  # takes one block: the end of the older sequence
+    older, newer = sequence(3, [10, 11, 12, 13, 0]), sequence(4, [20, 21, 22, 23, 0])
+    assert len(manager._find(older)) == 1
+    assert len(manager._find(newer)) == 2
+
+
+def test_distrusted_blocks_are_not_found_again() -> None:
+    manager = BlockManager(4, 2)
+    seq = sequence(0, [1, 2, 3, 4])
+    manager.admit(seq)
+    compute(manager, seq)
+    manager.forget(seq)
+    manager.free(seq)
+    assert manager.num_free == 4 and manager.num_findable == 0
+    assert not manager._find(sequence(1, [1, 2, 3, 4, 5]))
+
+
+def test_cleared_blocks_are_free_and_not_found() -> None:
+    manager = BlockManager(4, 2)
+    done, running = sequence(0, [1, 2, 3]), sequence(1, [5, 6, 7])
+    for seq in (done, running):
+        manager.admit(seq)
+        compute(manager, seq)
+    manager.free(done)
+    manager.clear()
+    assert manager.num_free == 2 and manager.num_findable == 0
+    manager.free(running)
+    assert manager.num_free == 4
+
+
+def test_admission_leaves_the_reserve_alone() -> None:
+    manager = BlockManager(4, 2)
+    assert not manager.admit(sequence(0, [1, 2, 3]), reserve=3)
+    assert manager.num_free == 4
+    assert manager.admit(sequence(1, [1, 2, 3]), reserve=2)
+
+
+def check(manager: BlockManager, held: list[Sequence], size: int) -> None:
+    """Each block has as many users as tables it is in; the rest is free; no two sequences write one block."""
+    counts = [0] * manager.num_blocks
+    for seq in held:
+        assert len(seq.block_table) == len(set(seq.block_table))
+        for block in seq.block_table:
+            counts[block] += 1
+    assert counts == [manager.users(block) for block in range(manager.num_blocks)]
+    assert manager.num_free == counts.count(0)
+    for seq in held:
+        for block in seq.block_table[seq.num_computed // size :]:
+            assert counts[block] == 1, "a block that is still written to is shared"
+
+
+class Lives:
+    """Sequences that come, grow, are computed and go, and what each block holds by then."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.draw = data.draw
+        self.size = self.draw(st.integers(1, 4))
+        self.manager = BlockManager(self.draw(st.integers(1, 12)), self.size, self.draw(st.booleans()))
+        self.held: list[Sequence] = []
+        self.contents: dict[int, tuple[int, ...]] = {}
+
+    def admit(self, seq_id: int) -> None:
+        seq = sequence(seq_id, self.draw(st.lists(st.integers(0, 1), min_size=1, max_size=12)))
+        free = self.manager.num_free
+        if not self.manager.admit(seq):
+            assert self.manager.num_free == free and not seq.block_table
+            return
+        self.held.append(seq)
+        assert seq.num_computed < len(seq.token_ids)
+        for i, block in enumerate(seq.block_table[: seq.num_computed // self.size]):
+            assert self.contents[block] == tuple(seq.token_ids[: (i + 1) * self.size])
+
+    def change(self, action: str) -> None:
+        seq = self.draw(st.sampled_from(self.held))
+        if action == "grow" and seq.num_remaining == 0:
+            seq.token_ids.append(self.draw(st.integers(0, 1)))
+            if not self.manager.grow(seq):
+                seq.token_ids.pop()
+        elif action == "compute":
+            for i in range(seq.num_computed // self.size, len(seq.block_table)):
+                self.contents[seq.block_table[i]] = tuple(seq.token_ids[: (i + 1) * self.size])
+            compute(self.manager, seq)
+        elif action in ("free", "forget"):
+            if action == "forget":
+                self.manager.forget(seq)
+            self.manager.free(seq)
+            self.held.remove(seq)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_random_lives_lose_no_block(data: st.DataObject) -> None:
+    lives = Lives(data)
+    for step in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(["admit", "admit", "grow", "compute", "free", "forget"]))
+        if action == "admit":
+            lives.admit(step)
+        elif lives.held:
+            lives.change(action)
+        check(lives.manager, lives.held, lives.size)
+    for seq in lives.held:
+        lives.manager.free(seq)
+    assert lives.manager.num_free == lives.manager.num_blocks

@@ -1,0 +1,72 @@
+"""The cache's size, and that its int8 form loses less than the one Qwen-1 shipped with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwenrt.engine.kv_cache import block_bytes
+from qwenrt.errors import CapacityError, ConfigError
+from qwenrt.ops import reference
+from tests.engine.conftest import golden_model, make_engine
+
+
+def shipped_scheme(x: torch.Tensor) -> torch.Tensor:
+    """Qwen-1's own quantisation of one call's tokens [T, H, hd]: a range per head for all of them, truncation."""
+    high, low = x.amax((0, 2), keepdim=True), x.amin((0, 2), keepdim=True)
+    scale = (high - low) / 255
+    zero = -low / scale
+    codes = (x / scale + zero).clamp(0, 255).to(torch.uint8)
+    return scale * (codes.float() - zero)
+
+
+@pytest.mark.parametrize("kind", ["normal", "outlier channel", "outlier token", "decode"])
+def test_int8_error_is_smaller_than_the_shipped_schemes(kind: str) -> None:
+    x = torch.randn(1 if kind == "decode" else 64, 4, 32, generator=torch.Generator().manual_seed(1))
+    if kind == "outlier channel":
+        x[:, :, 3] *= 20
+    if kind == "outlier token":
+        x[5] *= 20
+    ours = reference.dequantize_kv(*reference.quantize_kv(x), torch.float32)
+    error, shipped = (ours - x).square().mean(), (shipped_scheme(x) - x).square().mean()
+    assert error < 0.5 * shipped
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 255
+    assert ((ours - x).abs() <= 0.501 * step).all()
+
+
+def test_a_constant_row_is_exact() -> None:
+    x = torch.full((2, 3, 16), -1.5)
+    assert torch.equal(reference.dequantize_kv(*reference.quantize_kv(x), torch.float32), x)
+
+
+def test_the_bytes_of_a_block_are_those_allocated() -> None:
+    for kind in ("auto", "int8"):
+        engine = make_engine(num_blocks=5, kv_cache_dtype=kind)
+        held = sum(
+            tensor.nbytes
+            for layer in engine.runner.cache.layers
+            for tensor in vars(layer).values()
+            if tensor is not None
+        )
+        assert engine.cache_bytes == held
+
+
+def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype: got 'int3'.*auto, int8"):
+        make_engine(kv_cache_dtype="int3")
+    with pytest.raises(CapacityError, match=r"100 bytes hold no block of 16 tokens \(24576 bytes\)"):
+        make_engine(cache_bytes=100)
+    with pytest.raises(ConfigError, match="block_size: got 0"):
+        make_engine(block_size=0)
+
+
+def test_memory_that_is_not_there_is_a_typed_error() -> None:
+    with pytest.raises(CapacityError, match=r"a KV cache of \d+ blocks of 16 tokens"):
+        make_engine(num_blocks=2**44)
+
+
+def test_the_cache_is_as_large_as_its_memory_allows() -> None:
+    model = golden_model("ntk_logn")
+    one = block_bytes(model.config, model.backend, model.dtype, "auto", 16)
+    assert make_engine(cache_bytes=10 * one + 5).blocks.num_blocks == 10
+    assert make_engine(max_model_len=64, max_num_seqs=3).blocks.num_blocks == 12

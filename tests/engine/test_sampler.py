@@ -1,0 +1,188 @@
+"""The sampler against plain definitions of what each parameter does."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenrt.engine import sampler as sampler_module
+from qwenrt.engine.sampler import Sampler, draw
+from qwenrt.engine.sequence import Sequence
+from qwenrt.sampling_params import SamplingParams
+
+
+def sequence(
+    params: SamplingParams, prompt: list[int] | None = None, output: list[int] | None = None
+) -> Sequence:
+    seq = Sequence(0, prompt or [0], params)
+    seq.token_ids += output or []
+    return seq
+
+
+def kept_by_definition(logits: torch.Tensor, params: SamplingParams) -> set[int]:
+    """Which tokens of a row [V] may be drawn, one filter after the other, by sorting everything."""
+    probs = (logits.double() / params.temperature).softmax(-1)
+    order = probs.argsort(descending=True).tolist()
+    if params.top_k:
+        order = order[: params.top_k]
+    total, kept, mass = sum(float(probs[i]) for i in order), [], 0.0
+    for i in order:
+        if mass / total >= params.top_p and params.top_p < 1:
+            break
+        kept.append(i)
+        mass += float(probs[i])
+    best = float(probs[order[0]])
+    return {i for i in kept if float(probs[i]) >= params.min_p * best}
+
+
+def reachable(logits: torch.Tensor, params: SamplingParams) -> Counter[int]:
+    """What a fine comb of uniforms draws."""
+    comb = [(i + 0.5) / 4000 for i in range(4000)]
+    rows = logits.expand(len(comb), -1)
+    return Counter(draw(rows, [params] * len(comb), comb).tolist())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([0, 1, 2, 5, 24, 100]),
+    st.sampled_from([0.05, 0.3, 0.8, 0.99, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    st.sampled_from([0.3, 1.0, 2.0]),
+)
+def test_what_is_drawn_is_what_the_definitions_keep(
+    seed: int, top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    logits = torch.randn(24, generator=torch.Generator().manual_seed(seed)) * 2
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    kept = kept_by_definition(logits, params)
+    counts = reachable(logits, params)
+    assert set(counts) <= kept
+    probs = (logits.double() / temperature).softmax(-1)
+    mass = sum(float(probs[i]) for i in kept)
+    for token in kept:
+        share = float(probs[token]) / mass
+        assert abs(counts[token] / 4000 - share) < 2e-3
+
+
+def test_the_whole_vocabulary_is_sorted_where_the_first_are_not_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampler_module, "_FIRST_SORTED", 4)
+    logits = torch.zeros(100)
+    logits[0] = 1
+    flat = SamplingParams(top_p=0.9)
+    assert len(reachable(logits, flat)) >= 89
+    peaked = logits.clone()
+    peaked[0] = 50
+    assert set(reachable(peaked, flat)) == {0}
+
+
+def test_rows_are_drawn_each_by_its_own_parameters() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)).expand(4, -1).contiguous()
+    params = [
+        SamplingParams(),
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.5, temperature=0.7),
+        SamplingParams(min_p=0.2),
+    ]
+    uniforms = [0.1, 0.9, 0.4, 0.99]
+    together = draw(logits, params, uniforms).tolist()
+    for i in range(4):
+        assert draw(logits[i : i + 1], params[i : i + 1], uniforms[i : i + 1]).tolist() == [together[i]]
+
+
+def test_extreme_numbers_draw_the_likeliest_and_nothing_impossible() -> None:
+    logits = torch.tensor([[3e38, -3e38, 0.0], [0.0, 100.0, -torch.inf]])
+    cold = SamplingParams(temperature=1e-30)
+    assert draw(logits, [cold, cold], [0.999, 0.0]).tolist() == [0, 1]
+    almost_one = math.nextafter(1.0, 0.0)
+    padded = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert draw(padded, [SamplingParams()], [almost_one]).tolist() == [1]
+    assert draw(torch.tensor([[-torch.inf, 0.0, 0.0]]), [SamplingParams()], [0.0]).tolist() == [1]
+
+
+def test_padding_ids_are_never_drawn() -> None:
+    sampler = Sampler(vocab_limit=3)
+    logits = torch.tensor([[0.0, 1.0, 0.5, 9.0, 9.0]])
+    greedy = sequence(SamplingParams(temperature=0, logprobs=4))
+    sampled = sampler.sample(logits.clone(), [greedy])
+    assert sampled.token_ids == [1]
+    entry = sampled.logprobs[0]
+    assert entry is not None and set(entry.top) == {0, 1, 2}
+    assert sum(math.exp(p) for p in entry.top.values()) == pytest.approx(1.0)
+    hot = sequence(SamplingParams(temperature=100.0, seed=0, logit_bias={4: 100.0}))
+    assert {sampler.sample(logits.clone(), [hot]).token_ids[0] for _ in range(50)} == {0, 1, 2}
+
+
+def penalised(
+    params: SamplingParams, logits: list[float], prompt: list[int], output: list[int]
+) -> list[float]:
+    """The logits after bias and penalties, through the sampler's own path."""
+    row = torch.tensor(logits)
+    Sampler()._edit(row, sequence(params, prompt, output))
+    return row.tolist()
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(repetition_penalty=2.0), [1.0, -2.0, 3.0, 0.5]),
+        (SamplingParams(presence_penalty=0.5), [2.0, -1.5, 3.0, 0.5]),
+        (SamplingParams(frequency_penalty=0.5), [2.0, -2.0, 3.0, 0.5]),
+        (SamplingParams(repetition_penalty=2.0, presence_penalty=1.0), [1.0, -3.0, 3.0, 0.5]),
+        (SamplingParams(logit_bias={0: -1.5, 3: 2.0}), [0.5, -1.0, 3.0, 2.5]),
+        (SamplingParams(logit_bias={0: -3.0}, repetition_penalty=2.0), [-2.0, -2.0, 3.0, 0.5]),
+    ],
+)
+def test_bias_and_penalties(params: SamplingParams, expected: list[float]) -> None:
+    assert penalised(params, [2.0, -1.0, 3.0, 0.5], [0], [1, 1]) == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 10))
+def test_counts_grown_step_by_step_are_those_counted_at_once(ids: list[int], prompt_len: int) -> None:
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1)
+    prompt, output = ids[:prompt_len], ids[prompt_len:]
+    logits = torch.linspace(-2, 2, 8)  # ids 8 and 9 are padding
+    sampler, seq = Sampler(), sequence(params, prompt)
+    row = logits.clone()
+    sampler._edit(row, seq)
+    for token in output:
+        seq.token_ids.append(token)
+        row = logits.clone()
+        sampler._edit(row, seq)
+    expected = logits.clone()
+    for token in {t for t in ids if t < 8}:
+        value, count = float(logits[token]), output.count(token)
+        value = value / 1.3 if value > 0 else value * 1.3
+        expected[token] = value - 0.2 * (count > 0) - 0.1 * count
+    torch.testing.assert_close(row, expected)
+
+
+def test_rows_that_are_not_finite_are_named_and_the_others_drawn() -> None:
+    logits = torch.randn(4, 10)
+    logits[0, 3] = torch.nan
+    logits[2, 1] = torch.inf
+    rows: list[Any] = [sequence(SamplingParams(logprobs=1)) for _ in range(4)]
+    sampled = Sampler().sample(logits, rows)
+    assert [token is None for token in sampled.token_ids] == [True, False, True, False]
+    assert [entry is None for entry in sampled.logprobs] == [True, False, True, False]
+
+
+def test_seeds_are_per_completion_and_signed() -> None:
+    def stream(seed: int | None, index: int) -> list[float]:
+        seq = Sequence(0, [1], SamplingParams(seed=seed), index=index)
+        source = Sampler()._random(seq)
+        return [source.random() for _ in range(3)]
+
+    assert stream(5, 0) == stream(5, 0)
+    assert stream(5, 1) == stream(6, 0), "completion i of seed s draws as seed s + i"
+    assert stream(5, 0) != stream(-5, 0)
+    assert stream(None, 0) != stream(None, 0)
