@@ -90,3 +90,24 @@ def test_ctrl_c_stops_the_real_engine(tiny_chat: Path) -> None:
         assert talk.code() == 0
     finally:
         talk.close()
+
+
+def test_finetune_then_run(tiny_chat: Path, qwenrt: Qwenrt, tmp_path: Path) -> None:
+    talk = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yes"}]
+    data = tmp_path / "talks.jsonl"
+    data.write_text(json.dumps({"conversations": talk}), encoding="utf-8")
+    out = tmp_path / "trained"
+    options = "--epochs 2 --learning-rate 0.001 --batch-tokens 64 --max-length 64 --threads 1"
+    done = qwenrt("finetune", str(tiny_chat), str(data), str(out), *options.split(), "--json")
+    assert done.code == 0
+    report = json.loads(done.out)
+    assert (report["steps"], report["output_dir"]) == (2, str(out))
+    assert qwenrt("run", str(out), "hi").code == 0
+
+
+def test_finetune_explains_bad_data(tiny_chat: Path, qwenrt: Qwenrt, tmp_path: Path) -> None:
+    done = qwenrt("finetune", str(tiny_chat), str(tmp_path / "none.jsonl"), str(tmp_path / "out"))
+    assert done.code == 1
+    assert done.err.startswith("qwenrt: error: training data") and "none.jsonl" in done.err
+    done = qwenrt("finetune", str(tiny_chat), "x", str(tmp_path / "out"), "--epochs", "0")
+    assert (done.code, "epochs=0" in done.err) == (1, True)
