@@ -13,6 +13,7 @@ from qwenrt.errors import CheckpointError
 SMALL_FILES = ("*.json", "*.tiktoken", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 WEIGHT_FILES = ("*.safetensors",)
 SUBDIRECTORIES = "*/*"
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "socket", "ssl")
 
 
@@ -71,7 +72,7 @@ def out_of_space(pull: Pull, error: BaseException | None) -> None:
                 "Free some space or set QWENRT_HOME to another disk; what was fetched is kept.",
                 error,
             )
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             pull.fail(
                 f"{pull.cache_dir} cannot be written ({error.strerror})",
                 "Set QWENRT_HOME to a directory you may write to.",

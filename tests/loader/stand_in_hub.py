@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -26,6 +27,12 @@ class Hub:
         default_factory=dict
     )  # file -> bytes sent before the connection drops, once
     altered: dict[str, bytes] = field(default_factory=dict)  # file -> what is sent in place of its contents
+    stall_after: dict[str, int] = field(
+        default_factory=dict
+    )  # file -> bytes sent before a long silence, once
+    stalled: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)  # ends the silence
+    delay: float = 0.0  # seconds before the contents of a large file
     portal: bool = False  # every answer is a login page
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     sent: dict[str, int] = field(default_factory=dict)  # file -> bytes of its contents that went out
@@ -43,6 +50,7 @@ class Hub:
         return self
 
     def stop(self) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -182,8 +190,18 @@ class _Handler(BaseHTTPRequestHandler):
         if name in hub.cut_after:
             data = data[: hub.cut_after.pop(name)]
             self.close_connection = True
+        if name.endswith(".safetensors"):
+            threading.Event().wait(hub.delay)
+        stall = hub.stall_after.pop(name, None)
+        data = data[:stall]
         hub.sent[name] = hub.sent.get(name, 0) + len(data)
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data)
+            self.wfile.flush()
+        if stall is not None:
+            hub.stalled.set()
+            self.close_connection = True
+            hub.released.wait(30)
 
     def _json(self, value: object) -> None:
         self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -122,7 +122,7 @@ def test_a_file_that_changes_after_it_was_checked(tmp_path: Path) -> None:
     reader = TensorReader(open_checkpoint(tmp_path))
     reader.tensor("a")
     os.truncate(tmp_path / ONE, 40)
-    with pytest.raises(CheckpointError, match="changed while it was loaded.*40 now"):
+    with pytest.raises(CheckpointError, match=r"changed while it was loaded.*40 now"):
         reader.tensor("a")
     reader.tensor("b")
     (tmp_path / TWO).unlink()
@@ -174,7 +174,9 @@ def test_an_accepted_name_stays_in_the_directory(tmp_path: Path, name: str) -> N
         assert (tmp_path / name).parent == tmp_path and name.endswith(".safetensors")
 
 
-@pytest.mark.parametrize("index", [b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": [1]}', b"{", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "index", [b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": [1]}', b"{", b"\xff\xfe"]
+)
 def test_an_index_that_is_none(tmp_path: Path, index: bytes) -> None:
     sharded(tmp_path)
     (tmp_path / INDEX).write_bytes(index)
@@ -274,8 +276,14 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
 
 
 def test_the_index_and_the_headers_disagree(tmp_path: Path) -> None:
-    refused(sharded(tmp_path, weight_map={"a": TWO, "b": ONE}), "2 tensors are not in the file the index names")
-    refused(sharded(tmp_path, weight_map={"a": ONE, "x": TWO}), "the index names: x", "1 tensors are not in the index: b")
+    refused(
+        sharded(tmp_path, weight_map={"a": TWO, "b": ONE}), "2 tensors are not in the file the index names"
+    )
+    refused(
+        sharded(tmp_path, weight_map={"a": ONE, "x": TWO}),
+        "the index names: x",
+        "1 tensors are not in the index: b",
+    )
 
 
 def test_the_sizes_disagree(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def write(path: Path, header: Any, data: bytes = bytes(32), length: int | None =
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    header = json.loads(json.dumps(GOOD))
+    header: dict[str, Any] = json.loads(json.dumps(GOOD))
     for name, change in changes.items():
         header[name] = {**header.get(name, {}), **change} if isinstance(change, dict) else change
     return header
@@ -56,8 +56,14 @@ def test_a_valid_file_is_read_as_by_the_official_reader(tmp_path: Path) -> None:
 
 
 def test_the_good_header_is_good(tmp_path: Path) -> None:
-    assert [e.name for e in read_shard(write(tmp_path / "m.safetensors", GOOD)).tensors] == ["a", "b", "empty"]
-    assert len(read_shard(write(tmp_path / "n.safetensors", {"__metadata__": {"k": "v"}, **GOOD})).tensors) == 3
+    assert [e.name for e in read_shard(write(tmp_path / "m.safetensors", GOOD)).tensors] == [
+        "a",
+        "b",
+        "empty",
+    ]
+    assert (
+        len(read_shard(write(tmp_path / "n.safetensors", {"__metadata__": {"k": "v"}, **GOOD})).tensors) == 3
+    )
 
 
 BAD: list[tuple[str, Any, dict[str, Any], str]] = [
@@ -69,7 +75,12 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("not UTF-8", b'{"\xff":1}', {}, "not valid JSON"),
     ("not an object", b"[1, 2]", {}, "starts with"),
     ("huge integer", b'{"a":' + b"9" * 5000 + b"}", {}, "not valid JSON"),
-    ("nested deeply", b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", {}, "nested too deeply|not valid JSON"),
+    (
+        "nested deeply",
+        b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        {},
+        "nested too deeply|not valid JSON",
+    ),
     ("twice", b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"a":1}', {}, "'a' occurs twice"),
     ("twice in an entry", b'{"a":{"dtype":"U8","dtype":"U8"}}', {}, "'dtype' occurs twice"),
     ("entry no object", changed(a=5), {}, "'a' is not described"),
@@ -82,16 +93,31 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("size a bool", changed(a={"shape": [True, 6]}), {}, "shape"),
     ("size 2**63", changed(a={"shape": [2**63, 3]}), {}, "shape"),
     ("product overflows", changed(a={"shape": [2**62, 2**62]}), {}, "its data_offsets"),
-    ("product wraps to 0", changed(a={"shape": [2**32, 2**32], "data_offsets": [0, 0]}), {}, "its data_offsets"),
+    (
+        "product wraps to 0",
+        changed(a={"shape": [2**32, 2**32], "data_offsets": [0, 0]}),
+        {},
+        "its data_offsets",
+    ),
     ("too many dims", changed(a={"shape": [1] * 99}), {}, "up to 16 sizes"),
-    ("shape and bytes differ", changed(a={"shape": [2, 4]}), {}, r"F32 of shape \[2, 4\] takes 32 bytes.*give 24"),
+    (
+        "shape and bytes differ",
+        changed(a={"shape": [2, 4]}),
+        {},
+        r"F32 of shape \[2, 4\] takes 32 bytes.*give 24",
+    ),
     ("half a byte", {"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}, {}, "takes 1.5 bytes"),
     ("begin after end", changed(a={"data_offsets": [24, 0]}), {}, "data_offsets"),
     ("offset negative", changed(a={"data_offsets": [-24, 0]}), {}, "not two offsets"),
     ("three offsets", changed(a={"data_offsets": [0, 12, 24]}), {}, "not two offsets"),
     ("overlap", changed(b={"data_offsets": [20, 28]}), {}, "overlaps the tensor before it"),
     ("hole", changed(b={"data_offsets": [26, 34]}), {"data": bytes(34)}, "leaves a hole"),
-    ("hole at the start", {"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}, {"data": bytes(8)}, "hole"),
+    (
+        "hole at the start",
+        {"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}},
+        {"data": bytes(8)},
+        "hole",
+    ),
     ("truncated", GOOD, {"data": bytes(20)}, r"truncated.*\(12 missing\)"),
     ("too long", GOOD, {"data": bytes(40)}, r"too long.*\(8 too many\)"),
     ("metadata no object", {"__metadata__": 5, **GOOD}, {}, "__metadata__"),
@@ -121,7 +147,11 @@ def test_a_million_tensors_end_quickly(tmp_path: Path) -> None:
     ("content", "found", "remedy"),
     [
         (b"", "empty", "fetch the file again"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "git-lfs pointer", "git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
+            "git-lfs pointer",
+            "git lfs pull",
+        ),
         (b"  <!DOCTYPE html><html>404</html>", "an HTML page", "fetch the file again"),
         (b'{"error":"Repository not found"}', "a JSON document", "Download the file again"),
         (b"PK\x03\x04" + bytes(60), "a zip archive", "never unpickles"),
@@ -156,7 +186,9 @@ def test_any_mutation_is_read_or_refused(tmp_path: Path, data: st.DataObject) ->
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
-        piece = data.draw(st.binary(max_size=4) | st.sampled_from([b"9" * 20, b"-", b"[", b"{", b'"', b"null", b"1e9"]))
+        piece = data.draw(
+            st.binary(max_size=4) | st.sampled_from([b"9" * 20, b"-", b"[", b"{", b'"', b"null", b"1e9"])
+        )
         content[at : at + data.draw(st.integers(0, 6))] = piece
         content = content or bytearray(b"x")
     path.write_bytes(content)

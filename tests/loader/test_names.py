@@ -86,5 +86,5 @@ def test_source_is_the_inverse_of_locate() -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(ConfigError, match="model_type 'llama'.*known types: qwen"):
+    with pytest.raises(ConfigError, match=r"model_type 'llama'.*known types: qwen"):
         table_for("llama")

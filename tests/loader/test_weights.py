@@ -44,18 +44,29 @@ def tensors_of(dtype: torch.dtype = torch.float32) -> Tensors:
         at = f"transformer.h.{n}."
         shapes |= {at + "ln_1.weight": (d,), at + "ln_2.weight": (d,), at + "attn.c_attn.weight": (3 * d, d)}
         shapes |= {at + "attn.c_attn.bias": (3 * d,), at + "attn.c_proj.weight": (d, d)}
-        shapes |= {at + "mlp.w1.weight": (i, d), at + "mlp.w2.weight": (i, d), at + "mlp.c_proj.weight": (d, i)}
+        shapes |= {
+            at + "mlp.w1.weight": (i, d),
+            at + "mlp.w2.weight": (i, d),
+            at + "mlp.c_proj.weight": (d, i),
+        }
     generator = torch.Generator().manual_seed(1)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
 def load(
-    directory: Path, tensors: Tensors, dtype: torch.dtype = torch.float32, *, quantize: str | None = None, **config: object
+    directory: Path,
+    tensors: Tensors,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quantize: str | None = None,
+    **config: object,
 ) -> tuple[Qwen, LoadReport]:
     save_file(tensors, directory / "model.safetensors")
     parsed = ModelConfig.from_dict({**CONFIG, **config})
     model = Qwen(parsed, Backend(CPU), dtype)
-    return model, load_weights(model, directory, parsed, model.backend, dtype, quantize=quantize, progress=False)
+    return model, load_weights(
+        model, directory, parsed, model.backend, dtype, quantize=quantize, progress=False
+    )
 
 
 def packed(model: Qwen, name: str) -> Packed:
@@ -73,7 +84,9 @@ def test_each_tensor_lands_where_it_belongs(tmp_path: Path) -> None:
     assert report.num_tensors == len(source) and not report.ignored
     at = "transformer.h.1."
     gate_up = packed(model, "layers.1.gate_up_proj")
-    assert torch.equal(gate_up.data["weight"], torch.cat([source[at + "mlp.w2.weight"], source[at + "mlp.w1.weight"]]))
+    assert torch.equal(
+        gate_up.data["weight"], torch.cat([source[at + "mlp.w2.weight"], source[at + "mlp.w1.weight"]])
+    )
     assert gate_up.bias is None
     qkv = packed(model, "layers.1.qkv_proj")
     assert torch.equal(qkv.data["weight"], source[at + "attn.c_attn.weight"])
@@ -111,6 +124,15 @@ def test_training_in_place_leaves_the_file_alone(tmp_path: Path) -> None:
     for _, tensor in model.tensors():
         tensor.add_(1)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_the_file_is_let_go_with_the_model(tmp_path: Path) -> None:
+    source = tensors_of()
+    for _ in range(20):
+        model, _ = load(tmp_path, source)
+        assert _mapped_ranges(tmp_path / "model.safetensors")
+        del model
+        assert not _mapped_ranges(tmp_path / "model.safetensors")
 
 
 def test_names_without_the_outer_module_and_old_buffers(tmp_path: Path) -> None:
@@ -156,7 +178,7 @@ def test_quantize_at_load(tmp_path: Path, quantize: str, kind: str, error: float
 
 
 def test_quantize_says_no(tmp_path: Path, golden_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="quantize='int3'.*Use None"):
+    with pytest.raises(ConfigError, match=r"quantize='int3'.*Use None"):
         load(tmp_path, tensors_of(), quantize="int3")
     config = ModelConfig.from_dir(golden_dir / "gptq_int4")
     model = Qwen(config, Backend(CPU), torch.float32)
@@ -165,7 +187,9 @@ def test_quantize_says_no(tmp_path: Path, golden_dir: Path) -> None:
     load_weights(model, golden_dir / "gptq_int4", config, model.backend, torch.float32, quantize="int4")
 
 
-def gptq(directory: Path, golden_dir: Path, name: str, change: Callable[[Tensors], None] | None = None) -> Qwen:
+def gptq(
+    directory: Path, golden_dir: Path, name: str, change: Callable[[Tensors], None] | None = None
+) -> Qwen:
     source = load_file(golden_dir / name / "model.safetensors")
     if change is not None:
         change(source)
@@ -218,7 +242,11 @@ def test_gptq_with_a_linear_left_dense(tmp_path: Path, golden_dir: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "tensor", "found"),
     [
-        ("qweight", torch.zeros(16, 256, dtype=torch.int32), r"c_proj.qweight \[16, 256\], expected \[32, 256\]"),
+        (
+            "qweight",
+            torch.zeros(16, 256, dtype=torch.int32),
+            r"c_proj.qweight \[16, 256\], expected \[32, 256\]",
+        ),
         ("qweight", torch.zeros(32, 256), r"c_proj.qweight F32, expected I32"),
         ("qzeros", torch.zeros(4, 32, dtype=torch.int32), r"c_proj.qzeros \[4, 32\], expected \[2, 32\]"),
         ("scales", torch.ones(2, 255), r"c_proj.scales \[2, 255\]"),
@@ -239,7 +267,7 @@ def test_gptq_tensors_that_do_not_fit(
 def test_gptq_tensors_without_a_config_that_says_so(golden_dir: Path) -> None:
     config = dataclasses.replace(ModelConfig.from_dir(golden_dir / "gptq_int4"), quant=None)
     model = Qwen(config, Backend(CPU), torch.float32)
-    with pytest.raises(CheckpointError, match="config.json has no quantization_config"):
+    with pytest.raises(CheckpointError, match=r"config.json has no quantization_config"):
         load_weights(model, golden_dir / "gptq_int4", config, model.backend, torch.float32)
 
 
@@ -292,13 +320,15 @@ def test_nothing_is_set_when_the_files_do_not_fit(tmp_path: Path) -> None:
     save_file(source, tmp_path / "model.safetensors")
     config = ModelConfig.from_dict(CONFIG)
     model = Qwen(config, Backend(CPU), torch.float32)
-    with pytest.raises(CheckpointError, match="1 missing: lm_head.weight"):
+    with pytest.raises(CheckpointError, match=r"1 missing: lm_head.weight"):
         load_weights(model, open_checkpoint(tmp_path), config, model.backend, torch.float32)
     assert not hasattr(model, "embed_tokens")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["transformer.h.0.ln_1.weight", "transformer.h.0.mlp.w1.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["transformer.h.0.ln_1.weight", "transformer.h.0.mlp.w1.weight", "lm_head.weight"]
+)
 def test_values_that_are_not_finite(tmp_path: Path, name: str, value: float) -> None:
     source = tensors_of(torch.float16)
     source[name].view(-1)[17] = value
@@ -311,7 +341,7 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(Backend, "pack_linear", full)
-    with pytest.raises(CapacityError, match="memory ran out.*you tried to allocate 9 bytes"):
+    with pytest.raises(CapacityError, match=r"memory ran out.*you tried to allocate 9 bytes"):
         load(tmp_path, tensors_of())
 
 
@@ -348,16 +378,32 @@ print(json.dumps(figures))
 def test_peak_memory(tmp_path: Path) -> None:
     """Weights, one tensor and one merge buffer; in the file's own dtype only merged weights take memory."""
     d, i, v, layers = 1024, 2816, 4096, 4
-    config = {**CONFIG, "hidden_size": d, "num_attention_heads": 8, "kv_channels": 128, "intermediate_size": 2 * i}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": v, "num_hidden_layers": layers}))
+    config = {
+        **CONFIG,
+        "hidden_size": d,
+        "num_attention_heads": 8,
+        "kv_channels": 128,
+        "intermediate_size": 2 * i,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "vocab_size": v, "num_hidden_layers": layers})
+    )
 
     def half(*shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.bfloat16)
 
-    source = {"transformer.wte.weight": half(v, d), "lm_head.weight": half(v, d), "transformer.ln_f.weight": half(d)}
+    source = {
+        "transformer.wte.weight": half(v, d),
+        "lm_head.weight": half(v, d),
+        "transformer.ln_f.weight": half(d),
+    }
     for n in range(layers):
         at = f"transformer.h.{n}."
-        source |= {at + "ln_1.weight": half(d), at + "ln_2.weight": half(d), at + "attn.c_attn.bias": half(3 * d)}
+        source |= {
+            at + "ln_1.weight": half(d),
+            at + "ln_2.weight": half(d),
+            at + "attn.c_attn.bias": half(3 * d),
+        }
         source |= {at + "attn.c_attn.weight": half(3 * d, d), at + "attn.c_proj.weight": half(d, d)}
         source |= {at + "mlp.w1.weight": half(i, d), at + "mlp.w2.weight": half(i, d)}
         source |= {at + "mlp.c_proj.weight": half(d, i)}

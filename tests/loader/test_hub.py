@@ -1,0 +1,459 @@
+"""From a name to a directory: local, built in, and through the real clients of two hubs that run on loopback."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qwenrt.config import Environment
+from qwenrt.errors import CheckpointError
+from qwenrt.loader import hub as hub_module
+from qwenrt.loader import modelscope
+from qwenrt.loader.checkpoint import open_checkpoint
+from qwenrt.loader.hub import ALIASES, resolve
+from qwenrt.loader.pull import Unreachable
+from tests.loader.stand_in_hub import COMMIT, Hub
+
+REPO = "Qwen/Qwen-7B-Chat"
+WEIGHTS = "model.safetensors"
+BOTH = pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+
+Start = Callable[..., Hub]
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    model = Path(__file__).parents[1] / "golden" / "plain"
+    wanted = {
+        name: (model / name).read_bytes() for name in ("config.json", "generation_config.json", WEIGHTS)
+    }
+    code = b"raise SystemExit('code from a checkpoint must not run')"
+    return {
+        **wanted,
+        "qwen.tiktoken": b"IQ== 0\n",
+        "modeling_qwen.py": code,
+        "pytorch_model.bin": b"\x80\x02.",
+        "onnx/model.safetensors": b"another format of the weights",
+    }
+
+
+@pytest.fixture
+def start(files: dict[str, bytes]) -> Iterator[Start]:
+    hubs: list[Hub] = []
+
+    def begin(**faults: object) -> Hub:
+        hubs.append(Hub(REPO, dict(files), **faults).start())  # type: ignore[arg-type]
+        return hubs[-1]
+
+    yield begin
+    for hub in hubs:
+        hub.stop()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients' pauses between tries, shortened; pieces small enough for our small files."""
+    import huggingface_hub.constants
+
+    real = time.sleep
+    monkeypatch.setattr("time.sleep", lambda seconds: real(min(seconds, 0.01)))
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    monkeypatch.setattr(
+        "modelscope_hub._download_control._DownloadControl.sleep", lambda self, seconds: time.sleep(seconds)
+    )
+
+
+def env_of(tmp_path: Path, hub: Hub | str, token: str | None = None) -> Environment:
+    url = hub if isinstance(hub, str) else hub.url
+    return Environment(cache_dir=tmp_path / "cache", hf_endpoint=url, modelscope_endpoint=url, hf_token=token)
+
+
+def fetch(tmp_path: Path, hub: Hub | str, source: str = "huggingface", **how: object) -> Path:
+    name = str(how.pop("name", REPO))
+    return resolve(name, source, env=env_of(tmp_path, hub), progress=False, **how)  # type: ignore[arg-type]
+
+
+def failure(tmp_path: Path, hub: Hub | str, source: str = "huggingface", **how: object) -> CheckpointError:
+    with pytest.raises(CheckpointError) as error:
+        fetch(tmp_path, hub, source, **how)
+    assert error.value.asked and error.value.remedy
+    return error.value
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", ["with space", "中文目录", "v1.0.1", "Qwen"])
+def test_a_local_directory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    assert resolve(str(tmp_path / name)) == resolve(tmp_path / name) == tmp_path / name
+    monkeypatch.chdir(tmp_path)
+    assert resolve(name) == resolve(f"./{name}/") == tmp_path / name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve(f"~/{name}") == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("./none", "there is no such directory"),
+        ("/none/at/all", "/ is the last part that exists"),
+        ("~nobody-here/x", "nobody-here"),
+        ("C:\\models\\qwen", "there is no such directory"),
+        ("a/b/c", "there is no such directory"),
+        ("https://huggingface.co/Qwen/Qwen-7B", "it is an address"),
+        ("x" * 5000, "name too long"),
+        ("a\0b", "not of the form"),
+        ("", "that is not a name"),
+        (None, "that is not a name"),
+        (5, "that is not a name"),
+    ],
+)
+def test_a_directory_that_is_not_there(name: object, found: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        resolve(name, offline=True)  # type: ignore[arg-type]
+    assert found in str(error.value) and error.value.remedy
+
+
+def test_a_misspelt_directory_and_a_file(tmp_path: Path) -> None:
+    (tmp_path / "Qwen-7B-Chat").mkdir()
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="did you mean 'Qwen-7B-Chat'"):
+        resolve(tmp_path / "Qwen-7B-Chta")
+    with pytest.raises(CheckpointError, match=f"it is a file. Give the directory that holds it: {tmp_path}"):
+        resolve(tmp_path / "model.safetensors")
+
+
+def test_aliases() -> None:
+    assert len(ALIASES) == 16
+    for name, repo in ALIASES.items():
+        assert hub_module._repo_id(name) == hub_module._repo_id(name.upper()) == repo
+    assert hub_module._repo_id("qwen-1.8b-chat") == "Qwen/Qwen-1_8B-Chat"
+    assert hub_module._repo_id("someone/Qwen-7B.v2_ft") == "someone/Qwen-7B.v2_ft"
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen-7B-Chta", "Qwen 7B", "a/..", "../b", "a/b--c", "a/b.git", "a/", "/b", "a/b?c", "名/名"]
+)
+def test_a_name_that_is_none(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        resolve(name, offline=True, env=env_of(tmp_path, NOWHERE))
+    assert error.value.remedy
+    if name == "Qwen-7B-Chta":
+        assert "Did you mean Qwen-7B-Chat" in error.value.remedy
+
+
+def test_other_arguments_out_of_range(tmp_path: Path) -> None:
+    assert "Use one of auto, huggingface, modelscope" in str(failure(tmp_path, NOWHERE, "github"))
+    for revision in ("../x", "a b", "", "-x", "a..b"):
+        assert "not a branch, tag or commit" in str(failure(tmp_path, NOWHERE, revision=revision))
+
+
+def test_the_demo_is_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "DEMO", tmp_path)
+    with pytest.raises(CheckpointError, match=r"not in this installation.*Reinstall qwenrt"):
+        resolve("demo")
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve("demo") == tmp_path
+
+
+# ---- fetching
+
+
+@BOTH
+def test_fetch_and_again_and_offline(
+    tmp_path: Path, start: Start, files: dict[str, bytes], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = start()
+    directory = fetch(tmp_path, hub, source, name="qwen-7b-chat")
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "config.json", "generation_config.json", WEIGHTS, "qwen.tiktoken"
+    ]  # fmt: skip
+    assert (directory / WEIGHTS).read_bytes() == files[WEIGHTS]
+    assert len(open_checkpoint(directory).tensors) == 27
+    sent = dict(hub.sent)
+    assert fetch(tmp_path, hub, source) == directory and hub.sent == sent  # nothing twice
+    hub.stop()
+
+    def no_socket(*args: object, **kwargs: object) -> None:
+        raise AssertionError("offline opens no socket")
+
+    monkeypatch.setattr(socket, "socket", no_socket)
+    monkeypatch.setattr(socket, "create_connection", no_socket)
+    monkeypatch.setattr(socket, "getaddrinfo", no_socket)
+    assert fetch(tmp_path, hub, source, offline=True) == directory
+    assert fetch(tmp_path, hub, "auto", offline=True) == directory
+    error = failure(tmp_path, hub, "auto", offline=True, name="Qwen/Qwen-14B")
+    assert "offline" in error.found and f"there is: {REPO}" in error.found
+
+
+@BOTH
+def test_only_the_small_files(tmp_path: Path, start: Start, source: str) -> None:
+    hub = start()
+    directory = fetch(tmp_path, hub, source, weights=False)
+    assert (directory / "qwen.tiktoken").exists() and not (directory / WEIGHTS).exists()
+    error = failure(tmp_path, hub, source, offline=True)  # the weights are not here: not complete
+    assert "not complete" in error.found
+    assert (fetch(tmp_path, hub, source) / WEIGHTS).exists()
+
+
+def test_the_environment_says_offline(tmp_path: Path) -> None:
+    env = Environment.read({"QWENRT_HOME": str(tmp_path), "QWENRT_OFFLINE": "1"})
+    with pytest.raises(CheckpointError, match=r"offline, and it is not complete in .*; there is: nothing"):
+        resolve("Qwen-7B-Chat", env=env)
+
+
+def test_a_mirror_is_asked_and_given_the_token(tmp_path: Path, start: Start) -> None:
+    hub = start(gated=True)
+    directory = resolve(REPO, "huggingface", env=env_of(tmp_path, hub, token="hf_secret"), progress=False)
+    assert (directory / WEIGHTS).exists() and hub.gets(WEIGHTS)
+
+
+@BOTH
+def test_a_revision(tmp_path: Path, start: Start, source: str) -> None:
+    hub = start()
+    assert (fetch(tmp_path, hub, source, revision=COMMIT) / WEIGHTS).exists()
+    error = failure(tmp_path, hub, source, revision="v9")
+    assert "'v9'" in error.asked and "revision" in error.found and "404" in error.found
+
+
+# ---- what goes wrong on the way
+
+
+@BOTH
+def test_a_cut_connection_is_resumed(
+    tmp_path: Path, start: Start, files: dict[str, bytes], source: str
+) -> None:
+    size = len(files[WEIGHTS])
+    hub = start(cut_after={WEIGHTS: 400_000})
+    directory = fetch(tmp_path, hub, source)
+    assert (directory / WEIGHTS).read_bytes() == files[WEIGHTS]
+    assert size <= hub.sent[WEIGHTS] < size + 60_000  # only the last piece is sent twice
+    assert [r for r in hub.gets(WEIGHTS) if r[2].startswith("bytes=")]
+
+
+@BOTH
+def test_a_killed_download_is_resumed_by_the_next_process(
+    tmp_path: Path, start: Start, files: dict[str, bytes], source: str
+) -> None:
+    hub = start(stall_after={WEIGHTS: 500_000})
+    code = (
+        "import sys; from pathlib import Path; from qwenrt.config import Environment\n"
+        "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 50_000\n"
+        "import modelscope_hub._download as d; d.DOWNLOAD_CHUNK_SIZE = 50_000\n"
+        "from qwenrt.loader.hub import resolve; url = sys.argv[1]\n"
+        "env = Environment(cache_dir=Path(sys.argv[2]), hf_endpoint=url, modelscope_endpoint=url)\n"
+        f"resolve({REPO!r}, sys.argv[3], env=env)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, hub.url, str(tmp_path / "cache"), source], stderr=-3
+    )
+    assert hub.stalled.wait(30)
+    deadline = time.monotonic() + 10
+    while not _partial(tmp_path) and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    child.kill()
+    child.wait()
+    assert (
+        "not complete" in failure(tmp_path, hub, source, offline=True).found
+    )  # what is here is no model yet
+    before = hub.sent.pop(WEIGHTS)
+    assert before == 500_000
+    directory = fetch(tmp_path, hub, source)
+    assert (directory / WEIGHTS).read_bytes() == files[WEIGHTS]
+    assert hub.sent[WEIGHTS] <= len(files[WEIGHTS]) - 400_000
+
+
+def _partial(tmp_path: Path) -> bool:
+    """Whether some process has written 400 kB of an unfinished file."""
+    found = [*(tmp_path / "cache").rglob("*.part"), *(tmp_path / "cache").rglob("*.incomplete")]
+    return any(path.stat().st_size >= 400_000 for path in found)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["short", "same size"])
+def test_contents_that_are_not_what_was_promised(
+    tmp_path: Path, start: Start, files: dict[str, bytes], source: str, kind: str
+) -> None:
+    bad = b"x" * (500 if kind == "short" else len(files[WEIGHTS]))
+    hub = start(altered={WEIGHTS: bad})
+    error = failure(tmp_path, hub, source)
+    assert any(word in error.found for word in ("wrong size", "damaged", "its hash promises"))
+    assert not [p for p in (tmp_path / "cache").rglob(WEIGHTS) if p.exists()]
+    hub.altered.clear()
+    assert (fetch(tmp_path, hub, source) / WEIGHTS).read_bytes() == files[WEIGHTS]
+
+
+def test_a_small_file_that_was_changed_on_the_way(
+    tmp_path: Path, start: Start, files: dict[str, bytes]
+) -> None:
+    hub = start(altered={"config.json": files["config.json"].replace(b"512", b"513")})
+    assert "config.json" in failure(tmp_path, hub).found
+    hub.altered.clear()
+    assert (fetch(tmp_path, hub) / "config.json").read_bytes() == files["config.json"]
+
+
+@BOTH
+def test_no_such_repository(tmp_path: Path, start: Start, source: str) -> None:
+    error = failure(tmp_path, start(), source, name="Qwen/Qwen-8B")
+    assert "there is no such repository" in error.found and "Check the spelling" in error.remedy
+    assert not list((tmp_path / "cache").rglob("config.json"))
+
+
+@BOTH
+def test_gated(tmp_path: Path, start: Start, source: str) -> None:
+    error = failure(tmp_path, start(gated=True), source)
+    assert "gated" in error.found
+    assert ("HF_TOKEN" in error.remedy and "licence" in error.remedy) or source == "modelscope"
+
+
+@BOTH
+def test_too_many_requests(tmp_path: Path, start: Start, source: str) -> None:
+    hub = start(statuses=[429, 429], api_statuses=[429])
+    assert (fetch(tmp_path, hub, source) / WEIGHTS).exists()
+    busy = start(statuses=[429] * 200, api_statuses=[429] * 200)
+    error = failure(tmp_path / "other", busy, source)
+    assert "429" in error.found
+    assert len(busy.requests) <= 40  # tries are bounded
+
+
+@BOTH
+def test_a_repository_without_a_model(tmp_path: Path, start: Start, source: str) -> None:
+    hub = start()
+    del hub.files[WEIGHTS]
+    assert "pickled" in str(failure(tmp_path, hub, source)) or "none of its" in str(
+        failure(tmp_path, hub, source)
+    )
+    del hub.files["config.json"]
+    assert "no config.json" in failure(tmp_path / "other", hub, source).found
+
+
+@BOTH
+def test_a_login_page_in_place_of_the_hub(tmp_path: Path, start: Start, source: str) -> None:
+    assert isinstance(failure(tmp_path, start(portal=True), source), Unreachable)
+
+
+@BOTH
+def test_nobody_answers(tmp_path: Path, source: str) -> None:
+    began = time.monotonic()
+    error = failure(tmp_path, NOWHERE, source)
+    assert isinstance(error, Unreachable) and NOWHERE in error.found and "HF_ENDPOINT" in error.remedy
+    assert time.monotonic() - began < 5
+
+
+@BOTH
+def test_what_is_here_serves_when_nobody_answers(
+    tmp_path: Path, start: Start, source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = fetch(tmp_path, start(), source)
+    assert fetch(tmp_path, NOWHERE, source) == directory
+
+
+def test_modelscope_where_huggingface_is_unreachable(tmp_path: Path, start: Start) -> None:
+    hub = start()
+    env = Environment(cache_dir=tmp_path, hf_endpoint=NOWHERE, modelscope_endpoint=hub.url)
+    directory = resolve("Qwen-7B-Chat", env=env, progress=False)
+    assert directory.is_relative_to(tmp_path / "modelscope") and (directory / WEIGHTS).exists()
+    assert "ModelScope" in failure(tmp_path / "x", NOWHERE, "auto").found
+
+
+def test_modelscope_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modelscope, "installed", lambda: False)
+    assert "pip install 'qwenrt[modelscope]'" in failure(tmp_path, NOWHERE, "modelscope").remedy
+    assert "ModelScope was not tried: pip install" in failure(tmp_path, NOWHERE, "auto").found
+
+
+def test_a_missing_repository_is_not_looked_for_elsewhere(tmp_path: Path, start: Start) -> None:
+    hub = start()
+    failure(tmp_path, hub, "auto", name="Qwen/Qwen-8B")
+    assert not [r for r in hub.requests if "/api/v1/" in r[1]]
+
+
+@BOTH
+def test_the_disk_is_full(tmp_path: Path, start: Start, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = open
+
+    class Full:
+        def __init__(self, stream: object) -> None:
+            self._stream = stream
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._stream, name)
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            self._stream.close()  # type: ignore[attr-defined]
+
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opening(path: object, mode: str = "r", *args: object, **kwargs: object) -> object:
+        stream = real(path, mode, *args, **kwargs)  # type: ignore[call-overload]
+        return (
+            Full(stream) if str(path).endswith((".part", ".incomplete")) and mode in ("ab", "wb") else stream
+        )
+
+    monkeypatch.setattr("builtins.open", opening)
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: opening(self, mode, *a, **k))
+    error = failure(tmp_path, start(), source)
+    assert "no space left on the disk" in error.found and "QWENRT_HOME" in error.remedy
+    assert not [p for p in (tmp_path / "cache").rglob(WEIGHTS) if p.exists()]
+
+
+def test_too_little_space_is_seen_before(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = start()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    error = failure(tmp_path, hub)
+    assert "GiB are still to be fetched" in error.found and WEIGHTS not in hub.sent
+
+
+@BOTH
+def test_a_cache_that_cannot_be_written(tmp_path: Path, start: Start, source: str) -> None:
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    error = failure(tmp_path, start(), source)
+    assert "cannot be written" in error.found and "QWENRT_HOME" in error.remedy
+
+
+@BOTH
+def test_two_at_once(tmp_path: Path, start: Start, files: dict[str, bytes], source: str) -> None:
+    hub = start(delay=0.2)
+    code = (
+        "import sys; from pathlib import Path; from qwenrt.config import Environment\n"
+        "from qwenrt.loader.hub import resolve; url = sys.argv[1]\n"
+        "env = Environment(cache_dir=Path(sys.argv[2]), hf_endpoint=url, modelscope_endpoint=url)\n"
+        f"print(resolve({REPO!r}, sys.argv[3], env=env))"
+    )
+    command = [sys.executable, "-c", code, hub.url, str(tmp_path / "cache"), source]
+    children = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    results = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0, 0], results
+    (first, _), (second, _) = results
+    assert first == second
+    data = (Path(first.strip()) / WEIGHTS).read_bytes()
+    assert hashlib.sha256(data).digest() == hashlib.sha256(files[WEIGHTS]).digest()
+    assert hub.sent[WEIGHTS] == len(data)  # the second waited for the first
+
+
+def test_no_bar_where_nobody_looks(tmp_path: Path, start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    fetch(tmp_path, start())
+    assert capfd.readouterr() == ("", "")
+    resolve(REPO, "huggingface", env=env_of(tmp_path / "b", start()), progress=True)
+    assert "downloading weights" in capfd.readouterr().err
