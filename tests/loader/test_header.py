@@ -179,7 +179,7 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_mutation_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     """Bytes changed, dropped and put in anywhere: a CheckpointError or entries that lie inside the file."""
     path = write(tmp_path / "m.safetensors", {"__metadata__": {"format": "pt"}, **GOOD})
@@ -219,7 +219,7 @@ _entry = st.fixed_dictionaries(
 
 
 @given(header=st.dictionaries(st.text(max_size=8) | st.just("__metadata__"), _entry | _json, max_size=4))
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_is_read_or_refused(tmp_path: Path, header: dict[str, Any]) -> None:
     path = write(tmp_path / "m.safetensors", header)
     try:

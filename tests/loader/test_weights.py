@@ -135,6 +135,13 @@ def test_the_file_is_let_go_with_the_model(tmp_path: Path) -> None:
         assert not _mapped_ranges(tmp_path / "model.safetensors")
 
 
+def test_a_bar_is_shown_on_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, _ = load(tmp_path, tensors_of())
+    assert capfd.readouterr().err == ""
+    load_weights(model, tmp_path, model.config, model.backend, torch.float32, progress=True)
+    assert "loading weights" in capfd.readouterr().err
+
+
 def test_names_without_the_outer_module_and_old_buffers(tmp_path: Path) -> None:
     source = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of().items()}
     source["h.0.attn.masked_bias"] = torch.tensor(-1e4)
