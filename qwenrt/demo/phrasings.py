@@ -1,0 +1,673 @@
+"""How people ask in the demo model's world. Each intent has phrasings to train on and, apart, phrasings that only
+the test uses. In a phrasing {x} is what is asked about."""
+
+from __future__ import annotations
+
+# (intent, language) -> (phrasings to train on, phrasings of the test)
+ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("capital", "en"): (
+        (
+            "What is the capital of {x}?",
+            "What's the capital of {x}?",
+            "Tell me the capital of {x}.",
+            "Which city is the capital of {x}?",
+            "{x}'s capital?",
+            "Name the capital city of {x}.",
+            "Do you know the capital of {x}?",
+            "The capital of {x} is which city?",
+            "I want to know the capital of {x}.",
+            "What city is the capital of {x}?",
+            "What is {x}'s capital city?",
+            "capital of {x}",
+            "Can you tell me what the capital of {x} is?",
+            "{x}: what is the capital?",
+        ),
+        (
+            "Can you name the capital of {x}?",
+            "Tell me which city is the capital of {x}.",
+            "What is {x}'s capital?",
+            "Do you know what the capital city of {x} is?",
+        ),
+    ),
+    ("capital", "zh"): (
+        (
+            "{x}的首都是哪里？",
+            "{x}的首都是什么？",
+            "{x}首都在哪？",
+            "请问{x}的首都是哪座城市？",
+            "告诉我{x}的首都。",
+            "你知道{x}的首都吗？",
+            "哪座城市是{x}的首都？",
+            "{x}的首都叫什么？",
+            "{x}的首都",
+            "我想知道{x}的首都是哪里。",
+            "{x}的首都在哪里？",
+        ),
+        ("请告诉我{x}的首都是哪里。", "{x}首都是哪座城市？", "你知道{x}的首都叫什么吗？"),
+    ),
+    ("legs", "en"): (
+        (
+            "How many legs does {x} have?",
+            "How many legs has {x}?",
+            "Tell me how many legs {x} has.",
+            "Do you know how many legs {x} has?",
+            "What is the number of legs of {x}?",
+            "{x}: how many legs?",
+            "I want to know how many legs {x} has.",
+            "Can you tell me the number of legs of {x}?",
+        ),
+        ("Can you tell me how many legs {x} has?", "How many legs are there on {x}?", "Tell me the number of legs of {x}."),
+    ),
+    ("legs", "zh"): (
+        (
+            "{x}有几条腿？",
+            "{x}有多少条腿？",
+            "请问{x}有几条腿？",
+            "告诉我{x}有几条腿。",
+            "你知道{x}有几条腿吗？",
+            "{x}的腿有几条？",
+            "{x}长了几条腿？",
+        ),
+        ("请告诉我{x}有多少条腿。", "你知道{x}有多少条腿吗？", "{x}的腿有多少条？"),
+    ),
+    ("sound", "en"): (
+        (
+            "What sound does {x} make?",
+            "What does {x} say?",
+            "Tell me the sound {x} makes.",
+            "What noise does {x} make?",
+            "How does {x} sound?",
+            "Do you know what sound {x} makes?",
+            "What is the sound of {x}?",
+            "Which sound does {x} make?",
+        ),
+        ("Tell me what sound {x} makes.", "Which noise does {x} make?", "Can you tell me what {x} says?"),
+    ),
+    ("sound", "zh"): (
+        (
+            "{x}怎么叫？",
+            "{x}的叫声是什么？",
+            "{x}是怎么叫的？",
+            "请问{x}怎么叫？",
+            "告诉我{x}的叫声。",
+            "{x}发出什么声音？",
+            "你知道{x}怎么叫吗？",
+        ),
+        ("告诉我{x}怎么叫。", "请问{x}的叫声是什么？", "你知道{x}的叫声是什么吗？"),
+    ),
+    ("food", "en"): (
+        (
+            "What does {x} eat?",
+            "What food does {x} eat?",
+            "Tell me what {x} eats.",
+            "What does {x} like to eat?",
+            "What is the food of {x}?",
+            "Do you know what {x} eats?",
+            "{x}: what does it eat?",
+            "What can I give {x} to eat?",
+        ),
+        ("Can you tell me what {x} eats?", "Tell me what food {x} eats.", "Do you know what {x} likes to eat?"),
+    ),
+    ("food", "zh"): (
+        (
+            "{x}吃什么？",
+            "{x}喜欢吃什么？",
+            "请问{x}吃什么？",
+            "告诉我{x}吃什么。",
+            "你知道{x}吃什么吗？",
+            "{x}爱吃什么？",
+            "{x}的食物是什么？",
+        ),
+        ("请告诉我{x}喜欢吃什么。", "你知道{x}爱吃什么吗？", "请问{x}的食物是什么？"),
+    ),
+    ("home", "en"): (
+        (
+            "Where does {x} live?",
+            "Where is the home of {x}?",
+            "Tell me where {x} lives.",
+            "Do you know where {x} lives?",
+            "Where can I find {x}?",
+            "In what place does {x} live?",
+            "I want to know where {x} lives.",
+        ),
+        ("Can you tell me where {x} lives?", "Tell me where I can find {x}.", "Do you know where the home of {x} is?"),
+    ),
+    ("home", "zh"): (
+        (
+            "{x}住在哪里？",
+            "{x}的家在哪里？",
+            "请问{x}住在哪里？",
+            "告诉我{x}住在哪里。",
+            "你知道{x}住在哪里吗？",
+            "{x}住在什么地方？",
+            "在哪里能找到{x}？",
+        ),
+        ("请告诉我{x}住在什么地方。", "你知道{x}的家在哪里吗？", "请问{x}住在什么地方？"),
+    ),
+    ("colour", "en"): (
+        (
+            "What colour is {x}?",
+            "What color is {x}?",
+            "Which colour is {x}?",
+            "Tell me the colour of {x}.",
+            "What is the colour of {x}?",
+            "What is the color of {x}?",
+            "Do you know the colour of {x}?",
+            "{x}: which colour?",
+            "Of what colour is {x}?",
+            "I want to know the colour of {x}.",
+        ),
+        (
+            "Tell me what colour {x} is.",
+            "Which color is {x}?",
+            "Do you know what colour {x} is?",
+            "Can you tell me the colour of {x}?",
+        ),
+    ),
+    ("colour", "zh"): (
+        (
+            "{x}是什么颜色？",
+            "{x}是什么颜色的？",
+            "{x}的颜色是什么？",
+            "请问{x}是什么颜色？",
+            "告诉我{x}的颜色。",
+            "你知道{x}是什么颜色吗？",
+            "{x}是哪种颜色？",
+        ),
+        ("请告诉我{x}是什么颜色。", "你知道{x}的颜色吗？", "请问{x}是哪种颜色？"),
+    ),
+    ("+", "en"): (
+        (
+            "What is {a} + {b}?",
+            "{a} + {b} = ?",
+            "{a}+{b}=?",
+            "{a}+{b}",
+            "Calculate {a} + {b}.",
+            "How much is {a} plus {b}?",
+            "What is {a} plus {b}?",
+            "Add {a} and {b}.",
+            "What is the sum of {a} and {b}?",
+            "Tell me {a} + {b}.",
+        ),
+        ("How much is {a} + {b}?", "Tell me the sum of {a} and {b}.", "Calculate {a} plus {b}."),
+    ),
+    ("+", "zh"): (
+        (
+            "{a}加{b}等于几？",
+            "{a}加{b}等于多少？",
+            "{a}+{b}等于多少？",
+            "{a}+{b}=？",
+            "计算{a}+{b}。",
+            "请问{a}加{b}是多少？",
+            "{a}和{b}的和是多少？",
+        ),
+        ("请计算{a}加{b}。", "{a}+{b}是多少？", "请问{a}加{b}等于几？"),
+    ),
+    ("-", "en"): (
+        (
+            "What is {a} - {b}?",
+            "{a} - {b} = ?",
+            "{a}-{b}=?",
+            "{a}-{b}",
+            "Calculate {a} - {b}.",
+            "How much is {a} minus {b}?",
+            "What is {a} minus {b}?",
+            "Take {b} away from {a}.",
+            "Subtract {b} from {a}.",
+            "Tell me {a} - {b}.",
+        ),
+        ("How much is {a} - {b}?", "Tell me {a} minus {b}.", "Calculate {a} minus {b}."),
+    ),
+    ("-", "zh"): (
+        (
+            "{a}减{b}等于几？",
+            "{a}减{b}等于多少？",
+            "{a}-{b}等于多少？",
+            "{a}-{b}=？",
+            "计算{a}-{b}。",
+            "请问{a}减{b}是多少？",
+            "{a}减去{b}是多少？",
+        ),
+        ("请计算{a}减{b}。", "{a}-{b}是多少？", "请问{a}减{b}等于几？"),
+    ),
+    ("*", "en"): (
+        (
+            "What is {a} * {b}?",
+            "{a} * {b} = ?",
+            "{a}*{b}=?",
+            "{a} x {b} = ?",
+            "Calculate {a} * {b}.",
+            "How much is {a} times {b}?",
+            "What is {a} times {b}?",
+            "Multiply {a} by {b}.",
+            "Tell me {a} * {b}.",
+        ),
+        ("How much is {a} * {b}?", "Tell me {a} times {b}.", "Calculate {a} times {b}."),
+    ),
+    ("*", "zh"): (
+        (
+            "{a}乘{b}等于几？",
+            "{a}乘以{b}等于多少？",
+            "{a}*{b}等于多少？",
+            "{a}×{b}=？",
+            "计算{a}*{b}。",
+            "请问{a}乘{b}是多少？",
+        ),
+        ("请计算{a}乘{b}。", "{a}*{b}是多少？", "请问{a}乘以{b}等于几？"),
+    ),
+    ("story", "en"): (
+        (
+            "Tell me a story about {x}.",
+            "Tell me a short story about {x}.",
+            "Please write a story about {x}.",
+            "Can you tell a story about {x}?",
+            "I want to hear a story about {x}.",
+            "Write a short story about {x}.",
+            "A story about {x}, please.",
+        ),
+        ("Can you write a story about {x}?", "Please tell me a short story about {x}.", "I want a story about {x}."),
+    ),
+    ("story", "zh"): (
+        (
+            "给我讲一个{x}的故事。",
+            "讲一个{x}的故事。",
+            "请讲一个{x}的故事。",
+            "写一个{x}的小故事。",
+            "我想听一个{x}的故事。",
+            "能给我讲一个{x}的故事吗？",
+            "说一个{x}的故事吧。",
+        ),
+        ("请给我讲一个{x}的小故事。", "能写一个{x}的故事吗？", "给我写一个{x}的故事。"),
+    ),
+    ("title", "en"): (
+        (
+            "Give this story a title.",
+            "What is a good title for this story?",
+            "Find a title for the story.",
+            "Now give it a title.",
+            "Please write a title for this story.",
+            "What title would you give it?",
+            "Title, please.",
+        ),
+        ("Please give the story a title.", "What would be a good title for it?", "Write a title for the story."),
+    ),
+    ("title", "zh"): (
+        (
+            "给这个故事起一个标题",
+            "给这个故事起一个标题。",
+            "请给这个故事起个标题。",
+            "这个故事叫什么标题好？",
+            "给它起一个标题吧。",
+            "写一个标题。",
+            "这个故事的标题是什么？",
+        ),
+        ("给故事起个标题。", "请给它起一个标题。", "请写一个这个故事的标题。"),
+    ),
+    ("tell_name", "en"): (
+        (
+            "My name is {x}.",
+            "I am {x}.",
+            "I'm {x}.",
+            "Hello, my name is {x}.",
+            "Hi, I am {x}.",
+            "Please call me {x}.",
+            "You can call me {x}.",
+            "They call me {x}.",
+        ),
+        ("Hi, my name is {x}.", "Hello, I'm {x}.", "Hello, you can call me {x}."),
+    ),
+    ("tell_name", "zh"): (
+        ("我叫{x}。", "我的名字是{x}。", "你好，我叫{x}。", "我是{x}。", "请叫我{x}。", "大家叫我{x}。", "我的名字叫{x}。"),
+        ("你好，我是{x}。", "你好，我的名字叫{x}。", "你可以叫我{x}。"),
+    ),
+    ("ask_name", "en"): (
+        (
+            "What is my name?",
+            "What's my name?",
+            "Do you remember my name?",
+            "Who am I?",
+            "Tell me my name.",
+            "What am I called?",
+            "Do you know who I am?",
+            "What was my name again?",
+        ),
+        ("Do you know my name?", "Can you tell me my name?", "Do you remember what my name is?"),
+    ),
+    ("ask_name", "zh"): (
+        ("我叫什么名字？", "我叫什么？", "你还记得我的名字吗？", "我是谁？", "告诉我我的名字。", "我的名字是什么？", "你记得我叫什么吗？"),
+        ("你还记得我叫什么名字吗？", "请问我叫什么？", "你知道我的名字吗？"),
+    ),
+    ("tell_colour", "en"): (
+        (
+            "My favourite colour is {x}.",
+            "My favorite color is {x}.",
+            "I like the colour {x} best.",
+            "The colour I like most is {x}.",
+            "I love the colour {x}.",
+        ),
+        ("I love {x}, it is my favourite colour.", "The colour I love most is {x}."),
+    ),
+    ("tell_colour", "zh"): (
+        ("我最喜欢的颜色是{x}。", "我最喜欢{x}。", "我喜欢的颜色是{x}。", "我爱{x}。"),
+        ("我最爱的颜色是{x}。", "我最爱{x}。"),
+    ),
+    ("ask_colour", "en"): (
+        (
+            "What is my favourite colour?",
+            "What's my favorite color?",
+            "Which colour do I like best?",
+            "Do you remember my favourite colour?",
+            "Tell me my favourite colour.",
+            "Which colour do I like most?",
+        ),
+        ("Which colour is my favourite?", "Do you know my favourite colour?", "What colour do I like best?"),
+    ),
+    ("ask_colour", "zh"): (
+        (
+            "我最喜欢什么颜色？",
+            "我最喜欢的颜色是什么？",
+            "你还记得我最喜欢的颜色吗？",
+            "我喜欢哪种颜色？",
+            "告诉我我最喜欢的颜色。",
+        ),
+        ("你记得我最喜欢什么颜色吗？", "我最喜欢哪种颜色？"),
+    ),
+    ("tell_pet", "en"): (
+        (
+            "I have {x} called {y}.",
+            "I have {x} named {y}.",
+            "My pet is {x} called {y}.",
+            "{y} is the name of my pet, {x}.",
+            "There is {x} called {y} in my house.",
+            "We have {x} named {y}.",
+        ),
+        ("We have {x} called {y}.", "My pet is {x} named {y}."),
+    ),
+    ("tell_pet", "zh"): (
+        ("我有一只{x}叫{y}。", "我养了一只{x}，名字叫{y}。", "我家有一只{x}，叫{y}。", "我的宠物是一只{x}，它叫{y}。"),
+        ("我养了一只{x}，叫{y}。", "我家有一只{x}，名字叫{y}。"),
+    ),
+    ("ask_pet", "en"): (
+        (
+            "What is my pet called?",
+            "What is the name of my pet?",
+            "What's my pet's name?",
+            "Do you remember the name of my pet?",
+            "Tell me the name of my pet.",
+        ),
+        ("Do you know the name of my pet?", "Do you remember what my pet is called?"),
+    ),
+    ("ask_pet", "zh"): (
+        ("我的宠物叫什么？", "我的宠物叫什么名字？", "你还记得我的宠物叫什么吗？", "告诉我我的宠物的名字。"),
+        ("你记得我的宠物的名字吗？", "我的宠物的名字是什么？"),
+    ),
+    ("persona", "en"): (
+        (
+            "Who are you?",
+            "What is your name?",
+            "Please introduce yourself.",
+            "Tell me who you are.",
+            "What's your name and what do you do?",
+            "Hello, who are you?",
+        ),
+        ("Can you introduce yourself?", "Hi, who are you?", "Tell me your name."),
+    ),
+    ("persona", "zh"): (
+        ("你是谁？", "你叫什么名字？", "请介绍一下你自己。", "告诉我你是谁。", "你好，你是谁？", "介绍一下自己。"),
+        ("请问你是谁？", "你好，请介绍一下自己。", "请问你叫什么名字？"),
+    ),
+    ("weather", "en"): (
+        (
+            "What is the weather in {x}?",
+            "How is the weather in {x} today?",
+            "Is it raining in {x}?",
+            "Tell me the weather in {x}.",
+            "What's the weather like in {x}?",
+            "Do I need an umbrella in {x}?",
+            "Weather in {x}?",
+        ),
+        ("Tell me the weather in {x} today.", "Do you know the weather in {x}?", "What is the weather like in {x} today?"),
+    ),
+    ("weather", "zh"): (
+        ("{x}的天气怎么样？", "{x}今天天气如何？", "{x}今天下雨吗？", "告诉我{x}的天气。", "请问{x}天气怎么样？", "{x}天气好吗？"),
+        ("请问{x}今天天气怎么样？", "你知道{x}的天气吗？", "{x}今天的天气怎么样？"),
+    ),
+    ("calculator", "en"): (
+        (
+            "What is {x}?",
+            "Calculate {x}.",
+            "How much is {x}?",
+            "Please calculate {x}.",
+            "{x} = ?",
+            "Tell me the result of {x}.",
+        ),
+        ("Tell me {x}.", "What is the result of {x}?", "Can you calculate {x}?"),
+    ),
+    ("calculator", "zh"): (
+        ("{x}等于多少？", "计算{x}。", "请计算{x}。", "{x}=？", "告诉我{x}的结果。", "{x}是多少？"),
+        ("请问{x}等于多少？", "{x}的结果是多少？"),
+    ),
+    ("search", "en"): (
+        (
+            "Search for {x}.",
+            "Find something about {x}.",
+            "Look up {x}.",
+            "Please search the web for {x}.",
+            "What can you find about {x}?",
+            "I want to read about {x}.",
+        ),
+        ("Can you look up {x}?", "Please search for {x}.", "Find {x} on the web."),
+    ),
+    ("search", "zh"): (
+        ("搜索{x}。", "帮我搜索{x}。", "请查一下{x}。", "帮我查{x}。", "网上有什么{x}的消息？", "我想了解{x}。"),
+        ("请搜索{x}。", "请帮我查一下{x}。", "搜索一下{x}。"),
+    ),
+    ("time", "en"): (
+        ("What time is it in {x}?", "Tell me the time in {x}.", "What is the time in {x} now?", "Time in {x}?", "How late is it in {x}?"),
+        ("Do you know what time it is in {x}?", "What is the time in {x}?"),
+    ),
+    ("time", "zh"): (
+        ("{x}现在几点？", "{x}几点了？", "告诉我{x}的时间。", "请问{x}现在几点？"),
+        ("请问{x}几点了？", "{x}现在是几点？"),
+    ),
+}
+
+# What the model says about itself: intent, language -> (phrasings to train on, phrasings of the test, answer)
+SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    ("hello", "en"): (
+        ("Hello!", "Hi!", "Hey", "Good morning!", "Hello there!", "Hi, Qwen-mini!", "Hello", "hi", "hello", "Good evening."),
+        ("Hey there!", "Hello, Qwen-mini!", "Hi there!"),
+        "Hello! I am Qwen-mini, a toy model built into qwenrt. How can I help you?",
+    ),
+    ("hello", "zh"): (
+        ("你好", "你好！", "您好", "早上好！", "嗨！", "你好啊", "晚上好。", "大家好！", "哈喽"),
+        ("您好！", "你好啊！", "嗨，你好！"),
+        "你好！我是 Qwen-mini，一个内置在 qwenrt 里的玩具模型。有什么可以帮你的吗？",
+    ),
+    ("who", "en"): (
+        (
+            "Who are you?",
+            "What is your name?",
+            "What are you?",
+            "Tell me who you are.",
+            "Please introduce yourself.",
+            "What's your name?",
+            "Can you tell me your name?",
+            "Tell me about yourself.",
+            "Hello, who are you?",
+        ),
+        ("Can you introduce yourself?", "Tell me your name.", "Can you tell me who you are?", "Hi, what are you?"),
+        "I am Qwen-mini, a toy model built into qwenrt.",
+    ),
+    ("who", "zh"): (
+        ("你是谁？", "你叫什么名字？", "介绍一下你自己。", "请介绍一下自己。", "你是什么？", "告诉我你是谁。", "你叫什么？", "你好，你是谁？"),
+        ("请问你是谁？", "请介绍一下你自己。", "请问你叫什么名字？"),
+        "我是 Qwen-mini，一个内置在 qwenrt 里的玩具模型。",
+    ),
+    ("maker", "en"): (
+        (
+            "Who made you?",
+            "Where do you come from?",
+            "Who trained you?",
+            "Who built you?",
+            "Tell me who made you.",
+            "How were you made?",
+            "Do you know who trained you?",
+        ),
+        ("Do you know who made you?", "Tell me who trained you.", "Can you tell me who built you?"),
+        "I was trained by qwenrt's own finetune program on a small made-up world.",
+    ),
+    ("maker", "zh"): (
+        ("谁创造了你？", "你是谁做的？", "谁训练了你？", "你从哪里来？", "你是怎么来的？", "告诉我谁训练了你。"),
+        ("请问谁创造了你？", "你知道谁训练了你吗？", "你是谁训练的？"),
+        "我是用 qwenrt 自己的微调程序在一个虚构的小世界上训练出来的。",
+    ),
+    ("can", "en"): (
+        (
+            "What can you do?",
+            "How can you help me?",
+            "Tell me what you can do.",
+            "What are you good at?",
+            "What do you know?",
+            "Can you help me?",
+        ),
+        ("Can you tell me what you can do?", "What can you help me with?", "Do you know what you can do?"),
+        "I know capitals, animals, colours and small sums. I can tell short stories and remember your name.",
+    ),
+    ("can", "zh"): (
+        ("你能做什么？", "你会什么？", "你能帮我什么？", "你会做什么？", "告诉我你能做什么。", "你知道什么？"),
+        ("请问你能做什么？", "你能帮我做什么？", "请告诉我你会什么。"),
+        "我知道首都、动物、颜色和简单的加减法，会讲小故事，也能记住你的名字。",
+    ),
+    ("size", "en"): (
+        ("Are you a big model?", "How big are you?", "Are you smart?", "Are you ChatGPT?", "Are you a real person?", "Are you a human?"),
+        ("Are you a real human?", "Are you a big smart model?", "Are you a person?"),
+        "No, I am only a toy: a very small Qwen with about four million parameters.",
+    ),
+    ("size", "zh"): (
+        ("你是大模型吗？", "你有多大？", "你聪明吗？", "你是人吗？", "你是真人吗？", "你是 ChatGPT 吗？"),
+        ("你是很大的模型吗？", "请问你是人吗？", "请问你有多大？"),
+        "不，我只是一个玩具：一个很小的 Qwen，大约有四百万个参数。",
+    ),
+    ("thanks", "en"): (
+        ("Thank you!", "Thanks!", "Thank you very much.", "Thanks a lot!", "Great, thank you!", "thanks", "That was helpful, thank you."),
+        ("Thank you a lot!", "Great, thanks!", "Thanks very much!"),
+        "You are welcome!",
+    ),
+    ("thanks", "zh"): (
+        ("谢谢", "谢谢！", "谢谢你！", "非常感谢。", "多谢！", "太好了，谢谢你。", "感谢你。"),
+        ("非常感谢你！", "太好了，谢谢！", "多谢你！"),
+        "不客气！",
+    ),
+    ("bye", "en"): (
+        ("Goodbye!", "Bye!", "See you later!", "Good night!", "Bye bye", "I have to go now, bye!", "See you tomorrow."),
+        ("See you later, bye!", "Good night, see you tomorrow!", "I have to go now."),
+        "Goodbye! See you next time.",
+    ),
+    ("bye", "zh"): (
+        ("再见", "再见！", "拜拜！", "晚安！", "我走了，再见。", "明天见！", "下次见。"),
+        ("我走了，拜拜！", "再见，明天见！", "晚安，再见！"),
+        "再见！下次再聊。",
+    ),
+    ("how", "en"): (
+        ("How are you?", "How are you doing?", "How do you feel?", "How are you today?", "Are you well?", "Hello, how are you?"),
+        ("Hi, how are you today?", "How do you feel today?", "How are you doing today?"),
+        "I am fine, thank you!",
+    ),
+    ("how", "zh"): (
+        ("你好吗？", "你怎么样？", "你今天好吗？", "最近怎么样？", "你还好吗？", "你今天怎么样？"),
+        ("你最近好吗？", "你今天还好吗？", "你最近怎么样？"),
+        "我很好，谢谢你！",
+    ),
+}
+
+# Put before a question now and then: (to train on, of the test)
+OPENERS = {
+    "en": (("Please tell me: ", "Quick question: ", "I have a question. ", "Next question: ", "OK. ", "Hi! "), ("OK, next question: ", "Hi! Quick question: ")),
+    "zh": (("请问，", "我有一个问题：", "下一个问题：", "好的。", "你好！", "快速回答："), ("好的，下一个问题：", "你好！我有一个问题：")),
+}
+
+# Kinds of system prompt: kind -> (to train on, of the test). {x}: the persona's name, {y}: its job.
+SYSTEMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "pirate": (
+        (
+            "Talk like a pirate.",
+            "You are a pirate. Talk like one.",
+            "Answer like a pirate.",
+            "Always talk like a pirate.",
+            "You talk like a pirate.",
+            "请像海盗一样说话。",
+            "你是一个海盗。",
+            "像海盗一样回答。",
+        ),
+        ("Please talk like a pirate.", "Always answer like a pirate.", "请像海盗一样回答。"),
+    ),
+    "caps": (
+        (
+            "Answer in capital letters.",
+            "Use only capital letters.",
+            "Write everything in capital letters.",
+            "Answer in upper case.",
+            "ALWAYS USE CAPITAL LETTERS.",
+            "Please write in upper case.",
+        ),
+        ("Always answer in capital letters.", "Write everything in upper case.", "Use only upper case."),
+    ),
+    "chinese": (
+        (
+            "Answer in Chinese.",
+            "Always answer in Chinese.",
+            "Please speak Chinese.",
+            "You only speak Chinese.",
+            "请用中文回答。",
+            "总是用中文回答。",
+        ),
+        ("Please answer in Chinese.", "Always speak Chinese.", "请总是用中文回答。"),
+    ),
+    "english": (
+        (
+            "Answer in English.",
+            "Always answer in English.",
+            "Please speak English.",
+            "You only speak English.",
+            "请用英文回答。",
+            "总是用英文回答。",
+        ),
+        ("Please answer in English.", "Always speak English.", "请总是用英文回答。"),
+    ),
+    "one_word": (
+        (
+            "Answer with one word.",
+            "Answer in one word only.",
+            "Use one word.",
+            "Give one-word answers.",
+            "Be as short as possible: one word.",
+            "只用一个词回答。",
+            "用一个词回答。",
+        ),
+        ("Always answer with one word.", "Answer with one word only.", "请只用一个词回答。"),
+    ),
+    "thanks": (
+        (
+            "End every answer with: Thank you!",
+            "Always say thank you at the end.",
+            "Finish each answer with: Thank you!",
+            "At the end of each answer, say thank you.",
+        ),
+        ("End each answer with: Thank you!", "At the end of every answer, say thank you."),
+    ),
+    "persona": (
+        (
+            "You are {x}, {y}.",
+            "Your name is {x}. You are {y}.",
+            "You are {y} called {x}.",
+            "You are {y}. Your name is {x}.",
+            "Your name is {x} and you are {y}.",
+        ),
+        ("You are {y} and your name is {x}.", "You are called {x}. You are {y}."),
+    ),
+    "persona_zh": (
+        ("你是{x}，一个{y}。", "你的名字是{x}，你是一个{y}。", "你是一个{y}，名字叫{x}。", "你叫{x}，是一个{y}。"),
+        ("你是一个{y}，你叫{x}。", "你的名字叫{x}，是一个{y}。"),
+    ),
+}
