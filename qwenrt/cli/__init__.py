@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from qwenrt import __version__
 from qwenrt.cli import bench, chat, doctor, finetuning, pull, run
 from qwenrt.cli.options import example
-from qwenrt.cli.terminal import forgive_encoding
+from qwenrt.cli.terminal import Terminal, forgive_encoding
 from qwenrt.errors import QwenrtError
 
 COMMANDS = (chat, run, pull, doctor, bench, finetuning)
@@ -47,15 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except QwenrtError as error:
-        return _fail(str(error))
+        Terminal().fail(str(error))
+        return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our pipe has gone, e.g. `qwenrt run ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
-
-
-def _fail(message: str) -> int:
-    sys.stdout.flush()
-    print(f"qwenrt: error: {message}", file=sys.stderr)
-    return EXIT_ERROR

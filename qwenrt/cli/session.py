@@ -6,7 +6,7 @@ import ast
 import gc
 import re
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -148,13 +148,15 @@ class Session:
             except QwenrtError as error:
                 self.terminal.error(f"{error} Nothing was changed.")
                 return
-        self._show_conf()
+            self._show_conf(changes)
+        else:
+            self._show_conf([field.name for field in fields(self.params)])
 
-    def _show_conf(self) -> None:
-        for field in fields(self.params):
-            value, before = getattr(self.params, field.name), getattr(self._original, field.name)
+    def _show_conf(self, names: Iterable[str]) -> None:
+        for name in names:
+            value, before = getattr(self.params, name), getattr(self._original, name)
             note = "" if value == before else f"    (was {before!r})"
-            self.terminal.say(f"  {field.name} = {value!r}{note}")
+            self.terminal.say(f"  {name} = {value!r}{note}")
 
     def _reset_conf(self, rest: str) -> None:
         self.params = self._original.with_(seed=self.params.seed)

@@ -48,6 +48,10 @@ class Terminal:
         sys.stdout.flush()
         _write(sys.stderr, text, style, "\n")
 
+    def fail(self, text: str) -> None:
+        """Why the command ends, on stderr."""
+        self.remark(f"qwenrt: error: {text}", "red")
+
     def warn(self, text: str) -> None:
         self.remark(f"[WARNING] {text}", "yellow")
 
@@ -76,7 +80,7 @@ def _write(stream: IO[str], text: str, style: str, end: str) -> None:
             from rich.console import Console
             from rich.text import Text
 
-            Console(file=stream, highlight=False).print(Text(text, style), end=end, soft_wrap=True)
+            Console(file=stream, highlight=False).print(Text(text, style), end=end)
             return
         except ImportError:
             pass

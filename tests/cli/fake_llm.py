@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import types
@@ -118,4 +119,6 @@ if __name__ == "__main__":  # a process to talk to through a pseudo-terminal
     from qwenrt.cli import main
 
     install()
+    if os.environ.get("WITHOUT_EXTRAS"):  # as if rich and prompt-toolkit were not installed
+        sys.modules.update(dict.fromkeys(("rich", "prompt_toolkit")))  # type: ignore[arg-type]
     raise SystemExit(main(sys.argv[1:]))

@@ -90,9 +90,10 @@ def strip(text: str) -> str:
     return re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[=>])", "", text)
 
 
-@pytest.fixture
-def talk() -> Iterator[Talk]:
-    made = Talk("chat")
+@pytest.fixture(params=["extras", "plain"])
+def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
+    """A chat with rich and prompt-toolkit, and one as if they were not installed."""
+    made = Talk("chat", WITHOUT_EXTRAS="1" if request.param == "plain" else "")
     made.until(PROMPT)
     yield made
     made.close()
