@@ -95,7 +95,7 @@ def load_tokenizer(model: str | PathLike[str]) -> Tokenizer:
     from qwenrt.loader.hub import resolve
     from qwenrt.text.tokenizer import load_tokenizer as from_directory
 
-    return from_directory(resolve(_name(model), env=Environment.read()))
+    return from_directory(resolve(_name(model), env=Environment.read(), weights=False))
 
 
 class LLM:
