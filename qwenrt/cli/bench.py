@@ -214,7 +214,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
     row("machine", report["machine"])
     row("versions", f"qwenrt {report['qwenrt']}, torch {report['torch']}, {report['threads']} threads")
     size = f"{report['prompt_tokens']} prompt and {report['new_tokens']} new tokens"
-    row("work", f"{report['batch']} x {size}, median of {report['rounds']} rounds")
+    row("work", f"{report['batch']} x {size}, {_rounds(report['rounds'])}")
     row("prefill", f"{report['prefill_tokens_per_s']:.1f} tokens/s", "bold")
     row("decode", f"{report['decode_tokens_per_s']:.1f} tokens/s", "bold")
     row("weights read", f"{readable_bytes(report['weight_bytes_per_token'])} per step")
@@ -223,3 +223,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
     row("load", f"{report['load_s']:.1f} s")
     if report["peak_rss_bytes"] is not None:
         row("peak memory", readable_bytes(report["peak_rss_bytes"]))
+
+
+def _rounds(count: int) -> str:
+    return "one round" if count == 1 else f"median of {count} rounds"

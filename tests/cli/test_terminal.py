@@ -45,7 +45,7 @@ class Talk:
         self.mark = len(self.seen)
         os.write(self.master, text.encode(encoding))
 
-    def until(self, *wanted: str, timeout: float = 20, encoding: str = "utf-8") -> None:
+    def until(self, *wanted: str, timeout: float = 60, encoding: str = "utf-8") -> None:
         """Wait until all of ``wanted`` have appeared, in this order, since the last ``type``."""
         deadline = time.monotonic() + timeout
         pattern = ".*".join(re.escape(text) for text in wanted)
@@ -69,7 +69,7 @@ class Talk:
         return piece
 
     def code(self) -> int:
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -90,15 +90,20 @@ def strip(text: str) -> str:
     return re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[=>])", "", text)
 
 
-@pytest.fixture(params=["extras", "plain"])
+@pytest.fixture
 def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
-    """A chat with rich and prompt-toolkit, and one as if they were not installed."""
-    made = Talk("chat", WITHOUT_EXTRAS="1" if request.param == "plain" else "")
+    """A chat at its prompt; with the parameter "plain" as if rich and prompt-toolkit were not installed."""
+    plain = getattr(request, "param", "extras") == "plain"
+    made = Talk("chat", WITHOUT_EXTRAS="1" if plain else "")
     made.until(PROMPT)
     yield made
     made.close()
 
 
+both = pytest.mark.parametrize("talk", ["extras", "plain"], indirect=True)
+
+
+@both
 def test_a_conversation(talk: Talk) -> None:
     assert "This is fake." in strip(talk.seen.decode())
     talk.type("hello" + ENTER)
@@ -109,6 +114,7 @@ def test_a_conversation(talk: Talk) -> None:
     assert talk.code() == 0
 
 
+@both
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(talk: Talk) -> None:
     talk.type("first" + ENTER)
     talk.until("(0 turns", PROMPT)
@@ -117,13 +123,14 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(talk: Talk) -> None:
     started = time.monotonic()
     talk.type(CTRL_C)
     talk.until("Answer stopped; the history is unchanged.", PROMPT)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     talk.type("again" + ENTER)
     talk.until("echo again (1 turns", PROMPT)
     talk.type(":q" + ENTER)
     assert talk.code() == 0
 
 
+@both
 def test_ctrl_c_at_the_prompt_leaves_with_1(talk: Talk) -> None:
     talk.type(CTRL_C)
     talk.until("Left with Ctrl-C")
@@ -137,6 +144,7 @@ def test_ctrl_c_raised_inside_the_model_is_the_same(talk: Talk) -> None:
     talk.until("History (0)")
 
 
+@both
 def test_longer_messages_have_their_own_prompt(talk: Talk) -> None:
     talk.type('"""one' + ENTER)
     talk.until("... >")
