@@ -220,7 +220,6 @@ int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int6
 
 int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                           int64_t out_features, int64_t in_features, int is_half) {
-  if (tokens > 8) return QWENRT_BAD_ARGUMENT;
   PoolLock lock;
   DenseTask task{w, bias, x, y, tokens, out_features, in_features, 1, is_half, kernels().load()};
   task.tasks = task_count(out_features, out_features * in_features * tokens);

@@ -19,7 +19,7 @@ struct Kernels {
   const char* name;
   // Rows of blocks [begin, end) of y [tokens][out_features].
   void (*quant_rows)(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int64_t begin, int64_t end);
-  // Rows [begin, end) of y for at most 8 tokens.
+  // Rows [begin, end) of y [tokens][out_features].
   void (*dense16_rows)(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
 };

@@ -191,17 +191,24 @@ void dense_tile(const uint16_t* w, const float* bias, const float* x, float* y, 
     dense_rows_times_tile<HALF, TILE, 1>(w, bias, x, y, out_features, in_features, n, 0);
 }
 
+constexpr int64_t kRowsInCache = 64 * 1024;  // elements of W that are kept in the cache for the next tile of tokens
+
 template <bool HALF>
 void dense_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
                 int64_t in_features, int64_t begin, int64_t end) {
-  while (tokens > 0) {
-    const int64_t tile = tokens >= 4 ? 4 : (tokens >= 2 ? 2 : 1);
-    if (tile == 4) dense_tile<HALF, 4, 2>(w, bias, x, y, out_features, in_features, begin, end);
-    if (tile == 2) dense_tile<HALF, 2, 4>(w, bias, x, y, out_features, in_features, begin, end);
-    if (tile == 1) dense_tile<HALF, 1, 4>(w, bias, x, y, out_features, in_features, begin, end);
-    x += tile * in_features;
-    y += tile * out_features;
-    tokens -= tile;
+  int64_t step = end - begin;
+  if (tokens > 4) step = kRowsInCache / (in_features + 1) > 8 ? kRowsInCache / (in_features + 1) : 8;
+  for (; begin < end; begin += step) {
+    const int64_t last = begin + step < end ? begin + step : end;
+    for (int64_t t = 0; t < tokens;) {
+      const int64_t tile = tokens - t >= 4 ? 4 : (tokens - t >= 2 ? 2 : 1);
+      const float* tile_x = x + t * in_features;
+      float* tile_y = y + t * out_features;
+      if (tile == 4) dense_tile<HALF, 4, 2>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
+      if (tile == 2) dense_tile<HALF, 2, 4>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
+      if (tile == 1) dense_tile<HALF, 1, 4>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
+      t += tile;
+    }
   }
 }
 

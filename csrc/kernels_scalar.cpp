@@ -56,16 +56,20 @@ void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int6
 
 void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
                   int64_t in_features, int is_half, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = 8;
   for (int64_t n = begin; n < end; ++n) {
     const uint16_t* row = w + n * in_features;
-    float part[8][4] = {};
-    for (int64_t k = 0; k < in_features; ++k) {
-      const float value = is_half ? half_to_float(row[k]) : from_bits(uint32_t(row[k]) << 16);
-      for (int64_t t = 0; t < tokens; ++t) part[t][k & 3] += value * x[t * in_features + k];
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float sum = (part[t][0] + part[t][1]) + (part[t][2] + part[t][3]);
-      y[t * out_features + n] = bias ? sum + bias[n] : sum;
+    for (int64_t first = 0; first < tokens; first += kTile) {
+      const int64_t tile = tokens - first < kTile ? tokens - first : kTile;
+      float part[kTile][4] = {};
+      for (int64_t k = 0; k < in_features; ++k) {
+        const float value = is_half ? half_to_float(row[k]) : from_bits(uint32_t(row[k]) << 16);
+        for (int64_t t = 0; t < tile; ++t) part[t][k & 3] += value * x[(first + t) * in_features + k];
+      }
+      for (int64_t t = 0; t < tile; ++t) {
+        const float sum = (part[t][0] + part[t][1]) + (part[t][2] + part[t][3]);
+        y[(first + t) * out_features + n] = bias ? sum + bias[n] : sum;
+      }
     }
   }
 }

@@ -165,7 +165,7 @@ def test_activations_that_are_not_finite_follow_torch(cpu: CPUBackend, bad: floa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dense_16_bit_weights_stay_so_and_multiply_in_float32(cpu: CPUBackend, dtype: torch.dtype) -> None:
     for n, k in ((1, 1), (7, 3), (33, 100), (130, 256), (9, 515)):
-        for tokens in (0, 1, 2, 3, 4, 7, 8, 9, 20):
+        for tokens in (0, 1, 2, 3, 4, 7, 9, 20):
             weight = CanonicalWeight(dense=torch.randn(n, k).to(dtype), bias=torch.randn(n))
             x = torch.randn(tokens, k)
             w = cpu.pack_linear(weight, torch.float32)

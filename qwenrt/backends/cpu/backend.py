@@ -27,7 +27,6 @@ from qwenrt.ops.types import CanonicalWeight, Packed
 KERNEL_CHOICES = ("auto", "off", "avx2", "scalar")
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
 _QUANTIZED = (native_kind(4), native_kind(8))
-_DENSE16_TOKENS = 8  # above this converting the weight and torch's own product are faster
 _CHUNK_ELEMENTS = 1 << 22  # elements of a weight that exist in float32 at once
 _PADDING_WORTH = 1.25  # groups that do not fill their words may cost this factor of memory, not more
 
@@ -129,7 +128,7 @@ class CPUBackend(Backend):
 
     def _dense16(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         weight: torch.Tensor = w.data["weight"]
-        if self.kernels is not None and x.shape[0] <= _DENSE16_TOKENS and not x.requires_grad:
+        if self.kernels is not None and not x.requires_grad:
             return self.kernels.dense16_linear(x.contiguous(), weight, w.bias)
         rows = max(1, _CHUNK_ELEMENTS // max(1, w.in_features))
         starts = range(0, w.out_features, rows)

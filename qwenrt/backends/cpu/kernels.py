@@ -107,7 +107,7 @@ class Kernels:
     def dense16_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """x float32 [T, K] contiguous, at most 8 tokens, weight bfloat16 or float16 [N, K] -> float32 [T,
+        """x float32 [T, K] contiguous, weight bfloat16 or float16 [N, K] -> float32 [T,
         N]."""
         y = torch.empty(x.shape[0], weight.shape[0])
         self._library.qwenrt_dense16_linear(
