@@ -117,7 +117,9 @@ class ModelConfig:
         if model_type != "qwen":
             known = _OTHER_MODEL_TYPES.get(str(model_type))
             what = f"model_type is {str(model_type)[:80]!r}" + (f" ({known})" if known else "")
-            raise ConfigError(f"reading {where}", what, "This version of qwenrt runs model_type 'qwen' (Qwen-1).")
+            raise ConfigError(
+                f"reading {where}", what, "This version of qwenrt runs model_type 'qwen' (Qwen-1)."
+            )
         config = {**config, **{late: config[early] for early, late in _EARLY_KEYS.items() if early in config}}
         hidden = _integer(config, "hidden_size", where)
         heads = _integer(config, "num_attention_heads", where)
@@ -219,9 +221,7 @@ class GenerationConfig:
             chat_format=chat_format,
             eos_token_ids=tuple(eos_ids),
             pad_token_id=pad,
-            max_window_size=_integer(
-                generation, "max_window_size", where, 1, 2**31, DEFAULT_MAX_WINDOW_SIZE
-            ),
+            max_window_size=_integer(generation, "max_window_size", where, 1, 2**31, DEFAULT_MAX_WINDOW_SIZE),
             stop_words_ids=tuple(tuple(s) for s in stops),
             sampling=_sampling(generation, where),
         )
@@ -400,7 +400,9 @@ def _sampling(generation: Mapping[str, Any], where: str) -> SamplingParams:
     try:
         return SamplingParams(**given)
     except RequestError as error:
-        raise ConfigError(f"reading {where}", str(error), "Check it against the repository's file.") from error
+        raise ConfigError(
+            f"reading {where}", str(error), "Check it against the repository's file."
+        ) from error
 
 
 def _truthy(value: str | None) -> bool:

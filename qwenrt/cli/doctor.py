@@ -19,7 +19,7 @@ from qwenrt.errors import QwenrtError
 REQUIRED = ("torch", "numpy", "safetensors", "tiktoken", "huggingface-hub", "jinja2")
 EXTRAS = {  # extra -> (its packages, what it is for)
     "cli": (("rich", "prompt-toolkit"), "colours and line editing in the terminal"),
-    "modelscope": (("modelscope",), "downloads from ModelScope"),
+    "modelscope": (("modelscope-hub",), "downloads from ModelScope"),
 }
 _WIDTH = 80
 

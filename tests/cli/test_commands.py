@@ -208,7 +208,7 @@ def test_doctor_reports_a_torch_that_cannot_be_imported(
 def test_doctor_names_missing_packages_and_the_command(
     qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent = ("rich", "modelscope", "tiktoken")
+    absent = ("rich", "modelscope-hub", "tiktoken")
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in absent else version(name))
     text = " ".join(qwenrt("doctor").out.split())

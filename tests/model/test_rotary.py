@@ -54,7 +54,9 @@ def test_alpha_is_one_when_ntk_is_off() -> None:
     assert ntk_alpha(10**6, dataclasses.replace(CONFIG, use_dynamic_ntk=False)) == 1
 
 
-@pytest.mark.parametrize(("alpha", "base"), [(1, 10000.0), (3, 30527.7367), (7, 72195.8601), (15, 156588.3235)])
+@pytest.mark.parametrize(
+    ("alpha", "base"), [(1, 10000.0), (3, 30527.7367), (7, 72195.8601), (15, 156588.3235)]
+)
 def test_tables_use_the_scaled_base(alpha: int, base: float) -> None:
     cos, sin = RotaryTables(CONFIG, torch.device("cpu")).rows(torch.tensor([1]), [(1, alpha)], 2)
     expected = torch.tensor([1 / base ** (2 * j / 128) for j in range(64)] * 2)
