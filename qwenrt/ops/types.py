@@ -13,9 +13,9 @@ class CanonicalWeight:
     """One linear's weight in the one form every checkpoint format is brought to.
 
     Dense: ``dense`` [N, K]. Quantised: ``codes`` uint8 [K, N] (one code a byte), ``scales`` [G, N],
-    ``zeros`` int16 [G, N] (true zeros, 0 to 2**bits: 2**(bits-1) when symmetric), ``bits`` 4 or 8, ``group_size`` rows of K
-    share a scale, G = ceil(K / group_size). Row k of ``codes`` multiplies x[..., perm[k]] where ``perm`` (int32
-    [K]) is given (act-order, already sorted by group), else x[..., k].
+    ``zeros`` int16 [G, N] (true zeros, 0 to 2**bits: 2**(bits-1) when symmetric), ``bits`` 4 or 8,
+    ``group_size`` rows of K share a scale, G = ceil(K / group_size). Row k of ``codes`` multiplies
+    x[..., perm[k]] where ``perm`` (int32 [K]) is given (act-order, already sorted by group), else x[..., k].
     W[n, perm[k]] = scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n]).
     N = out_features, K = in_features; ``bias`` [N] or None.
     """
