@@ -45,26 +45,36 @@ class Sampler:
         """logits float32 [B, V], a row per sequence; they may be changed."""
         logits = logits[:, : self.vocab_limit]
         finite = logits.sum(-1).isfinite()
-        wants_logprobs = [i for i, seq in enumerate(seqs) if seq.params.logprobs is not None]
-        raw = logits[wants_logprobs] if wants_logprobs else None
+        raw: dict[int, torch.Tensor] = {}
         for row, seq in enumerate(seqs):
-            if _edits(seq):
+            edits = _edits(seq)
+            if seq.params.logprobs is not None:
+                raw[row] = logits[row].clone() if edits else logits[row]
+            if edits:
                 self._edit(logits[row], seq)
-        tokens = logits.argmax(-1)
-        drawn = [i for i, seq in enumerate(seqs) if not seq.params.greedy]
-        if drawn:
-            params = [seqs[i].params for i in drawn]
-            uniforms = [self._random(seqs[i]).random() for i in drawn]
-            rows = logits if len(drawn) == len(seqs) else logits[drawn]
-            tokens[drawn] = draw(rows, params, uniforms)
-        chosen = torch.where(finite, tokens, -1).tolist()
+        chosen = torch.where(finite, self._choose(logits, seqs), -1).tolist()
         logprobs: list[TokenLogprob | None] = [None] * len(seqs)
-        if raw is not None:
-            reported = [chosen[i] for i in wants_logprobs]
-            alternatives = [seqs[i].params.logprobs or 0 for i in wants_logprobs]
-            for i, one in zip(wants_logprobs, _logprobs(raw, reported, alternatives), strict=True):
-                logprobs[i] = one
+        for row, own in raw.items():
+            if chosen[row] >= 0:
+                logprobs[row] = _logprob(own, chosen[row], seqs[row].params.logprobs or 0)
         return Sampled([None if token < 0 else token for token in chosen], logprobs)
+
+    def _choose(self, logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
+        """The likeliest token of greedy rows, a drawn one of the others -> int64 [B]."""
+        drawn = [i for i, seq in enumerate(seqs) if not seq.params.greedy]
+        if not drawn:
+            return logits.argmax(-1)
+        tokens = logits.new_empty(len(seqs), dtype=torch.int64)
+        greedy = [i for i, seq in enumerate(seqs) if seq.params.greedy]
+        if greedy:
+            tokens[greedy] = logits[greedy].argmax(-1)
+        # One by one on a CPU, where a row's temporaries stay in its cache; together where a launch costs more.
+        together = 1 if logits.device.type == "cpu" else len(drawn)
+        for start in range(0, len(drawn), together):
+            rows = drawn[start : start + together]
+            uniforms = [self._random(seqs[i]).random() for i in rows]
+            tokens[rows] = draw(logits[rows], [seqs[i].params for i in rows], uniforms)
+        return tokens
 
     def forget(self, seq: Sequence) -> None:
         """A finished sequence needs no state."""
@@ -171,70 +181,80 @@ def draw(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[floa
     device = logits.device
     heat = torch.tensor([max(p.temperature, 1e-8) for p in params], device=device).unsqueeze(1)
     # The largest becomes 0 first, so that a tiny temperature cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / heat
-    floor = torch.zeros(len(params), 1, device=device) - torch.inf
-    if any(p.top_k or p.top_p < 1 for p in params):
-        floor = _top_k_top_p_floor(scaled, params)
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(heat)
+    target = torch.tensor(uniforms, dtype=torch.float64, device=device).unsqueeze(1)
+    vocab = logits.shape[1]
+    # A row's tokens must not depend on its neighbours, not even which of two equal ones is kept: rows are
+    # looked at together only where they need as many of their likeliest tokens.
+    groups: dict[int, list[int]] = {}
+    for i, p in enumerate(params):
+        wanted = p.top_k or (_FIRST_SORTED if p.top_p < 1 else vocab)
+        groups.setdefault(min(wanted, vocab), []).append(i)
+    chosen = torch.empty(len(params), dtype=torch.int64, device=device)
+    for width, rows in groups.items():
+        limits = [params[i] for i in rows]
+        every = len(rows) == len(params)
+        some, goal = (scaled, target) if every else (scaled[rows], target[rows])
+        if all(p.top_k == 0 and p.top_p == 1 for p in limits):
+            chosen[rows] = _at(some, limits, goal).squeeze(1)
+        else:
+            chosen[rows] = _draw_likeliest(some, limits, goal, width)
+    return chosen
+
+
+def _at(scaled: torch.Tensor, params: list[SamplingParams], target: torch.Tensor) -> torch.Tensor:
+    """Where the running sum of each row's softmax, after min_p, passes ``target`` [B, 1] of the whole
+    -> int64 [B, 1]. The largest of ``scaled`` is 0."""
     if any(p.min_p for p in params):
-        floor = torch.maximum(
-            floor, torch.tensor([p.min_p for p in params], device=device).log().unsqueeze(1)
-        )
-    probs = scaled.masked_fill_(scaled < floor, -torch.inf).softmax(-1)
-    total = probs.cumsum(-1, dtype=torch.float64)
+        floor = torch.tensor([p.min_p for p in params], device=scaled.device).log().unsqueeze(1)
+        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
+    total = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
     whole = total[:, -1:]
-    target = torch.tensor(uniforms, dtype=torch.float64, device=device).unsqueeze(1) * whole
     # A product rounded up to the whole would point behind the last token.
-    target = torch.minimum(target, whole.nextafter(torch.zeros_like(whole)))
-    return torch.searchsorted(total, target, right=True).squeeze(1)
+    target = torch.minimum(target * whole, whole.nextafter(torch.zeros_like(whole)))
+    return torch.searchsorted(total, target, right=True)
 
 
-def _top_k_top_p_floor(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The smallest scaled logit that top_k and then top_p keep in each row -> [B, 1]."""
-    vocab = scaled.shape[1]
-    top_ks = [min(p.top_k, vocab) if p.top_k else vocab for p in params]
-    bounded = [k for k in top_ks if k < vocab]
-    width = max(bounded, default=1)
-    if any(p.top_p < 1 and k > width for p, k in zip(params, top_ks, strict=True)):
-        width = min(vocab, max(width, _FIRST_SORTED))
-    while True:
-        floor, enough = _floor_within(scaled, params, top_ks, width)
-        if enough:
-            return floor
-        width = vocab
+def _draw_likeliest(
+    scaled: torch.Tensor, params: list[SamplingParams], target: torch.Tensor, width: int
+) -> torch.Tensor:
+    """`draw` for rows that top_k or top_p cut: only the ``width`` likeliest are looked at, or more where top_p
+    reaches further."""
+    kept, ids, enough = _keep(scaled, params, width)
+    ids, order = ids.sort(dim=-1)
+    chosen = ids.gather(1, _at(kept.gather(1, order), params, target)).squeeze(1)
+    rows = [i for i, ok in enumerate(enough) if not ok]
+    if rows:
+        wider = min(scaled.shape[1], 32 * width)
+        chosen[rows] = _draw_likeliest(scaled[rows], [params[i] for i in rows], target[rows], wider)
+    return chosen
 
 
-def _floor_within(
-    scaled: torch.Tensor, params: list[SamplingParams], top_ks: list[int], width: int
-) -> tuple[torch.Tensor, bool]:
-    """The floor found among the ``width`` likeliest, and whether they were enough to find it."""
+def _keep(
+    scaled: torch.Tensor, params: list[SamplingParams], width: int
+) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """The ``width`` likeliest of each row, those that top_k and then top_p drop at -inf, and their ids; and for
+    each row whether that is all there is to keep."""
     device, vocab = scaled.device, scaled.shape[1]
-    best = scaled.topk(width, dim=-1).values
-    ks = torch.tensor(top_ks, device=device).unsqueeze(1)
+    best, ids = scaled.topk(width, dim=-1)
+    ks = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device).unsqueeze(1)
     rank = torch.arange(width, device=device).unsqueeze(0)
-    within = best.masked_fill(rank >= ks, -torch.inf)
+    best = best.masked_fill(rank >= ks, -torch.inf)
     # The mass top_p is a share of: of the k kept by top_k, or of the whole row.
-    whole = torch.where(ks < vocab, within.logsumexp(-1, keepdim=True), scaled.logsumexp(-1, keepdim=True))
-    probs = (within - whole).exp()
+    whole = best.logsumexp(-1, keepdim=True)
+    if not all(p.top_k for p in params):
+        whole = torch.where(ks < vocab, whole, scaled.logsumexp(-1, keepdim=True))
+    probs = (best - whole).exp()
     before = probs.cumsum(-1, dtype=torch.float64) - probs
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
-    kept = (((before < top_p) | (top_p >= 1)) & (rank < ks)).sum(-1, keepdim=True).clamp_(min=1)
-    unlimited = (ks >= vocab) & (top_p >= 1)
-    floor = best.gather(1, kept - 1).masked_fill(unlimited, -torch.inf)
-    enough = width == vocab or not bool(((kept == width) & (ks > width) & ~unlimited).any())
-    return floor, enough
+    dropped = (before >= top_p) & (top_p < 1) & (rank > 0)
+    enough: list[bool] = (dropped[:, -1] | (ks.squeeze(1) <= width)).tolist()
+    return best.masked_fill(dropped, -torch.inf), ids, enough
 
 
-def _logprobs(raw: torch.Tensor, chosen: list[int], alternatives: list[int]) -> list[TokenLogprob | None]:
-    """Log-probabilities of the model itself, before any bias, penalty or temperature. raw [R, V]."""
-    whole = raw.logsumexp(-1)
-    safe = torch.tensor([max(token, 0) for token in chosen], device=raw.device)
-    own = (raw.gather(1, safe.unsqueeze(1)).squeeze(1) - whole).tolist()
-    width = min(max(alternatives), raw.shape[1])
-    values, ids = raw.topk(width, dim=-1)
-    top_values, top_ids = (values - whole.unsqueeze(1)).tolist(), ids.tolist()
-    return [
-        TokenLogprob(token, own[i], dict(zip(top_ids[i][:count], top_values[i][:count], strict=True)))
-        if token >= 0
-        else None
-        for i, (token, count) in enumerate(zip(chosen, alternatives, strict=True))
-    ]
+def _logprob(raw: torch.Tensor, chosen: int, alternatives: int) -> TokenLogprob:
+    """Log-probabilities of the model itself, before any bias, penalty or temperature. raw [V]."""
+    values, ids = raw.topk(min(alternatives, raw.shape[0]))
+    whole = float(raw.logsumexp(-1))
+    top = {token: value - whole for token, value in zip(ids.tolist(), values.tolist(), strict=True)}
+    return TokenLogprob(chosen, float(raw[chosen]) - whole, top)
