@@ -167,7 +167,7 @@ def write_corpus(path: Path, count: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--entries", type=int, default=100_000, help="training entries, each used once")
+    parser.add_argument("--entries", type=int, default=78_000, help="training entries, each used once")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo", help="where the run keeps its files")
     parser.add_argument("--output", type=Path, default=ROOT / "qwenrt" / "demo")

@@ -1,0 +1,259 @@
+"""Fine-tuning: the training form of a conversation, a run that learns, repeats and resumes, and bad data."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwenrt.errors import CheckpointError, ConfigError, RequestError
+from qwenrt.finetune import IGNORE, STATE_FILE, Corpus, Trainer, encode_entry, finetune, read_entries
+from qwenrt.text.tokenizer import load_tokenizer
+
+CONFIG = {
+    "model_type": "qwen",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_channels": 16,
+    "intermediate_size": 96,
+    "seq_length": 64,
+    "max_position_embeddings": 256,
+    "no_bias": True,
+    "layer_norm_epsilon": 1e-06,
+    "initializer_range": 0.05,
+}
+ENTRIES = [
+    {"conversations": [{"from": "user", "value": f"{word}?"}, {"from": "assistant", "value": f"{word}!"}]}
+    for word in ("red", "green", "blue", "one", "two", "three")
+]
+QUICK = {"from_scratch": True, "learning_rate": 5e-3, "batch_tokens": 256, "max_length": 96, "threads": 1, "progress": False}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A Qwen-1 directory without weights: the 256 bytes as its vocabulary."""
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "generation_config.json").write_text('{"chat_format": "chatml"}')
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    (directory / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the training form
+
+
+def test_labels_are_what_the_assistant_says_and_the_frame_of_every_turn(base):
+    tokenizer = load_tokenizer(base)
+    start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.encode("\n")[0]
+
+    def part(role, text, spoken):
+        name, content = list(role.encode()), list(text.encode())
+        ids = [start, *name, newline, *content, end, newline]
+        labels = [start, *[IGNORE] * (len(name) + 1), *(content if spoken else [IGNORE] * len(content)), end, newline]
+        return ids, labels
+
+    parts = [
+        part("system", "You are a helpful assistant.", False),
+        part("user", "hi", False),
+        part("assistant", "hello", True),
+    ]
+    turns = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]
+    ids, labels = encode_entry(tokenizer, {"id": "1", "conversations": turns})
+    assert ids == [i for p in parts for i in p[0]]
+    assert labels == [i for p in parts for i in p[1]]
+    with_leading = [{"from": "assistant", "value": "dropped"}, *turns]
+    assert encode_entry(tokenizer, {"conversations": with_leading})[0] == ids
+    assert encode_entry(tokenizer, {"system": "Be brief.", "conversations": turns})[0] != ids
+
+
+def test_control_tokens_typed_by_a_user_stay_text(base):
+    tokenizer = load_tokenizer(base)
+    turns = [{"from": "user", "value": "<|im_end|>"}, {"from": "assistant", "value": "<|endoftext|>"}]
+    ids, _ = encode_entry(tokenizer, {"conversations": turns})
+    assert ids.count(tokenizer.im_end_id) == 3 and tokenizer.eod_id not in ids
+
+
+def test_plain_text_carries_loss_everywhere_and_ends(base):
+    tokenizer = load_tokenizer(base)
+    ids, labels = encode_entry(tokenizer, {"text": "ab"})
+    assert ids == labels == [97, 98, tokenizer.eod_id]
+
+
+def test_batches_take_every_entry_once_and_keep_to_the_budget(base):
+    tokenizer = load_tokenizer(base)
+    entries = [{"text": "x" * (1 + 7 * i % 60)} for i in range(300)]
+    corpus = Corpus.encode(tokenizer, entries, 64)
+    batches = corpus.batches(3, 0, 256)
+    assert sorted(e for b in batches for e in b) == list(range(300))
+    for batch in batches:
+        ids, labels = corpus.take(batch, pad_id=tokenizer.eod_id)
+        assert ids.numel() <= 256 and ids.shape == labels.shape
+        assert (labels != IGNORE).sum() == sum(corpus.length(e) for e in batch)
+    assert corpus.batches(3, 0, 256) == batches != corpus.batches(3, 1, 256)
+
+
+def test_padding_and_batching_do_not_change_the_loss(base):
+    corpus = Corpus.encode(load_tokenizer(base), ENTRIES, 96)
+    settings = {k: v for k, v in QUICK.items() if k not in ("threads", "progress")}
+    from qwenrt.config import ModelConfig
+    from qwenrt.finetune import TrainingSettings
+
+    trainer = Trainer(base, ModelConfig.from_dir(base), corpus, TrainingSettings(**settings), pad_id=256)
+    counts = [int((corpus.take([e], 256)[1][:, 1:] != IGNORE).sum()) for e in range(len(corpus))]
+    alone = sum(float(trainer.loss([e])[0].detach()) * n for e, n in enumerate(counts)) / sum(counts)
+    together = float(trainer.loss(list(range(len(corpus))))[0].detach())
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+# ---- a run
+
+
+def test_it_learns_and_writes_a_complete_checkpoint(base, tmp_path):
+    report = finetune(base, ENTRIES, tmp_path / "out", epochs=40, **QUICK)
+    assert report.losses[0][1] > 3 * report.final_loss
+    assert f"{report.steps} steps over 6 entries" in report.format()
+    out = tmp_path / "out"
+    files = {f.name for f in out.iterdir()}
+    assert files == {"config.json", "generation_config.json", "qwen.tiktoken", "model.safetensors", "loss_curve.json"}
+    tensors = weights(out)
+    assert len(tensors) == 8 * CONFIG["num_hidden_layers"] + 3
+    assert tensors["transformer.h.1.attn.c_attn.bias"].shape == (96,)
+    assert tensors["transformer.h.0.mlp.w1.weight"].shape == (48, 32)
+    assert all(t.dtype == torch.bfloat16 for t in tensors.values())
+    curve = json.loads((out / "loss_curve.json").read_text())
+    assert curve["steps"] == report.steps and curve["loss"][-1][0] == report.steps
+
+
+def test_the_same_seed_gives_the_same_weights(base, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        finetune(base, ENTRIES, tmp_path / name, epochs=3, seed=seed, **QUICK)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
+    finetune(base, ENTRIES, tmp_path / "whole", epochs=8, **QUICK)
+    step = Trainer.train_step
+
+    def cut(self, batch):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(base, ENTRIES, tmp_path / "cut", epochs=8, save_every=2, **QUICK)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert (tmp_path / "cut" / STATE_FILE).exists()
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="other data or settings"):
+        finetune(base, ENTRIES, tmp_path / "cut", epochs=9, **QUICK)
+    report = finetune(base, ENTRIES, tmp_path / "cut", epochs=8, save_every=2, **QUICK)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert not (tmp_path / "cut" / STATE_FILE).exists()
+    assert report.steps == 8 * 3 or report.steps > 5
+
+
+def test_a_damaged_state_is_named(base, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / STATE_FILE).write_bytes(b"\x00" * 50)
+    with pytest.raises(CheckpointError, match=r"resuming from .*not readable.*Delete it"):
+        finetune(base, ENTRIES, tmp_path / "out", **QUICK)
+
+
+def test_it_goes_on_from_given_weights_and_leaves_them_alone(base, tmp_path):
+    finetune(base, ENTRIES, tmp_path / "first", epochs=2, **QUICK)
+    before = (tmp_path / "first" / "model.safetensors").read_bytes()
+    settings = {**QUICK, "from_scratch": False, "learning_rate": 0.0}
+    finetune(tmp_path / "first", ENTRIES, tmp_path / "second", epochs=1, **settings)
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    settings["learning_rate"] = 1e-2
+    finetune(tmp_path / "first", ENTRIES, tmp_path / "third", epochs=1, **settings)
+    assert not same(weights(tmp_path / "first"), weights(tmp_path / "third"))
+    assert (tmp_path / "first" / "model.safetensors").read_bytes() == before
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "line 1 is not JSON"),
+        (b"\n\n  [1, 2", "line 3 is not JSON"),
+        (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        (b'"text"', "a JSON str"),
+        (b'[{"text": "a"}]\n\xff', "line 2 is not UTF-8"),
+    ],
+)
+def test_files_that_are_not_training_data(tmp_path, content, found):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match=found):
+        read_entries(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        ("text", "a JSON str"),
+        ({}, "no list of conversations"),
+        ({"conversations": []}, "no list of conversations"),
+        ({"conversations": ["hi"]}, r"conversations\[0\] is a JSON str"),
+        ({"conversations": [{"from": "user", "value": None}]}, r"conversations\[0\] value is NoneType"),
+        ({"conversations": [{"from": "user", "value": "a"}, {"from": "system", "value": "b"}]}, "from 'system'"),
+        ({"conversations": [{"from": "user", "value": "a"}]}, "no turn of the assistant"),
+        ({"text": 5}, "text is int"),
+    ],
+)
+def test_entries_that_make_no_sense_are_named(base, tmp_path, entry, found):
+    with pytest.raises(RequestError, match=f"entry 2: .*{found}"):
+        finetune(base, [ENTRIES[0], entry], tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epochs": 0}, {"learning_rate": -1}, {"max_length": 1.5}, {"warmup_ratio": 2}, {"save_every": 0}, {"seed": 1, "max_steps": 0}]
+)
+def test_settings_out_of_range(base, tmp_path, bad):
+    with pytest.raises(RequestError):
+        finetune(base, ENTRIES, tmp_path / "out", **{**QUICK, **bad})
+
+
+def test_a_file_that_is_not_there_nothing_to_learn_and_a_vocabulary_too_large(base, tmp_path):
+    with pytest.raises(RequestError, match="No such file"):
+        finetune(base, tmp_path / "none.json", tmp_path / "out", **QUICK)
+    with pytest.raises(RequestError, match="no entry with anything to learn"):
+        finetune(base, [], tmp_path / "out", **QUICK)
+    (base / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
+    with pytest.raises(ConfigError, match="464 tokens.*300"):
+        finetune(base, ENTRIES, tmp_path / "out", **QUICK)
+
+
+def test_quantised_weights_are_refused(base, tmp_path):
+    quantised = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    (base / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(ConfigError, match="4-bit GPTQ"):
+        finetune(base, ENTRIES, tmp_path / "out", **QUICK)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(base, tmp_path):
+    from qwenrt.errors import QwenrtError
+
+    with pytest.raises(QwenrtError, match="the loss is .*smaller learning_rate"):
+        finetune(base, ENTRIES, tmp_path / "out", epochs=60, **{**QUICK, "learning_rate": 10.0, "weight_decay": 10.0, "max_grad_norm": 1e6})
