@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from qwenrt import __version__
-from qwenrt.cli import bench, chat, doctor, finetuning, pull, run
+from qwenrt.cli import bench, chat, doctor, evaluation, finetuning, pull, run
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding
 from qwenrt.errors import QwenrtError
 
-COMMANDS = (chat, run, pull, doctor, bench, finetuning)
+COMMANDS = (chat, run, pull, doctor, bench, evaluation, finetuning)
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from typing import IO, Any
 
@@ -59,8 +60,8 @@ class Terminal:
         self.remark(f"[ERROR] {text}", "red")
 
     def result(self, value: Any) -> None:
-        """A JSON document, for the program that reads it."""
-        print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+        """A JSON document, for the program that reads it. JSON has no NaN and no infinity: they become null."""
+        print(json.dumps(_finite(value), ensure_ascii=False, indent=2, default=str))
 
     def clear(self) -> None:
         """An empty screen, where there is a screen."""
@@ -86,6 +87,14 @@ def _write(stream: IO[str], text: str, style: str, end: str) -> None:
             pass
     stream.write(text + end)
     stream.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def readable_bytes(count: float) -> str:

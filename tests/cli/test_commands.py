@@ -279,3 +279,33 @@ def test_bench_refuses(options: tuple[str, ...], said: str, fake: SimpleNamespac
     done = qwenrt("bench", "--model", "demo", *options)
     assert done.code == 1
     assert said in done.err
+
+
+# ---- eval
+
+
+def test_eval(monkeypatch: pytest.MonkeyPatch, qwenrt: Qwenrt) -> None:
+    asked: list[Any] = []
+
+    class Report:
+        def format(self, failures: int) -> str:
+            return f"95 %, {failures} shown"
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"accuracy": 0.95, "perplexity": float("nan")}
+
+    def evaluate_demo(model: str, **arguments: Any) -> Report:
+        asked.append((model, arguments))
+        return Report()
+
+    module: Any = ModuleType("qwenrt.evaluate")
+    module.evaluate_demo = evaluate_demo
+    monkeypatch.setitem(sys.modules, "qwenrt.evaluate", module)
+    assert qwenrt("eval", "demo", "--failures", "2").out == "95 %, 2 shown\n"
+    assert json.loads(qwenrt("eval", "--json", "--quick", "--samples", "9", "--device", "cpu").out) == {
+        "accuracy": 0.95,
+        "perplexity": None,
+    }
+    assert [model for model, _ in asked] == ["demo", "demo"]
+    assert [a["compare"] for _, a in asked] == [True, False]
+    assert asked[1][1]["samples"] == 9 and asked[1][1]["device"] == "cpu"
