@@ -244,7 +244,9 @@ def test_a_forked_process_is_told_so(served: AsyncEngine) -> None:
 
 def test_the_interpreter_ends_with_a_live_engine() -> None:
     script = """
-        import sys
+        import atexit, sys, time
+        start = []
+        atexit.register(lambda: print(time.time() - start[0]))  # registered first: runs last
         sys.path.insert(0, ".")
         from qwenrt.engine.async_engine import AsyncEngine
         from qwenrt.sampling_params import SamplingParams
@@ -252,11 +254,11 @@ def test_the_interpreter_ends_with_a_live_engine() -> None:
         engine = AsyncEngine(make_engine(max_model_len=4096))
         handle = engine.submit([1], SamplingParams(max_tokens=None, ignore_eos=True))
         next(handle)
-        import time; print(time.time(), flush=True)
+        start.append(time.time())
     """
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and done.stderr == ""
-    assert time.time() - float(done.stdout) < 5
+    assert float(done.stdout) < 2
