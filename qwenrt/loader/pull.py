@@ -72,7 +72,8 @@ def out_of_space(pull: Pull, error: BaseException | None) -> None:
                 "Free some space or set QWENRT_HOME to another disk; what was fetched is kept.",
                 error,
             )
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        # An SSLError is an OSError too, and its errno 1 is not EPERM.
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and not from_network(error):
             pull.fail(
                 f"{pull.cache_dir} cannot be written ({error.strerror})",
                 "Set QWENRT_HOME to a directory you may write to.",

@@ -39,6 +39,7 @@ class Hub:
     released: threading.Event = field(default_factory=threading.Event)  # ends the silence
     delay: float = 0.0  # seconds before the contents of a large file
     portal: bool = False  # every answer is a login page
+    circular: bool = False  # every answer sends the client to where it just was
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     sent: dict[str, int] = field(default_factory=dict)  # file -> bytes of its contents that went out
     url: str = ""
@@ -88,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(
                 200, b"<html>Please log in to this network</html>", {"Content-Type": "text/html"}
             )
+        if hub.circular:
+            return self._answer(302, b"", {"Location": self.path})
         if path.startswith("/api/v1/"):
             return self._modelscope(path.removeprefix("/api/v1"), query)
         if path.startswith("/api/models/"):

@@ -348,6 +348,21 @@ def test_a_login_page_in_place_of_the_hub(tmp_path: Path, start: Start, source: 
 
 
 @BOTH
+def test_a_hub_that_redirects_in_circles(tmp_path: Path, start: Start, source: str) -> None:
+    hub = start(circular=True)
+    assert isinstance(failure(tmp_path, hub, source), CheckpointError)
+    assert len(hub.requests) <= 200
+
+
+@BOTH
+def test_a_hub_whose_encryption_fails(tmp_path: Path, start: Start, source: str) -> None:
+    began = time.monotonic()
+    error = failure(tmp_path, start().url.replace("http://", "https://"), source)
+    assert isinstance(error, Unreachable) and error.remedy
+    assert time.monotonic() - began < 10
+
+
+@BOTH
 def test_nobody_answers(tmp_path: Path, source: str) -> None:
     began = time.monotonic()
     error = failure(tmp_path, NOWHERE, source)
