@@ -150,16 +150,22 @@ class LLM:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        prompt_token_ids: Sequence[int] | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Iterator[Delta]:
         """The same turn piece by piece. Leaving the loop, or closing the iterator, cancels the request.
 
+        ``prompt_token_ids`` instead of a query or messages: continue these, as `generate` does.
         With ``tools`` the text is what is meant for a reader; thoughts are left out, and the last Delta carries the
         calls.
         """
-        prompt = self._chat_prompt(query, as_history(history), system, messages, tools)
         params = self._params(sampling_params, sampling)
+        if prompt_token_ids is not None:
+            if query is not None or messages is not None or tools:
+                raise RequestError("stream", "prompt_token_ids beside a chat", "Pass one of the two.")
+            return _deltas(self._submit(_token_ids(prompt_token_ids), params))
+        prompt = self._chat_prompt(query, as_history(history), system, messages, tools)
         deltas = _deltas(self._submit(prompt.token_ids, params, prompt.stop))
         return _readable(deltas, prompt.is_continuation) if tools else deltas
 

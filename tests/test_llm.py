@@ -83,6 +83,22 @@ def test_a_stream_joined_is_the_answer(llm: qwenrt.LLM, seed: int) -> None:
     assert all(d.finish_reason is None for d in deltas[:-1])
 
 
+def test_a_completion_streams_as_well(llm: qwenrt.LLM) -> None:
+    ids = llm.tokenizer.encode("abc")
+    deltas = list(llm.stream(prompt_token_ids=ids, sampling_params=GREEDY))
+    assert "".join(d.text for d in deltas) == llm.generate("abc", GREEDY).text
+    with pytest.raises(RequestError, match="prompt_token_ids beside a chat"):
+        llm.stream("q", prompt_token_ids=ids)
+
+
+def test_a_stream_that_is_never_read_is_cancelled(llm: qwenrt.LLM) -> None:
+    stream = llm.stream("tell me much", max_tokens=400, ignore_eos=True)
+    stream.close()
+    del stream
+    llm.chat("hello", max_tokens=1)
+    assert llm.stats()["running"] == 0
+
+
 def test_leaving_a_stream_frees_its_blocks(llm: qwenrt.LLM) -> None:
     for _ in range(3):
         for _delta in llm.stream("tell me much", max_tokens=200, ignore_eos=True):

@@ -103,8 +103,12 @@ def _chat(llm: LLM, prompt: str, system: str, params: SamplingParams) -> Generat
 
 def _pieces(llm: LLM, prompt: str, system: str | None, params: SamplingParams) -> Iterator[str]:
     """The answer as it is written, or where ``system`` is None the prompt's continuation."""
-    if system is None:
-        yield llm.generate(prompt, params).text
+    if system is not None:
+        deltas = llm.stream(prompt, system=system, sampling_params=params)
+    elif llm.tokenizer is not None:
+        deltas = llm.stream(prompt_token_ids=llm.tokenizer.encode(prompt), sampling_params=params)
+    else:
+        yield llm.generate(prompt, params).text  # says what is missing
         return
-    for delta in llm.stream(prompt, system=system, sampling_params=params):
+    for delta in deltas:
         yield delta.text

@@ -32,6 +32,7 @@ class FakeLLM:
     name = "fake"
     summary = "fake on cpu"
     config = CONFIG
+    tokenizer = None
 
     def __init__(self, chat_format: str = "chatml") -> None:
         self.generation_config = GenerationConfig(chat_format=chat_format, sampling=SamplingParams(top_p=0.8))

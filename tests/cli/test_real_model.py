@@ -51,6 +51,7 @@ def test_run_repeats_with_a_seed(tiny_chat: Path, qwenrt: Qwenrt) -> None:
     assert len(found["token_ids"]) == found["usage"]["completion_tokens"] <= 12
     raw = json.loads(qwenrt("run", str(tiny_chat), "hi", "--seed", "5", "--json", "--raw").out)
     assert raw["usage"]["prompt_tokens"] == 2, "the bare prompt, without ChatML around it"
+    assert qwenrt("run", str(tiny_chat), "hi", "--seed", "5", "--raw").out == raw["text"] + "\n"
 
 
 def test_a_piped_conversation(tiny_chat: Path, qwenrt: Qwenrt, tmp_path: Path) -> None:
