@@ -1,6 +1,6 @@
 """Continue a text, as base models do.
 
-    python examples/base_completion.py [MODEL]
+python examples/base_completion.py [MODEL]
 """
 
 import sys

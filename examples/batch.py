@@ -1,6 +1,6 @@
 """Several prompts in one engine run. Each gets what it would get alone.
 
-    python examples/batch.py [MODEL]
+python examples/batch.py [MODEL]
 """
 
 import sys

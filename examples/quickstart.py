@@ -1,6 +1,6 @@
 """Chat in three turns, then the same answer piece by piece.
 
-    python examples/quickstart.py [MODEL]
+python examples/quickstart.py [MODEL]
 """
 
 import sys

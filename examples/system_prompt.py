@@ -1,6 +1,6 @@
 """A system prompt changes how the model answers.
 
-    python examples/system_prompt.py [MODEL]
+python examples/system_prompt.py [MODEL]
 """
 
 import sys

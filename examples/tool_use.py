@@ -1,6 +1,6 @@
 """The model asks for a tool, the program runs it, the model answers.
 
-    python examples/tool_use.py [MODEL]
+python examples/tool_use.py [MODEL]
 """
 
 import json

@@ -10,17 +10,30 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qwenrt.errors import (
         BackendError as BackendError,
+    )
+    from qwenrt.errors import (
         CapacityError as CapacityError,
+    )
+    from qwenrt.errors import (
         CheckpointError as CheckpointError,
+    )
+    from qwenrt.errors import (
         ConfigError as ConfigError,
+    )
+    from qwenrt.errors import (
         QwenrtError as QwenrtError,
+    )
+    from qwenrt.errors import (
         RequestError as RequestError,
     )
-    from qwenrt.llm import LLM as LLM, load as load
-    from qwenrt.outputs import Delta as Delta, Generation as Generation, Usage as Usage
+    from qwenrt.llm import LLM as LLM
+    from qwenrt.llm import load as load
+    from qwenrt.llm import load_tokenizer as load_tokenizer
+    from qwenrt.outputs import Delta as Delta
+    from qwenrt.outputs import Generation as Generation
+    from qwenrt.outputs import Usage as Usage
     from qwenrt.sampling_params import SamplingParams as SamplingParams
     from qwenrt.text.tokenizer import Tokenizer as Tokenizer
-    from qwenrt.llm import load_tokenizer as load_tokenizer
 
 # name -> module that has it; looked up on first use so that importing the package stays cheap
 _LAZY = {

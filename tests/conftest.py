@@ -50,7 +50,9 @@ def golden_dir() -> Path:
     return GOLDEN
 
 
-def write_tiny_checkpoint(directory: Path, *, chat_format: str = "chatml", seed: int = 0, **config: object) -> Path:
+def write_tiny_checkpoint(
+    directory: Path, *, chat_format: str = "chatml", seed: int = 0, **config: object
+) -> Path:
     """A random Qwen-1 directory with a tokenizer of single bytes: 464 real ids in 512 rows."""
     directory.mkdir(parents=True, exist_ok=True)
     values = {

@@ -177,13 +177,16 @@ def test_any_json_gives_a_config_or_a_config_error(changes: dict[str, Any]) -> N
         assert config.head_dim * config.num_heads == config.hidden_size
 
 
+GENERATION_KEYS = (
+    *("chat_format", "eos_token_id", "pad_token_id", "stop_words_ids", "max_window_size", "max_new_tokens"),
+    *("top_k", "top_p", "do_sample", "repetition_penalty", "temperature", "decay_bound"),
+)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(
-            "chat_format eos_token_id pad_token_id stop_words_ids max_window_size top_k top_p do_sample "
-            "max_new_tokens repetition_penalty temperature decay_bound".split()
-        ),
+        st.sampled_from(GENERATION_KEYS),
         _json,
     )
 )

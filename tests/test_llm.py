@@ -236,7 +236,7 @@ def test_unknown_settings(tiny_dir: Path, settings: dict[str, Any], message: str
 def test_an_absent_device_lists_what_there_is(tiny_dir: Path, device: str) -> None:
     if device.startswith("cuda") and torch.cuda.is_available():
         pytest.skip("this machine has it")
-    with pytest.raises(qwenrt.BackendError, match="Available here: .*cpu"):
+    with pytest.raises(qwenrt.BackendError, match=r"Available here: .*cpu"):
         qwenrt.load(tiny_dir, device=device)
 
 

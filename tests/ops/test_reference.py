@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwenrt.backends.base import Backend
 from qwenrt.ops import reference
-from qwenrt.ops.types import CanonicalWeight, LayerKV, StepPlan
+from qwenrt.ops.types import CanonicalWeight, StepPlan
 
 CPU = Backend(torch.device("cpu"))
 
