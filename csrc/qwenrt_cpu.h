@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 1
+#define QWENRT_ABI 2
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -49,3 +49,5 @@ QWENRT_API int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_fea
 // y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
 QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                                      int64_t out_features, int64_t in_features, int is_half);
+// Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.
+QWENRT_API uint64_t qwenrt_read(const uint64_t* memory, int64_t words);

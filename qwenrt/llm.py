@@ -108,6 +108,7 @@ class LLM:
         self.generation_config: GenerationConfig = assembled.generation
         self.tokenizer: Tokenizer | None = assembled.tokenizer
         self.summary: str = assembled.summary
+        self.backend = assembled.backend
         self.device = assembled.backend.device
 
     # ---- chat

@@ -281,6 +281,10 @@ class Backend:
         free, total = module.mem_get_info(self.device)
         return int(free), int(total)
 
+    def read(self, memory: torch.Tensor) -> None:
+        """Read int64 ``memory`` once, as fast as the device can: what a bandwidth is measured with."""
+        memory.sum().item()
+
     def synchronize(self) -> None:
         """Waits until the device has done all it was given."""
         if self.device.type != "cpu":

@@ -127,7 +127,7 @@ def measure(llm: LLM, work: Work, buffer: torch.Tensor, terminal: Terminal) -> l
     source = random.Random(0)
     rounds = []
     for number in range(1, work.rounds + 1):
-        bandwidth = _read_bandwidth(buffer)
+        bandwidth = _read_bandwidth(llm, buffer)
         prefill_s = _generate(llm, source, work, 1)
         whole_s = _generate(llm, source, work, 1 + work.new_tokens)
         rounds.append(Round(prefill_s, max(whole_s - prefill_s, 1e-9), bandwidth))
@@ -160,15 +160,15 @@ def _buffer(llm: LLM) -> torch.Tensor:
 
     free = machine.describe()["memory_free_bytes"] if llm.device.type == "cpu" else None
     size = _READ_BYTES if free is None else max(2**20, min(_READ_BYTES, free // 4))
-    return torch.ones(size // 4, dtype=torch.float32, device=llm.device)
+    return torch.ones(size // 8, dtype=torch.int64, device=llm.device)
 
 
-def _read_bandwidth(buffer: torch.Tensor) -> float:
+def _read_bandwidth(llm: LLM, buffer: torch.Tensor) -> float:
     """Bytes per second of reading ``buffer`` once with all threads: the median of five readings."""
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        buffer.sum().item()
+        llm.backend.read(buffer)
         times.append(time.perf_counter() - started)
     return buffer.nbytes / statistics.median(times)
 

@@ -461,3 +461,12 @@ def test_broken_sources_name_the_compilers_first_error(build: ModuleType, tmp_pa
 
 def test_every_source_is_compiled(build: ModuleType) -> None:
     assert {path.name for path in (ROOT / "csrc").glob("*.cpp")} == set(build.SOURCES)
+
+
+@pytest.mark.parametrize("words", [0, 1, 3, 13, 4096, 100_003])
+def test_reading_reads_every_word(words: int) -> None:
+    library = CPUBackend(torch.device("cpu")).kernels
+    if library is None:
+        pytest.skip("csrc was not built")
+    memory = torch.randint(0, 2**40, (words,))
+    assert library.read(memory) == int(memory.sum())

@@ -76,6 +76,14 @@ class FakeLLM:
         return Generation(f"{prompt} and so on", [1], "length", Usage(2, 1))
 
     @property
+    def backend(self) -> Any:
+        import torch
+
+        from qwenrt.backends.base import Backend
+
+        return Backend(torch.device("cpu"))
+
+    @property
     def device(self) -> Any:
         import torch
 

@@ -170,6 +170,13 @@ class CPUBackend(Backend):
         """(free, total) bytes that this process may use: the machine's or its container's."""
         return resources.memory()
 
+    def read(self, memory: torch.Tensor) -> None:
+        """As Backend.read, with the threads that serve the linears."""
+        if self.kernels is None:
+            super().read(memory)
+        else:
+            self.kernels.read(memory)
+
     def describe(self) -> str:
         """Which kernels serve here and with how many threads or, if plain torch does, why."""
         if self.kernels is None:

@@ -12,7 +12,7 @@ import torch
 
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 1
+ABI = 2
 BLOCK = 8  # output rows stored together
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
@@ -77,6 +77,9 @@ class Kernels:
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
 
+        lib.qwenrt_read.argtypes = [pointer, size]
+        lib.qwenrt_read.restype = ctypes.c_uint64
+
     @property
     def isa(self) -> str:
         """The instruction set in use: "avx2" or "scalar"."""
@@ -91,6 +94,10 @@ class Kernels:
     def set_threads(self, threads: int) -> int:
         """Threads that share a call, the caller's included -> the number in use."""
         return int(self._library.qwenrt_set_threads(threads))
+
+    def read(self, memory: torch.Tensor) -> int:
+        """Read int64 ``memory`` [n] once with all threads -> its sum modulo 2**64."""
+        return int(self._library.qwenrt_read(memory.data_ptr(), memory.numel()))
 
     def quant_linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor | None:
         """x float32 [T, K] contiguous -> float32 [T, N]; None where x holds infinities or NaN."""
