@@ -258,11 +258,15 @@ class Backend:
         return dtype
 
     def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
-        """The dtype "auto" means: what the checkpoint is ``stored`` in, where that is known.
+        """The dtype "auto" means: what the checkpoint is ``stored`` in, float16 where the device has no bfloat16.
 
         ``nbytes_float32``: what the weights would take in float32; ``quantized``: whether they are GPTQ's.
         """
-        return {"float16": torch.float16, "float32": torch.float32}.get(stored or "", torch.bfloat16)
+        if stored in ("float16", "float32"):
+            return torch.float16 if stored == "float16" else torch.float32
+        # asked of torch.cuda and torch_npu by this name; a V100 or a 910A says no
+        supported = getattr(torch.get_device_module(self.device), "is_bf16_supported", lambda: True)
+        return torch.bfloat16 if supported() else torch.float16
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raises BackendError where the device cannot compute in ``dtype``; found out by trying."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,3 +112,21 @@ def test_a_broken_plugin_is_explained(monkeypatch: pytest.MonkeyPatch, value: st
     monkeypatch.setattr(registry, "_plugins", lambda: {"mychip": entry_point(value)})
     with pytest.raises(BackendError, match=message):
         registry.create("mychip")
+
+
+@pytest.mark.parametrize(
+    ("stored", "bfloat16", "dtype"),
+    [
+        ("float16", True, torch.float16),
+        ("float32", True, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float16),
+        (None, False, torch.float16),
+    ],
+)
+def test_auto_is_what_the_checkpoint_is_in_where_the_device_can(
+    monkeypatch: pytest.MonkeyPatch, stored: str | None, bfloat16: bool, dtype: torch.dtype
+) -> None:
+    device = SimpleNamespace(is_bf16_supported=lambda: bfloat16)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    assert Backend(CPU).default_dtype(stored, 0, False) == dtype
