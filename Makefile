@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: chat test lint types tests demo bench clean
+.PHONY: chat test lint types tests gpu-check demo bench clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -23,6 +23,11 @@ types: $(VENV)/.dev
 
 tests: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# On a machine with an NVIDIA or AMD GPU: the recorded checkpoints on it, then a benchmark.
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/qwenrt bench --shape Qwen-1_8B --device cuda --json
 
 # Trains the built-in model again from its seed.
 demo: $(VENV)/.dev
