@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +211,19 @@ def test_one_bad_prompt_leaves_nothing_running(llm: qwenrt.LLM) -> None:
         llm.generate(prompt_token_ids=[[1, 2, 3], [9999]])
     llm.chat("hello", max_tokens=1)
     assert llm.stats()["running"] == 0
+
+
+def test_a_tokenizer_alone_needs_no_torch(tiny_dir: Path) -> None:
+    code = (
+        "import sys, qwenrt\n"
+        "t = qwenrt.load_tokenizer(sys.argv[1])\n"
+        "assert t.decode(t.encode('h\u00e9')) == 'h\u00e9'\n"
+        "assert t.encode('<|im_end|>', allow_special=True) == [t.im_end_id]\n"
+        "assert len(t.encode('<|im_end|>')) > 1\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_dir)], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 # ---- settings
