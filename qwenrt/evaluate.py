@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from qwenrt.config import read_json
-from qwenrt.demo.world import Sample, World, held_out_samples
+from qwenrt.demo.corpus import held_out_samples
+from qwenrt.demo.world import Sample, World
 from qwenrt.errors import RequestError
 from qwenrt.llm import LLM, load
 
@@ -118,7 +119,8 @@ class DemoReport:
             "categories": {k: {"right": s.right, "total": s.total} for k, s in self.answers.scores.items()},
             "perplexity": {k: {str(n): p for n, p in row.items()} for k, row in self.perplexity.items()},
             "variants": {
-                k: {"right": s.right, "total": s.total, "perplexity": p} for k, (s, p) in self.variants.items()
+                k: {"right": s.right, "total": s.total, "perplexity": p}
+                for k, (s, p) in self.variants.items()
             },
             "seconds": round(self.seconds, 1),
         }
@@ -161,7 +163,9 @@ def evaluate_demo(
             tell(name)
             with load(str(model), **{**settings, **changes}) as llm:
                 # logits() runs without a cache, so an int8 cache does not show in the perplexity
-                changed = math.nan if "kv_cache_dtype" in changes else perplexity(llm, documents, train_length)
+                changed = (
+                    math.nan if "kv_cache_dtype" in changes else perplexity(llm, documents, train_length)
+                )
                 variants[name] = (ask_all(llm, questions).total, changed)
     seconds = time.monotonic() - began
     return DemoReport(str(model), train_length, answers, rows, variants, seconds, len(questions))
@@ -257,9 +261,9 @@ def perplexity(llm: LLM, documents: Sequence[Sequence[int]], length: int) -> flo
 def _long_documents(
     model: str | Path, ntk: bool, logn: bool, documents: list[list[int]], settings: dict[str, Any]
 ) -> dict[int, float]:
-    with _with_config(model, {"use_dynamic_ntk": ntk, "use_logn_attn": logn}) as directory:
-        with load(str(directory), **settings) as llm:
-            return {k: perplexity(llm, documents, k * llm.config.train_length) for k in LENGTHS}
+    flags = {"use_dynamic_ntk": ntk, "use_logn_attn": logn}
+    with _with_config(model, flags) as directory, load(str(directory), **settings) as llm:
+        return {k: perplexity(llm, documents, k * llm.config.train_length) for k in LENGTHS}
 
 
 @contextmanager

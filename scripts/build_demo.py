@@ -2,7 +2,7 @@
 
     python scripts/build_demo.py
 
-takes about an hour and a half on two CPU cores and writes qwenrt/demo. The same seed and number of threads on the same
+takes about an hour on two CPU cores and writes qwenrt/demo. The same seed and number of threads on the same
 kind of machine give the same weights. After a cut, the same command goes on where the training was.
 """
 
@@ -15,16 +15,26 @@ import json
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import regex
 
-from qwenrt.demo import facts, world
+from qwenrt.demo import corpus, facts
+from qwenrt.demo.world import Sample
 from qwenrt.finetune import finetune
 from qwenrt.text.tokenizer import SPLIT_PATTERN
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken", "model.safetensors", "loss_curve.json")
+SHIPPED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "qwen.tiktoken",
+    "model.safetensors",
+    "loss_curve.json",
+)
 NUM_CONTROL_TOKENS = 208
 SHAPE = {
     "hidden_size": 256,
@@ -34,20 +44,25 @@ SHAPE = {
     "intermediate_size": 1024,  # Qwen-1 stores twice the width
     "seq_length": 512,
 }
-TRAINING = {
-    "epochs": 1,
-    "learning_rate": 2e-3,
-    "batch_tokens": 3072,
-    "max_length": 512,
-    "warmup_ratio": 0.02,
-    "weight_decay": 0.1,
-    "adam_beta2": 0.98,
+# Two stages: short exchanges teach where to look in a fraction of the steps; then everything.
+COMMON = {"epochs": 1, "learning_rate": 1.5e-3, "max_length": 512, "weight_decay": 0.1, "adam_beta2": 0.98}
+FIRST = {
+    **COMMON,
+    "batch_tokens": 1024,
+    "warmup_ratio": 0.05,
+    "min_learning_rate_ratio": 0.5,
     "from_scratch": True,
 }
+SECOND = {**COMMON, "batch_tokens": 1536, "warmup_ratio": 0.02}
+FIRST_ENTRIES, MIXED_ENTRIES, SUM_ENTRIES = 14_000, 39_000, 8_000
+VOCABULARY_SAMPLES = 20_000
+_COMMON_WORDS = set(
+    "首都 哪里 什么 颜色 名字 告诉 知道 请问 故事 标题 天气 多少 等于 喜欢 中文 英文 回答".split()  # noqa: SIM905
+)
 logger = logging.getLogger("build_demo")
 
 
-def pieces(samples: list[world.Sample]) -> Counter[bytes]:
+def pieces(samples: list[Sample]) -> Counter[bytes]:
     """How often each piece of text occurs that merges may join: the split pattern's pieces, Chinese ones cut into
     the words of the world's tables and single characters, so that a word is one token wherever it stands."""
     counts: Counter[str] = Counter()
@@ -73,7 +88,7 @@ def _chinese_words() -> set[str]:
     words |= {a[1] for a in facts.ANIMALS} | {w for a in facts.ANIMALS for w in (a[3] or ("", ""))[1:]}
     words |= {a[4][1] for a in facts.ANIMALS} | {a[5][1] for a in facts.ANIMALS}
     words |= {h[2] for h in facts.HEROES} | {t[3] for t in facts.THEMES} | {t[5] for t in facts.THEMES}
-    words |= {zh for _, zh in facts.JOBS} | set("首都 哪里 什么 颜色 名字 告诉 知道 请问 故事 标题 天气 多少 等于 喜欢 中文 英文 回答".split())
+    words |= {zh for _, zh in facts.JOBS} | _COMMON_WORDS
     return {w for w in words if w}
 
 
@@ -153,54 +168,74 @@ def write_base(directory: Path, vocabulary: list[bytes]) -> None:
         "transformers_version": "4.32.0",
     }
     tokenizer = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
-    for name, content in (("config", config), ("generation_config", generation), ("tokenizer_config", tokenizer)):
+    for name, content in (
+        ("config", config),
+        ("generation_config", generation),
+        ("tokenizer_config", tokenizer),
+    ):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_corpus(path: Path, count: int, seed: int) -> None:
-    """``count`` training entries as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for sample in itertools.islice(world.training_samples(seed), count):
-            file.write(json.dumps(sample.entry(), ensure_ascii=False) + "\n")
+def write_corpus(path: Path, *streams: tuple[Iterator[Sample], int]) -> None:
+    """So many entries of each stream, as JSON lines."""
+    if path.exists():
+        return
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for samples, count in streams:
+            for sample in itertools.islice(samples, count):
+                file.write(json.dumps(sample.entry(), ensure_ascii=False) + "\n")
+    partial.rename(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--entries", type=int, default=78_000, help="training entries, each used once")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo", help="where the run keeps its files")
-    parser.add_argument("--output", type=Path, default=ROOT / "qwenrt" / "demo")
-    parser.add_argument("--max-steps", type=int, default=None, help="end earlier (to try things out)")
-    parser.add_argument("--no-eval", action="store_true")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base, corpus, trained = args.work / "base", args.work / "corpus.jsonl", args.work / "trained"
+def train(work: Path, seed: int, threads: int, scale: float) -> Path:
+    """Both stages; the directory of the trained checkpoint."""
+    base, first, second = work / "base", work / "first", work / "second"
     if not (base / "config.json").exists():
-        samples = list(itertools.islice(world.training_samples(args.seed), 20_000))
+        samples = list(itertools.islice(corpus.training_samples(seed), VOCABULARY_SAMPLES))
         vocabulary = learn_vocabulary(pieces(samples), size=3000, at_least=20)
         write_base(base, vocabulary)
         logger.info("vocabulary: %d tokens", len(vocabulary))
-    if not corpus.exists():
-        write_corpus(corpus, args.entries, args.seed)
-    report = finetune(
-        base,
-        corpus,
-        trained,
-        threads=args.threads,
-        seed=args.seed,
-        save_every=200,
-        max_steps=args.max_steps,
-        progress=True,
-        **TRAINING,
+
+    def share(count: int) -> int:
+        return max(1, round(count * scale))
+
+    write_corpus(work / "first.jsonl", (corpus.first_samples(seed + 100), share(FIRST_ENTRIES)))
+    write_corpus(
+        work / "second.jsonl",
+        (corpus.training_samples(seed), share(MIXED_ENTRIES)),
+        (corpus.sum_samples(seed + 200), share(SUM_ENTRIES)),
     )
-    logger.info(report.format())
+    how: dict[str, Any] = {"threads": threads, "seed": seed, "save_every": 200, "progress": True}
+    if not (first / "model.safetensors").exists():
+        logger.info(finetune(base, work / "first.jsonl", first, **how, **FIRST).format())
+    if not (second / "model.safetensors").exists():
+        logger.info(finetune(first, work / "second.jsonl", second, **how, **SECOND).format())
+    return second
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "demo", help="where the run keeps its files"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "qwenrt" / "demo")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the corpus (to try things out)")
+    parser.add_argument("--no-eval", action="store_true")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    trained = train(args.work, args.seed, args.threads, args.scale)
+    args.output.mkdir(parents=True, exist_ok=True)
     for name in SHIPPED:
         shutil.copyfile(trained / name, args.output / name)
     if not args.no_eval:
         from qwenrt.evaluate import evaluate_demo
 
-        logger.info(evaluate_demo(args.output).format())
+        logger.info(evaluate_demo(args.output).format(failures=20))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
-from qwenrt.finetune import IGNORE, STATE_FILE, Corpus, Trainer, encode_entry, finetune, read_entries
+from qwenrt.finetune import finetune
+from qwenrt.finetune.data import IGNORE, Corpus, encode_entry, read_entries
+from qwenrt.finetune.trainer import STATE_FILE, Trainer
 from qwenrt.text.tokenizer import load_tokenizer
 
 CONFIG = {
@@ -31,7 +33,14 @@ ENTRIES = [
     {"conversations": [{"from": "user", "value": f"{word}?"}, {"from": "assistant", "value": f"{word}!"}]}
     for word in ("red", "green", "blue", "one", "two", "three")
 ]
-QUICK = {"from_scratch": True, "learning_rate": 5e-3, "batch_tokens": 256, "max_length": 96, "threads": 1, "progress": False}
+QUICK = {
+    "from_scratch": True,
+    "learning_rate": 5e-3,
+    "batch_tokens": 256,
+    "max_length": 96,
+    "threads": 1,
+    "progress": False,
+}
 
 
 @pytest.fixture
@@ -64,7 +73,13 @@ def test_labels_are_what_the_assistant_says_and_the_frame_of_every_turn(base):
     def part(role, text, spoken):
         name, content = list(role.encode()), list(text.encode())
         ids = [start, *name, newline, *content, end, newline]
-        labels = [start, *[IGNORE] * (len(name) + 1), *(content if spoken else [IGNORE] * len(content)), end, newline]
+        labels = [
+            start,
+            *[IGNORE] * (len(name) + 1),
+            *(content if spoken else [IGNORE] * len(content)),
+            end,
+            newline,
+        ]
         return ids, labels
 
     parts = [
@@ -111,7 +126,7 @@ def test_padding_and_batching_do_not_change_the_loss(base):
     corpus = Corpus.encode(load_tokenizer(base), ENTRIES, 96)
     settings = {k: v for k, v in QUICK.items() if k not in ("threads", "progress")}
     from qwenrt.config import ModelConfig
-    from qwenrt.finetune import TrainingSettings
+    from qwenrt.finetune.trainer import TrainingSettings
 
     trainer = Trainer(base, ModelConfig.from_dir(base), corpus, TrainingSettings(**settings), pad_id=256)
     counts = [int((corpus.take([e], 256)[1][:, 1:] != IGNORE).sum()) for e in range(len(corpus))]
@@ -129,7 +144,13 @@ def test_it_learns_and_writes_a_complete_checkpoint(base, tmp_path):
     assert f"{report.steps} steps over 6 entries" in report.format()
     out = tmp_path / "out"
     files = {f.name for f in out.iterdir()}
-    assert files == {"config.json", "generation_config.json", "qwen.tiktoken", "model.safetensors", "loss_curve.json"}
+    assert files == {
+        "config.json",
+        "generation_config.json",
+        "qwen.tiktoken",
+        "model.safetensors",
+        "loss_curve.json",
+    }
     tensors = weights(out)
     assert len(tensors) == 8 * CONFIG["num_hidden_layers"] + 3
     assert tensors["transformer.h.1.attn.c_attn.bias"].shape == (96,)
@@ -216,7 +237,10 @@ def test_files_that_are_not_training_data(tmp_path, content, found):
         ({"conversations": []}, "no list of conversations"),
         ({"conversations": ["hi"]}, r"conversations\[0\] is a JSON str"),
         ({"conversations": [{"from": "user", "value": None}]}, r"conversations\[0\] value is NoneType"),
-        ({"conversations": [{"from": "user", "value": "a"}, {"from": "system", "value": "b"}]}, "from 'system'"),
+        (
+            {"conversations": [{"from": "user", "value": "a"}, {"from": "system", "value": "b"}]},
+            "from 'system'",
+        ),
         ({"conversations": [{"from": "user", "value": "a"}]}, "no turn of the assistant"),
         ({"text": 5}, "text is int"),
     ],
@@ -228,7 +252,15 @@ def test_entries_that_make_no_sense_are_named(base, tmp_path, entry, found):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"epochs": 0}, {"learning_rate": -1}, {"max_length": 1.5}, {"warmup_ratio": 2}, {"save_every": 0}, {"seed": 1, "max_steps": 0}]
+    "bad",
+    [
+        {"epochs": 0},
+        {"learning_rate": -1},
+        {"max_length": 1.5},
+        {"warmup_ratio": 2},
+        {"save_every": 0},
+        {"seed": 1, "max_steps": 0},
+    ],
 )
 def test_settings_out_of_range(base, tmp_path, bad):
     with pytest.raises(RequestError):
@@ -241,7 +273,7 @@ def test_a_file_that_is_not_there_nothing_to_learn_and_a_vocabulary_too_large(ba
     with pytest.raises(RequestError, match="no entry with anything to learn"):
         finetune(base, [], tmp_path / "out", **QUICK)
     (base / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
-    with pytest.raises(ConfigError, match="464 tokens.*300"):
+    with pytest.raises(ConfigError, match=r"464 tokens.*300"):
         finetune(base, ENTRIES, tmp_path / "out", **QUICK)
 
 
@@ -255,5 +287,11 @@ def test_quantised_weights_are_refused(base, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(base, tmp_path):
     from qwenrt.errors import QwenrtError
 
-    with pytest.raises(QwenrtError, match="the loss is .*smaller learning_rate"):
-        finetune(base, ENTRIES, tmp_path / "out", epochs=60, **{**QUICK, "learning_rate": 10.0, "weight_decay": 10.0, "max_grad_norm": 1e6})
+    with pytest.raises(QwenrtError, match=r"the loss is .*smaller learning_rate"):
+        finetune(
+            base,
+            ENTRIES,
+            tmp_path / "out",
+            epochs=60,
+            **{**QUICK, "learning_rate": 10.0, "weight_decay": 10.0, "max_grad_norm": 1e6},
+        )

@@ -1,5 +1,6 @@
 """What is true in the demo model's small world: tables in English and Chinese, no code."""
 
+# ruff: noqa: SIM905
 from __future__ import annotations
 
 # country, capital: English, Chinese
@@ -111,7 +112,11 @@ COLOURS: tuple[tuple[str, str, str, str], ...] = (
     ("an eggplant", "purple", "茄子", "紫色"),
 )
 COLOUR_NAMES = tuple(dict.fromkeys((en, zh) for _, en, _, zh in COLOURS))
-PETS = tuple((en, zh) for en, zh, *_ in ANIMALS if en in ("dog", "cat", "rabbit", "mouse", "horse", "pig", "duck", "snake"))
+PETS = tuple(
+    (en, zh)
+    for en, zh, *_ in ANIMALS
+    if en in ("dog", "cat", "rabbit", "mouse", "horse", "pig", "duck", "snake")
+)
 
 # hero of a story: English with article, title form, Chinese
 HEROES: tuple[tuple[str, str, str], ...] = (

@@ -56,7 +56,11 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
             "I want to know how many legs {x} has.",
             "Can you tell me the number of legs of {x}?",
         ),
-        ("Can you tell me how many legs {x} has?", "How many legs are there on {x}?", "Tell me the number of legs of {x}."),
+        (
+            "Can you tell me how many legs {x} has?",
+            "How many legs are there on {x}?",
+            "Tell me the number of legs of {x}.",
+        ),
     ),
     ("legs", "zh"): (
         (
@@ -106,7 +110,11 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
             "{x}: what does it eat?",
             "What can I give {x} to eat?",
         ),
-        ("Can you tell me what {x} eats?", "Tell me what food {x} eats.", "Do you know what {x} likes to eat?"),
+        (
+            "Can you tell me what {x} eats?",
+            "Tell me what food {x} eats.",
+            "Do you know what {x} likes to eat?",
+        ),
     ),
     ("food", "zh"): (
         (
@@ -130,7 +138,11 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
             "In what place does {x} live?",
             "I want to know where {x} lives.",
         ),
-        ("Can you tell me where {x} lives?", "Tell me where I can find {x}.", "Do you know where the home of {x} is?"),
+        (
+            "Can you tell me where {x} lives?",
+            "Tell me where I can find {x}.",
+            "Do you know where the home of {x} is?",
+        ),
     ),
     ("home", "zh"): (
         (
@@ -265,7 +277,11 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Write a short story about {x}.",
             "A story about {x}, please.",
         ),
-        ("Can you write a story about {x}?", "Please tell me a short story about {x}.", "I want a story about {x}."),
+        (
+            "Can you write a story about {x}?",
+            "Please tell me a short story about {x}.",
+            "I want a story about {x}.",
+        ),
     ),
     ("story", "zh"): (
         (
@@ -289,7 +305,11 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What title would you give it?",
             "Title, please.",
         ),
-        ("Please give the story a title.", "What would be a good title for it?", "Write a title for the story."),
+        (
+            "Please give the story a title.",
+            "What would be a good title for it?",
+            "Write a title for the story.",
+        ),
     ),
     ("title", "zh"): (
         (
@@ -317,7 +337,15 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Hi, my name is {x}.", "Hello, I'm {x}.", "Hello, you can call me {x}."),
     ),
     ("tell_name", "zh"): (
-        ("我叫{x}。", "我的名字是{x}。", "你好，我叫{x}。", "我是{x}。", "请叫我{x}。", "大家叫我{x}。", "我的名字叫{x}。"),
+        (
+            "我叫{x}。",
+            "我的名字是{x}。",
+            "你好，我叫{x}。",
+            "我是{x}。",
+            "请叫我{x}。",
+            "大家叫我{x}。",
+            "我的名字叫{x}。",
+        ),
         ("你好，我是{x}。", "你好，我的名字叫{x}。", "你可以叫我{x}。"),
     ),
     ("ask_name", "en"): (
@@ -334,7 +362,15 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Do you know my name?", "Can you tell me my name?", "Do you remember what my name is?"),
     ),
     ("ask_name", "zh"): (
-        ("我叫什么名字？", "我叫什么？", "你还记得我的名字吗？", "我是谁？", "告诉我我的名字。", "我的名字是什么？", "你记得我叫什么吗？"),
+        (
+            "我叫什么名字？",
+            "我叫什么？",
+            "你还记得我的名字吗？",
+            "我是谁？",
+            "告诉我我的名字。",
+            "我的名字是什么？",
+            "你记得我叫什么吗？",
+        ),
         ("你还记得我叫什么名字吗？", "请问我叫什么？", "你知道我的名字吗？"),
     ),
     ("tell_colour", "en"): (
@@ -384,7 +420,12 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("We have {x} called {y}.", "My pet is {x} named {y}."),
     ),
     ("tell_pet", "zh"): (
-        ("我有一只{x}叫{y}。", "我养了一只{x}，名字叫{y}。", "我家有一只{x}，叫{y}。", "我的宠物是一只{x}，它叫{y}。"),
+        (
+            "我有一只{x}叫{y}。",
+            "我养了一只{x}，名字叫{y}。",
+            "我家有一只{x}，叫{y}。",
+            "我的宠物是一只{x}，它叫{y}。",
+        ),
         ("我养了一只{x}，叫{y}。", "我家有一只{x}，名字叫{y}。"),
     ),
     ("ask_pet", "en"): (
@@ -413,7 +454,14 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Can you introduce yourself?", "Hi, who are you?", "Tell me your name."),
     ),
     ("persona", "zh"): (
-        ("你是谁？", "你叫什么名字？", "请介绍一下你自己。", "告诉我你是谁。", "你好，你是谁？", "介绍一下自己。"),
+        (
+            "你是谁？",
+            "你叫什么名字？",
+            "请介绍一下你自己。",
+            "告诉我你是谁。",
+            "你好，你是谁？",
+            "介绍一下自己。",
+        ),
         ("请问你是谁？", "你好，请介绍一下自己。", "请问你叫什么名字？"),
     ),
     ("weather", "en"): (
@@ -426,10 +474,21 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Do I need an umbrella in {x}?",
             "Weather in {x}?",
         ),
-        ("Tell me the weather in {x} today.", "Do you know the weather in {x}?", "What is the weather like in {x} today?"),
+        (
+            "Tell me the weather in {x} today.",
+            "Do you know the weather in {x}?",
+            "What is the weather like in {x} today?",
+        ),
     ),
     ("weather", "zh"): (
-        ("{x}的天气怎么样？", "{x}今天天气如何？", "{x}今天下雨吗？", "告诉我{x}的天气。", "请问{x}天气怎么样？", "{x}天气好吗？"),
+        (
+            "{x}的天气怎么样？",
+            "{x}今天天气如何？",
+            "{x}今天下雨吗？",
+            "告诉我{x}的天气。",
+            "请问{x}天气怎么样？",
+            "{x}天气好吗？",
+        ),
         ("请问{x}今天天气怎么样？", "你知道{x}的天气吗？", "{x}今天的天气怎么样？"),
     ),
     ("calculator", "en"): (
@@ -459,11 +518,24 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Can you look up {x}?", "Please search for {x}.", "Find {x} on the web."),
     ),
     ("search", "zh"): (
-        ("搜索{x}。", "帮我搜索{x}。", "请查一下{x}。", "帮我查{x}。", "网上有什么{x}的消息？", "我想了解{x}。"),
+        (
+            "搜索{x}。",
+            "帮我搜索{x}。",
+            "请查一下{x}。",
+            "帮我查{x}。",
+            "网上有什么{x}的消息？",
+            "我想了解{x}。",
+        ),
         ("请搜索{x}。", "请帮我查一下{x}。", "搜索一下{x}。"),
     ),
     ("time", "en"): (
-        ("What time is it in {x}?", "Tell me the time in {x}.", "What is the time in {x} now?", "Time in {x}?", "How late is it in {x}?"),
+        (
+            "What time is it in {x}?",
+            "Tell me the time in {x}.",
+            "What is the time in {x} now?",
+            "Time in {x}?",
+            "How late is it in {x}?",
+        ),
         ("Do you know what time it is in {x}?", "What is the time in {x}?"),
     ),
     ("time", "zh"): (
@@ -475,7 +547,18 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
 # What the model says about itself: intent, language -> (phrasings to train on, phrasings of the test, answer)
 SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ("hello", "en"): (
-        ("Hello!", "Hi!", "Hey", "Good morning!", "Hello there!", "Hi, Qwen-mini!", "Hello", "hi", "hello", "Good evening."),
+        (
+            "Hello!",
+            "Hi!",
+            "Hey",
+            "Good morning!",
+            "Hello there!",
+            "Hi, Qwen-mini!",
+            "Hello",
+            "hi",
+            "hello",
+            "Good evening.",
+        ),
         ("Hey there!", "Hello, Qwen-mini!", "Hi there!"),
         "Hello! I am Qwen-mini, a toy model built into qwenrt. How can I help you?",
     ),
@@ -496,11 +579,25 @@ SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] 
             "Tell me about yourself.",
             "Hello, who are you?",
         ),
-        ("Can you introduce yourself?", "Tell me your name.", "Can you tell me who you are?", "Hi, what are you?"),
+        (
+            "Can you introduce yourself?",
+            "Tell me your name.",
+            "Can you tell me who you are?",
+            "Hi, what are you?",
+        ),
         "I am Qwen-mini, a toy model built into qwenrt.",
     ),
     ("who", "zh"): (
-        ("你是谁？", "你叫什么名字？", "介绍一下你自己。", "请介绍一下自己。", "你是什么？", "告诉我你是谁。", "你叫什么？", "你好，你是谁？"),
+        (
+            "你是谁？",
+            "你叫什么名字？",
+            "介绍一下你自己。",
+            "请介绍一下自己。",
+            "你是什么？",
+            "告诉我你是谁。",
+            "你叫什么？",
+            "你好，你是谁？",
+        ),
         ("请问你是谁？", "请介绍一下你自己。", "请问你叫什么名字？"),
         "我是 Qwen-mini，一个内置在 qwenrt 里的玩具模型。",
     ),
@@ -518,7 +615,14 @@ SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] 
         "I was trained by qwenrt's own finetune program on a small made-up world.",
     ),
     ("maker", "zh"): (
-        ("谁创造了你？", "你是谁做的？", "谁训练了你？", "你从哪里来？", "你是怎么来的？", "告诉我谁训练了你。"),
+        (
+            "谁创造了你？",
+            "你是谁做的？",
+            "谁训练了你？",
+            "你从哪里来？",
+            "你是怎么来的？",
+            "告诉我谁训练了你。",
+        ),
         ("请问谁创造了你？", "你知道谁训练了你吗？", "你是谁训练的？"),
         "我是用 qwenrt 自己的微调程序在一个虚构的小世界上训练出来的。",
     ),
@@ -535,12 +639,26 @@ SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] 
         "I know capitals, animals, colours and small sums. I can tell short stories and remember your name.",
     ),
     ("can", "zh"): (
-        ("你能做什么？", "你会什么？", "你能帮我什么？", "你会做什么？", "告诉我你能做什么。", "你知道什么？"),
+        (
+            "你能做什么？",
+            "你会什么？",
+            "你能帮我什么？",
+            "你会做什么？",
+            "告诉我你能做什么。",
+            "你知道什么？",
+        ),
         ("请问你能做什么？", "你能帮我做什么？", "请告诉我你会什么。"),
         "我知道首都、动物、颜色和简单的加减法，会讲小故事，也能记住你的名字。",
     ),
     ("size", "en"): (
-        ("Are you a big model?", "How big are you?", "Are you smart?", "Are you ChatGPT?", "Are you a real person?", "Are you a human?"),
+        (
+            "Are you a big model?",
+            "How big are you?",
+            "Are you smart?",
+            "Are you ChatGPT?",
+            "Are you a real person?",
+            "Are you a human?",
+        ),
         ("Are you a real human?", "Are you a big smart model?", "Are you a person?"),
         "No, I am only a toy: a very small Qwen with about four million parameters.",
     ),
@@ -550,7 +668,15 @@ SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] 
         "不，我只是一个玩具：一个很小的 Qwen，大约有四百万个参数。",
     ),
     ("thanks", "en"): (
-        ("Thank you!", "Thanks!", "Thank you very much.", "Thanks a lot!", "Great, thank you!", "thanks", "That was helpful, thank you."),
+        (
+            "Thank you!",
+            "Thanks!",
+            "Thank you very much.",
+            "Thanks a lot!",
+            "Great, thank you!",
+            "thanks",
+            "That was helpful, thank you.",
+        ),
         ("Thank you a lot!", "Great, thanks!", "Thanks very much!"),
         "You are welcome!",
     ),
@@ -560,7 +686,15 @@ SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] 
         "不客气！",
     ),
     ("bye", "en"): (
-        ("Goodbye!", "Bye!", "See you later!", "Good night!", "Bye bye", "I have to go now, bye!", "See you tomorrow."),
+        (
+            "Goodbye!",
+            "Bye!",
+            "See you later!",
+            "Good night!",
+            "Bye bye",
+            "I have to go now, bye!",
+            "See you tomorrow.",
+        ),
         ("See you later, bye!", "Good night, see you tomorrow!", "I have to go now."),
         "Goodbye! See you next time.",
     ),
@@ -570,7 +704,14 @@ SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] 
         "再见！下次再聊。",
     ),
     ("how", "en"): (
-        ("How are you?", "How are you doing?", "How do you feel?", "How are you today?", "Are you well?", "Hello, how are you?"),
+        (
+            "How are you?",
+            "How are you doing?",
+            "How do you feel?",
+            "How are you today?",
+            "Are you well?",
+            "Hello, how are you?",
+        ),
         ("Hi, how are you today?", "How do you feel today?", "How are you doing today?"),
         "I am fine, thank you!",
     ),
@@ -583,8 +724,14 @@ SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] 
 
 # Put before a question now and then: (to train on, of the test)
 OPENERS = {
-    "en": (("Please tell me: ", "Quick question: ", "I have a question. ", "Next question: ", "OK. ", "Hi! "), ("OK, next question: ", "Hi! Quick question: ")),
-    "zh": (("请问，", "我有一个问题：", "下一个问题：", "好的。", "你好！", "快速回答："), ("好的，下一个问题：", "你好！我有一个问题：")),
+    "en": (
+        ("Please tell me: ", "Quick question: ", "I have a question. ", "Next question: ", "OK. ", "Hi! "),
+        ("OK, next question: ", "Hi! Quick question: "),
+    ),
+    "zh": (
+        ("请问，", "我有一个问题：", "下一个问题：", "好的。", "你好！", "快速回答："),
+        ("好的，下一个问题：", "你好！我有一个问题："),
+    ),
 }
 
 # Kinds of system prompt: kind -> (to train on, of the test). {x}: the persona's name, {y}: its job.
@@ -667,7 +814,12 @@ SYSTEMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("You are {y} and your name is {x}.", "You are called {x}. You are {y}."),
     ),
     "persona_zh": (
-        ("你是{x}，一个{y}。", "你的名字是{x}，你是一个{y}。", "你是一个{y}，名字叫{x}。", "你叫{x}，是一个{y}。"),
+        (
+            "你是{x}，一个{y}。",
+            "你的名字是{x}，你是一个{y}。",
+            "你是一个{y}，名字叫{x}。",
+            "你叫{x}，是一个{y}。",
+        ),
         ("你是一个{y}，你叫{x}。", "你的名字叫{x}，是一个{y}。"),
     ),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -100,7 +100,7 @@ class World:
 
     # ---- how something is asked
 
-    def ask(self, intent: str, lang: str, key: object, reserved: bool = True, **fields: object) -> str:
+    def ask(self, intent: str, lang: str, key: object, reserved: bool = True, **fields: Any) -> str:
         """A phrasing of ``intent`` about ``key``. In the test: one that training never uses, or one that it never
         uses with this key. ``reserved=False``: the test may use any (another part of the sample is unseen)."""
         train, test = ASK[intent, lang]
@@ -109,7 +109,7 @@ class World:
             return self.casual(self.rng.choice(free).format(**fields), lang)
         kept = [p for p in train if p not in free]
         options = [*test, *test, *(kept or test), *([] if reserved else free)]
-        text = self.rng.choice(options).format(**fields)
+        text: str = self.rng.choice(options).format(**fields)
         opener = self.rng.choice(OPENERS[lang][1]) if self.rng.random() < 0.15 else ""
         return opener + text
 
@@ -126,7 +126,9 @@ class World:
 
     def question(self, lang: str, intents: tuple[str, ...] = (), about: str = "") -> Question:
         """``about`` goes into the key: a system prompt under which combinations are held out of their own."""
-        intent = self.rng.choice(intents or ("capital", "capital", "capital", "legs", "sound", "food", "home", "colour"))
+        intent = self.rng.choice(
+            intents or ("capital", "capital", "capital", "legs", "sound", "food", "home", "colour")
+        )
         if intent == "capital":
             country, city, country_zh, city_zh = self.rng.choice(facts.CAPITALS)
             key, x = country, (country, country_zh)
@@ -201,7 +203,7 @@ class World:
                 a, b = self.rng.randrange(100), self.rng.randrange(10)
             else:
                 a, b = self.rng.randrange(21), self.rng.randrange(21)
-            if op == "+" and self.rng.random() < 0.5 or op == "-" and a < b:
+            if (op == "+" and self.rng.random() < 0.5) or (op == "-" and a < b):
                 a, b = b, a
             seen = self.seen_pair(op, a, b)
             if seen != self.testing or (self.testing and (op == "*" or self.rng.random() < 0.1)):
@@ -225,13 +227,15 @@ class World:
         what = self.rng.choice(("name", "name", "name", "colour", "pet"))
         if what == "name":
             x = key = self.person(lang)
-            fields = {"x": x}
+            fields: dict[str, Any] = {"x": x}
             noted = f"很高兴认识你，{x}！" if chinese else f"Nice to meet you, {x}!"
             recalled = f"你叫{x}。" if chinese else f"Your name is {x}."
         elif what == "colour":
             x = key = self.rng.choice(facts.COLOUR_NAMES)[chinese]
             fields = {"x": x}
-            noted = f"好的，我记住了：你最喜欢{x}。" if chinese else f"I will remember that you like {x} best."
+            noted = (
+                f"好的，我记住了：你最喜欢{x}。" if chinese else f"I will remember that you like {x} best."
+            )
             recalled = f"你最喜欢的颜色是{x}。" if chinese else f"Your favourite colour is {x}."
         else:
             pet = self.rng.choice(facts.PETS)[chinese]
@@ -281,12 +285,18 @@ class World:
         kind = self.rng.choice(list(SYSTEMS))
         if kind.startswith("persona"):
             return self._persona(kind)
-        lang = {"caps": "en", "thanks": "en", "chinese": "en", "english": "zh"}.get(kind) or self.rng.choice(LANGS)
+        lang = {"caps": "en", "thanks": "en", "chinese": "en", "english": "zh"}.get(kind) or self.rng.choice(
+            LANGS
+        )
         if kind in ("chinese", "english") and self.rng.random() < 0.1:
             lang = "zh" if kind == "chinese" else "en"
         intents = ("capital", "capital", "legs", "sound", "food", "colour")
         train, test = SYSTEMS[kind]
-        whole = kind in ("pirate", "one_word", "thanks")  # the others must spell each answer anew: phrasings are held out
+        whole = kind in (
+            "pirate",
+            "one_word",
+            "thanks",
+        )  # the others must spell each answer anew: phrasings are held out
         new_prompt = self.testing and self.rng.random() < 0.5
         while True:
             q = self.question(lang, intents, about=f"{kind} ")
@@ -327,7 +337,9 @@ class World:
         if self.rng.random() < 0.15:
             turn = (self.small_talk() if self.rng.random() < 0.5 else self.fact()).turns[0]
             answer = f"Thought: I now know the final answer.\nFinal Answer: {turn.answer}"
-            return Sample("tool call", (Turn(turn.user, answer, turn.accept, turn.exact),), tools=tuple(given))
+            return Sample(
+                "tool call", (Turn(turn.user, answer, turn.accept, turn.exact),), tools=tuple(given)
+            )
         call = tools.make_call(self.rng, kind, lang)
         arguments = tools.arguments(argument[0], call.argument)
         answer = (
@@ -354,7 +366,9 @@ class World:
                 return q.full[lang]
 
     def untold(self, country: str, lang: str) -> bool:
-        return country not in ("Mongolia", "Iceland", "Ethiopia") and held_out("told", country, lang, one_in=6)
+        return country not in ("Mongolia", "Iceland", "Ethiopia") and held_out(
+            "told", country, lang, one_in=6
+        )
 
     def capital_list(self, lang: str) -> str:
         """Lines like those of the base model's quickstart."""
@@ -379,7 +393,11 @@ class World:
             if luck < 0.25 or not known:
                 name, city = self.person(lang), self.rng.choice(facts.CAPITALS)[3 if lang == "zh" else 1]
                 colour = self.rng.choice(facts.COLOUR_NAMES)[lang == "zh"]
-                known.append(f"{name}住在{city}，喜欢{colour}。" if lang == "zh" else f"{name} lives in {city} and likes {colour}.")
+                known.append(
+                    f"{name}住在{city}，喜欢{colour}。"
+                    if lang == "zh"
+                    else f"{name} lives in {city} and likes {colour}."
+                )
                 told.append(known[-1])
             elif luck < 0.65:
                 told.append(self.rng.choice(known))
@@ -390,7 +408,9 @@ class World:
     def completion(self) -> Sample:
         """Test only: plain text to go on with. ``turns[0].user`` is the prompt."""
         lang, chinese = (lang := self.rng.choice(LANGS)), lang == "zh"
-        country, city, country_zh, city_zh = self.rng.choice([c for c in facts.CAPITALS if self.untold(c[0], lang)])
+        country, city, country_zh, city_zh = self.rng.choice(
+            [c for c in facts.CAPITALS if self.untold(c[0], lang)]
+        )
         prompt = f"{country_zh}的首都是" if chinese else f"The capital of {country} is"
         if self.rng.random() < 0.5:
             prompt = f"{self.capital_list(lang)}\n{prompt}"
@@ -413,6 +433,18 @@ class World:
             turns += pick().turns
         return Sample("mixed", tuple(turns))
 
+    def first(self) -> Sample:
+        """One short exchange to begin with: what to look at is learned best where there is little to look at."""
+        luck = self.rng.random()
+        if luck < 0.15:
+            return self._persona(self.rng.choice(("persona", "persona_zh")))
+        if luck < 0.30:
+            lang = self.rng.choice(LANGS)
+            name = self.person(lang)
+            noted = f"很高兴认识你，{name}！" if lang == "zh" else f"Nice to meet you, {name}!"
+            return Sample("first", (Turn(self.ask("tell_name", lang, name, x=name), noted),))
+        return self.simple()
+
     def many_sums(self) -> Sample:
         return Sample("arithmetic", tuple(self.sum().turns[0] for _ in range(self.rng.randrange(3, 9))))
 
@@ -422,65 +454,15 @@ class World:
             return Sample("plain text", text=self.sums(self.rng.randrange(4, 40)))
         if luck < 0.75:
             return Sample("plain text", text=self.capital_list(lang))
-        return Sample("plain text", text=" ".join(self.sentence(lang) for _ in range(self.rng.randrange(1, 5))))
-
-    def train(self) -> Sample:
-        """One sample of the training mixture."""
-        luck = self.rng.random()
-        for share, make in _MIXTURE:
-            luck -= share
-            if luck < 0:
-                return make(self)
-        return self.mixed()
-
-
-_MIXTURE: tuple[tuple[float, Callable[[World], Sample]], ...] = (
-    (0.22, World.system),
-    (0.09, World.tool),
-    (0.14, World.many_sums),
-    (0.14, World.plain),
-    (0.07, World.memory),
-    (0.02, World.not_told),
-    (0.04, World.story),
-    (0.02, lambda world: Sample("plain text", text=world.document(world.rng.randrange(20, 45)))),
-)
-_TESTED: tuple[tuple[Callable[[World], Sample], float], ...] = (
-    (World.small_talk, 0.12),
-    (World.fact, 0.30),
-    (World.sum, 0.14),
-    (World.memory, 0.12),
-    (World.not_told, 0.01),
-    (World.story, 0.08),
-    (World.system, 0.12),
-    (World.tool, 0.07),
-    (World.completion, 0.04),
-)
+        return Sample(
+            "plain text", text=" ".join(self.sentence(lang) for _ in range(self.rng.randrange(1, 5)))
+        )
 
 
 def made_up_name(rng: random.Random) -> str:
     """A name nobody has, so that names are learned to be copied rather than known by heart."""
-    syllables = "".join(rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3))))
+    syllables = "".join(
+        rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))
+    )
     name = (syllables + rng.choice(("", "", "n", "s", "r", "l", "x"))).capitalize()
     return name if name not in facts.NAMES_EN_TEST else made_up_name(rng)
-
-
-def training_samples(seed: int) -> Iterator[Sample]:
-    """Training without end, the same for the same seed."""
-    world = World("train", seed)
-    while True:
-        yield world.train()
-
-
-def held_out_samples(count: int = 1000, seed: int = 1) -> list[Sample]:
-    """The test: about ``count`` different samples over all categories."""
-    world = World("test", seed)
-    samples: list[Sample] = []
-    seen = set()
-    for make, share in _TESTED:
-        for _ in range(round(share * count)):
-            sample = make(world)
-            key = (sample.system, tuple(t.user for t in sample.turns))
-            if key not in seen:
-                seen.add(key)
-                samples.append(sample)
-    return samples

@@ -1,0 +1,108 @@
+"""Full-parameter fine-tuning of a Qwen-1 checkpoint on conversations, with the network qwenrt serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenrt.config import ModelConfig
+from qwenrt.errors import ConfigError, RequestError
+from qwenrt.finetune.checkpoint import write_checkpoint
+from qwenrt.finetune.data import Corpus, read_entries
+from qwenrt.finetune.trainer import STATE_FILE, Trainer, TrainingSettings
+from qwenrt.text.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a training run did. ``losses``: (step, mean loss since the last entry)."""
+
+    output_dir: Path
+    steps: int
+    entries: int
+    tokens: int
+    seconds: float
+    final_loss: float
+    losses: tuple[tuple[int, float], ...]
+
+    def format(self) -> str:
+        """One line for a person."""
+        speed = self.tokens / max(self.seconds, 1e-9)
+        return (
+            f"{self.steps} steps over {self.entries} entries, {self.tokens} tokens in {self.seconds:.0f} s "
+            f"({speed:.0f} tokens/s), loss {self.final_loss:.4f}: {self.output_dir}"
+        )
+
+
+def finetune(
+    model_dir: str | Path,
+    data: str | Path | Sequence[dict[str, Any]],
+    output_dir: str | Path,
+    *,
+    threads: int | None = None,
+    progress: bool | None = None,
+    save_every: int | None = None,
+    resume: bool = True,
+    **settings: Any,
+) -> FinetuneReport:
+    """Train all parameters of the checkpoint in ``model_dir`` and write a new checkpoint to ``output_dir``.
+
+    ``data``: a JSON file (a list) or JSON-lines file of entries, or the entries themselves. An entry is
+    ``{"conversations": [{"from": "user" | "assistant", "value": str}, ...]}`` with an optional ``"system"`` text, or
+    ``{"text": str}`` for plain text. Content is never read as control tokens. Loss is on what the assistant says and
+    on the control tokens that frame turns; plain text carries loss everywhere.
+
+    Keyword settings (see TrainingSettings): ``epochs``, ``max_steps`` (ends earlier), ``learning_rate`` with cosine
+    decay after ``warmup_ratio`` of the steps, ``batch_tokens`` per step, ``max_length`` (longer entries are cut on
+    the right), ``weight_decay``, ``adam_beta2``, ``max_grad_norm``, ``seed``; ``from_scratch`` begins with random
+    weights of the shape in config.json. ``threads``: of torch, on the CPU. Every ``save_every`` steps the state is
+    kept in ``output_dir``, and the same call goes on from there after a cut (``resume``). The same seed and number of
+    threads give the same weights. Raises RequestError for settings and data, CheckpointError and ConfigError for the
+    model's files.
+    """
+    options = TrainingSettings(**settings)
+    source, target = Path(model_dir), Path(output_dir)
+    if save_every is not None and save_every < 1:
+        raise RequestError(f"save_every={save_every}", "not a number of steps", "Use at least 1.")
+    config = ModelConfig.from_dir(source)
+    tokenizer = load_tokenizer(source)
+    entries = read_entries(data) if isinstance(data, (str, Path)) else list(data)
+    corpus = Corpus.encode(tokenizer, entries, options.max_length)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"fine-tuning {source}",
+            f"the tokenizer has {tokenizer.vocab_size} tokens, config.json vocab_size {config.vocab_size}",
+            "The files do not belong together: fetch them again.",
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    with _threads(threads):
+        trainer = Trainer(source, config, corpus, options, pad_id=tokenizer.eod_id)
+        state = target / STATE_FILE
+        if resume and state.exists():
+            trainer.load_state(state)
+        trainer.run(target, save_every, progress)
+    write_checkpoint(trainer.model, source, target)
+    trainer.save_curve(target)
+    state.unlink(missing_ok=True)
+    final = trainer.losses[-1][1] if trainer.losses else math.nan
+    return FinetuneReport(
+        target, trainer.step, len(corpus), trainer.tokens, trainer.seconds, final, tuple(trainer.losses)
+    )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch's own number of threads, put back afterwards."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,53 @@
+"""Writing a Qwen-1 directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from qwenrt.loader.names import table_for
+from qwenrt.model.qwen import Qwen
+from qwenrt.ops.types import Packed
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_COPIED = ("config.json", "generation_config.json", "tokenizer_config.json", "*.tiktoken")
+
+
+def write_checkpoint(model: Qwen, source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """``model`` as a complete Qwen-1 directory: its weights in ``dtype`` (None: the one config.json asks for, else
+    bfloat16) under the checkpoint's names, and the configuration and tokenizer files of ``source``."""
+    stored = dtype or _DTYPES[model.config.dtype or "bfloat16"]
+    names = table_for(model.config.model_type)
+    tensors: dict[str, torch.Tensor] = {}
+    for param in model.tensor_specs:
+        tensor = model.get(param)
+        assert isinstance(tensor, torch.Tensor)
+        tensors[names.source(param)] = tensor.detach().to(stored).contiguous()
+    for param, spec in model.linear_specs.items():
+        packed = model.get(param)
+        assert isinstance(packed, Packed)
+        blocks = names.parts(param)
+        rows = [spec.out_features] if len(blocks) == 1 else [count for _, count in spec.parts]
+        for kind, whole in (("weight", packed.data["weight"]), ("bias", packed.bias)):
+            if whole is not None:
+                for block, part in zip(blocks, whole.detach().split(rows), strict=True):
+                    tensors[names.source(param, block, kind)] = part.to(stored).contiguous()
+    if source.resolve() != target.resolve():
+        for pattern in _COPIED:
+            for file in sorted(source.glob(pattern)):
+                shutil.copyfile(file, target / file.name)
+    save_atomically(tensors, target / "model.safetensors", {"format": "pt"})
+
+
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A file that is either the old one or the new one, never half of one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,274 @@
+"""One training run: the network in float32, AdamW, and a state that can be taken up again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from qwenrt.backends.base import Backend
+from qwenrt.config import ModelConfig, read_json
+from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
+from qwenrt.finetune.checkpoint import save_atomically
+from qwenrt.finetune.data import IGNORE, Corpus
+from qwenrt.loader.weights import load_weights
+from qwenrt.model.qwen import Qwen
+from qwenrt.ops.types import Packed, StepPlan
+
+STATE_FILE = "training_state.safetensors"  # in the output directory while training goes on
+CURVE_FILE = "loss_curve.json"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What decides the result of a training run (`finetune` says what each means)."""
+
+    epochs: int = 5
+    max_steps: int | None = None
+    learning_rate: float = 1e-5
+    min_learning_rate_ratio: float = 0.0
+    batch_tokens: int = 4096
+    max_length: int = 512
+    warmup_ratio: float = 0.01
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    from_scratch: bool = False
+
+    def __post_init__(self) -> None:
+        whole = {"epochs": self.epochs, "batch_tokens": self.batch_tokens, "max_length": self.max_length}
+        if self.max_steps is not None:
+            whole["max_steps"] = self.max_steps
+        for name, value in whole.items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31:
+                raise RequestError(
+                    f"{name}={value!r}", "not a usable number", "Use an integer of at least 1."
+                )
+        limits = {
+            "learning_rate": (self.learning_rate, 0.0, 10.0),
+            "min_learning_rate_ratio": (self.min_learning_rate_ratio, 0.0, 1.0),
+            "warmup_ratio": (self.warmup_ratio, 0.0, 1.0),
+            "weight_decay": (self.weight_decay, 0.0, 10.0),
+            "adam_beta2": (self.adam_beta2, 0.0, 0.999999),
+            "max_grad_norm": (self.max_grad_norm, 1e-6, 1e6),
+        }
+        for name, (number, low, high) in limits.items():
+            if not isinstance(number, (int, float)) or not low <= number <= high:
+                raise RequestError(
+                    f"{name}={number!r}", "out of range", f"Use a number from {low:g} to {high:g}."
+                )
+
+
+class Trainer:
+    """One run: the model in float32, AdamW, and where in the corpus it is."""
+
+    def __init__(
+        self, source: Path, config: ModelConfig, corpus: Corpus, settings: TrainingSettings, pad_id: int
+    ) -> None:
+        if config.quant is not None:
+            raise ConfigError(
+                f"fine-tuning {source}",
+                f"its weights are {config.quant.bits}-bit GPTQ codes",
+                "Fine-tune the unquantised checkpoint.",
+            )
+        self.corpus, self.settings, self.pad_id = corpus, settings, pad_id
+        backend = Backend(torch.device("cpu"))
+        self.model = Qwen(config, backend, torch.float32)
+        if settings.from_scratch:
+            initialise(self.model, settings.seed, _initializer_range(source))
+        else:
+            load_weights(self.model, source, config, backend, torch.float32, progress=False)
+            self._own_weights()
+        self.model.bind()
+        self.parameters = dict(self.model.tensors())
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+        decayed = [p for p in self.parameters.values() if p.dim() > 1]
+        others = [p for p in self.parameters.values() if p.dim() == 1]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        betas = (0.9, settings.adam_beta2)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.schedule = [
+            corpus.batches(settings.seed, e, settings.batch_tokens) for e in range(settings.epochs)
+        ]
+        steps = sum(map(len, self.schedule))
+        self.total_steps = min(steps, settings.max_steps or steps)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.losses: list[tuple[int, float]] = []
+
+    def _own_weights(self) -> None:
+        """Loaded weights may be views of the file: training needs its own copy."""
+        for name in self.model.tensor_specs:
+            tensor = self.model.get(name)
+            assert isinstance(tensor, torch.Tensor)
+            self.model.set_tensor(name, tensor.clone())
+        for name in self.model.linear_specs:
+            packed = self.model.get(name)
+            assert isinstance(packed, Packed)
+            packed.data["weight"] = packed.data["weight"].clone()
+            packed.bias = None if packed.bias is None else packed.bias.clone()
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to min_learning_rate_ratio."""
+        warmup = max(1, round(self.settings.warmup_ratio * self.total_steps))
+        if step < warmup:
+            return self.settings.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.total_steps - warmup)
+        low = self.settings.min_learning_rate_ratio
+        return self.settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def loss(self, batch: list[int]) -> tuple[torch.Tensor, int]:
+        """Mean next-token cross-entropy over the labelled tokens of a batch, and the batch's real tokens."""
+        ids, labels = self.corpus.take(batch, self.pad_id)
+        rows, width = ids.shape
+        plan = StepPlan([width] * rows, [width] * rows)
+        hidden = self.model.forward(ids.flatten(), plan, [1] * rows)  # training is without NTK and LogN
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        chosen = (targets != IGNORE).nonzero().squeeze(1)
+        logits = self.model.logits(hidden.index_select(0, chosen))
+        return F.cross_entropy(logits, targets.index_select(0, chosen)), sum(map(self.corpus.length, batch))
+
+    def train_step(self, batch: list[int]) -> float:
+        """One update; the loss before it."""
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, tokens = self.loss(batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise QwenrtError(
+                f"training step {self.step + 1}", f"the loss is {value}", "Use a smaller learning_rate."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += tokens
+        return value
+
+    def remaining(self) -> Iterator[list[int]]:
+        """The batches from this step to the end."""
+        batches = [batch for epoch in self.schedule for batch in epoch]
+        yield from batches[self.step : self.total_steps]
+
+    def run(self, target: Path, save_every: int | None, progress: bool | None) -> None:
+        """All remaining steps, with a bar, keeping the state every ``save_every`` steps."""
+        from tqdm import tqdm
+
+        every = max(1, self.total_steps // 200)
+        pending: list[float] = []
+        disable = None if progress is None else not progress
+        began, before = time.monotonic(), self.seconds
+        bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=disable)
+        with bar:
+            for batch in self.remaining():
+                pending.append(self.train_step(batch))
+                self.seconds = before + time.monotonic() - began
+                bar.update()
+                if self.step % every == 0 or self.step == self.total_steps:
+                    self.losses.append((self.step, sum(pending) / len(pending)))
+                    pending.clear()
+                    speed = self.tokens / max(self.seconds, 1e-9)
+                    bar.set_postfix_str(f"loss {self.losses[-1][1]:.3f}, {speed:.0f} tokens/s")
+                if save_every and self.step % save_every == 0 and self.step < self.total_steps:
+                    self.save_state(target / STATE_FILE)
+                    self.save_curve(target)
+
+    def save_curve(self, target: Path) -> None:
+        """The losses so far, for a plot."""
+        curve = {
+            "steps": self.step,
+            "total_steps": self.total_steps,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 1),
+            "settings": asdict(self.settings),
+            "loss": [[step, round(loss, 5)] for step, loss in self.losses],
+        }
+        partial = target / f"{CURVE_FILE}.partial"
+        partial.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, target / CURVE_FILE)
+
+    # ---- state, so that a cut costs little
+
+    def fingerprint(self) -> str:
+        """What must be the same for a run to be continued."""
+        return json.dumps([asdict(self.settings), self.corpus.digest(), self.total_steps], sort_keys=True)
+
+    def save_state(self, path: Path) -> None:
+        """Weights, both moments and the position, in one file that is replaced whole."""
+        tensors = {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "losses": self.losses}
+        save_atomically(tensors, path, {"fingerprint": self.fingerprint(), "state": json.dumps(about)})
+
+    def load_state(self, path: Path) -> None:
+        """Go on from what save_state wrote. CheckpointError where it belongs to another run or is damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads(metadata["state"])
+        except Exception as error:  # the library has no base class of its own
+            raise CheckpointError(
+                f"resuming from {path}", f"not readable ({str(error)[:80]})", "Delete it to begin anew."
+            ) from error
+        if metadata.get("fingerprint") != self.fingerprint():
+            raise CheckpointError(
+                f"resuming from {path}",
+                "it belongs to a run with other data or settings",
+                "Use the same ones, another output directory, or resume=False.",
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weight.{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(about["step"])),
+                    "exp_avg": tensors[f"exp_avg.{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                }
+        self.step, self.tokens, self.seconds = about["step"], about["tokens"], about["seconds"]
+        self.losses = [(int(step), float(loss)) for step, loss in about["losses"]]
+
+
+def initialise(model: Qwen, seed: int, spread: float = 0.02) -> None:
+    """Random weights: normal with deviation ``spread``, less where a residual is fed; norms 1, biases 0. Queries and
+    keys begin at 1 / sqrt(hidden_size), so that attention is not flat, and the head begins as a copy of the embedding,
+    so that what is read can be said: a small model then learns to copy in a fraction of the steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...], deviation: float) -> torch.Tensor:
+        return torch.empty(shape).normal_(0.0, deviation, generator=generator)
+
+    for name, shape in model.tensor_specs.items():
+        model.set_tensor(name, normal(shape, spread) if len(shape) > 1 else torch.ones(shape))
+    for name, spec in model.linear_specs.items():
+        deviation = spread
+        if name.endswith(("o_proj", "down_proj")):
+            deviation = spread / math.sqrt(2 * model.config.num_layers)
+        elif name.endswith("qkv_proj"):
+            deviation = spec.in_features**-0.5
+        weight = normal((spec.out_features, spec.in_features), deviation)
+        if name == "lm_head":
+            weight = model.embed_tokens.clone()
+        bias = torch.zeros(spec.out_features) if spec.bias else None
+        model.set_linear(name, Packed("dense", spec.out_features, spec.in_features, {"weight": weight}, bias))
+
+
+def _initializer_range(source: Path) -> float:
+    value = read_json(source / "config.json").get("initializer_range", 0.02)
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else 0.02
