@@ -44,17 +44,18 @@ SHAPE = {
     "intermediate_size": 1024,  # Qwen-1 stores twice the width
     "seq_length": 512,
 }
-# Two stages: short exchanges teach where to look in a fraction of the steps; then everything.
 COMMON = {"epochs": 1, "learning_rate": 1.5e-3, "max_length": 512, "weight_decay": 0.1, "adam_beta2": 0.98}
-FIRST = {
-    **COMMON,
-    "batch_tokens": 1024,
-    "warmup_ratio": 0.05,
-    "min_learning_rate_ratio": 0.5,
-    "from_scratch": True,
+STAGES: dict[str, dict[str, Any]] = {
+    "first": {
+        "from_scratch": True,
+        "batch_tokens": 1024,
+        "warmup_ratio": 0.05,
+        "min_learning_rate_ratio": 0.5,
+    },
+    "second": {"batch_tokens": 1536, "warmup_ratio": 0.02, "max_steps": 3200, "decay_steps": 5350},
+    "copying": {"batch_tokens": 1024, "warmup_ratio": 0.03, "min_learning_rate_ratio": 0.5},
+    "last": {"batch_tokens": 1536, "warmup_ratio": 0.02},
 }
-SECOND = {**COMMON, "batch_tokens": 1536, "warmup_ratio": 0.02}
-FIRST_ENTRIES, MIXED_ENTRIES, SUM_ENTRIES = 14_000, 39_000, 8_000
 VOCABULARY_SAMPLES = 20_000
 _COMMON_WORDS = set(
     "首都 哪里 什么 颜色 名字 告诉 知道 请问 故事 标题 天气 多少 等于 喜欢 中文 英文 回答".split()  # noqa: SIM905
@@ -176,59 +177,58 @@ def write_base(directory: Path, vocabulary: list[bytes]) -> None:
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_corpus(path: Path, *streams: tuple[Iterator[Sample], int]) -> None:
-    """So many entries of each stream, as JSON lines."""
-    if path.exists():
-        return
+def write_corpus(path: Path, samples: Iterator[Sample]) -> None:
+    """One entry a line; whole or not at all."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for samples, count in streams:
-            for sample in itertools.islice(samples, count):
-                file.write(json.dumps(sample.entry(), ensure_ascii=False) + "\n")
+        for sample in samples:
+            file.write(json.dumps(sample.entry(), ensure_ascii=False) + "\n")
     partial.rename(path)
 
 
-def train(work: Path, seed: int, threads: int, scale: float) -> Path:
-    """Both stages; the directory of the trained checkpoint."""
-    base, first, second = work / "base", work / "first", work / "second"
-    if not (base / "config.json").exists():
-        samples = list(itertools.islice(corpus.training_samples(seed), VOCABULARY_SAMPLES))
+def train(work: Path, seed: int, threads: int, max_steps: int | None) -> Path:
+    """Every stage in turn; the directory of the trained checkpoint."""
+    model = work / "base"
+    if not (model / "config.json").exists():
+        samples = list(itertools.islice(corpus.training_samples(1), VOCABULARY_SAMPLES))
         vocabulary = learn_vocabulary(pieces(samples), size=3000, at_least=20)
-        write_base(base, vocabulary)
+        write_base(model, vocabulary)
         logger.info("vocabulary: %d tokens", len(vocabulary))
-
-    def share(count: int) -> int:
-        return max(1, round(count * scale))
-
-    write_corpus(work / "first.jsonl", (corpus.first_samples(seed + 100), share(FIRST_ENTRIES)))
-    write_corpus(
-        work / "second.jsonl",
-        (corpus.training_samples(seed), share(MIXED_ENTRIES)),
-        (corpus.sum_samples(seed + 200), share(SUM_ENTRIES)),
-    )
-    how: dict[str, Any] = {"threads": threads, "seed": seed, "save_every": 200, "progress": True}
-    if not (first / "model.safetensors").exists():
-        logger.info(finetune(base, work / "first.jsonl", first, **how, **FIRST).format())
-    if not (second / "model.safetensors").exists():
-        logger.info(finetune(first, work / "second.jsonl", second, **how, **SECOND).format())
-    return second
+    for stage, settings in STAGES.items():
+        data, trained = work / f"{stage}.jsonl", work / stage
+        if not data.exists():
+            write_corpus(data, corpus.stage_samples(stage))
+        if not (trained / "model.safetensors").exists():
+            how = {
+                **COMMON,
+                **settings,
+                "threads": threads,
+                "seed": seed,
+                "save_every": 200,
+                "progress": True,
+            }
+            if max_steps:
+                how["max_steps"] = max_steps
+            logger.info(finetune(model, data, trained, **how).format())
+        model = trained
+    return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of training")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "demo", help="where the run keeps its files"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "qwenrt" / "demo")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the corpus (to try things out)")
+    parser.add_argument("--max-steps", type=int, default=None, help="of each stage (to try things out)")
     parser.add_argument("--no-eval", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    trained = train(args.work, args.seed, args.threads, args.scale)
+    trained = train(args.work, args.seed, args.threads, args.max_steps)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in SHIPPED:
         shutil.copyfile(trained / name, args.output / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 from qwenrt.demo.world import Sample, World
@@ -29,7 +30,7 @@ _TESTED: tuple[tuple[Callable[[World], Sample], float], ...] = (
 )
 
 
-def _mixed(world: World) -> Sample:
+def mixture(world: World) -> Sample:
     """One sample of the training mixture."""
     luck = world.rng.random()
     for share, make in _MIXTURE:
@@ -39,26 +40,65 @@ def _mixed(world: World) -> Sample:
     return world.mixed()
 
 
-def first_samples(seed: int) -> Iterator[Sample]:
-    """The first stage of training without end: short exchanges."""
+def stream(make: Callable[[World], Sample], seed: int) -> Iterator[Sample]:
+    """Samples of one kind without end, the same for the same seed."""
     world = World("train", seed)
     while True:
-        yield world.first()
+        yield make(world)
+
+
+def training_samples(seed: int) -> Iterator[Sample]:
+    """The mixture of everything without end."""
+    return stream(mixture, seed)
 
 
 def sum_samples(seed: int) -> Iterator[Sample]:
-    """Nothing but arithmetic without end: what needs the most practice."""
+    """Nothing but arithmetic without end, in conversations and in plain text by turns."""
     world = World("train", seed)
     while True:
         yield world.many_sums()
         yield Sample("plain text", text=world.sums(world.rng.randrange(15, 45)))
 
 
-def training_samples(seed: int) -> Iterator[Sample]:
-    """Training without end, the same for the same seed."""
-    world = World("train", seed)
-    while True:
-        yield _mixed(world)
+def _sums(world: World) -> Sample:
+    if world.rng.random() < 0.5:
+        return world.many_sums()
+    return Sample("plain text", text=world.sums(world.rng.randrange(15, 45)))
+
+
+def _copying(world: World) -> Sample:
+    luck = world.rng.random()
+    kinds = ((0.45, World.echo), (0.3, World.told), (0.1, World.persona))
+    for share, make in kinds:
+        luck -= share
+        if luck < 0:
+            return make(world)
+    return world.simple()
+
+
+# What each stage of training reads: (kind, how many, seed; None: sum_samples). Short exchanges teach where to look,
+# copying what was said teaches to remember, each in a fraction of the steps that the whole mixture would take.
+STAGES: dict[str, tuple[tuple[Callable[[World], Sample] | None, int, int], ...]] = {
+    "first": ((World.first, 14_000, 101),),
+    "second": ((mixture, 39_000, 1), (None, 8_000, 201)),
+    "copying": ((_copying, 16_000, 301),),
+    "last": (
+        (mixture, 9_000, 401),
+        (World.echo, 2_000, 402),
+        (World.memory, 7_000, 403),
+        (World.system, 5_000, 404),
+        (World.story, 3_000, 405),
+        (World.tool, 3_000, 406),
+        (_sums, 800, 407),
+    ),
+}
+
+
+def stage_samples(stage: str) -> Iterator[Sample]:
+    """Everything one stage of training reads."""
+    for make, count, seed in STAGES[stage]:
+        samples = sum_samples(seed) if make is None else stream(make, seed)
+        yield from itertools.islice(samples, count)
 
 
 def held_out_samples(count: int = 1000, seed: int = 1) -> list[Sample]:

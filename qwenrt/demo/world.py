@@ -313,6 +313,10 @@ class World:
         turn = Turn(q.user, answer, (answer,), True)
         return Sample("system prompt", (turn,), self.rng.choice(test if new_prompt else train))
 
+    def persona(self) -> Sample:
+        """A system prompt that says who the model is, and the question who it is."""
+        return self._persona(self.rng.choice(("persona", "persona_zh")))
+
     def _persona(self, kind: str) -> Sample:
         lang = "zh" if kind == "persona_zh" else "en"
         name, job = self.person(lang), self.rng.choice(facts.JOBS)[lang == "zh"]
@@ -433,11 +437,32 @@ class World:
             turns += pick().turns
         return Sample("mixed", tuple(turns))
 
+    def echo(self) -> Sample:
+        """Training only: say again what was said. Teaches to copy, which remembering and calling tools rest on."""
+        lang = self.rng.choice(LANGS)
+        kinds = [self.person(lang) for _ in range(3)] + [self.rng.choice(facts.COLOUR_NAMES)[lang == "zh"]]
+        kinds += [self.rng.choice(facts.CAPITALS)[2 * (lang == "zh") + 1], str(self.rng.randrange(1000))]
+        kinds += [self.rng.choice(facts.PET_NAMES_ZH if lang == "zh" else facts.PET_NAMES)]
+        kinds += [
+            self.rng.choice(facts.HEROES)[2 * (lang == "zh")],
+            str(self.rng.choice(facts.ANIMALS)[lang == "zh"]),
+        ]
+        self.rng.shuffle(kinds)
+        text = ("，" if lang == "zh" else ", ").join(kinds[: self.rng.randrange(1, 10)])
+        heads = (
+            ("重复：", "请说：", "跟我说：") if lang == "zh" else ("Repeat: ", "Say: ", "Repeat after me: ")
+        )
+        return Sample("echo", (Turn(self.rng.choice(heads) + text, text),))
+
+    def told(self) -> Sample:
+        """Training only: the first turn of a memory."""
+        return Sample("told", self.memory().turns[:1])
+
     def first(self) -> Sample:
         """One short exchange to begin with: what to look at is learned best where there is little to look at."""
         luck = self.rng.random()
         if luck < 0.15:
-            return self._persona(self.rng.choice(("persona", "persona_zh")))
+            return self.persona()
         if luck < 0.30:
             lang = self.rng.choice(LANGS)
             name = self.person(lang)

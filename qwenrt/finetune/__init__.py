@@ -58,13 +58,13 @@ def finetune(
     ``{"text": str}`` for plain text. Content is never read as control tokens. Loss is on what the assistant says and
     on the control tokens that frame turns; plain text carries loss everywhere.
 
-    Keyword settings (see TrainingSettings): ``epochs``, ``max_steps`` (ends earlier), ``learning_rate`` with cosine
-    decay after ``warmup_ratio`` of the steps, ``batch_tokens`` per step, ``max_length`` (longer entries are cut on
-    the right), ``weight_decay``, ``adam_beta2``, ``max_grad_norm``, ``seed``; ``from_scratch`` begins with random
-    weights of the shape in config.json. ``threads``: of torch, on the CPU. Every ``save_every`` steps the state is
-    kept in ``output_dir``, and the same call goes on from there after a cut (``resume``). The same seed and number of
-    threads give the same weights. Raises RequestError for settings and data, CheckpointError and ConfigError for the
-    model's files.
+    Keyword settings (see TrainingSettings): ``epochs``, ``max_steps`` (ends earlier), ``learning_rate`` with
+    cosine decay over ``decay_steps`` (None: all) after ``warmup_ratio`` of them, ``batch_tokens`` per step,
+    ``max_length`` (longer entries are cut on the right), ``weight_decay``, ``adam_beta2``, ``max_grad_norm``,
+    ``seed``; ``from_scratch`` begins with random weights of the shape in config.json. ``threads``: of torch, on
+    the CPU. Every ``save_every`` steps the state is kept in ``output_dir``, and the same call goes on from there
+    after a cut (``resume``). The same seed and number of threads give the same weights. Raises RequestError for
+    settings and data, CheckpointError and ConfigError for the model's files.
     """
     options = TrainingSettings(**settings)
     source, target = Path(model_dir), Path(output_dir)

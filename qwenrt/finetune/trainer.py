@@ -34,6 +34,7 @@ class TrainingSettings:
 
     epochs: int = 5
     max_steps: int | None = None
+    decay_steps: int | None = None
     learning_rate: float = 1e-5
     min_learning_rate_ratio: float = 0.0
     batch_tokens: int = 4096
@@ -47,8 +48,9 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         whole = {"epochs": self.epochs, "batch_tokens": self.batch_tokens, "max_length": self.max_length}
-        if self.max_steps is not None:
-            whole["max_steps"] = self.max_steps
+        for name, steps in (("max_steps", self.max_steps), ("decay_steps", self.decay_steps)):
+            if steps is not None:
+                whole[name] = steps
         for name, value in whole.items():
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31:
                 raise RequestError(
@@ -122,10 +124,11 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to min_learning_rate_ratio."""
-        warmup = max(1, round(self.settings.warmup_ratio * self.total_steps))
+        steps = self.settings.decay_steps or self.total_steps
+        warmup = max(1, round(self.settings.warmup_ratio * steps))
         if step < warmup:
             return self.settings.learning_rate * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.total_steps - warmup)
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
         low = self.settings.min_learning_rate_ratio
         return self.settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
