@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
-from qwenrt.demo.world import Sample, World
+from qwenrt.demo.world import LANGS, Sample, World
 
 _MIXTURE: tuple[tuple[float, Callable[[World], Sample]], ...] = (
     (0.22, World.system),
@@ -40,9 +40,9 @@ def mixture(world: World) -> Sample:
     return world.mixed()
 
 
-def stream(make: Callable[[World], Sample], seed: int) -> Iterator[Sample]:
+def stream(make: Callable[[World], Sample], seed: int, crossed_names: bool = False) -> Iterator[Sample]:
     """Samples of one kind without end, the same for the same seed."""
-    world = World("train", seed)
+    world = World("train", seed, crossed_names)
     while True:
         yield make(world)
 
@@ -64,6 +64,10 @@ def _sums(world: World) -> Sample:
     if world.rng.random() < 0.5:
         return world.many_sums()
     return Sample("plain text", text=world.sums(world.rng.randrange(15, 45)))
+
+
+def _capitals(world: World) -> Sample:
+    return Sample("plain text", text=world.capital_list(world.rng.choice(LANGS)))
 
 
 def _copying(world: World) -> Sample:
@@ -91,13 +95,25 @@ STAGES: dict[str, tuple[tuple[Callable[[World], Sample] | None, int, int], ...]]
         (World.tool, 3_000, 406),
         (_sums, 800, 407),
     ),
+    "polish": (
+        (mixture, 7_000, 501),
+        (World.fact, 6_000, 502),
+        (World.memory, 4_000, 503),
+        (World.told, 2_000, 504),
+        (World.system, 9_000, 505),
+        (World.story, 1_500, 506),
+        (World.tool, 3_000, 507),
+        (World.echo, 2_000, 508),
+        (_sums, 1_000, 509),
+        (_capitals, 2_000, 510),
+    ),
 }
 
 
 def stage_samples(stage: str) -> Iterator[Sample]:
     """Everything one stage of training reads."""
     for make, count, seed in STAGES[stage]:
-        samples = sum_samples(seed) if make is None else stream(make, seed)
+        samples = sum_samples(seed) if make is None else stream(make, seed, stage == "polish")
         yield from itertools.islice(samples, count)
 
 

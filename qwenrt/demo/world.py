@@ -89,6 +89,7 @@ class World:
 
     split: Split
     seed: int
+    crossed_names: bool = False  # training: half of the names are the front of one and the back of another
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -220,6 +221,8 @@ class World:
                     return name
         if self.testing:
             return self.rng.choice(facts.NAMES_EN_TEST)
+        if self.crossed_names and self.rng.random() < 0.5:
+            return crossed_name(self.rng)
         return made_up_name(self.rng) if self.rng.random() < 0.5 else self.rng.choice(facts.NAMES_EN)
 
     def memory(self) -> Sample:
@@ -482,6 +485,13 @@ class World:
         return Sample(
             "plain text", text=" ".join(self.sentence(lang) for _ in range(self.rng.randrange(1, 5)))
         )
+
+
+def crossed_name(rng: random.Random) -> str:
+    """The front of one name and the back of another: spelled like a name, and known by nobody."""
+    front, back = rng.choice(facts.NAMES_EN), rng.choice(facts.NAMES_EN)
+    name = front[: rng.randrange(1, len(front))] + back[rng.randrange(1, len(back)) :]
+    return name if name not in facts.NAMES_EN_TEST else crossed_name(rng)
 
 
 def made_up_name(rng: random.Random) -> str:
