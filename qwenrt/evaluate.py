@@ -18,7 +18,8 @@ import torch
 
 from qwenrt.config import read_json
 from qwenrt.demo.corpus import held_out_samples
-from qwenrt.demo.world import Sample, World
+from qwenrt.demo.samples import Sample
+from qwenrt.demo.world import World
 from qwenrt.errors import RequestError
 from qwenrt.llm import LLM, load
 
@@ -195,7 +196,11 @@ def answer(llm: LLM, sample: Sample) -> Failure | None:
             response = llm.generate(turn.user, temperature=0.0, max_tokens=16).text
         else:
             response, history = llm.chat(turn.user, history, sample.system, temperature=0.0, max_tokens=128)
-        if turn.accept and not turn.is_right(response):
+        if sample.category == "completion":
+            right = response.strip().startswith(turn.accept)
+        else:
+            right = not turn.accept or turn.is_right(response)
+        if not right:
             return _failure(sample, turn.user, " | ".join(turn.accept), response)
     return None
 

@@ -22,7 +22,7 @@ from typing import Any
 import regex
 
 from qwenrt.demo import corpus, facts
-from qwenrt.demo.world import Sample
+from qwenrt.demo.samples import Sample
 from qwenrt.finetune import finetune
 from qwenrt.text.tokenizer import SPLIT_PATTERN
 
@@ -55,6 +55,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "second": {"batch_tokens": 1536, "warmup_ratio": 0.02, "max_steps": 3200, "decay_steps": 5350},
     "copying": {"batch_tokens": 1024, "warmup_ratio": 0.03, "min_learning_rate_ratio": 0.5},
     "last": {"batch_tokens": 1536, "warmup_ratio": 0.02},
+    "polish": {"batch_tokens": 1536, "warmup_ratio": 0.02, "learning_rate": 1.2e-3},
 }
 VOCABULARY_SAMPLES = 20_000
 _COMMON_WORDS = set(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
-from qwenrt.demo.world import LANGS, Sample, World
+from qwenrt.demo.samples import Sample
+from qwenrt.demo.world import LANGS, World
 
 _MIXTURE: tuple[tuple[float, Callable[[World], Sample]], ...] = (
     (0.22, World.system),
@@ -96,16 +97,16 @@ STAGES: dict[str, tuple[tuple[Callable[[World], Sample] | None, int, int], ...]]
         (_sums, 800, 407),
     ),
     "polish": (
-        (mixture, 7_000, 501),
-        (World.fact, 6_000, 502),
+        (mixture, 5_000, 501),
+        (World.fact, 4_000, 502),
         (World.memory, 4_000, 503),
         (World.told, 2_000, 504),
         (World.system, 9_000, 505),
-        (World.story, 1_500, 506),
-        (World.tool, 3_000, 507),
+        (World.story, 1_000, 506),
+        (World.tool, 4_500, 507),
         (World.echo, 2_000, 508),
-        (_sums, 1_000, 509),
-        (_capitals, 2_000, 510),
+        (_sums, 1_500, 509),
+        (_capitals, 3_000, 510),
     ),
 }
 

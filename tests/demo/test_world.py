@@ -10,7 +10,8 @@ import pytest
 from qwenrt.demo import facts
 from qwenrt.demo.corpus import held_out_samples, training_samples
 from qwenrt.demo.phrasings import ASK, OPENERS, SMALL_TALK, SYSTEMS
-from qwenrt.demo.world import Turn, World, held_out
+from qwenrt.demo.samples import Turn
+from qwenrt.demo.world import World, held_out
 
 TRAINED = 6000
 
