@@ -1,4 +1,4 @@
-"""The recorded checkpoints on an accelerator, through the whole engine: run by hand with `pytest -m gpu` or `-m npu`."""
+"""The recorded checkpoints on an accelerator, run by hand with `pytest -m gpu` or `-m npu`."""
 
 from __future__ import annotations
 
