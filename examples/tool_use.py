@@ -37,6 +37,9 @@ with qwenrt.load(sys.argv[1] if len(sys.argv) > 1 else "demo") as llm:
             break
         for call in reply.message["tool_calls"]:
             print(f"calls {call['function']['name']}({call['function']['arguments']})")
-            result = get_weather(**json.loads(call["function"]["arguments"]))
+            try:
+                result = get_weather(**json.loads(call["function"]["arguments"]))
+            except (ValueError, TypeError) as error:  # what a model writes need not fit: tell it so
+                result = f"error: {error}"
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
     print(messages[-1]["content"])
