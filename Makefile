@@ -47,11 +47,11 @@ $(VENV)/.torch: | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.chat: $(SOURCES) $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet -e '.[cli]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[cli]'
 	@touch $@
 
 $(VENV)/.dev: $(SOURCES) $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@ $(VENV)/.chat
 
 clean:
