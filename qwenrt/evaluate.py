@@ -104,7 +104,8 @@ class DemoReport:
         if self.variants:
             lines += ["", f"  {'':<16}{'right':>20}{'perplexity':>13}"]
             for name, (score, perplexity) in self.variants.items():
-                lines.append(f"  {name:<16}{score.format():>20}{perplexity:>13.3f}")
+                shown = f"{perplexity:>13.3f}" if math.isfinite(perplexity) else f"{'-':>13}"
+                lines.append(f"  {name:<16}{score.format():>20}{shown}")
         for failure in self.answers.failures[:failures]:
             lines += ["", f"[{failure.category}] {failure.asked}"]
             lines += [f"  expected: {failure.expected}", f"  answered: {failure.answered}"]

@@ -41,9 +41,9 @@ def mixture(world: World) -> Sample:
     return world.mixed()
 
 
-def stream(make: Callable[[World], Sample], seed: int, crossed_names: bool = False) -> Iterator[Sample]:
+def stream(make: Callable[[World], Sample], seed: int, variety: int = 0) -> Iterator[Sample]:
     """Samples of one kind without end, the same for the same seed."""
-    world = World("train", seed, crossed_names)
+    world = World("train", seed, variety)
     while True:
         yield make(world)
 
@@ -69,6 +69,10 @@ def _sums(world: World) -> Sample:
 
 def _capitals(world: World) -> Sample:
     return Sample("plain text", text=world.capital_list(world.rng.choice(LANGS)))
+
+
+def _hard_systems(world: World) -> Sample:
+    return world.system(world.rng.choice(("caps", "caps", "one_word", "chinese", "english")))
 
 
 def _copying(world: World) -> Sample:
@@ -108,13 +112,28 @@ STAGES: dict[str, tuple[tuple[Callable[[World], Sample] | None, int, int], ...]]
         (_sums, 1_500, 509),
         (_capitals, 3_000, 510),
     ),
+    "varied": (
+        (mixture, 3_000, 601),
+        (World.fact, 3_000, 602),
+        (World.told, 4_000, 603),
+        (World.memory, 2_000, 604),
+        (World.persona, 3_000, 605),
+        (World.system, 5_000, 606),
+        (_hard_systems, 5_000, 607),
+        (World.tool, 6_000, 608),
+        (_sums, 500, 609),
+        (_capitals, 1_000, 610),
+    ),
 }
+
+
+VARIETY = {"polish": 1, "varied": 2}  # of names, phrasings and tools
 
 
 def stage_samples(stage: str) -> Iterator[Sample]:
     """Everything one stage of training reads."""
     for make, count, seed in STAGES[stage]:
-        samples = sum_samples(seed) if make is None else stream(make, seed, stage == "polish")
+        samples = sum_samples(seed) if make is None else stream(make, seed, VARIETY.get(stage, 0))
         yield from itertools.islice(samples, count)
 
 

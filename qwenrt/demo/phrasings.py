@@ -544,6 +544,20 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+# More to train on in the last stage: forms of words that the others leave out.
+MORE_ASK: dict[tuple[str, str], tuple[str, ...]] = {
+    ("sound", "en"): (
+        "Do you know what {x} says?",
+        "I want to know what {x} says.",
+        "Can you tell me the sound of {x}?",
+        "What sound {x} makes, please?",
+    ),
+    ("food", "en"): ("I want to know what {x} eats.", "Can you tell me the food of {x}?"),
+    ("tell_colour", "en"): ("I like {x}, it is my favorite color.", "My favourite is the colour {x}."),
+    ("tell_colour", "zh"): ("我爱的颜色是{x}。", "我最爱的是{x}。"),
+    ("capital", "en"): ("{x} has which capital?", "Please name the capital of {x}."),
+}
+
 # What the model says about itself: intent, language -> (phrasings to train on, phrasings of the test, answer)
 SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ("hello", "en"): (

@@ -1,5 +1,6 @@
 """Tools of the demo model's world: made-up weather, calculator, search and clock functions, and calls of them."""
 
+# ruff: noqa: SIM905
 from __future__ import annotations
 
 import json
@@ -70,6 +71,21 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], 
         ),
     ),
 }
+# Names nobody could guess, so that the model learns to read them.
+VARIED_ARGUMENTS = (
+    "city town place location where region area target spot name text words phrase term topic subject q query key "
+    "keywords question search_text expression expr formula input sum problem math equation value numbers timezone zone "
+    "country address site position point data arg x y a b what item thing entry content message string param city_name"
+).split()
+_VARIED_FRONTS = (
+    "get query find fetch my the do run show tell ask use call look check new our fast simple".split()
+)
+_VARIED_BACKS = {
+    "weather": "weather temperature forecast sky rain sun wind".split(),
+    "calculator": "math sum calculator numbers result value".split(),
+    "search": "pages web search info facts news books".split(),
+    "time": "time clock hour date watch".split(),
+}
 _WEATHER = (
     ("sunny", "晴"),
     ("cloudy", "多云"),
@@ -88,6 +104,11 @@ class Call:
     argument: str
     observation: str
     answer: str
+
+
+def varied_name(rng: random.Random, kind: str) -> str:
+    """A tool's name that is none of KINDS."""
+    return f"{rng.choice(_VARIED_FRONTS)}_{rng.choice(_VARIED_BACKS[kind])}"
 
 
 def make_tool(rng: random.Random, kind: str, name: str, argument: tuple[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwenrt.demo import facts, tools
-from qwenrt.demo.phrasings import ASK, OPENERS, SMALL_TALK, SYSTEMS
+from qwenrt.demo.phrasings import ASK, MORE_ASK, OPENERS, SMALL_TALK, SYSTEMS
 from qwenrt.demo.samples import Question, Sample, Turn
 
 Split = Literal["train", "test"]
@@ -32,7 +32,7 @@ class World:
 
     split: Split
     seed: int
-    crossed_names: bool = False  # training: half of the names are the front of one and the back of another
+    variety: int = 0  # training: 1 crosses names, 2 adds sliced ones, MORE_ASK and tools of any name
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +49,8 @@ class World:
         uses with this key. ``reserved=False``: the test may use any (another part of the sample is unseen)."""
         train, test = ASK[intent, lang]
         free = [p for p in train if not held_out(intent, lang, p, key)]
+        if self.variety > 1:
+            free = [*free, *MORE_ASK.get((intent, lang), ())]
         if not self.testing:
             return self.casual(self.rng.choice(free).format(**fields), lang)
         kept = [p for p in train if p not in free]
@@ -164,8 +166,12 @@ class World:
                     return name
         if self.testing:
             return self.rng.choice(facts.NAMES_EN_TEST)
-        if self.crossed_names and self.rng.random() < 0.5:
-            return crossed_name(self.rng)
+        if self.variety and self.rng.random() < 0.5:
+            return (
+                crossed_name(self.rng)
+                if self.variety == 1 or self.rng.random() < 0.3
+                else sliced_name(self.rng)
+            )
         return made_up_name(self.rng) if self.rng.random() < 0.5 else self.rng.choice(facts.NAMES_EN)
 
     def memory(self) -> Sample:
@@ -227,8 +233,8 @@ class World:
 
     # ---- system prompts
 
-    def system(self) -> Sample:
-        kind = self.rng.choice(list(SYSTEMS))
+    def system(self, kind: str = "") -> Sample:
+        kind = kind or self.rng.choice(list(SYSTEMS))
         if kind.startswith("persona"):
             return self._persona(kind)
         lang = {"caps": "en", "thanks": "en", "chinese": "en", "english": "zh"}.get(kind) or self.rng.choice(
@@ -279,7 +285,8 @@ class World:
 
     def tool(self) -> Sample:
         lang, kind = self.rng.choice(LANGS), self.rng.choice(list(tools.KINDS))
-        others = self.rng.sample([k for k in tools.KINDS if k != kind], self.rng.choice((0, 1, 1, 2)))
+        count = self.rng.choice((0, 0, 0, 1) if self.variety > 1 else (0, 1, 1, 2))
+        others = self.rng.sample([k for k in tools.KINDS if k != kind], count)
         name, argument = self._tool_name(kind, self.testing and self.rng.random() < 0.5)
         given = [tools.make_tool(self.rng, kind, name, argument)]
         given += [tools.make_tool(self.rng, k, *self._tool_name(k, False)) for k in others]
@@ -302,6 +309,14 @@ class World:
 
     def _tool_name(self, kind: str, reserved: bool) -> tuple[str, tuple[str, str]]:
         while True:
+            if self.variety > 1 and self.rng.random() < 0.8:
+                key = self.rng.choice(tools.VARIED_ARGUMENTS)
+                if self.rng.random() < 0.5:
+                    return tools.varied_name(self.rng, kind), (key, "What to use")
+                name = self.rng.choice(tools.KINDS[kind][0])
+                if not held_out(name, key, one_in=5):
+                    return name, (key, "What to use")
+                continue
             name, argument = self.rng.choice(tools.KINDS[kind][0]), self.rng.choice(tools.KINDS[kind][2])
             if held_out(name, argument[0], one_in=5) == reserved:
                 return name, argument
@@ -435,6 +450,18 @@ def crossed_name(rng: random.Random) -> str:
     front, back = rng.choice(facts.NAMES_EN), rng.choice(facts.NAMES_EN)
     name = front[: rng.randrange(1, len(front))] + back[rng.randrange(1, len(back)) :]
     return name if name not in facts.NAMES_EN_TEST else crossed_name(rng)
+
+
+def sliced_name(rng: random.Random) -> str:
+    """Two slices of words of the world: every way of spelling that its vocabulary knows."""
+    words = [w for c in facts.CAPITALS for w in c[:2]] + [a[0] for a in facts.ANIMALS] + facts.NAMES_EN
+    parts = []
+    for _ in range(rng.choice((2, 2, 3))):
+        word = rng.choice(words).replace(" ", "").lower()
+        start = rng.randrange(max(1, len(word) - 2))
+        parts.append(word[start : start + rng.choice((1, 2, 2, 3, 4))])
+    name = "".join(parts).capitalize()
+    return name if name not in facts.NAMES_EN_TEST else sliced_name(rng)
 
 
 def made_up_name(rng: random.Random) -> str:
