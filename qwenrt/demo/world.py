@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwenrt.demo import facts, tools
+from qwenrt.demo.names import crossed_name, made_up_name, sliced_name
 from qwenrt.demo.phrasings import ASK, MORE_ASK, OPENERS, SMALL_TALK, SYSTEMS
 from qwenrt.demo.samples import Question, Sample, Turn
 
@@ -443,31 +444,3 @@ class World:
         return Sample(
             "plain text", text=" ".join(self.sentence(lang) for _ in range(self.rng.randrange(1, 5)))
         )
-
-
-def crossed_name(rng: random.Random) -> str:
-    """The front of one name and the back of another: spelled like a name, and known by nobody."""
-    front, back = rng.choice(facts.NAMES_EN), rng.choice(facts.NAMES_EN)
-    name = front[: rng.randrange(1, len(front))] + back[rng.randrange(1, len(back)) :]
-    return name if name not in facts.NAMES_EN_TEST else crossed_name(rng)
-
-
-def sliced_name(rng: random.Random) -> str:
-    """Two slices of words of the world: every way of spelling that its vocabulary knows."""
-    words = [w for c in facts.CAPITALS for w in c[:2]] + [a[0] for a in facts.ANIMALS] + facts.NAMES_EN
-    parts = []
-    for _ in range(rng.choice((2, 2, 3))):
-        word = rng.choice(words).replace(" ", "").lower()
-        start = rng.randrange(max(1, len(word) - 2))
-        parts.append(word[start : start + rng.choice((1, 2, 2, 3, 4))])
-    name = "".join(parts).capitalize()
-    return name if name not in facts.NAMES_EN_TEST else sliced_name(rng)
-
-
-def made_up_name(rng: random.Random) -> str:
-    """A name nobody has, so that names are learned to be copied rather than known by heart."""
-    syllables = "".join(
-        rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))
-    )
-    name = (syllables + rng.choice(("", "", "n", "s", "r", "l", "x"))).capitalize()
-    return name if name not in facts.NAMES_EN_TEST else made_up_name(rng)
