@@ -2,8 +2,8 @@
 
     python scripts/build_demo.py
 
-takes about an hour and a quarter on two CPU cores and writes qwenrt/demo. The same seed and number of threads on the same
-kind of machine give the same weights. After a cut, the same command goes on where the training was.
+takes about an hour and a quarter on two CPU cores and writes qwenrt/demo. The same seed and number of threads on the
+same kind of machine give the same weights. After a cut, the same command goes on where the training was.
 """
 
 from __future__ import annotations
