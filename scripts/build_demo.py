@@ -52,13 +52,10 @@ STAGES: dict[str, dict[str, Any]] = {
         "warmup_ratio": 0.05,
         "min_learning_rate_ratio": 0.5,
     },
-    "second": {"batch_tokens": 1536, "warmup_ratio": 0.02, "max_steps": 3200, "decay_steps": 5350},
+    "second": {"batch_tokens": 1536, "warmup_ratio": 0.02, "min_learning_rate_ratio": 0.5},
     "copying": {"batch_tokens": 1024, "warmup_ratio": 0.03, "min_learning_rate_ratio": 0.5},
     "last": {"batch_tokens": 1536, "warmup_ratio": 0.02},
-    "polish": {"batch_tokens": 1536, "warmup_ratio": 0.02, "learning_rate": 1.2e-3},
 }
-# One more, which the shipped weights have not had: tools and names of any spelling.
-EXTRA = {"varied": {"batch_tokens": 1536, "warmup_ratio": 0.02, "learning_rate": 1.2e-3}}
 VOCABULARY_SAMPLES = 20_000
 _COMMON_WORDS = set(
     "首都 哪里 什么 颜色 名字 告诉 知道 请问 故事 标题 天气 多少 等于 喜欢 中文 英文 回答".split()  # noqa: SIM905
@@ -189,9 +186,7 @@ def write_corpus(path: Path, samples: Iterator[Sample]) -> None:
     partial.rename(path)
 
 
-def train(
-    work: Path, seed: int, threads: int, max_steps: int | None, stages: dict[str, dict[str, Any]]
-) -> Path:
+def train(work: Path, seed: int, threads: int, max_steps: int | None) -> Path:
     """Every stage in turn; the directory of the trained checkpoint."""
     model = work / "base"
     if not (model / "config.json").exists():
@@ -199,7 +194,7 @@ def train(
         vocabulary = learn_vocabulary(pieces(samples), size=3000, at_least=20)
         write_base(model, vocabulary)
         logger.info("vocabulary: %d tokens", len(vocabulary))
-    for stage, settings in stages.items():
+    for stage, settings in STAGES.items():
         data, trained = work / f"{stage}.jsonl", work / stage
         if not data.exists():
             write_corpus(data, corpus.stage_samples(stage))
@@ -230,12 +225,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "qwenrt" / "demo")
     parser.add_argument("--max-steps", type=int, default=None, help="of each stage (to try things out)")
-    parser.add_argument("--varied", action="store_true", help="add a stage the shipped weights have not had")
     parser.add_argument("--no-eval", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    stages = {**STAGES, **EXTRA} if args.varied else STAGES
-    trained = train(args.work, args.seed, args.threads, args.max_steps, stages)
+    trained = train(args.work, args.seed, args.threads, args.max_steps)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in SHIPPED:
         shutil.copyfile(trained / name, args.output / name)

@@ -41,9 +41,9 @@ def mixture(world: World) -> Sample:
     return world.mixed()
 
 
-def stream(make: Callable[[World], Sample], seed: int, variety: int = 0) -> Iterator[Sample]:
+def stream(make: Callable[[World], Sample], seed: int) -> Iterator[Sample]:
     """Samples of one kind without end, the same for the same seed."""
-    world = World("train", seed, variety)
+    world = World("train", seed)
     while True:
         yield make(world)
 
@@ -89,51 +89,30 @@ def _copying(world: World) -> Sample:
 # copying what was said teaches to remember, each in a fraction of the steps that the whole mixture would take.
 STAGES: dict[str, tuple[tuple[Callable[[World], Sample] | None, int, int], ...]] = {
     "first": ((World.first, 14_000, 101),),
-    "second": ((mixture, 39_000, 1), (None, 8_000, 201)),
-    "copying": ((_copying, 16_000, 301),),
+    "second": ((mixture, 23_000, 1), (None, 5_000, 201)),
+    "copying": ((_copying, 20_000, 301),),
     "last": (
-        (mixture, 9_000, 401),
-        (World.echo, 2_000, 402),
-        (World.memory, 7_000, 403),
-        (World.system, 5_000, 404),
-        (World.story, 3_000, 405),
-        (World.tool, 3_000, 406),
-        (_sums, 800, 407),
-    ),
-    "polish": (
-        (mixture, 5_000, 501),
-        (World.fact, 4_000, 502),
-        (World.memory, 4_000, 503),
-        (World.told, 2_000, 504),
-        (World.system, 9_000, 505),
-        (World.story, 1_000, 506),
-        (World.tool, 4_500, 507),
-        (World.echo, 2_000, 508),
-        (_sums, 1_500, 509),
-        (_capitals, 3_000, 510),
-    ),
-    "varied": (
-        (mixture, 3_000, 601),
-        (World.fact, 3_000, 602),
-        (World.told, 4_000, 603),
-        (World.memory, 2_000, 604),
-        (World.persona, 3_000, 605),
-        (World.system, 5_000, 606),
-        (_hard_systems, 5_000, 607),
-        (World.tool, 6_000, 608),
-        (_sums, 500, 609),
-        (_capitals, 1_000, 610),
+        (mixture, 20_000, 401),
+        (World.fact, 9_000, 402),
+        (World.several, 3_000, 403),
+        (World.told, 6_000, 404),
+        (World.memory, 13_000, 405),
+        (World.echo, 4_000, 406),
+        (World.persona, 4_000, 407),
+        (World.system, 14_000, 408),
+        (_hard_systems, 6_000, 409),
+        (World.story, 4_000, 410),
+        (World.tool, 12_000, 411),
+        (_sums, 3_000, 412),
+        (_capitals, 4_000, 413),
     ),
 }
-
-
-VARIETY = {"polish": 1, "varied": 2}  # of names, phrasings and tools
 
 
 def stage_samples(stage: str) -> Iterator[Sample]:
     """Everything one stage of training reads."""
     for make, count, seed in STAGES[stage]:
-        samples = sum_samples(seed) if make is None else stream(make, seed, VARIETY.get(stage, 0))
+        samples = sum_samples(seed) if make is None else stream(make, seed)
         yield from itertools.islice(samples, count)
 
 

@@ -544,20 +544,6 @@ ASK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
-# More to train on in the last stage: forms of words that the others leave out.
-MORE_ASK: dict[tuple[str, str], tuple[str, ...]] = {
-    ("sound", "en"): (
-        "Do you know what {x} says?",
-        "I want to know what {x} says.",
-        "Can you tell me the sound of {x}?",
-        "What sound {x} makes, please?",
-    ),
-    ("food", "en"): ("I want to know what {x} eats.", "Can you tell me the food of {x}?"),
-    ("tell_colour", "en"): ("I like {x}, it is my favorite color.", "My favourite is the colour {x}."),
-    ("tell_colour", "zh"): ("我爱的颜色是{x}。", "我最爱的是{x}。"),
-    ("capital", "en"): ("{x} has which capital?", "Please name the capital of {x}."),
-}
-
 # What the model says about itself: intent, language -> (phrasings to train on, phrasings of the test, answer)
 SMALL_TALK: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ("hello", "en"): (
@@ -824,6 +810,12 @@ SYSTEMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "You are {y} called {x}.",
             "You are {y}. Your name is {x}.",
             "Your name is {x} and you are {y}.",
+            "You are called {x} and you are {y}.",
+            "You are now {x}, {y}.",
+            "Imagine that you are {x}, {y}.",
+            "Play the part of {x}, {y}.",
+            "{x} is your name. You are {y}.",
+            "You are {y}. You are called {x}.",
         ),
         ("You are {y} and your name is {x}.", "You are called {x}. You are {y}."),
     ),
@@ -833,6 +825,11 @@ SYSTEMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "你的名字是{x}，你是一个{y}。",
             "你是一个{y}，名字叫{x}。",
             "你叫{x}，是一个{y}。",
+            "你现在是{x}，一个{y}。",
+            "你叫{x}。你是一个{y}。",
+            "请扮演{x}，一个{y}。",
+            "你的身份是一个{y}，名字叫{x}。",
+            "你是一个叫{x}的{y}。",
         ),
         ("你是一个{y}，你叫{x}。", "你的名字叫{x}，是一个{y}。"),
     ),

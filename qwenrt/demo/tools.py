@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenrt.demo import facts
+from qwenrt.demo.names import sliced_word
 
 # kind -> names, descriptions, arguments (name, description)
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]] = {
@@ -106,9 +107,12 @@ class Call:
     answer: str
 
 
-def varied_name(rng: random.Random, kind: str) -> str:
-    """A tool's name that is none of KINDS."""
-    return f"{rng.choice(_VARIED_FRONTS)}_{rng.choice(_VARIED_BACKS[kind])}"
+def varied_tool(rng: random.Random, kind: str) -> tuple[str, str]:
+    """The names of a tool and of its argument, at most one of them from KINDS, the others plausible or made up."""
+    front, back = rng.choice(_VARIED_FRONTS), rng.choice(_VARIED_BACKS[kind])
+    made_up = f"{sliced_word(rng)}_{rng.choice((back, sliced_word(rng)))}"
+    name = rng.choice((f"{front}_{back}", made_up, rng.choice(KINDS[kind][0])))
+    return name, rng.choice((rng.choice(VARIED_ARGUMENTS), rng.choice(VARIED_ARGUMENTS), sliced_word(rng)))
 
 
 def make_tool(rng: random.Random, kind: str, name: str, argument: tuple[str, str]) -> dict[str, Any]:

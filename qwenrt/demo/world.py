@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwenrt.demo import facts, tools
-from qwenrt.demo.names import crossed_name, made_up_name, sliced_name
-from qwenrt.demo.phrasings import ASK, MORE_ASK, OPENERS, SMALL_TALK, SYSTEMS
+from qwenrt.demo.frames import composed, composed_systems
+from qwenrt.demo.names import english_name
+from qwenrt.demo.phrasings import ASK, OPENERS, SMALL_TALK, SYSTEMS
 from qwenrt.demo.samples import Question, Sample, Turn
 
 Split = Literal["train", "test"]
@@ -33,7 +34,6 @@ class World:
 
     split: Split
     seed: int
-    variety: int = 0  # training: 1 crosses names, 2 adds sliced ones, MORE_ASK and tools of any name
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,10 +50,10 @@ class World:
         uses with this key. ``reserved=False``: the test may use any (another part of the sample is unseen)."""
         train, test = ASK[intent, lang]
         free = [p for p in train if not held_out(intent, lang, p, key)]
-        if self.variety > 1:
-            free = [*free, *MORE_ASK.get((intent, lang), ())]
         if not self.testing:
-            return self.casual(self.rng.choice(free).format(**fields), lang)
+            made = composed(intent, lang)
+            chosen = self.rng.choice(made if made and self.rng.random() < 0.5 else free)
+            return self.casual(chosen.format(**fields), lang)
         kept = [p for p in train if p not in free]
         options = [*test, *test, *(kept or test), *([] if reserved else free)]
         text: str = self.rng.choice(options).format(**fields)
@@ -165,15 +165,7 @@ class World:
                 name = self.rng.choice(facts.SURNAMES_ZH) + given
                 if held_out(name, one_in=5) == self.testing:
                     return name
-        if self.testing:
-            return self.rng.choice(facts.NAMES_EN_TEST)
-        if self.variety and self.rng.random() < 0.5:
-            return (
-                crossed_name(self.rng)
-                if self.variety == 1 or self.rng.random() < 0.3
-                else sliced_name(self.rng)
-            )
-        return made_up_name(self.rng) if self.rng.random() < 0.5 else self.rng.choice(facts.NAMES_EN)
+        return self.rng.choice(facts.NAMES_EN_TEST) if self.testing else english_name(self.rng)
 
     def memory(self) -> Sample:
         lang, chinese = (lang := self.rng.choice(LANGS)), lang == "zh"
@@ -263,8 +255,10 @@ class World:
             "one_word": q.short[lang],
             "thanks": f"{q.full[lang]} Thank you!",
         }[kind]
-        turn = Turn(q.user, answer, (answer,), True)
-        return Sample("system prompt", (turn,), self.rng.choice(test if new_prompt else train))
+        prompts = test if new_prompt else train
+        if not self.testing and self.rng.random() < 0.6:
+            prompts = composed_systems(kind)
+        return Sample("system prompt", (Turn(q.user, answer, (answer,), True),), self.rng.choice(prompts))
 
     def persona(self) -> Sample:
         """A system prompt that says who the model is, and the question who it is."""
@@ -286,7 +280,7 @@ class World:
 
     def tool(self) -> Sample:
         lang, kind = self.rng.choice(LANGS), self.rng.choice(list(tools.KINDS))
-        count = self.rng.choice((0, 0, 0, 1) if self.variety > 1 else (0, 1, 1, 2))
+        count = self.rng.choice((0, 1, 1, 2) if self.testing else (0, 0, 1, 1, 2))
         others = self.rng.sample([k for k in tools.KINDS if k != kind], count)
         name, argument = self._tool_name(kind, self.testing and self.rng.random() < 0.5)
         given = [tools.make_tool(self.rng, kind, name, argument)]
@@ -310,11 +304,8 @@ class World:
 
     def _tool_name(self, kind: str, reserved: bool) -> tuple[str, tuple[str, str]]:
         while True:
-            if self.variety > 1 and self.rng.random() < 0.8:
-                key = self.rng.choice(tools.VARIED_ARGUMENTS)
-                if self.rng.random() < 0.5:
-                    return tools.varied_name(self.rng, kind), (key, "What to use")
-                name = self.rng.choice(tools.KINDS[kind][0])
+            if not self.testing and self.rng.random() < 0.7:
+                name, key = tools.varied_tool(self.rng, kind)
                 if not held_out(name, key, one_in=5):
                     return name, (key, "What to use")
                 continue
@@ -415,6 +406,18 @@ class World:
             ("重复：", "请说：", "跟我说：") if lang == "zh" else ("Repeat: ", "Say: ", "Repeat after me: ")
         )
         return Sample("echo", (Turn(self.rng.choice(heads) + text, text),))
+
+    def several(self) -> Sample:
+        """Training only: the capitals of several countries at once."""
+        lang, chinese = (lang := self.rng.choice(LANGS)), lang == "zh"
+        chosen = self.rng.sample(facts.CAPITALS, self.rng.choice((2, 3, 4)))
+        names = [c[2 * chinese] for c in chosen]
+        if chinese:
+            user, lines = f"{'、'.join(names)}的首都是哪里？", [f"{c[2]}的首都是{c[3]}。" for c in chosen]
+        else:
+            user = f"What are the capitals of {', '.join(names[:-1])} and {names[-1]}?"
+            lines = [f"The capital of {c[0]} is {c[1]}." for c in chosen]
+        return Sample("several", (Turn(user, "\n".join(lines)),))
 
     def told(self) -> Sample:
         """Training only: the first turn of a memory."""
