@@ -1,0 +1,210 @@
+"""GPTQ's int4 and int8 bits on disk <-> CanonicalWeight."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenrt.errors import CheckpointError, ConfigError
+from qwenrt.ops.stored import (
+    SCALE_DTYPES,
+    WORD,
+    WORD_DTYPES,
+    check_stored,
+    code_tensors,
+    dtype_name,
+    half_scales,
+    real_bias,
+)
+from qwenrt.ops.types import CanonicalWeight
+
+if TYPE_CHECKING:
+    from qwenrt.config import QuantConfig
+
+
+def unpack_gptq(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    quant: QuantConfig,
+    in_features: int,
+    out_features: int,
+    name: str,
+) -> CanonicalWeight:
+    """One GPTQ linear, as AutoGPTQ wrote it, in the canonical form.
+
+    With K = in_features, N = out_features, b = quant.bits, G = ceil(K / group_size): ``qweight`` int32
+    [K*b/32, N], ``qzeros`` int32 [G, N*b/32], ``scales`` float [G, N], ``g_idx`` int [K] (absent or empty:
+    arange(K) // group_size), ``bias`` [N] or None; a bias of zeros, which AutoGPTQ adds to every linear,
+    is dropped. W[n, k] = scales[g_idx[k], n] * (q[k, n] - (stored_zero[g_idx[k], n] + quant.zero_offset)),
+    without masking the sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. Zeros are
+    always read, whatever ``quant.sym`` says. Raises CheckpointError that names the module when a shape,
+    dtype or index is wrong.
+    """
+    _check_bits(quant.bits, name)
+    group_size = _group_size(quant.group_size, in_features, name)
+    per_word, groups = WORD // quant.bits, math.ceil(in_features / group_size)
+    check_stored(
+        f"{name}: reading a GPTQ linear with {in_features} inputs, {out_features} outputs, {quant.bits} bits, "
+        f"group_size {group_size}",
+        "a GPTQ tool",
+        qweight=(qweight, (math.ceil(in_features / per_word), out_features), WORD_DTYPES),
+        qzeros=(qzeros, (groups, math.ceil(out_features / per_word)), WORD_DTYPES),
+        scales=(scales, (groups, out_features), SCALE_DTYPES),
+        bias=(bias, (out_features,), SCALE_DTYPES),
+    )
+    codes = _unpack_rows(qweight, quant.bits)[:in_features]
+    zeros = _unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16) + quant.zero_offset
+    perm = None
+    if g_idx is not None and g_idx.numel() > 0:
+        g_idx = _checked_g_idx(g_idx, in_features, scales.shape[0], quant, name)
+        if not torch.equal(g_idx, torch.arange(in_features) // group_size):
+            perm, group_size, order = _sort_groups(g_idx, group_size)
+            if perm is not None:
+                codes = codes.index_select(0, perm.long())
+            if order is not None:
+                scales, zeros = scales.index_select(0, order), zeros.index_select(0, order)
+    elif quant.desc_act:
+        raise CheckpointError(
+            f"{name}: reading a GPTQ linear quantised in activation order (desc_act true)",
+            "the checkpoint holds no g_idx, so the group of each input is unknown",
+            "Download the checkpoint again, or set desc_act to false if it was quantised without.",
+        )
+    return CanonicalWeight(
+        codes=codes.contiguous(),
+        scales=scales.contiguous(),
+        zeros=zeros.contiguous(),
+        bits=quant.bits,
+        group_size=group_size,
+        perm=perm,
+        bias=real_bias(bias),
+    )
+
+
+def _check_bits(bits: int, name: str) -> None:
+    if bits not in (4, 8):
+        raise CheckpointError(
+            f"{name}: reading a GPTQ linear of {bits} bits",
+            "4 and 8 bits are supported",
+            "Use the model's Int4 or Int8 release, or the dense one with quantize='int4'.",
+        )
+
+
+def _group_size(group_size: int, in_features: int, name: str) -> int:
+    if group_size == -1 or group_size > in_features:
+        return in_features
+    if group_size < 1:
+        raise CheckpointError(
+            f"{name}: reading a GPTQ linear",
+            f"group_size is {group_size}",
+            "It must be -1 (one group for all inputs) or at least 1: correct quantize_config.json.",
+        )
+    return group_size
+
+
+def _checked_g_idx(
+    g_idx: torch.Tensor, in_features: int, groups: int, quant: QuantConfig, name: str
+) -> torch.Tensor:
+    """``g_idx`` as int64 on the CPU, or CheckpointError."""
+    asked = f"{name}: reading g_idx, the group of each of {in_features} inputs"
+    remedy = "The file is damaged or of another model: download it again."
+    if g_idx.is_floating_point() or tuple(g_idx.shape) != (in_features,):
+        found = f"it has shape {list(g_idx.shape)} and dtype {dtype_name(g_idx.dtype)}"
+        raise CheckpointError(asked, f"{found}, expected integers [{in_features}]", remedy)
+    g_idx = g_idx.to("cpu", torch.int64)
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise CheckpointError(asked, f"groups {low} to {high}, but scales hold 0 to {groups - 1}", remedy)
+    if groups > 1 and high == 0 and not quant.desc_act:
+        raise CheckpointError(
+            asked,
+            f"all zeros, which leaves {groups - 1} of {groups} groups of scales unused: a placeholder",
+            "Remove g_idx from the file if the checkpoint was quantised without desc_act.",
+        )
+    return g_idx
+
+
+def _sort_groups(
+    g_idx: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor | None, int, torch.Tensor | None]:
+    """(perm, group_size, order): rows in the order ``perm`` (None: as they are) fall into equal groups.
+
+    ``order`` int64 picks the scales of each of these groups (None: as they are). Where the file's groups
+    are of unequal sizes they are cut into the largest equal ones, and order repeats their scales.
+    """
+    in_features = g_idx.shape[0]
+    by_group = torch.argsort(g_idx, stable=True)
+    sorted_idx = g_idx[by_group]
+    in_order = torch.equal(by_group, torch.arange(in_features))
+    perm = None if in_order else by_group.to(torch.int32)
+    if torch.equal(sorted_idx, torch.arange(in_features) // group_size):
+        return perm, group_size, None
+    starts = torch.nonzero(sorted_idx[1:] != sorted_idx[:-1]).flatten() + 1
+    step = math.gcd(*starts.tolist()) or in_features
+    return perm, step, sorted_idx[::step]
+
+
+def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [R, C] -> uint8 [R * 32 / bits, C]: word r holds rows r*32/bits and on, lowest bits first."""
+    per_word, mask = WORD // bits, 2**bits - 1
+    codes = torch.empty(words.shape[0], per_word, words.shape[1], dtype=torch.uint8)
+    for j in range(per_word):
+        # masked: the shift of a negative word drags its sign
+        codes[:, j] = (words >> (j * bits)).bitwise_and_(mask)
+    return codes.view(words.shape[0] * per_word, words.shape[1])
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of _unpack_rows: integers in [0, 2**bits) -> int32."""
+    per_word = WORD // bits
+    rows = codes.view(codes.shape[0] // per_word, per_word, codes.shape[1])
+    words = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.int32)
+    for j in range(per_word):
+        words |= rows[:, j].to(torch.int32) << (j * bits)
+    return words
+
+
+def pack_gptq(weight: CanonicalWeight, *, zero_offset: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors GPTQ keeps on disk for a quantised weight: qweight, qzeros, scales (float16), g_idx, bias.
+
+    ``zero_offset`` 1 writes v1 (stored zero = true zero - 1), 0 writes v2. Inverse of unpack_gptq. The
+    bias is written even when there is none (zeros), as AutoGPTQ does. Raises ConfigError when the format
+    cannot hold it.
+    """
+    codes, scales, zeros = code_tensors(weight)
+    bits, per_word = weight.bits, WORD // weight.bits
+    in_features, out_features = codes.shape
+    asked = f"writing a [{out_features}, {in_features}] weight as GPTQ of {bits} bits"
+    if in_features % per_word or out_features % per_word:
+        raise ConfigError(
+            asked,
+            f"both sizes must be multiples of {per_word}, the codes in one int32",
+            "Leave this linear dense.",
+        )
+    stored = zeros.to(torch.int32) - zero_offset
+    low, high = int(stored.min()), int(stored.max())
+    if low < 0 or high >= 2**bits:
+        raise ConfigError(
+            asked,
+            f"zeros from {low + zero_offset} to {high + zero_offset} do not fit in {bits} bits "
+            f"with offset {zero_offset}",
+            "Write the other version of the format (zero_offset 0 is v2, 1 is v1).",
+        )
+    g_idx = torch.arange(in_features) // weight.group_size
+    if weight.perm is not None:
+        order = weight.perm.long()
+        codes = torch.empty_like(codes).index_copy_(0, order, codes)
+        g_idx = torch.empty_like(g_idx).index_copy_(0, order, g_idx)
+    bias = torch.zeros(out_features) if weight.bias is None else weight.bias
+    return {
+        "qweight": _pack_rows(codes, bits),
+        "qzeros": _pack_rows(stored.t().contiguous(), bits).t().contiguous(),
+        "scales": half_scales(scales, asked),
+        "g_idx": g_idx.to(torch.int32),
+        "bias": bias.to(torch.float16),
+    }
