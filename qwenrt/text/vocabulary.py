@@ -1,9 +1,10 @@
-"""Reads vocabulary files (`base64(token) rank` lines) that nobody has vouched for."""
+"""What a tokenizer is made of, and qwen.tiktoken files (`base64(token) rank` lines) that nobody has vouched for."""
 
 from __future__ import annotations
 
 import binascii
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenrt.config import not_the_file
@@ -13,6 +14,47 @@ MAX_VOCAB_BYTES = 16 * 2**20  # the released file has 2.5 MB
 MAX_TOKEN_ID = 2**21 - 1  # tables are indexed by id, so an absurd id would be an absurd allocation
 _FETCH_AGAIN = "Fetch the file again; it may be damaged or cut off."
 _BOM = b"\xef\xbb\xbf"
+_FROM_LFS = (
+    "The model directory is incomplete: this is one of its git-lfs files. "
+    "Fetch it with `git lfs pull` or `qwenrt pull`."
+)
+
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that no merge produces: its form stands for its id wherever control tokens are recognised.
+
+    special: decoding with skip_special_tokens drops it (`<|im_end|>`; not `<think>`). normalized: it is looked
+    for in the NFC form of a text, else in the text as written.
+    """
+
+    form: str
+    id: int
+    special: bool
+    normalized: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """ranks: the tokens that merging produces, bytes -> id; the lower id is merged first. added: all others.
+
+    unmerged: tokens that have an id but that no merge reaches: they are decoded, never encoded. pattern splits
+    a text into the pieces that are merged one by one; nfc: composed before that. eos_token_id: what
+    tokenizer_config.json names as the end of a text or turn.
+    """
+
+    ranks: Mapping[bytes, int]
+    added: tuple[AddedToken, ...]
+    unmerged: Mapping[bytes, int] = field(default_factory=dict)
+    pattern: str = SPLIT_PATTERN
+    nfc: bool = True
+    eos_token_id: int | None = None
 
 
 def read_base_vocab(path: Path) -> dict[bytes, int]:
@@ -61,7 +103,7 @@ def read_extra_vocab(
 
 def _entries(path: Path) -> Iterator[tuple[int, bytes, int]]:
     """(line number from 1, token bytes, rank) of each line; blank lines are skipped, CRLF is fine."""
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_limited(path, MAX_VOCAB_BYTES).splitlines(), 1):
         if not line or line.isspace():
             continue
         fields = line.split()
@@ -80,26 +122,22 @@ def _entries(path: Path) -> Iterator[tuple[int, bytes, int]]:
         yield number, token, int(digits)
 
 
-def _read(path: Path) -> bytes:
+def read_limited(path: Path, limit: int) -> bytes:
+    """The bytes of a vocabulary file, without a BOM. CheckpointError where it is missing or something else."""
     asked = f"reading {path}"
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_VOCAB_BYTES + 1)
+            raw = file.read(limit + 1)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            asked,
-            "no such file",
-            "The model directory is incomplete: qwen.tiktoken is one of its git-lfs files. "
-            "Fetch it with `git lfs pull` or `qwenrt pull`.",
-        ) from error
+        raise CheckpointError(asked, "no such file", _FROM_LFS) from error
     except OSError as error:
         raise CheckpointError(
             asked,
             f"{type(error).__name__}: {error.strerror}",
             "Check the path and its permissions.",
         ) from error
-    if len(raw) > MAX_VOCAB_BYTES:
-        raise CheckpointError(asked, f"more than {MAX_VOCAB_BYTES} bytes", "This is not a vocabulary file.")
+    if len(raw) > limit:
+        raise CheckpointError(asked, f"more than {limit} bytes", "This is not a vocabulary file.")
     unlike = not_the_file(raw)
     if unlike:
         raise CheckpointError(asked, *unlike)
