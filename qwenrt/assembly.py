@@ -272,7 +272,8 @@ def choose_dtype(wanted: str, config: ModelConfig, backend: Backend, stored: str
     if wanted != "auto":
         backend.check_dtype(DTYPES[wanted])
         return DTYPES[wanted]
-    return backend.default_dtype(config.dtype or stored, config.num_parameters * 4, config.quant is not None)
+    coded = config.quant is not None and config.quant.has_codes
+    return backend.default_dtype(config.dtype or stored, config.num_parameters * 4, coded)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str | None:
@@ -335,8 +336,9 @@ def _num_blocks(
 
 
 def _selfcheck(config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings) -> None:
-    bits = config.quant.bits if config.quant else quantize_bits(settings.quantize, config) or 16
-    group = config.quant.group_size if config.quant else QUANTIZE_GROUP
+    coded = config.quant if config.quant is not None and config.quant.has_codes else None
+    bits = coded.bits if coded else quantize_bits(settings.quantize, config) or 16
+    group = coded.group_size if coded else QUANTIZE_GROUP
     specs = Qwen(config, backend, dtype).linear_specs.values()
     shapes = {(s.out_features, s.in_features, bits if s.quantizable else 16, group) for s in specs}
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)

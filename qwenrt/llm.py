@@ -219,15 +219,11 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """Figures of the engine (running, waiting, free blocks, ...) and of the model (bytes, limits)."""
         alive = self._alive()
-        embedding = alive.model.embed_tokens.nbytes
         return {
             **alive.engine.stats(),
             "max_model_len": alive.max_model_len,
             "weight_bytes": alive.model.weight_bytes,
-            # a token reads every weight but one row of the embedding
-            "weight_bytes_per_token": alive.model.weight_bytes
-            - embedding
-            + embedding // self.config.vocab_size,
+            "weight_bytes_per_token": alive.model.weight_bytes_per_token,
             "load_s": alive.load_s,
             "dtype": str(alive.dtype).removeprefix("torch."),
             "kernels": alive.backend.describe(),

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
-from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
+from qwenrt.ops.types import CanonicalWeight, Experts, LayerKV, Packed, StepPlan
 
-F = TypeVar("F", bound=Callable[..., Any])
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 # The primitive ops a backend may override, and the seams of a decoder layer that compose them.
 PRIMITIVES = ("rms_norm", "linear", "rotary", "store_kv", "attention", "silu_and_mul")
@@ -23,6 +24,7 @@ SEAMS = {
     "rotary_store_kv": ("rotary", "store_kv"),
     "linear_add": ("linear",),
     "norm_gate_up_silu": ("rms_norm", "linear", "silu_and_mul"),
+    "norm_moe_add": ("rms_norm", "linear", "silu_and_mul"),
 }
 
 
@@ -44,11 +46,11 @@ def native(
     kinds: tuple[str, ...] = (),
     needs: tuple[str, ...] = (),
     note: str = "",
-) -> Callable[[F], F]:
+) -> Callable[[Method], Method]:
     """Marks a method as this device's own code and states where it serves; elsewhere the definition does."""
     limits = Limits(dtypes, head_dim, kinds, needs, note)
 
-    def mark(method: F) -> F:
+    def mark(method: Method) -> Method:
         method.native = limits  # type: ignore[attr-defined]
         return method
 
@@ -157,8 +159,9 @@ class Backend:
         kv: LayerKV | None,
         plan: StepPlan,
         scale: float,
+        window: int = 0,
     ) -> torch.Tensor:
-        return reference.attention(q, k, v, kv, plan, scale)
+        return reference.attention(q, k, v, kv, plan, scale, window)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.silu_and_mul(gate_up)
@@ -173,6 +176,7 @@ class Backend:
         self,
         qkv: torch.Tensor,
         heads: tuple[int, int, int],
+        qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
         q_scale: torch.Tensor | None,
@@ -181,11 +185,16 @@ class Backend:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """qkv [T, (H + 2 KVH) hd] -> rotated q [T, H, hd] and k, v [T, KVH, hd], k and v stored as well.
 
-        ``heads``: (H, KVH, hd). ``q_scale`` [T] multiplies each token's rotated query (LogN), in q's dtype.
+        ``heads``: (H, KVH, hd). ``qk_norms``: weights [hd] of the norms of each query and each key head before they
+        are rotated, and their eps. ``q_scale`` [T] multiplies each token's rotated query (LogN), in q's dtype.
         """
         num_heads, num_kv_heads, head_dim = heads
         rows = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
         qk, v = rows.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], dim=1)
+        if qk_norms is not None:
+            q_norm, k_norm, eps = qk_norms
+            q, k = qk.split_with_sizes([num_heads, num_kv_heads], dim=1)
+            qk = torch.cat((self.rms_norm(q, q_norm, eps), self.rms_norm(k, k_norm, eps)), dim=1)
         q, k = self.rotary(qk, cos, sin).split_with_sizes([num_heads, num_kv_heads], dim=1)
         if q_scale is not None:
             q = q * q_scale.to(q.dtype)[:, None, None]
@@ -200,6 +209,26 @@ class Backend:
     def norm_gate_up_silu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
         """[T, D] -> [T, I] = silu_and_mul(linear(rms_norm(x)))."""
         return self.silu_and_mul(self.linear(self.rms_norm(x, norm, eps), w))
+
+    def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        """[T, D] -> [T, D] = x + the weighted sum of each token's experts over rms_norm(x).
+
+        Experts are added in the order of their numbers, so that a token's sum is the same in every batch.
+        """
+        normed = self.rms_norm(x, norm, eps)
+        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+        total = torch.zeros_like(normed)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            token, rank = (chosen == expert).nonzero(as_tuple=True)
+            y = self._mlp(normed.index_select(0, token), w.gate_up[expert], w.down[expert])
+            total = total.index_add(0, token, y * weights[token, rank].unsqueeze(-1))
+        if w.shared is not None and w.shared_gate is not None:
+            gate = torch.sigmoid(F.linear(normed, w.shared_gate.to(x.dtype)))
+            total = total + gate * self._mlp(normed, *w.shared)
+        return x + total
+
+    def _mlp(self, x: torch.Tensor, gate_up: Packed, down: Packed) -> torch.Tensor:
+        return self.linear(self.silu_and_mul(self.linear(x, gate_up)), down)
 
     # ---- layouts
 

@@ -112,6 +112,8 @@ class TensorReader:
             flat = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
         if flat.data_ptr() % dtype.itemsize:
             flat = flat.clone()  # files of old writers: data not aligned to its dtype
+        if entry.transposed:
+            return flat.view(dtype).view(entry.shape[::-1]).t()
         return flat.view(dtype).view(entry.shape)
 
     def release(self, name: str) -> None:

@@ -28,7 +28,8 @@ DOWNLOAD_AGAIN = "Download the file again (qwenrt pull resumes) and compare its 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a shard: ``begin`` and ``end`` are byte offsets from the start of the file."""
+    """One tensor of a shard: ``begin`` and ``end`` are byte offsets from the start of the file. ``transposed``: the
+    file holds the transpose of a matrix of this shape."""
 
     name: str
     dtype: str
@@ -36,6 +37,7 @@ class TensorEntry:
     begin: int
     end: int
     shard: Path
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from qwenrt.errors import ConfigError
 
-KINDS = ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")
+# What a module's tensors are called: dense, GPTQ and AWQ, FP8 with what its values are multiplied by.
+KINDS = ("weight", "bias", "qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "weight_scale")
+_NUMBER = "(?:0|[1-9][0-9]{0,5})"
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,31 @@ IGNORED = Place("", "", "ignored")
 
 @dataclass(frozen=True)
 class NameTable:
-    """The names of one generation, matched from end to end; ``{n}`` stands for a layer number.
+    """The names of one generation, matched from end to end; ``{n}`` stands for a layer's number, ``{e}`` for an
+    expert's.
 
     ``linears``: module path -> (parameter, part), to be followed by one of KINDS. ``tensors``: full name ->
     parameter. ``ignored``: patterns of names that are known and not needed. ``prefix``: first word that may be
-    absent, as some tools save the inner model alone.
+    absent, as some tools save the inner model alone, or be one of ``other_prefixes``. ``stacked``: names of tensors
+    that hold a module of all experts one after the other -> the path of one expert's module (in no file).
     """
 
     prefix: str
     linears: dict[str, tuple[str, str]]
     tensors: dict[str, str]
     ignored: tuple[str, ...]
+    other_prefixes: tuple[str, ...] = ()
+    stacked: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def _prefixes(self) -> str:
+        return f"(?:{'|'.join(re.escape(p) for p in (self.prefix, *self.other_prefixes))})?"
 
     def _pattern(self, path: str) -> str:
-        rest = re.escape(path.removeprefix(self.prefix)).replace(r"\{n\}", r"(?P<n>0|[1-9][0-9]{0,5})")
-        return f"(?:{re.escape(self.prefix)})?{rest}" if path.startswith(self.prefix) else rest
+        rest = re.escape(path.removeprefix(self.prefix))
+        for letter in ("n", "e"):
+            rest = rest.replace(rf"\{{{letter}\}}", f"(?P<{letter}>{_NUMBER})")
+        return f"{self._prefixes}{rest}" if path.startswith(self.prefix) else rest
 
     @cached_property
     def _rules(self) -> list[tuple[re.Pattern[str], str, str]]:
@@ -62,32 +74,51 @@ class NameTable:
         ]
 
     @cached_property
+    def _stacked(self) -> list[tuple[re.Pattern[str], str]]:
+        return [(re.compile(self._pattern(name)), path) for name, path in self.stacked.items()]
+
+    @cached_property
     def _ignored(self) -> re.Pattern[str]:
-        return re.compile(f"(?:{re.escape(self.prefix)})?(?:{'|'.join(self.ignored)})")
+        return re.compile(f"{self._prefixes}(?:{'|'.join(self.ignored)})")
 
     def locate(self, name: str) -> Place | None:
         """The place of the checkpoint tensor ``name``; IGNORED for a known buffer; None if it is unknown."""
         for pattern, param, part in self._rules:
             if match := pattern.fullmatch(name):
                 groups = match.groupdict()
-                return Place(param.format(n=groups.get("n")), part, groups.get("kind") or "weight")
+                numbers = {letter: groups.get(letter) for letter in ("n", "e")}
+                return Place(param.format(**numbers), part, groups.get("kind") or "weight")
         return IGNORED if self._ignored.fullmatch(name) else None
+
+    def expert_of(self, name: str) -> str | None:
+        """For a tensor that holds a module of all experts: the name of one expert's, with ``{e}`` in it; else None."""
+        for pattern, path in self._stacked:
+            if match := pattern.fullmatch(name):
+                return path.replace("{n}", match["n"])
+        return None
 
     def parts(self, param: str) -> list[str]:
         """The parts in which checkpoints of this generation store a linear; [""] for one block."""
-        n = next((word for word in param.split(".") if word.isdecimal()), "")
-        return [part for name, part in self.linears.values() if name.format(n=n) == param]
+        numbers = _numbers(param)
+        found = [part for name, part in self.linears.values() if name.format(**numbers) == param]
+        return found if "" not in found or len(found) == 1 else [part for part in found if part]
 
     def source(self, param: str, part: str = "", kind: str = "weight") -> str:
         """The name under which a checkpoint holds a parameter: locate's inverse, for messages and for writing."""
-        n = next((word for word in param.split(".") if word.isdecimal()), "")
+        numbers = _numbers(param)
         for path, place in self.linears.items():
-            if (place[0].format(n=n), place[1]) == (param, part):
-                return f"{path.format(n=n)}.{kind}"
+            if (place[0].format(**numbers), place[1]) == (param, part):
+                return f"{path.format(**numbers)}.{kind}"
         for path, owner in self.tensors.items():
-            if owner.format(n=n) == param:
-                return path.format(n=n)
+            if owner.format(**numbers) == param:
+                return path.format(**numbers)
         return f"{param}.{part}.{kind}" if part else f"{param}.{kind}"
+
+
+def _numbers(param: str) -> dict[str, str]:
+    """{"n": layer, "e": expert} of a parameter's name, as far as it has them."""
+    found = [word for word in param.split(".") if word.isdecimal()]
+    return dict(zip(("n", "e"), [*found, "", ""]))
 
 
 # c_attn already holds q, k and v, one block under the other; silu is applied to w2, so w2 is the gate.
@@ -114,7 +145,55 @@ QWEN1 = NameTable(
     ),
 )
 
-TABLES = {"qwen": QWEN1}
+_ATTENTION = {f"model.layers.{{n}}.self_attn.{p}_proj": ("layers.{n}.qkv_proj", p) for p in ("q", "k", "v")}
+
+
+def _mlp(module: str, param: str) -> dict[str, tuple[str, str]]:
+    """The three linears of an MLP, whichever of a layer's MLPs it is."""
+    return {
+        f"model.layers.{{n}}.mlp.{module}gate_proj": (f"layers.{{n}}.{param}gate_up_proj", "gate"),
+        f"model.layers.{{n}}.mlp.{module}up_proj": (f"layers.{{n}}.{param}gate_up_proj", "up"),
+        f"model.layers.{{n}}.mlp.{module}down_proj": (f"layers.{{n}}.{param}down_proj", ""),
+    }
+
+
+# Qwen1.5 to Qwen3, dense and mixtures of experts: one table, since no name means two things.
+QWEN2 = NameTable(
+    prefix="model.",
+    linears={
+        **_ATTENTION,
+        "model.layers.{n}.self_attn.o_proj": ("layers.{n}.o_proj", ""),
+        **_mlp("", ""),
+        **_mlp("experts.{e}.", "experts.{e}."),
+        "model.layers.{n}.mlp.experts.{e}.gate_up_proj": ("layers.{n}.experts.{e}.gate_up_proj", ""),
+        **_mlp("shared_expert.", "shared_expert."),
+        "lm_head": ("lm_head", ""),
+    },
+    tensors={
+        "model.embed_tokens.weight": "embed_tokens",
+        "model.layers.{n}.input_layernorm.weight": "layers.{n}.input_norm",
+        "model.layers.{n}.post_attention_layernorm.weight": "layers.{n}.post_norm",
+        "model.layers.{n}.self_attn.q_norm.weight": "layers.{n}.q_norm",
+        "model.layers.{n}.self_attn.k_norm.weight": "layers.{n}.k_norm",
+        "model.layers.{n}.mlp.gate.weight": "layers.{n}.router",
+        "model.layers.{n}.mlp.shared_expert_gate.weight": "layers.{n}.shared_expert_gate",
+        "model.norm.weight": "norm",
+    },
+    # Vision towers and extra prediction heads are whole networks beside the text's.
+    ignored=(
+        r"(?:layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq",
+        r"layers\..+\.input_scale",  # of activations, which are computed in more than 8 bits here
+        r"visual\..+",
+        r"mtp\..+",
+    ),
+    other_prefixes=("model.language_model.",),
+    stacked={
+        "model.layers.{n}.mlp.experts.gate_up_proj": "model.layers.{n}.mlp.experts.{e}.gate_up_proj.weight",
+        "model.layers.{n}.mlp.experts.down_proj": "model.layers.{n}.mlp.experts.{e}.down_proj.weight",
+    },
+)
+
+TABLES = {"qwen": QWEN1, "qwen2": QWEN2, "qwen2_moe": QWEN2, "qwen3": QWEN2, "qwen3_moe": QWEN2}
 
 
 def table_for(model_type: str) -> NameTable:

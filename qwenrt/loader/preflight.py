@@ -58,7 +58,7 @@ def weight_bytes(config: ModelConfig, dtype_bytes: int, quantize: str | None = N
     d = config.hidden_size
     shapes = list(linear_shapes(config))
     layer = sum(_linear_bytes(rows, columns, dtype_bytes, quant) for rows, columns in shapes)
-    biases = sum(rows for rows, _ in shapes) if config.linear_bias else shapes[0][0]
+    biases = sum(rows for rows, _ in shapes) if config.mlp_bias else shapes[0][0]
     layer += (biases + 2 * d) * dtype_bytes
     vocabulary = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
     return config.num_layers * layer + (vocabulary + d) * dtype_bytes

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from qwenrt.backends.base import Backend, OpSpec
-from qwenrt.config import ModelConfig
-from qwenrt.ops.types import LayerKV, Packed, StepPlan
+from qwenrt.config import ModelConfig, MoeConfig
+from qwenrt.ops.types import Experts, LayerKV, Packed, StepPlan
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,78 @@ class LinearSpec:
         return sum(rows for _, rows in self.parts)
 
 
-def layer_linears(config: ModelConfig, prefix: str) -> list[LinearSpec]:
-    """The four linears of a layer, in the order they are used."""
-    d, i = config.hidden_size, config.intermediate_size
+def layer_linears(config: ModelConfig, layer: int) -> list[LinearSpec]:
+    """The linears of a layer, in the order they are used."""
+    prefix, d = f"layers.{layer}", config.hidden_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    bias = config.linear_bias
+    attention = [
+        LinearSpec(f"{prefix}.qkv_proj", d, (("q", q), ("k", kv), ("v", kv)), bias=config.qkv_bias),
+        LinearSpec(f"{prefix}.o_proj", q, (("o", d),), bias=config.o_bias),
+    ]
+    moe = config.moe
+    if moe is None or not config.is_moe(layer):
+        return [*attention, *_mlp_linears(prefix, d, config.intermediate_size, config.mlp_bias)]
+    shared = moe.shared_intermediate_size
     return [
-        LinearSpec(f"{prefix}.qkv_proj", d, (("q", q), ("k", kv), ("v", kv)), bias=True),
-        LinearSpec(f"{prefix}.o_proj", q, (("o", d),), bias=bias),
+        *attention,
+        *(_mlp_linears(f"{prefix}.shared_expert", d, shared) if shared else ()),
+        *(
+            spec
+            for expert in range(moe.num_experts)
+            for spec in _mlp_linears(f"{prefix}.experts.{expert}", d, moe.intermediate_size)
+        ),
+    ]
+
+
+def _mlp_linears(prefix: str, d: int, i: int, bias: bool = False) -> list[LinearSpec]:
+    return [
         LinearSpec(f"{prefix}.gate_up_proj", d, (("gate", i), ("up", i)), bias=bias),
         LinearSpec(f"{prefix}.down_proj", i, (("down", d),), bias=bias),
     ]
+
+
+def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """The other weights of a layer and their shapes: norms, and what chooses the experts."""
+    d, prefix = config.hidden_size, f"layers.{layer}"
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.input_norm": (d,), f"{prefix}.post_norm": (d,)}
+    if config.qk_norm:
+        shapes |= {f"{prefix}.q_norm": (config.head_dim,), f"{prefix}.k_norm": (config.head_dim,)}
+    if config.moe is not None and config.is_moe(layer):
+        shapes[f"{prefix}.router"] = (config.moe.num_experts, d)
+        if config.moe.shared_intermediate_size:
+            shapes[f"{prefix}.shared_expert_gate"] = (1, d)
+    return shapes
+
+
+class Weights(dict[str, "Packed | torch.Tensor"]):
+    """All weights of a model by name."""
+
+    def packed(self, name: str) -> Packed:
+        weight = self[name]
+        assert isinstance(weight, Packed)
+        return weight
+
+    def tensor(self, name: str) -> torch.Tensor:
+        weight = self[name]
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def experts(self, prefix: str, moe: MoeConfig) -> Experts:
+        """What the mixture of experts of one layer consists of."""
+        names = [f"{prefix}.experts.{expert}" for expert in range(moe.num_experts)]
+        shared = f"{prefix}.shared_expert"
+        has_shared = moe.shared_intermediate_size > 0
+        return Experts(
+            router=self.tensor(f"{prefix}.router"),
+            gate_up=[self.packed(f"{name}.gate_up_proj") for name in names],
+            down=[self.packed(f"{name}.down_proj") for name in names],
+            top_k=moe.top_k,
+            norm_topk_prob=moe.norm_topk_prob,
+            shared=(self.packed(f"{shared}.gate_up_proj"), self.packed(f"{shared}.down_proj"))
+            if has_shared
+            else None,
+            shared_gate=self.tensor(f"{shared}_gate") if has_shared else None,
+        )
 
 
 @dataclass
@@ -53,36 +114,52 @@ class StepInputs:
 class DecoderLayer:
     """h = x + attention(norm(x)); y = h + mlp(norm(h)), each step one bound seam of the backend."""
 
-    def __init__(self, config: ModelConfig, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        self.prefix = f"layers.{index}"
+        self.moe = config.moe if config.is_moe(index) else None
+        self.qk_norm = config.qk_norm
         self.heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self.scale = config.head_dim**-0.5
         self.eps = config.rms_norm_eps
-        self.input_norm: torch.Tensor
-        self.post_norm: torch.Tensor
-        self.qkv_proj: Packed
-        self.o_proj: Packed
-        self.gate_up_proj: Packed
-        self.down_proj: Packed
+        self.window = config.window(index)
 
-    def bind(self, backend: Backend, dtype: torch.dtype) -> None:
-        """Choose the code of every seam once, by the shapes and kinds of this layer's weights."""
+    def bind(self, backend: Backend, dtype: torch.dtype, weights: Weights) -> None:
+        """Take this layer's weights and choose the code of every seam once, by their shapes and kinds."""
 
         def bound(op: str, kind: str = "") -> Callable[..., torch.Tensor]:
             return backend.resolve(OpSpec(op, self.prefix, dtype, self.heads[2], kind))
 
+        self.input_norm, self.post_norm = (
+            weights.tensor(f"{self.prefix}.{n}_norm") for n in ("input", "post")
+        )
+        self.qkv_proj, self.o_proj = (weights.packed(f"{self.prefix}.{n}_proj") for n in ("qkv", "o"))
+        self.qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None = None
+        if self.qk_norm:
+            q_norm, k_norm = (weights.tensor(f"{self.prefix}.{n}_norm") for n in "qk")
+            self.qk_norms = q_norm, k_norm, self.eps
         self._norm_linear = bound("norm_linear", self.qkv_proj.kind)
         self._rotary_store_kv = backend.resolve(OpSpec("rotary_store_kv", self.prefix, dtype, self.heads[2]))
         self._attention = bound("attention")
         self._o_add = bound("linear_add", self.o_proj.kind)
-        self._norm_gate_up_silu = bound("norm_gate_up_silu", self.gate_up_proj.kind)
-        self._down_add = bound("linear_add", self.down_proj.kind)
+        if self.moe is None:
+            self.gate_up_proj, self.down_proj = (
+                weights.packed(f"{self.prefix}.{n}_proj") for n in ("gate_up", "down")
+            )
+            self._norm_gate_up_silu = bound("norm_gate_up_silu", self.gate_up_proj.kind)
+            self._down_add = bound("linear_add", self.down_proj.kind)
+        else:
+            self.experts = weights.experts(self.prefix, self.moe)
+            self._norm_moe_add = bound("norm_moe_add", self.experts.gate_up[0].kind)
 
     def forward(self, x: torch.Tensor, step: StepInputs, kv: LayerKV | None) -> torch.Tensor:
         """x [T, D] -> [T, D]; this step's keys and values go to ``kv``."""
         qkv = self._norm_linear(x, self.input_norm, self.eps, self.qkv_proj)
-        q, k, v = self._rotary_store_kv(qkv, self.heads, step.cos, step.sin, step.q_scale, kv, step.plan)
-        attended = self._attention(q, k, v, kv, step.plan, self.scale).flatten(1)
+        q, k, v = self._rotary_store_kv(
+            qkv, self.heads, self.qk_norms, step.cos, step.sin, step.q_scale, kv, step.plan
+        )
+        attended = self._attention(q, k, v, kv, step.plan, self.scale, self.window).flatten(1)
         x = self._o_add(attended, self.o_proj, x)
+        if self.moe is not None:
+            return self._norm_moe_add(x, self.post_norm, self.eps, self.experts)
         hidden = self._norm_gate_up_silu(x, self.post_norm, self.eps, self.gate_up_proj)
         return self._down_add(hidden, self.down_proj, x)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError
-from qwenrt.model.layers import DecoderLayer, LinearSpec, StepInputs, layer_linears
+from qwenrt.model.layers import DecoderLayer, LinearSpec, StepInputs, Weights, layer_linears, layer_tensors
 from qwenrt.model.rotary import RotaryTables, logn_scale
 from qwenrt.ops.types import LayerKV, Packed, StepPlan
 
@@ -24,25 +24,19 @@ class Qwen:
 
     def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype) -> None:
         self.config, self.backend, self.dtype = config, backend, dtype
-        self.layers = [DecoderLayer(config, f"layers.{i}") for i in range(config.num_layers)]
+        self.layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
+        d, vocab = config.hidden_size, config.vocab_size
         self.linear_specs: dict[str, LinearSpec] = {
-            spec.name: spec for layer in self.layers for spec in layer_linears(config, layer.prefix)
+            spec.name: spec for i in range(config.num_layers) for spec in layer_linears(config, i)
         }
-        head = LinearSpec(
-            "lm_head", config.hidden_size, (("lm_head", config.vocab_size),), False, quantizable=False
+        self.linear_specs["lm_head"] = LinearSpec(
+            "lm_head", d, (("lm_head", vocab),), False, quantizable=False
         )
-        self.linear_specs["lm_head"] = head
-        width = (config.hidden_size,)
-        self.tensor_specs: dict[str, tuple[int, ...]] = {
-            "embed_tokens": (config.vocab_size, config.hidden_size)
-        }
-        for layer in self.layers:
-            self.tensor_specs[f"{layer.prefix}.input_norm"] = width
-            self.tensor_specs[f"{layer.prefix}.post_norm"] = width
-        self.tensor_specs["norm"] = width
-        self.embed_tokens: torch.Tensor
-        self.norm: torch.Tensor
-        self.lm_head: Packed
+        self.tensor_specs: dict[str, tuple[int, ...]] = {"embed_tokens": (vocab, d)}
+        for i in range(config.num_layers):
+            self.tensor_specs |= layer_tensors(config, i)
+        self.tensor_specs["norm"] = (d,)
+        self.weights = Weights()
         self._rotary = RotaryTables(config, backend.device)
 
     # ---- weights
@@ -53,47 +47,39 @@ class Qwen:
         got, wanted = (packed.out_features, packed.in_features), (spec.out_features, spec.in_features)
         if got != wanted:
             raise CheckpointError(f"weight {name}", f"shape {list(got)}", f"It must be {list(wanted)}.")
-        self._set(name, packed)
+        self.weights[name] = packed
 
     def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Install a norm or the embedding, already on the device and in the model's dtype."""
+        """Install a norm, a router or the embedding, already on the device. The embedding may be of another dtype
+        than the model's: its rows are converted when they are read."""
         wanted = self.tensor_specs[name]
         if tuple(tensor.shape) != wanted:
             raise CheckpointError(
                 f"weight {name}", f"shape {list(tensor.shape)}", f"It must be {list(wanted)}."
             )
-        self._set(name, tensor)
-
-    def _set(self, name: str, value: Packed | torch.Tensor) -> None:
-        if name.startswith("layers."):
-            _, index, attribute = name.split(".")
-            setattr(self.layers[int(index)], attribute, value)
-        else:
-            setattr(self, name, value)
+        self.weights[name] = tensor
 
     def get(self, name: str) -> Packed | torch.Tensor:
         """The weight that was set under a name of ``linear_specs`` or ``tensor_specs``."""
-        value: Packed | torch.Tensor
-        if name.startswith("layers."):
-            _, index, attribute = name.split(".")
-            value = getattr(self.layers[int(index)], attribute)
-        else:
-            value = getattr(self, name)
-        return value
+        return self.weights[name]
+
+    @property
+    def embed_tokens(self) -> torch.Tensor:
+        return self.weights.tensor("embed_tokens")
+
+    @property
+    def lm_head(self) -> Packed:
+        return self.weights.packed("lm_head")
 
     def linears(self) -> Iterator[Packed]:
         """Every packed linear, in the order of ``linear_specs``."""
         for name in self.linear_specs:
-            packed = self.get(name)
-            assert isinstance(packed, Packed)
-            yield packed
+            yield self.weights.packed(name)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every dense weight and bias by name ("layers.0.qkv_proj.weight", ".bias", "norm", ...)."""
         for name in self.tensor_specs:
-            tensor = self.get(name)
-            assert isinstance(tensor, torch.Tensor)
-            yield name, tensor
+            yield name, self.weights.tensor(name)
         for name, packed in zip(self.linear_specs, self.linears(), strict=True):
             if packed.kind == "dense":
                 yield f"{name}.weight", packed.data["weight"]
@@ -104,15 +90,33 @@ class Qwen:
         """Choose the code of every op, once, when all weights are set."""
         self.backend.bindings.clear()
         for layer in self.layers:
-            layer.bind(self.backend, self.dtype)
+            layer.bind(self.backend, self.dtype, self.weights)
         self._final_norm = self.backend.resolve(OpSpec("rms_norm", "norm", self.dtype))
         self._head = self.backend.resolve(OpSpec("linear", "lm_head", self.dtype, kind=self.lm_head.kind))
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights as they are packed."""
-        tensors = sum(self.get(name).nbytes for name in self.tensor_specs)
-        return tensors + sum(packed.nbytes for packed in self.linears())
+        total = sum(self.weights.tensor(name).nbytes for name in self.tensor_specs)
+        total += sum(packed.nbytes for packed in self.linears())
+        return total - (self.embed_tokens.nbytes if self._head_is_embedding else 0)
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that computing one token reads: of the embedding one row, of the experts the chosen."""
+        total = self.weight_bytes
+        if not self._head_is_embedding:
+            total -= self.embed_tokens.nbytes - self.embed_tokens[0].nbytes
+        for layer in self.layers:
+            if layer.moe is not None:
+                experts = sum(packed.nbytes for packed in (*layer.experts.gate_up, *layer.experts.down))
+                total -= experts * (layer.moe.num_experts - layer.moe.top_k) // layer.moe.num_experts
+        return total
+
+    @property
+    def _head_is_embedding(self) -> bool:
+        weight = self.lm_head.data.get("weight")
+        return isinstance(weight, torch.Tensor) and weight.data_ptr() == self.embed_tokens.data_ptr()
 
     # ---- the network
 
@@ -139,10 +143,10 @@ class Qwen:
         spans = list(zip(plan.q_lens, alphas, strict=True))
         cos, sin = self._rotary.rows(positions.to(token_ids.device), spans, longest)
         step = StepInputs(cos, sin, q_scale, plan)
-        x = F.embedding(token_ids, self.embed_tokens)
+        x = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
         for i, layer in enumerate(self.layers):
             x = layer.forward(x, step, None if kv is None else kv[i])
-        hidden: torch.Tensor = self._final_norm(x, self.norm, self.config.rms_norm_eps)
+        hidden: torch.Tensor = self._final_norm(x, self.weights.tensor("norm"), self.config.rms_norm_eps)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

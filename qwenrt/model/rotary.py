@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import ModelConfig, YarnConfig
 
 
 def ntk_alpha(length: int, config: ModelConfig) -> int:
@@ -26,7 +26,8 @@ class RotaryTables:
     """cos and sin per NTK factor, grown on demand: [positions, rotary_dim] float32, both halves alike."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self._dim, self._theta, self._device = config.rotary_dim, config.rope_theta, device
+        self._dim, self._theta, self._yarn = config.rotary_dim, config.rope_theta, config.yarn
+        self._device = device
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rows(
@@ -53,11 +54,35 @@ class RotaryTables:
             length = max(256, 1 << (length - 1).bit_length())
             base = self._theta * alpha ** (self._dim / (self._dim - 2))
             exponent = torch.arange(0, self._dim, 2, dtype=torch.float32) / self._dim
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / base**exponent)
+            inv_freq, factor = 1.0 / base**exponent, 1.0
+            if self._yarn is not None:
+                inv_freq, factor = yarn_frequencies(inv_freq, base, self._yarn), self._yarn.attention_factor
+            angles = torch.outer(torch.arange(length, dtype=torch.float32), inv_freq)
             angles = torch.cat((angles, angles), dim=-1)
-            table = angles.cos().to(self._device), angles.sin().to(self._device)
+            table = (angles.cos() * factor).to(self._device), (angles.sin() * factor).to(self._device)
             self._tables[alpha] = table
         return table
+
+
+def yarn_frequencies(inv_freq: torch.Tensor, theta: float, yarn: YarnConfig) -> torch.Tensor:
+    """Plain inverse frequencies [dim / 2] -> those of YaRN (arXiv 2309.00071, section 3.2).
+
+    Pair j turns N * inv_freq[j] / 2 pi times within the original length N. From beta_fast turns on a pair is kept,
+    up to beta_slow turns it is slowed by ``factor``; between the pairs where these fall the two are blended.
+    """
+    dim = 2 * inv_freq.shape[0]
+
+    def pair(turns: float) -> float:
+        return dim * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    slowed = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return inv_freq / yarn.factor * slowed + inv_freq * (1 - slowed)
 
 
 def logn_scale(positions: torch.Tensor, config: ModelConfig) -> torch.Tensor | None:

@@ -90,6 +90,21 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def route(
+    x: torch.Tensor, router: torch.Tensor, top_k: int, norm_topk_prob: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, D], router [E, D] -> (weights [T, k] in x's dtype, experts int64 [T, k]).
+
+    The softmax is float32 and over all experts; the k largest are kept and, with ``norm_topk_prob``, made to sum
+    to 1 before they are rounded.
+    """
+    scores = F.linear(x, router.to(x.dtype)).float().softmax(-1)
+    weights, experts = scores.topk(top_k, dim=-1)
+    if norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(x.dtype), experts
+
+
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, H, hd] -> codes uint8 [T, H, hd], scale and zero float32 [T, H].
 
@@ -161,18 +176,19 @@ def attention(
     kv: LayerKV | None,
     plan: StepPlan,
     scale: float,
+    window: int = 0,
 ) -> torch.Tensor:
     """Causal attention of each sequence over its history and itself.
 
     q [T, H, hd]; k, v [T, KVH, hd] of this step, already stored in ``kv`` where there is a cache -> [T, H, hd].
-    Query j of a sequence sees its keys 0 .. kv_len - q_len + j. Without history the step's own k and v serve;
+    Query j of a sequence sees its keys 0 .. kv_len - q_len + j, of these the last ``window`` if it is not 0. Without history the step's own k and v serve;
     a quantised cache is always read back, so that a token sees the same values however the prompt was cut.
     """
     fresh = kv is None or not (plan.has_history or kv.quantized)
     lens = plan.q_lens
     if fresh and len(lens) > 1 and len(set(lens)) == 1 and lens[0] > 0:
         qs, ks, vs = (x.view(len(lens), lens[0], *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        return _causal(qs, ks, vs, scale).transpose(1, 2).flatten(0, 1)
+        return _causal(qs, ks, vs, scale, window).transpose(1, 2).flatten(0, 1)
     out, start = [], 0
     for i, (q_len, kv_len) in enumerate(zip(lens, plan.kv_lens, strict=True)):
         here = slice(start, start + q_len)
@@ -185,13 +201,17 @@ def attention(
             assert kv is not None
             keys, values = load_kv(kv, plan.block_table[i], kv_len, q.dtype)
         qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in (q[here], keys, values))
-        out.append(_causal(qs, ks, vs, scale)[0].transpose(0, 1))
+        out.append(_causal(qs, ks, vs, scale, window)[0].transpose(0, 1))
     return torch.cat(out) if out else q.new_empty(q.shape)
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [B, H, n, hd], k, v [B, KVH, m, hd], n <= m; the last query sees all keys (bottom-right aligned)."""
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+    """q [B, H, n, hd], k, v [B, KVH, m, hd], n <= m; the last query sees all keys (bottom-right aligned), or the
+    last ``window`` of them."""
     n, m = q.shape[2], k.shape[2]
+    if window and m > window + n - 1:  # keys that no query sees
+        k, v = k[:, :, m - window - n + 1 :], v[:, :, m - window - n + 1 :]
+        m = k.shape[2]
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -199,6 +219,8 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
         weights = ((q.float() * scale) @ k.float().transpose(-1, -2)).softmax(-1)
         return (weights @ v.float()).to(q.dtype)
     mask = None
-    if n < m:
+    if n < m or 0 < window < n:
         mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n == m, scale=scale)
+        if window:
+            mask = mask.triu(m - n - window + 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)

@@ -67,6 +67,23 @@ class Packed:
 
 
 @dataclass
+class Experts:
+    """A mixture of experts: ``router`` [E, D] scores them, a token goes to the ``top_k`` best.
+
+    ``gate_up`` [2I, D] and ``down`` [D, I] are each expert's linears; ``shared`` (gate_up, down), weighted by
+    sigmoid(``shared_gate`` [1, D] x), serves every token as well.
+    """
+
+    router: torch.Tensor
+    gate_up: list[Packed]
+    down: list[Packed]
+    top_k: int
+    norm_topk_prob: bool
+    shared: tuple[Packed, Packed] | None = None
+    shared_gate: torch.Tensor | None = None
+
+
+@dataclass
 class LayerKV:
     """One layer's paged cache. Slot s lives at block s // block_size, row s % block_size.
 

@@ -1,0 +1,46 @@
+"""The only reader of environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenrt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Every environment variable qwenrt looks at. Nothing else in the package reads os.environ."""
+
+    cache_dir: Path  # QWENRT_HOME: downloads and caches
+    hf_endpoint: str | None = None  # HF_ENDPOINT: a mirror of huggingface.co
+    hf_token: str | None = None  # HF_TOKEN: for gated or private repositories
+    modelscope_endpoint: str | None = None  # MODELSCOPE_ENDPOINT
+    offline: bool = False  # QWENRT_OFFLINE or HF_HUB_OFFLINE: never open a socket
+    backend: str | None = None  # QWENRT_BACKEND: what device="auto" means
+    num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
+    kernels: str = "auto"  # QWENRT_KERNELS: auto | off | avx2 | scalar, the C++ kernels of the CPU
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
+        env = os.environ if environ is None else environ
+        threads = env.get("QWENRT_NUM_THREADS")
+        if threads and not (threads.isdecimal() and 1 <= int(threads) <= 1024):
+            raise ConfigError("QWENRT_NUM_THREADS", f"is {threads!r}", "Set a number of threads, 1 to 1024.")
+        home = env.get("QWENRT_HOME")
+        return cls(
+            cache_dir=Path(home).expanduser() if home else Path.home() / ".cache" / "qwenrt",
+            hf_endpoint=env.get("HF_ENDPOINT") or None,
+            hf_token=env.get("HF_TOKEN") or None,
+            modelscope_endpoint=env.get("MODELSCOPE_ENDPOINT") or None,
+            offline=any(_truthy(env.get(k)) for k in ("QWENRT_OFFLINE", "HF_HUB_OFFLINE")),
+            backend=env.get("QWENRT_BACKEND") or None,
+            num_threads=int(threads) if threads else None,
+            kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
+        )
+
+
+def _truthy(value: str | None) -> bool:
+    return (value or "").strip().lower() in ("1", "true", "yes", "on")

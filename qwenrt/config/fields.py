@@ -1,0 +1,129 @@
+"""Reading JSON that nobody has vouched for: files, and single fields with their limits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwenrt.errors import ConfigError
+
+MAX_JSON_BYTES = 64 * 2**20
+LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged or hostile file
+    "vocab_size": 2**22,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 4096,
+    "intermediate_size": 2**20,
+    "kv_channels": 4096,
+    "seq_length": 2**24,
+    "max_position_embeddings": 2**24,
+    "num_experts": 4096,
+    "num_experts_per_tok": 4096,
+    "moe_intermediate_size": 2**20,
+    "shared_expert_intermediate_size": 2**20,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that nobody has vouched for. Raises ConfigError that names what it really is."""
+    asked = f"reading {path}"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise ConfigError(
+            asked,
+            "no such file" if missing else f"{type(error).__name__}: {error.strerror}",
+            "Is this a model directory? It needs config.json, the tokenizer and *.safetensors."
+            if missing
+            else "Check the file's permissions.",
+        ) from error
+    if len(raw) > MAX_JSON_BYTES:
+        raise ConfigError(asked, f"more than {MAX_JSON_BYTES} bytes", "This is not a configuration file.")
+    unlike = not_the_file(raw)
+    if unlike:
+        raise ConfigError(asked, *unlike)
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            asked, f"not valid JSON ({str(error)[:120]})", "Fetch the file again; it may be cut off."
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(asked, f"a JSON {type(value).__name__}, not an object", "Fetch the file again.")
+    return value
+
+
+def not_the_file(head: bytes) -> tuple[str, str] | None:
+    """(found, remedy) where the first bytes of a file show that something else was saved in its place."""
+    if not head.strip():
+        return "an empty file", "The download did not finish: fetch the file again."
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            "a git-lfs pointer, not the file itself",
+            "Run `git lfs install && git lfs pull` in the repository, or use `qwenrt pull`.",
+        )
+    start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return (
+            "an HTML page, not the file itself",
+            "A proxy or login page was saved in its place: fetch the file again.",
+        )
+    return None
+
+
+def bad(where: str, name: str, value: object, wanted: str) -> ConfigError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return ConfigError(f"reading {where}", f"{name} is {shown}", f"It must be {wanted}.")
+
+
+def integer(
+    config: Mapping[str, Any],
+    name: str,
+    where: str,
+    low: int = 1,
+    high: int | None = None,
+    default: int | None = None,
+) -> int:
+    value = config.get(name, default)
+    if value is None:
+        if name in config and default is not None:
+            return default
+        raise ConfigError(f"reading {where}", f"no {name}", "The file is incomplete: fetch it again.")
+    high = LIMITS.get(name, 2**31) if high is None else high
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise bad(where, name, value, f"an integer from {low} to {high}")
+    return value
+
+
+def number(
+    config: Mapping[str, Any],
+    name: str,
+    where: str,
+    low: float,
+    high: float,
+    default: float,
+    *,
+    low_open: bool = False,
+) -> float:
+    value = config.get(name)
+    value = default if value is None else value
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= value <= high or (low_open and value == low):
+        raise bad(where, name, value, f"a number {'above' if low_open else 'from'} {low:g} to {high:g}")
+    return float(value)
+
+
+def boolean(config: Mapping[str, Any], name: str, where: str, default: bool) -> bool:
+    value = config.get(name)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise bad(where, name, value, "true or false")
+    return value

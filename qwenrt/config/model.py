@@ -1,0 +1,139 @@
+"""The shape and the constants of a network, whichever generation wrote its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenrt.config.fields import read_json
+from qwenrt.config.quant import QuantConfig
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (arXiv 2309.00071): frequencies slower than ``beta_slow`` turns within ``original_length`` tokens are
+    divided by ``factor``, faster ones than ``beta_fast`` are kept, those between are blended; cos and sin are
+    multiplied by ``attention_factor``. Static: the same for every length."""
+
+    factor: float
+    original_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts: each token goes to ``top_k`` of ``num_experts`` MLPs of width ``intermediate_size``.
+
+    ``shared_intermediate_size``: width of the expert every token goes to as well, 0 where there is none.
+    ``norm_topk_prob``: the chosen experts' weights are made to sum to 1. ``dense_layers``: layers that keep one
+    MLP of the model's own intermediate_size.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    dense_layers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``model_type`` names the generation: "qwen", "qwen2", "qwen2_moe", "qwen3" or "qwen3_moe".
+
+    ``intermediate_size`` is the width of each MLP projection (Qwen-1's config.json stores twice that).
+    ``train_length`` is Qwen-1's seq_length: the length NTK and LogN are relative to, not the longest context.
+    ``qkv_bias``, ``o_bias``, ``mlp_bias``: which linears have biases. ``qk_norm``: queries and keys are normalised
+    head by head. ``windows``: for each layer how many tokens a query sees, itself included (0: all); empty where no
+    layer is limited. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the checkpoint leaves
+    the choice open.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rotary_dim: int
+    train_length: int
+    max_position_embeddings: int
+    use_dynamic_ntk: bool = False
+    use_logn_attn: bool = False
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = True
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int, ...] = ()
+    yarn: YarnConfig | None = None
+    moe: MoeConfig | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str | None = None
+    quant: QuantConfig | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
+        """From the content of config.json and of quantize_config.json, if there is one. ConfigError for what is
+        contradictory, hostile or of a family that is not supported."""
+        from qwenrt.config.families import read_model_config  # the readers build this class
+
+        return read_model_config(config, quantize)
+
+    @classmethod
+    def from_dir(cls, directory: str | Path) -> ModelConfig:
+        """Read config.json (and quantize_config.json). Keys that name code (auto_map) are never looked at."""
+        directory = Path(directory)
+        sidecar = directory / "quantize_config.json"
+        return cls.from_dict(
+            read_json(directory / "config.json"), read_json(sidecar) if sidecar.exists() else None
+        )
+
+    def window(self, layer: int) -> int:
+        """How many tokens a query of a layer sees, itself included; 0 for all."""
+        return self.windows[layer] if self.windows else 0
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(map(self.is_moe, range(self.num_layers)))
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole network, embeddings and head included."""
+        return self._parameters(None if self.moe is None else self.moe.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Those one token meets: as num_parameters, with only the experts it goes to."""
+        return self._parameters(None if self.moe is None else self.moe.top_k)
+
+    def _parameters(self, experts: int | None) -> int:
+        d, i = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = (q + 2 * kv) * (d + self.qkv_bias) + q * d + self.o_bias * d
+        attention += 2 * d + self.qk_norm * 2 * self.head_dim
+        dense = 3 * i * d + self.mlp_bias * (2 * i + d)
+        mlp = (self.num_layers - self.num_moe_layers) * dense
+        if self.moe is not None and experts is not None:
+            shared = self.moe.shared_intermediate_size
+            sparse = self.moe.num_experts * d + experts * 3 * self.moe.intermediate_size * d
+            mlp += self.num_moe_layers * (sparse + (3 * shared * d + d if shared else 0))
+        vocabulary = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return vocabulary + self.num_layers * attention + mlp + d
+
+    def kv_bytes_per_token(self, element_bytes: float) -> int:
+        """Bytes one token takes in the cache of all layers, keys and values together."""
+        return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes)

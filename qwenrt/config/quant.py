@@ -1,0 +1,129 @@
+"""How a checkpoint's linears are quantised on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwenrt.config.fields import bad, boolean, integer
+from qwenrt.errors import ConfigError
+
+Method = Literal["gptq", "awq", "fp8"]
+_SUPPORTED = "gptq (4 and 8 bits), awq (4 bits, gemm), fp8 (e4m3), compressed-tensors (float-quantized)"
+_DENSE = "Load the dense release of the model, with quantize= if it is too large."
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """``method`` "gptq" and "awq" store codes of ``bits`` in groups of ``group_size`` inputs (-1: one group for
+    all); ``zero_offset`` is added to stored zeros (1 in the v1 format of AutoGPTQ, 0 in v2 and in AWQ).
+    "fp8" stores float8_e4m3fn values and what to multiply them by: one number for each ``block`` (rows, columns),
+    or, without ``block``, for each row or for the whole matrix."""
+
+    bits: int
+    group_size: int
+    desc_act: bool = False
+    sym: bool = True
+    zero_offset: int = 1
+    method: Method = "gptq"
+    block: tuple[int, int] | None = None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the integer codes on disk are what is served; fp8 is turned into other weights at load."""
+        return self.method != "fp8"
+
+    @classmethod
+    def from_dict(cls, quant: Mapping[str, Any], where: str) -> QuantConfig:
+        """From quantization_config of config.json or from quantize_config.json. ConfigError for other methods."""
+        method = quant.get("quant_method", "gptq")
+        readers = {
+            "gptq": _gptq,
+            "awq": _awq,
+            "fp8": _fp8,
+            "fbgemm_fp8": _fp8,
+            "compressed-tensors": _compressed_tensors,
+        }
+        if not isinstance(method, str) or method not in readers:
+            found = f"quant_method is {method!r:.80}"
+            raise ConfigError(f"reading {where}", found, f"Supported are: {_SUPPORTED}. {_DENSE}")
+        return readers[method](quant, where)
+
+
+def _group_size(quant: Mapping[str, Any], where: str) -> int:
+    group = quant.get("group_size", 128)
+    if not isinstance(group, int) or isinstance(group, bool) or (group != -1 and not 1 <= group <= 2**20):
+        raise bad(where, "group_size", group, "-1 or a positive integer")
+    return group
+
+
+def _gptq(quant: Mapping[str, Any], where: str) -> QuantConfig:
+    bits = integer(quant, "bits", where, 1, 64)
+    if bits not in (4, 8):
+        raise ConfigError(f"reading {where}", f"{bits}-bit GPTQ weights", "Supported are 4 and 8 bits.")
+    form = quant.get("checkpoint_format", "gptq")
+    if form not in ("gptq", "gptq_v2"):
+        raise ConfigError(
+            f"reading {where}", f"checkpoint_format is {form!r:.80}", "Supported are: gptq, gptq_v2."
+        )
+    return QuantConfig(
+        bits=bits,
+        group_size=_group_size(quant, where),
+        desc_act=boolean(quant, "desc_act", where, False),
+        sym=boolean(quant, "sym", where, True),
+        zero_offset=0 if form == "gptq_v2" else 1,
+    )
+
+
+def _awq(quant: Mapping[str, Any], where: str) -> QuantConfig:
+    bits = integer(quant, "bits", where, 1, 64, 4)
+    if bits != 4:
+        raise ConfigError(f"reading {where}", f"{bits}-bit AWQ weights", f"Supported are 4 bits. {_DENSE}")
+    version = quant.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        found = f"the AWQ layout is {version!r:.80}"
+        raise ConfigError(f"reading {where}", found, f"Supported is 'gemm'. {_DENSE}")
+    if not boolean(quant, "zero_point", where, True):
+        raise ConfigError(
+            f"reading {where}", "zero_point is false", f"AWQ weights are read with their zeros. {_DENSE}"
+        )
+    return QuantConfig(4, _group_size(quant, where), sym=False, zero_offset=0, method="awq")
+
+
+def _fp8(quant: Mapping[str, Any], where: str) -> QuantConfig:
+    form = quant.get("fmt", "e4m3")
+    if form != "e4m3":
+        raise ConfigError(
+            f"reading {where}", f"FP8 of the form {form!r:.40}", f"Supported is 'e4m3'. {_DENSE}"
+        )
+    block = quant.get("weight_block_size")
+    if block is not None:
+        sizes = isinstance(block, list) and len(block) == 2
+        if not sizes or not all(type(n) is int and 1 <= n <= 2**16 for n in block):
+            raise bad(where, "weight_block_size", block, "two positive integers, [rows, columns]")
+        block = (block[0], block[1])
+    return QuantConfig(8, -1, zero_offset=0, method="fp8", block=block)
+
+
+def _compressed_tensors(quant: Mapping[str, Any], where: str) -> QuantConfig:
+    """Of this container only FP8 weights with one scale a row or a matrix are read."""
+    groups = quant.get("config_groups")
+    weights = [
+        group.get("weights")
+        for group in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(group, Mapping)
+    ]
+    for kind in weights:
+        kind = kind if isinstance(kind, Mapping) else {}
+        is_fp8 = (kind.get("type"), kind.get("num_bits")) == ("float", 8)
+        if not is_fp8 or kind.get("strategy") not in ("channel", "tensor"):
+            found = (
+                f"compressed-tensors weights of {kind.get('num_bits')!r:.20} bits, type {kind.get('type')!r:.20}, "
+                f"strategy {kind.get('strategy')!r:.20}"
+            )
+            remedy = f"Of this form only 8-bit floats per channel or tensor are read. {_DENSE}"
+            raise ConfigError(f"reading {where}", found, remedy)
+    if not weights:
+        raise ConfigError(f"reading {where}", "compressed-tensors without config_groups", _DENSE)
+    return QuantConfig(8, -1, zero_offset=0, method="fp8")
