@@ -10,23 +10,30 @@ from typing import Any
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError
 from qwenrt.text.unicode import nfc
-from qwenrt.text.vocabulary import END_OF_TEXT, IM_END, IM_START, MAX_TOKEN_ID, AddedToken
+from qwenrt.text.vocabulary import (
+    END_OF_TEXT,
+    FETCH_ALL_AGAIN,
+    IM_END,
+    IM_START,
+    MAX_TOKEN_ID,
+    AddedToken,
+)
 
 REQUIRED = (END_OF_TEXT, IM_START, IM_END)
 # The control tokens of the generations after the first, for files that list forms and ids only. All other added
 # tokens (<think>, <tool_call>, <|fim_prefix|>, ...) are text that a reader wants to see.
-CONTROL_TOKENS = frozenset(
-    (
-        *REQUIRED,
-        *(
-            f"<|{kind}_{end}|>"
-            for kind in ("object_ref", "box", "quad", "vision")
-            for end in ("start", "end")
-        ),
-    )
-) | {"<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"}
+CONTROL_TOKENS = frozenset(REQUIRED) | {
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>"),
+    *(
+        "<|quad_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ),
+}
 MAX_FORM_CHARS = 256
-_FETCH_AGAIN = "Fetch the tokenizer's files again: they are damaged or from different models."
 
 Listed = Iterator[tuple[str, AddedToken]]  # (where it is listed, what)
 
@@ -57,7 +64,7 @@ def read_added_tokens(
                     f"reading {where}",
                     f"{token.form!r} has id {token.id}, but "
                     + (f"{known.id} elsewhere" if known.id != token.id else f"that is the id of {other!r}"),
-                    _FETCH_AGAIN,
+                    FETCH_ALL_AGAIN,
                 )
 
     add(_from_tokenizer_json(tokenizer_json, f"{directory / 'tokenizer.json'}, added_tokens"))
@@ -82,7 +89,7 @@ def read_added_tokens(
 
 def _from_tokenizer_json(entries: object, where: str) -> Listed:
     if not isinstance(entries, list | None):
-        raise ConfigError(f"reading {where}", f"a JSON {type(entries).__name__}, not a list", _FETCH_AGAIN)
+        raise ConfigError(f"reading {where}", f"a JSON {type(entries).__name__}, not a list", FETCH_ALL_AGAIN)
     for number, entry in enumerate(entries or ()):
         token_id = entry.get("id") if isinstance(entry, dict) else None
         yield f"{where}[{number}]", _added_token(entry, token_id, f"{where}[{number}]")
@@ -90,7 +97,9 @@ def _from_tokenizer_json(entries: object, where: str) -> Listed:
 
 def _from_decoder(entries: object, where: str) -> Listed:
     if not isinstance(entries, dict | None):
-        raise ConfigError(f"reading {where}", f"a JSON {type(entries).__name__}, not an object", _FETCH_AGAIN)
+        raise ConfigError(
+            f"reading {where}", f"a JSON {type(entries).__name__}, not an object", FETCH_ALL_AGAIN
+        )
     for key, entry in (entries or {}).items():
         at = f"{where}[{key!r:.40}]"
         yield at, _added_token(entry, int(key) if re.fullmatch("[0-9]{1,9}", key) else key, at)
@@ -106,7 +115,7 @@ def _from_forms(entries: Mapping[str, object], where: str) -> Listed:
 def _added_token(entry: object, token_id: object, where: str) -> AddedToken:
     form = entry.get("content") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(form, str):
-        raise ConfigError(f"reading {where}", f"{entry!r:.60} has no content", _FETCH_AGAIN)
+        raise ConfigError(f"reading {where}", f"{entry!r:.60} has no content", FETCH_ALL_AGAIN)
     if not 0 < len(form) <= MAX_FORM_CHARS or re.search("[\ud800-\udfff]", form):
         raise ConfigError(
             f"reading {where}",
@@ -115,7 +124,7 @@ def _added_token(entry: object, token_id: object, where: str) -> AddedToken:
         )
     if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
         found = f"id {token_id!r:.40} of {form!r:.60} is not 0 to {MAX_TOKEN_ID}"
-        raise ConfigError(f"reading {where}", found, _FETCH_AGAIN)
+        raise ConfigError(f"reading {where}", found, FETCH_ALL_AGAIN)
     for name in ("lstrip", "rstrip", "single_word", "special", "normalized"):
         value = entry.get(name, False)
         if not isinstance(value, bool):

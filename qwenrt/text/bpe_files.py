@@ -14,13 +14,13 @@ from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, ConfigError
 from qwenrt.text.added_tokens import read_added_tokens
 from qwenrt.text.bpe_merges import check_forms, check_ids, is_byte_level, merged_ranks, split_merges
+from qwenrt.text.qwen1_vocabulary import QWEN1_FILE, is_cut_off
 from qwenrt.text.tokenizer_json import read_tokenizer_json
-from qwenrt.text.vocabulary import AddedToken, Vocabulary, read_base_vocab, read_limited
+from qwenrt.text.vocabulary import FETCH_ALL_AGAIN, AddedToken, Vocabulary, read_base_vocab, read_limited
 
 TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE = "tokenizer.json", "vocab.json", "merges.txt"
 MAX_MERGES_BYTES = 64 * 2**20  # the released file has 1.7 MB
 _MAX_UNMERGED = 0.01  # part of a vocabulary that its merges may miss; more means that merges are missing
-_FETCH_AGAIN = "Fetch the tokenizer's files again: they are damaged or from different models."
 
 
 def read_bpe(directory: Path) -> Vocabulary:
@@ -35,8 +35,7 @@ def read_bpe(directory: Path) -> Vocabulary:
     elif (directory / VOCAB_FILE).exists() or (directory / MERGES_FILE).exists():
         vocabulary = _from_vocab_and_merges(directory, config)
     else:
-        ranks = read_base_vocab(directory / "qwen.tiktoken")
-        vocabulary = Vocabulary(ranks, read_added_tokens(directory, None, config, {}, len(ranks)))
+        vocabulary = _from_ranks(directory, config)
     _check_collisions(vocabulary, directory)
     return replace(vocabulary, eos_token_id=_eos_token_id(config, config_path, vocabulary))
 
@@ -66,19 +65,7 @@ def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any]) -> Vocabu
     vocab = check_ids(read_json(path), str(path))
     added = read_added_tokens(directory, None, config, vocab, max(vocab.values(), default=-1) + 1)
     ordinary = _ordinary(vocab, added, str(path))
-    try:
-        lines = read_limited(merges_path, MAX_MERGES_BYTES).decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"reading {merges_path}", f"byte {error.start} is not UTF-8 ({error.reason})", _FETCH_AGAIN
-        ) from error
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
-    if numbered[0][1].startswith("#version"):
-        del numbered[0]
-    numbered = [(number, line) for number, line in numbered if line]
-    merges = split_merges(
-        [line for _, line in numbered], where := lambda index: f"{merges_path}, line {numbered[index][0]}"
-    )
+    merges, where = _read_merges(merges_path)
     ranks, unmerged = _merged(ordinary, merges, where, added, str(merges_path))
     last = max(unmerged, key=unmerged.__getitem__, default=b"")
     if last and unmerged[last] > max(ranks.values()):
@@ -88,6 +75,36 @@ def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any]) -> Vocabu
             "The file is cut off: fetch it again.",
         )
     return Vocabulary(ranks, added, unmerged)
+
+
+def _from_ranks(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
+    ranks = read_base_vocab(directory / QWEN1_FILE)
+    added = read_added_tokens(directory, None, config, {}, len(ranks))
+    if is_cut_off(ranks) or added[0].id > len(ranks):
+        raise CheckpointError(
+            f"reading {directory / QWEN1_FILE}",
+            f"it holds {len(ranks)} tokens, the first added token is {added[0].id}",
+            "The file is cut off or from another model: fetch it again.",
+        )
+    return Vocabulary(ranks, added)
+
+
+def _read_merges(path: Path) -> tuple[list[tuple[str, str]], Callable[[int], str]]:
+    """The pairs in a merges.txt, and a function that tells where in the file a pair is."""
+    try:
+        lines = read_limited(path, MAX_MERGES_BYTES).decode().split("\n")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is not UTF-8 ({error.reason})"
+        raise CheckpointError(f"reading {path}", found, FETCH_ALL_AGAIN) from error
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
+    if numbered[0][1].startswith("#version"):
+        del numbered[0]
+    numbered = [(number, line) for number, line in numbered if line]
+
+    def where(index: int) -> str:
+        return f"{path}, line {numbered[index][0]}"
+
+    return split_merges([line for _, line in numbered], where), where
 
 
 def _ordinary(vocab: Mapping[str, int], added: tuple[AddedToken, ...], where: str) -> dict[str, int]:
@@ -117,7 +134,7 @@ def _merged(
             f"reading {source}",
             f"its {len(merges)} entries make {len(ranks)} of {len(vocab)} tokens; "
             f"{next(iter(unmerged))!r:.60} is one of the others",
-            _FETCH_AGAIN,
+            FETCH_ALL_AGAIN,
         )
     return ranks, unmerged
 
@@ -138,7 +155,7 @@ def _check_collisions(vocabulary: Vocabulary, directory: Path) -> None:
             )
         else:
             continue
-        raise ConfigError(f"reading {directory}", found, _FETCH_AGAIN)
+        raise ConfigError(f"reading {directory}", found, FETCH_ALL_AGAIN)
 
 
 def _eos_token_id(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary) -> int | None:
@@ -157,6 +174,6 @@ def _eos_token_id(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary)
         raise ConfigError(
             f"reading {path}, eos_token",
             f"{form!r:.60} is no token of this vocabulary ({len(vocabulary.ranks)} tokens, {len(ids)} added)",
-            _FETCH_AGAIN,
+            FETCH_ALL_AGAIN,
         )
     return token_id

@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from qwenrt.errors import ConfigError
-from qwenrt.text.vocabulary import MAX_TOKEN_ID
+from qwenrt.text.vocabulary import FETCH_ALL_AGAIN, MAX_TOKEN_ID
 
-_FETCH_AGAIN = "Fetch the tokenizer's files again: they are damaged or from different models."
+MAX_VOCAB_CHARS = (
+    2**23
+)  # of all forms together, which bounds the time of the check; the released ones have 1 million
 _ID_BITS = MAX_TOKEN_ID.bit_length()
 
 
@@ -63,6 +65,9 @@ def check_forms(vocab: Mapping[str, int], where: str) -> None:
         odd = next(form for form in vocab if not is_byte_level(form))
         found = f"not a byte-level form of token {vocab[odd]}: it has other characters than GPT-2's 256"
         raise _bad(f"{where}, {_shown(odd)}", found)
+    chars = sum(map(len, vocab))
+    if chars > MAX_VOCAB_CHARS:
+        raise _bad(where, f"{chars} characters in {len(vocab)} tokens, more than {MAX_VOCAB_CHARS}")
     missing = [byte for byte, form in enumerate(FORMS_OF_BYTES) if form not in vocab]
     if missing:
         found = f"{len(missing)} of the 256 single bytes have no token, the first is 0x{missing[0]:02x}"
@@ -160,7 +165,7 @@ def _meet(
 
 
 def _bad(where: str, found: str) -> ConfigError:
-    return ConfigError(f"reading {where}", found, _FETCH_AGAIN)
+    return ConfigError(f"reading {where}", found, FETCH_ALL_AGAIN)
 
 
 def _shown(value: object) -> str:

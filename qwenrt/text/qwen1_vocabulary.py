@@ -59,6 +59,12 @@ def with_control_tokens(ranks: Mapping[bytes, int], name: str) -> Vocabulary:
     return Vocabulary(ranks, tuple(added))
 
 
+def is_cut_off(ranks: Mapping[bytes, int]) -> bool:
+    """Whether these are the first lines of the released vocabulary, and not all of them."""
+    token, rank = _RELEASED_TOKEN
+    return ranks.get(token) == rank and len(ranks) != RELEASED_RANKS
+
+
 def _extra_vocab_files(directory: Path, tokenizer_config: Mapping[str, Any]) -> list[Path]:
     named = tokenizer_config.get("extra_vocab_file")
     if named is None:
@@ -83,9 +89,8 @@ def _check_end_of_text(
     Where the directory names end-of-sequence ids they must be ours; where it names none, a file that begins
     like the released vocabulary must have its length.
     """
-    token, rank = _RELEASED_TOKEN
     eod_id, im_end_id = len(ranks), len(ranks) + SPECIAL_TOKENS.index(IM_END)
-    cut_off = ranks.get(token) == rank and len(ranks) != RELEASED_RANKS
+    cut_off = is_cut_off(ranks)
     named_any = False
     for name, config in configs:
         eos = config.get("eos_token_id")

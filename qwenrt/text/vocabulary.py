@@ -13,6 +13,7 @@ from qwenrt.errors import CheckpointError
 MAX_VOCAB_BYTES = 16 * 2**20  # the released file has 2.5 MB
 MAX_TOKEN_ID = 2**21 - 1  # tables are indexed by id, so an absurd id would be an absurd allocation
 _FETCH_AGAIN = "Fetch the file again; it may be damaged or cut off."
+FETCH_ALL_AGAIN = "Fetch the tokenizer's files again: they are damaged or from different models."
 _BOM = b"\xef\xbb\xbf"
 _FROM_LFS = (
     "The model directory is incomplete: this is one of its git-lfs files. "

@@ -7,7 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from qwenrt.errors import ConfigError, QwenrtError
 from qwenrt.text.bpe_merges import FORMS_OF_BYTES
+from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
 from qwenrt.text.vocabulary import SPLIT_PATTERN
 
 # What Qwen3 adds to the 151643 ordinary tokens, in order; the first fourteen are control tokens.
@@ -91,11 +95,11 @@ def tokenizer_json(
             "type": "Sequence",
             "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                BYTE_LEVEL,
+                {**BYTE_LEVEL},
             ],
         },
-        "post_processor": BYTE_LEVEL,
-        "decoder": BYTE_LEVEL,
+        "post_processor": {**BYTE_LEVEL},
+        "decoder": {**BYTE_LEVEL},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -132,3 +136,33 @@ def write(directory: Path, **files: Any) -> Path:
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         (directory / f"{stem}.{suffix}").write_bytes(text.encode())
     return directory
+
+
+RANKS = small_bpe_ranks()
+MERGES = merges_of(RANKS)
+FIRST = len(RANKS)  # id of <|endoftext|> in the small vocabulary
+
+
+def pair_of(directory: Path, **files: Any) -> Path:
+    return write(directory, **{"vocab_json": vocab_json(RANKS), "merges_txt": merges_txt(MERGES), **files})
+
+
+def small_json(**changes: Any) -> dict[str, Any]:
+    file = tokenizer_json(RANKS, MERGES)
+    for name, value in changes.items():
+        place: Any = file
+        *path, last = name.split("__")
+        for key in path:
+            place = place[int(key) if key.isdigit() else key]
+        place[int(last) if last.isdigit() else last] = value
+    return file
+
+
+def load_json(directory: Path, **changes: Any) -> Tokenizer:
+    return load_tokenizer(write(directory, tokenizer_json=small_json(**changes)))
+
+
+def refused(directory: Path, found: str, error: type[QwenrtError] = ConfigError) -> None:
+    with pytest.raises(error, match=found) as caught:
+        load_tokenizer(directory)
+    assert caught.value.remedy and str(directory) in str(caught.value)

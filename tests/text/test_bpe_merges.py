@@ -156,6 +156,8 @@ def test_refuses_missing_bytes() -> None:
         check_forms(vocab, "file")
     with pytest.raises(ConfigError, match="256 of the 256 single bytes"):
         check_forms({}, "file")
+    with pytest.raises(ConfigError, match="8388864 characters in 257 tokens, more than 8388608"):
+        check_forms({**BYTES, "x" * 2**23: 300}, "file")
 
 
 def test_merges_of_a_small_vocabulary() -> None:

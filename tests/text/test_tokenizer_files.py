@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 import unicodedata
@@ -17,17 +16,19 @@ from tokenizers import Tokenizer as Oracle
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.text.bpe_merges import FORMS_OF_BYTES
 from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
-from qwenrt.text.tokenizer_json import KNOWN_PATTERNS
 from qwenrt.text.vocabulary import read_base_vocab
 from tests.text.bpe_vocab import (
-    BYTE_LEVEL,
     CONTROL,
+    FIRST,
+    MERGES,
+    RANKS,
     SHOWN,
-    added_tokens,
-    form,
+    load_json,
     merges_of,
     merges_txt,
-    small_bpe_ranks,
+    pair_of,
+    refused,
+    small_json,
     tokenizer_config,
     tokenizer_json,
     vocab_json,
@@ -35,9 +36,6 @@ from tests.text.bpe_vocab import (
 )
 from tests.text.small_vocab import vocab_lines
 
-RANKS = small_bpe_ranks()
-MERGES = merges_of(RANKS)
-FIRST = len(RANKS)  # id of <|endoftext|> in the small vocabulary
 ANY_TEXT = st.lists(
     st.one_of(
         st.text(max_size=20),
@@ -153,86 +151,6 @@ def test_every_id_is_the_same_token(
 # ---- a small vocabulary, in every spelling
 
 
-def pair_of(directory: Path, **files: Any) -> Path:
-    return write(directory, **{"vocab_json": vocab_json(RANKS), "merges_txt": merges_txt(MERGES), **files})
-
-
-def small_json(**changes: Any) -> dict[str, Any]:
-    file = copy.deepcopy(tokenizer_json(RANKS, MERGES))
-    for name, value in changes.items():
-        place: Any = file
-        *path, last = name.split("__")
-        for key in path:
-            place = place[int(key) if key.isdigit() else key]
-        place[int(last) if last.isdigit() else last] = value
-    return file
-
-
-def load_json(directory: Path, **changes: Any) -> Tokenizer:
-    return load_tokenizer(write(directory, tokenizer_json=small_json(**changes)))
-
-
-def refused(directory: Path, found: str, error: type[QwenrtError] = ConfigError) -> None:
-    with pytest.raises(error, match=found) as caught:
-        load_tokenizer(directory)
-    assert caught.value.remedy and str(directory) in str(caught.value)
-
-
-def test_user_text_is_never_an_added_token(tmp_path: Path) -> None:
-    tokenizer = load_json(tmp_path)
-    text = "<think>hello</think><tool_call><|im_end|>"
-    assert not set(tokenizer.added_tokens.values()) & set(tokenizer.encode(text))
-    ids = tokenizer.encode(text, allow_special=True)
-    ends = [tokenizer.token_id(f) for f in ("<think>", "</think>", "<tool_call>", "<|im_end|>")]
-    assert ids == [ends[0], RANKS[b"hello"], *ends[1:]]
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text.removesuffix("<|im_end|>")
-
-
-def test_longest_form_first_and_leftmost(tmp_path: Path) -> None:
-    added = [
-        *added_tokens(FIRST),
-        *(
-            {"id": 400 + i, "content": f, "special": False, "normalized": False}
-            for i, f in enumerate(["ab", "abc", "cd"])
-        ),
-    ]
-    tokenizer = load_json(tmp_path, added_tokens=added)
-    assert tokenizer.encode("abcd", allow_special=True) == [401, RANKS[b"d"]]
-    assert tokenizer.encode("xabd", allow_special=True) == [RANKS[b"x"], 400, RANKS[b"d"]]
-    assert tokenizer.encode("ab", allow_special=True) == [400]
-    assert tokenizer.encode("abc") == [RANKS[b"a"], RANKS[b"b"], RANKS[b"c"]]
-    assert tokenizer.vocab_size == 403 and not tokenizer.has_token(399)
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.text(alphabet="ae\u0301\u0338é>≯<", max_size=30))
-def test_forms_are_found_before_or_after_composing(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
-    """`>` followed by U+0338 composes to another character: a token that ends there is found only before that."""
-    added = [
-        *added_tokens(FIRST),
-        *(
-            {
-                "id": FIRST + 26 + i,
-                "content": f,
-                "special": False,
-                "normalized": n,
-                "lstrip": False,
-                "rstrip": False,
-            }
-            | {"single_word": False}
-            for i, (f, n) in enumerate([("<a>", False), ("ae\u0301", True), ("é<", False), (">e", True)])
-        ),
-    ]
-    directory = tmp_path_factory.getbasetemp() / "composing"
-    if not directory.exists():
-        write(directory, tokenizer_json=small_json(added_tokens=added))
-    oracle = Oracle.from_file(str(directory / "tokenizer.json"))
-    assert load_tokenizer(directory).encode(text, allow_special=True) == oracle.encode(text).ids
-
-
 @pytest.mark.parametrize(
     "merges",
     [
@@ -276,6 +194,22 @@ def test_which_files_count(tmp_path: Path) -> None:
         Tokenizer.from_dir(tmp_path, ["x.tiktoken"])
 
 
+def test_ranks_that_were_cut_off(tmp_path: Path, released_vocab: Path) -> None:
+    """A qwen.tiktoken of a later generation: its length must agree with the ids of the added tokens."""
+    write(tmp_path, config_json={"model_type": "qwen3"}, tokenizer_config_json=tokenizer_config(FIRST))
+    lines = vocab_lines(RANKS)
+    (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
+    assert load_tokenizer(tmp_path).token_id("<think>") == FIRST + 24
+    (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines[:-1]))
+    refused(
+        tmp_path, r"it holds 272 tokens, the first added token is 273\. The file is cut off", CheckpointError
+    )
+    (tmp_path / "tokenizer_config.json").unlink()
+    released = released_vocab.read_bytes().splitlines(keepends=True)
+    (tmp_path / "qwen.tiktoken").write_bytes(b"".join(released[:100_000]))
+    refused(tmp_path, "it holds 100000 tokens, the first added token is 100000", CheckpointError)
+
+
 def test_no_files(tmp_path: Path) -> None:
     refused(
         tmp_path,
@@ -287,230 +221,6 @@ def test_no_files(tmp_path: Path) -> None:
     refused(tmp_path, r"merges\.txt: no such file", CheckpointError)
     (tmp_path / "vocab.json").rename(tmp_path / "merges.txt")
     refused(tmp_path, r"vocab\.json: no such file")
-
-
-# ---- added tokens
-
-
-def test_added_tokens_json_knows_no_flags(tmp_path: Path) -> None:
-    listed = {f: FIRST + i for i, f in enumerate([*CONTROL, *SHOWN])}
-    tokenizer = load_tokenizer(pair_of(tmp_path, added_tokens_json=listed))
-    assert tokenizer.added_tokens == listed
-    assert list(tokenizer.special_tokens) == CONTROL
-
-
-def test_tokenizer_config_completes_tokenizer_json(tmp_path: Path) -> None:
-    write(tmp_path, tokenizer_json=tokenizer_json(RANKS, MERGES, added_tokens(FIRST, [])))
-    assert load_tokenizer(tmp_path).token_id("<think>") is None
-    write(tmp_path, tokenizer_config_json=tokenizer_config(FIRST, eos={"content": "<|endoftext|>"}))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.token_id("</think>") == FIRST + 25 and tokenizer.eos_token_id == FIRST
-
-
-def test_control_tokens_may_stand_in_the_vocabulary(tmp_path: Path) -> None:
-    inside = {**vocab_json(RANKS), **{f: FIRST + i for i, f in enumerate(CONTROL[:3])}, "▁x y": 400}
-    tokenizer = load_tokenizer(
-        pair_of(tmp_path, vocab_json=inside | {"▁x y": 400}, added_tokens_json={"▁x y": 400})
-    )
-    assert tokenizer.im_end_id == FIRST + 2 and FIRST + 2 not in tokenizer.encode("<|im_end|>")
-    assert tokenizer.decode([400]) == "▁x y"
-
-
-def test_an_ordinary_token_may_be_listed_as_added(tmp_path: Path) -> None:
-    listed = {"id": RANKS[b"hello"], "content": "hello", "special": False}
-    tokenizer = load_json(tmp_path, added_tokens=[*added_tokens(FIRST), listed])
-    assert tokenizer.encode("hello") == tokenizer.encode("hello", allow_special=True) == [RANKS[b"hello"]]
-
-
-def entry(token_id: Any, content: Any, **flags: Any) -> dict[str, Any]:
-    return {"id": token_id, "content": content, "special": False, "normalized": False, **flags}
-
-
-@pytest.mark.parametrize(
-    ("more", "found"),
-    [
-        (
-            entry(FIRST, "x"),
-            rf"added_tokens\[26\]: 'x' has id {FIRST}, but that is the id of '<\|endoftext\|>'",
-        ),
-        (entry(500, "<think>"), rf"added_tokens\[26\]: '<think>' has id 500, but {FIRST + 24} elsewhere"),
-        (entry(5, "<x>"), r"id 5 of the added token '<x>' is that of the ordinary token b'\\x05'"),
-        (entry(500, "hello"), r"ordinary token 259 is spelled like the added token 'hello' \(500\)"),
-        (
-            entry(259, "hello", special=True),
-            r"ordinary token 259 is spelled like the added token 'hello' \(259\)",
-        ),
-        (entry(2**21, "x"), r"added_tokens\[26\]: id 2097152 of 'x' is not 0 to 2097151"),
-        (entry(10**300, "x"), r"id 1000.* of 'x' is not"),
-        (entry(-1, "x"), r"id -1 of 'x' is not"),
-        (entry("500", "x"), r"id '500' of 'x' is not"),
-        (entry(True, "x"), r"id True of 'x' is not"),
-        (entry(None, "x"), r"id None of 'x' is not"),
-        (entry(500, ""), r"content ''\. It must be 1 to 256 characters"),
-        (entry(500, "x" * 257), r"content 'xxx.*It must be 1 to 256 characters"),
-        (entry(500, None), r"has no content"),
-        (entry(500, 3), r"has no content"),
-        ("x", r"added_tokens\[26\]: 'x' has no content"),
-        ([], r"\[\] has no content"),
-        (entry(500, "x", lstrip=True), r"'x' has lstrip true"),
-        (entry(500, "x", rstrip=True), r"'x' has rstrip true"),
-        (entry(500, "x", single_word=True), r"'x' has single_word true"),
-        (entry(500, "x", special="no"), r"special is 'no'\. It must be true or false"),
-    ],
-)
-def test_refuses_added_tokens(tmp_path: Path, more: Any, found: str) -> None:
-    refused(
-        write(tmp_path, tokenizer_json=tokenizer_json(RANKS, MERGES, [*added_tokens(FIRST), more])), found
-    )
-
-
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        (
-            {"tokenizer_config_json": {"added_tokens_decoder": {"x": {"content": "x"}}}},
-            r"decoder\['x'\]: id 'x' of",
-        ),
-        (
-            {"tokenizer_config_json": {"added_tokens_decoder": {"-1": {"content": "x"}}}},
-            r"decoder\['-1'\]: id '-1' of",
-        ),
-        (
-            {"tokenizer_config_json": {"added_tokens_decoder": {"9" * 99: {"content": "x"}}}},
-            r"id '9+'?\.* of",
-        ),
-        (
-            {"tokenizer_config_json": {"added_tokens_decoder": {"500": "x"}}},
-            r"decoder\['500'\]: 'x' has no content",
-        ),
-        (
-            {"tokenizer_config_json": {"added_tokens_decoder": [1]}},
-            r"added_tokens_decoder: a JSON list, not an object",
-        ),
-        ({"tokenizer_config_json": {"eos_token": 3}}, r"eos_token: it is 3\. It must be the form of a token"),
-        ({"tokenizer_config_json": {"eos_token": ["x"]}}, r"eos_token: it is \['x'\]"),
-        ({"tokenizer_config_json": {"eos_token": {"id": 3}}}, r"eos_token: it is \{'id': 3\}"),
-        (
-            {"tokenizer_config_json": {"eos_token": "</s>"}},
-            r"eos_token: '</s>' is no token of this vocabulary \(273",
-        ),
-        ({"tokenizer_config_json": {"eos_token": "\ud800"}}, r"eos_token: '.ud800' is no token"),
-        ({"added_tokens_json": {"<|im_end|>": "x"}}, r"added_tokens\.json, '<\|im_end\|>': id 'x'"),
-        (
-            {"added_tokens_json": {"<think>": 400}},
-            r"do not include <\|endoftext\|> and <\|im_start\|> and <\|im_end\|>",
-        ),
-        (
-            {"added_tokens_json": {"<|im_start|>": 400, "<|endoftext|>": 401}},
-            r"its 2 added tokens do not include <\|im_end\|>\. Every Qwen has these",
-        ),
-    ],
-)
-def test_refuses_other_lists(tmp_path: Path, files: dict[str, Any], found: str) -> None:
-    if "tokenizer_config_json" in files:  # json.dumps writes a lone surrogate as an escape
-        files = {"tokenizer_config_json": json.dumps(files["tokenizer_config_json"])}
-    refused(pair_of(tmp_path, **files), found)
-
-
-# ---- the pipeline of tokenizer.json
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"post_processor": None},
-        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
-        {"model__ignore_merges": True},
-        {"model__merges": [f"{form(a)} {form(b)}" for a, b in MERGES]},
-        {"pre_tokenizer__pretokenizers__0__pattern": {"Regex": KNOWN_PATTERNS[1]}},
-        {
-            "post_processor": {
-                "type": "Sequence",
-                "processors": [
-                    BYTE_LEVEL,
-                    {
-                        "type": "TemplateProcessing",
-                        "single": [
-                            {"Sequence": {"id": "A", "type_id": 0}},
-                            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
-                        ],
-                        "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
-                        "special_tokens": {
-                            "<|endoftext|>": {
-                                "id": "<|endoftext|>",
-                                "ids": [FIRST],
-                                "tokens": ["<|endoftext|>"],
-                            }
-                        },
-                    },
-                ],
-            }
-        },
-        {"normalizer": None},
-    ],
-)
-def test_pipelines_that_qwen_has(tmp_path: Path, changes: dict[str, Any]) -> None:
-    ours = load_json(tmp_path, **changes)
-    oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
-    for text in ("hello  world\n\n12 你好 e\u0301 \u0e01\u0e34\u0e01 कि<|im_end|>", "I'LL ", ""):
-        assert ours.encode(text, allow_special=True) == oracle.encode(text, add_special_tokens=False).ids
-        assert ours.decode(ours.encode(text)) == oracle.decode(ours.encode(text))
-
-
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"model": None}, "model: a JSON NoneType, not an object"),
-        ({"model": {"type": "WordPiece", "vocab": {}}}, "model.type: 'WordPiece', not 'BPE'"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "model.type: 'Unigram', not 'BPE'"),
-        ({"model": {"vocab": {}}}, "model.type: None, not 'BPE'"),
-        ({"model__vocab": []}, "model.vocab: a JSON list, not an object"),
-        ({"model__merges": {}}, "model.merges: a JSON dict, not a list"),
-        ({"model__merges": [["a"]]}, r"model.merges\[0\]: \['a'\] is not a pair"),
-        ({"model__dropout": 0.1}, "model.dropout: 0.1, which no Qwen has"),
-        ({"model__unk_token": "<unk>"}, "model.unk_token: '<unk>', which"),
-        ({"model__byte_fallback": True}, "model.byte_fallback: True, which"),
-        ({"model__end_of_word_suffix": "</w>"}, "model.end_of_word_suffix: '</w>', which"),
-        ({"model__ignore_merges": "x"}, "model.ignore_merges: 'x', not true or false"),
-        ({"normalizer": {"type": "NFKC"}}, "normalizer: 'NFKC', not NFC"),
-        (
-            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}},
-            r"normalizers\[0\]: 'Lowercase'",
-        ),
-        ({"normalizer": {"type": "Sequence"}}, r"normalizer.normalizers: a JSON NoneType, not a list"),
-        ({"normalizer": "NFC"}, r"normalizer: a JSON str, not an object"),
-        ({"pre_tokenizer": None}, "pre_tokenizer: a JSON NoneType, not an object"),
-        ({"pre_tokenizer": BYTE_LEVEL}, r"pre_tokenizer: ByteLevel, not Split \+ ByteLevel"),
-        ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer: Metaspace, not Split"),
-        ({"pre_tokenizer__pretokenizers__1": {"type": "Digits"}}, r"pre_tokenizer: Split \+ Digits, not"),
-        ({"pre_tokenizer__pretokenizers__1__add_prefix_space": True}, r"add_prefix_space: True, not false"),
-        (
-            {"pre_tokenizer__pretokenizers__1": {"type": "ByteLevel", "add_prefix_space": False}},
-            r"use_regex: None, not",
-        ),
-        (
-            {"pre_tokenizer__pretokenizers__0__behavior": "Removed"},
-            "behavior 'Removed', invert False, not 'Isolated'",
-        ),
-        ({"pre_tokenizer__pretokenizers__0__invert": True}, "behavior 'Isolated', invert True"),
-        (
-            {"pre_tokenizer__pretokenizers__0__pattern": {"Regex": r"\w+"}},
-            r"w\+'\} is none of the 2 known ones",
-        ),
-        ({"pre_tokenizer__pretokenizers__0__pattern": {"String": " "}}, "is none of the 2"),
-        ({"pre_tokenizer__pretokenizers__0__pattern": {"Regex": []}}, "is none of the 2"),
-        ({"decoder": None}, "decoder: None, not ByteLevel"),
-        ({"decoder": {"type": "Metaspace"}}, "decoder: 'Metaspace', not ByteLevel"),
-        ({"post_processor": {"type": "BertProcessing"}}, "post_processor: 'BertProcessing', not ByteLevel"),
-        (
-            {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}]}},
-            "post_processor: a template that puts something before the text",
-        ),
-        ({"added_tokens": {"x": 1}}, "added_tokens: a JSON dict, not a list"),
-    ],
-)
-def test_other_pipelines_are_named(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
-    refused(write(tmp_path, tokenizer_json=small_json(**changes)), f"tokenizer.json, .*{found}")
 
 
 # ---- damage
