@@ -17,6 +17,9 @@ from qwenrt.ops.types import CanonicalWeight, Experts, LayerKV, Packed, StepPlan
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_HEADROOM_BITS = (
+    6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
+)
 # The primitive ops a backend may override, and the seams of a decoder layer that compose them.
 PRIMITIVES = ("rms_norm", "linear", "rotary", "store_kv", "attention", "silu_and_mul")
 SEAMS = {
@@ -203,8 +206,8 @@ class Backend:
         return q, k, v
 
     def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:
-        """residual + linear(x), both [T, D]."""
-        return residual + self.linear(x, w)
+        """residual + linear(x), both [T, D]; a float32 residual beside float16 activations is not overflowed."""
+        return residual + self._wide_linear(x, w, residual.dtype)
 
     def norm_gate_up_silu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
         """[T, D] -> [T, I] = silu_and_mul(linear(rms_norm(x)))."""
@@ -217,18 +220,26 @@ class Backend:
         """
         normed = self.rms_norm(x, norm, eps)
         weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
-        total = torch.zeros_like(normed)
+
+        def mlp(tokens: torch.Tensor, gate_up: Packed, down: Packed) -> torch.Tensor:
+            return self._wide_linear(self.silu_and_mul(self.linear(tokens, gate_up)), down, x.dtype)
+
+        total = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             token, rank = (chosen == expert).nonzero(as_tuple=True)
-            y = self._mlp(normed.index_select(0, token), w.gate_up[expert], w.down[expert])
+            y = mlp(normed.index_select(0, token), w.gate_up[expert], w.down[expert])
             total = total.index_add(0, token, y * weights[token, rank].unsqueeze(-1))
         if w.shared is not None and w.shared_gate is not None:
-            gate = torch.sigmoid(F.linear(normed, w.shared_gate.to(x.dtype)))
-            total = total + gate * self._mlp(normed, *w.shared)
+            gate = torch.sigmoid(F.linear(normed, w.shared_gate.to(normed.dtype)))
+            total = total + gate * mlp(normed, *w.shared)
         return x + total
 
-    def _mlp(self, x: torch.Tensor, gate_up: Packed, down: Packed) -> torch.Tensor:
-        return self.linear(self.silu_and_mul(self.linear(x, gate_up)), down)
+    def _wide_linear(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
+        """linear(x) for a sum in ``dtype``. Some float16 models have outputs beyond 65504 at a few tokens: where the
+        sum is wider than x, x is scaled down before the product and the output up after it, both exactly."""
+        if dtype == x.dtype or w.bias is not None:
+            return self.linear(x, w)
+        return self.linear(x * 2.0**-_HEADROOM_BITS, w).to(dtype) * 2.0**_HEADROOM_BITS
 
     # ---- layouts
 

@@ -285,7 +285,7 @@ class Engine:
             seq.request_id: seq for seq, token in zip(due, sampled.token_ids, strict=True) if token is None
         }
         for seq in failed.values():
-            self._end_request(seq.request_id, _non_finite(seq), distrust=True)
+            self._end_request(seq.request_id, self._non_finite(seq), distrust=True)
         for seq, count in batch:
             if seq.status is Status.RUNNING:
                 self.scheduler.advance(seq, count)
@@ -335,6 +335,18 @@ class Engine:
     def _release(self, seq: Sequence) -> None:
         self.scheduler.finish(seq)
         self.sampler.forget(seq)
+
+    def _non_finite(self, seq: Sequence) -> BackendError:
+        """The error that names the layer where the numbers of a sequence overflowed."""
+        try:
+            where = self.runner.first_overflow(seq.token_ids)
+        except Exception as error:  # the computation itself is in doubt here: say what is known
+            where = f"a part that could not be found ({type(error).__name__})"
+        return BackendError(
+            f"the token after {len(seq.token_ids)} tokens of request {seq.request_id}",
+            f"non-finite logits; the first such numbers come out of {where}",
+            'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
+        )
 
     def _check_prompt(self, prompt_token_ids: List[int]) -> list[int]:
         prompt = self._check_ids(prompt_token_ids)
@@ -396,11 +408,3 @@ def _typed(error: Exception, asked: str) -> QwenrtError:
         remedy = 'Lower max_num_batched_tokens or max_num_seqs, or set kv_cache_dtype="int8".'
         return CapacityError(asked, found, remedy)
     return BackendError(asked, found, 'If it happens again, load with device="cpu" to compare.')
-
-
-def _non_finite(seq: Sequence) -> BackendError:
-    return BackendError(
-        f"the token after {len(seq.token_ids)} tokens of request {seq.request_id}",
-        "non-finite logits",
-        'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
-    )

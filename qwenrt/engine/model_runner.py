@@ -41,6 +41,16 @@ class ModelRunner:
         hidden = self.model.forward(ids, StepPlan([n], [n]), [ntk_alpha(n, self.model.config)])
         return self.model.logits(hidden).cpu()
 
+    @torch.no_grad()
+    def first_overflow(self, token_ids: list[int]) -> str:
+        """The part of the network after which the numbers of a text stop being finite, found by computing it again."""
+        n = len(token_ids)
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.backend.device)
+        for name, hidden in self.model.states(ids, StepPlan([n], [n]), [ntk_alpha(n, self.model.config)]):
+            if not bool(torch.isfinite(hidden).all()):
+                return name
+        return "lm_head"
+
     def _prepare(
         self, batch: list[tuple[Sequence, int]]
     ) -> tuple[torch.Tensor, StepPlan, list[int], list[int]]:

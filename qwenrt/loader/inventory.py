@@ -195,25 +195,31 @@ def _quantised(quant: QuantConfig, rows: int, columns: int, kinds: dict[str, str
 def unstacked(checkpoint: Checkpoint, config: ModelConfig, table: NameTable) -> Checkpoint:
     """The same files with every tensor that holds a module of all experts seen as one matrix for each expert.
 
-    Some writers keep [experts, in, out], others [experts, out, in]: the shape tells which. Where it fits neither the
-    tensor stays whole, and is found to be unexpected.
+    Some writers keep [experts, in, out], others [experts, out, in]: a shape that fits only one tells which. What
+    fits neither stays whole, and is found to be unexpected.
     """
     moe = config.moe
     if moe is None:
         return checkpoint
     d, i = config.hidden_size, moe.intermediate_size
-    tensors: dict[str, TensorEntry] = {}
+    stacks: dict[str, tuple[str, tuple[int, int]]] = {}  # name -> one expert's name and its shape
     for name, entry in checkpoint.tensors.items():
         path = table.expert_of(name)
-        wanted = (d, i) if path is not None and "down" in path else (2 * i, d)
-        if path is None or entry.shape not in ((moe.num_experts, *wanted), (moe.num_experts, *wanted[::-1])):
+        if path is not None:
+            shape = (d, i) if "down" in path else (2 * i, d)
+            if entry.shape in ((moe.num_experts, *shape), (moe.num_experts, *shape[::-1])):
+                stacks[name] = path, shape
+    transposed = any(checkpoint.tensors[name].shape[1:] != shape for name, (_, shape) in stacks.items())
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.tensors.items():
+        if name not in stacks:
             tensors[name] = entry
             continue
+        path, shape = stacks[name]
         size = entry.nbytes // moe.num_experts
         for expert in range(moe.num_experts):
-            begin = entry.begin + expert * size
-            one = replace(
-                entry, name=path.replace("{e}", str(expert)), shape=wanted, begin=begin, end=begin + size
+            own, begin = path.replace("{e}", str(expert)), entry.begin + expert * size
+            tensors[own] = TensorEntry(
+                own, entry.dtype, shape, begin, begin + size, entry.shard, transposed=transposed
             )
-            tensors[one.name] = replace(one, transposed=entry.shape[1:] != wanted)
     return replace(checkpoint, tensors=tensors)

@@ -129,6 +129,21 @@ class Qwen:
     ) -> torch.Tensor:
         """token_ids int64 [T], ``alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
         final norm. ``kv``: one cache per layer, or None to attend over this step's tokens alone."""
+        hidden = torch.empty(0)
+        for _, state in self.states(token_ids, plan, alphas, kv):
+            hidden = state
+        return hidden
+
+    def states(
+        self,
+        token_ids: torch.Tensor,
+        plan: StepPlan,
+        alphas: list[int],
+        kv: list[LayerKV] | None = None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """forward, step by step: (name of a part, the residual stream [T, D] after it), the final norm last.
+
+        The residual stream of a float16 model is float32: some of these models leave float16's range."""
         positions = torch.cat(
             [
                 torch.arange(kv_len - q_len, kv_len)
@@ -144,10 +159,13 @@ class Qwen:
         cos, sin = self._rotary.rows(positions.to(token_ids.device), spans, longest)
         step = StepInputs(cos, sin, q_scale, plan)
         x = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
+        if self.dtype == torch.float16:
+            x = x.float()
+        yield "embed_tokens", x
         for i, layer in enumerate(self.layers):
             x = layer.forward(x, step, None if kv is None else kv[i])
-        hidden: torch.Tensor = self._final_norm(x, self.weights.tensor("norm"), self.config.rms_norm_eps)
-        return hidden
+            yield layer.prefix, x
+        yield "norm", self._final_norm(x, self.weights.tensor("norm"), self.config.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""

@@ -12,11 +12,11 @@ from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, D], weight [D] -> [T, D]. The norm is float32; its result is rounded to x's dtype first and then
-    multiplied by the weight in that dtype (the order Qwen was trained with)."""
+    """x [..., D], weight [D] -> [..., D] in the weight's dtype. The norm is float32; its result is rounded to that
+    dtype first and then multiplied by the weight in it (the order Qwen was trained with)."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return normed.to(weight.dtype) * weight
 
 
 def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -181,7 +181,8 @@ def attention(
     """Causal attention of each sequence over its history and itself.
 
     q [T, H, hd]; k, v [T, KVH, hd] of this step, already stored in ``kv`` where there is a cache -> [T, H, hd].
-    Query j of a sequence sees its keys 0 .. kv_len - q_len + j, of these the last ``window`` if it is not 0. Without history the step's own k and v serve;
+    Query j of a sequence sees its keys 0 .. kv_len - q_len + j, of these the last ``window``
+    if it is not 0. Without history the step's own k and v serve;
     a quantised cache is always read back, so that a token sees the same values however the prompt was cut.
     """
     fresh = kv is None or not (plan.has_history or kv.quantized)

@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import qwenrt
 from qwenrt.sampling_params import SamplingParams
+from tests.model.tiny_models import MOE, QWEN2_MOE, YARN, build, greedy, load
 
-transformers = pytest.importorskip("transformers")
-
-SMALL = {
-    "vocab_size": 200,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-ROPE = {"rope_type": "default", "rope_theta": 1e6}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-MOE = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
-QWEN2_MOE = {**MOE, "shared_expert_intermediate_size": 40}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen1.5, as many key heads as heads": ("Qwen2", {"num_key_value_heads": 6}),
     "qwen2": ("Qwen2", {}),
@@ -88,29 +64,6 @@ PROMPTS = [[5, 17, 3, 99, 42, 8, 120, 7, 64, 31, 2, 77], [11, 150, 3], list(rang
 NEW_TOKENS = 12
 
 
-def build(kind: str, changes: dict[str, Any], directory: Path, **save: Any) -> Any:
-    """A random model of transformers, saved, with every norm and bias away from its start value."""
-    torch.manual_seed(7)
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, "rope_parameters": ROPE, **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif "gate.weight" in name or "embed" in name:
-                parameter.mul_(2)
-    model.save_pretrained(directory, **save)
-    return model
-
-
-def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.fixture(scope="module", params=list(MODELS), ids=lambda name: name.replace(" ", "_").replace(",", ""))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     kind, changes = MODELS[request.param]
@@ -118,10 +71,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     oracle = build(kind, changes, directory)
     yield oracle, directory
     gc.collect()
-
-
-def load(directory: Path, **settings: Any) -> qwenrt.LLM:
-    return qwenrt.load(directory, device="cpu", dtype="float32", progress=False, **settings)
 
 
 def test_logits_and_greedy_tokens(pair: Any) -> None:
