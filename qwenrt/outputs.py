@@ -32,7 +32,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of one completion. Joined over a stream, ``text`` is exactly Generation.text."""
+    """The next piece of one completion.
+
+    Joined over a stream, ``text`` is the content and ``reasoning`` the thought before it: exactly Generation.text
+    and Generation.reasoning.
+    """
 
     text: str
     token_ids: list[int] = field(default_factory=list)
@@ -41,15 +45,17 @@ class Delta:
     logprobs: list[TokenLogprob] | None = None
     usage: Usage | None = None  # on the last piece
     tool_calls: list[dict[str, Any]] | None = None  # on the last piece, in OpenAI's shape
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
 class Generation:
     """One finished completion.
 
-    ``token_ids`` are all tokens the model wrote, the stopping one included; ``text`` is what they say
-    without the stop. ``message`` is ready to append to an OpenAI-shaped conversation. With n > 1,
-    ``choices`` holds all n completions, this one first.
+    ``token_ids`` are all tokens the model wrote, the stopping one included; ``text`` is the visible answer they
+    make, without the stop, and ``reasoning`` the thought before it. ``message`` is ready to append to an
+    OpenAI-shaped conversation: its content, with the thought as "reasoning_content" and the "tool_calls" where
+    there are any. With n > 1, ``choices`` holds all n completions, this one first.
     """
 
     text: str
@@ -59,3 +65,4 @@ class Generation:
     logprobs: list[TokenLogprob] | None = None
     message: dict[str, Any] = field(default_factory=dict)
     choices: tuple[Generation, ...] = ()
+    reasoning: str = ""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.text.chat_template import parse_messages
-from qwenrt.text.tool_calls import Reply, ReplyStream, parse_reply
+from qwenrt.text.replies import Piece, Reply, ReplyStream, parse_reply
 
 PARTS = st.lists(
     st.one_of(
@@ -75,9 +75,10 @@ def test_parse(text: str, content: str, calls: list[tuple[str, str]]) -> None:
     assert reply.finish_reason == ("tool_calls" if calls else "stop")
     for pieces in (list(text), [text]):
         streamed = ReplyStream()
-        out = [streamed.push(p) for p in pieces]
+        out = [streamed.push(p).content for p in pieces]
         rest, whole = streamed.finish()
-        assert "".join([*out, rest]) == whole.content
+        assert "".join([*out, rest.content]) == whole.content
+        assert rest.tool_calls == whole.tool_calls
         assert called(whole) == calls
         if text.count("Final Answer") < 2 and "Sure." not in text:
             assert whole.content.strip() == content.strip()
@@ -104,35 +105,35 @@ def test_call_ids_differ() -> None:
 def test_the_final_answer_streams_and_thoughts_do_not() -> None:
     stream = ReplyStream()
     pieces = ["Thought: I now", " know.\nFinal", " Answer:", " It", " is", " 42"]
-    assert [stream.push(p) for p in pieces] == ["", "", "", "It", " is", " 42"]
-    assert stream.finish() == ("", Reply("It is 42"))
+    assert [stream.push(p).content for p in pieces] == ["", "", "", "It", " is", " 42"]
+    assert stream.finish() == (Piece(), Reply("It is 42"))
 
 
 def test_prose_streams_at_once_and_holds_back_labels() -> None:
     stream = ReplyStream()
-    assert [stream.push(p) for p in ["Hello", " there\n", "Act", "ually"]] == [
+    assert [stream.push(p).content for p in ["Hello", " there\n", "Act", "ually"]] == [
         "Hello",
         " there",
         "",
         "\nActually",
     ]
     stream = ReplyStream()
-    assert [stream.push(p) for p in ["Let me see.", "\nAction: f", "\nAction Input: x"]] == [
+    assert [stream.push(p).content for p in ["Let me see.", "\nAction: f", "\nAction Input: x"]] == [
         "Let me see.",
         "",
         "",
     ]
     rest, reply = stream.finish()
-    assert (rest, reply.content, called(reply)) == ("", "Let me see.", [("f", "x")])
+    assert (rest.content, reply.content, called(reply)) == ("", "Let me see.", [("f", "x")])
 
 
 def test_a_stream_that_continues_a_thought() -> None:
     stream = ReplyStream(in_thought=True)
-    assert [stream.push(p) for p in [" I know.", "\nFinal Answer: ", "7"]] == ["", "", "7"]
+    assert [stream.push(p).content for p in [" I know.", "\nFinal Answer: ", "7"]] == ["", "", "7"]
     stream = ReplyStream(in_thought=True)
-    assert stream.push(" I need f.\nAction: f\nAction Input: x") == ""
+    assert stream.push(" I need f.\nAction: f\nAction Input: x") == Piece()
     rest, reply = stream.finish()
-    assert (rest, reply.content, called(reply)) == ("I need f.", "I need f.", [("f", "x")])
+    assert (rest.content, reply.content, called(reply)) == ("I need f.", "I need f.", [("f", "x")])
 
 
 @settings(deadline=None, max_examples=300)
@@ -142,10 +143,10 @@ def test_what_is_streamed_is_what_is_reported(
 ) -> None:
     text = "".join(parts)
     size = data.draw(st.integers(1, 7))
-    stream = ReplyStream(in_thought)
-    out = [stream.push(text[i : i + size]) for i in range(0, len(text), size)]
+    stream = ReplyStream(in_thought=in_thought)
+    out = [stream.push(text[i : i + size]).content for i in range(0, len(text), size)]
     rest, reply = stream.finish()
-    assert "".join([*out, rest]) == reply.content
+    assert "".join([*out, rest.content]) == reply.content
     if not any(label in "\n" + text for label in ("Action:", "Thought:", "Final Answer:")):
         assert reply == Reply(text)
     assert parse_reply(text).finish_reason in ("stop", "tool_calls")
