@@ -87,20 +87,3 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(why: str) -> None:
     raise ValueError(why)
-
-
-def __getattr__(name: str) -> Any:
-    # Until llm.py reads answers through qwenrt.text.replies: the two names it imports from here.
-    from qwenrt.text import react_calls
-
-    if name == "parse_reply":
-        return react_calls.parse_react
-    if name == "ReplyStream":
-
-        class ReplyStream(react_calls.ReactStream):
-            def finish(self) -> Any:
-                rest = super().finish()
-                return rest, Reply("".join(self._shown), tool_calls=self.calls)
-
-        return ReplyStream
-    raise AttributeError(name)
