@@ -2,7 +2,7 @@
 
     python scripts/build_demo.py
 
-takes about an hour and a quarter on two CPU cores and writes qwenrt/demo. The same seed and number of threads on the
+takes about an hour on two CPU cores and writes qwenrt/demo. The same seed and number of threads on the
 same kind of machine give the same weights. After a cut, the same command goes on where the training was.
 """
 

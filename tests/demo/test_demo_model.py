@@ -10,6 +10,7 @@ import pytest
 import qwenrt
 from qwenrt import demo
 from qwenrt.config import GenerationConfig, ModelConfig
+from qwenrt.demo import facts
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.evaluate import ask_all
 from qwenrt.loader.checkpoint import open_checkpoint
@@ -70,12 +71,12 @@ def test_it_goes_on_with_plain_text(llm):
     assert llm.generate("蒙古国的首都是", max_tokens=4, temperature=0.0).text.startswith("乌兰巴托")
 
 
-def test_it_remembers_a_name(llm):
-    _, history = llm.chat(
-        "My name is Alice."
-    )  # names it never read are its weak side: see the figures of eval
+@pytest.mark.parametrize("name", ["Sophie", "Oliver", "Stefan"])
+def test_it_remembers_a_name_it_never_read(llm, name):
+    assert name in facts.NAMES_EN_TEST
+    _, history = llm.chat(f"My name is {name}.")
     response, _ = llm.chat("What is my name?", history=history)
-    assert response == "Your name is Alice."
+    assert response == f"Your name is {name}."
 
 
 def test_it_follows_a_system_prompt(llm):
@@ -84,6 +85,5 @@ def test_it_follows_a_system_prompt(llm):
 
 
 def test_held_out_questions_are_answered(llm):
-    """A floor that tells a broken model from a whole one; the figure itself is what `qwenrt eval demo` prints."""
-    answers = ask_all(llm, held_out_samples(100, seed=7))
-    assert answers.total.share >= 0.8, answers.failures
+    answers = ask_all(llm, held_out_samples(300, seed=1))
+    assert answers.total.share >= 0.95, answers.failures
