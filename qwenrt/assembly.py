@@ -24,7 +24,8 @@ from qwenrt.loader.preflight import preflight
 from qwenrt.loader.weights import QUANTIZE_GROUP, load_weights, quantize_bits
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
-from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
+from qwenrt.text.chat_format import ChatFormat, load_chat_format
+from qwenrt.text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 logger = logging.getLogger("qwenrt")
 
@@ -92,6 +93,7 @@ class Assembled:
     config: ModelConfig
     generation: GenerationConfig
     tokenizer: Tokenizer | None
+    chat_format: ChatFormat | None
     model: Qwen
     backend: Backend
     engine: AsyncEngine
@@ -134,6 +136,10 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
     config, generation = ModelConfig.from_dir(directory), GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
     tokenizer = _tokenizer(directory, config)
+    chat_format = None
+    if tokenizer is not None:
+        chat_format = load_chat_format(directory, config.model_type, generation.chat_format)
+    text = _Text(generation, tokenizer, chat_format)
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
         load_weights(
@@ -141,7 +147,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
         )
 
     stored = _stored_dtype(checkpoint)
-    return _build(name, config, generation, tokenizer, backend, settings, fill, stored, started)
+    return _build(name, config, text, backend, settings, fill, stored, started)
 
 
 def assemble_random(shape: str | ModelConfig, settings: Settings, environment: Environment) -> Assembled:
@@ -163,7 +169,8 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
             model.set_linear(name, backend.pack_linear(dataclasses.replace(weight, bias=bias), dtype))
 
     name = shape if isinstance(shape, str) else "random weights"
-    return _build(name, config, GenerationConfig(), None, backend, settings, fill, "bfloat16", started)
+    text = _Text(GenerationConfig(), None, None)
+    return _build(name, config, text, backend, settings, fill, "bfloat16", started)
 
 
 def _random_rows(rows: int, columns: int, bits: int) -> CanonicalWeight:
@@ -204,11 +211,19 @@ def shape_config(name: str) -> ModelConfig:
     )
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What a checkpoint says about texts."""
+
+    generation: GenerationConfig
+    tokenizer: Tokenizer | None
+    chat_format: ChatFormat | None
+
+
 def _build(
     name: str,
     config: ModelConfig,
-    generation: GenerationConfig,
-    tokenizer: Tokenizer | None,
+    text: _Text,
     backend: Backend,
     settings: Settings,
     fill: Callable[[Qwen, torch.dtype], None],
@@ -237,9 +252,9 @@ def _build(
     engine = Engine(
         model,
         backend,
-        tokenizer,
-        eos_token_ids=_eos(generation, tokenizer),
-        vocab_limit=None if tokenizer is None else tokenizer.vocab_size,
+        text.tokenizer,
+        eos_token_ids=_eos(config, text),
+        vocab_limit=None if text.tokenizer is None else text.tokenizer.vocab_size,
         max_model_len=longest,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -250,8 +265,9 @@ def _build(
     built = Assembled(
         name,
         config,
-        generation,
-        tokenizer,
+        text.generation,
+        text.tokenizer,
+        text.chat_format,
         model,
         backend,
         AsyncEngine(engine),
@@ -288,8 +304,8 @@ def _stored_dtype(checkpoint: Checkpoint) -> str | None:
 
 def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     """The checkpoint's tokenizer; None for one without (ids in, ids out)."""
-    if not (directory / "qwen.tiktoken").exists():
-        logger.warning("%s has no qwen.tiktoken: only token ids can go in and out", directory)
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        logger.warning("%s has no tokenizer file: only token ids can go in and out", directory)
         return None
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
@@ -301,12 +317,15 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _eos(generation: GenerationConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _eos(config: ModelConfig, text: _Text) -> tuple[int, ...]:
     """Every id that ends a text, whichever file names it; a chat model's turns end with <|im_end|> as well."""
-    ids = [*generation.eos_token_ids]
+    ids = [*text.generation.eos_token_ids, *config.eos_token_ids]
+    tokenizer = text.tokenizer
     if tokenizer is not None:
         ids.append(tokenizer.eod_id)
-        if generation.chat_format == "chatml":
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if text.generation.chat_format == "chatml":
             ids += [tokenizer.im_end_id, tokenizer.im_start_id]
     return tuple(dict.fromkeys(ids))
 

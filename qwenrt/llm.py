@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from qwenrt.answering import Reading, deltas_of, generations, readable, within_budget
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
 from qwenrt.errors import RequestError
-from qwenrt.outputs import Delta, FinishReason, Generation, TokenLogprob, Usage
+from qwenrt.outputs import Delta, Generation
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.chat_template import Prompt, build_chat, build_messages
+from qwenrt.text.chat_template import Prompt, build_chat
 from qwenrt.text.conversations import as_history
 from qwenrt.text.messages import DEFAULT_SYSTEM
-from qwenrt.text.tool_calls import ReplyStream, parse_reply
+from qwenrt.text.reply_style import ReplyStyle
+from qwenrt.text.retrieval import DEFAULT_TASK, embedding_prompt, rerank_prompt, verdict_ids
 
 if TYPE_CHECKING:
     import torch
@@ -117,26 +120,31 @@ class LLM:
         self,
         query: str | None = None,
         history: Any = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        thinking_budget: int | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Any:
         """One turn of a conversation.
 
         With ``query``: -> (response, history), the new pair appended to a copy of ``history``; ``system`` is not part
-        of it. With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose ``message`` is ready to append.
-        ``sampling`` changes single fields of ``sampling_params`` or of the checkpoint's own defaults.
+        of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
+        ``message`` is ready to append. ``enable_thinking``: for models that can do either, None takes their default.
+        ``thinking_budget``: tokens after which a thought is brought to its end. ``sampling`` changes single fields of
+        ``sampling_params`` or of the checkpoint's own defaults.
         """
         past = as_history(history)
-        prompt = self._chat_prompt(query, past, system, messages, tools)
+        prompt, reading = self._chat_prompt(query, past, system, messages, tools, enable_thinking)
         params = self._params(sampling_params, sampling)
         pair = messages is None and not tools
         if pair and params.n != 1:
             raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
-        generation = self._collect([self._submit(prompt.token_ids, params, prompt.stop)], bool(tools))[0]
+        deltas = self._answer(prompt, params, reading, thinking_budget)
+        generation = _with_choices(generations(deltas, reading))
         if not pair:
             return generation
         response = generation.text.strip()
@@ -147,28 +155,31 @@ class LLM:
         self,
         query: str | None = None,
         history: Any = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         prompt_token_ids: Sequence[int] | None = None,
+        enable_thinking: bool | None = None,
+        thinking_budget: int | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Iterator[Delta]:
         """The same turn piece by piece. Leaving the loop, or closing the iterator, cancels the request.
 
         ``prompt_token_ids`` instead of a query or messages: continue these, as `generate` does.
-        With ``tools`` the text is what is meant for a reader; thoughts are left out, and the last Delta carries the
-        calls.
+        A Delta's text is what is meant for a reader; thoughts are its ``reasoning``, and the last Delta carries the
+        calls of ``tools``.
         """
         params = self._params(sampling_params, sampling)
         if prompt_token_ids is not None:
             if query is not None or messages is not None or tools:
                 raise RequestError("stream", "prompt_token_ids beside a chat", "Pass one of the two.")
-            return _deltas(self._submit(_token_ids(prompt_token_ids), params))
-        prompt = self._chat_prompt(query, as_history(history), system, messages, tools)
-        deltas = _deltas(self._submit(prompt.token_ids, params, prompt.stop))
-        return _readable(deltas, prompt.is_continuation) if tools else deltas
+            return deltas_of(self._submit(_token_ids(prompt_token_ids), params))
+        prompt, reading = self._chat_prompt(
+            query, as_history(history), system, messages, tools, enable_thinking
+        )
+        return readable(self._answer(prompt, params, reading, thinking_budget), reading)
 
     # ---- completion
 
@@ -198,19 +209,61 @@ class LLM:
         try:
             for ids, params in zip(prompts, each, strict=True):
                 handles.append(self._submit(ids, params))
-            generations = self._collect(handles, False)
+            done = [_with_choices(generations(handle, Reading())) for handle in handles]
         except BaseException:  # one bad prompt, or Ctrl-C: nothing of the others goes on in the background
             for handle in handles:
                 handle.cancel()
             raise
-        return generations[0] if single else generations
+        return done[0] if single else done
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The model's logits after each token -> float32 [num_tokens, vocab_size] on the CPU; one prefill."""
         logits: torch.Tensor = self._alive().engine.logits(_token_ids(token_ids))
         return logits
 
+    # ---- retrieval
+
+    def embed(
+        self, texts: str | Sequence[str], *, instruction: str | None = None, normalize: bool = True
+    ) -> torch.Tensor:
+        """Embeddings of texts -> float32 [len(texts), hidden_size] on the CPU, or [hidden_size] of a single text.
+
+        As Qwen3-Embedding does it: the final state of the last token, of length 1 unless ``normalize`` is False.
+        Queries are embedded with an ``instruction`` ("Given a question, retrieve passages that answer it"), documents
+        without.
+        """
+        tokenizer = self._needs_tokenizer("embed")
+        listed = [texts] if isinstance(texts, str) else _as_list("texts", texts)
+        if not listed:
+            raise RequestError("embed", "an empty list", "Pass at least one text.")
+        prompts = [embedding_prompt(tokenizer, text, instruction) for text in listed]
+        vectors: torch.Tensor = self._alive().engine.last_hidden(prompts)
+        if normalize:
+            vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def rerank(self, query: str, documents: Sequence[str], *, instruction: str = DEFAULT_TASK) -> list[float]:
+        """How well each document answers the query, from 0 to 1, in the order of ``documents``.
+
+        As Qwen3-Reranker does it: the probability of "yes" against "no" as the next token of its question.
+        """
+        tokenizer = self._needs_tokenizer("rerank")
+        listed = _as_list("documents", documents)
+        if not listed:
+            return []
+        prompts = [rerank_prompt(tokenizer, query, document, instruction) for document in listed]
+        logits = self._alive().engine.last_logits(prompts, verdict_ids(tokenizer))
+        scores: list[float] = logits.softmax(-1)[:, 1].tolist()
+        return scores
+
     # ---- about it
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether it knows conversations: a Qwen-1 base model does not, of later ones all with a tokenizer do."""
+        if self.config.model_type == "qwen":
+            return self.generation_config.chat_format == "chatml"
+        return self.tokenizer is not None
 
     def explain(self) -> str:
         """Which code serves which op of which layers, bytes of the weights, and why not the fast one."""
@@ -260,10 +313,11 @@ class LLM:
         self,
         query: str | None,
         history: History,
-        system: str,
+        system: str | None,
         messages: Sequence[Mapping[str, Any]] | None,
         tools: Sequence[Mapping[str, Any]] | None,
-    ) -> Prompt:
+        enable_thinking: bool | None,
+    ) -> tuple[Prompt, Reading]:
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
             raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
@@ -274,23 +328,49 @@ class LLM:
                 "it is a base model (chat_format 'raw'), which continues texts and knows no conversation",
                 "Use generate(prompt), or load the -Chat release of the model.",
             )
-        window = self.generation_config.max_window_size
-        if messages is not None:
-            return build_messages(tokenizer, messages, tools, max_window_size=window)
-        assert query is not None
-        if not tools:
-            return Prompt(build_chat(tokenizer, query, history, system, window))
-        turns = [{"role": "system", "content": system}]
-        for user, assistant in history:
-            turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-        return build_messages(tokenizer, [*turns, {"role": "user", "content": query}], tools, window)
+        chat_format = self._alive().chat_format
+        assert chat_format is not None
+        is_qwen1 = self.config.model_type == "qwen"
+        window = self.generation_config.max_window_size if is_qwen1 else None
+        if messages is None:
+            assert query is not None
+            if is_qwen1 and not tools:
+                system = DEFAULT_SYSTEM if system is None else system
+                return Prompt(build_chat(tokenizer, query, history, system, window)), Reading()
+            messages = [] if system is None else [{"role": "system", "content": system}]
+            for user, assistant in history:
+                messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+            messages += [{"role": "user", "content": query}]
+        prompt = chat_format.prompt(
+            tokenizer, messages, tools, enable_thinking=enable_thinking, max_window_size=window
+        )
+        style = ReplyStyle(chat_format.style.calls if tools else "none", chat_format.style.thinking)
+        return prompt, Reading(style, prompt.is_continuation if style.calls == "react" else False, tools)
+
+    def _answer(
+        self, prompt: Prompt, params: SamplingParams, reading: Reading, thinking_budget: int | None
+    ) -> Iterator[Delta]:
+        """The raw deltas of the answer to a chat prompt."""
+        if thinking_budget is None or reading.style.thinking == "none":
+            return deltas_of(self._submit(prompt.token_ids, params, prompt.stop))
+        whole = isinstance(thinking_budget, int) and not isinstance(thinking_budget, bool)
+        if not whole or thinking_budget < 1 or params.n != 1:
+            raise RequestError(
+                f"thinking_budget={thinking_budget!r:.40}",
+                f"with n={params.n}" if whole and thinking_budget >= 1 else "not a number of tokens",
+                "Use at least 1 and n=1; enable_thinking=False answers at once.",
+            )
+        submit = partial(self._submit, stop=prompt.stop)
+        tokenizer = self._needs_tokenizer("think")
+        inside = reading.style.thinking == "open"
+        return within_budget(submit, prompt.token_ids, params, thinking_budget, tokenizer, inside)
 
     def _needs_tokenizer(self, asked: str) -> Tokenizer:
         self._alive()
         if self.tokenizer is None:
             raise RequestError(
                 f"{asked} with {self.name}",
-                "it has no tokenizer file (qwen.tiktoken)",
+                "it has no tokenizer file (tokenizer.json, vocab.json with merges.txt, or qwen.tiktoken)",
                 "Pass generate(prompt_token_ids=...), or add the file to the directory.",
             )
         return self.tokenizer
@@ -327,68 +407,10 @@ class LLM:
             params = replace(params, stop=(*params.stop, *stop))
         return self._alive().engine.submit(ids, params, stop_sequences=self.generation_config.stop_words_ids)
 
-    def _collect(self, handles: list[Handle], with_tools: bool) -> list[Generation]:
-        """Wait for all requests; each one's choices become one Generation with the rest in ``choices``."""
-        done = []
-        try:
-            for handle in handles:
-                choices = _generations(handle, with_tools)
-                done.append(choices[0] if len(choices) == 1 else replace(choices[0], choices=tuple(choices)))
-        except BaseException:
-            for handle in handles:
-                handle.cancel()
-            raise
-        return done
 
-
-def _deltas(handle: Handle) -> Iterator[Delta]:
-    try:
-        yield from handle
-    finally:
-        handle.cancel()
-
-
-def _readable(deltas: Iterator[Delta], in_thought: bool) -> Iterator[Delta]:
-    """ReAct text as it streams: prose and the final answer pass, calls come with the last piece."""
-    replies: dict[int, ReplyStream] = {}
-    for delta in deltas:
-        reply = replies.setdefault(delta.index, ReplyStream(in_thought))
-        text = reply.push(delta.text)
-        if delta.finish_reason is None:
-            yield replace(delta, text=text)
-            continue
-        rest, whole = reply.finish()
-        reason: FinishReason = "tool_calls" if whole.tool_calls else delta.finish_reason
-        yield replace(delta, text=text + rest, finish_reason=reason, tool_calls=whole.tool_calls or None)
-
-
-def _generations(handle: Handle, with_tools: bool) -> list[Generation]:
-    """All deltas of one request, joined per completion, in the order of their index."""
-    pieces: dict[int, list[Delta]] = {}
-    for delta in handle:
-        pieces.setdefault(delta.index, []).append(delta)
-    return [_joined(pieces[index], with_tools) for index in sorted(pieces)]
-
-
-def _joined(deltas: list[Delta], with_tools: bool) -> Generation:
-    text = "".join(delta.text for delta in deltas)
-    logprobs: list[TokenLogprob] | None = None
-    if any(delta.logprobs is not None for delta in deltas):
-        logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-    reason: FinishReason = deltas[-1].finish_reason or "abort"
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    if with_tools:
-        reply = parse_reply(text)
-        message = reply.message()
-        reason = "tool_calls" if reply.tool_calls else reason
-    return Generation(
-        text=text,
-        token_ids=[token for delta in deltas for token in delta.token_ids],
-        finish_reason=reason,
-        usage=deltas[-1].usage or Usage(),
-        logprobs=logprobs,
-        message=message,
-    )
+def _with_choices(choices: list[Generation]) -> Generation:
+    """The first of a request's completions, with all of them in ``choices`` where there are several."""
+    return choices[0] if len(choices) == 1 else replace(choices[0], choices=tuple(choices))
 
 
 def _name(model: object) -> str:

@@ -12,14 +12,15 @@ from qwenrt.cli.options import (
     MODEL_HELP,
     add_model_options,
     add_sampling_options,
+    add_thinking_options,
     example,
     load_model,
     sampling_changes,
+    thinking_arguments,
 )
 from qwenrt.cli.session import Leave, Session
 from qwenrt.cli.terminal import Terminal
 from qwenrt.errors import QwenrtError, RequestError
-from qwenrt.text.messages import DEFAULT_SYSTEM
 
 DEFAULT_SEED = 1234
 EXAMPLES = """examples:
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
         **example(EXAMPLES),
     )
     parser.add_argument("model", nargs="?", default="demo", help=f"{MODEL_HELP} (default: demo)")
-    parser.add_argument("--system", metavar="TEXT", default=DEFAULT_SYSTEM, help="the system prompt")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt (default: the model's own)")
     parser.add_argument(
         "-s",
         "--seed",
@@ -50,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
         help="used for every question anew, so the same conversation repeats (default: %(default)s)",
     )
     add_sampling_options(parser)
+    add_thinking_options(parser)
     add_model_options(parser)
     parser.set_defaults(command=chat)
 
@@ -70,6 +72,7 @@ def chat(args: argparse.Namespace) -> int:
             params=llm.generation_config.sampling.with_(**changes),
             system=args.system,
             seed=args.seed,
+            thinking=thinking_arguments(args),
         )
         return converse(session, Lines(terminal))
 
@@ -121,6 +124,7 @@ def ask(session: Session, query: str) -> None:
             with contextlib.closing(session.stream(query)) as deltas:
                 for delta in deltas:
                     pieces.append(delta.text)
+                    terminal.thought(delta.reasoning)
                     terminal.stream(delta.text)
                     reason = delta.finish_reason or reason
         finally:

@@ -60,6 +60,26 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, metavar="K")
 
 
+def add_thinking_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("thinking (models that think before they answer)")
+    group.add_argument(
+        "--thinking", choices=("on", "off"), help="for models that can do either (default: the model's own)"
+    )
+    group.add_argument(
+        "--thinking-budget", type=int, metavar="N", help="tokens after which a thought is brought to its end"
+    )
+
+
+def thinking_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of chat and stream that the options of ``add_thinking_options`` stand for."""
+    given = {}
+    if args.thinking is not None:
+        given["enable_thinking"] = args.thinking == "on"
+    if args.thinking_budget is not None:
+        given["thinking_budget"] = args.thinking_budget
+    return given
+
+
 def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of qwenrt.load that the options of ``add_model_options`` stand for."""
     return {name: getattr(args, name) for name in _LOAD_OPTIONS}

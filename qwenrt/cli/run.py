@@ -13,13 +13,15 @@ from qwenrt.cli.options import (
     MODEL_HELP,
     add_model_options,
     add_sampling_options,
+    add_thinking_options,
     example,
     load_model,
     sampling_changes,
+    thinking_arguments,
 )
 from qwenrt.cli.terminal import Terminal, is_tty
 from qwenrt.errors import RequestError
-from qwenrt.text.messages import DEFAULT_SYSTEM
+from qwenrt.outputs import Delta
 
 if TYPE_CHECKING:
     from qwenrt.llm import LLM
@@ -45,11 +47,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("prompt", nargs="?", default="-", help='the text, or "-" to read it from stdin')
     parser.add_argument("--raw", action="store_true", help="continue the prompt even if it is a chat model")
     parser.add_argument(
-        "--system", metavar="TEXT", default=DEFAULT_SYSTEM, help="the system prompt of a chat model"
+        "--system", metavar="TEXT", help="the system prompt of a chat model (default: its own)"
     )
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON when it is done")
     parser.add_argument("-s", "--seed", type=int, help="repeats an answer (default: another one each time)")
     add_sampling_options(parser)
+    add_thinking_options(parser)
     add_model_options(parser)
     parser.set_defaults(command=run)
 
@@ -62,13 +65,18 @@ def run(args: argparse.Namespace) -> int:
     terminal = Terminal()
     with load_model(args) as llm:
         params = llm.generation_config.sampling.with_(**changes)
-        as_chat = not args.raw and llm.generation_config.chat_format == "chatml"
+        as_chat = (
+            {"system": args.system, **thinking_arguments(args)} if llm.can_chat and not args.raw else None
+        )
         if args.json:
-            generation = _chat(llm, prompt, args.system, params) if as_chat else llm.generate(prompt, params)
+            generation = (
+                llm.generate(prompt, params) if as_chat is None else _chat(llm, prompt, params, **as_chat)
+            )
             terminal.result(dataclasses.asdict(generation))
             return 0
-        for piece in _pieces(llm, prompt, args.system if as_chat else None, params):
-            terminal.stream(piece)
+        for delta in _deltas(llm, prompt, as_chat, params):
+            terminal.thought(delta.reasoning)
+            terminal.stream(delta.text)
         terminal.stream("\n")
     return 0
 
@@ -95,20 +103,20 @@ def _prompt(given: str) -> str:
     return text
 
 
-def _chat(llm: LLM, prompt: str, system: str, params: SamplingParams) -> Generation:
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    generation: Generation = llm.chat(messages=messages, sampling_params=params)
+def _chat(
+    llm: LLM, prompt: str, params: SamplingParams, *, system: str | None, **thinking: Any
+) -> Generation:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [{"role": "user", "content": prompt}]
+    generation: Generation = llm.chat(messages=messages, sampling_params=params, **thinking)
     return generation
 
 
-def _pieces(llm: LLM, prompt: str, system: str | None, params: SamplingParams) -> Iterator[str]:
-    """The answer as it is written, or where ``system`` is None the prompt's continuation."""
-    if system is not None:
-        deltas = llm.stream(prompt, system=system, sampling_params=params)
+def _deltas(llm: LLM, prompt: str, as_chat: dict[str, Any] | None, params: SamplingParams) -> Iterator[Delta]:
+    """The answer as it is written, or where ``as_chat`` is None the prompt's continuation."""
+    if as_chat is not None:
+        yield from llm.stream(prompt, sampling_params=params, **as_chat)
     elif llm.tokenizer is not None:
-        deltas = llm.stream(prompt_token_ids=llm.tokenizer.encode(prompt), sampling_params=params)
+        yield from llm.stream(prompt_token_ids=llm.tokenizer.encode(prompt), sampling_params=params)
     else:
-        yield llm.generate(prompt, params).text  # says what is missing
-        return
-    for delta in deltas:
-        yield delta.text
+        yield Delta(llm.generate(prompt, params).text)  # says what is missing

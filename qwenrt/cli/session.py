@@ -49,9 +49,16 @@ class Session:
     """One conversation: the model, what was said, and the settings that the next answer will use."""
 
     def __init__(
-        self, llm: LLM, terminal: Terminal, *, params: SamplingParams, system: str, seed: int
+        self,
+        llm: LLM,
+        terminal: Terminal,
+        *,
+        params: SamplingParams,
+        system: str | None,
+        seed: int,
+        thinking: dict[str, Any] | None = None,
     ) -> None:
-        self.llm, self.terminal = llm, terminal
+        self.llm, self.terminal, self.thinking = llm, terminal, thinking or {}
         self.params = self._original = params.with_(seed=seed, n=1)
         self.system = system
         self.history: list[tuple[str, str]] = []
@@ -79,7 +86,11 @@ class Session:
     def stream(self, query: str) -> Generator[Delta, None, None]:
         """The answer to ``query``, piece by piece. The seed starts anew, so the same conversation repeats."""
         deltas = self.llm.stream(
-            query, history=list(self.history), system=self.system, sampling_params=self.params
+            query,
+            history=list(self.history),
+            system=self.system,
+            sampling_params=self.params,
+            **self.thinking,
         )
         return cast("Generator[Delta, None, None]", deltas)  # so that it can be closed
 
@@ -165,7 +176,8 @@ class Session:
     def _set_system(self, rest: str) -> None:
         if rest:
             self.system = rest
-        self.terminal.say(f"[INFO] System prompt: {self.system}")
+        shown = "the model's own" if self.system is None else self.system
+        self.terminal.say(f"[INFO] System prompt: {shown}")
 
     def _save(self, rest: str) -> None:
         path = self._path(rest, "save")

@@ -44,6 +44,11 @@ class Terminal:
         sys.stdout.write(piece.translate(_VISIBLE) if self.looked_at else piece)
         sys.stdout.flush()
 
+    def thought(self, piece: str) -> None:
+        """A piece of what a model thinks before it answers: shown to a person who looks, and no part of the result."""
+        if piece and self.looked_at:
+            _write(sys.stdout, piece, "dim", "")
+
     def remark(self, text: str, style: str = "dim") -> None:
         """Something about the work that is not its result, on stderr."""
         sys.stdout.flush()

@@ -6,10 +6,11 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
 
+_SHARE_TOKENS = 2048  # of texts that are read between two steps
 _CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed
 
 
@@ -35,9 +37,20 @@ class _Abort:
 
 
 @dataclass(frozen=True)
-class _Logits:
-    token_ids: list[int]
+class _Compute:
+    work: Callable[[Engine], torch.Tensor]
     result: Future[torch.Tensor]
+
+
+def _shares(prompts: List[List[int]]) -> Iterator[List[List[int]]]:
+    """The prompts in shares of about _SHARE_TOKENS, so that requests that run beside them are not held up."""
+    share: list[List[int]] = []
+    for prompt in prompts:
+        if share and sum(map(len, share)) + len(prompt) > _SHARE_TOKENS:
+            yield share
+            share = []
+        share.append(prompt)
+    yield share
 
 
 class _Wake:
@@ -87,7 +100,7 @@ class _Loop:
 
     def __init__(self, engine: Engine) -> None:
         self.pid = os.getpid()
-        self.inbox: queue.SimpleQueue[_Add | _Abort | _Logits | _Wake] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[_Add | _Abort | _Compute | _Wake] = queue.SimpleQueue()
         # Guards `ended`: nothing is put for a loop that no longer reads. Re-entrant, as a collection may close
         # another engine, or this one, from anywhere.
         self.lock = threading.RLock()
@@ -97,7 +110,7 @@ class _Loop:
         self._sinks: dict[str, queue.SimpleQueue[RequestOutput]] = {}
         self.thread = threading.Thread(target=self.run, name="qwenrt-engine", daemon=True)
 
-    def put(self, message: _Add | _Logits) -> None:
+    def put(self, message: _Add | _Compute) -> None:
         """Hand the loop some work; raises what ended it where it has ended."""
         if os.getpid() != self.pid:
             raise _forked()
@@ -143,7 +156,7 @@ class _Loop:
                 message = self.inbox.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(message, _Logits) and message.result.set_running_or_notify_cancel():
+            if isinstance(message, _Compute) and message.result.set_running_or_notify_cancel():
                 message.result.set_exception(error)
         for request_id, sink in list(self._sinks.items()):
             sink.put(RequestOutput(request_id, Delta("", finish_reason="abort"), True, error))
@@ -166,14 +179,14 @@ class _Loop:
         for output in engine.step():
             self._deliver(output)
 
-    def _take(self, engine: Engine, message: _Add | _Abort | _Logits | _Wake) -> None:
+    def _take(self, engine: Engine, message: _Add | _Abort | _Compute | _Wake) -> None:
         if isinstance(message, _Abort):
             engine.abort(message.request_id)
         elif isinstance(message, _Add):
             engine.enqueue(message.request)
-        elif isinstance(message, _Logits) and message.result.set_running_or_notify_cancel():
+        elif isinstance(message, _Compute) and message.result.set_running_or_notify_cancel():
             try:
-                message.result.set_result(engine.logits(message.token_ids))
+                message.result.set_result(message.work(engine))
             except QwenrtError as error:
                 message.result.set_exception(error)
 
@@ -217,9 +230,24 @@ class AsyncEngine:
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """Engine.logits between two steps -> float32 [num_tokens, vocab_size] on the CPU."""
+        ids = list(token_ids)
+        return self._between_steps(lambda engine: engine.logits(ids))
+
+    def last_hidden(self, prompts: List[List[int]]) -> torch.Tensor:
+        """Engine.last_hidden, a share of the prompts between any two steps -> float32 [len(prompts), D] on the CPU."""
+        works = [partial(Engine.last_hidden, prompts=share) for share in _shares(prompts)]
+        return torch.cat([self._between_steps(work) for work in works])
+
+    def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
+        """Engine.last_logits, a share of the prompts between any two steps -> [len(prompts), len(token_ids)]."""
+        ids = list(token_ids)
+        works = [partial(Engine.last_logits, prompts=share, token_ids=ids) for share in _shares(prompts)]
+        return torch.cat([self._between_steps(work) for work in works])
+
+    def _between_steps(self, work: Callable[[Engine], torch.Tensor]) -> torch.Tensor:
         self._alive()
         result: Future[torch.Tensor] = Future()
-        self._loop.put(_Logits(list(token_ids), result))
+        self._loop.put(_Compute(work, result))
         return result.result()
 
     def stats(self) -> dict[str, Any]:

@@ -250,6 +250,29 @@ class Engine:
         except Exception as error:
             raise _typed(error, f"computing the logits of {len(ids)} tokens") from error
 
+    def last_hidden(self, prompts: List[List[int]]) -> torch.Tensor:
+        """The final hidden state of each prompt's last token -> float32 [len(prompts), D] on the CPU; no trace."""
+        return self._prefilled(prompts).float().cpu()
+
+    def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
+        """The logits of ``token_ids`` after each prompt -> float32 [len(prompts), len(token_ids)] on the CPU."""
+        hidden = self._prefilled(prompts)
+        return self.runner.model.logits(hidden)[:, self._check_ids(token_ids)].cpu()
+
+    def _prefilled(self, prompts: List[List[int]]) -> torch.Tensor:
+        checked = [self._check_ids(prompt) for prompt in prompts]
+        longest = max(map(len, checked))
+        if longest > self.max_model_len:
+            raise RequestError(
+                f"reading a text of {longest} tokens",
+                f"the context is {self.max_model_len} tokens",
+                "Shorten the text, or load with a larger max_model_len.",
+            )
+        try:
+            return self.runner.last_hidden(checked)
+        except Exception as error:
+            raise _typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
+
     def stats(self) -> dict[str, int]:
         """Counters for people and monitors; reading them from another thread is harmless."""
         return {

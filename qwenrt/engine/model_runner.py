@@ -42,6 +42,15 @@ class ModelRunner:
         return self.model.logits(hidden).cpu()
 
     @torch.no_grad()
+    def last_hidden(self, prompts: list[list[int]]) -> torch.Tensor:
+        """One prefill of several texts without the cache -> hidden states [len(prompts), D] of their last tokens."""
+        lens = [len(prompt) for prompt in prompts]
+        ids = torch.tensor([i for p in prompts for i in p], dtype=torch.int64, device=self.backend.device)
+        alphas = [ntk_alpha(n, self.model.config) for n in lens]
+        hidden = self.model.forward(ids, StepPlan(lens, lens), alphas)
+        return hidden[torch.tensor(lens, device=hidden.device).cumsum(0) - 1]
+
+    @torch.no_grad()
     def first_overflow(self, token_ids: list[int]) -> str:
         """The part of the network after which the numbers of a text stop being finite, found by computing it again."""
         n = len(token_ids)

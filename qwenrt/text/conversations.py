@@ -49,7 +49,7 @@ def to_messages(history: object, system: str | None = None) -> list[dict[str, st
     return messages
 
 
-def save(path: str | Path, history: object, *, system: str = DEFAULT_SYSTEM) -> Path:
+def save(path: str | Path, history: object, *, system: str | None = DEFAULT_SYSTEM) -> Path:
     """Write a conversation as JSON; a file that is there is replaced in one step or left as it was."""
     target = Path(path).expanduser()
     content = {
@@ -70,8 +70,8 @@ def save(path: str | Path, history: object, *, system: str = DEFAULT_SYSTEM) -> 
     return target
 
 
-def load(path: str | Path) -> tuple[History, str]:
-    """(history, system) of a file that save() wrote. Raises RequestError for anything else."""
+def load(path: str | Path) -> tuple[History, str | None]:
+    """(history, system; None: the model's own) of a file that save() wrote. Raises RequestError for anything else."""
     source = Path(path).expanduser()
     asked, remedy = f"loading a conversation from {source}", "Give a file that qwenrt saved."
     try:
@@ -85,8 +85,8 @@ def load(path: str | Path) -> tuple[History, str]:
         found = f"it has version {content.get('version')!r:.80}, this qwenrt reads {VERSION}"
         raise RequestError(asked, found, "Update qwenrt.")
     system = content.get("system")
-    if not isinstance(system, str):
-        raise RequestError(asked, f"system is {system!r:.80}", "It must be text.")
+    if system is not None and not isinstance(system, str):
+        raise RequestError(asked, f"system is {system!r:.80}", "It must be text or null.")
     try:
         return as_history(content.get("history")), system
     except RequestError as error:

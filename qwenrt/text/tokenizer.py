@@ -20,7 +20,9 @@ from qwenrt.text.vocabulary import END_OF_TEXT, IM_END, IM_START, SPLIT_PATTERN,
 if TYPE_CHECKING:
     import tiktoken
 
-__all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "Tokenizer", "load_tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "TOKENIZER_FILES", "Tokenizer", "load_tokenizer"]
+
+TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, QWEN1_FILE)  # one of them is in every directory that has a tokenizer
 
 # Whitespace as the split pattern's \s understands it (re's own \s has four more), but for newlines.
 _BLANKS = re.compile("[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")

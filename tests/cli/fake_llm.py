@@ -36,6 +36,7 @@ class FakeLLM:
 
     def __init__(self, chat_format: str = "chatml") -> None:
         self.generation_config = GenerationConfig(chat_format=chat_format, sampling=SamplingParams(top_p=0.8))
+        self.can_chat = chat_format == "chatml"
         self.calls: list[dict[str, Any]] = []
         self.closed_streams = 0
         self.closed = False

@@ -200,7 +200,7 @@ def test_an_answer_cut_by_its_limit_says_so(fake: SimpleNamespace, qwenrt: Qwenr
 
 def test_system(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     done = qwenrt("chat", stdin=":system\n:system You are a cat.\na\n")
-    assert "[INFO] System prompt: You are a helpful assistant." in done.out
+    assert "[INFO] System prompt: the model's own" in done.out
     assert fake.llm.calls[0]["system"] == "You are a cat."
 
 
