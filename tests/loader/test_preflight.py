@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from qwenrt.backends.base import Backend
+from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import ModelConfig
+from qwenrt.config.released import released_config
 from qwenrt.errors import CapacityError
-from qwenrt.loader.preflight import GIB, cache_bytes, memory_need, preflight, weight_bytes
+from qwenrt.loader.checkpoint import open_checkpoint
+from qwenrt.loader.footprint import GIB, Storage, cache_bytes, memory_need, weight_bytes
+from qwenrt.loader.preflight import preflight, storage_of
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 
@@ -47,8 +51,8 @@ SEVEN = released(32, 4096, 32, 22016, 151936)
     ],
 )
 def test_weights_of_the_released_models(config: ModelConfig, nbytes: int) -> None:
-    assert weight_bytes(config, 2) == nbytes
-    assert weight_bytes(config, 4) == 2 * nbytes
+    assert weight_bytes(config, Storage(2, 2)) == nbytes
+    assert weight_bytes(config, Storage(4, 4)) == 2 * nbytes
 
 
 def test_cache() -> None:
@@ -67,22 +71,34 @@ def test_cache() -> None:
         ("gptq_int4_act_order", None),
     ],
 )
-def test_the_estimate_is_what_packing_takes(golden_dir: Path, name: str, quantize: str | None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("backend", [Backend(CPU), CPUBackend(CPU)], ids=["plain torch", "cpu"])
+def test_the_estimate_is_what_packing_takes(
+    golden_dir: Path, name: str, quantize: str | None, dtype: torch.dtype, backend: Backend
+) -> None:
+    checkpoint = open_checkpoint(golden_dir / name)
+    stored = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[
+        checkpoint.tensors["transformer.wte.weight"].dtype
+    ]
     config = ModelConfig.from_dir(golden_dir / name)
-    model = Qwen(config, Backend(CPU), torch.float16)
-    load_weights(model, golden_dir / name, config, model.backend, torch.float16, quantize=quantize)
-    assert weight_bytes(config, 2, quantize) == pytest.approx(model.weight_bytes, rel=0.02)
+    model = Qwen(config, backend, dtype)
+    load_weights(model, checkpoint, config, backend, dtype, quantize=quantize)
+    estimated = weight_bytes(config, storage_of(backend, dtype, stored), quantize)
+    assert estimated == pytest.approx(model.weight_bytes, rel=0.005)
 
 
 def test_the_arithmetic_needs_no_torch() -> None:
-    code = "import sys, qwenrt.loader.preflight, qwenrt.loader.hub; assert 'torch' not in sys.modules"
+    modules = ", ".join(
+        f"qwenrt.loader.{n}" for n in ("preflight", "footprint", "fit", "device_memory", "hub")
+    )
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class _Small(Backend):
-    """A device with 8 GiB, of which 6 are free."""
+    """A device with 8 GiB, of which 7 are free, and no kernels of its own."""
 
-    room = (6 * GIB, 8 * GIB)
+    room = (7 * GIB, 8 * GIB)
 
     def memory(self) -> tuple[int, int]:
         return self.room
@@ -92,7 +108,7 @@ def test_it_refuses_with_figures_and_what_would_fit() -> None:
     with pytest.raises(CapacityError) as error:
         preflight(SEVEN, _Small(CPU), torch.bfloat16, max_model_len=2048)
     text = str(error.value)
-    assert "weights 14.38 GiB, cache 1.00 GiB" in text and "6.00 GiB of 8.00 GiB are free" in text
+    assert "weights 14.38 GiB, cache 1.00 GiB" in text and "7.00 GiB of 8.00 GiB are free" in text
     assert "with 2048 tokens of cache" in text
     assert 'quantize="int4" with max_model_len=' in text
 
@@ -105,7 +121,7 @@ def test_every_remedy_it_offers_does_fit() -> None:
             preflight(SEVEN, backend, torch.bfloat16, max_model_len=8192)
         remedy = error.value.remedy
         if remedy.startswith("No setting"):
-            assert room < 6
+            assert room < 7
             continue
         for offer in remedy.removeprefix("This would fit: ").rstrip(".").split("; "):
             changes = dict(part.split("=") for part in offer.split(" with "))
@@ -124,5 +140,35 @@ def test_it_says_when_nothing_helps() -> None:
 
 def test_what_fits_passes() -> None:
     need = preflight(SEVEN, _Small(CPU), torch.bfloat16, quantize="int4", max_model_len=256)
-    assert need.total == need.weights + need.cache + need.workspace < 6 * GIB
-    assert memory_need(SEVEN, 2, 256, quantize="int4") == need
+    assert need.total == need.weights + need.cache + need.workspace < 7 * GIB
+    assert memory_need(SEVEN, Storage(2, 2, on_host=True), 256, quantize="int4") == need
+
+
+def _roomy() -> Backend:
+    backend = _Small(CPU)
+    backend.room = (12 * GIB, 16 * GIB)
+    return backend
+
+
+def test_several_users_are_counted() -> None:
+    one, two = (
+        preflight(SEVEN, _roomy(), torch.bfloat16, quantize="int4", max_model_len=256, users=users)
+        for users in (1, 2)
+    )
+    assert two.cache == 2 * one.cache
+
+
+def test_fp8_may_be_rounded_further() -> None:
+    config = released_config("Qwen3-8B-FP8")
+    assert config is not None
+    with pytest.raises(CapacityError, match='This would fit: quantize="int8"'):
+        preflight(config, _roomy(), torch.bfloat16, max_model_len=512)
+
+
+def test_a_kernel_that_was_demoted_does_not_count() -> None:
+    backend = CPUBackend(CPU)
+    if backend.kernels is None:
+        pytest.skip(backend.unavailable)
+    assert storage_of(backend, torch.float32, "bfloat16") == Storage(4, 2, 2, kernels=True, on_host=True)
+    backend.demoted["linear"] = "wrong"
+    assert storage_of(backend, torch.float32, "bfloat16") == Storage(4, 4, 2, on_host=True)

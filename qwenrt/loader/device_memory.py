@@ -1,0 +1,64 @@
+"""The memory of a device as far as the system tells without torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import qwenrt.backends
+
+_TIMEOUT_S = 10.0
+_QUERY = ("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits")
+
+
+def device_memory(device: str, root: Path = Path("/")) -> tuple[int, int] | None:
+    """(free, total) bytes of "cpu", "cuda", "cuda:1", "dcu", ...; None where nothing here can tell."""
+    name, _, index = device.partition(":")
+    number = int(index) if index.isdecimal() else 0
+    if name == "cpu":
+        return _host_memory(root)
+    if name == "cuda":
+        return _nvidia_smi(number)
+    return _sysfs(number, root) if name == "dcu" else None
+
+
+def _host_memory(root: Path) -> tuple[int, int] | None:
+    """What the CPU's backend says. Its module is loaded by itself, as the package around it imports torch."""
+    path = Path(qwenrt.backends.__file__).parent / "cpu" / "resources.py"
+    spec = importlib.util.spec_from_file_location("qwenrt_cpu_resources", path)
+    if spec is None or spec.loader is None:
+        return None
+    resources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(resources)
+    try:
+        free, total = resources.memory(root)
+    except (AttributeError, OSError, ValueError):  # a system that tells in none of the known ways
+        return None
+    return int(free), int(total)
+
+
+def _nvidia_smi(number: int) -> tuple[int, int] | None:
+    """Of the driver's own tool, in MiB; its numbering is that of the bus."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--id={number}", *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    fields = done.stdout.strip().split(",")
+    if done.returncode != 0 or len(fields) != 2 or not all(field.strip().isdecimal() for field in fields):
+        return None
+    free, total = (int(field) * 2**20 for field in fields)
+    return free, total
+
+
+def _sysfs(number: int, root: Path) -> tuple[int, int] | None:
+    """Of the amdgpu driver and those derived from it."""
+    cards = sorted((root / "sys/class/drm").glob("card[0-9]*/device/mem_info_vram_total"))
+    try:
+        total = int(cards[number].read_text(encoding="ascii"))
+        used = int((cards[number].parent / "mem_info_vram_used").read_text(encoding="ascii"))
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(0, total - used), total
