@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.errors import RequestError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwenrt.text.tokenizer import Tokenizer
 
 OBSERVATION_STOP = "Observation:"  # the model would go on and make up the tool's result
+THOUGHT = "Thought:"
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,16 @@ class Prompt:
     ``stop``: strings that end the answer because of the prompt's form (ReAct's "Observation:").
     ``is_continuation``: the answer continues the last assistant message instead of beginning one.
     ``dropped_turns``: how many of the oldest turns did not fit max_window_size.
+    ``thinking``: whether the answer begins inside a thought or may begin with one.
+    ``in_thought``: whether the prompt itself ends inside a thought (an open <think>, ReAct's "Thought:").
     """
 
     token_ids: list[int]
     stop: tuple[str, ...] = ()
     is_continuation: bool = False
     dropped_turns: int = 0
+    thinking: bool = False
+    in_thought: bool = False
 
 
 def build_chat(
@@ -66,8 +71,8 @@ def build_messages(
     """
     turns = parse_messages(messages, tools)
     prompt = _render(tokenizer, turns, max_window_size, add_generation_prompt)
-    stop = (OBSERVATION_STOP,) if tools else ()
-    return Prompt(prompt.token_ids, stop, prompt.is_continuation, prompt.dropped_turns)
+    in_thought = turns.query is None and turns.history[-1][1].endswith(THOUGHT) and add_generation_prompt
+    return replace(prompt, stop=(OBSERVATION_STOP,) if tools else (), in_thought=in_thought)
 
 
 def build_raw(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
@@ -87,13 +92,18 @@ def stop_ids(tokenizer: Tokenizer, chat_format: str | None) -> list[list[int]]:
     raise RequestError(f"chat format {chat_format!r:.80}", "unknown", "Known are: 'chatml', 'raw'.")
 
 
+def check_window(window: object) -> int | None:
+    """A max_window_size as it may be given: a number of tokens, or None."""
+    if window is None or (isinstance(window, int) and not isinstance(window, bool) and window >= 0):
+        return window
+    raise RequestError("max_window_size", f"got {window!r:.80}", "Pass a number of tokens, or None.")
+
+
 def _render(
     tokenizer: Tokenizer, turns: Turns, max_window_size: int | None, add_generation_prompt: bool
 ) -> Prompt:
     """Each piece is encoded by itself: a newline of the template never merges with one of the content."""
-    window = max_window_size
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
-        raise RequestError("max_window_size", f"got {window!r:.80}", "Pass a number of tokens, or None.")
+    window = check_window(max_window_size)
     encode, newline = tokenizer.encode, tokenizer.encode("\n")
     start, end = [tokenizer.im_start_id], [tokenizer.im_end_id]
     user = [*newline, *start, *encode("user"), *newline]

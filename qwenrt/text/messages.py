@@ -1,13 +1,14 @@
-"""OpenAI-shaped messages as Qwen-1's turns; tools, calls and results in the ReAct form it knows."""
+"""Checked messages as Qwen-1's turns; tools, calls and results in the ReAct form it knows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenrt.errors import RequestError
+from qwenrt.text.message_checks import Call, Message, check_messages, check_tools, out_of_place, unmatched
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 REACT_INSTRUCTION = """Answer the following questions as best you can. You have access to the following APIs:
@@ -31,22 +32,6 @@ _TOOL = (
     "What is the {name_for_human} API useful for? {description_for_model} Parameters: {parameters}"
 )
 _FINAL_ANSWER = "Thought: I now know the final answer.\nFinal Answer: "
-_ROLES = ("system", "user", "assistant", "tool", "function")
-
-
-@dataclass(frozen=True)
-class _Call:
-    name: str
-    arguments: str
-    id: object = None
-
-
-@dataclass(frozen=True)
-class _Message:
-    role: str
-    text: str
-    calls: tuple[_Call, ...] = ()
-    tool_call_id: object = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,7 @@ def parse_messages(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> Turns:
     """OpenAI-shaped messages as turns; calls, results and ``tools`` become ReAct text inside them."""
-    checked = _checked(messages)
+    checked = [_as_spoken(f"messages[{i}]", m) for i, m in enumerate(check_messages(messages))]
     if not any(m.role == "user" for m in checked):
         raise _invalid("Expecting at least one user message", "Add a message with role 'user'.")
     system = DEFAULT_SYSTEM
@@ -106,81 +91,23 @@ def react_instruction(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _checked(messages: object) -> list[_Message]:
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise RequestError(
-            "messages",
-            f"got {type(messages).__name__}",
-            "Pass a list of {'role': ..., 'content': ...}.",
-        )
-    return [_checked_message(index, message) for index, message in enumerate(messages)]
+def _as_spoken(where: str, message: Message) -> Message:
+    """The message as Qwen-1 was served it: blank ends cut off, arguments as JSON text."""
+    calls = tuple(
+        Call(call.name, call.arguments, call.id)
+        if isinstance(call.arguments, str)
+        else Call(call.name, _json(f"{where}: arguments of {call.name!r:.80}", call.arguments), call.id)
+        for call in message.calls
+    )
+    return replace(message, text=message.text.lstrip("\n").rstrip(), calls=calls)
 
 
-def _checked_message(index: int, message: object) -> _Message:
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(where, f"got {type(message).__name__}", "Pass {'role': ..., 'content': ...}.")
-    role = message.get("role")
-    if role not in _ROLES:
-        raise RequestError(where, f"role is {role!r:.80}", f"Known roles are: {', '.join(_ROLES)}.")
-    text = _content(where, message.get("content")).lstrip("\n").rstrip()
-    calls = _calls(where, message) if role == "assistant" else ()
-    return _Message(role, text, calls, message.get("tool_call_id"))
-
-
-def _content(where: str, content: object) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
-        raise RequestError(
-            f"{where}: content",
-            f"got {type(content).__name__}",
-            "Pass a str, a list of text parts, or None.",
-        )
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(text, str):
-            raise RequestError(
-                f"{where}: content", f"a part of type {kind!r:.80}", "Qwen-1 reads text parts only."
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _calls(where: str, message: Mapping[str, Any]) -> tuple[_Call, ...]:
-    """The calls of an assistant message, from ``tool_calls`` or the older ``function_call``."""
-    given = message.get("tool_calls")
-    if given is None:
-        given = [{"function": message["function_call"]}] if message.get("function_call") is not None else []
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        raise RequestError(f"{where}: tool_calls", f"got {type(given).__name__}", "Pass a list.")
-    calls = []
-    for call in given:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        arguments = function.get("arguments") if isinstance(function, Mapping) else None
-        if isinstance(arguments, Mapping):
-            arguments = _json(f"{where}: arguments of {name!r:.80}", arguments)
-        if not isinstance(name, str) or not name or not isinstance(arguments, str):
-            raise RequestError(
-                f"{where}: tool call",
-                f"got {call!r:.120}",
-                "A call is {'type': 'function', 'function': {'name': str, 'arguments': str}}.",
-            )
-        calls.append(_Call(name, arguments, call.get("id")))
-    return tuple(calls)
-
-
-def _sequential(messages: Sequence[_Message]) -> list[_Message]:
+def _sequential(messages: Sequence[Message]) -> list[Message]:
     """Several calls in one message become one call after another, each followed by its own result.
 
     The ReAct form knows one call at a time. Results are matched by tool_call_id, else by order.
     """
-    ordered: list[_Message] = []
+    ordered: list[Message] = []
     index = 0
     while index < len(messages):
         message = messages[index]
@@ -193,22 +120,18 @@ def _sequential(messages: Sequence[_Message]) -> list[_Message]:
             results.append(messages[index])
             index += 1
         for number, call in enumerate(message.calls):
-            ordered.append(_Message("assistant", "" if number else message.text, (call,)))
+            ordered.append(Message("assistant", "" if number else message.text, (call,)))
             for result in results:
                 if result.tool_call_id is None or result.tool_call_id == call.id:
                     ordered.append(result)
                     results.remove(result)
                     break
         if results:
-            raise RequestError(
-                "Invalid request",
-                f"tool_call_id {results[0].tool_call_id!r:.80} matches none of {len(message.calls)} calls",
-                "Answer each tool call with one tool message that carries its id.",
-            )
+            raise unmatched(results[0], len(message.calls))
     return ordered
 
 
-def _alternating(messages: Sequence[_Message], with_tools: bool) -> list[tuple[str, str]]:
+def _alternating(messages: Sequence[Message], with_tools: bool) -> list[tuple[str, str]]:
     """(role, text) of user and assistant only: calls and results are written into the assistant's text."""
     turns: list[tuple[str, str]] = []
     for index, message in enumerate(messages):
@@ -227,10 +150,7 @@ def _alternating(messages: Sequence[_Message], with_tools: bool) -> list[tuple[s
                 turns[-1] = (role, f"{turns[-1][1]}\n{text}")
         else:
             if not turns or turns[-1][0] != "assistant":
-                raise _invalid(
-                    f"Expecting role assistant before role {role}",
-                    "A tool's result follows its call.",
-                )
+                raise out_of_place(role)
             text = f"{turns[-1][1]}\nObservation: {text}"
             if index == len(messages) - 1:
                 text += "\nThought:"
@@ -238,7 +158,7 @@ def _alternating(messages: Sequence[_Message], with_tools: bool) -> list[tuple[s
     return turns
 
 
-def _assistant_text(message: _Message, with_tools: bool) -> str:
+def _assistant_text(message: Message, with_tools: bool) -> str:
     text = message.text
     if not message.calls:
         return _FINAL_ANSWER + text if with_tools else text
@@ -250,17 +170,9 @@ def _assistant_text(message: _Message, with_tools: bool) -> str:
 
 def _tool_specs(tools: object) -> list[dict[str, str]]:
     """Tools as OpenAI wraps them, as bare functions, or with Qwen's own name_for_model keys."""
-    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
-        raise RequestError("tools", f"got {type(tools).__name__}", "Pass a list of function descriptions.")
     specs = []
-    for index, tool in enumerate(tools):
+    for index, tool in enumerate(check_tools(tools)):
         where = f"tools[{index}]"
-        if isinstance(tool, Mapping) and "function" in tool:
-            if tool.get("type", "function") != "function":
-                raise RequestError(where, f"type is {tool['type']!r:.80}", "Supported is: 'function'.")
-            tool = tool["function"]
-        if not isinstance(tool, Mapping):
-            raise RequestError(where, f"got {type(tool).__name__}", "Pass a dict that describes a function.")
         name, description = tool.get("name") or "", tool.get("description") or ""
         spec = {
             "name_for_model": tool.get("name_for_model") or name,

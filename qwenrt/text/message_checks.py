@@ -1,0 +1,144 @@
+"""OpenAI-shaped messages and tools, checked: what every chat format of every generation begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwenrt.errors import RequestError
+
+ROLES = ("system", "user", "assistant", "tool", "function", "developer")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an assistant message. ``arguments``: JSON text, or the object itself, as it was given."""
+
+    name: str
+    arguments: str | Mapping[str, Any]
+    id: object = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One checked message. "developer" has become "system"; "function" is the older name of "tool".
+
+    ``text``: the content as it was given, text parts joined, empty for None. ``reasoning``: None where the
+    message has none of its own (it may still stand in the text, between <think> tags).
+    """
+
+    role: str
+    text: str
+    calls: tuple[Call, ...] = ()
+    tool_call_id: object = None
+    reasoning: str | None = None
+    name: str | None = None
+
+
+def check_messages(messages: object) -> list[Message]:
+    """The messages, each checked by itself; their order is for the chat format to judge."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        raise RequestError(
+            "messages",
+            f"got {type(messages).__name__}",
+            "Pass a list of {'role': ..., 'content': ...}.",
+        )
+    return [_checked(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def check_tools(tools: object) -> list[Mapping[str, Any]]:
+    """The functions that ``tools`` describe, unwrapped from OpenAI's {"type": "function", "function": ...}."""
+    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
+        raise RequestError("tools", f"got {type(tools).__name__}", "Pass a list of function descriptions.")
+    functions = []
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if isinstance(tool, Mapping) and "function" in tool:
+            if tool.get("type", "function") != "function":
+                raise RequestError(where, f"type is {tool['type']!r:.80}", "Supported is: 'function'.")
+            tool = tool["function"]
+        if not isinstance(tool, Mapping):
+            raise RequestError(where, f"got {type(tool).__name__}", "Pass a dict that describes a function.")
+        functions.append(tool)
+    return functions
+
+
+def out_of_place(role: str) -> RequestError:
+    """A tool's result where no call can have been."""
+    return RequestError(
+        "Invalid request", f"Expecting role assistant before role {role}", "A tool's result follows its call."
+    )
+
+
+def unmatched(result: Message, calls: int) -> RequestError:
+    """A tool's result whose tool_call_id is that of none of the calls before it."""
+    return RequestError(
+        "Invalid request",
+        f"tool_call_id {result.tool_call_id!r:.80} matches none of {calls} calls",
+        "Answer each tool call with one tool message that carries its id.",
+    )
+
+
+def _checked(where: str, message: object) -> Message:
+    if not isinstance(message, Mapping):
+        raise RequestError(where, f"got {type(message).__name__}", "Pass {'role': ..., 'content': ...}.")
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(where, f"role is {role!r:.80}", f"Known roles are: {', '.join(ROLES)}.")
+    calls = _calls(where, message) if role == "assistant" else ()
+    reasoning = message.get("reasoning_content") if role == "assistant" else None
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise RequestError(f"{where}: reasoning_content", f"got {type(reasoning).__name__}", "Pass a str.")
+    name = message.get("name")
+    return Message(
+        "system" if role == "developer" else str(role),
+        _content(where, message.get("content")),
+        calls,
+        message.get("tool_call_id"),
+        reasoning,
+        name if isinstance(name, str) else None,
+    )
+
+
+def _content(where: str, content: object) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
+        raise RequestError(
+            f"{where}: content",
+            f"got {type(content).__name__}",
+            "Pass a str, a list of text parts, or None.",
+        )
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            raise RequestError(f"{where}: content", f"a part of type {kind!r:.80}", "Only text is read.")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(where: str, message: Mapping[str, Any]) -> tuple[Call, ...]:
+    """The calls of an assistant message, from ``tool_calls`` or the older ``function_call``."""
+    given = message.get("tool_calls")
+    if given is None:
+        given = [{"function": message["function_call"]}] if message.get("function_call") is not None else []
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise RequestError(f"{where}: tool_calls", f"got {type(given).__name__}", "Pass a list.")
+    calls = []
+    for call in given:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name or not isinstance(arguments, (str, Mapping)):
+            raise RequestError(
+                f"{where}: tool call",
+                f"got {call!r:.120}",
+                "A call is {'type': 'function', 'function': {'name': str, 'arguments': str}}.",
+            )
+        calls.append(Call(name, arguments, call.get("id")))
+    return tuple(calls)
