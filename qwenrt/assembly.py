@@ -15,6 +15,7 @@ import torch
 from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, Binding
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
+from qwenrt.config.released import RELEASED, released_config
 from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine
 from qwenrt.errors import BackendError, ConfigError
@@ -35,14 +36,6 @@ FALLBACKS = ("warn", "error", "silent")
 BLOCK_SIZE = 16
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
 LONGEST_BY_CHOICE = 32768  # the longest context that is set up unless the user asks for more
-
-# The released shapes, for random weights: layers, hidden size, heads, config.json's intermediate_size, vocabulary.
-SHAPES = {
-    "Qwen-1_8B": (24, 2048, 16, 11008, 151936),
-    "Qwen-7B": (32, 4096, 32, 22016, 151936),
-    "Qwen-14B": (40, 5120, 40, 27392, 152064),
-    "Qwen-72B": (80, 8192, 64, 49152, 152064),
-}
 
 
 @dataclass(frozen=True)
@@ -156,15 +149,26 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
     config = shape if isinstance(shape, ModelConfig) else shape_config(shape)
     backend = _backend(settings, environment)
     bits = quantize_bits(settings.quantize, config) or 16
+    made: dict[tuple[int, int, int], CanonicalWeight] = {}  # experts are many and of one shape
+
+    def random_linear(rows: int, columns: int, bits: int) -> CanonicalWeight:
+        shape = (rows, columns, bits)
+        if shape not in made:
+            if len(made) > 1:
+                made.clear()
+            made[shape] = _random_rows(*shape)
+        return made[shape]
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
         for name, dims in model.tensor_specs.items():
             tensor = torch.ones(dims) if len(dims) == 1 else _random_rows(dims[0], dims[1], 16).dense
             assert tensor is not None
-            model.set_tensor(name, tensor.to(backend.device, dtype))
+            kept = backend.weight_dtype("bfloat16", dtype) if name == "embed_tokens" else dtype
+            model.set_tensor(name, tensor.to(backend.device, kept))
         for name, spec in model.linear_specs.items():
-            kept = bits if spec.quantizable else 16
-            weight = _random_rows(spec.out_features, spec.in_features, kept)
+            weight = random_linear(spec.out_features, spec.in_features, bits if spec.quantizable else 16)
+            if name == "lm_head" and config.tie_word_embeddings:
+                weight = CanonicalWeight(dense=model.embed_tokens)
             bias = torch.zeros(spec.out_features) if spec.bias else None
             model.set_linear(name, backend.pack_linear(dataclasses.replace(weight, bias=bias), dtype))
 
@@ -195,20 +199,10 @@ def _backend(settings: Settings, environment: Environment) -> Backend:
 
 def shape_config(name: str) -> ModelConfig:
     """The config of a released shape."""
-    if name not in SHAPES:
-        raise ConfigError(f"shape {name!r}", "unknown", f"Known shapes are: {', '.join(SHAPES)}.")
-    layers, hidden, heads, intermediate, vocab = SHAPES[name]
-    return ModelConfig.from_dict(
-        {
-            "num_hidden_layers": layers,
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "intermediate_size": intermediate,
-            "vocab_size": vocab,
-            "seq_length": 8192,
-            "max_position_embeddings": 32768,
-        }
-    )
+    config = released_config(name)
+    if config is None:
+        raise ConfigError(f"shape {name!r}", "unknown", f"Known shapes are: {', '.join(RELEASED)}.")
+    return config
 
 
 @dataclass(frozen=True)
@@ -231,7 +225,7 @@ def _build(
     started: float,
 ) -> Assembled:
     quantize_bits(settings.quantize, config)
-    dtype = choose_dtype(settings.dtype, config, backend, stored)
+    dtype = choose_dtype(settings.dtype, config, backend, stored, settings.quantize)
     longest = settings.max_model_len or min(config.max_position_embeddings, LONGEST_BY_CHOICE)
     if settings.max_model_len is None:
         longest = _longest_that_fits(config, backend, dtype, settings, longest)
@@ -243,10 +237,12 @@ def _build(
         max_model_len=longest,
         kv_cache_dtype=settings.kv_cache_dtype,
         stored=stored,
+        batch_tokens=settings.max_num_batched_tokens,
     )
     _selfcheck(config, backend, dtype, settings)
     model = Qwen(config, backend, dtype)
     fill(model, dtype)
+    backend.empty_cache()  # of what loading needed besides
     model.bind()
     _report_fallbacks(model.backend.bindings, settings.fallback)
     engine = Engine(
@@ -283,12 +279,14 @@ def _build(
     return built
 
 
-def choose_dtype(wanted: str, config: ModelConfig, backend: Backend, stored: str | None) -> torch.dtype:
+def choose_dtype(
+    wanted: str, config: ModelConfig, backend: Backend, stored: str | None, quantize: str | None = None
+) -> torch.dtype:
     """The activations' dtype: what the user wants if the device can, else the backend's choice."""
     if wanted != "auto":
         backend.check_dtype(DTYPES[wanted])
         return DTYPES[wanted]
-    coded = config.quant is not None and config.quant.has_codes
+    coded = quantize is not None or (config.quant is not None and config.quant.has_codes)
     return backend.default_dtype(config.dtype or stored, config.num_parameters * 4, coded)
 
 

@@ -105,9 +105,9 @@ def examine(args: argparse.Namespace) -> Report:
         raise RequestError("--memory", f"got {args.memory:g}", "Give the free memory in GiB.")
     config, source = find_config(args.model)
     device, free, total = _device(args.device, args.memory)
-    placement = place(config, device, args.dtype, free)
-    context = args.ctx or min(_USUAL_CONTEXT, config.max_position_embeddings)
     quantize = None if args.quantize == "none" else args.quantize
+    placement = place(config, device, args.dtype, free, quantize)
+    context = args.ctx or min(_USUAL_CONTEXT, config.max_position_embeddings)
     need = memory_need(
         config, placement.storage, context, users=args.users, quantize=quantize, kv_cache_dtype=args.kv
     )

@@ -52,7 +52,9 @@ class Placement:
     runtime: int
 
 
-def place(config: ModelConfig, device: str, dtype: str, free: int | None) -> Placement:
+def place(
+    config: ModelConfig, device: str, dtype: str, free: int | None, quantize: str | None = None
+) -> Placement:
     """What loading with dtype="auto" or the one named does on a device, its own kernels taken to be there.
 
     A CPU computes in float32 unless a dense model would then fill most of the ``free`` memory, and keeps dense
@@ -68,7 +70,7 @@ def place(config: ModelConfig, device: str, dtype: str, free: int | None) -> Pla
         return Placement(dtype, Storage(itemsize, itemsize, stored_bytes), _CONTEXT)
     if dtype == "auto":
         small = free is None or config.num_parameters * stored_bytes <= _FILLS_MEMORY * free
-        dtype = "float32" if coded or small else "bfloat16"
+        dtype = "float32" if coded or quantize or small else "bfloat16"
     itemsize = DTYPE_BYTES[dtype]
     dense = stored_bytes if dtype == "float32" else itemsize
     storage = Storage(itemsize, dense, stored_bytes, kernels=True, on_host=True)

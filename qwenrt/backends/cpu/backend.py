@@ -170,6 +170,9 @@ class CPUBackend(Backend):
         """(free, total) bytes that this process may use: the machine's or its container's."""
         return resources.memory()
 
+    def empty_cache(self) -> None:
+        resources.give_back_free_pages()
+
     def read(self, memory: torch.Tensor) -> None:
         """As Backend.read, with the threads that serve the linears."""
         if self.kernels is None:
