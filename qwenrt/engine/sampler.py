@@ -147,7 +147,8 @@ class TokenCounts:
         if penalty != 1:
             values = torch.where(values > 0, values / penalty, values * penalty)
         values = values - (written > 0) * params.presence_penalty - written * params.frequency_penalty
-        row[ids] = values
+        # Divided by a tiny penalty, several could be infinite, and no draw could tell them apart.
+        row[ids] = values.clamp(max=torch.finfo(values.dtype).max)
 
     def _catch_up(self, seq: Sequence) -> None:
         new = seq.token_ids[self._read :]

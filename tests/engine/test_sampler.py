@@ -145,6 +145,14 @@ def test_bias_and_penalties(params: SamplingParams, expected: list[float]) -> No
     assert penalised(params, [2.0, -1.0, 3.0, 0.5], [0], [1, 1]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("penalty", [1e-38, 1e-40, 1e-300])
+def test_the_smallest_penalty_still_draws_a_token(penalty: float, top_p: float) -> None:
+    logits = torch.tensor([[2.0, 1.0, 3.0, 0.0]])
+    seq = sequence(SamplingParams(repetition_penalty=penalty, top_p=top_p, seed=0), [1, 0, 3])
+    assert Sampler().sample(logits, [seq]).token_ids[0] in (0, 1)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 10))
 def test_counts_grown_step_by_step_are_those_counted_at_once(ids: list[int], prompt_len: int) -> None:
