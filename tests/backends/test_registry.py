@@ -75,6 +75,16 @@ def test_the_self_check_demotes_what_is_wrong() -> None:
     assert backend.resolve(OpSpec("silu_and_mul", "x", torch.float32)).__func__ is Wrong.silu_and_mul
 
 
+def test_the_self_check_finds_nan_whichever_shape_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nan_for_one_token(self: Backend, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        y = reference.linear(x, w)
+        return y * torch.nan if len(x) == 1 and w.out_features == 9 else y
+
+    monkeypatch.setattr(Wrong, "linear", native()(nan_for_one_token))
+    for order in ([(8, 64, 16, 0), (9, 64, 16, 0)], [(9, 64, 16, 0), (8, 64, 16, 0)]):
+        assert "linear" in selfcheck.check(Wrong(CPU), torch.float32, (4, 4, 16), order)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_cpu_backend_passes_its_self_check(dtype: torch.dtype) -> None:
     backend = registry.create("cpu")
