@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,12 +107,13 @@ def examine(args: argparse.Namespace) -> Report:
     config, source = find_config(args.model)
     device, free, total = _device(args.device, args.memory)
     quantize = None if args.quantize == "none" else args.quantize
-    placement = place(config, device, args.dtype, free, quantize)
+    placed = partial(place, config, device, args.dtype, free)
+    placement = placed(quantize)
     context = args.ctx or min(_USUAL_CONTEXT, config.max_position_embeddings)
     need = memory_need(
         config, placement.storage, context, users=args.users, quantize=quantize, kv_cache_dtype=args.kv
     )
-    found = options(config, placement, Workload(context, args.users), free, BATCH_TOKENS) if free else []
+    found = options(config, placed, Workload(context, args.users), free, BATCH_TOKENS) if free else []
     return Report(
         *(args.model, source, config, device, free, total, context, args.users, quantize, args.kv),
         *(placement, need, found),

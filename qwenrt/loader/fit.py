@@ -78,16 +78,23 @@ def place(
 
 
 def options(
-    config: ModelConfig, placement: Placement, work: Workload, free: int, batch_tokens: int
+    config: ModelConfig,
+    placed: Callable[[str | None], Placement],
+    work: Workload,
+    free: int,
+    batch_tokens: int,
 ) -> list[Option]:
-    """Every way to load, mildest first, each with what would fit into ``free`` bytes."""
+    """Every way to load, mildest first, each with what would fit into ``free`` bytes. ``placed``: quantize ->
+    Placement."""
     coded = config.quant is not None and config.quant.has_codes
-    needed = partial(memory_need, config, placement.storage, batch_tokens=batch_tokens)
-    return [
-        _option(needed, quantize, kv, work, free - placement.runtime, config.max_position_embeddings)
-        for quantize in ((None,) if coded else (None, "int8", "int4"))
-        for kv in ("auto", "int8")
-    ]
+    found = []
+    for quantize in (None,) if coded else (None, "int8", "int4"):
+        placement = placed(quantize)
+        needed = partial(memory_need, config, placement.storage, batch_tokens=batch_tokens)
+        room = free - placement.runtime
+        for kv in ("auto", "int8"):
+            found.append(_option(needed, quantize, kv, work, room, config.max_position_embeddings))
+    return found
 
 
 def _option(

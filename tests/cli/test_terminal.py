@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -17,6 +18,10 @@ pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
 ROOT = Path(__file__).parents[2]
 CTRL_C, CTRL_D, ENTER = "\x03", "\x04", "\r"
 PROMPT = "User>"
+
+
+class NotYet(AssertionError):
+    """What was waited for has not appeared in time."""
 
 
 class Talk:
@@ -45,6 +50,16 @@ class Talk:
         self.mark = len(self.seen)
         os.write(self.master, text.encode(encoding))
 
+    def interrupt_prompt(self, *wanted: str) -> None:
+        """Ctrl-C until it is heard: a signal just before input() begins to read waits for the next key."""
+        mark = len(self.seen)
+        for _ in range(20):
+            self.type(CTRL_C)
+            self.mark = mark
+            with contextlib.suppress(NotYet):
+                return self.until(*wanted, timeout=3)
+        raise AssertionError(f"Ctrl-C was not heard, {wanted!r} did not appear")
+
     def until(self, *wanted: str, timeout: float = 60, encoding: str = "utf-8") -> None:
         """Wait until all of ``wanted`` have appeared, in this order, since the last ``type``."""
         deadline = time.monotonic() + timeout
@@ -54,7 +69,7 @@ class Talk:
             if re.search(pattern, plain, re.DOTALL):
                 return
             if not select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]:
-                raise AssertionError(f"{wanted!r} did not appear in {plain!r}")
+                raise NotYet(f"{wanted!r} did not appear in {plain!r}")
             self.seen += self._read(f"{wanted!r} did not appear before the end, only {plain!r}")
 
     def _read(self, otherwise: str) -> bytes:
@@ -132,8 +147,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(talk: Talk) -> None:
 
 @both
 def test_ctrl_c_at_the_prompt_leaves_with_1(talk: Talk) -> None:
-    talk.type(CTRL_C)
-    talk.until("Left with Ctrl-C")
+    talk.interrupt_prompt("Left with Ctrl-C")
     assert talk.code() == 1
 
 
@@ -152,8 +166,7 @@ def test_longer_messages_have_their_own_prompt(talk: Talk) -> None:
     talk.until("echo one\r\ntwo (0 turns", PROMPT)
     talk.type("dropped \\" + ENTER)
     talk.until("... >")
-    talk.type(CTRL_C)
-    talk.until("This message was dropped.", PROMPT)
+    talk.interrupt_prompt("This message was dropped.", PROMPT)
     talk.type(ENTER)
     talk.until("The question is empty")
 
@@ -180,8 +193,7 @@ def test_a_gbk_console() -> None:
         talk.until("echo ? (1 turns", PROMPT, encoding="gbk")
         talk.type(b"\xff\xff\n".decode("latin-1"), encoding="latin-1")
         talk.until("not readable text", PROMPT, encoding="gbk")
-        time.sleep(0.2)  # input() must have begun to read: a signal before that waits for the next key
-        talk.type(CTRL_C)
+        talk.interrupt_prompt("Left with Ctrl-C")
         assert talk.code() == 1
     finally:
         talk.close()

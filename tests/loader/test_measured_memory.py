@@ -38,7 +38,7 @@ SPARSE = DENSE | {
     "norm_topk_prob": True,
 }
 SERVE = """
-json, sys
+import json, sys
 from qwenrt import assembly
 from qwenrt.llm import load
 
