@@ -189,6 +189,11 @@ class _Loop:
                 message.result.set_result(message.work(engine))
             except QwenrtError as error:
                 message.result.set_exception(error)
+            except Exception as cause:  # whoever asked waits for this answer and for no other
+                found = f"{type(cause).__name__}: {str(cause)[:300]}"
+                failed = BackendError("computing between two steps", found, "Load the model again.")
+                failed.__cause__ = cause
+                message.result.set_exception(failed)
 
     def _deliver(self, output: RequestOutput) -> None:
         sink = self._sinks.get(output.request_id)

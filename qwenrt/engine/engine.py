@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
@@ -252,14 +252,18 @@ class Engine:
 
     def last_hidden(self, prompts: List[List[int]]) -> torch.Tensor:
         """The final hidden state of each prompt's last token -> float32 [len(prompts), D] on the CPU; no trace."""
-        return self._prefilled(prompts).float().cpu()
+        return self._prefilled(prompts, lambda hidden: hidden.float().cpu())
 
     def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
         """The logits of ``token_ids`` after each prompt -> float32 [len(prompts), len(token_ids)] on the CPU."""
-        hidden = self._prefilled(prompts)
-        return self.runner.model.logits(hidden)[:, self._check_ids(token_ids)].cpu()
+        ids = self._check_ids(token_ids)
+        return self._prefilled(prompts, lambda hidden: self.runner.model.logits(hidden)[:, ids].cpu())
 
-    def _prefilled(self, prompts: List[List[int]]) -> torch.Tensor:
+    def _prefilled(
+        self, prompts: List[List[int]], read: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        if not prompts:
+            raise RequestError("reading texts", "an empty list", "Pass at least one text.")
         checked = [self._check_ids(prompt) for prompt in prompts]
         longest = max(map(len, checked))
         if longest > self.max_model_len:
@@ -269,7 +273,7 @@ class Engine:
                 "Shorten the text, or load with a larger max_model_len.",
             )
         try:
-            return self.runner.last_hidden(checked)
+            return read(self.runner.last_hidden(checked))
         except Exception as error:
             raise _typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
 

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.errors import BackendError, CapacityError, RequestError
+from qwenrt.model.qwen import Qwen
 from qwenrt.sampling_params import SamplingParams
 from tests.engine.conftest import FaultyBackend, make_engine, run, tokens
 
@@ -188,6 +190,41 @@ def test_a_failed_step_is_raised_to_its_readers_and_others_go_on(served: AsyncEn
     assert list(handle) == []
     FaultyBackend.fault = None
     assert len(list(served.submit([1], GREEDY))) == 8
+
+
+def test_what_fails_between_two_steps_is_raised_to_its_asker_alone(
+    served: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(work: Callable[[], object]) -> Future[object]:
+        """A thread of its own, so that an answer that never comes fails the test."""
+        answer: Future[object] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(work())
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return answer
+
+    def out_of_memory(model: Qwen, hidden: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Qwen, "logits", out_of_memory)
+    with pytest.raises(CapacityError, match="OutOfMemoryError: no"):
+        ask(lambda: served.last_logits([[1, 2]], [3])).result(10)
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="reading texts: an empty list"):
+        ask(lambda: served.last_hidden([])).result(10)
+    with pytest.raises(BackendError, match="between two steps: ZeroDivisionError: a fault of ours"):
+        ask(lambda: served._between_steps(fault_of_ours)).result(10)
+    assert served.last_logits([[1, 2], [5]], [3, 4]).shape == (2, 2)
+    assert len(list(served.submit([1], GREEDY))) == 8
+
+
+def fault_of_ours(engine: object) -> torch.Tensor:
+    raise ZeroDivisionError("a fault of ours")
 
 
 def test_a_broken_loop_fails_everyone_instead_of_hanging() -> None:
