@@ -55,7 +55,8 @@ _ALLOWED = frozenset(
 class JinjaTemplate:
     """One compiled template. Any number of threads may render it.
 
-    source: its text; variables: the names that it takes from outside. ``where`` names the file in errors.
+    source: its text; variables: the names that it takes from outside; words: its strings.
+    ``where`` names the file in errors.
     Raises ConfigError for a template that is too large, is not Jinja, or asks for files.
     """
 
@@ -71,6 +72,7 @@ class JinjaTemplate:
             for node in _walk(tree):
                 if type(node).__name__ not in _ALLOWED:
                     raise self._unfit(f"it has {{% {type(node).__name__.lower()} %}} in line {node.lineno}")
+            self.words = frozenset(n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str))
             self.variables = frozenset(find_undeclared_variables(tree)) - set(_SANDBOX.globals)
             tree = _Metering().visit(tree)
             tree.set_environment(_SANDBOX)
@@ -84,8 +86,8 @@ class JinjaTemplate:
             found = f"{type(error).__name__}: {str(words)[:200]}" + (f" (line {line})" if line else "")
             raise self._unfit(found) from error
 
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """The text. ``variables`` hold str, numbers, None, lists and dicts only.
+    def render(self, variables: Mapping[str, Any], mark: str = "") -> str:
+        """The text. ``variables`` hold str, numbers, None, lists and dicts only, with ``mark`` in outside text.
 
         Raises RequestError with the template's own words where it refuses the conversation, and wherever it
         fails or goes over a limit.
@@ -93,7 +95,7 @@ class JinjaTemplate:
         asked = f"rendering {self.where}"
         token = None
         try:
-            token = current.set(Budget(dict(variables)))
+            token = current.set(Budget(dict(variables), mark))
             return self._template.render(variables)
         except LimitError as error:
             raise RequestError(asked, error.found, error.remedy or _BROKEN) from error

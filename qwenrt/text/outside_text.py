@@ -74,18 +74,20 @@ class OutsideText:
     def _marked(self, value: str, start: re.Pattern[str] | None) -> str:
         if start is None:
             return value
-        body = value.lstrip()
+        ends_a_form = value.lstrip()[:512].lower().startswith(self._rests)
         value = start.sub(lambda found: found[0] if found[1] else found[0] + self.mark, value)
-        if body[:256].lower().startswith(self._rests):
-            blank = len(value) - len(value.lstrip())
-            return value[:blank] + self.mark + value[blank:]
-        return value
+        return self._fenced(value) if ends_a_form else value
+
+    def _fenced(self, value: str) -> str:
+        """The mark goes behind leading blanks: a template may cut these off."""
+        blank = len(value) - len(value.lstrip())
+        return value[:blank] + self.mark + value[blank:]
 
     def _word(self, value: str) -> str:
         """A text of a schema or a call, or a key: templates write tags out of these."""
         inside = value[:512].strip().lower()
         if inside and any(core in inside and inside in form for form, core in self._insides):
-            return self.mark + value
+            return self._fenced(self.text(value))
         return self.text(value)
 
     def _copied(self, value: Any, where: str, level: int) -> Any:

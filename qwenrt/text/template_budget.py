@@ -36,9 +36,12 @@ class Budget:
 
     Sizes are those of a value written out, so that lists which share their items cannot grow unseen. They are
     known by identity: containers never change inside the sandbox, and the account keeps those it has measured.
+
+    ``mark``: the character that stands in outside text (see outside_text); it is to come out as it went in.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, mark: str = "") -> None:
+        self.mark = mark
         self.chars = CHARS
         self._steps = STEPS
         self._known: dict[int, tuple[Any, int, int]] = {}  # id -> (the container, its size, its depth)

@@ -92,7 +92,7 @@ class TemplateFormat:
         outside = OutsideText(tokenizer.added_tokens, [template.source, texts, calls, tools, extra])
         variables = {
             **self._token_texts,
-            **{name: _plain(outside, name, value) for name, value in extra.items()},
+            **{name: _variable(template, outside, name, value) for name, value in extra.items()},
             "tools": outside.data(list(tools), "tools") if tools else None,
         }
         request = _Request(tokenizer, template, outside, variables, add_generation_prompt)
@@ -113,7 +113,8 @@ class TemplateFormat:
                 **request.variables,
                 "messages": template_messages(messages, request.outside),
                 "add_generation_prompt": request.answer and not continues,
-            }
+            },
+            request.outside.mark,
         )
         if continues:
             rendered, _, rest = rendered.rpartition(IM_END)
@@ -187,9 +188,11 @@ class TemplateFormat:
         return ReplyStyle(calls, thinking)  # type: ignore[arg-type]
 
 
-def _plain(outside: OutsideText, name: str, value: Any) -> Any:
-    """A variable's value. A str on its own is compared with words of the template, so it keeps its shape."""
-    return outside.text(value) if isinstance(value, str) else outside.data(value, f"template_kwargs: {name}")
+def _variable(template: JinjaTemplate, outside: OutsideText, name: str, value: Any) -> Any:
+    """A variable's value. A word that the template itself holds is to be compared with it: it keeps its shape."""
+    if isinstance(value, str) and value in template.words:
+        return outside.text(value)
+    return outside.data(value, f"template_kwargs: {name}")
 
 
 def _trimmings(messages: Sequence[Message]) -> list[list[Message]]:

@@ -132,9 +132,10 @@ def to_json(
     # Per item 16 are counted already; an escape is of six characters, of twelve beyond the basic plane.
     per_item = (indent or 0) * budget.depth(value) // ITEM + 1
     budget.reserve(budget.size(value) * ((12 if ensure_ascii else 6) + per_item))
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    written = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    if not ensure_ascii:
+        return written
+    return re.sub("[^\0-\x7f]", lambda c: c[0] if c[0] == budget.mark else json.dumps(c[0])[1:-1], written)
 
 
 def _join(values: Any, d: str = "", attribute: Any = None) -> str:
