@@ -51,10 +51,10 @@ class Engine:
     """Many requests over one model: continuous batching, chunked prefill, a paged cache with shared prefixes.
 
     eos_token_ids: end a text unless ignore_eos. vocab_limit: the real size of the vocabulary, ids from there on
-    are never drawn (None: no padding). max_model_len: prompt and answer together, in tokens. max_num_seqs:
-    sequences computed together; max_num_batched_tokens: tokens a step. The cache has ``num_blocks`` blocks of
-    ``block_size`` tokens, or as many as ``cache_bytes`` holds; without either, max_num_seqs times max_model_len.
-    A context can be no longer than the cache.
+    are never drawn (None: no padding), nor are ids that the tokenizer has no token for. max_model_len: prompt
+    and answer together, in tokens. max_num_seqs: sequences computed together; max_num_batched_tokens: tokens a
+    step. The cache has ``num_blocks`` blocks of ``block_size`` tokens, or as many as ``cache_bytes`` holds;
+    without either, max_num_seqs times max_model_len. A context can be no longer than the cache.
 
     Not safe for threads: AsyncEngine puts a thread around it. `check` may be called from any thread.
     """
@@ -111,7 +111,8 @@ class Engine:
         self.runner = ModelRunner(model, backend, cache)
         self.blocks = BlockManager(num_blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
-        self.sampler = Sampler(vocab_limit)
+        size = min(vocab_limit or model.config.vocab_size, model.config.vocab_size)
+        self.sampler = Sampler(vocab_limit, _absent_ids(tokenizer, size))
         self.num_generated = 0
         self._ids = itertools.count()
         self._seq_ids = itertools.count()
@@ -408,6 +409,13 @@ class Engine:
                     f"Ids are integers from 0 to {size - 1}.",
                 )
         return ids
+
+
+def _absent_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
+    """The ids below ``size`` that lie in gaps of an extended vocabulary: they have no token."""
+    if tokenizer is None:
+        return []
+    return [i for i in range(min(size, tokenizer.vocab_size)) if not tokenizer.has_token(i)]
 
 
 def _stop_sequence(sequence: object) -> tuple[int, ...]:

@@ -1,14 +1,15 @@
 """From logits to tokens: penalties, truncation, and a draw that depends on nothing but the request.
 
-The order: ids past the real vocabulary cut off; log-probabilities taken for who asked; logit_bias;
-repetition, presence and frequency penalties; ids banned before min_tokens; then the likeliest token, or
-temperature, top_k, top_p, min_p and a draw.
+The order: ids past the real vocabulary cut off, those in its gaps ruled out; log-probabilities taken for who
+asked; logit_bias; repetition, presence and frequency penalties; ids banned before min_tokens; then the
+likeliest token, or temperature, top_k, top_p, min_p and a draw.
 """
 
 from __future__ import annotations
 
 import random
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +33,13 @@ class Sampled:
 class Sampler:
     """Keeps what each sequence's sampling needs between steps: its random numbers and its token counts.
 
-    ``vocab_limit``: ids from here on are padding of the embedding and never drawn.
+    ``vocab_limit``: ids from here on are padding of the embedding and never drawn; ``absent``: nor are these
+    below it, which have no token.
     """
 
-    def __init__(self, vocab_limit: int | None = None) -> None:
+    def __init__(self, vocab_limit: int | None = None, absent: Iterable[int] = ()) -> None:
         self.vocab_limit = vocab_limit
+        self._absent = torch.tensor(list(absent), dtype=torch.int64)
         self._randoms: dict[int, random.Random] = {}
         self._counts: dict[int, TokenCounts] = {}
 
@@ -45,6 +48,9 @@ class Sampler:
         """logits float32 [B, V], a row per sequence; they may be changed."""
         logits = logits[:, : self.vocab_limit]
         finite = logits.sum(-1).isfinite()
+        if len(self._absent):
+            self._absent = self._absent.to(logits.device)
+            logits.index_fill_(1, self._absent, -torch.inf)
         raw: dict[int, torch.Tensor] = {}
         for row, seq in enumerate(seqs):
             edits = _edits(seq)
@@ -257,5 +263,6 @@ def _logprob(raw: torch.Tensor, chosen: int, alternatives: int) -> TokenLogprob:
     """Log-probabilities of the model itself, before any bias, penalty or temperature. raw [V]."""
     values, ids = raw.topk(min(alternatives, raw.shape[0]))
     whole = float(raw.logsumexp(-1))
-    top = {token: value - whole for token, value in zip(ids.tolist(), values.tolist(), strict=True)}
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    top = {token: value - whole for token, value in pairs if value > -torch.inf}
     return TokenLogprob(chosen, float(raw[chosen]) - whole, top)

@@ -121,6 +121,22 @@ def test_padding_ids_are_never_drawn() -> None:
     assert {sampler.sample(logits.clone(), [hot]).token_ids[0] for _ in range(50)} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("rule", [{}, {"top_p": 0.99}, {"top_k": 4}, {"min_p": 0.01}])
+def test_ids_without_a_token_are_never_drawn(rule: dict[str, Any]) -> None:
+    sampler = Sampler(vocab_limit=5, absent=(1, 3))
+    logits = torch.tensor([[0.0, 9.0, 0.5, 9.0, 1.0, 9.0]])
+    bias = {1: 100.0, 3: 100.0}
+    penalties = {"repetition_penalty": 0.1, "presence_penalty": -5.0}
+    greedy = sequence(SamplingParams(temperature=0, logprobs=5, logit_bias=bias, **penalties), [1, 3])
+    sampled = sampler.sample(logits.clone(), [greedy])
+    assert sampled.token_ids == [4]
+    entry = sampled.logprobs[0]
+    assert entry is not None and list(entry.top) == [4, 2, 0]
+    assert sum(math.exp(p) for p in entry.top.values()) == pytest.approx(1.0)
+    hot = sequence(SamplingParams(temperature=100.0, seed=0, logit_bias=bias, **rule), [1, 3])
+    assert {sampler.sample(logits.clone(), [hot]).token_ids[0] for _ in range(50)} == {0, 2, 4}
+
+
 def penalised(
     params: SamplingParams, logits: list[float], prompt: list[int], output: list[int]
 ) -> list[float]:
