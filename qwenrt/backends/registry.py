@@ -82,9 +82,12 @@ def create(device: str = "auto", preferred: str | None = None) -> Backend:
     if not isinstance(device, str) or not device:
         raise BackendError(f"device={device!r}", "not a device name", _advice())
     if device == "auto":
-        device = preferred or next(p.name for p in probe_all() if p.usable)
+        device = preferred or device
+    if device == "auto":
+        device = next(p.name for p in probe_all() if p.usable)
     name, _, index = device.partition(":")
-    if index and not index.isdecimal():
+    # torch keeps the number in a byte: 300 would silently be device 44.
+    if index and not (index.isdecimal() and len(index) <= 3 and int(index) < 128):
         raise BackendError(f"device={device!r}", f"{index!r} is not a device number", _advice())
     if name in _plugins():
         plugin = _load(_plugins()[name].value, name)
@@ -96,10 +99,9 @@ def create(device: str = "auto", preferred: str | None = None) -> Backend:
     if missing is not None:
         raise BackendError(f"device={device!r}", missing, _advice())
     torch_device = _torch_device(built_in.torch_device, index)
-    if torch_device.type != "cpu":
-        count = torch.get_device_module(torch_device).device_count()
-        if int(index or 0) >= count:
-            raise BackendError(f"device={device!r}", f"there are {count} {name} devices", _advice())
+    count = 1 if name == "cpu" else torch.get_device_module(torch_device).device_count()
+    if int(index or 0) >= count:
+        raise BackendError(f"device={device!r}", f"the last {name} device is number {count - 1}", _advice())
     return _load(built_in.backend, name)(torch_device)
 
 

@@ -95,7 +95,21 @@ def test_the_cpu_backend_passes_its_self_check(dtype: torch.dtype) -> None:
 def test_auto_finds_a_device_and_a_setting_wins() -> None:
     assert isinstance(registry.create("auto"), Backend)
     assert registry.create("auto", preferred="cpu").name == "cpu"
+    assert type(registry.create("auto", preferred="auto")) is type(registry.create("auto"))
     assert {p.name for p in registry.probe_all()} >= {"cpu", "cuda", "npu", "dcu"}
+
+
+def test_a_device_number_past_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert registry.create("cpu:0").device.type == "cpu"
+    with pytest.raises(BackendError, match="device='cpu:1': the last cpu device is number 0"):
+        registry.create("cpu:1")
+    there = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2)
+    monkeypatch.setattr(torch, "cuda", there)
+    with pytest.raises(BackendError, match="device='cuda:2': the last cuda device is number 1"):
+        registry.create("cuda:2")
+    for index in ("300", "9" * 30, "9" * 5000):
+        with pytest.raises(BackendError, match="is not a device number"):
+            registry.create(f"cpu:{index}")
 
 
 def entry_point(value: str) -> metadata.EntryPoint:
