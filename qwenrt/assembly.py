@@ -86,7 +86,7 @@ class Assembled:
     config: ModelConfig
     generation: GenerationConfig
     tokenizer: Tokenizer | None
-    chat_format: ChatFormat | None
+    chat_format: ChatFormat | ConfigError | None  # an error: why nobody can chat with it
     model: Qwen
     backend: Backend
     engine: AsyncEngine
@@ -129,10 +129,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
     config, generation = ModelConfig.from_dir(directory), GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
     tokenizer = _tokenizer(directory, config)
-    chat_format = None
-    if tokenizer is not None:
-        chat_format = load_chat_format(directory, config.model_type, generation.chat_format)
-    text = _Text(generation, tokenizer, chat_format)
+    text = _Text(generation, tokenizer, _chat_format(directory, config, generation, tokenizer))
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
         load_weights(
@@ -211,7 +208,7 @@ class _Text:
 
     generation: GenerationConfig
     tokenizer: Tokenizer | None
-    chat_format: ChatFormat | None
+    chat_format: ChatFormat | ConfigError | None
 
 
 def _build(
@@ -313,6 +310,19 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
             "The vocabulary and config.json come from different models: fetch them again.",
         )
     return tokenizer
+
+
+def _chat_format(
+    directory: Path, config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer | None
+) -> ChatFormat | ConfigError | None:
+    """How the checkpoint is talked to. A template that cannot be used does not keep anybody from completing texts."""
+    if tokenizer is None:
+        return None
+    try:
+        return load_chat_format(directory, config.model_type, generation.chat_format)
+    except ConfigError as error:
+        logger.warning("no chat with this model: %s", error)
+        return error
 
 
 def _eos(config: ModelConfig, text: _Text) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrt.answering import Reading, deltas_of, generations, readable, within_budget
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
-from qwenrt.errors import RequestError
+from qwenrt.errors import ConfigError, RequestError
 from qwenrt.outputs import Delta, Generation
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat_template import Prompt, build_chat
@@ -329,6 +329,8 @@ class LLM:
                 "Use generate(prompt), or load the -Chat release of the model.",
             )
         chat_format = self._alive().chat_format
+        if isinstance(chat_format, ConfigError):
+            raise chat_format
         assert chat_format is not None
         is_qwen1 = self.config.model_type == "qwen"
         window = self.generation_config.max_window_size if is_qwen1 else None
@@ -344,8 +346,13 @@ class LLM:
         prompt = chat_format.prompt(
             tokenizer, messages, tools, enable_thinking=enable_thinking, max_window_size=window
         )
-        style = ReplyStyle(chat_format.style.calls if tools else "none", chat_format.style.thinking)
-        return prompt, Reading(style, prompt.is_continuation if style.calls == "react" else False, tools)
+        thinking = chat_format.style.thinking
+        if (
+            thinking == "open" and not prompt.in_thought
+        ):  # the template can also leave the thought to the model
+            thinking = "hybrid"
+        style = ReplyStyle(chat_format.style.calls if tools else "none", thinking)
+        return prompt, Reading(style, prompt.in_thought, tools)
 
     def _answer(
         self, prompt: Prompt, params: SamplingParams, reading: Reading, thinking_budget: int | None
@@ -362,8 +369,7 @@ class LLM:
             )
         submit = partial(self._submit, stop=prompt.stop)
         tokenizer = self._needs_tokenizer("think")
-        inside = reading.style.thinking == "open"
-        return within_budget(submit, prompt.token_ids, params, thinking_budget, tokenizer, inside)
+        return within_budget(submit, prompt.token_ids, params, thinking_budget, tokenizer, reading.in_thought)
 
     def _needs_tokenizer(self, asked: str) -> Tokenizer:
         self._alive()

@@ -217,3 +217,19 @@ def test_a_checkpoint_without_any_tokenizer_takes_ids_only(tmp_path: Path) -> No
         for ask in (lambda: bare.chat("x"), lambda: bare.embed("x"), lambda: bare.rerank("x", ["y"])):
             with pytest.raises(RequestError, match=r"no tokenizer file \(tokenizer.json"):
                 ask()
+
+
+def test_a_tokenizer_alone_knows_the_same_prompts(made: tuple[Any, Path], llm: qwenrt.LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    alone = qwenrt.load_tokenizer(made[1])
+    assert alone.encode_chat(messages) == llm._chat_prompt(None, [], None, messages, None, None)[0].token_ids
+
+
+def test_a_broken_template_keeps_nobody_from_completing_texts(made: tuple[Any, Path], tmp_path: Path) -> None:
+    for file in made[1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with load(tmp_path) as broken:
+        assert broken.generate("hello", max_tokens=2, ignore_eos=True).token_ids
+        with pytest.raises(qwenrt.errors.ConfigError, match=r"chat_template.jinja"):
+            broken.chat("hello")

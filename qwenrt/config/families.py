@@ -60,6 +60,12 @@ def read_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | N
     raise _unsupported(model_type, where)
 
 
+def text_model_type(config: Mapping[str, Any]) -> str:
+    """The generation of a config.json's text: its model_type, or for what holds more than text that of the text."""
+    model_type = config.get("model_type", "qwen")
+    return _WRAPPERS.get(model_type, model_type) if isinstance(model_type, str) else "unknown"
+
+
 def _unsupported(model_type: object, where: str) -> ConfigError:
     supported = f"This version of qwenrt runs model_type {', '.join(('qwen', *qwen2.MODEL_TYPES))}."
     found = f"model_type is {str(model_type)[:80]!r}"

@@ -83,6 +83,12 @@ class Trainer:
                 f"its weights are {config.quant.bits}-bit GPTQ codes",
                 "Fine-tune the unquantised checkpoint.",
             )
+        if config.model_type != "qwen":
+            raise ConfigError(
+                f"fine-tuning {source}",
+                f"its model_type is {config.model_type!r}",
+                "Only Qwen-1 is fine-tuned: later ones have other chat templates, some a head tied to the embedding.",
+            )
         self.corpus, self.settings, self.pad_id = corpus, settings, pad_id
         backend = Backend(torch.device("cpu"))
         self.model = Qwen(config, backend, torch.float32)

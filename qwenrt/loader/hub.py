@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 SOURCES = ("auto", "huggingface", "modelscope")
 DEMO = Path(__file__).parent.parent / "demo"
 
+# Later generations are many: their repositories have the names people use.
+_LATER = re.compile(r"(?:qwen(?:1\.5|2|2\.5|3)|qwq)-[a-z0-9][a-z0-9._-]{0,60}[a-z0-9]", re.IGNORECASE)
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
 # Both hubs keep the family under the same owner and names.
@@ -192,6 +194,8 @@ def _repo_id(name: str) -> str:
         and not name.endswith((".git", "-", "."))
     ):
         return name
+    if _LATER.fullmatch(name):
+        return f"Qwen/{name}"
     known = [repo.partition("/")[2] for repo in ALIASES.values()]
     close = difflib.get_close_matches(name, known, 3)
     raise CheckpointError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.config import read_json
+from qwenrt.config.families import text_model_type
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.text.added_tokens import FormFinder
 from qwenrt.text.bpe_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE, read_bpe
@@ -20,9 +21,15 @@ from qwenrt.text.vocabulary import END_OF_TEXT, IM_END, IM_START, SPLIT_PATTERN,
 if TYPE_CHECKING:
     import tiktoken
 
+    from qwenrt.text.chat_format import ChatFormat
+
 __all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "TOKENIZER_FILES", "Tokenizer", "load_tokenizer"]
 
-TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, QWEN1_FILE)  # one of them is in every directory that has a tokenizer
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    VOCAB_FILE,
+    QWEN1_FILE,
+)  # one of them is in every directory that has a tokenizer
 
 # Whitespace as the split pattern's \s understands it (re's own \s has four more), but for newlines.
 _BLANKS = re.compile("[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
@@ -38,11 +45,14 @@ class Tokenizer:
     token for the beginning of a text. vocab_size: largest id + 1; some ids below may have no token.
     """
 
-    def __init__(self, vocabulary: Vocabulary | Mapping[bytes, int], name: str = "qwen") -> None:
+    def __init__(
+        self, vocabulary: Vocabulary | Mapping[bytes, int], name: str = "qwen", directory: Path | None = None
+    ) -> None:
         """``vocabulary``: what a reader returned, or the ranks 0..n-1 of a Qwen-1 vocabulary."""
         if isinstance(vocabulary, Mapping):
             vocabulary = with_control_tokens(vocabulary, name)
-        self.name = name
+        self.name, self._directory = name, directory
+        self._format: ChatFormat | None = None
         self.eos_token_id = vocabulary.eos_token_id
         self.added_tokens = {token.form: token.id for token in vocabulary.added}
         self.special_tokens = {token.form: token.id for token in vocabulary.added if token.special}
@@ -74,14 +84,14 @@ class Tokenizer:
         """
         directory = Path(path).expanduser()
         if _is_qwen1(directory):
-            return cls(read_qwen1(directory, extra_vocab_files), name=str(directory))
+            return cls(read_qwen1(directory, extra_vocab_files), str(directory), directory)
         if extra_vocab_files:
             raise RequestError(
                 f"loading the tokenizer of {directory}",
                 f"{len(extra_vocab_files)} vocabulary extensions given",
                 "Only a Qwen-1 vocabulary (qwen.tiktoken) can be extended by such files.",
             )
-        return cls(read_bpe(directory), name=str(directory))
+        return cls(read_bpe(directory), str(directory), directory)
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -165,16 +175,32 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_window_size: int | None = None,
     ) -> list[int]:
-        """The ChatML prompt for OpenAI-shaped messages; see chat_template.build_messages."""
-        from qwenrt.text.chat_template import build_messages
+        """The prompt for OpenAI-shaped messages, in the chat format of the directory this was read from; without one
+        as Qwen-1's. RequestError for messages that no prompt can be built from."""
+        return (
+            self._chat_format()
+            .prompt(
+                self,
+                messages,
+                tools,
+                max_window_size=max_window_size,
+                add_generation_prompt=add_generation_prompt,
+            )
+            .token_ids
+        )
 
-        return build_messages(
-            self,
-            messages,
-            tools=tools,
-            max_window_size=max_window_size,
-            add_generation_prompt=add_generation_prompt,
-        ).token_ids
+    def _chat_format(self) -> ChatFormat:
+        from qwenrt.text.chat_format import ReactFormat, load_chat_format  # which is for tokenizers itself
+
+        if self._format is None:
+            directory = self._directory
+            if directory is None or _is_qwen1(directory):
+                self._format = ReactFormat()
+            else:
+                config = directory / "config.json"
+                model_type = text_model_type(read_json(config)) if config.exists() else "qwen2"
+                self._format = load_chat_format(directory, model_type)
+        return self._format
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if len(text) < _LONG_BLANKS:

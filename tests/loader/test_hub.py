@@ -472,3 +472,26 @@ def test_no_bar_where_nobody_looks(tmp_path: Path, start: Start, capfd: pytest.C
     assert capfd.readouterr() == ("", "")
     resolve(REPO, "huggingface", env=env_of(tmp_path / "b", start()), progress=True)
     assert "downloading weights" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("qwen2.5-7b-instruct-awq", "Qwen/qwen2.5-7b-instruct-awq"),
+        ("QwQ-32B", "Qwen/QwQ-32B"),
+        ("Qwen-7B-Chat", "Qwen/Qwen-7B-Chat"),
+    ],
+)
+def test_names_of_every_generation_lead_to_their_repository(name: str, repository: str) -> None:
+    from qwenrt.loader.hub import _repo_id
+
+    assert _repo_id(name) == repository
+
+
+@pytest.mark.parametrize("name", ["Qwen3-", "qwen4-7b", "Qwen3-0.6B/..", "Qwen3 0.6B", "Qwen3-..-x"])
+def test_names_that_lead_nowhere(name: str) -> None:
+    from qwenrt.loader.hub import _repo_id
+
+    with pytest.raises(CheckpointError):
+        _repo_id(name)

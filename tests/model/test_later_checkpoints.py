@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError
+from qwenrt.ops import gptq, packing
 from qwenrt.sampling_params import SamplingParams
 from tests.model.tiny_models import MOE, QWEN2_MOE, build, greedy, load
 from tests.ops.quantised_checkpoints import awq_config, awq_state, fp8_config, fp8_state
@@ -160,6 +162,50 @@ def test_quantised_checkpoints(tmp_path: Path, method: str, kind: str) -> None:
     with load(tmp_path) as llm:
         params = SamplingParams(temperature=0, max_tokens=4)
         assert llm.generate(prompt_token_ids=PROMPT, sampling_params=params).token_ids == wanted
+
+
+def gptq_state(
+    dense: dict[str, torch.Tensor], names: list[str], bits: int, group_size: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors AutoGPTQ writes, biases in every module, and the matrices they stand for."""
+    state, exact = dict(dense), dict(dense)
+    for name in names:
+        bias = dense.get(f"{name}.bias")
+        weight = packing.quantize_dense(state.pop(f"{name}.weight"), bits, group_size, bias, sym=True)
+        state |= {f"{name}.{kind}": tensor for kind, tensor in gptq.pack_gptq(weight).items()}
+        stored = state[f"{name}.scales"]
+        exact[f"{name}.weight"] = packing.dequantize(replace(weight, scales=stored), torch.float32)
+        if bias is not None:
+            exact[f"{name}.bias"] = bias.half().float()
+    return state, exact
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("kind", "width"), [("Qwen2", 96), ("Qwen2", 80), ("Qwen3", 96), ("Qwen3Moe", 96)])
+def test_gptq_checkpoints_of_later_generations(tmp_path: Path, bits: int, kind: str, width: int) -> None:
+    """Real biases on q, k and v, zero ones elsewhere; a width that is no multiple of the group; experts."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": width}
+    sparse = {**MOE, "moe_intermediate_size": 32} if kind == "Qwen3Moe" else {}
+    oracle = build(kind, {**shape, **sparse}, tmp_path)
+    tensors = weights(tmp_path)
+    state, exact = gptq_state(tensors, linears(tensors), bits, 32)
+    quant = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, "sym": True}
+    rewrite(tmp_path, state, quantization_config=quant)
+    if kind == "Qwen3Moe":
+        oracle = reloaded(oracle, exact, tmp_path)
+    else:
+        set_weights(oracle, exact)
+    with torch.no_grad():
+        size = float(oracle(torch.tensor([PROMPT])).logits.abs().max())
+    assert error_against(oracle, tmp_path) <= 1e-5 * size
+
+
+def reloaded(oracle: Any, exact: dict[str, torch.Tensor], directory: Path) -> Any:
+    """The oracle from other weights on disk, which its own loader stacks."""
+    place = directory / "exact"
+    oracle.save_pretrained(place)
+    save_file({k: v.contiguous() for k, v in exact.items()}, place / "model.safetensors", {"format": "pt"})
+    return type(oracle).from_pretrained(place, dtype=torch.float32).eval()
 
 
 def test_fp8_says_what_serves_and_rounds_to_int8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
