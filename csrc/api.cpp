@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kTokensAtOnce = 32;      // bounds the scratch memory; weights are read again for each such chunk
 constexpr int64_t kTasksPerThread = 4;     // so that a thread that is held up leaves its share to the others
 constexpr int64_t kSmallWork = 64 * 1024;  // multiply-adds below which waking the workers costs more than it saves
+constexpr float kLargestGroup = 6e35f;     // of a group's |x|: times 2 * 2^8, for code and zero, it still is finite
 
 bool cpu_has_avx2() {
 #ifdef QWENRT_X86
@@ -52,7 +53,7 @@ float* scratch(int64_t floats) {
   return memory;
 }
 
-// One token's activations into lane `lane` of its tile; false where a group's sum is not finite.
+// One token's activations into its lane of a tile; false where a group's are not finite or too large to sum.
 template <int BITS>
 bool lay_out_token(const QwenrtQuantMatrix& w, const float* x, float* out, float* sums, int64_t tile) {
   constexpr int PER_WORD = 32 / BITS;
@@ -61,22 +62,24 @@ bool lay_out_token(const QwenrtQuantMatrix& w, const float* x, float* out, float
   for (int64_t g = 0; g < w.groups; ++g, sums += tile) {
     const int64_t first = g * w.group_size;
     const int64_t inputs = w.in_features - first < w.group_size ? w.in_features - first : w.group_size;
-    float part[PER_WORD] = {};
+    float part[PER_WORD] = {}, size[PER_WORD] = {};
     int64_t i = 0;
     for (; i + PER_WORD <= inputs; i += PER_WORD, out += PER_WORD * tile)
       for (int j = 0; j < PER_WORD; ++j) {
         const float value = w.perm ? x[w.perm[first + i + j]] : x[first + i + j];
         out[j * tile] = value * place[j];
         part[j] += value;
+        size[j] += fabsf(value);
       }
     for (; i < w.words_per_group * PER_WORD; ++i, out += tile) {
       const float value = i >= inputs ? 0.0f : (w.perm ? x[w.perm[first + i]] : x[first + i]);
       *out = value * place[i % PER_WORD];
       part[i % PER_WORD] += value;
+      size[i % PER_WORD] += fabsf(value);
     }
-    float sum = 0;
-    for (int j = 0; j < PER_WORD; ++j) sum += part[j];
-    if (!isfinite(sum)) return false;
+    float sum = 0, total = 0;
+    for (int j = 0; j < PER_WORD; ++j) sum += part[j], total += size[j];
+    if (!(total <= kLargestGroup)) return false;  // NaN is not either
     *sums = sum;
   }
   return true;

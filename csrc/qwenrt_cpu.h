@@ -41,7 +41,7 @@ QWENRT_API int qwenrt_set_isa(const char* name);
 // Threads that share one call, the caller included. Returns the number in use.
 QWENRT_API int qwenrt_set_threads(int threads);
 // y[tokens][out_features] = x[tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
-// Returns QWENRT_NOT_FINITE, with y untouched, where x holds (or sums to) infinities or NaN.
+// Returns QWENRT_NOT_FINITE, and leaves y half written, where x holds infinities, NaN or numbers too large to sum.
 QWENRT_API int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens);
 // codes [in_features][out_features], one a byte and below 2^bits -> words as in QwenrtQuantMatrix.
 QWENRT_API int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,

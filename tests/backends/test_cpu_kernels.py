@@ -202,6 +202,22 @@ def test_gradients_reach_the_input_of_a_frozen_weight(cpu: CPUBackend, bits: int
     assert torch.allclose(x.grad, grad @ packing.dequantize(weight, torch.float32), rtol=1e-4, atol=1e-4)
 
 
+@needs_kernels
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("large", [(3e38,), (1e38, -1e38), (3e38, -3e38)])
+def test_finite_activations_too_large_to_sum_follow_torch(
+    cpu: CPUBackend, isa: str, large: tuple[float, ...]
+) -> None:
+    cpu.configure(isa)
+    for bits in (4, 8):
+        weight = random_weight(20, 64, bits, 32)
+        x = torch.randn(2, 64)
+        x[1, 3 : 3 + len(large)] = torch.tensor(large)
+        y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
+        wanted = x @ packing.dequantize(weight, torch.float32).t() + weight.bias
+        assert torch.allclose(y, wanted, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
 # ---- threads and processes
 
 

@@ -100,7 +100,7 @@ class Kernels:
         return int(self._library.qwenrt_read(memory.data_ptr(), memory.numel()))
 
     def quant_linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor | None:
-        """x float32 [T, K] contiguous -> float32 [T, N]; None where x holds infinities or NaN."""
+        """x float32 [T, K] contiguous -> float32 [T, N]; None where x is not finite or too large to sum."""
         y = torch.empty(x.shape[0], w.out_features)
         status = self._library.qwenrt_quant_linear(w.data["native"], x.data_ptr(), y.data_ptr(), x.shape[0])
         if status == _NO_MEMORY:
