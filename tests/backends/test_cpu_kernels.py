@@ -332,6 +332,18 @@ def test_a_damaged_library_is_refused_with_the_reason(
     assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
 
 
+def test_a_library_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "_qwenrt_cpu.so"
+    path.write_bytes(b"")
+
+    def denied(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(kernels.KernelsUnavailable, match=r"does not load .*Permission denied"):
+        kernels.Kernels(path)
+
+
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF only")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])

@@ -60,8 +60,8 @@ class Kernels:
             raise KernelsUnavailable("the layouts of csrc are little-endian, this machine is not")
         if not path.is_file():
             raise KernelsUnavailable(f"csrc was not built ({path.name} is missing): {HOW_TO_BUILD}")
-        _check_complete(path)
         try:
+            _check_complete(path)
             self._library = ctypes.CDLL(str(path))
             abi = int(self._library.qwenrt_abi())
         except (OSError, AttributeError) as error:
