@@ -35,9 +35,12 @@ LIBRARY = Path("qwenrt", "backends", "cpu", f"_qwenrt_cpu{SUFFIX}")
 
 def find_compiler() -> list[str] | None:
     """The C++ compiler's command: $CXX, else the first one on the PATH."""
-    chosen = os.environ.get("CXX")
+    chosen = os.environ.get("CXX", "").strip()
     if chosen:
-        return shlex.split(chosen)
+        try:
+            return shlex.split(chosen)
+        except ValueError:  # quotes that do not close: running it names it
+            return [chosen]
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
@@ -59,15 +62,18 @@ def build_kernels(target: Path, source: Path = ROOT / "csrc") -> str | None:
             _run([*compiler, "-shared", "-pthread", *objects, "-o", str(library)])
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}")
-            shutil.copy(library, partial)
-            os.replace(partial, target)  # a process that has the old library mapped keeps it
+            try:
+                shutil.copy(library, partial)
+                os.replace(partial, target)  # a process that has the old library mapped keeps it
+            finally:
+                partial.unlink(missing_ok=True)
     except (OSError, subprocess.SubprocessError) as error:
         return _one_line(error, compiler)
     return None
 
 
 def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=600)
 
 
 def _one_line(error: Exception, compiler: list[str]) -> str:

@@ -461,7 +461,16 @@ def test_a_failing_compiler_costs_one_line(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "deep" / "_qwenrt_cpu.so"
-    for command, cause in (("/bin/false", "exit status 1"), ("/no/such/compiler -x", "No such file")):
+    latin = tmp_path / "latin"
+    latin.write_text("#!/bin/sh\nprintf 'error: \\351t\\351' >&2\nexit 1\n")
+    latin.chmod(0o755)
+    causes = {
+        "/bin/false": "exit status 1",
+        "/no/such/compiler -x": "No such file",
+        str(latin): "error: ",
+        "/no/such/compiler '": "No such file",
+    }
+    for command, cause in causes.items():
         monkeypatch.setenv("CXX", command)
         assert build.build_or_say_why(target) is False
         said = capsys.readouterr().err
@@ -475,6 +484,8 @@ def test_no_compiler_at_all_is_no_error(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.find_compiler() is None
+    monkeypatch.setenv("CXX", " ")
     assert build.build_kernels(tmp_path / "x.so").startswith("no C++ compiler was found (set CXX")
 
 
@@ -485,6 +496,18 @@ def test_broken_sources_name_the_compilers_first_error(build: ModuleType, tmp_pa
     reason = build.build_kernels(tmp_path / "x.so", source=tmp_path)
     assert "failed (" in reason and "error" in reason and "\n" not in reason
     assert not (tmp_path / "x.so").exists()
+
+
+def test_a_folder_that_cannot_be_written_leaves_no_part(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "_run", lambda command: Path(command[-1]).write_bytes(b"made"))
+    monkeypatch.setattr(build.os, "replace", fails)
+    assert "No space left" in build.build_kernels(tmp_path / "x.so")
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_source_is_compiled(build: ModuleType) -> None:
