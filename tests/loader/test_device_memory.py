@@ -91,7 +91,7 @@ def test_the_largest_that_fits_is_the_largest(free: int) -> None:
     config = released_config("Qwen3-8B")
     assert config is not None
     placement, work = place(config, "cuda", "auto", free * GIB), Workload(4096, 2)
-    found = options(config, placement, work, free * GIB, 512)
+    found = options(config, lambda _: placement, work, free * GIB, 512)
     assert [(o.quantize, o.kv_cache_dtype) for o in found] == [
         (quantize, kv) for quantize in (None, "int8", "int4") for kv in ("auto", "int8")
     ]
@@ -111,7 +111,7 @@ def test_the_largest_that_fits_is_the_largest(free: int) -> None:
 def test_a_quantised_checkpoint_has_one_weight() -> None:
     config = released_config("Qwen2.5-7B-Instruct-AWQ")
     assert config is not None
-    found = options(config, place(config, "cuda", "auto", None), Workload(512), 24 * GIB, 512)
+    found = options(config, lambda _: place(config, "cuda", "auto", None), Workload(512), 24 * GIB, 512)
     assert [(o.quantize, o.kv_cache_dtype) for o in found] == [(None, "auto"), (None, "int8")]
 
 

@@ -117,7 +117,7 @@ GOOD = {"format": "qwenrt.conversation", "version": 1, "system": "s", "history":
         (b"\xff\xfe", "not valid JSON"),
         ({"messages": []}, "its format is None, not 'qwenrt.conversation'"),
         ({**GOOD, "version": 2}, "it has version 2, this qwenrt reads 1. Update qwenrt."),
-        ({**GOOD, "system": None}, "system is None"),
+        ({**GOOD, "system": 3}, "system is 3"),
         ({**GOOD, "history": [["q"]]}, "history[0]: got ['q']"),
         ({**GOOD, "history": "q"}, "history: got str"),
     ],
