@@ -1,4 +1,4 @@
-"""At load, every override runs once at the model's own shapes against its definition; a wrong one is demoted.
+"""At load, every override of a primitive runs once at the model's shapes against its definition; a wrong one goes.
 
 Nobody in the field notices a silently wrong kernel, so this takes about a second of every load to do so.
 """
@@ -30,6 +30,7 @@ def check(
     """
     checks: dict[str, Callable[[], float]] = {
         "linear": lambda: max((_linear(backend, dtype, *shape) for shape in linears), default=0.0),
+        "store_kv": lambda: _store_kv(backend, dtype, heads),
         "attention": lambda: _attention(backend, dtype, heads),
         "rms_norm": lambda: _elementwise(backend, dtype, "rms_norm"),
         "silu_and_mul": lambda: _elementwise(backend, dtype, "silu_and_mul"),
@@ -95,6 +96,20 @@ def _linear(backend: Backend, dtype: torch.dtype, n: int, k: int, bits: int, gro
         x = _generator(backend)(tokens, k).to(dtype)
         worst = max(worst, _relative(backend.linear(x, native), reference.linear(x, defined)))
     return worst
+
+
+def _store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
+    """Four tokens to slots of two blocks, out of order and one nowhere; the other slots must keep what they hold."""
+    _, num_kv_heads, head_dim = heads
+    normal = _generator(backend)
+    k, v = (normal(4, num_kv_heads, head_dim).to(dtype) for _ in range(2))
+    slots = torch.tensor([17, 5, -1, 2], device=backend.device)
+    native, defined = (backend.alloc_kv(1, 2, 16, num_kv_heads, head_dim, dtype, False)[0] for _ in range(2))
+    for tensor in (native.k, native.v, defined.k, defined.v):
+        tensor.fill_(1)
+    backend.store_kv(k, v, native, slots)
+    reference.store_kv(k, v, defined, slots)
+    return max(_relative(native.k, defined.k), _relative(native.v, defined.v))
 
 
 def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:

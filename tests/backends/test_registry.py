@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, OpSpec, native
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
-from qwenrt.ops.types import Packed
+from qwenrt.ops.types import LayerKV, Packed
 
 CPU = torch.device("cpu")
 
@@ -73,6 +74,19 @@ def test_the_self_check_demotes_what_is_wrong() -> None:
     assert "differs from its definition by" in bad["linear"] and "no kernel image" in bad["rms_norm"]
     assert backend.resolve(OpSpec("linear", "x", torch.float32)).__func__ is Backend.linear
     assert backend.resolve(OpSpec("silu_and_mul", "x", torch.float32)).__func__ is Wrong.silu_and_mul
+
+
+def test_the_self_check_looks_at_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys_twice(self: Backend, k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
+        reference.store_kv(k, k, kv, slots)
+
+    def as_defined(self: Backend, *args: Any) -> None:
+        reference.store_kv(*args)
+
+    for override, demoted in ((keys_twice, True), (as_defined, False)):
+        monkeypatch.setattr(Wrong, "store_kv", native()(override))
+        bad = selfcheck.check(Wrong(CPU), torch.float32, (4, 2, 16), [])
+        assert ("store_kv" in bad) is demoted
 
 
 def test_the_self_check_finds_nan_whichever_shape_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
