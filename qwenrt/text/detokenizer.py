@@ -183,7 +183,7 @@ class _Automaton:
         return self.children[state].get(char, 0)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _automaton(strings: tuple[str, ...]) -> _Automaton:
-    """Shared: it is never written to after it is built, and requests tend to repeat their stop strings."""
+    """Shared: never written to once it is built, and requests tend to repeat their stop strings. 17 MiB at most."""
     return _Automaton(strings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -131,6 +133,13 @@ def test_refused(small: Tokenizer) -> None:
         Detokenizer(small, [""])
     with pytest.raises(RequestError, match="token id 479"):
         Detokenizer(small).add(479)
+
+
+def test_automata_that_nobody_uses_are_soon_forgotten() -> None:
+    """The largest takes 17 MiB, and its strings come from users."""
+    alive = [weakref.ref(StopMatcher([f"stop {i}"])._automaton) for i in range(100)]
+    gc.collect()
+    assert sum(automaton() is not None for automaton in alive) <= 8
 
 
 def test_hostile_stop_strings_take_linear_time() -> None:
