@@ -396,6 +396,8 @@ def _summary(built: Assembled, settings: Settings) -> str:
     dtype = str(built.dtype).removeprefix("torch.")
     bits = {packed.bits for linear in built.model.linears() for packed in linear.data.get("parts", [linear])}
     weights = "+".join(f"int{b}" if b < 16 else "dense" for b in sorted(bits))
+    if built.config.quant is not None and built.config.quant.method == "fp8":
+        weights += " (from FP8)"
     size = built.model.weight_bytes
     cache = "int8" if settings.kv_cache_dtype == "int8" else dtype
     return (
