@@ -124,8 +124,7 @@ def ask(session: Session, query: str) -> None:
             with contextlib.closing(session.stream(query)) as deltas:
                 for delta in deltas:
                     pieces.append(delta.text)
-                    terminal.thought(delta.reasoning)
-                    terminal.stream(delta.text)
+                    terminal.answer(delta.text, delta.reasoning)
                     reason = delta.finish_reason or reason
         finally:
             if pieces or terminal.interactive:

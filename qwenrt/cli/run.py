@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
             terminal.result(dataclasses.asdict(generation))
             return 0
         for delta in _deltas(llm, prompt, as_chat, params):
-            terminal.thought(delta.reasoning)
-            terminal.stream(delta.text)
+            terminal.answer(delta.text, delta.reasoning)
         terminal.stream("\n")
     return 0
 

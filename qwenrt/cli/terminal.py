@@ -34,20 +34,26 @@ class Terminal:
     def __init__(self) -> None:
         self.looked_at = is_tty(sys.stdout)
         self.interactive = self.looked_at and is_tty(sys.stdin)
+        self._thinking = False  # the last piece shown was a thought
 
     def say(self, text: str = "", style: str = "", end: str = "\n") -> None:
         """A result, on stdout."""
         _write(sys.stdout, text, style, end)
 
     def stream(self, piece: str) -> None:
-        """A piece of an answer, on stdout at once."""
+        """Words of a model, on stdout at once."""
+        self._thinking = False
         sys.stdout.write(piece.translate(_VISIBLE) if self.looked_at else piece)
         sys.stdout.flush()
 
-    def thought(self, piece: str) -> None:
-        """A piece of what a model thinks before it answers: shown to a person who looks, and no part of the result."""
-        if piece and self.looked_at:
-            _write(sys.stdout, piece, "dim", "")
+    def answer(self, text: str, reasoning: str = "") -> None:
+        """A piece of an answer, on stdout at once. What the model thinks before it is shown, dimmed, to a person who
+        looks, and is no part of the result."""
+        if reasoning and self.looked_at:
+            self._thinking = True
+            _write(sys.stdout, reasoning, "dim", "")
+        if text:
+            self.stream(f"\n\n{text}" if self._thinking else text)
 
     def remark(self, text: str, style: str = "dim") -> None:
         """Something about the work that is not its result, on stderr."""

@@ -27,7 +27,7 @@ CONFIG = ModelConfig.from_dict(
 
 class FakeLLM:
     """Echoes. "/slow" writes words for a minute, "/interrupt" is cut by Ctrl-C, "/fail" fails, "/escape" writes
-    control characters, "/long" runs into max_tokens."""
+    control characters, "/long" runs into max_tokens, "/think" thinks first."""
 
     name = "fake"
     summary = "fake on cpu"
@@ -49,6 +49,9 @@ class FakeLLM:
         try:
             if query == "/fail":
                 raise RequestError("a query", "it fails", "Ask another one.")
+            if query == "/think":
+                yield Delta("", reasoning="Let me ")
+                yield Delta("", reasoning="think.")
             yield Delta("echo ")
             if query == "/interrupt":
                 raise KeyboardInterrupt

@@ -177,6 +177,13 @@ def test_a_model_cannot_steer_the_terminal(talk: Talk) -> None:
     assert b"\x1b[2J" not in talk.seen[talk.mark :]
 
 
+def test_a_thought_is_shown_before_the_answer_and_not_remembered(talk: Talk) -> None:
+    talk.type("/think" + ENTER)
+    talk.until("Let me think.\r\n\r\necho /think", PROMPT)
+    talk.type(":his" + ENTER)
+    talk.until("QWen[0]: echo /think")
+
+
 def test_clear_empties_the_screen(talk: Talk) -> None:
     talk.type(":clear" + ENTER)
     talk.until("This is fake.")
