@@ -7,33 +7,39 @@ finished files; it then finds them there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
-from qwenrt.loader.pull import WEIGHT_FILES, Pull
+from qwenrt.loader.pull import WEIGHT_FILES, Pull, from_network
+
+_log = logging.getLogger(__name__)
 
 PARALLEL = 4
+_DAMAGED = "Try again; if it happens again, something on the way changes files: use another endpoint."
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: where its bytes are and what they must be."""
+    """A file of a repository: where its bytes are, for an hour or so, and what they must be."""
 
     name: str
     url: str
     headers: dict[str, str]
     size: int
     sha256: str
+    commit: str
 
 
 class Stopped(Exception):
@@ -74,12 +80,17 @@ def _patiently(call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:
-            response: Any = getattr(error, "response", None)
-            if wait is None or getattr(response, "status_code", None) not in (429, 500, 502, 503, 504):
+            if wait is None or _status(error) not in (429, 500, 502, 503, 504):
                 raise
-            after = str(response.headers.get("Retry-After", ""))
+            after = str(cast(Any, error).response.headers.get("Retry-After", ""))
             time.sleep(min(float(after), 30.0) if after.isdecimal() else wait)
     return None
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status an exception of the client carries."""
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
 
 
 def _describe(pull: Pull, name: str, commit: str) -> RemoteFile | None:
@@ -94,13 +105,16 @@ def _describe(pull: Pull, name: str, commit: str) -> RemoteFile | None:
     if len(etag) != 64 or any(c not in "0123456789abcdef" for c in etag) or size is None:
         return None
     headers = build_hf_headers(token=token, library_name="qwenrt")
-    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
+    if urlsplit(metadata.location)[:2] != urlsplit(url)[:2]:
         headers.pop("authorization", None)  # the store of the bytes has its own signature in the address
-    return RemoteFile(name, metadata.location, headers, size, etag)
+    return RemoteFile(name, metadata.location, headers, size, etag, commit)
 
 
 def _check_space(pull: Pull, files: list[RemoteFile], parts: Path) -> None:
-    here = sum(part.stat().st_size for file in files if (part := parts / f"{file.sha256}.part").exists())
+    here = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # another process may be finishing it
+            here += (parts / f"{file.sha256}.part").stat().st_size
     needed = sum(file.size for file in files) - here
     free = shutil.disk_usage(parts).free
     if needed > free:
@@ -116,6 +130,8 @@ def _in_parallel(files: list[RemoteFile], fetch: Callable[[RemoteFile, threading
 
     def guarded(file: RemoteFile) -> None:
         try:
+            if stop.is_set():
+                raise Stopped
             fetch(file, stop)
         except BaseException:
             stop.set()
@@ -137,51 +153,98 @@ def _fetch_one(
     pull: Pull, file: RemoteFile, parts: Path, store: Path, bar: ByteBar, stop: threading.Event
 ) -> None:
     """Fetch one file, or what is missing of it; another process that fetches the same one is waited for."""
-    from filelock import FileLock
-    from huggingface_hub.file_download import http_get
-
     part, done = parts / f"{file.sha256}.part", store / file.sha256
-    with FileLock(f"{part}.lock"), part.open("ab") as stream:
+    with _alone(part, file, stop):
         if done.exists():
-            part.unlink()
+            part.unlink(missing_ok=True)
+            bar.add(file.size)
             return
-        if stream.tell() > file.size:
-            stream.truncate(0)
-        have = stream.tell()
-        bar.add(have)
         try:
-            http_get(
-                file.url,
-                cast(Any, _Counted(stream, bar, stop)),
-                resume_size=have,
-                headers=dict(file.headers),
-                expected_size=file.size,
-                _tqdm_bar=quiet_tqdm(False)(),
+            # closed before it is moved or deleted: Windows does neither to an open file
+            with part.open("ab") as stream:
+                _get(pull, file, stream, bar, stop)
+        except _TooMuch:
+            part.unlink()
+            found = (
+                f"{file.name}: more than the {file.size} bytes that were announced are sent; it was deleted"
             )
+            pull.fail(found, _DAMAGED)
         except OSError as error:
             if "onsistency" in str(error):  # the client's word for a size that is not the announced one
                 part.unlink()
             raise
-        stream.flush()
         if _sha256(part) != file.sha256:
             part.unlink()
             pull.fail(
                 f"{file.name} ({file.size} bytes) does not have the contents its hash promises; it was deleted",
-                "Try again; if it happens again, something on the way changes files: use another endpoint.",
+                _DAMAGED,
             )
         (pull.cache_dir / "verified" / file.sha256).touch()
         part.replace(done)
 
 
+@contextlib.contextmanager
+def _alone(part: Path, file: RemoteFile, stop: threading.Event) -> Iterator[None]:
+    """Hold the lock of a part; waiting for another process ends when ``stop`` is set."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{part}.lock")
+    told = False
+    while not lock.is_locked:
+        if stop.is_set():
+            raise Stopped
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            if not told:
+                _log.warning("another process is fetching %s: waiting for it", file.name)
+            told = True
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _get(pull: Pull, file: RemoteFile, stream: BinaryIO, bar: ByteBar, stop: threading.Event) -> None:
+    """Append what is missing to ``stream``. While bytes arrive, a connection that is cut and an address that ran
+    out on the way cost a new try each: some versions of the client go on after neither, none after the second."""
+    from huggingface_hub.file_download import http_get
+
+    if stream.tell() > file.size:
+        stream.seek(0)
+        stream.truncate()
+    bar.add(stream.tell())
+    while (have := stream.tell()) < file.size:
+        source = _describe(pull, file.name, file.commit) or file
+        try:
+            return http_get(
+                source.url,
+                cast(Any, _Counted(stream, file.size, bar, stop)),
+                resume_size=have,
+                headers=dict(source.headers),
+                expected_size=file.size,
+                _tqdm_bar=quiet_tqdm(False)(),
+            )
+        except Exception as error:
+            if stream.tell() <= have or not (from_network(error) or _status(error) in (401, 403)):
+                raise
+
+
+class _TooMuch(Exception):
+    """More bytes arrive than the file has."""
+
+
 class _Counted:
     """The file that http_get writes to: counts bytes for the bar, keeps them at once, and can be stopped."""
 
-    def __init__(self, stream: Any, bar: ByteBar, stop: threading.Event) -> None:
-        self._stream, self._bar, self._stop = stream, bar, stop
+    def __init__(self, stream: BinaryIO, size: int, bar: ByteBar, stop: threading.Event) -> None:
+        self._stream, self._size, self._bar, self._stop = stream, size, bar, stop
 
     def write(self, data: bytes) -> int:
         if self._stop.is_set():
             raise Stopped
+        if self._stream.tell() + len(data) > self._size:
+            raise _TooMuch
         written: int = self._stream.write(data)
         self._bar.add(len(data))
         return written
