@@ -60,7 +60,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             if entry.name in tensors:
                 raise CheckpointError(
                     f"cannot read the checkpoint in {directory}",
-                    f"tensor {entry.name!r} is in {tensors[entry.name].shard.name} and in {entry.shard.name}",
+                    f"tensor {entry.name[:80]!r} is in {tensors[entry.name].shard.name} and in {entry.shard.name}",
                     "The files belong to two versions of the model: keep one set and delete the other.",
                 )
             tensors[entry.name] = entry
@@ -105,7 +105,14 @@ class TensorReader:
                 "Use a release of the model in float16, bfloat16 or GPTQ Int4/Int8.",
             )
         if entry.nbytes == 0:
-            return torch.empty(entry.shape, dtype=dtype)
+            try:
+                return torch.empty(entry.shape, dtype=dtype)
+            except RuntimeError as error:  # one size is 0 and the product of the others no 64-bit number
+                raise CheckpointError(
+                    f"cannot read tensor {name[:80]!r} of {entry.shard.name}",
+                    f"it is empty and has the shape {list(entry.shape)}",
+                    DOWNLOAD_AGAIN,
+                ) from error
         mapped = self._map(entry.shard)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of buffers that are read-only
@@ -165,7 +172,7 @@ class _Index:
     """model.safetensors.index.json: tensor name -> file name, and the bytes of all tensors where it says so."""
 
     weight_map: dict[str, str]
-    total_size: float | None
+    total_size: int | float | None
 
     @property
     def files(self) -> list[str]:
@@ -239,7 +246,7 @@ def _files_without_index(directory: Path) -> list[str]:
         return ["model.safetensors"]
     sets: dict[tuple[str, str], list[str]] = {}
     for name in files:
-        if match := _NUMBERED.fullmatch(name):
+        if (match := _NUMBERED.fullmatch(name)) and int(match[3]):
             sets.setdefault((match[1], match[3]), []).append(name)
     if len(sets) == 1:
         stem, count = next(iter(sets))
@@ -291,7 +298,7 @@ def _pickled(names: list[str]) -> CheckpointError:
 
 
 def _some(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
+    shown = ", ".join(n if n.isprintable() and len(n) <= 255 else repr(n[:80]) for n in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
@@ -364,8 +371,9 @@ def _check_index(checkpoint: Checkpoint, index: _Index) -> None:
         raise CheckpointError(asked, "; ".join(parts), remedy)
     total = index.total_size
     if total is not None and total != checkpoint.nbytes:
+        said = f"{total:.0f}" if isinstance(total, float) else str(total)[:80]
         raise CheckpointError(
             asked,
-            f"the index says {total:.0f} bytes of tensors, the files hold {checkpoint.nbytes}",
+            f"the index says {said} bytes of tensors, the files hold {checkpoint.nbytes}",
             remedy + " If you trust these files, delete metadata.total_size from the index.",
         )

@@ -130,6 +130,13 @@ def test_a_file_that_changes_after_it_was_checked(tmp_path: Path) -> None:
         reader.tensor("b")
 
 
+def test_an_empty_tensor_whose_other_sizes_overflow(tmp_path: Path) -> None:
+    raw = b'{"a":{"dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(CheckpointError, match=r"tensor 'a'.*shape \[0, 4611686018427387904, 4\]"):
+        list(iter_tensors(tmp_path))
+
+
 # ---- names in the index
 
 
@@ -290,6 +297,24 @@ def test_the_sizes_disagree(tmp_path: Path) -> None:
     refused(sharded(tmp_path, metadata={"total_size": 40}), "the index says 40 bytes", "the files hold 32")
     assert open_checkpoint(sharded(tmp_path, metadata={})).nbytes == 32
     assert open_checkpoint(sharded(tmp_path, metadata={"total_size": 32.0})).nbytes == 32
+
+
+def test_a_total_size_beyond_all_floats(tmp_path: Path) -> None:
+    refused(sharded(tmp_path, metadata={"total_size": 10**400}), "the index says 1000", "the files hold 32")
+    refused(sharded(tmp_path, metadata={"total_size": float("inf")}), "the index says inf")
+
+
+def test_names_that_would_steer_the_terminal_or_fill_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(sharded(tmp_path, weight_map={"\x1b[2J\ud800": ONE, "x" * 10_000: TWO}))
+    text = str(error.value)
+    assert "\x1b" not in text and r"\x1b[2J" in text and len(text) < 2000
+    text.encode()
+
+
+def test_a_numbered_set_of_none_is_a_file_of_any_name(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "model-00000-of-00000.safetensors")
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]
 
 
 def test_an_empty_shard_and_a_pointer(tmp_path: Path) -> None:
