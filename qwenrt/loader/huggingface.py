@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
 from qwenrt.loader.pull import SUBDIRECTORIES, WEIGHT_FILES, Pull, from_network, out_of_space
-from qwenrt.loader.shards import fetch_shards
+from qwenrt.loader.shards import fetch_shards, repository
 
 _TOKEN_ADVICE = (
     "Open the model's page, accept its licence if it asks for that, and set HF_TOKEN to an access token "
@@ -25,8 +26,10 @@ def fetch(pull: Pull) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        if not pull.offline and set(WEIGHT_FILES) <= set(pull.patterns):
-            fetch_shards(pull)
+        if not pull.offline:
+            info = repository(pull)
+            if set(WEIGHT_FILES) <= set(pull.patterns):
+                fetch_shards(pull, info)
         directory = snapshot_download(
             pull.repo,
             revision=pull.revision,
@@ -40,13 +43,13 @@ def fetch(pull: Pull) -> Path:
             tqdm_class=quiet_tqdm(pull.show),
             library_name="qwenrt",
         )
+        if not pull.offline:
+            _verify(pull, Path(directory))
+        return Path(directory)
     except CheckpointError:
         raise
     except Exception as error:
         _explain(pull, error)
-    if not pull.offline:
-        _verify(pull, Path(directory))
-    return Path(directory)
 
 
 def _explain(pull: Pull, error: Exception) -> NoReturn:
@@ -117,8 +120,9 @@ def _verify(pull: Pull, directory: Path) -> None:
                     f"{path.name} ({size} bytes) does not have the contents its hash promises; it was deleted",
                     "Try again; if it happens again, something on the way changes files: use another endpoint.",
                 )
-            noted.mkdir(exist_ok=True)
-            (noted / blob.name).touch()
+            with contextlib.suppress(OSError):  # a cache that may only be read: verified again the next time
+                noted.mkdir(exist_ok=True)
+                (noted / blob.name).touch()
 
 
 def _digest(path: Path, bar: ByteBar) -> str:

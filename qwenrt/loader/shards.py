@@ -27,6 +27,7 @@ from qwenrt.loader.pull import WEIGHT_FILES, Pull, from_network
 _log = logging.getLogger(__name__)
 
 PARALLEL = 4
+TIMEOUT = 30.0  # seconds a hub may take to describe a repository
 _DAMAGED = "Try again; if it happens again, something on the way changes files: use another endpoint."
 
 
@@ -46,16 +47,21 @@ class Stopped(Exception):
     """Another file failed or the user gave up: this one stops at its next bytes and keeps them."""
 
 
-def fetch_shards(pull: Pull) -> str:
-    """Bring every weight file of the repository to the client's store; returns the commit they belong to.
+def repository(pull: Pull) -> Any:
+    """What the hub says of the repository: its commit and its files. The first question of every fetch, and the one
+    that shows a hub that does not answer: the client itself would wait for ever."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=pull.endpoint, token=pull.token or False, library_name="qwenrt")
+    return _patiently(lambda: api.model_info(pull.repo, revision=pull.revision, timeout=TIMEOUT))
+
+
+def fetch_shards(pull: Pull, info: Any) -> None:
+    """Bring every weight file of the repository that ``info`` describes to the client's store.
 
     Raises CheckpointError when the disk cannot hold them or a file's contents are not what its hash promises, and
     whatever the client raises.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(endpoint=pull.endpoint, token=pull.token or False, library_name="qwenrt")
-    info = _patiently(lambda: api.model_info(pull.repo, revision=pull.revision))
     commit = str(info.sha)
     names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
     names = [name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)]
@@ -64,14 +70,13 @@ def fetch_shards(pull: Pull) -> str:
         described = pool.map(lambda name: _describe(pull, name, commit), names)
         files = [file for file in described if file is not None and not (store / file.sha256).exists()]
     if not files:
-        return commit
+        return
     parts = pull.cache_dir / "parts"
     for directory in (parts, store, pull.cache_dir / "verified"):
         directory.mkdir(parents=True, exist_ok=True)
     _check_space(pull, files, parts)
     with ByteBar("downloading weights", sum(file.size for file in files), pull.show) as bar:
         _in_parallel(files, lambda file, stop: _fetch_one(pull, file, parts, store, bar, stop))
-    return commit
 
 
 def _patiently(call: Callable[[], Any]) -> Any:
