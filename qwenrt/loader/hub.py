@@ -54,9 +54,11 @@ def resolve(
     offline = env.offline if offline is None else offline
     if source not in SOURCES:
         raise CheckpointError(f"source={source!r}", "not a known source", f"Use one of {', '.join(SOURCES)}.")
-    if revision is not None and not (_REVISION.fullmatch(revision) and ".." not in revision):
+    if revision is not None and not (
+        isinstance(revision, str) and _REVISION.fullmatch(revision) and ".." not in revision
+    ):
         raise CheckpointError(
-            f"revision={revision[:80]!r}", "not a branch, tag or commit", "Leave it out for the newest."
+            f"revision={str(revision)[:80]!r}", "not a branch, tag or commit", "Leave it out for the newest."
         )
     local = _local(name)
     if local is not None:
@@ -107,6 +109,13 @@ def _first_that_has_it(pull: Callable[[str], Path], source: str, env: Environmen
             return pull(hub)
         except (Unreachable, NotCached) as error:
             failures.append(error)
+        except CheckpointError as error:
+            if not failures:
+                raise
+            before = f"{failures[0].asked}: {failures[0].found}"
+            raise CheckpointError(
+                error.asked, f"{error.found}; before that, {before}", error.remedy
+            ) from error
     first = failures[0]
     if isinstance(first, NotCached):
         found = f"offline, and it is not complete in {env.cache_dir}; there is: {_cached(env) or 'nothing'}"
