@@ -85,11 +85,13 @@ def _status(error: BaseException) -> int | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, what it was raised from, and the failures of single files that it collects."""
+    """An exception, what it was raised from down to the network, and the failures of single files it collects."""
     for _ in range(10):
         if error is None:
             return
         yield error
+        if from_network(error):
+            return
         failed = getattr(error, "failed_files", None)
         if isinstance(failed, dict):
             for one in failed.values():

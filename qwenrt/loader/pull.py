@@ -41,10 +41,13 @@ class Pull:
 
     def unreachable(self, found: str, cause: BaseException | None = None) -> NoReturn:
         where = f" at {self.endpoint}" if self.endpoint else ""
+        mirror, other = ("HF_ENDPOINT", "modelscope")
+        if self.hub == "ModelScope":
+            mirror, other = ("MODELSCOPE_ENDPOINT", "huggingface")
         raise Unreachable(
             self.asked,
             f"the hub{where} cannot be reached ({found[:300]})",
-            "Check the network and proxy settings, set HF_ENDPOINT to a mirror, or pass source='modelscope'. "
+            f"Check the network and proxy settings, set {mirror} to a mirror, or pass source='{other}'. "
             "What was fetched is kept: the next try goes on from there.",
         ) from cause
 
@@ -63,17 +66,20 @@ class NotCached(CheckpointError):
 
 
 def out_of_space(pull: Pull, error: BaseException | None) -> None:
-    """Raise for a full or read-only disk, wherever in a chain of exceptions it lies."""
+    """Raise for a full or read-only disk, wherever in a chain of exceptions it lies.
+
+    What lies below a network's error is the network's: an SSLError's errno 1 is not EPERM, and a firewall's EACCES
+    does not mean the disk.
+    """
     seen = 0
-    while error is not None and seen < 10:
+    while error is not None and seen < 10 and not from_network(error):
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             pull.fail(
                 f"no space left on the disk of {pull.cache_dir}",
                 "Free some space or set QWENRT_HOME to another disk; what was fetched is kept.",
                 error,
             )
-        # An SSLError is an OSError too, and its errno 1 is not EPERM.
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and not from_network(error):
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             pull.fail(
                 f"{pull.cache_dir} cannot be written ({error.strerror})",
                 "Set QWENRT_HOME to a directory you may write to.",

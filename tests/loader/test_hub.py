@@ -21,7 +21,7 @@ import pytest
 from qwenrt.config import Environment
 from qwenrt.errors import CheckpointError
 from qwenrt.loader import hub as hub_module
-from qwenrt.loader import modelscope, shards
+from qwenrt.loader import huggingface, modelscope, shards
 from qwenrt.loader.checkpoint import open_checkpoint
 from qwenrt.loader.hub import ALIASES, resolve
 from qwenrt.loader.pull import Unreachable
@@ -160,7 +160,7 @@ def test_a_name_that_is_none(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_other_arguments_out_of_range(tmp_path: Path) -> None:
     assert "Use one of auto, huggingface, modelscope" in str(failure(tmp_path, NOWHERE, "github"))
-    for revision in ("../x", "a b", "", "-x", "a..b"):
+    for revision in ("../x", "a b", "", "-x", "a..b", 5, ["main"]):
         assert "not a branch, tag or commit" in str(failure(tmp_path, NOWHERE, revision=revision))
 
 
@@ -474,8 +474,83 @@ def test_a_hub_whose_encryption_fails(tmp_path: Path, start: Start, source: str)
 def test_nobody_answers(tmp_path: Path, source: str) -> None:
     began = time.monotonic()
     error = failure(tmp_path, NOWHERE, source)
-    assert isinstance(error, Unreachable) and NOWHERE in error.found and "HF_ENDPOINT" in error.remedy
+    assert isinstance(error, Unreachable) and NOWHERE in error.found and "_ENDPOINT" in error.remedy
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_hub_that_accepts_and_says_nothing(
+    tmp_path: Path, weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "TIMEOUT", 0.3)
+    outcome: list[CheckpointError] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        thread = threading.Thread(
+            target=lambda: outcome.append(failure(tmp_path, where, weights=weights)), daemon=True
+        )
+        thread.start()
+        thread.join(8)
+    assert [type(error) for error in outcome] == [Unreachable]
+
+
+def test_a_firewall_is_not_taken_for_a_read_only_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket, "create_connection", forbidden)
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+    for source in ("huggingface", "modelscope"):
+        error = failure(tmp_path, NOWHERE, source)
+        assert isinstance(error, Unreachable), str(error)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_cache_filled_by_another_tool(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    """Its files are not noted as verified; they are verified, and noted where that can be written."""
+    hub = start()
+    directory = fetch(tmp_path, hub)
+    shutil.rmtree(tmp_path / "cache" / "huggingface" / "verified")
+    real = Path.mkdir
+
+    def mkdir(self: Path, *args: object, **kwargs: object) -> None:
+        if self.name == "verified" and read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert fetch(tmp_path, hub) == directory
+    assert (tmp_path / "cache" / "huggingface" / "verified").exists() != read_only
+
+
+def test_a_file_that_cannot_be_verified(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = start()
+    fetch(tmp_path, hub)
+    shutil.rmtree(tmp_path / "cache" / "huggingface" / "verified")
+
+    def digest(*args: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(huggingface, "_digest", digest)
+    assert "Input/output error" in failure(tmp_path, hub).found
+
+
+def test_both_failures_are_told_where_the_second_hub_has_not_the_model(tmp_path: Path, start: Start) -> None:
+    env = Environment(cache_dir=tmp_path, hf_endpoint=NOWHERE, modelscope_endpoint=start().url)
+    with pytest.raises(CheckpointError) as error:
+        resolve("someone/their-model", env=env, progress=False)
+    assert "404" in error.value.found and NOWHERE in error.value.found and "HuggingFace" in error.value.found
+
+
+def test_the_advice_is_for_the_hub_that_was_asked(tmp_path: Path) -> None:
+    error = failure(tmp_path, NOWHERE, "modelscope")
+    assert "MODELSCOPE_ENDPOINT" in error.remedy and "source='huggingface'" in error.remedy
 
 
 @BOTH
