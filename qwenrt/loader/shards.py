@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 PARALLEL = 4
 TIMEOUT = 30.0  # seconds a hub may take to describe a repository
+MAX_PLAIN_BYTES = 50 * 10**9  # http_get refuses a larger file; the client has another way, hf_xet
 _DAMAGED = "Try again; if it happens again, something on the way changes files: use another endpoint."
 
 
@@ -99,7 +100,8 @@ def _status(error: Exception) -> int | None:
 
 
 def _describe(pull: Pull, name: str, commit: str) -> RemoteFile | None:
-    """What a HEAD request says of a file; None where its hash is not told, and the client is left to fetch it."""
+    """What a HEAD request says of a file; None where the client is left to fetch it: its hash is not told, or it is
+    too large for plain HTTP."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
@@ -108,6 +110,8 @@ def _describe(pull: Pull, name: str, commit: str) -> RemoteFile | None:
     metadata = _patiently(lambda: get_hf_file_metadata(url, token=token))
     etag, size = metadata.etag or "", metadata.size
     if len(etag) != 64 or any(c not in "0123456789abcdef" for c in etag) or size is None:
+        return None
+    if size > MAX_PLAIN_BYTES:
         return None
     headers = build_hf_headers(token=token, library_name="qwenrt")
     if urlsplit(metadata.location)[:2] != urlsplit(url)[:2]:

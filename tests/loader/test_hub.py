@@ -380,6 +380,14 @@ def test_files_that_were_not_begun_are_not_after_a_failure() -> None:
     assert len(begun) <= shards.PARALLEL
 
 
+def test_a_file_too_large_for_plain_http_is_left_to_the_client(
+    tmp_path: Path, start: Start, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_PLAIN_BYTES", len(files[WEIGHTS]) - 1)
+    assert (fetch(tmp_path, start()) / WEIGHTS).read_bytes() == files[WEIGHTS]
+    assert not (tmp_path / "cache" / "huggingface" / "parts").exists()
+
+
 def test_more_bytes_than_announced_are_not_kept(
     tmp_path: Path, start: Start, files: dict[str, bytes]
 ) -> None:
