@@ -28,9 +28,12 @@ INLINE __m256i broadcast(const int32_t* x) {
   return all;
 }
 
-// The codes of one place of a word, as the activations of IntegerInput lie.
+// The codes of one place of a word, as the activations of IntegerInput lie. A word is loaded anew for each place, out of
+// the first cache: with 8 sums there is no register to keep it in.
 template <int BITS, bool BYTES, int P>
-INLINE __m256i codes_at(__m256i word) {
+INLINE __m256i codes_at(const uint32_t* words) {
+  __m256i word;
+  asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(words)));
   const __m256i mask = _mm256_set1_epi32(BYTES ? 0x0f0f0f0f : (BITS == 4 ? 0x000f000f : 0x00ff00ff));
   constexpr int last = (BYTES ? 8 : 16) / BITS - 1;
   if constexpr (!BYTES && P == last) return _mm256_srli_epi16(word, BITS * P);
@@ -44,11 +47,9 @@ template <int BITS, bool BYTES, int TILE, int STREAMS>
 INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x,
                      __m256i (&sums)[STREAMS][TILE]) {
   constexpr int PLACES = (BYTES ? 8 : 16) / BITS;
-  __m256i word[STREAMS];
-  UNROLL(STREAMS, s, { word[s] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words[s] + offset)); });
   UNROLL(PLACES, p, {
     __m256i codes[STREAMS];
-    UNROLL(STREAMS, s, { codes[s] = codes_at<BITS, BYTES, p>(word[s]); });
+    UNROLL(STREAMS, s, { codes[s] = codes_at<BITS, BYTES, p>(words[s] + offset); });
     UNROLL(TILE, t, {
       const __m256i xs = broadcast(x + p * TILE + t);
       UNROLL(STREAMS, s, {
