@@ -22,11 +22,14 @@ from setuptools.command.build_py import build_py
 from setuptools.command.develop import develop
 
 ROOT = Path(__file__).resolve().parent
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code that is run before the CPU was asked
     "api.cpp": [],
     "thread_pool.cpp": [],
     "kernels_scalar.cpp": [],
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "integer_linear.cpp": [],
+    "kernels_avx2.cpp": AVX2,
+    "kernels_avx2_integer.cpp": AVX2,
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")

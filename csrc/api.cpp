@@ -5,6 +5,7 @@
 
 #include <atomic>
 
+#include "integer_linear.h"
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -15,8 +16,6 @@
 namespace {
 
 constexpr int64_t kTokensAtOnce = 32;      // bounds the scratch memory; weights are read again for each such chunk
-constexpr int64_t kTasksPerThread = 4;     // so that a thread that is held up leaves its share to the others
-constexpr int64_t kSmallWork = 64 * 1024;  // multiply-adds below which waking the workers costs more than it saves
 constexpr float kLargestGroup = 6e35f;     // of a group's |x|: times 2 * 2^8, for code and zero, it still is finite
 
 bool cpu_has_avx2() {
@@ -97,14 +96,6 @@ struct QuantTask {
 void run_quant_task(void* context, int64_t i) {
   const QuantTask& t = *static_cast<const QuantTask*>(context);
   t.kernels->quant_rows(*t.w, t.in, t.y, t.blocks * i / t.tasks, t.blocks * (i + 1) / t.tasks);
-}
-
-int64_t task_count(int64_t units, int64_t work) {
-  const int threads = pool_threads();
-  if (threads == 1 || work < kSmallWork) return 1;
-  const int64_t most = units / 4 > 0 ? units / 4 : 1;
-  const int64_t wanted = threads * kTasksPerThread;
-  return wanted < most ? wanted : most;
 }
 
 int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens) {
@@ -226,12 +217,19 @@ int qwenrt_set_isa(const char* name) {
 
 int qwenrt_set_threads(int threads) { return set_pool_threads(threads); }
 
-int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens) {
+int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens, int activations) {
   if (w->bits != 4 && w->bits != 8) return QWENRT_BAD_ARGUMENT;
+  if (activations < QWENRT_EXACT || activations > QWENRT_INT8) return QWENRT_BAD_ARGUMENT;
+  const bool exact = activations == QWENRT_EXACT;
+  const int64_t most = exact ? kTokensAtOnce : kIntegerTokens;
   PoolLock lock;
-  for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
-    const int64_t chunk = tokens - t < kTokensAtOnce ? tokens - t : kTokensAtOnce;
-    const int status = quant_linear_chunk(*w, x + t * w->in_features, y + t * w->out_features, chunk);
+  for (int64_t t = 0; t < tokens; t += most) {
+    const int64_t chunk = tokens - t < most ? tokens - t : most;
+    const float* in = x + t * w->in_features;
+    float* out = y + t * w->out_features;
+    const int status =
+        exact ? quant_linear_chunk(*w, in, out, chunk)
+              : integer_linear_chunk(*w, in, out, chunk, activations == QWENRT_INT8, *kernels().load());
     if (status != QWENRT_OK) return status;
   }
   return QWENRT_OK;

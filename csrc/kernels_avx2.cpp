@@ -4,56 +4,17 @@
 // multiplied by an activation that already carries 2^(-bits * j). Each 8 rows x 1 input cost one and, one convert and
 // one multiply-add. A thread reads several distant row blocks at once, because one sequential stream per core does not
 // fill the memory bus.
-#include "kernels.h"
+#include "kernels_avx2.h"
 
 #ifdef QWENRT_X86
-#include <immintrin.h>
-
-#define INLINE inline __attribute__((always_inline))
 
 namespace {
-
-// f(Index<0>()), f(Index<1>()), ...: indices are constants, so that arrays of accumulators live in registers.
-template <int I>
-struct Index {
-  constexpr operator int() const { return I; }
-};
-template <int N, int I = 0, class F>
-INLINE void unrolled(const F& f) {
-  if constexpr (I < N) {
-    f(Index<I>());
-    unrolled<N, I + 1>(f);
-  }
-}
-#define UNROLL(N, i, ...) unrolled<N>([&](auto i) __attribute__((always_inline)) __VA_ARGS__)
-
-inline __m256 load_scales(const QwenrtQuantMatrix& w, int64_t i) {
-  if (w.scales_are_float) return _mm256_loadu_ps(static_cast<const float*>(w.scales) + i);
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(w.scales) + i)));
-}
-
-inline __m256 load_zeros(const QwenrtQuantMatrix& w, int64_t i) {
-  if (!w.zeros) return _mm256_set1_ps(float(w.zero));
-  return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + i))));
-}
 
 template <int BITS, int J>
 INLINE __m256 code_at(__m256i word) {
   constexpr int last = 32 / BITS - 1;
   if constexpr (J == last) return _mm256_cvtepi32_ps(_mm256_srli_epi32(word, 32 - BITS));
   else return _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(((1 << BITS) - 1) << (BITS * J))));
-}
-
-// Rows n to n + 7 of one token, as many of them as there are.
-inline void store_rows(const QwenrtQuantMatrix& w, float* y, __m256 value, int64_t n) {
-  if (n + QWENRT_BLOCK <= w.out_features) {
-    if (w.bias) value = _mm256_add_ps(value, _mm256_loadu_ps(w.bias + n));
-    _mm256_storeu_ps(y + n, value);
-    return;
-  }
-  alignas(32) float lanes[QWENRT_BLOCK];
-  _mm256_store_ps(lanes, value);
-  for (int64_t i = n; i < w.out_features; ++i) y[i] = w.bias ? lanes[i - n] + w.bias[i] : lanes[i - n];
 }
 
 // STREAMS row blocks, `stride` blocks apart, times one tile of TILE tokens.
@@ -221,7 +182,7 @@ void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", quant_rows, dense16_rows};
+  static const Kernels kernels = {"avx2", quant_rows, dense16_rows, avx2_quantize_block, avx2_integer_rows};
   return &kernels;
 }
 #endif

@@ -1,4 +1,5 @@
 // Portable kernels: any CPU, and what the vector ones are compared with.
+#include <math.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -74,9 +75,63 @@ void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y
   }
 }
 
+int quantize_block(const float* x, int64_t n, float limit, int32_t* q, float* scale, int32_t* sum) {
+  float largest = 0;
+  *sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(fabsf(x[i]) <= kLargestActivation)) return 0;  // NaN is not either
+    if (fabsf(x[i]) > largest) largest = fabsf(x[i]);
+  }
+  const bool zeros = largest < kSmallestActivation;
+  *scale = zeros ? 0.0f : largest / limit;
+  const float inverse = zeros ? 0.0f : limit / largest;
+  for (int64_t i = 0; i < n; ++i) *sum += q[i] = int32_t(lrintf(x[i] * inverse));
+  return 1;
+}
+
+// Sum of codes * activations over words [0, count) of one row and one token.
+int32_t block_product(const uint32_t* words, const int32_t* x, int64_t count, int bits, int bytes, int64_t tile) {
+  const int per_word = 32 / bits, places = bytes ? 2 : per_word / 2;
+  const int lanes = bytes ? 4 : 2, lane_bits = 32 / lanes;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i)
+    for (int p = 0; p < places; ++p, x += tile)
+      for (int l = 0; l < lanes; ++l) {
+        const int32_t code = int32_t(words[i * QWENRT_BLOCK] >> (bits * (p + l * places)) & ((1u << bits) - 1));
+        const uint32_t q = uint32_t(*x) >> (lane_bits * l);
+        sum += code * (bytes ? int32_t(int8_t(q)) : int32_t(int16_t(q)));
+      }
+  return sum;
+}
+
+void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
+  const int64_t places = in.bytes ? 2 : 16 / w.bits, blocks = w.groups * in.blocks_per_group;
+  const int64_t row_words = w.groups * w.words_per_group;
+  for (int64_t n = begin * QWENRT_BLOCK; n < end * QWENRT_BLOCK && n < w.out_features; ++n) {
+    const int64_t block = n / QWENRT_BLOCK, row = n % QWENRT_BLOCK;
+    const uint32_t* words = w.words + block * row_words * QWENRT_BLOCK + row;
+    for (int64_t t = 0; t < in.tokens; ++t) {
+      const int64_t tile = t / in.tile, lane = t % in.tile;
+      const int32_t* x = in.x + tile * row_words * places * in.tile + lane;
+      float total = 0;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t g = b / in.blocks_per_group, skipped = b % in.blocks_per_group * in.words_per_block;
+        const int64_t first = g * w.words_per_group + skipped, rest = w.words_per_group - skipped;
+        const int32_t product = block_product(words + first * QWENRT_BLOCK, x + first * places * in.tile,
+                                              rest < in.words_per_block ? rest : in.words_per_block, w.bits, in.bytes,
+                                              in.tile);
+        const int64_t s = (block * w.groups + g) * QWENRT_BLOCK + row, at = (tile * blocks + b) * in.tile + lane;
+        const int32_t zero = w.zeros ? w.zeros[s] : w.zero;
+        total = fmaf(scale_at(w, s) * in.scales[at], float(product - zero * in.sums[at]), total);
+      }
+      y[t * w.out_features + n] = w.bias ? total + w.bias[n] : total;
+    }
+  }
+}
+
 }  // namespace
 
 const Kernels* scalar_kernels() {
-  static const Kernels kernels = {"scalar", quant_rows, dense16_rows};
+  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, quantize_block, integer_rows};
   return &kernels;
 }

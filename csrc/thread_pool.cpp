@@ -147,3 +147,12 @@ int pool_threads() {
   PoolLock lock;
   return pool->wanted.load();
 }
+
+int64_t task_count(int64_t units, int64_t work) {
+  constexpr int64_t kSmallWork = 64 * 1024;
+  const int threads = pool_threads();
+  if (threads == 1 || work < kSmallWork) return 1;
+  const int64_t most = units / 4 > 0 ? units / 4 : 1;
+  const int64_t wanted = threads * kTasksPerThread;
+  return wanted < most ? wanted : most;
+}

@@ -18,3 +18,8 @@ class PoolLock {
 // Threads of one call, the caller included. Returns the number in use: fewer where the system starts no more.
 int set_pool_threads(int threads);
 int pool_threads();
+
+constexpr int64_t kTasksPerThread = 4;  // so that a thread that is held up leaves its share to the others
+
+// Tasks to share `units` in for so many multiply-adds of `work`: one where waking the workers costs more than it saves.
+int64_t task_count(int64_t units, int64_t work);

@@ -32,6 +32,7 @@ logger = logging.getLogger("qwenrt")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_CACHE_DTYPES = ("auto", "int8")
+ACTIVATIONS = ("auto", "exact", "int16", "int8")
 FALLBACKS = ("warn", "error", "silent")
 BLOCK_SIZE = 16
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
@@ -49,6 +50,7 @@ class Settings:
     offline: bool | None = None
     quantize: str | None = None
     kv_cache_dtype: str = "auto"
+    activations: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
@@ -61,6 +63,7 @@ class Settings:
             "source": ("auto", "huggingface", "modelscope"),
             "quantize": (None, "int8", "int4"),
             "kv_cache_dtype": KV_CACHE_DTYPES,
+            "activations": ACTIVATIONS,
             "fallback": FALLBACKS,
         }
         for name, allowed in choices.items():
@@ -190,7 +193,8 @@ def _random_rows(rows: int, columns: int, bits: int) -> CanonicalWeight:
 
 def _backend(settings: Settings, environment: Environment) -> Backend:
     backend = registry.create(settings.device, environment.backend)
-    backend.configure(environment.kernels, environment.num_threads)
+    activations = environment.activations if settings.activations == "auto" else settings.activations
+    backend.configure(environment.kernels, environment.num_threads, activations)
     return backend
 
 

@@ -44,6 +44,7 @@ def load(
     offline: bool | None = None,
     quantize: str | None = None,
     kv_cache_dtype: str = "auto",
+    activations: str = "auto",
     max_model_len: int | None = None,
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 512,
@@ -57,6 +58,7 @@ def load(
     dtype: "auto" | "float32" | "bfloat16" | "float16", of activations and of weights that are not quantised.
     source: "auto" | "huggingface" | "modelscope"; revision: a branch, tag or commit; offline: True opens no socket.
     quantize: None | "int8" | "int4": round dense weights at load. kv_cache_dtype: "auto" | "int8".
+    activations: "auto" | "exact" | "int16" | "int8", what the CPU's kernels round the inputs of quantised linears to.
     max_model_len: longest prompt and answer together, in tokens; None takes what the model and the memory allow.
     max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
     fallback: "warn" | "error" | "silent", where a device's own kernel cannot serve.
@@ -74,6 +76,7 @@ def load(
         offline=offline,
         quantize=quantize,
         kv_cache_dtype=kv_cache_dtype,
+        activations=activations,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

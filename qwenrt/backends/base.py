@@ -290,8 +290,14 @@ class Backend:
 
     # ---- the device
 
-    def configure(self, kernels: str = "auto", num_threads: int | None = None) -> None:
+    def configure(
+        self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
+    ) -> None:
         """The user's settings for a device that has such choices; before any weight is packed."""
+
+    def rounding(self, op: str) -> float:
+        """The error, relative to the largest value of the result, that the user's settings allow an op on purpose."""
+        return 0.0
 
     def weight_dtype(self, stored: str | None, dtype: torch.dtype) -> torch.dtype:
         """What dense weights ``stored`` in one dtype are kept in for activations in ``dtype``."""

@@ -168,6 +168,7 @@ def _settings(environment: Environment | None) -> dict[str, Any] | None:
         "offline": environment.offline,
         "backend": environment.backend,
         "num_threads": environment.num_threads,
+        "activations": environment.activations,
     }
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM
 
 _LOAD_OPTIONS = (
-    *("device", "dtype", "quantize", "kv_cache_dtype", "max_model_len", "fallback"),
+    *("device", "dtype", "quantize", "kv_cache_dtype", "activations", "max_model_len", "fallback"),
     *("source", "revision", "offline"),
 )
 MODEL_HELP = '"demo", an alias such as Qwen-7B-Chat, a repository such as Qwen/Qwen-7B-Chat, or a directory'
@@ -42,6 +42,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     group.add_argument("--quantize", choices=("int8", "int4"), help="weight-only, while loading")
     group.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto")
+    group.add_argument(
+        "--activations",
+        choices=("auto", "exact", "int16", "int8"),
+        default="auto",
+        help="what the CPU rounds the inputs of quantised layers to: int8 is the fastest",
+    )
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest context, in tokens")
     group.add_argument(
         "--fallback",

@@ -22,6 +22,7 @@ class Environment:
     backend: str | None = None  # QWENRT_BACKEND: what device="auto" means
     num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | avx2 | scalar, the C++ kernels of the CPU
+    activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -39,6 +40,7 @@ class Environment:
             backend=env.get("QWENRT_BACKEND") or None,
             num_threads=int(threads) if threads else None,
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
+            activations=env.get("QWENRT_ACTIVATIONS", "auto") or "auto",
         )
 
 

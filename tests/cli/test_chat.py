@@ -231,7 +231,7 @@ def test_what_cannot_be_loaded_changes_nothing(
 
 def test_options_reach_load(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     options = "--device cpu --dtype float32 --quantize int4 --kv-cache-dtype int8 --max-model-len 99"
-    more = "--source modelscope --revision v1 --offline --fallback error"
+    more = "--source modelscope --revision v1 --offline --fallback error --activations int8"
     qwenrt("chat", "Qwen-7B-Chat", *options.split(), *more.split())
     model, arguments = fake.loaded[0]
     assert model == "Qwen-7B-Chat"
@@ -244,6 +244,7 @@ def test_options_reach_load(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
         "source": "modelscope",
         "revision": "v1",
         "offline": True,
+        "activations": "int8",
         "fallback": "error",
     }
 

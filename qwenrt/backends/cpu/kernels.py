@@ -12,8 +12,9 @@ import torch
 
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 2
+ABI = 3
 BLOCK = 8  # output rows stored together
+ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
@@ -73,7 +74,13 @@ class Kernels:
         lib.qwenrt_isa.restype = ctypes.c_char_p
         lib.qwenrt_set_isa.argtypes = [ctypes.c_char_p]
         lib.qwenrt_set_threads.argtypes = [ctypes.c_int]
-        lib.qwenrt_quant_linear.argtypes = [ctypes.POINTER(_QuantMatrix), pointer, pointer, size]
+        lib.qwenrt_quant_linear.argtypes = [
+            ctypes.POINTER(_QuantMatrix),
+            pointer,
+            pointer,
+            size,
+            ctypes.c_int,
+        ]
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
 
@@ -99,10 +106,15 @@ class Kernels:
         """Read int64 ``memory`` [n] once with all threads -> its sum modulo 2**64."""
         return int(self._library.qwenrt_read(memory.data_ptr(), memory.numel()))
 
-    def quant_linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor | None:
-        """x float32 [T, K] contiguous -> float32 [T, N]; None where x is not finite or too large to sum."""
+    def quant_linear(self, x: torch.Tensor, w: Packed, activations: str = "exact") -> torch.Tensor | None:
+        """x float32 [T, K] contiguous -> float32 [T, N]; None where x is not finite or too large to sum.
+
+        ``activations``: one of ACTIVATIONS, what x is rounded to on the way.
+        """
         y = torch.empty(x.shape[0], w.out_features)
-        status = self._library.qwenrt_quant_linear(w.data["native"], x.data_ptr(), y.data_ptr(), x.shape[0])
+        status = self._library.qwenrt_quant_linear(
+            w.data["native"], x.data_ptr(), y.data_ptr(), x.shape[0], ACTIVATIONS.index(activations)
+        )
         if status == _NO_MEMORY:
             raise MemoryError("no memory for the activations of a quantised linear")
         return None if status == _NOT_FINITE else y

@@ -1,0 +1,7 @@
+// Linears whose activations are rounded to int16 or int8 first.
+#pragma once
+#include "kernels.h"
+
+// As qwenrt_quant_linear, for at most kIntegerTokens tokens and a caller that holds a PoolLock.
+int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens, int bytes,
+                         const Kernels& kernels);

@@ -1,0 +1,278 @@
+"""Activations rounded to int16 and int8: against plain torch, against float64, and what they do to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwenrt.assembly import Settings, assemble
+from qwenrt.backends import selfcheck
+from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.config import Environment
+from qwenrt.demo.corpus import held_out_samples
+from qwenrt.errors import BackendError, ConfigError
+from qwenrt.llm import LLM
+from qwenrt.ops import packing
+from qwenrt.ops.types import CanonicalWeight
+from tests.backends.test_cpu_kernels import float64_linear, random_weight
+
+CPU = torch.device("cpu")
+BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
+pytestmark = pytest.mark.skipif(not BUILT, reason="csrc was not built")
+BLOCK_INPUTS = 128
+ROUNDED = ("int16", "int8")
+
+
+@pytest.fixture
+def cpu() -> Iterator[CPUBackend]:
+    """A CPU backend whose settings for the process are set back."""
+    made = CPUBackend(CPU)
+    made.configure(num_threads=2)
+    yield made
+    CPUBackend(CPU).configure()
+
+
+def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -> torch.Tensor:
+    """The definition: x rounded block by block to a scale of its largest value, then the product in float64."""
+    limit = 127.0 if activations == "int8" and weight.bits == 4 else 32767.0
+    columns = x if weight.perm is None else x[:, weight.perm.long()]
+    group = weight.in_features if weight.group_size == -1 else weight.group_size
+    used = torch.empty(x.shape, dtype=torch.float64)
+    for start in range(0, weight.in_features, group):
+        end = min(start + group, weight.in_features)
+        for first in range(start, end, BLOCK_INPUTS):
+            block = columns[:, first : min(first + BLOCK_INPUTS, end)]
+            largest = block.abs().amax(dim=1, keepdim=True)
+            small = largest < 2.0**-100
+            q = (block * (torch.tensor(limit) / largest.masked_fill(small, 1.0))).round()
+            assert q.abs().max() <= limit
+            scale = (largest / limit).masked_fill(small, 0.0)
+            used[:, first : first + block.shape[1]] = q.double() * scale.double()
+    w = packing.dequantize(dataclasses.replace(weight, perm=None), torch.float64)
+    y = used @ w.t()
+    return y if weight.bias is None else y + weight.bias.double()
+
+
+def assert_close(y: torch.Tensor, wanted: torch.Tensor, x: torch.Tensor, weight: CanonicalWeight) -> None:
+    _, size = float64_linear(x, weight)
+    assert y.shape == wanted.shape
+    assert float(((y.double() - wanted).abs() / size).max()) < 2e-6
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.one_of(st.integers(1, 40), st.sampled_from([64, 201])),
+    k=st.one_of(st.integers(1, 140), st.sampled_from([128, 259, 1300])),
+    tokens=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 33, 130]),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([-1, 8, 20, 24, 32, 64, 128, 200]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    activations=st.sampled_from(ROUNDED),
+)
+def test_linears_of_any_shape_follow_the_definition(
+    cpu: CPUBackend,
+    n: int,
+    k: int,
+    tokens: int,
+    bits: int,
+    group_size: int,
+    flags: tuple[bool, bool, bool],
+    activations: str,
+) -> None:
+    sym, shuffle, bias = flags
+    weight = random_weight(n, k, bits, group_size, sym=sym, shuffle=shuffle, bias=bias)
+    x = torch.randn(tokens, k) * torch.rand(tokens, 1).mul(20).sub(10).exp2()
+    cpu.configure("auto", activations=activations)
+    w = cpu.pack_linear(weight, torch.float32)
+    if w.kind != kernels.native_kind(bits):
+        return
+    y = cpu.linear(x, w)
+    assert_close(y, rounded_linear(x, weight, activations), x, weight)
+    cpu.configure("scalar", activations=activations)
+    assert torch.equal(cpu.linear(x, w), y)  # the same bits on every instruction set
+    alone = torch.cat([cpu.linear(row[None], w) for row in x[:5]])
+    assert torch.equal(alone, y[:5])  # and in every batch
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activations", ROUNDED)
+def test_batches_and_threads_change_no_bit(cpu: CPUBackend, bits: int, activations: str) -> None:
+    weight = random_weight(1000, 1152, bits, 128, shuffle=True)
+    x = torch.randn(300, 1152)
+    cpu.configure(num_threads=2, activations=activations)
+    w = cpu.pack_linear(weight, torch.float32)
+    y = cpu.linear(x, w)
+    for tokens in (1, 2, 3, 4, 5, 127, 129):
+        assert torch.equal(cpu.linear(x[:tokens], w), y[:tokens])
+    for threads in (1, 3):
+        cpu.configure(num_threads=threads, activations=activations)
+        assert torch.equal(cpu.linear(x, w), y)
+    assert cpu.linear(x[:0], w).shape == (0, 1000)
+
+
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activations", ROUNDED)
+def test_no_sum_overflows(cpu: CPUBackend, isa: str, bits: int, activations: str) -> None:
+    """Every code, zero and activation at its largest, in one group of 20000 inputs and in groups of 128."""
+    cpu.configure(isa, activations=activations)
+    for k, group in ((20000, -1), (256, 128), (40, 40)):
+        size = k if group == -1 else group
+        for code, zero in ((2**bits - 1, 0), (0, 2**bits), (2**bits - 1, 2**bits)):
+            weight = CanonicalWeight(
+                codes=torch.full((k, 9), code, dtype=torch.uint8),
+                scales=torch.full((-(-k // size), 9), 2.0**-8, dtype=torch.float16),
+                zeros=torch.full((-(-k // size), 9), zero, dtype=torch.int16),
+                bits=bits,
+                group_size=size,
+            )
+            for sign in (1.0, -1.0):
+                x = torch.full((5, k), 1e6 * sign)
+                y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
+                assert_close(y, float64_linear(x, weight)[0], x, weight)
+
+
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("activations", ROUNDED)
+def test_zeros_tiny_and_huge_activations(cpu: CPUBackend, isa: str, activations: str) -> None:
+    cpu.configure(isa, activations=activations)
+    weight = random_weight(20, 300, 4, 64)
+    w = cpu.pack_linear(weight, torch.float32)
+    assert weight.bias is not None
+    for nothing in (0.0, -0.0, 1e-45, 1e-38, 7e-31):
+        x = torch.full((2, 300), nothing)
+        assert torch.equal(cpu.linear(x, w), weight.bias.expand(2, 20))
+    for factor in (1e-20, 1e20, 1e30):
+        x = torch.randn(3, 300) * factor
+        assert_close(cpu.linear(x, w), rounded_linear(x, weight, activations), x, weight)
+
+
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("activations", ROUNDED)
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
+def test_what_cannot_be_rounded_follows_torch(
+    cpu: CPUBackend, isa: str, activations: str, bad: float
+) -> None:
+    cpu.configure(isa, activations=activations)
+    for bits, tokens in ((4, 2), (8, 2), (4, 9)):
+        weight = random_weight(20, 64, bits, 32)
+        x = torch.randn(tokens, 64)
+        x[1, 3:6] = bad
+        y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
+        wanted = x @ packing.dequantize(weight, torch.float32).t() + weight.bias
+        assert torch.allclose(y, wanted, rtol=1e-3, atol=1e-3, equal_nan=True)
+        assert bool(torch.isfinite(y[0]).all())
+
+
+def test_training_sees_the_exact_product(cpu: CPUBackend) -> None:
+    weight = random_weight(50, 64, 4, 32)
+    x = torch.randn(3, 64)
+    cpu.configure(activations="exact")
+    w = cpu.pack_linear(weight, torch.float32)
+    exact = cpu.linear(x, w)
+    cpu.configure(activations="int8")
+    assert not torch.equal(cpu.linear(x, w), exact)
+    assert torch.equal(cpu.linear(x.requires_grad_(), w), exact)
+
+
+# ---- how large the error is
+
+
+def with_outliers(tokens: int, k: int) -> torch.Tensor:
+    """Activations as some models have them: three inputs of every token are a thousand times the others."""
+    x = torch.randn(tokens, k)
+    x[:, torch.randint(0, k, (3,))] *= 1000.0
+    return x
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_errors_are_as_small_as_is_said(cpu: CPUBackend, bits: int, outliers: bool) -> None:
+    weight = random_weight(512, 2048, bits, 128, bias=False)
+    x = with_outliers(16, 2048) if outliers else torch.randn(16, 2048)
+    w, (wanted, _) = cpu.pack_linear(weight, torch.float32), float64_linear(x, weight)
+    int16, int8 = (3e-4, 3e-2) if outliers else (5e-5, 1e-2)
+    for activations, most in {"exact": 2e-6, "int16": int16, "int8": int8 if bits == 4 else int16}.items():
+        cpu.configure(activations=activations)
+        error = float((cpu.linear(x, w).double() - wanted).norm() / wanted.norm())
+        assert error < most
+
+
+def divergence(got: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    """(share of rows whose likeliest token is another, mean KL divergence in nats)."""
+    p, q = F.log_softmax(wanted.double(), -1), F.log_softmax(got.double(), -1)
+    differ = float((got.argmax(-1) != wanted.argmax(-1)).double().mean())
+    return differ, float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_int16_keeps_the_order_of_logits_beside_massive_outliers(cpu: CPUBackend) -> None:
+    """A head over activations with outliers: the mode's share of the gate that no small model can show."""
+    weight = random_weight(4000, 1024, 4, 128, bias=False)
+    x = with_outliers(400, 1024)
+    wanted = x.double() @ packing.dequantize(weight, torch.float64).t()
+    temperature = float(wanted.std()) / 4  # logits as a model has them: a spread of about 4
+    cpu.configure(activations="int16")
+    y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
+    differ, kl = divergence(y / temperature, wanted / temperature)
+    assert differ <= 0.005 and kl <= 1e-3
+
+
+def demo_logits(activations: str, kernel: str = "auto") -> torch.Tensor:
+    settings = Settings(
+        device="cpu", dtype="float32", quantize="int4", activations=activations, progress=False
+    )
+    environment = dataclasses.replace(Environment.read({}), kernels=kernel)
+    with LLM(assemble("demo", dataclasses.replace(settings, fallback="silent"), environment)) as llm:
+        assert llm.tokenizer is not None
+        texts = [
+            sample.text or "\n".join(f"{turn.user}\n{turn.answer}" for turn in sample.turns)
+            for sample in held_out_samples(40, seed=5)
+        ]
+        return torch.cat([llm.logits(llm.tokenizer.encode(text)[:200]) for text in texts])
+
+
+def test_what_auto_means_passes_the_accuracy_gate(cpu: CPUBackend) -> None:
+    """Against plain torch on texts the demo model never saw: 99.5 % of the likeliest tokens, KL of 1e-3."""
+    wanted = demo_logits("auto", "off")
+    assert len(wanted) > 1000
+    for activations in ("auto", "int16"):
+        differ, kl = divergence(demo_logits(activations), wanted)
+        assert differ <= 0.005 and kl <= 1e-3
+    differ, kl = divergence(demo_logits("int8"), wanted)
+    assert differ <= 0.03 and kl <= 1e-2  # for those who choose speed
+
+
+# ---- choosing
+
+
+def test_choices_are_stated_and_checked(cpu: CPUBackend) -> None:
+    for activations in ("exact", "int16", "int8"):
+        cpu.configure("scalar", num_threads=1, activations=activations)
+        assert cpu.describe() == f"csrc scalar, 1 thread, {activations} activations"
+    cpu.configure()
+    assert cpu.activations == backend.AUTO_ACTIVATIONS
+    with pytest.raises(BackendError, match=r"activations 'int4': no such choice. Use one of: auto, exact"):
+        cpu.configure(activations="int4")
+    with pytest.raises(ConfigError, match="activations='int4'"):
+        Settings(activations="int4")
+    assert Environment.read({"QWENRT_ACTIVATIONS": "int8"}).activations == "int8"
+    assert Environment.read({}).activations == "auto"
+
+
+@pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
+def test_the_check_at_load_allows_the_rounding_and_no_more(
+    cpu: CPUBackend, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(300, 512, bits, group) for bits in (4, 8) for group in (32, 128, -1)]
+    cpu.configure(activations=activations)
+    assert selfcheck.check(cpu, torch.float32, (4, 4, 64), shapes) == {}
+    right = kernels.Kernels.quant_linear
+    wrong = lambda *args: right(*args).roll(1, dims=-1)  # noqa: E731
+    monkeypatch.setattr(kernels.Kernels, "quant_linear", wrong)
+    assert "differs from its definition" in selfcheck.check(cpu, torch.float32, (4, 4, 64), shapes)["linear"]
