@@ -27,6 +27,9 @@ SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code tha
     "thread_pool.cpp": [],
     "kernels_scalar.cpp": [],
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "attention.cpp": [],
+    "layer_scalar.cpp": [],
+    "layer_avx2.cpp": ["-mavx2", "-mfma"],
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
