@@ -30,6 +30,9 @@ SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code tha
     "integer_linear.cpp": [],
     "kernels_avx2.cpp": AVX2,
     "kernels_avx2_integer.cpp": AVX2,
+    "attention.cpp": [],
+    "layer_scalar.cpp": [],
+    "layer_avx2.cpp": AVX2,
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend, OpSpec, native
-from qwenrt.backends.cpu import resources
+from qwenrt.backends.cpu import attention, resources
 from qwenrt.backends.cpu.kernels import (
     ACTIVATIONS,
     BLOCK,
@@ -23,7 +23,7 @@ from qwenrt.backends.cpu.kernels import (
 )
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
-from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
 
 KERNEL_CHOICES = ("auto", "off", "avx2", "scalar")
 # What "auto" rounds activations to: the fastest choice that changes no recorded logit by 1e-4.
@@ -167,6 +167,22 @@ class CPUBackend(Backend):
         bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
         shape = (weight.out_features, weight.in_features)
         return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+
+    # ---- between the linears
+
+    @native(dtypes=(torch.float32,), head_dim=attention.HEAD_DIMS, needs=("csrc",))
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv: LayerKV | None,
+        plan: StepPlan,
+        scale: float,
+        window: int = 0,
+    ) -> torch.Tensor:
+        assert self.kernels is not None
+        return attention.attention(self.kernels.attend, q, k, v, kv, plan, scale, window)
 
     # ---- the device
 

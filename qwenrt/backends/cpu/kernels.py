@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 ABI = 3
@@ -84,6 +85,7 @@ class Kernels:
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
 
+        lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
         lib.qwenrt_read.argtypes = [pointer, size]
         lib.qwenrt_read.restype = ctypes.c_uint64
 
@@ -139,6 +141,23 @@ class Kernels:
             int(weight.dtype == torch.float16),
         )
         return y
+
+    def attend(
+        self,
+        sequences: Sequences,
+        cache: Cache,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        window: int,
+    ) -> None:
+        """Rows of ``sequences`` of q [T, H, hd] float32, a token's heads contiguous -> ``out``, contiguous."""
+        at, into, stride, heads = q.data_ptr(), out.data_ptr(), q.stride(0), q.shape[1]
+        pointers = ctypes.addressof(sequences), ctypes.addressof(cache)
+        status = self._library.qwenrt_attention(*pointers, at, stride, heads, into, scale, window)
+        if status == _NO_MEMORY:
+            raise MemoryError("no memory for the partial sums of attention")
+        assert status == 0
 
 
 def _check_complete(path: Path) -> None:

@@ -1,0 +1,11 @@
+// A decoder layer's kernels for AVX2 and FMA.
+#include "layer_kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include "attention_body.h"
+
+const LayerKernels* avx2_layer_kernels() {
+  static const LayerKernels kernels = {attend, combine};
+  return &kernels;
+}
+#endif

@@ -1,0 +1,115 @@
+// Eight floats: AVX2 where the file that includes this is compiled for it, plain C++ elsewhere. The bodies of the
+// kernels are written once over this type. Everything is local to the including file, which may be built with flags
+// that no other code may meet.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
+namespace {
+
+constexpr int64_t kLanes = 8;
+
+#if defined(__AVX2__) && defined(__FMA__)
+
+using Vec = __m256;
+
+INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE Vec load(const uint8_t* p) {  // codes, converted
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+INLINE Vec all(float x) { return _mm256_set1_ps(x); }
+INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }   // b where either is NaN
+INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }  // likewise
+INLINE Vec below(Vec a, Vec b, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+INLINE Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Vec power_of_two(Vec n) {  // n whole, -126 to 127
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE float sum(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+
+#else
+
+struct Vec {
+  float lane[kLanes];
+};
+#define QWENRT_EACH(expression)                             \
+  Vec y;                                                    \
+  for (int i = 0; i < kLanes; ++i) y.lane[i] = (expression); \
+  return y
+
+INLINE Vec load(const float* p) { QWENRT_EACH(p[i]); }
+INLINE Vec load(const uint8_t* p) { QWENRT_EACH(float(p[i])); }
+INLINE void store(float* p, const Vec& a) { memcpy(p, a.lane, sizeof a.lane); }
+INLINE Vec all(float x) { QWENRT_EACH(x); }
+INLINE Vec add(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] + b.lane[i]); }
+INLINE Vec sub(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] - b.lane[i]); }
+INLINE Vec mul(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] * b.lane[i]); }
+INLINE Vec div(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] / b.lane[i]); }
+INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { QWENRT_EACH(a.lane[i] * b.lane[i] + c.lane[i]); }
+INLINE Vec larger(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+INLINE Vec smaller(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
+INLINE Vec below(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
+  QWENRT_EACH(a.lane[i] < b.lane[i] ? yes.lane[i] : no.lane[i]);
+}
+INLINE Vec nearest(const Vec& a) { QWENRT_EACH(nearbyintf(a.lane[i])); }
+INLINE Vec power_of_two(const Vec& n) {
+  Vec y;
+  for (int i = 0; i < kLanes; ++i) {
+    // A NaN may be no whole number, and what it gives must not matter.
+    const uint32_t bits = n.lane[i] >= -126 && n.lane[i] <= 127 ? uint32_t(int32_t(n.lane[i]) + 127) << 23 : 0;
+    memcpy(&y.lane[i], &bits, sizeof bits);
+  }
+  return y;
+}
+INLINE float sum(const Vec& a) {
+  const float* x = a.lane;
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+#undef QWENRT_EACH
+
+#endif
+
+// e^x to about one unit in the last place: x = n ln 2 + r, and e^r by its series, whose next term is below 6e-9 of it.
+// 0 below -87.3 and infinity above 88.3, where float32 ends or nearly so; NaN stays NaN; e^0 is 1.
+INLINE Vec exponential(Vec x) {
+  const Vec low = all(-87.3f), high = all(88.3f);
+  const Vec inside = larger(low, smaller(high, x));
+  const Vec n = nearest(mul(inside, all(1.44269504f)));
+  // ln 2 in two parts, the first with so few bits that n times it is exact.
+  Vec r = multiply_add(n, all(-0.693359375f), inside);
+  r = multiply_add(n, all(2.12194440e-4f), r);
+  Vec y = all(1.0f / 5040);
+  y = multiply_add(y, r, all(1.0f / 720));
+  y = multiply_add(y, r, all(1.0f / 120));
+  y = multiply_add(y, r, all(1.0f / 24));
+  y = multiply_add(y, r, all(1.0f / 6));
+  y = multiply_add(y, r, all(0.5f));
+  y = multiply_add(y, r, all(1.0f));
+  y = multiply_add(y, r, all(1.0f));
+  y = mul(y, power_of_two(n));
+  y = below(x, low, all(0.0f), y);
+  return below(high, x, all(INFINITY), y);
+}
+
+}  // namespace

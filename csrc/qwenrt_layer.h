@@ -1,0 +1,35 @@
+// The C ABI of what a decoder layer does between its linears: attention over the paged cache, norms, rotary, silu.
+// Activations are float32. Semantics are those of qwenrt/ops/reference.py, sums in another order.
+#pragma once
+#include "qwenrt_cpu.h"
+
+// Sequences of one step, the same for every layer. Token j of sequence s is row first_tokens[s] + j of the activations
+// and has position kv_lens[s] - q_lens[s] + j. Its block ids are blocks[tables[s]], blocks[tables[s] + 1], ...
+typedef struct {
+  int64_t count;
+  const int64_t* first_tokens;
+  const int64_t* q_lens;
+  const int64_t* kv_lens;
+  const int64_t* tables;
+  const int64_t* blocks;
+} QwenrtSequences;
+
+// One layer's cache, contiguous: slot s is row s. Codes where the scales are given: x = scale * code + zero.
+typedef struct {
+  void* k;  // [slots][num_kv_heads][head_dim] float32 or uint8
+  void* v;
+  float* k_scale;  // [slots][num_kv_heads] or NULL
+  float* k_zero;
+  float* v_scale;
+  float* v_zero;
+  int64_t block_size;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+} QwenrtCache;
+
+// out [tokens][num_heads][head_dim] = causal attention over the cache, where this step's keys and values are already;
+// query rows are q_stride floats apart. Of the keys it may see, a query sees the last `window` (0: all). Only rows of
+// `sequences` are written; each is the same, bit for bit, in every batch and with any number of threads.
+// Returns QWENRT_BAD_ARGUMENT where head_dim is not a multiple of 8 up to 256 or the heads do not divide.
+QWENRT_API int qwenrt_attention(const QwenrtSequences* sequences, const QwenrtCache* cache, const float* q,
+                                int64_t q_stride, int64_t num_heads, float* out, float scale, int64_t window);

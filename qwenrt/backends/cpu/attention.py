@@ -1,0 +1,121 @@
+"""Attention of csrc/ over the paged cache, for sequences that compute few tokens at once; torch serves the others."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qwenrt.ops import reference
+from qwenrt.ops.types import LayerKV, StepPlan
+
+HEAD_DIMS = tuple(range(8, 257, 8))
+LONGEST_QUERY = 16  # tokens of one sequence; from there on torch's fused kernel catches up
+_KEY = "cpu_attention"  # of StepPlan.extra
+
+
+class Sequences(ctypes.Structure):
+    """QwenrtSequences of csrc/qwenrt_layer.h."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("first_tokens", ctypes.c_void_p),
+        ("q_lens", ctypes.c_void_p),
+        ("kv_lens", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+    )
+
+
+class Cache(ctypes.Structure):
+    """QwenrtCache of csrc/qwenrt_layer.h."""
+
+    _fields_ = (
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("k_scale", ctypes.c_void_p),
+        ("k_zero", ctypes.c_void_p),
+        ("v_scale", ctypes.c_void_p),
+        ("v_zero", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+    )
+
+
+Attend = Callable[[Sequences, Cache, torch.Tensor, torch.Tensor, float, int], None]
+
+
+@dataclass(frozen=True)
+class Division:
+    """One step's sequences: those the kernel serves, and (first token, plan of one sequence) of each other.
+
+    Which it is depends on the sequence alone, so that a batch changes nobody's result.
+    """
+
+    native: Sequences
+    others: list[tuple[int, StepPlan]]
+    memory: list[array[int]]  # what ``native`` points at
+
+
+def cache_struct(kv: LayerKV) -> Cache:
+    """Where a layer's cache lies, as the kernels are told."""
+    _, block_size, num_kv_heads, head_dim = kv.k.shape
+    sides = (kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero)
+    pointers = (None if side is None else side.data_ptr() for side in sides)
+    return Cache(kv.k.data_ptr(), kv.v.data_ptr(), *pointers, block_size, num_kv_heads, head_dim)
+
+
+def divide(plan: StepPlan) -> Division | None:
+    """How the kernel and torch share a step, made once for all layers; None where tokens are not in the cache."""
+    if _KEY not in plan.extra:
+        plan.extra[_KEY] = _divide(plan)
+    division: Division | None = plan.extra[_KEY]
+    return division
+
+
+def _divide(plan: StepPlan) -> Division | None:
+    if plan.slots is None or (plan.slots.numel() > 0 and int(plan.slots.min()) < 0):
+        return None
+    rows: list[tuple[int, int, int, int]] = []
+    blocks, others, start = array("q"), [], 0
+    for q_len, kv_len, table in zip(plan.q_lens, plan.kv_lens, plan.block_table, strict=True):
+        if 0 < q_len <= LONGEST_QUERY:
+            rows.append((start, q_len, kv_len, len(blocks)))
+            blocks.extend(table)
+        elif q_len:
+            slots = plan.slots[start : start + q_len]
+            others.append((start, StepPlan([q_len], [kv_len], slots, [table])))
+        start += q_len
+    memory = [*(array("q", column) for column in zip(*rows, strict=True)), blocks] if rows else []
+    native = Sequences(len(rows), *(numbers.buffer_info()[0] for numbers in memory))
+    return Division(native, others, memory)
+
+
+def attention(
+    attend: Attend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: LayerKV | None,
+    plan: StepPlan,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """As reference.attention; ``attend`` is the kernel."""
+    wanted = q.dtype if kv is None or not kv.quantized else torch.uint8
+    if kv is None or q.requires_grad or kv.k.dtype != wanted or (division := divide(plan)) is None:
+        return reference.attention(q, k, v, kv, plan, scale, window)
+    if not division.native.count:
+        return reference.attention(q, k, v, kv, plan, scale, window)
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    out = torch.empty(q.shape)
+    attend(division.native, cache_struct(kv), q, out, scale, window)
+    for start, alone in division.others:
+        here = slice(start, start + alone.q_lens[0])
+        out[here] = reference.attention(q[here], k[here], v[here], kv, alone, scale, window)
+    return out

@@ -1,0 +1,223 @@
+"""Attention of csrc/ against its definition: ragged batches over scattered blocks, and the same bits in each batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwenrt.backends.base import OpSpec
+from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu.attention import LONGEST_QUERY
+from qwenrt.ops import reference
+from qwenrt.ops.types import LayerKV, StepPlan
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(
+    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
+)
+
+
+@pytest.fixture
+def cpu() -> Iterator[CPUBackend]:
+    made = CPUBackend(CPU)
+    made.configure(num_threads=2)
+    yield made
+    CPUBackend(CPU).configure()
+
+
+class Step:
+    """A step over a cache of scattered blocks that holds NaN wherever no token is."""
+
+    def __init__(
+        self,
+        cpu: CPUBackend,
+        lens: list[tuple[int, int]],
+        heads: tuple[int, int, int],
+        *,
+        size: int = 16,
+        quantized: bool = False,
+        seed: int = 0,
+    ) -> None:
+        num_heads, num_kv_heads, head_dim = heads
+        needed = [-(-kv // size) for _, kv in lens]
+        order = list(range(sum(needed) + 2))
+        random.Random(seed).shuffle(order)
+        blocks = [[order.pop() for _ in range(count)] for count in needed]
+        self.kv = cpu.alloc_kv(1, sum(needed) + 2, size, num_kv_heads, head_dim, torch.float32, quantized)[0]
+        floats = (self.kv.k_scale, self.kv.k_zero, self.kv.v_scale, self.kv.v_zero)
+        for side in floats if quantized else (self.kv.k, self.kv.v):
+            assert side is not None
+            side.fill_(float("nan"))
+        torch.manual_seed(seed)
+        keys, values, slots = [], [], []
+        for (q_len, kv_len), table in zip(lens, blocks, strict=True):
+            k, v = torch.randn(2, kv_len, num_kv_heads, head_dim)
+            places = [table[p // size] * size + p % size for p in range(kv_len)]
+            reference.store_kv(k, v, self.kv, torch.tensor(places, dtype=torch.int64))
+            keys.append(k[kv_len - q_len :])
+            values.append(v[kv_len - q_len :])
+            slots += places[kv_len - q_len :]
+        empty = torch.empty(0, num_kv_heads, head_dim)
+        self.k, self.v = torch.cat([empty, *keys]), torch.cat([empty, *values])
+        self.q = torch.randn(len(slots), num_heads, head_dim)
+        self.plan = StepPlan(
+            [q for q, _ in lens], [n for _, n in lens], torch.tensor(slots, dtype=torch.int64), blocks
+        )
+
+    def part(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerKV, StepPlan]:
+        """One sequence of the step, alone."""
+        start = sum(self.plan.q_lens[:i])
+        here = slice(start, start + self.plan.q_lens[i])
+        assert self.plan.slots is not None
+        plan = StepPlan(
+            [self.plan.q_lens[i]], [self.plan.kv_lens[i]], self.plan.slots[here], [self.plan.block_table[i]]
+        )
+        return self.q[here], self.k[here], self.v[here], self.kv, plan
+
+    @property
+    def args(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerKV, StepPlan]:
+        return self.q, self.k, self.v, self.kv, self.plan
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, atol: float = 5e-6) -> None:
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=atol)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lens=st.lists(
+        st.tuples(
+            st.sampled_from([0, 1, 1, 2, 5, LONGEST_QUERY, LONGEST_QUERY + 3]),
+            st.sampled_from([0, 1, 3, 30, 255, 256, 600]),
+        ),
+        max_size=5,
+    ),
+    num_kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 7, 16]),
+    head_dim=st.sampled_from([8, 32, 40, 64, 128, 256]),
+    window=st.sampled_from([0, 0, 1, 7, 100, 300]),
+    size=st.sampled_from([1, 5, 16]),
+    quantized=st.booleans(),
+    isa=st.sampled_from(["auto", "scalar"]),
+    seed=st.integers(0, 99),
+)
+def test_ragged_steps_are_as_defined_and_the_same_alone(
+    cpu: CPUBackend,
+    lens: list[tuple[int, int]],
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    window: int,
+    size: int,
+    quantized: bool,
+    isa: str,
+    seed: int,
+) -> None:
+    cpu.configure(isa)
+    lens = [(q, q + history) for q, history in lens]
+    heads = (num_kv_heads * group, num_kv_heads, head_dim)
+    step, scale = Step(cpu, lens, heads, size=size, quantized=quantized, seed=seed), head_dim**-0.5
+    got = cpu.attention(*step.args, scale, window)
+    assert_close(got, reference.attention(*step.args, scale, window))
+    start = 0
+    for i, (q_len, _) in enumerate(lens):
+        if q_len <= LONGEST_QUERY:
+            alone = cpu.attention(*step.part(i), scale, window)
+            assert torch.equal(alone, got[start : start + q_len])
+        start += q_len
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+def test_a_token_is_the_same_in_a_chunk_and_alone_and_with_any_threads(
+    cpu: CPUBackend, isa: str, quantized: bool
+) -> None:
+    for window in (0, 300):
+        step = Step(cpu, [(8, 1030)], (8, 2, 64), quantized=quantized)
+        cpu.configure(isa, num_threads=1)
+        whole = cpu.attention(*step.args, 0.125, window)
+        cpu.configure(isa, num_threads=3)
+        assert torch.equal(cpu.attention(*step.args, 0.125, window), whole)
+        assert step.plan.slots is not None
+        for j in range(8):
+            plan = StepPlan([1], [1023 + j], step.plan.slots[j : j + 1], step.plan.block_table)
+            one = slice(j, j + 1)
+            args = (step.q[one], step.k[one], step.v[one], step.kv, plan)
+            assert torch.equal(cpu.attention(*args, 0.125, window), whole[one])
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantized", [False, True])
+def test_long_contexts(cpu: CPUBackend, quantized: bool) -> None:
+    lens = [(1, 5000), (8, 4097), (1, 1)]
+    step = Step(cpu, lens, (28, 4, 128), quantized=quantized)
+    step.q *= 4  # a sharp softmax: scores near 40 are rounded by 4e-6, their weights by as much
+    got = cpu.attention(*step.args, 128**-0.5)
+    assert_close(got, reference.attention(*step.args, 128**-0.5), 5e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+def test_what_is_not_finite_spreads_to_its_own_sequence_only(cpu: CPUBackend, isa: str) -> None:
+    cpu.configure(isa)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        step = Step(cpu, [(1, 20), (3, 40)], (4, 2, 32))
+        step.q[0] = bad
+        got = cpu.attention(*step.args, 0.2)
+        assert bool(got[0].isnan().all()) and bool(got[1:].isfinite().all())
+    step = Step(cpu, [(3, 40)], (4, 2, 32))
+    step.q[1, 2, 3] = float("nan")
+    got = cpu.attention(*step.args, 0.2)
+    assert bool(got[1, 2].isnan().all())
+    got[1, 2] = 0
+    assert bool(got.isfinite().all())
+    huge = Step(cpu, [(1, 40)], (4, 2, 32))
+    huge.q *= 1e6  # scores of a million: one key takes all the weight
+    assert_close(cpu.attention(*huge.args, 1.0), reference.attention(*huge.args, 1.0))
+
+
+@needs_kernels
+def test_training_and_what_has_no_cache_keep_the_definition(cpu: CPUBackend) -> None:
+    q, k, v = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(5, 2, 16)
+    q.requires_grad_()
+    plan = StepPlan([5], [5])
+    out = cpu.attention(q, k, v, None, plan, 0.25)
+    assert torch.equal(out, reference.attention(q, k, v, None, plan, 0.25))
+    out.sum().backward()
+    assert q.grad is not None and bool(q.grad.any())
+    nowhere = Step(cpu, [(2, 2)], (4, 2, 16))
+    assert nowhere.plan.slots is not None
+    nowhere.plan.slots.fill_(-1)
+    nowhere.kv.k.fill_(float("nan"))
+    got = cpu.attention(*nowhere.args, 0.25)
+    assert bool(got.isfinite().all()) and torch.equal(got, reference.attention(*nowhere.args, 0.25))
+
+
+@needs_kernels
+def test_rows_that_do_not_follow_each_other(cpu: CPUBackend) -> None:
+    step = Step(cpu, [(1, 50), (2, 9)], (4, 2, 32))
+    wanted = cpu.attention(*step.args, 0.2)
+    wide = torch.cat((step.q, torch.full((3, 2, 32), float("nan"))), dim=1)
+    assert torch.equal(cpu.attention(wide[:, :4], *step.args[1:], 0.2), wanted)
+    turned = step.q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(cpu.attention(turned, *step.args[1:], 0.2), wanted)
+
+
+@needs_kernels
+def test_limits_are_named(cpu: CPUBackend) -> None:
+    def why(dtype: torch.dtype, head_dim: int) -> str | None:
+        return cpu.why_not("attention", OpSpec("attention", "layers.0", dtype, head_dim))
+
+    assert why(torch.float32, 128) is None
+    assert why(torch.bfloat16, 128) == "no bfloat16 kernel"
+    assert why(torch.float32, 12) == "no kernel for head_dim 12"
+    cpu.configure("off")
+    assert why(torch.float32, 128) == "the kernels are switched off"
