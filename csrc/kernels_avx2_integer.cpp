@@ -150,7 +150,7 @@ void distant_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
   }
 }
 
-constexpr int64_t kSlabBlocks = 8;  // of two rows' words: what stays in the first cache while all tokens pass
+constexpr int64_t kSlabBlocks = 8;  // 1024 inputs: the words of 16 rows stay in the first cache while all tokens pass
 
 // Many tokens: STREAMS neighbouring row blocks times all tiles, slab by slab of the inputs.
 template <int BITS, bool BYTES, int STREAMS>

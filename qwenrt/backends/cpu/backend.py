@@ -26,7 +26,7 @@ from qwenrt.ops import reference
 from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
 
 KERNEL_CHOICES = ("auto", "off", "avx2", "scalar")
-# What "auto" rounds activations to: the fastest choice that changes no recorded logit by 1e-4.
+# What "auto" means: a checkpoint gives what it says to float32; who wants speed asks for rounding.
 AUTO_ACTIVATIONS = "exact"
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
 _ROUNDING = {"exact": 0.0, "int16": 2e-4, "int8": 3e-2}
