@@ -28,6 +28,7 @@ SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code tha
     "kernels_scalar.cpp": [],
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "attention.cpp": [],
+    "elementwise.cpp": [],
     "layer_scalar.cpp": [],
     "layer_avx2.cpp": ["-mavx2", "-mfma"],
 }
