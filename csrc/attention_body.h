@@ -90,14 +90,11 @@ void score(const Attention& a, int64_t sequence, const Rows& rows, int64_t begin
 // Scores of places [begin, end) of a chunk -> exp(score - largest), and 0 in the rest of the first and last eight.
 void softmax(float* scores, int64_t begin, int64_t end, float* largest, float* total) {
   const int64_t first = begin / kLanes * kLanes, last = (end + kLanes - 1) / kLanes * kLanes;
-  for (int64_t i = first; i < begin; ++i) scores[i] = -INFINITY;
-  for (int64_t i = end; i < last; ++i) scores[i] = -INFINITY;
-  Vec most = all(-INFINITY);
+  for (int64_t i = first; i < begin; ++i) scores[i] = -infinity();
+  for (int64_t i = end; i < last; ++i) scores[i] = -infinity();
+  Vec most = all(-infinity());
   for (int64_t i = first; i < last; i += kLanes) most = larger(load(scores + i), most);
-  float lanes[kLanes];
-  store(lanes, most);
-  float m = lanes[0];
-  for (int i = 1; i < kLanes; ++i) m = lanes[i] > m ? lanes[i] : m;
+  const float m = ::largest(most);
   Vec sums = all(0);
   for (int64_t i = first; i < last; i += kLanes) {
     const Vec p = exponential(sub(load(scores + i), all(m)));
@@ -179,7 +176,7 @@ void attend_rows(const Attention& a, int64_t sequence, int64_t chunk, const Rows
       const int64_t row = r / rows.group * a.num_heads + rows.query_head(h, r);
       memset(partials.values + row * a.cache.head_dim, 0, size_t(a.cache.head_dim) * sizeof(float));
       partials.sums[row] = 0;
-      partials.largest[row] = -INFINITY;
+      partials.largest[row] = -infinity();
       if (bounds[i][0] < bounds[i][1])
         softmax(scores[i], bounds[i][0], bounds[i][1], partials.largest + row, partials.sums + row);
     }
@@ -202,7 +199,7 @@ void attend(const Attention& a, int64_t sequence, int64_t chunk, int64_t first_h
 }
 
 void combine(const Partials& partials, int64_t row, int64_t chunks, int64_t stride, int64_t head_dim, float* out) {
-  float largest = -INFINITY, total = 0;
+  float largest = -infinity(), total = 0;
   for (int64_t c = 0; c < chunks; ++c) {
     const float here = partials.largest[row + c * stride];
     if (here > largest) largest = here;

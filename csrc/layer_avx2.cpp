@@ -3,9 +3,10 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include "attention_body.h"
+#include "elementwise_body.h"
 
 const LayerKernels* avx2_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine};
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store};
   return &kernels;
 }
 #endif

@@ -28,6 +28,9 @@ struct LayerKernels {
                  const Partials& partials);
   // One row of out [head_dim] from its partials in `chunks` chunks, which are `stride` rows apart.
   void (*combine)(const Partials& partials, int64_t row, int64_t chunks, int64_t stride, int64_t head_dim, float* out);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t dim, float* out);
+  void (*silu_and_mul)(const float* gate, const float* up, int64_t count, float* out);
+  void (*rotary_store)(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token);
 };
 
 const LayerKernels* scalar_layer_kernels();

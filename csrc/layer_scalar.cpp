@@ -1,7 +1,8 @@
 // A decoder layer's kernels for any CPU.
 #include "attention_body.h"
+#include "elementwise_body.h"
 
 const LayerKernels* scalar_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine};
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store};
   return &kernels;
 }

@@ -2,12 +2,13 @@
 // kernels are written once over this type. Everything is local to the including file, which may be built with flags
 // that no other code may meet.
 #pragma once
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
+#else
+#include <math.h>
 #endif
 
 #if defined(__GNUC__)
@@ -19,6 +20,13 @@
 namespace {
 
 constexpr int64_t kLanes = 8;
+
+INLINE float infinity() {
+  const uint32_t bits = 0x7f800000;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 #if defined(__AVX2__) && defined(__FMA__)
 
@@ -39,6 +47,7 @@ INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }   // b where eit
 INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }  // likewise
 INLINE Vec below(Vec a, Vec b, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 INLINE Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 INLINE Vec power_of_two(Vec n) {  // n whole, -126 to 127
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
@@ -73,6 +82,7 @@ INLINE Vec below(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
   QWENRT_EACH(a.lane[i] < b.lane[i] ? yes.lane[i] : no.lane[i]);
 }
 INLINE Vec nearest(const Vec& a) { QWENRT_EACH(nearbyintf(a.lane[i])); }
+INLINE float square_root(float x) { return sqrtf(x); }
 INLINE Vec power_of_two(const Vec& n) {
   Vec y;
   for (int i = 0; i < kLanes; ++i) {
@@ -89,6 +99,15 @@ INLINE float sum(const Vec& a) {
 #undef QWENRT_EACH
 
 #endif
+
+// The largest lane; lanes that are NaN count where they come first only.
+INLINE float largest(Vec a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  float most = lanes[0];
+  for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
 
 // e^x to about one unit in the last place: x = n ln 2 + r, and e^r by its series, whose next term is below 6e-9 of it.
 // 0 below -87.3 and infinity above 88.3, where float32 ends or nearly so; NaN stays NaN; e^0 is 1.
@@ -109,7 +128,7 @@ INLINE Vec exponential(Vec x) {
   y = multiply_add(y, r, all(1.0f));
   y = mul(y, power_of_two(n));
   y = below(x, low, all(0.0f), y);
-  return below(high, x, all(INFINITY), y);
+  return below(high, x, all(infinity()), y);
 }
 
 }  // namespace

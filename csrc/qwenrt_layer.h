@@ -33,3 +33,29 @@ typedef struct {
 // Returns QWENRT_BAD_ARGUMENT where head_dim is not a multiple of 8 up to 256 or the heads do not divide.
 QWENRT_API int qwenrt_attention(const QwenrtSequences* sequences, const QwenrtCache* cache, const float* q,
                                 int64_t q_stride, int64_t num_heads, float* out, float scale, int64_t window);
+
+// out [rows][dim] = x / sqrt(mean(x^2) + eps) * weight [dim], each product rounded by itself.
+QWENRT_API int qwenrt_rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t dim, float eps);
+// gate_up [tokens][2 * inner] -> out [tokens][inner] = silu(first half) * second half.
+QWENRT_API int qwenrt_silu_and_mul(const float* gate_up, float* out, int64_t tokens, int64_t inner);
+
+// One step's queries, keys and values on their way from the linear to attention and the cache.
+typedef struct {
+  const float* qkv;      // [tokens][num_heads + 2 * num_kv_heads][head_dim], contiguous
+  float* qk;             // [tokens][num_heads + num_kv_heads][head_dim]: rotated queries and keys
+  const float* q_norm;   // [head_dim] or NULL: each head is normed before it is rotated
+  const float* k_norm;   // likewise; both or none
+  const float* cos;      // [tokens][rotary_dim]
+  const float* sin;
+  const float* q_scale;  // [tokens] or NULL: multiplies each rotated query
+  const int64_t* slots;  // [tokens]: where keys and values go, -1: nowhere; without a cache NULL
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;    // a multiple of 8, up to 256
+  int64_t rotary_dim;  // even; the other channels pass
+  float eps;
+  float reserved;
+} QwenrtRotary;
+
+// Writes a->qk and, where there is a cache, this step's keys and values to their slots.
+QWENRT_API int qwenrt_rotary_store(const QwenrtRotary* a, const QwenrtCache* cache, int64_t tokens);

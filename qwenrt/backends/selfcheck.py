@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from qwenrt.backends.base import PRIMITIVES, Backend, OpSpec
+from qwenrt.backends.base import PRIMITIVES, SEAMS, Backend, OpSpec
 from qwenrt.ops import reference
 from qwenrt.ops.types import CanonicalWeight, StepPlan
 
@@ -24,7 +24,8 @@ def check(
     heads: tuple[int, int, int],
     linears: Iterable[tuple[int, int, int, int]],
 ) -> dict[str, str]:
-    """Run each native primitive against its definition and demote those that differ -> what was demoted and why.
+    """Run each native primitive, and the seam around rotary, against its definition and demote those that differ
+    -> what was demoted and why.
 
     ``heads``: (H, KVH, hd). ``linears``: the distinct (out_features, in_features, bits, group_size) of the model.
     """
@@ -35,9 +36,10 @@ def check(
         "rms_norm": lambda: _elementwise(backend, dtype, "rms_norm"),
         "silu_and_mul": lambda: _elementwise(backend, dtype, "silu_and_mul"),
         "rotary": lambda: _rotary(backend, dtype, heads),
+        "rotary_store_kv": lambda: _rotary_store_kv(backend, dtype, heads),
     }
     bad = {}
-    for op in PRIMITIVES:
+    for op in (*PRIMITIVES, *SEAMS):
         spec = OpSpec(op, "self-check", dtype, heads[2])
         if getattr(getattr(type(backend), op), "native", None) is None or op not in checks:
             continue
@@ -152,3 +154,23 @@ def _rotary(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -
     return _relative(
         backend.rotary(x, angles.cos(), angles.sin()), reference.rotary(x, angles.cos(), angles.sin())
     )
+
+
+def _rotary_store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
+    """Three tokens through norms, rotation, LogN and both kinds of cache; what is stored is compared as well."""
+    num_heads, num_kv_heads, head_dim = heads
+    normal = _generator(backend)
+    qkv = normal(3, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    norms = (normal(head_dim).to(dtype), normal(head_dim).to(dtype), 1e-6)
+    angles, q_scale = normal(3, head_dim // 2).repeat(1, 2), normal(3).abs() + 0.5
+    worst = 0.0
+    for quantized in (False, True):
+        plan, results = backend.plan([3], [3], [[1]], [16, 17, 18]), []
+        for rotary_store_kv in (backend.rotary_store_kv, Backend(backend.device).rotary_store_kv):
+            kv = backend.alloc_kv(1, 2, 16, num_kv_heads, head_dim, dtype, quantized)[0]
+            turned = rotary_store_kv(qkv, heads, norms, angles.cos(), angles.sin(), q_scale, kv, plan)
+            stored = reference.load_kv(kv, [1], 3, dtype)
+            results.append(torch.cat([part.flatten() for part in (*turned, *stored)]))
+        # a code that falls between two may be rounded either way: half a step, which is looked at more kindly
+        worst = max(worst, _relative(*results) / (100 if quantized else 1))
+    return worst

@@ -197,7 +197,8 @@ def test_gptq_checkpoints_of_later_generations(tmp_path: Path, bits: int, kind: 
         set_weights(oracle, exact)
     with torch.no_grad():
         size = float(oracle(torch.tensor([PROMPT])).logits.abs().max())
-    assert error_against(oracle, tmp_path) <= 1e-5 * size
+    amplified = 3 if "Moe" in kind else 1  # experts amplify rounding: see test_oracle.py
+    assert error_against(oracle, tmp_path) <= amplified * 1e-5 * size
 
 
 def reloaded(oracle: Any, exact: dict[str, torch.Tensor], directory: Path) -> Any:

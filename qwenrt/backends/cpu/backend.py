@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend, OpSpec, native
-from qwenrt.backends.cpu import attention, resources
+from qwenrt.backends.cpu import attention as paged
+from qwenrt.backends.cpu import elementwise, resources
 from qwenrt.backends.cpu.kernels import (
     ACTIVATIONS,
     BLOCK,
@@ -170,7 +171,7 @@ class CPUBackend(Backend):
 
     # ---- between the linears
 
-    @native(dtypes=(torch.float32,), head_dim=attention.HEAD_DIMS, needs=("csrc",))
+    @native(dtypes=(torch.float32,), head_dim=paged.HEAD_DIMS, needs=("csrc",))
     def attention(
         self,
         q: torch.Tensor,
@@ -182,7 +183,39 @@ class CPUBackend(Backend):
         window: int = 0,
     ) -> torch.Tensor:
         assert self.kernels is not None
-        return attention.attention(self.kernels.attend, q, k, v, kv, plan, scale, window)
+        return paged.attention(self.kernels.attend, q, k, v, kv, plan, scale, window)
+
+    @native(dtypes=(torch.float32,), needs=("csrc",))
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if not elementwise.served(x, weight):
+            return reference.rms_norm(x, weight, eps)
+        assert self.kernels is not None
+        return self.kernels.rms_norm(x.contiguous(), weight, eps)
+
+    @native(dtypes=(torch.float32,), needs=("csrc",))
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if not elementwise.served(gate_up):
+            return reference.silu_and_mul(gate_up)
+        assert self.kernels is not None
+        return self.kernels.silu_and_mul(gate_up.contiguous())
+
+    @native(dtypes=(torch.float32,), head_dim=paged.HEAD_DIMS, needs=("csrc",))
+    def rotary_store_kv(
+        self,
+        qkv: torch.Tensor,
+        heads: tuple[int, int, int],
+        qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_scale: torch.Tensor | None,
+        kv: LayerKV | None,
+        plan: StepPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if not elementwise.served(qkv, *(qk_norms[:2] if qk_norms else ())):
+            return super().rotary_store_kv(qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
+        assert self.kernels is not None
+        call = self.kernels.rotary_store
+        return elementwise.rotary_store_kv(call, qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
 
     # ---- the device
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from qwenrt.backends.cpu.attention import Cache, Sequences
+from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 ABI = 3
@@ -86,6 +87,9 @@ class Kernels:
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
 
         lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
+        lib.qwenrt_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
+        lib.qwenrt_silu_and_mul.argtypes = [pointer, pointer, size, size]
+        lib.qwenrt_rotary_store.argtypes = [pointer, pointer, size]
         lib.qwenrt_read.argtypes = [pointer, size]
         lib.qwenrt_read.restype = ctypes.c_uint64
 
@@ -157,6 +161,26 @@ class Kernels:
         status = self._library.qwenrt_attention(*pointers, at, stride, heads, into, scale, window)
         if status == _NO_MEMORY:
             raise MemoryError("no memory for the partial sums of attention")
+        assert status == 0
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x float32 [..., D] contiguous, weight float32 [D] -> float32 [..., D]."""
+        out, dim = torch.empty(x.shape), x.shape[-1]
+        pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        self._library.qwenrt_rms_norm(*pointers, x.numel() // dim, dim, eps)
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """float32 [T, 2I] contiguous -> float32 [T, I]."""
+        tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(tokens, inner)
+        self._library.qwenrt_silu_and_mul(gate_up.data_ptr(), out.data_ptr(), tokens, inner)
+        return out
+
+    def rotary_store(self, rotary: Rotary, cache: Cache | None, tokens: int) -> None:
+        """Rotate what ``rotary`` points at and, with a cache, store keys and values."""
+        into = None if cache is None else ctypes.addressof(cache)
+        status = self._library.qwenrt_rotary_store(ctypes.addressof(rotary), into, tokens)
         assert status == 0
 
 
