@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr int64_t kTasksPerThread = 4;     // so that a thread that is held up leaves its share to the others
 constexpr int64_t kSmallWork = 64 * 1024;  // multiply-adds below which waking the workers costs more than it saves
 
 // Grows and is kept: one buffer for all calls, used under PoolLock.

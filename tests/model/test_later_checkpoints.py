@@ -89,7 +89,9 @@ def test_mixtures_of_experts_are_quantised_at_load(tmp_path: Path, quantize: str
         assert llm._assembled.model.get("layers.0.router").dtype == torch.float32
     assert kinds == {int(quantize[3:])}
     similarity = torch.nn.functional.cosine_similarity(got, wanted, dim=-1)
-    assert float(similarity.min()) > {"int8": 0.98, "int4": 0.5}[quantize]
+    assert (
+        float(similarity.median()) > {"int8": 0.98, "int4": 0.5}[quantize]
+    )  # a token may go to another expert
 
 
 def test_a_tied_head_follows_the_flag_and_shares_memory(tmp_path: Path) -> None:
@@ -197,8 +199,7 @@ def test_gptq_checkpoints_of_later_generations(tmp_path: Path, bits: int, kind: 
         set_weights(oracle, exact)
     with torch.no_grad():
         size = float(oracle(torch.tensor([PROMPT])).logits.abs().max())
-    amplified = 3 if "Moe" in kind else 1  # experts amplify rounding: see test_oracle.py
-    assert error_against(oracle, tmp_path) <= amplified * 1e-5 * size
+    assert error_against(oracle, tmp_path) <= 1e-5 * size
 
 
 def reloaded(oracle: Any, exact: dict[str, torch.Tensor], directory: Path) -> Any:

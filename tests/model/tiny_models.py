@@ -18,7 +18,7 @@ SMALL = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.4,
+    "initializer_range": 0.3,
     "bos_token_id": None,
     "eos_token_id": None,
 }
