@@ -21,6 +21,7 @@ _OUT_OF_TIME = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     "\n</think>\n\n"
 )
+_OPENS_WITHIN = 4  # tokens in which an answer that begins with a thought has opened it
 _ANSWER_SHARE = 4  # one token in so many of max_tokens is kept for the answer when a thinking budget is set
 
 Submit = Callable[[list[int], "SamplingParams"], "Handle"]
@@ -126,16 +127,15 @@ def within_budget(
     try:
         for delta in handle:
             written += delta.token_ids
-            thinking = inside or (opening is not None and opening in written[:4])
-            if thinking and closing not in written and len(written) >= budget and delta.finish_reason is None:
-                yield delta
-                break
             yield delta
             if delta.finish_reason is not None:
                 return
-            if closing in delta.token_ids or (not thinking and len(written) >= 4):
+            thinking = inside or opening in written[:_OPENS_WITHIN]
+            if closing in delta.token_ids or (not thinking and len(written) >= _OPENS_WITHIN):
                 yield from handle
                 return
+            if thinking and len(written) >= budget:
+                break
     finally:
         handle.cancel()
     end = tokenizer.encode(_OUT_OF_TIME, allow_special=True)

@@ -109,7 +109,9 @@ def _yarn(rope: Mapping[str, Any], positions: int, where: str) -> YarnConfig | N
         raise ConfigError(
             f"reading {where}", found, "Supported are 'default' and 'yarn'; guessing would be wrong."
         )
-    factor = number(rope, "factor", where, 1.0, 1024.0, math.nan)
+    if rope.get("factor") is None:
+        raise ConfigError(f"reading {where}", "YaRN without a factor", _CHECK)
+    factor = number(rope, "factor", where, 1.0, 1024.0, 1.0)
     attention = rope.get("attention_factor")
     if attention is None:
         attention = _mscale(factor, 1.0)

@@ -367,7 +367,7 @@ class Engine:
     def _non_finite(self, seq: Sequence) -> BackendError:
         """The error that names the layer where the numbers of a sequence overflowed."""
         try:
-            where = self.runner.first_overflow(seq.token_ids)
+            where = self.runner.first_overflow(seq.token_ids, seq.alpha)
         except Exception as error:  # the computation itself is in doubt here: say what is known
             where = f"a part that could not be found ({type(error).__name__})"
         return BackendError(

@@ -51,11 +51,11 @@ class ModelRunner:
         return hidden[torch.tensor(lens, device=hidden.device).cumsum(0) - 1]
 
     @torch.no_grad()
-    def first_overflow(self, token_ids: list[int]) -> str:
+    def first_overflow(self, token_ids: list[int], alpha: int) -> str:
         """The part of the network after which the numbers of a text stop being finite, found by computing it again."""
         n = len(token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.backend.device)
-        for name, hidden in self.model.states(ids, StepPlan([n], [n]), [ntk_alpha(n, self.model.config)]):
+        for name, hidden in self.model.states(ids, StepPlan([n], [n]), [alpha]):
             if not bool(torch.isfinite(hidden).all()):
                 return name
         return "lm_head"

@@ -232,6 +232,7 @@ def test_fp8_says_what_serves_and_rounds_to_int8(tmp_path: Path, caplog: pytest.
         ({"use_sliding_window": True, "sliding_window": None}, "sliding_window is absent"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "the rope type is 'llama3'"),
         ({"rope_parameters": [1]}, "rope_parameters is"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "YaRN without a factor"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (
             {"layer_types": ["full_attention"], "use_sliding_window": True, "sliding_window": 4},
