@@ -23,18 +23,28 @@ from setuptools.command.develop import develop
 
 ROOT = Path(__file__).resolve().parent
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code that is run before the CPU was asked
-    "api.cpp": [],
-    "dispatch.cpp": [],
-    "thread_pool.cpp": [],
-    "kernels_scalar.cpp": [],
-    "integer_linear.cpp": [],
-    "kernels_avx2.cpp": AVX2,
-    "kernels_avx2_integer.cpp": AVX2,
-    "attention.cpp": [],
-    "elementwise.cpp": [],
-    "layer_scalar.cpp": [],
-    "layer_avx2.cpp": AVX2,
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
+# Machine -> its instruction sets and their flags, each for CPUs that run those before it as well.
+SETS = {
+    "x86_64": {"avx2": AVX2, "avx512vnni": AVX512},
+    "aarch64": {"neon": [], "neondot": ["-march=armv8.2-a+dotprod"]},
+}
+SOURCES = {  # file -> its instruction set, if any: no flag may reach code that is run before the CPU was asked
+    "api.cpp": "",
+    "dispatch.cpp": "",
+    "thread_pool.cpp": "",
+    "kernels_scalar.cpp": "",
+    "integer_linear.cpp": "",
+    "attention.cpp": "",
+    "elementwise.cpp": "",
+    "layer_scalar.cpp": "",
+    "kernels_avx2.cpp": "avx2",
+    "kernels_avx2_integer.cpp": "avx2",
+    "layer_avx2.cpp": "avx2",
+    "kernels_avx512.cpp": "avx512vnni",
+    "kernels_neon.cpp": "neon",
+    "layer_neon.cpp": "neon",
+    "kernels_neondot.cpp": "neondot",
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -52,20 +62,20 @@ def find_compiler() -> list[str] | None:
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def build_kernels(target: Path, source: Path = ROOT / "csrc") -> str | None:
+def build_kernels(
+    target: Path, source: Path = ROOT / "csrc", lost: dict[str, str] | None = None
+) -> str | None:
     """Compile csrc/ to ``target``; None when it worked, else why not in one line. Never raises, leaves no
-    part file."""
+    part file.
+
+    An instruction set that the compiler does not know costs that set alone; ``lost`` then says why, by its name.
+    """
     compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler was found (set CXX, or install g++ or clang++)"
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            objects = []
-            for name, flags in SOURCES.items():
-                objects.append(str(Path(scratch, name).with_suffix(".o")))
-                own = flags if x86 else []
-                _run([*compiler, *FLAGS, *own, "-c", str(source / name), "-o", objects[-1]])
+            objects = compile_sources([*compiler, *FLAGS], source, Path(scratch), machine(), {} if lost is None else lost)
             library = Path(scratch, target.name)
             _run([*compiler, "-shared", "-pthread", *objects, "-o", str(library)])
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +88,36 @@ def build_kernels(target: Path, source: Path = ROOT / "csrc") -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         return _one_line(error, compiler)
     return None
+
+
+def machine() -> str:
+    """The key of SETS for the machine that runs this, else its own name."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def compile_sources(
+    command: list[str], source: Path, into: Path, machine: str, lost: dict[str, str]
+) -> list[str]:
+    """Objects of all of ``source`` that this machine and compiler can have; -DQWENRT_WITH_... tells the rest which."""
+    objects: list[str] = []
+    have: list[str] = []
+    for name, flags in SETS.get(machine, {}).items():
+        try:
+            units = [_compile([*command, *flags], source / file, into) for file in SOURCES if SOURCES[file] == name]
+        except subprocess.CalledProcessError as error:
+            lost[name] = _one_line(error, command)
+            break  # the sets after it build on it
+        objects += units
+        have.append(f"-DQWENRT_WITH_{name.upper()}")
+    common = [file for file, instructions in SOURCES.items() if not instructions]
+    return objects + [_compile([*command, *have], source / file, into) for file in common]
+
+
+def _compile(command: list[str], source: Path, into: Path) -> str:
+    unit = str((into / source.name).with_suffix(".o"))
+    _run([*command, "-c", str(source), "-o", unit])
+    return unit
 
 
 def _run(command: list[str]) -> None:
@@ -97,9 +137,12 @@ def _one_line(error: Exception, compiler: list[str]) -> str:
 
 def build_or_say_why(target: Path) -> bool:
     """build_kernels, with one line for the reader of the installation's output."""
-    reason = build_kernels(target)
+    lost: dict[str, str] = {}
+    reason = build_kernels(target, lost=lost)
     if reason is None:
         print(f"qwenrt: built the CPU kernels ({target.name})")
+        for name, why in lost.items():
+            print(f"qwenrt: without those for {name}: {why}")
     else:
         what = f"qwenrt: the CPU kernels were not built: {reason}. Plain torch serves the CPU instead."
         print(what, file=sys.stderr)

@@ -8,6 +8,10 @@
 
 #ifdef QWENRT_X86
 #include <cpuid.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace {
@@ -21,6 +25,25 @@ bool has_avx2() {
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return false;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+
+bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#ifdef QWENRT_WITH_NEONDOT
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & (1UL << 20);  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Found {
@@ -30,8 +53,17 @@ struct Found {
     if (set.runs()) sets[count++] = set;
   }
   Found() {
-#ifdef QWENRT_X86
+#ifdef QWENRT_WITH_AVX512VNNI
+    add({"avx512vnni", has_avx512vnni, avx512vnni_kernels, avx2_layer_kernels});
+#endif
+#ifdef QWENRT_WITH_AVX2
     add({"avx2", has_avx2, avx2_kernels, avx2_layer_kernels});
+#endif
+#ifdef QWENRT_WITH_NEONDOT
+    add({"neondot", has_dot_products, neondot_kernels, neon_layer_kernels});
+#endif
+#ifdef QWENRT_WITH_NEON
+    add({"neon", always, neon_kernels, neon_layer_kernels});  // part of every ARMv8
 #endif
     add({"scalar", always, scalar_kernels, scalar_layer_kernels});
   }

@@ -53,7 +53,14 @@ struct Kernels {
 };
 
 const Kernels* scalar_kernels();
+// Defined where the build has them: see dispatch.cpp.
+const Kernels* avx2_kernels();
+const Kernels* avx512vnni_kernels();
+const Kernels* neon_kernels();
+const Kernels* neondot_kernels();
+
 #if defined(__x86_64__) || defined(_M_X64)
 #define QWENRT_X86 1
-const Kernels* avx2_kernels();
+#elif defined(__aarch64__)
+#define QWENRT_ARM64 1
 #endif

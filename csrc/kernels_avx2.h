@@ -5,23 +5,9 @@
 #ifdef QWENRT_X86
 #include <immintrin.h>
 
-#define INLINE inline __attribute__((always_inline))
+#include "unroll.h"
 
 namespace {
-
-// f(Index<0>()), f(Index<1>()), ...: indices are constants, so that arrays of accumulators live in registers.
-template <int I>
-struct Index {
-  constexpr operator int() const { return I; }
-};
-template <int N, int I = 0, class F>
-INLINE void unrolled(const F& f) {
-  if constexpr (I < N) {
-    f(Index<I>());
-    unrolled<N, I + 1>(f);
-  }
-}
-#define UNROLL(N, i, ...) unrolled<N>([&](auto i) __attribute__((always_inline)) __VA_ARGS__)
 
 inline __m256 load_scales(const QwenrtQuantMatrix& w, int64_t i) {
   if (w.scales_are_float) return _mm256_loadu_ps(static_cast<const float*>(w.scales) + i);

@@ -1,7 +1,7 @@
 // A decoder layer's kernels for AVX2 and FMA.
 #include "layer_kernels.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef QWENRT_X86
 #include "attention_body.h"
 #include "elementwise_body.h"
 

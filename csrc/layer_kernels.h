@@ -1,5 +1,6 @@
 // The table of a decoder layer's kernels for one instruction set, as kernels.h is that of the linears.
 #pragma once
+#include "kernels.h"
 #include "qwenrt_layer.h"
 
 constexpr int64_t kChunk = 256;     // keys of one partial softmax; chunks begin at multiples of it
@@ -34,9 +35,8 @@ struct LayerKernels {
 };
 
 const LayerKernels* scalar_layer_kernels();
-#if defined(__x86_64__) || defined(_M_X64)
 const LayerKernels* avx2_layer_kernels();
-#endif
+const LayerKernels* neon_layer_kernels();
 // Those of the instruction set that qwenrt_isa() names.
 const LayerKernels* layer_kernels();
 // How many tasks to make of `most` equal ones with `work` multiply-adds in all.

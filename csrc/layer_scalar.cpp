@@ -1,4 +1,5 @@
 // A decoder layer's kernels for any CPU.
+#define QWENRT_PORTABLE 1
 #include "attention_body.h"
 #include "elementwise_body.h"
 

@@ -1,5 +1,5 @@
-// Eight floats: AVX2 where the file that includes this is compiled for it, plain C++ elsewhere. The bodies of the
-// kernels are written once over this type. Everything is local to the including file, which may be built with flags
+// Eight floats: AVX2 or NEON where the file that includes this is compiled for them and does not define
+// QWENRT_PORTABLE, plain C++ elsewhere. The bodies of the kernels are written once over this type. Everything is local to the including file, which may be built with flags
 // that no other code may meet.
 #pragma once
 #include <stdint.h>
@@ -7,6 +7,9 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && !defined(QWENRT_PORTABLE)
+#define QWENRT_VEC_NEON 1
+#include <arm_neon.h>
 #else
 #include <math.h>
 #endif
@@ -55,6 +58,51 @@ INLINE float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+
+#elif defined(QWENRT_VEC_NEON)
+
+struct Vec {
+  float32x4_t low, high;
+};
+
+INLINE Vec load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+INLINE Vec load(const uint8_t* p) {
+  const uint16x8_t codes = vmovl_u8(vld1_u8(p));
+  return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(codes))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(codes)))};
+}
+INLINE void store(float* p, Vec a) {
+  vst1q_f32(p, a.low);
+  vst1q_f32(p + 4, a.high);
+}
+INLINE Vec all(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+INLINE Vec add(Vec a, Vec b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+INLINE Vec sub(Vec a, Vec b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+INLINE Vec mul(Vec a, Vec b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+INLINE Vec div(Vec a, Vec b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+}
+// NEON's own minimum and maximum give NaN where either is one; these give b, as on other machines.
+INLINE Vec larger(Vec a, Vec b) {
+  return {vbslq_f32(vcgtq_f32(a.low, b.low), a.low, b.low), vbslq_f32(vcgtq_f32(a.high, b.high), a.high, b.high)};
+}
+INLINE Vec smaller(Vec a, Vec b) {
+  return {vbslq_f32(vcltq_f32(a.low, b.low), a.low, b.low), vbslq_f32(vcltq_f32(a.high, b.high), a.high, b.high)};
+}
+INLINE Vec below(Vec a, Vec b, Vec yes, Vec no) {
+  return {vbslq_f32(vcltq_f32(a.low, b.low), yes.low, no.low), vbslq_f32(vcltq_f32(a.high, b.high), yes.high, no.high)};
+}
+INLINE Vec nearest(Vec a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+INLINE float square_root(float x) { return vget_lane_f32(vsqrt_f32(vdup_n_f32(x)), 0); }
+INLINE float32x4_t power_of_two(float32x4_t n) {
+  return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+INLINE Vec power_of_two(Vec n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+INLINE float sum(Vec a) {
+  const float32x4_t x = vaddq_f32(a.low, a.high);
+  const float32x2_t y = vadd_f32(vget_low_f32(x), vget_high_f32(x));
+  return vget_lane_f32(y, 0) + vget_lane_f32(y, 1);
 }
 
 #else

@@ -38,7 +38,7 @@ typedef struct {
 
 // Version of this ABI; the loader refuses a library of another.
 QWENRT_API int qwenrt_abi(void);
-// Name of the instruction set in use: "avx2" or "scalar".
+// Name of the instruction set in use: "avx512vnni", "avx2", "neondot", "neon" or "scalar".
 QWENRT_API const char* qwenrt_isa(void);
 // The sets that this CPU and build run, best first: index 0, 1, ... until NULL.
 QWENRT_API const char* qwenrt_isa_at(int index);

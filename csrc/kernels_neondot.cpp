@@ -1,0 +1,13 @@
+// NEON kernels of the linears for CPUs with dot products of bytes.
+#include "kernels.h"
+
+#ifdef QWENRT_ARM64
+#include "linear_neon.h"
+#include "linear_body.h"
+
+const Kernels* neondot_kernels() {
+  static const Kernels kernels = {"neondot", quant_rows, dense16_rows, scalar_kernels()->quantize_block,
+                                  scalar_kernels()->integer_rows};
+  return &kernels;
+}
+#endif

@@ -1,0 +1,284 @@
+// Every linear of every instruction set that runs here against plain loops in double, through the C ABI.
+#include "../qwenrt_cpu.h"
+#include "check.h"
+
+namespace {
+
+float half_to_float(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  const double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                     : ldexp(exponent ? 1024 + fraction : fraction, (exponent ? exponent : 1) - 25);
+  return float(h & 0x8000 ? -size : size);
+}
+
+float bfloat_to_float(uint16_t b) {
+  const uint32_t bits = uint32_t(b) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint16_t random_half(Random& random) {  // up to 2 in size, subnormals included
+  const uint32_t bits = random.bits();
+  return uint16_t((bits & 0x83ff) | (bits >> 16) % 17 << 10);
+}
+
+struct Shape {
+  int64_t n, k, group;
+  int bits;
+  bool perm, zeros, float_scales, bias;
+};
+
+struct Weight {
+  Shape shape;
+  QwenrtQuantMatrix matrix{};
+  std::vector<uint8_t> codes;  // [k][n]
+  std::vector<uint32_t> words;
+  std::vector<uint16_t> half_scales, zeros;
+  std::vector<float> float_scales, bias;
+  std::vector<int32_t> perm;
+
+  Weight(const Shape& s, Random& random, int extreme = 0) : shape(s) {
+    const int64_t blocks = (s.n + QWENRT_BLOCK - 1) / QWENRT_BLOCK, groups = (s.k + s.group - 1) / s.group;
+    const int64_t per_group = (s.group * s.bits + 31) / 32, cells = blocks * groups * QWENRT_BLOCK;
+    for (int64_t i = 0; i < s.k * s.n; ++i)
+      codes.push_back(uint8_t(extreme == 1 ? (1 << s.bits) - 1 : (extreme == 2 ? 0 : random.below(1 << s.bits))));
+    words.assign(size_t(blocks * groups * per_group * QWENRT_BLOCK), 0xffffffff);
+    CHECK(qwenrt_pack(codes.data(), words.data(), s.k, s.n, s.group, s.bits) == QWENRT_OK, "pack");
+    for (int64_t i = 0; i < cells; ++i) {
+      half_scales.push_back(extreme ? 0x1c00 : random_half(random));  // 2^-8
+      float_scales.push_back(extreme ? 0.00390625f : random.uniform() * 1e-9f);
+      zeros.push_back(uint16_t(extreme == 1 ? 0 : (extreme ? 1 << s.bits : random.below((1 << s.bits) + 1))));
+    }
+    for (int64_t i = 0; i < s.n; ++i) bias.push_back(random.uniform());
+    for (int64_t i = 0; i < s.k; ++i) perm.push_back(int32_t(i));
+    for (int64_t i = s.k - 1; i > 0; --i) std::swap(perm[size_t(i)], perm[size_t(random.below(i + 1))]);
+    matrix.words = words.data();
+    matrix.scales = s.float_scales ? static_cast<const void*>(float_scales.data()) : half_scales.data();
+    matrix.scales_are_float = s.float_scales;
+    matrix.zeros = s.zeros ? zeros.data() : nullptr;
+    matrix.zero = extreme == 1 ? 0 : 1 << (s.bits - 1);
+    matrix.perm = s.perm ? perm.data() : nullptr;
+    matrix.bias = s.bias ? bias.data() : nullptr;
+    matrix.out_features = s.n, matrix.in_features = s.k, matrix.bits = s.bits;
+    matrix.groups = groups, matrix.group_size = s.group, matrix.words_per_group = per_group;
+  }
+
+  double scale(int64_t row, int64_t g) const {
+    const size_t i = size_t((row / QWENRT_BLOCK * matrix.groups + g) * QWENRT_BLOCK + row % QWENRT_BLOCK);
+    return shape.float_scales ? float_scales[i] : half_to_float(half_scales[i]);
+  }
+  double value(int64_t row, int64_t i) const {  // of the i-th input in the order of the codes
+    const int64_t g = i / shape.group;
+    const size_t at = size_t((row / QWENRT_BLOCK * matrix.groups + g) * QWENRT_BLOCK + row % QWENRT_BLOCK);
+    const int zero = shape.zeros ? zeros[at] : matrix.zero;
+    return scale(row, g) * (codes[size_t(i * shape.n + row)] - zero);
+  }
+  int64_t input(int64_t i) const { return shape.perm ? perm[size_t(i)] : i; }
+};
+
+// y and the size that errors are measured by, both in double. How activations are rounded is checked by its effect:
+// a share of the largest activation of a block of 128 for each input of it.
+void check_against_double(const Weight& w, const std::vector<float>& x, const std::vector<float>& y, int64_t tokens,
+                          int activations, const char* isa) {
+  const double step = activations == QWENRT_EXACT ? 0 : 0.5001 / (activations == QWENRT_INT8 && w.shape.bits == 4 ? 127 : 32767);
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<double> rounding(size_t(w.shape.k));
+    for (int64_t g = 0; g < w.matrix.groups; ++g)
+      for (int64_t first = g * w.shape.group; first < (g + 1) * w.shape.group && first < w.shape.k; first += 128) {
+        int64_t last = first + 128 < (g + 1) * w.shape.group ? first + 128 : (g + 1) * w.shape.group;
+        if (last > w.shape.k) last = w.shape.k;
+        double largest = 0;
+        for (int64_t i = first; i < last; ++i)
+          largest = fmax(largest, fabs(double(x[size_t(t * w.shape.k + w.input(i))])));
+        for (int64_t i = first; i < last; ++i) rounding[size_t(i)] = largest * step;
+      }
+    for (int64_t n = 0; n < w.shape.n; ++n) {
+      double wanted = w.shape.bias ? w.bias[size_t(n)] : 0, size = fabs(wanted) + 1e-12, allowed = 0;
+      for (int64_t i = 0; i < w.shape.k; ++i) {
+        const double value = w.value(n, i), in = x[size_t(t * w.shape.k + w.input(i))];
+        wanted += value * in;
+        // Codes and zeros are summed apart, and each has its share of the error.
+        size += fabs(in) * fabs(w.scale(n, i / w.shape.group)) * (2 << w.shape.bits);
+        allowed += fabs(value) * rounding[size_t(i)];
+      }
+      const double error = fabs(y[size_t(t * w.shape.n + n)] - wanted);
+      CHECK(error <= allowed * 1.001 + size * 1e-6, "%s n=%d k=%d group=%d bits=%d tokens=%d mode=%d: row %d of token %d: %g for %g", isa,
+            int(w.shape.n), int(w.shape.k), int(w.shape.group), w.shape.bits, int(tokens), activations, int(n), int(t),
+            y[size_t(t * w.shape.n + n)], wanted);
+    }
+  }
+}
+
+std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t tokens, int activations) {
+  std::vector<float> y(size_t(tokens * w.shape.n), NAN);
+  CHECK(qwenrt_quant_linear(&w.matrix, x.data(), y.data(), tokens, activations) == QWENRT_OK, "tokens %d", int(tokens));
+  return y;
+}
+
+bool same_bits(const float* a, const float* b, size_t count) { return memcmp(a, b, count * sizeof(float)) == 0; }
+
+template <class Each>
+void for_each_isa(Each each) {
+  for (int i = 0; qwenrt_isa_at(i); ++i) {
+    CHECK(qwenrt_set_isa(qwenrt_isa_at(i)) == 0, "%s", qwenrt_isa_at(i));
+    CHECK(strcmp(qwenrt_isa(), qwenrt_isa_at(i)) == 0, "%s", qwenrt_isa());
+    each(qwenrt_isa());
+  }
+}
+
+void check_weight(const Weight& w, const std::vector<float>& x, int64_t tokens) {
+  for (int activations : {QWENRT_EXACT, QWENRT_INT16, QWENRT_INT8}) {
+    std::vector<float> scalar;
+    qwenrt_set_isa("scalar");
+    if (activations != QWENRT_EXACT) scalar = run(w, x, tokens, activations);
+    for_each_isa([&](const char* isa) {
+      const std::vector<float> y = run(w, x, tokens, activations);
+      check_against_double(w, x, y, tokens, activations, isa);
+      if (activations != QWENRT_EXACT)
+        CHECK(same_bits(y.data(), scalar.data(), y.size()), "%s and scalar differ: n=%d k=%d group=%d bits=%d tokens=%d mode=%d",
+              isa, int(w.shape.n), int(w.shape.k), int(w.shape.group), w.shape.bits, int(tokens), activations);
+      for (int64_t t = 0; t < tokens && t < 3 && activations != QWENRT_EXACT; ++t) {  // alone as in a batch
+        const std::vector<float> row(x.begin() + t * w.shape.k, x.begin() + (t + 1) * w.shape.k);
+        CHECK(same_bits(run(w, row, 1, activations).data(), y.data() + t * w.shape.n, size_t(w.shape.n)), "%s token %d", isa, int(t));
+      }
+    });
+  }
+}
+
+void test_shapes(int count) {
+  Random random(1);
+  for (int i = 0; i < count; ++i) {
+    const int64_t n = random.coin() ? 1 + random.below(40) : random.one_of<int64_t>({1, 7, 8, 9, 64, 201});
+    const int64_t k = random.coin() ? 1 + random.below(140) : random.one_of<int64_t>({1, 3, 128, 259, 517});
+    const int64_t group = random.one_of<int64_t>({k, 8, 20, 24, 31, 32, 64, 128, 200});
+    const Shape shape{n, k, group, random.coin() ? 4 : 8, random.coin(), random.coin(), random.below(4) == 0, random.coin()};
+    const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 33});
+    const Weight w(shape, random);
+    check_weight(w, random.floats(tokens * k, ldexpf(1, int(random.below(20)) - 10)), tokens);
+  }
+}
+
+// Codes, zeros and activations at their largest: no integer sum may overflow.
+void test_extremes() {
+  Random random(2);
+  for (int bits : {4, 8})
+    for (int extreme : {1, 2, 3})
+      for (const auto& [k, group] : {std::pair<int64_t, int64_t>{5000, 5000}, {256, 128}, {40, 40}})
+        for (float size : {1e6f, -1e6f, 1e-20f}) {
+          const Weight w({9, k, group, bits, false, true, false, false}, random, extreme);
+          for (int64_t tokens : {1, 2, 5}) {
+            std::vector<float> x(size_t(tokens * k), size);
+            if (extreme == 3)  // alternating signs
+              for (size_t i = 0; i < x.size(); i += 2) x[i] = -size;
+            check_weight(w, x, tokens);
+          }
+        }
+}
+
+void test_what_is_not_finite() {
+  Random random(3);
+  const Weight w({20, 70, 32, 4, false, true, false, true}, random);
+  for_each_isa([&](const char* isa) {
+    for (int activations : {QWENRT_EXACT, QWENRT_INT16, QWENRT_INT8})
+      for (float bad : {INFINITY, -INFINITY, NAN, 3.3e38f})
+        for (int64_t tokens : {1, 2, 9}) {
+          std::vector<float> x = random.floats(tokens * 70), y(size_t(tokens * 20));
+          x[size_t(random.below(tokens * 70))] = bad;
+          CHECK(qwenrt_quant_linear(&w.matrix, x.data(), y.data(), tokens, activations) == QWENRT_NOT_FINITE, "%s mode %d: %g",
+                isa, activations, bad);
+        }
+  });
+}
+
+// Zeros, and activations so small that they count as zeros: the bias alone, bit for bit.
+void test_nothing() {
+  Random random(4);
+  const Weight w({20, 300, 64, 4, false, true, false, true}, random);
+  for_each_isa([&](const char* isa) {
+    for (int activations : {QWENRT_INT16, QWENRT_INT8})
+      for (float nothing : {0.0f, -0.0f, 1e-45f, 1e-38f, 7e-31f}) {
+        const std::vector<float> y = run(w, std::vector<float>(600, nothing), 2, activations);
+        for (int i = 0; i < 40; ++i) CHECK(y[size_t(i)] == w.bias[size_t(i % 20)], "%s %g gives %g", isa, nothing, y[size_t(i)]);
+      }
+  });
+}
+
+void test_dense16(int count) {
+  Random random(5);
+  for (int i = 0; i < count; ++i) {
+    const int64_t n = 1 + random.below(30), k = random.coin() ? 1 + random.below(100) : random.one_of<int64_t>({64, 129, 300});
+    const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 9, 33});
+    const bool is_half = random.coin(), has_bias = random.coin();
+    std::vector<uint16_t> w(size_t(n * k));
+    for (uint16_t& value : w) value = is_half ? random_half(random) : uint16_t(random.bits() & 0x807f) | uint16_t((110 + random.below(18)) << 7);
+    const std::vector<float> x = random.floats(tokens * k), bias = random.floats(n);
+    for_each_isa([&](const char* isa) {
+      std::vector<float> y(size_t(tokens * n), NAN);
+      qwenrt_dense16_linear(w.data(), has_bias ? bias.data() : nullptr, x.data(), y.data(), tokens, n, k, is_half);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < n; ++r) {
+          double wanted = has_bias ? bias[size_t(r)] : 0, size = fabs(wanted) + 1e-12;
+          for (int64_t c = 0; c < k; ++c) {
+            const uint16_t raw = w[size_t(r * k + c)];
+            const double product = double(is_half ? half_to_float(raw) : bfloat_to_float(raw)) * x[size_t(t * k + c)];
+            wanted += product, size += fabs(product);
+          }
+          CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * 1e-6, "%s n=%d k=%d tokens=%d half=%d: %g for %g", isa, int(n),
+                int(k), int(tokens), is_half, y[size_t(t * n + r)], wanted);
+        }
+    });
+  }
+}
+
+// All 65536 patterns of both formats, one product each: the conversion itself, infinities and NaN included.
+void test_every_16_bit_value() {
+  std::vector<uint16_t> w(1 << 16);
+  for (size_t i = 0; i < w.size(); ++i) w[i] = uint16_t(i);
+  for_each_isa([&](const char* isa) {
+    for (int is_half : {0, 1})
+      for (int64_t k : {1, 32}) {  // scalar tails, and vectors in which one input counts
+        const int64_t n = int64_t(w.size()) / k;
+        for (int64_t place = 0; place < k; ++place) {
+          std::vector<float> x(size_t(k), 0.0f), y(static_cast<size_t>(n));
+          x[size_t(place)] = 1;
+          qwenrt_dense16_linear(w.data(), nullptr, x.data(), y.data(), 1, n, k, is_half);
+          for (int64_t r = 0; r < n; ++r) {
+            bool finite = true;
+            for (int64_t c = 0; c < k; ++c) {
+              const uint16_t raw = w[size_t(r * k + c)];
+              finite = finite && isfinite(is_half ? half_to_float(raw) : bfloat_to_float(raw));
+            }
+            const uint16_t raw = w[size_t(r * k + place)];
+            const float wanted = is_half ? half_to_float(raw) : bfloat_to_float(raw), got = y[size_t(r)];
+            if (finite || k == 1) CHECK(got == wanted || (isnan(got) && isnan(wanted)), "%s %04x: %g for %g", isa, raw, got, wanted);
+            else CHECK(isnan(got) || isinf(got), "%s row %d: %g", isa, int(r), got);
+          }
+        }
+      }
+  });
+}
+
+void test_choices() {
+  CHECK(qwenrt_set_isa("avx9") == -1, "an unknown set was taken");
+  CHECK(qwenrt_set_isa("auto") == 0 && strcmp(qwenrt_isa(), qwenrt_isa_at(0)) == 0, "%s", qwenrt_isa());
+  CHECK(qwenrt_isa_at(-1) == nullptr && qwenrt_isa_at(99) == nullptr, "out of range");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int shapes = count > 1 ? atoi(arguments[1]) : 60;
+  qwenrt_set_threads(2);
+  test_choices();
+  test_shapes(shapes);
+  test_extremes();
+  test_what_is_not_finite();
+  test_nothing();
+  test_dense16(shapes);
+  test_every_16_bit_value();
+  printf("linears:");
+  for (int i = 0; qwenrt_isa_at(i); ++i) printf(" %s", qwenrt_isa_at(i));
+  printf(": ok\n");
+  return 0;
+}
