@@ -26,6 +26,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code that is run before the CPU was asked
     "api.cpp": [],
     "pack.cpp": [],
+    "dispatch.cpp": [],
     "thread_pool.cpp": [],
     "kernels_scalar.cpp": [],
     "integer_linear.cpp": [],

@@ -4,6 +4,7 @@ too."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 3
+ABI = 4
 BLOCK = 8  # output rows stored together
 ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
@@ -74,6 +75,8 @@ class Kernels:
             raise KernelsUnavailable(f"{path.name} has interface {abi}, expected {ABI}: {HOW_TO_BUILD}")
         lib, pointer, size = self._library, ctypes.c_void_p, ctypes.c_int64
         lib.qwenrt_isa.restype = ctypes.c_char_p
+        lib.qwenrt_isa_at.restype = ctypes.c_char_p
+        lib.qwenrt_isa_at.argtypes = [ctypes.c_int]
         lib.qwenrt_set_isa.argtypes = [ctypes.c_char_p]
         lib.qwenrt_set_threads.argtypes = [ctypes.c_int]
         lib.qwenrt_quant_linear.argtypes = [
@@ -95,14 +98,21 @@ class Kernels:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: "avx2" or "scalar"."""
+        """The instruction set in use, one of ``isas``."""
         name: bytes = self._library.qwenrt_isa()
         return name.decode()
 
+    @property
+    def isas(self) -> tuple[str, ...]:
+        """The instruction sets that this CPU and build run, best first."""
+        names = map(self._library.qwenrt_isa_at, itertools.count())
+        return tuple(name.decode() for name in itertools.takewhile(bool, names))
+
     def set_isa(self, name: str) -> None:
-        """ "auto", "avx2" or "scalar"; KernelsUnavailable where this CPU or build lacks it."""
+        """One of ``isas``, or "auto", their first; KernelsUnavailable where this CPU or build lacks it."""
         if self._library.qwenrt_set_isa(name.encode()) != 0:
-            raise KernelsUnavailable(f"kernels for {name!r} were asked for; this CPU or build has {self.isa}")
+            have = ", ".join(self.isas)
+            raise KernelsUnavailable(f"kernels for {name!r} were asked for; this CPU and build have {have}")
 
     def set_threads(self, threads: int) -> int:
         """Threads that share a call, the caller's included -> the number in use."""
