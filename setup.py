@@ -31,6 +31,7 @@ SETS = {
 }
 SOURCES = {  # file -> its instruction set, if any: no flag may reach code that is run before the CPU was asked
     "api.cpp": "",
+    "pack.cpp": "",
     "dispatch.cpp": "",
     "thread_pool.cpp": "",
     "kernels_scalar.cpp": "",

@@ -23,13 +23,18 @@ INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
 
 INLINE Words join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+INLINE __m256i load2x128(const uint16_t* low, const uint16_t* high) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+}
 INLINE Words load_words(const uint32_t* const* blocks, int64_t offset) {
   return join(load256(blocks[0] + offset), load256(blocks[1] + offset));
 }
 
+INLINE __m256 upper(Floats a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
+
 INLINE float sum(Floats a) {
-  const __m256 x = _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
+  const __m256 x = _mm256_add_ps(_mm512_castps512_ps256(a), upper(a));
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
@@ -61,22 +66,23 @@ INLINE Floats load_scales(const QwenrtQuantMatrix& w, const int64_t* at) {
     return _mm512_castsi512_ps(join(load256(scales + at[0]), load256(scales + at[1])));
   }
   const uint16_t* scales = static_cast<const uint16_t*>(w.scales);
-  return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(load128(scales + at[0])), load128(scales + at[1]), 1));
+  return _mm512_cvtph_ps(load2x128(scales + at[0], scales + at[1]));
 }
 
 INLINE Words load_int_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
   if (!w.zeros) return _mm512_set1_epi32(w.zero);
-  return _mm512_cvtepu16_epi32(_mm256_inserti128_si256(_mm256_castsi128_si256(load128(w.zeros + at[0])), load128(w.zeros + at[1]), 1));
+  return _mm512_cvtepu16_epi32(load2x128(w.zeros + at[0], w.zeros + at[1]));
 }
-INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) { return _mm512_cvtepi32_ps(load_int_zeros(w, at)); }
+INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
+  return _mm512_cvtepi32_ps(load_int_zeros(w, at));
+}
 
 // The blocks' rows of one token, as many of them as there are.
 INLINE void store_rows(const QwenrtQuantMatrix& w, float* y, Floats value, const int64_t* blocks) {
-  const __m256 halves[kBlocks] = {_mm512_castps512_ps256(value),
-                                  _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(value), 1))};
+  const __m256 halves[kBlocks] = {_mm512_castps512_ps256(value), upper(value)};
   UNROLL(kBlocks, b, {
     const int64_t n = blocks[b] * QWENRT_BLOCK, rest = w.out_features - n;
-    const __mmask8 rows = __mmask8(rest < QWENRT_BLOCK ? (1 << rest) - 1 : 0xff);
+    const uint8_t rows = uint8_t(rest < QWENRT_BLOCK ? (1 << rest) - 1 : 0xff);
     const __m256 bias = w.bias ? _mm256_maskz_loadu_ps(rows, w.bias + n) : _mm256_setzero_ps();
     _mm256_mask_storeu_ps(y + n, rows, w.bias ? _mm256_add_ps(halves[b], bias) : halves[b]);
   });

@@ -5,3 +5,47 @@
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
+
+// What SIMDe 0.7.4 lacks.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
+  uint16_t in[16];
+  uint32_t out[16];
+  memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 16; ++i) out[i] = in[i];
+  return _mm512_loadu_si512(out);
+}
+inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+  int32_t in[16];
+  float out[16];
+  memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 16; ++i) out[i] = float(in[i]);
+  return _mm512_loadu_ps(out);
+}
+inline __m512 _mm512_cvtph_ps(__m256i a) {
+  uint16_t in[16];
+  float out[16];
+  memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 16; ++i) {
+    const int exponent = in[i] >> 10 & 31, fraction = in[i] & 1023;
+    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                      : ldexpf(float(exponent ? 1024 + fraction : fraction), (exponent ? exponent : 1) - 25);
+    out[i] = in[i] & 0x8000 ? -size : size;
+  }
+  return _mm512_loadu_ps(out);
+}
+inline __m256 _mm256_maskz_loadu_ps(uint8_t mask, const float* p) {
+  float out[8] = {};
+  for (int i = 0; i < 8; ++i)
+    if (mask >> i & 1) out[i] = p[i];
+  return _mm256_loadu_ps(out);
+}
+inline void _mm256_mask_storeu_ps(float* p, uint8_t mask, __m256 a) {
+  float in[8];
+  memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 8; ++i)
+    if (mask >> i & 1) p[i] = in[i];
+}
