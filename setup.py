@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -103,16 +104,20 @@ def compile_sources(
     """Objects of all of ``source`` that this machine and compiler can have; -DQWENRT_WITH_... tells the rest which."""
     objects: list[str] = []
     have: list[str] = []
+
+    def units(of: str, flags: list[str]) -> list[str]:
+        files = [source / file for file, instructions in SOURCES.items() if instructions == of]
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as compilers:
+            return list(compilers.map(lambda file: _compile([*command, *flags], file, into), files))
+
     for name, flags in SETS.get(machine, {}).items():
         try:
-            units = [_compile([*command, *flags], source / file, into) for file in SOURCES if SOURCES[file] == name]
+            objects += units(name, flags)
         except subprocess.CalledProcessError as error:
             lost[name] = _one_line(error, command)
             break  # the sets after it build on it
-        objects += units
         have.append(f"-DQWENRT_WITH_{name.upper()}")
-    common = [file for file, instructions in SOURCES.items() if not instructions]
-    return objects + [_compile([*command, *have], source / file, into) for file in common]
+    return objects + units("", have)
 
 
 def _compile(command: list[str], source: Path, into: Path) -> str:

@@ -22,6 +22,8 @@ constexpr auto kSpin = std::chrono::microseconds(200);
 inline void pause_cpu() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #else
   std::this_thread::yield();
 #endif
@@ -62,10 +64,16 @@ struct Pool {
 
 Pool* pool = new Pool;
 
+thread_local bool in_task = false;  // then the pool is in use, by the caller that waits for this task
+
 void take_tasks(Pool& p) {
   for (;;) {
     const uint64_t word = p.tasks.fetch_add(1);
-    if (next_of(word) >= count_of(word)) return;
+    if (next_of(word) >= count_of(word)) {
+      in_task = false;
+      return;
+    }
+    in_task = true;
     p.task(p.context, next_of(word));  // this task is unfinished, so the round and its fields last until it is
     p.left.fetch_sub(1, std::memory_order_release);
   }
@@ -100,25 +108,36 @@ void start_workers(Pool& p) {
 }
 
 #if !defined(_WIN32)
-// The child has none of the parent's workers, and locks may be in any state: begin anew with the same size.
+// A fork waits for the call in progress, so that the child finds no scratch memory half changed. The child has none of
+// the parent's workers: it begins anew with the same size.
+void before_fork() {
+  if (!in_task) pool->turn.lock();
+}
+void after_fork_in_parent() {
+  if (!in_task) pool->turn.unlock();
+}
 void after_fork_in_child() {
   const int wanted = pool->wanted.load();
   pool = new Pool;
   pool->wanted.store(wanted);
 }
-const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+const int registered = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 #endif
 
 }  // namespace
 
-PoolLock::PoolLock() { pool->turn.lock(); }
-PoolLock::~PoolLock() { pool->turn.unlock(); }
+PoolLock::PoolLock() {
+  if (!in_task) pool->turn.lock();
+}
+PoolLock::~PoolLock() {
+  if (!in_task) pool->turn.unlock();
+}
 
 void parallel_for(int64_t count, void (*task)(void*, int64_t), void* context) {
+  PoolLock turn;
   Pool& p = *pool;
-  std::lock_guard<std::recursive_mutex> turn(p.turn);
-  if (count > 1) start_workers(p);
-  if (count <= 1 || p.wanted.load() < 2) {
+  if (count > 1 && !in_task) start_workers(p);
+  if (count <= 1 || in_task || p.wanted.load() < 2) {
     for (int64_t i = 0; i < count; ++i) task(context, i);
     return;
   }
@@ -143,10 +162,7 @@ int set_pool_threads(int threads) {
   return pool->wanted.load();
 }
 
-int pool_threads() {
-  PoolLock lock;
-  return pool->wanted.load();
-}
+int pool_threads() { return pool->wanted.load(); }
 
 int64_t task_count(int64_t units, int64_t work) {
   constexpr int64_t kSmallWork = 64 * 1024;

@@ -3,7 +3,8 @@
 #include <cstdint>
 
 // Runs task(context, i) for every i in [0, count), shared between the caller and the pool's workers. One call at a
-// time: callers on other threads wait for their turn. In a forked child the workers are started anew.
+// time: callers on other threads wait for their turn; a task that calls it runs its own tasks alone. In a forked child
+// the workers are started anew.
 void parallel_for(int64_t count, void (*task)(void* context, int64_t i), void* context);
 
 // Holds the pool for a caller that runs several parallel_for over shared scratch memory.
