@@ -34,6 +34,7 @@ SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code tha
     "kernels_avx2_integer.cpp": AVX2,
     "attention.cpp": [],
     "elementwise.cpp": [],
+    "decoder.cpp": [],
     "layer_scalar.cpp": [],
     "layer_avx2.cpp": AVX2,
 }
