@@ -39,6 +39,7 @@ SOURCES = {  # file -> its instruction set, if any: no flag may reach code that 
     "integer_linear.cpp": "",
     "attention.cpp": "",
     "elementwise.cpp": "",
+    "decoder.cpp": "",
     "layer_scalar.cpp": "",
     "kernels_avx2.cpp": "avx2",
     "kernels_avx2_integer.cpp": "avx2",

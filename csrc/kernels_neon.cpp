@@ -3,11 +3,11 @@
 
 #ifdef QWENRT_ARM64
 #include "linear_neon.h"
-#include "linear_body.h"
+
+#include "integer_body.h"
 
 const Kernels* neon_kernels() {
-  static const Kernels kernels = {"neon", quant_rows, dense16_rows, scalar_kernels()->quantize_block,
-                                  scalar_kernels()->integer_rows};
+  static const Kernels kernels = {"neon", quant_rows, dense16_rows, round_block, integer_rows, 0};
   return &kernels;
 }
 #endif

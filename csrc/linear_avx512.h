@@ -69,12 +69,9 @@ INLINE Floats load_scales(const QwenrtQuantMatrix& w, const int64_t* at) {
   return _mm512_cvtph_ps(load2x128(scales + at[0], scales + at[1]));
 }
 
-INLINE Words load_int_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
-  if (!w.zeros) return _mm512_set1_epi32(w.zero);
-  return _mm512_cvtepu16_epi32(load2x128(w.zeros + at[0], w.zeros + at[1]));
-}
 INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
-  return _mm512_cvtepi32_ps(load_int_zeros(w, at));
+  if (!w.zeros) return _mm512_set1_ps(float(w.zero));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(load2x128(w.zeros + at[0], w.zeros + at[1])));
 }
 
 // The blocks' rows of one token, as many of them as there are.
@@ -86,6 +83,44 @@ INLINE void store_rows(const QwenrtQuantMatrix& w, float* y, Floats value, const
     const __m256 bias = w.bias ? _mm256_maskz_loadu_ps(rows, w.bias + n) : _mm256_setzero_ps();
     _mm256_mask_storeu_ps(y + n, rows, w.bias ? _mm256_add_ps(halves[b], bias) : halves[b]);
   });
+}
+
+// ---- integers, of integer_body.h
+
+using Ints = __m512i;
+template <int BITS>
+struct Products {
+  __m512i sums;
+};
+constexpr bool kSignedCodes = false;
+constexpr int kStreams1 = 2, kStreams2 = 2, kStreams4 = 2;
+
+INLINE Words all_words(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+INLINE Ints times_256(Ints a) { return _mm512_slli_epi32(a, 8); }
+INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+INLINE Floats subtract_product(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }
+
+template <int BITS, int P>
+INLINE Words bytes_at(Words word) {
+  if constexpr (BITS == 8) return word;
+  else return _mm512_and_si512(P ? _mm512_srli_epi32(word, 4 * P) : word, _mm512_set1_epi32(0x0f0f0f0f));
+}
+template <int BITS>
+INLINE void clear(Products<BITS>& p) { p.sums = _mm512_setzero_si512(); }
+template <int BITS>
+INLINE void add_products(Products<BITS>& p, Words codes, Words x) { p.sums = _mm512_dpbusd_epi32(p.sums, codes, x); }
+template <int BITS>
+INLINE Ints total_of(const Products<BITS>& p) { return p.sums; }
+
+// For machines whose codes are signed.
+INLINE Ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
+template <int TILE>
+INLINE void add_byte_sums(const int32_t*, int64_t, int32_t (&)[TILE]) {}
+
+INLINE void round8(const float* x, float inverse, int32_t* q) {
+  const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(inverse)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), rounded);
 }
 
 }  // namespace
