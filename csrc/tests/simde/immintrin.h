@@ -49,3 +49,17 @@ inline void _mm256_mask_storeu_ps(float* p, uint8_t mask, __m256 a) {
   for (int i = 0; i < 8; ++i)
     if (mask >> i & 1) p[i] = in[i];
 }
+
+// SIMDe's round the product by itself.
+#undef _mm512_fmadd_ps
+#undef _mm512_fnmadd_ps
+inline __m512 qwenrt_fused(__m512 a, __m512 b, __m512 c, float sign) {
+  float x[16], y[16], z[16];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  memcpy(z, &c, sizeof z);
+  for (int i = 0; i < 16; ++i) z[i] = fmaf(sign * x[i], y[i], z[i]);
+  return _mm512_loadu_ps(z);
+}
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return qwenrt_fused(a, b, c, 1); }
+inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return qwenrt_fused(a, b, c, -1); }
