@@ -51,11 +51,12 @@ def load_weights(
 ) -> LoadReport:
     """Fill ``model`` from a checkpoint, each linear packed by ``backend`` as soon as its parts are read.
 
-    ``quantize`` "int8" or "int4" rounds dense linears at load; lm_head only with ``quantize_head``, to that of the
-    two. On the CPU a dense tensor that already has ``dtype`` and needs no merge stays a view of the file. ``progress`` None shows a
-    bar on a terminal only. Before any data is read every tensor is accounted for: one CheckpointError lists what is
-    missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no sense. CapacityError: memory
-    ran out. Values are searched for NaN and infinity in full in small tensors, in samples of large ones.
+    ``quantize`` "int8" or "int4" rounds dense linears at load, ``quantize_head`` likewise lm_head, which is left as
+    it is otherwise. On the CPU a dense tensor that already has ``dtype`` and needs no merge stays a view of the
+    file. ``progress`` None shows a bar on a terminal only. Before any data is read every tensor is accounted for: one
+    CheckpointError lists what is missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no
+    sense. CapacityError: memory ran out. Values are searched for NaN and infinity in full in small tensors, in
+    samples of large ones.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     bits = quantize_bits(quantize, config)
