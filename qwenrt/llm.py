@@ -43,6 +43,7 @@ def load(
     revision: str | None = None,
     offline: bool | None = None,
     quantize: str | None = None,
+    quantize_head: str | None = None,
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
     max_model_len: int | None = None,
@@ -57,7 +58,8 @@ def load(
     device: "auto" | "cpu" | "cuda" | "cuda:1" | "npu" | "dcu" | a plugin's name.
     dtype: "auto" | "float32" | "bfloat16" | "float16", of activations and of weights that are not quantised.
     source: "auto" | "huggingface" | "modelscope"; revision: a branch, tag or commit; offline: True opens no socket.
-    quantize: None | "int8" | "int4": round dense weights at load. kv_cache_dtype: "auto" | "int8".
+    quantize: None | "int8" | "int4": round dense weights at load; quantize_head: likewise, the output layer alone.
+    kv_cache_dtype: "auto" | "int8".
     activations: "auto" | "exact" | "int16" | "int8", what the CPU's kernels round the inputs of quantised linears to.
     max_model_len: longest prompt and answer together, in tokens; None takes what the model and the memory allow.
     max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
@@ -75,6 +77,7 @@ def load(
         revision=revision,
         offline=offline,
         quantize=quantize,
+        quantize_head=quantize_head,
         kv_cache_dtype=kv_cache_dtype,
         activations=activations,
         max_model_len=max_model_len,

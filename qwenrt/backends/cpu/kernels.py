@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from qwenrt.backends.cpu.attention import Cache, Sequences
+from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.ops.types import CanonicalWeight, Packed
 
@@ -93,6 +94,7 @@ class Kernels:
         lib.qwenrt_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
         lib.qwenrt_silu_and_mul.argtypes = [pointer, pointer, size, size]
         lib.qwenrt_rotary_store.argtypes = [pointer, pointer, size]
+        lib.qwenrt_decoder_layers.argtypes = [pointer, pointer, size, pointer, pointer, pointer]
         lib.qwenrt_read.argtypes = [pointer, size]
         lib.qwenrt_read.restype = ctypes.c_uint64
 
@@ -192,6 +194,24 @@ class Kernels:
         into = None if cache is None else ctypes.addressof(cache)
         status = self._library.qwenrt_rotary_store(ctypes.addressof(rotary), into, tokens)
         assert status == 0
+
+    def decoder_layers(
+        self,
+        layers: ctypes.Array[Layer],
+        caches: ctypes.Array[Cache],
+        step: Step,
+        x: torch.Tensor,
+        out: torch.Tensor,
+    ) -> bool:
+        """x float32 [T, D] -> ``out``, both contiguous, through all layers; False where x stops being finite."""
+        pointers = ctypes.addressof(layers), ctypes.addressof(caches)
+        status = self._library.qwenrt_decoder_layers(
+            *pointers, len(layers), ctypes.addressof(step), x.data_ptr(), out.data_ptr()
+        )
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+        assert status in (0, _NOT_FINITE)
+        return bool(status == 0)
 
 
 def _check_complete(path: Path) -> None:
