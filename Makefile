@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: chat test lint types tests gpu-check demo bench clean
+.PHONY: chat test lint types tests csrc-check gpu-check demo bench clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -23,6 +23,11 @@ types: $(VENV)/.dev
 
 tests: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# The C++ tests with every instruction set: sanitizers, NEON under qemu, AVX-512 through SIMDe. Minutes; what this
+# machine lacks is skipped and named.
+csrc-check: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/csrc -m 'slow or not slow' -rs
 
 # On a machine with an NVIDIA or AMD GPU: the recorded checkpoints on it, then a benchmark.
 gpu-check: $(VENV)/.dev

@@ -1,0 +1,107 @@
+"""The C++ tests of csrc/tests: on this machine, under sanitizers, and for instruction sets it lacks.
+
+What is marked slow takes minutes; `make csrc-check` runs all of it and says what is missing here.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qwenrt.backends.cpu import kernels
+from tests.csrc.conftest import FLAGS, ROOT, SANITIZED, TESTS, link, run
+
+AARCH64 = "aarch64-linux-gnu-g++"
+SIMDE = ("/usr/include/simde/x86/avx512.h", "/usr/local/include/simde/x86/avx512.h")
+Objects = Callable[..., list[str]]
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 only")
+
+
+@pytest.mark.parametrize("test", ["linear", "layer"])
+def test_the_built_library(compiler: list[str], tmp_path: Path, test: str) -> None:
+    """The library as it serves, with every instruction set that this CPU runs."""
+    try:
+        sets = kernels.Kernels().isas
+    except kernels.KernelsUnavailable as reason:
+        pytest.skip(str(reason))
+    library = [str(kernels.LIBRARY), f"-Wl,-rpath,{kernels.LIBRARY.parent}"]
+    said = run([str(link([*compiler, "-O1", "-Wall", "-Wextra"], test, library, tmp_path)), "40"])
+    assert said == f"{test}s: {' '.join(sets)}: ok\n"
+
+
+def test_portable_code_under_address_and_undefined_sanitizers(
+    compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
+) -> None:
+    sanitized_or_skip([*compiler, *SANITIZED], tmp_path)
+    setup_module.SETS.clear()
+    objects = all_objects([*compiler, *SANITIZED], "")
+    for test in ("linear", "layer"):
+        said = run([str(link([*compiler, *SANITIZED], test, objects, tmp_path)), "10"])
+        assert said == f"{test}s: scalar: ok\n"
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_the_thread_pool_under_sanitizers(compiler: list[str], tmp_path: Path, sanitizers: str) -> None:
+    command = [*compiler, "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    sanitized_or_skip(command, tmp_path)
+    program = link(command, "pool", [str(ROOT / "csrc" / "thread_pool.cpp")], tmp_path)
+    assert run([str(program)]) == "pool: ok\n"
+
+
+@pytest.mark.slow
+def test_every_set_here_under_sanitizers(
+    compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
+) -> None:
+    sanitized_or_skip([*compiler, *SANITIZED], tmp_path)
+    objects = all_objects([*compiler, *SANITIZED], setup_module.machine())
+    for test in ("linear", "layer", "pool"):
+        assert run([str(link([*compiler, *SANITIZED], test, objects, tmp_path))]).endswith(": ok\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_neon_under_emulation(tmp_path: Path, all_objects: Objects) -> None:
+    """With dot products, and on an ARMv8 that has none."""
+    emulator = next(filter(None, map(shutil.which, ("qemu-aarch64", "qemu-aarch64-static"))), None)
+    if shutil.which(AARCH64) is None or emulator is None:
+        pytest.skip(f"needs {AARCH64} and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    objects = all_objects([AARCH64, "-O2"], "aarch64")
+    for test, effort in (("linear", "30"), ("layer", "4")):
+        program = str(link([AARCH64, "-O1", "-static"], test, objects, tmp_path))
+        for cpu, sets in (("max", "neondot neon scalar"), ("cortex-a57", "neon scalar")):
+            assert run([emulator, "-cpu", cpu, program, effort]) == f"{test}s: {sets}: ok\n"
+
+
+@x86
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_avx512_through_portable_intrinsics(
+    compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
+) -> None:
+    """The AVX-512 unit compiled with SIMDe's intrinsics: its arithmetic, not the instructions themselves.
+
+    Where the CPU has AVX-512 VNNI, test_the_built_library runs these.
+    """
+    if not any(Path(header).exists() for header in SIMDE):
+        pytest.skip("needs SIMDe (Debian: libsimde-dev)")
+    if "avx2" not in kernels.Kernels().isas:
+        pytest.skip("the AVX-512 set shares AVX2's kernels, which this CPU lacks")
+    setup_module.SETS["x86_64"]["avx512vnni"] = [f"-I{TESTS / 'simde'}"]
+    command = [*compiler, "-O1", "-D__builtin_cpu_supports(name)=1"]
+    program = link(command, "linear", all_objects(command, "x86_64"), tmp_path)
+    assert run([str(program), "60"]) == "linears: avx512vnni avx2 scalar: ok\n"
+
+
+def sanitized_or_skip(command: list[str], tmp_path: Path) -> None:
+    """Skips where the compiler has no sanitizers' libraries."""
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() { return 0; }\n")
+    made = subprocess.run([*command, *FLAGS, str(empty), "-o", str(tmp_path / "empty")], capture_output=True)
+    if made.returncode or subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode:
+        pytest.skip("no sanitizers here")
