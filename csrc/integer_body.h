@@ -103,8 +103,9 @@ void one_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, cons
 constexpr int64_t kSlabWords = 128;  // of a row: the words of its blocks stay in the first cache while all tokens pass
 
 // Many tokens: slab by slab of the inputs.
-template <int BITS, int TILE, int STREAMS>
+template <int BITS, int STREAMS>
 void all_tiles(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, const Blocks<STREAMS>& blocks) {
+  constexpr int TILE = 4;
   Floats totals[kIntegerTokens / TILE][STREAMS][TILE];
   for (int64_t tile = 0; tile < in.tiles; ++tile) clear_totals(totals[tile]);
   const int64_t slab = w.words_per_group < kSlabWords ? kSlabWords / w.words_per_group : 1;
@@ -125,13 +126,13 @@ void integer_rows_of(const QwenrtQuantMatrix& w, const IntegerInput& in, float* 
     for (int i = 0; i < AT_ONCE; ++i)
       blocks.at[i / kBlocks][i % kBlocks] = begin + (in.tiles == 1 ? round + i * rounds : round * AT_ONCE + i);
     if (in.tiles == 1) one_tile<BITS, TILE>(w, in, y, blocks);
-    else all_tiles<BITS, TILE>(w, in, y, blocks);
+    else if constexpr (TILE == 4) all_tiles<BITS>(w, in, y, blocks);  // fewer tokens are one tile
   }
   for (int64_t first = begin + rounds * AT_ONCE; first < end; first += kBlocks) {
     Blocks<1> blocks;
     for (int i = 0; i < kBlocks; ++i) blocks.at[0][i] = first + i < end ? first + i : end - 1;  // the last one twice
     if (in.tiles == 1) one_tile<BITS, TILE>(w, in, y, blocks);
-    else all_tiles<BITS, TILE>(w, in, y, blocks);
+    else if constexpr (TILE == 4) all_tiles<BITS>(w, in, y, blocks);  // fewer tokens are one tile
   }
 }
 

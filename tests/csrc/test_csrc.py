@@ -38,17 +38,17 @@ def test_the_built_library(compiler: list[str], tmp_path: Path, test: str) -> No
 def test_portable_code_under_address_and_undefined_sanitizers(
     compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
 ) -> None:
-    sanitized_or_skip([*compiler, *SANITIZED], tmp_path)
+    command = [*compiler, *SANITIZED, "-O0"]  # half the time to compile
+    sanitized_or_skip(command, tmp_path)
     setup_module.SETS.clear()
-    objects = all_objects([*compiler, *SANITIZED], "")
-    for test in ("linear", "layer"):
-        said = run([str(link([*compiler, *SANITIZED], test, objects, tmp_path)), "10"])
-        assert said == f"{test}s: scalar: ok\n"
+    objects = all_objects(command, "")
+    assert run([str(link(command, "linear", objects, tmp_path)), "8"]) == "linears: scalar: ok\n"
+    assert run([str(link(command, "layer", objects, tmp_path)), "3"]) == "layers: scalar: ok\n"
+    assert run([str(link(command, "pool", objects, tmp_path)), "50"]) == "pool: ok\n"
 
 
-@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-def test_the_thread_pool_under_sanitizers(compiler: list[str], tmp_path: Path, sanitizers: str) -> None:
-    command = [*compiler, "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+def test_the_thread_pool_under_the_thread_sanitizer(compiler: list[str], tmp_path: Path) -> None:
+    command = [*compiler, "-O1", "-fsanitize=thread"]
     sanitized_or_skip(command, tmp_path)
     program = link(command, "pool", [str(ROOT / "csrc" / "thread_pool.cpp")], tmp_path)
     assert run([str(program)]) == "pool: ok\n"
