@@ -20,6 +20,7 @@ def draw(curves: Mapping[str, Any], directory: Path) -> dict[str, str]:
         ) from error
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "qwenrt"  # the same picture from the same results
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     from matplotlib import pyplot
 
     names = {}

@@ -83,8 +83,9 @@ def _machine(results: Mapping[str, Any]) -> str:
             about = result[side]["about"]
             if "version" in about:
                 versions[result[side]["name"]] = about["version"]
+    memory = f"{m['memory_total_bytes'] / 2**30:.0f} GiB"
     lines = [
-        f"- Machine: {m['processor']}, {m['cores_usable']} cores, {m['memory_total_bytes'] / 2**30:.0f} GiB, {m['system']}",
+        f"- Machine: {m['processor']}, {m['cores_usable']} cores, {memory}, {m['system']}",
         f"- Instruction sets: {', '.join(m['instruction_sets'])}",
         f"- Threads: {', '.join(map(str, threads))}; {m['python']}",
         "- Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),

@@ -49,7 +49,7 @@ class Worker:
     def __init__(self, engine: Engine, options: Options) -> None:
         asked = engine.described() | {"threads": options.threads, "cache": str(options.cache)}
         command = [options.python(engine), "-m", "benchmarks.worker", json.dumps(asked)]
-        self.engine, self._log = engine, tempfile.TemporaryFile("w+")
+        self.engine, self._log = engine, tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the worker)
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, cwd=ROOT
