@@ -48,7 +48,8 @@ _METHOD = """## How it is measured
 - **Start** is a fresh Python that loads a checkpoint from disk and computes one token, pages and packed weights cached
   by an earlier start.
 - "Others" is the largest share of the cores that other processes, or other machines on the same host, had during a
-  measurement. Rounds with much of it are disturbed.
+  measurement. A round with more than 10 % of it is disturbed: it is measured again, and does not count unless all
+  rounds were.
 
 ## What is not in the table
 
@@ -110,35 +111,35 @@ def _table(summaries: list[tuple[Row, Mapping[str, Any], Summary]]) -> str:
 
 
 def _cells(row: Row, result: Mapping[str, Any], summary: Summary) -> list[str]:
-    title = f"{row.title} ({result['ours']['shape']})"
+    judged = not (result["quick"] or result["tiny"] or summary.all_disturbed)
+    cells = [f"{_title(result['work'])} ({result['ours']['shape']})", _settings(result["ours"])]
+    cells.append(_peer(result["peer"]))
     if row.work.kind == "start":
         ours, peer = 1 / summary.ours, 1 / summary.peer
-        wanted = _wanted(ours, row.start, " s")
-        return [
-            title, _settings(result["ours"]), _peer(result["peer"]), f"{ours:.2f} s", f"{peer:.2f} s",
-            f"{summary.ratio:.2f}", *wanted, "", "", "",
-        ]  # fmt: skip
-    fraction = (
-        [f"{summary.fraction:.2f}", *_wanted(summary.fraction, row.fraction)]
-        if summary.fraction
-        else [""] * 3
-    )
-    return [
-        title,
-        _settings(result["ours"]),
-        _peer(result["peer"]),
-        f"{summary.ours:.1f}",
-        f"{summary.peer:.1f}",
-        f"**{summary.ratio:.2f}**",
-        *_wanted(summary.ratio, row.ratio),
-        *fraction,
-    ]
+        cells += [f"{ours:.2f} s", f"{peer:.2f} s", f"{summary.ratio:.2f}"]
+        return [*cells, *_wanted(ours, row.start, judged, " s"), "", "", ""]
+    cells += [f"{summary.ours:.1f}", f"{summary.peer:.1f}", f"**{summary.ratio:.2f}**"]
+    cells += _wanted(summary.ratio, row.ratio, judged)
+    if summary.fraction is None:
+        return [*cells, "", "", ""]
+    return [*cells, f"{summary.fraction:.2f}", *_wanted(summary.fraction, row.fraction, judged)]
 
 
-def _wanted(value: float, wanted: tuple[float, float] | None, unit: str = "") -> list[str]:
+def _title(work: Mapping[str, Any]) -> str:
+    if work["kind"] == "start":
+        return "process start to first token"
+    if work["kind"] == "prefill":
+        return f"prefill of {work['tokens']} tokens"
+    behind = f" behind {work['tokens']} tokens" if work["tokens"] > 64 else ""
+    together = f" of {work['batch']} sequences" if work["batch"] > 1 else ""
+    return f"decode{together}{behind}"
+
+
+def _wanted(value: float, wanted: tuple[float, float] | None, judged: bool, unit: str = "") -> list[str]:
     if wanted is None:
         return ["", ""]
-    return [f"{wanted[0]:g}{unit} / {wanted[1]:g}{unit}", _MARKS[verdict(value, *wanted)]]
+    mark = _MARKS[verdict(value, *wanted)] if judged else "not judged"
+    return [f"{wanted[0]:g}{unit} / {wanted[1]:g}{unit}", mark]
 
 
 def _settings(ours: Mapping[str, Any]) -> str:
@@ -165,17 +166,17 @@ def _rounds(summaries: list[tuple[Row, Mapping[str, Any], Summary]]) -> str:
     lines = [
         "## Every round",
         "",
-        "| | ratios | fractions of read | read, GB/s | others |",
-        "|---|---|---|---|---|",
+        "| | ratios | fractions of read | read, GB/s | others | disturbed |",
+        "|---|---|---|---|---|---|",
     ]
-    for row, result, summary in summaries:
-        reads = (r["read_bytes_per_s"] / 1e9 for r in result["rounds"])
+    for row, _, summary in summaries:
         cells = [
             row.key,
             " ".join(f"{ratio:.2f}" for ratio in summary.ratios),
             " ".join(f"{fraction:.2f}" for fraction in summary.fractions or ()),
-            " ".join(f"{read:.1f}" for read in reads),
+            " ".join(f"{read / 1e9:.1f}" for read in summary.reads),
             f"{summary.foreign:.0%}",
+            str(summary.disturbed or ""),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

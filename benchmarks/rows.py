@@ -38,7 +38,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. ``ratio`` and ``fraction`` are (floor, goal), ``start`` the same in seconds."""
+    """A line of the table. ``title`` is for lists: the page says what was done. ``ratio`` and ``fraction`` are
+    (floor, goal), ``start`` the same in seconds."""
 
     key: str
     title: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -57,18 +58,24 @@ class Starter:
         self.about: dict[str, Any] = {"first_start_s": first["seconds"]}
 
     def ask(self, work: object = None) -> dict[str, Any]:
+        before = children_seconds()
         with Stopwatch() as watch:
             done = subprocess.run(
                 self._command, env=self._environment, capture_output=True, text=True, cwd=ROOT
             )
         if done.returncode != 0:
             raise SystemExit(f"a fresh process failed:\n{done.stderr[-2000:]}")
-        return {"seconds": watch.seconds, "foreign": 0.0}
+        used = (children_seconds() - before) / watch.seconds / (os.cpu_count() or 1)
+        return {"seconds": watch.seconds, "foreign": round(max(0.0, watch.foreign - used), 3)}
+
+
+def children_seconds() -> float:
+    """CPU seconds of the processes that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _known_settings() -> set[str]:
-    import dataclasses
-
     from qwenrt.assembly import Settings
 
     return {field.name for field in dataclasses.fields(Settings)}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+DISTURBED = 0.1  # a round counts if others had no more than this share of the cores
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Medians over the rounds; ``ratios`` and ``fractions`` of every round.
+    """Medians over the rounds that count; ``ratios`` and ``fractions`` of every round.
 
     Rates are tokens per second. A ratio is qwenrt's rate by the peer's. A fraction is the bytes of weights and
     cache that decoding has to read, by what was read in the same time in the same round; None where nothing says
@@ -21,8 +23,10 @@ class Summary:
     peer: float
     ratios: tuple[float, ...]
     fractions: tuple[float, ...] | None
-    bandwidth: float
+    reads: tuple[float, ...]
     foreign: float
+    disturbed: int
+    all_disturbed: bool
 
     @property
     def ratio(self) -> float:
@@ -31,6 +35,16 @@ class Summary:
     @property
     def fraction(self) -> float | None:
         return statistics.median(self.fractions) if self.fractions else None
+
+
+def disturbance(measured: Mapping[str, float]) -> float:
+    """The larger share of the cores that others had while one of the two engines was measured."""
+    return max(measured["ours_foreign"], measured["peer_foreign"])
+
+
+def undisturbed(rounds: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The rounds that others left alone, whatever they showed."""
+    return [r for r in rounds if disturbance(r) <= DISTURBED]
 
 
 def tokens_of(work: Mapping[str, Any]) -> int:
@@ -51,16 +65,21 @@ def bytes_read(work: Mapping[str, Any], about: Mapping[str, Any]) -> float | Non
 
 
 def summarise(result: Mapping[str, Any]) -> Summary:
-    """The figures of one row."""
-    work, rounds = result["work"], result["rounds"]
+    """The figures of one row, from the undisturbed rounds if there are any, else from all."""
+    work, measured = result["work"], result["rounds"]
+    rounds = undisturbed(measured) or measured
     tokens, nbytes = tokens_of(work), bytes_read(work, result["ours"]["about"])
     return Summary(
         ours=tokens / statistics.median(r["ours_s"] for r in rounds),
         peer=tokens / statistics.median(r["peer_s"] for r in rounds),
         ratios=tuple(r["peer_s"] / r["ours_s"] for r in rounds),
-        fractions=nbytes and tuple(nbytes / r["ours_s"] / r["read_bytes_per_s"] for r in rounds),
-        bandwidth=statistics.median(r["read_bytes_per_s"] for r in rounds),
-        foreign=max(max(r["ours_foreign"], r["peer_foreign"]) for r in rounds),
+        fractions=None
+        if nbytes is None
+        else tuple(nbytes / r["ours_s"] / r["read_bytes_per_s"] for r in rounds),
+        reads=tuple(r["read_bytes_per_s"] for r in rounds),
+        foreign=max(disturbance(r) for r in rounds),
+        disturbed=len(measured) - len(undisturbed(measured)),
+        all_disturbed=not undisturbed(measured),
     )
 
 
