@@ -21,7 +21,7 @@ class Environment:
     offline: bool = False  # QWENRT_OFFLINE or HF_HUB_OFFLINE: never open a socket
     backend: str | None = None  # QWENRT_BACKEND: what device="auto" means
     num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
-    kernels: str = "auto"  # QWENRT_KERNELS: auto | off | avx2 | scalar, the C++ kernels of the CPU
+    kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
 
     @classmethod

@@ -272,13 +272,30 @@ def test_kernels_can_be_chosen_and_switched_off(cpu: CPUBackend) -> None:
     weight = random_weight(8, 32, 4, 16)
     assert cpu.pack_linear(weight, torch.float32).kind == "w4a16"
     assert cpu.why_not("linear", OpSpec("linear", "o", torch.float32, kind="w4a16")) is not None
-    with pytest.raises(BackendError, match=r"'avx512': no such choice. Use one of: auto, off, avx2, scalar"):
+    with pytest.raises(BackendError, match=r"'avx512': no such choice. Use one of: auto, off, avx512vnni, avx2"):
         cpu.configure("avx512")
+
+
+@needs_kernels
+def test_every_set_of_this_cpu_can_be_chosen_and_no_other(cpu: CPUBackend) -> None:
+    assert cpu.kernels is not None
+    here = cpu.kernels.isas
+    assert here[-1] == "scalar" and set(here) <= set(backend.KERNEL_CHOICES)
+    cpu.configure()
+    assert cpu.describe().startswith(f"csrc {here[0]}, ")
+    for name in here:
+        cpu.configure(name)
+        assert cpu.kernels.isa == name
+    for name in set(backend.KERNEL_CHOICES) - {"auto", "off", *here}:
+        with pytest.raises(BackendError, match=f"'{name}' were asked for; this CPU and build have {here[0]}"):
+            cpu.configure(name)
 
 
 def test_kernel_status_is_one_line() -> None:
     line = kernel_status()
     assert "\n" not in line
+    if BUILT:
+        assert all(name in line for name in kernels.Kernels().isas)
     assert line.startswith("csrc ") if BUILT else line.startswith("plain torch: csrc was not built")
 
 
@@ -496,6 +513,22 @@ def test_broken_sources_name_the_compilers_first_error(build: ModuleType, tmp_pa
     reason = build.build_kernels(tmp_path / "x.so", source=tmp_path)
     assert "failed (" in reason and "error" in reason and "\n" not in reason
     assert not (tmp_path / "x.so").exists()
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
+def test_flags_that_a_compiler_does_not_know_cost_their_set_alone(
+    build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build.SETS = {build.machine(): {"avx9": ["-mavx9"], "avx10": []}}
+    build.FLAGS = [*build.FLAGS, "-O0"]
+    build.SOURCES = dict.fromkeys(build.SOURCES, "avx10") | {
+        name: "" for name, instructions in build.SOURCES.items() if not instructions
+    }
+    build.SOURCES["kernels_avx2.cpp"] = "avx9"
+    assert build.build_or_say_why(tmp_path / "x.so")
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith("qwenrt: without those for avx9: ") and "mavx9" in said[1] and len(said) == 2
+    assert kernels.Kernels(tmp_path / "x.so").isas == ("scalar",)
 
 
 def test_a_folder_that_cannot_be_written_leaves_no_part(

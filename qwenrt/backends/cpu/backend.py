@@ -28,7 +28,7 @@ from qwenrt.errors import BackendError
 from qwenrt.ops import reference
 from qwenrt.ops.types import CanonicalWeight, LayerKV, LayerWeights, Packed, StepPlan
 
-KERNEL_CHOICES = ("auto", "off", "avx2", "scalar")
+KERNEL_CHOICES = ("auto", "off", "avx512vnni", "avx2", "neondot", "neon", "scalar")
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
 _ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
 _LARGE = 1 << 20  # weights of a linear from which on "auto" rounds: below, exact sums cost nobody anything
@@ -51,7 +51,9 @@ def _load() -> Kernels | KernelsUnavailable:
 
 def kernel_status() -> str:
     """One line: which kernels serve the CPU and, if not the compiled ones, why and how to get them."""
-    return CPUBackend(torch.device("cpu")).describe()
+    cpu = CPUBackend(torch.device("cpu"))
+    others = [] if cpu.kernels is None else [name for name in cpu.kernels.isas if name != cpu.kernels.isa]
+    return f"{cpu.describe()} (QWENRT_KERNELS: {', '.join(others)} run here too)" if others else cpu.describe()
 
 
 @dataclass
@@ -78,7 +80,7 @@ class CPUBackend(Backend):
     def configure(
         self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
     ) -> None:
-        """Choose the kernels ("auto", "off", "avx2", "scalar"), the threads and what activations are rounded
+        """Choose the kernels (one of KERNEL_CHOICES), the threads and what activations are rounded
         to ("auto", "exact", "int16", "int8"); before any weight is packed.
 
         The number of threads holds for this process, torch included where it is given; by default it is
