@@ -78,7 +78,9 @@ def build_kernels(
         return "no C++ compiler was found (set CXX, or install g++ or clang++)"
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            objects = compile_sources([*compiler, *FLAGS], source, Path(scratch), machine(), {} if lost is None else lost)
+            objects = compile_sources(
+                [*compiler, *FLAGS], source, Path(scratch), machine(), {} if lost is None else lost
+            )
             library = Path(scratch, target.name)
             _run([*compiler, "-shared", "-pthread", *objects, "-o", str(library)])
             target.parent.mkdir(parents=True, exist_ok=True)

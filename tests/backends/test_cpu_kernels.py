@@ -272,7 +272,9 @@ def test_kernels_can_be_chosen_and_switched_off(cpu: CPUBackend) -> None:
     weight = random_weight(8, 32, 4, 16)
     assert cpu.pack_linear(weight, torch.float32).kind == "w4a16"
     assert cpu.why_not("linear", OpSpec("linear", "o", torch.float32, kind="w4a16")) is not None
-    with pytest.raises(BackendError, match=r"'avx512': no such choice. Use one of: auto, off, avx512vnni, avx2"):
+    with pytest.raises(
+        BackendError, match=r"'avx512': no such choice. Use one of: auto, off, avx512vnni, avx2"
+    ):
         cpu.configure("avx512")
 
 

@@ -53,7 +53,9 @@ def kernel_status() -> str:
     """One line: which kernels serve the CPU and, if not the compiled ones, why and how to get them."""
     cpu = CPUBackend(torch.device("cpu"))
     others = [] if cpu.kernels is None else [name for name in cpu.kernels.isas if name != cpu.kernels.isa]
-    return f"{cpu.describe()} (QWENRT_KERNELS: {', '.join(others)} run here too)" if others else cpu.describe()
+    return (
+        f"{cpu.describe()} (QWENRT_KERNELS: {', '.join(others)} run here too)" if others else cpu.describe()
+    )
 
 
 @dataclass
