@@ -8,8 +8,8 @@ namespace {
 
 // out = the dot products of `count` words with one place's activations after the other.
 template <int BITS, int TILE, int STREAMS>
-INLINE void dot_products(const uint32_t* const (&words)[STREAMS][kBlocks], int64_t offset, const int32_t* x, int64_t count,
-                         Ints (&out)[STREAMS][TILE]) {
+INLINE void dot_products(const uint32_t* const (&words)[STREAMS][kBlocks], int64_t offset, const int32_t* x,
+                         int64_t count, Ints (&out)[STREAMS][TILE]) {
   constexpr int PLACES = BITS == 4 ? 2 : 1;
   Products<BITS> sums[STREAMS][TILE];
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { clear(sums[s][t]); }); });
@@ -47,7 +47,8 @@ INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, Float
     UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = all(0.0f); }); });
     for (int64_t part = 0; part < in.blocks_per_group; ++part) {
       const int64_t skipped = part * in.words_per_block, rest = w.words_per_group - skipped;
-      const int64_t count = rest < in.words_per_block ? rest : in.words_per_block, word = g * w.words_per_group + skipped;
+      const int64_t count = rest < in.words_per_block ? rest : in.words_per_block;
+      const int64_t word = g * w.words_per_group + skipped;
       const int64_t at = tile * row_parts + g * in.blocks_per_group + part;
       const int64_t x = (tile * row_words + word) * PLACES * TILE;
       Ints dots[STREAMS][TILE];
@@ -76,8 +77,8 @@ INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, Float
 }
 
 template <int TILE, int STREAMS>
-INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const Floats (&totals)[STREAMS][TILE], float* y,
-                       const Blocks<STREAMS>& blocks, int64_t tile) {
+INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const Floats (&totals)[STREAMS][TILE],
+                       float* y, const Blocks<STREAMS>& blocks, int64_t tile) {
   UNROLL(STREAMS, s, {
     UNROLL(TILE, t, {
       if (tile * TILE + t < in.tokens)
@@ -149,7 +150,8 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 }
 
 // As Kernels says of bytes. The sums have the order of the portable kernel: what is wide must not depend on the set.
-int round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale, int32_t* sum) {
+int round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale,
+                int32_t* sum) {
   uint32_t most[8] = {};
   float totals[8] = {};
   for (int64_t i = 0; i < n; i += 8)
@@ -164,7 +166,8 @@ int round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, i
   float largest;
   __builtin_memcpy(&largest, most, sizeof largest);
   if (!(largest <= kLargestActivation)) return 0;
-  const float total = ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
+  const float total =
+      ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
   const bool wide = !narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;

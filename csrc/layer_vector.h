@@ -1,6 +1,6 @@
 // Eight floats: AVX2 or NEON where the file that includes this is compiled for them and does not define
-// QWENRT_PORTABLE, plain C++ elsewhere. The bodies of the kernels are written once over this type. Everything is local to the including file, which may be built with flags
-// that no other code may meet.
+// QWENRT_PORTABLE, plain C++ elsewhere. The bodies of the kernels are written once over this type. Everything is local
+// to the including file, which may be built with flags that no other code may meet.
 #pragma once
 #include <stdint.h>
 #include <string.h>

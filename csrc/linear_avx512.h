@@ -25,7 +25,8 @@ INLINE Words join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_
 INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 INLINE __m256i load2x128(const uint16_t* low, const uint16_t* high) {
   const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)),
+                                 1);
 }
 INLINE Words load_words(const uint32_t* const* blocks, int64_t offset) {
   return join(load256(blocks[0] + offset), load256(blocks[1] + offset));

@@ -6,16 +6,18 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
-#define CHECK(condition, ...)                                          \
-  do {                                                                 \
-    if (!(condition)) {                                                \
-      fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);  \
-      fprintf(stderr, __VA_ARGS__);                                    \
-      fprintf(stderr, "\n");                                           \
-      exit(1);                                                         \
-    }                                                                  \
+#define CHECK(condition, ...)                                         \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      fprintf(stderr, __VA_ARGS__);                                   \
+      fprintf(stderr, "\n");                                          \
+      exit(1);                                                        \
+    }                                                                 \
   } while (0)
 
 class Random {
@@ -30,7 +32,9 @@ class Random {
   bool coin() { return bits() & 1; }
   float uniform() { return float(bits() >> 8) / float(1 << 24) * 2 - 1; }  // -1 to 1
   template <class T>
-  T one_of(std::initializer_list<T> values) { return values.begin()[below(int64_t(values.size()))]; }
+  T one_of(std::initializer_list<T> values) {
+    return values.begin()[below(int64_t(values.size()))];
+  }
   std::vector<float> floats(int64_t count, float size = 1) {
     std::vector<float> values(static_cast<size_t>(count));
     for (float& value : values) value = uniform() * size;

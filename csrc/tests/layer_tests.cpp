@@ -33,7 +33,8 @@ struct Cache {
       for (int64_t i = 0; i < cells * dim; ++i) all->push_back(uint8_t(random.bits()));
     c.k = codes ? static_cast<void*>(k_codes.data()) : k.data();
     c.v = codes ? static_cast<void*>(v_codes.data()) : v.data();
-    if (codes) c.k_scale = k_scale.data(), c.k_zero = k_zero.data(), c.v_scale = v_scale.data(), c.v_zero = v_zero.data();
+    if (codes)
+      c.k_scale = k_scale.data(), c.k_zero = k_zero.data(), c.v_scale = v_scale.data(), c.v_zero = v_zero.data();
     c.block_size = block_size, c.num_kv_heads = heads, c.head_dim = dim;
   }
   double key(int64_t cell, int64_t i) const { return value_of(k, k_codes, k_scale, k_zero, cell, i); }
@@ -75,15 +76,22 @@ std::vector<double> attend(const Cache& cache, const int64_t* table, const float
 void test_attention(int count) {
   Random random(11);
   for (int n = 0; n < count; ++n) {
-    const Case c{1 + random.below(3), 1 + random.below(4), 8 * (1 + random.below(8)), random.one_of<int64_t>({1, 4, 16}),
-                 random.one_of<int64_t>({0, 0, 5, 300}), random.coin()};
-    const int64_t heads = c.kv_heads * c.group, count_of_sequences = 1 + random.below(3), blocks = 600 / c.block_size * 3;
+    const Case c{1 + random.below(3),
+                 1 + random.below(4),
+                 8 * (1 + random.below(8)),
+                 random.one_of<int64_t>({1, 4, 16}),
+                 random.one_of<int64_t>({0, 0, 5, 300}),
+                 random.coin()};
+    const int64_t heads = c.kv_heads * c.group, count_of_sequences = 1 + random.below(3),
+                  blocks = 600 / c.block_size * 3;
     Cache cache(blocks, c.block_size, c.kv_heads, c.dim, c.codes, random);
     std::vector<int64_t> first, q_lens, kv_lens, tables, ids;
     int64_t tokens = 0;
     for (int64_t s = 0; s < count_of_sequences; ++s) {
-      const int64_t q_len = random.one_of<int64_t>({1, 1, 2, 7, 40}), kv_len = q_len + random.one_of<int64_t>({0, 3, 254, 500});
-      first.push_back(tokens), q_lens.push_back(q_len), kv_lens.push_back(kv_len), tables.push_back(int64_t(ids.size()));
+      const int64_t q_len = random.one_of<int64_t>({1, 1, 2, 7, 40}),
+                    kv_len = q_len + random.one_of<int64_t>({0, 3, 254, 500});
+      first.push_back(tokens), q_lens.push_back(q_len), kv_lens.push_back(kv_len),
+          tables.push_back(int64_t(ids.size()));
       for (int64_t i = 0; i * c.block_size < kv_len; ++i) ids.push_back(random.below(blocks));
       tokens += q_len;
     }
@@ -91,15 +99,20 @@ void test_attention(int count) {
     const float scale = 1 / sqrtf(float(c.dim));
     for_each_isa([&](const char* isa) {
       std::vector<float> out(q.size(), NAN);
-      const QwenrtSequences sequences{count_of_sequences, first.data(), q_lens.data(), kv_lens.data(), tables.data(), ids.data()};
-      CHECK(qwenrt_attention(&sequences, &cache.c, q.data(), heads * c.dim, heads, out.data(), scale, c.window) == QWENRT_OK, "%s", isa);
+      const QwenrtSequences sequences{count_of_sequences, first.data(),  q_lens.data(),
+                                      kv_lens.data(),     tables.data(), ids.data()};
+      CHECK(qwenrt_attention(&sequences, &cache.c, q.data(), heads * c.dim, heads, out.data(), scale, c.window) ==
+                QWENRT_OK,
+            "%s", isa);
       for (int64_t s = 0; s < count_of_sequences; ++s)
         for (int64_t j = 0; j < q_lens[size_t(s)]; ++j)
           for (int64_t h = 0; h < heads; ++h) {
             const int64_t row = ((first[size_t(s)] + j) * heads + h) * c.dim;
-            const std::vector<double> wanted = attend(cache, ids.data() + tables[size_t(s)], q.data() + row, h / c.group,
-                                                      kv_lens[size_t(s)] - q_lens[size_t(s)] + j, scale, c.window);
-            for (int64_t i = 0; i < c.dim; ++i) check_near(out[size_t(row + i)], wanted[size_t(i)], 2e-5, isa, "attention");
+            const std::vector<double> wanted =
+                attend(cache, ids.data() + tables[size_t(s)], q.data() + row, h / c.group,
+                       kv_lens[size_t(s)] - q_lens[size_t(s)] + j, scale, c.window);
+            for (int64_t i = 0; i < c.dim; ++i)
+              check_near(out[size_t(row + i)], wanted[size_t(i)], 2e-5, isa, "attention");
           }
     });
   }
@@ -111,7 +124,8 @@ void test_norm_and_silu() {
   Random random(12);
   for (int64_t dim : {1, 7, 8, 9, 64, 203})
     for (int64_t rows : {0, 1, 5}) {
-      const std::vector<float> x = random.floats(rows * dim, 3), weight = random.floats(dim), gates = random.floats(rows * 2 * dim, 90);
+      const std::vector<float> x = random.floats(rows * dim, 3), weight = random.floats(dim),
+                               gates = random.floats(rows * 2 * dim, 90);
       for_each_isa([&](const char* isa) {
         std::vector<float> out(size_t(rows * dim), NAN), product(out);
         qwenrt_rms_norm(x.data(), weight.data(), out.data(), rows, dim, 1e-6f);
@@ -121,7 +135,8 @@ void test_norm_and_silu() {
           for (int64_t i = 0; i < dim; ++i) squares += double(x[size_t(r * dim + i)]) * x[size_t(r * dim + i)];
           const double factor = 1 / sqrt(squares / double(dim) + 1e-6);
           for (int64_t i = 0; i < dim; ++i) {
-            check_near(out[size_t(r * dim + i)], x[size_t(r * dim + i)] * factor * weight[size_t(i)], 2e-6 * 3, isa, "norm");
+            check_near(out[size_t(r * dim + i)], x[size_t(r * dim + i)] * factor * weight[size_t(i)], 2e-6 * 3, isa,
+                       "norm");
             const double wanted = silu(gates[size_t(r * 2 * dim + i)]) * gates[size_t((r * 2 + 1) * dim + i)];
             check_near(product[size_t(r * dim + i)], wanted, 1e-6 * fabs(wanted) + 1e-30, isa, "silu");
           }
@@ -132,7 +147,8 @@ void test_norm_and_silu() {
     const float gates[16] = {INFINITY, -INFINITY, NAN, 200, -200, 0, 1, -1, 2, 2, 2, 2, 2, 2, 2, 2};
     float out[8];
     qwenrt_silu_and_mul(gates, out, 1, 8);
-    CHECK(out[0] == INFINITY && isnan(out[2]) && out[3] == 400 && out[5] == 0, "%s: %g %g %g %g", isa, out[0], out[2], out[3], out[5]);
+    CHECK(out[0] == INFINITY && isnan(out[2]) && out[3] == 400 && out[5] == 0, "%s: %g %g %g %g", isa, out[0], out[2],
+          out[3], out[5]);
     check_near(out[4], 0, 1e-30, isa, "silu(-200)");
   });
 }
@@ -141,13 +157,15 @@ void test_rotary(bool codes) {
   Random random(13);
   const int64_t heads = 3, kv_heads = 2, dim = 16, rotary = 12, tokens = 4, all = heads + 2 * kv_heads;
   Cache cache(4, 2, kv_heads, dim, codes, random);
-  const std::vector<float> qkv = random.floats(tokens * all * dim), cos = random.floats(tokens * rotary), sin = random.floats(tokens * rotary);
+  const std::vector<float> qkv = random.floats(tokens * all * dim), cos = random.floats(tokens * rotary),
+                           sin = random.floats(tokens * rotary);
   const std::vector<float> scale = random.floats(tokens), norm = random.floats(dim);
   const std::vector<int64_t> slots = {5, -1, 0, 7};
   for_each_isa([&](const char* isa) {
     std::vector<float> qk(size_t(tokens * (heads + kv_heads) * dim), NAN);
     QwenrtRotary a{};
-    a.qkv = qkv.data(), a.qk = qk.data(), a.q_norm = norm.data(), a.k_norm = norm.data(), a.cos = cos.data(), a.sin = sin.data();
+    a.qkv = qkv.data(), a.qk = qk.data(), a.q_norm = norm.data(), a.k_norm = norm.data(), a.cos = cos.data(),
+    a.sin = sin.data();
     a.q_scale = scale.data(), a.slots = slots.data(), a.num_heads = heads, a.num_kv_heads = kv_heads, a.head_dim = dim;
     a.rotary_dim = rotary, a.eps = 1e-6f;
     CHECK(qwenrt_rotary_store(&a, &cache.c, tokens) == QWENRT_OK, "%s", isa);
@@ -166,8 +184,10 @@ void test_rotary(bool codes) {
       for (int64_t h = 0; slots[size_t(t)] >= 0 && h < kv_heads; ++h)
         for (int64_t i = 0; i < dim; ++i) {
           const int64_t cell = slots[size_t(t)] * kv_heads + h;
-          check_near(cache.key(cell, i), qk[size_t((t * (heads + kv_heads) + heads + h) * dim + i)], codes ? 0.02 : 0, isa, "stored key");
-          check_near(cache.value(cell, i), qkv[size_t((t * all + heads + kv_heads + h) * dim + i)], codes ? 0.005 : 0, isa, "stored value");
+          check_near(cache.key(cell, i), qk[size_t((t * (heads + kv_heads) + heads + h) * dim + i)], codes ? 0.02 : 0,
+                     isa, "stored key");
+          check_near(cache.value(cell, i), qkv[size_t((t * all + heads + kv_heads + h) * dim + i)], codes ? 0.005 : 0,
+                     isa, "stored value");
         }
     }
   });

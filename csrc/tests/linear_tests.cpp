@@ -85,7 +85,8 @@ struct Weight {
 // a share of the largest activation of a block of 128 for each input of it.
 void check_against_double(const Weight& w, const std::vector<float>& x, const std::vector<float>& y, int64_t tokens,
                           int activations, const char* isa, double exactness) {
-  const double step = activations == QWENRT_EXACT ? 0 : 0.5001 / (activations == QWENRT_INT8 && w.shape.bits == 4 ? 127 : 32767);
+  const double step =
+      activations == QWENRT_EXACT ? 0 : 0.5001 / (activations == QWENRT_INT8 && w.shape.bits == 4 ? 127 : 32767);
   for (int64_t t = 0; t < tokens; ++t) {
     std::vector<double> rounding(size_t(w.shape.k));
     for (int64_t g = 0; g < w.matrix.groups; ++g)
@@ -107,8 +108,9 @@ void check_against_double(const Weight& w, const std::vector<float>& x, const st
         allowed += fabs(value) * rounding[size_t(i)];
       }
       const double error = fabs(y[size_t(t * w.shape.n + n)] - wanted);
-      CHECK(error <= allowed * 1.001 + size * exactness, "%s n=%d k=%d group=%d bits=%d tokens=%d mode=%d: row %d of token %d: %g for %g", isa,
-            int(w.shape.n), int(w.shape.k), int(w.shape.group), w.shape.bits, int(tokens), activations, int(n), int(t),
+      CHECK(error <= allowed * 1.001 + size * exactness,
+            "%s n=%d k=%d group=%d bits=%d tokens=%d mode=%d: row %d of token %d: %g for %g", isa, int(w.shape.n),
+            int(w.shape.k), int(w.shape.group), w.shape.bits, int(tokens), activations, int(n), int(t),
             y[size_t(t * w.shape.n + n)], wanted);
     }
   }
@@ -144,11 +146,13 @@ void check_weight(const Weight& w, const std::vector<float>& x, int64_t tokens, 
       const std::vector<float> y = run(w, x, tokens, activations);
       check_against_double(w, x, y, tokens, activations, isa, exactness);
       if (activations != QWENRT_EXACT)
-        CHECK(same_bits(y.data(), scalar.data(), y.size()), "%s and scalar differ: n=%d k=%d group=%d bits=%d tokens=%d mode=%d",
-              isa, int(w.shape.n), int(w.shape.k), int(w.shape.group), w.shape.bits, int(tokens), activations);
+        CHECK(same_bits(y.data(), scalar.data(), y.size()),
+              "%s and scalar differ: n=%d k=%d group=%d bits=%d tokens=%d mode=%d", isa, int(w.shape.n), int(w.shape.k),
+              int(w.shape.group), w.shape.bits, int(tokens), activations);
       for (int64_t t = 0; t < tokens && t < 3 && activations != QWENRT_EXACT; ++t) {  // alone as in a batch
         const std::vector<float> row(x.begin() + t * w.shape.k, x.begin() + (t + 1) * w.shape.k);
-        CHECK(same_bits(run(w, row, 1, activations).data(), y.data() + t * w.shape.n, size_t(w.shape.n)), "%s token %d", isa, int(t));
+        CHECK(same_bits(run(w, row, 1, activations).data(), y.data() + t * w.shape.n, size_t(w.shape.n)), "%s token %d",
+              isa, int(t));
       }
     });
   }
@@ -160,7 +164,8 @@ void test_shapes(int count) {
     const int64_t n = random.coin() ? 1 + random.below(40) : random.one_of<int64_t>({1, 7, 8, 9, 64, 201});
     const int64_t k = random.coin() ? 1 + random.below(140) : random.one_of<int64_t>({1, 3, 128, 259, 517});
     const int64_t group = random.one_of<int64_t>({k, 8, 20, 24, 31, 32, 64, 128, 200});
-    const Shape shape{n, k, group, random.coin() ? 4 : 8, random.coin(), random.coin(), random.below(4) == 0, random.coin()};
+    const Shape shape{
+        n, k, group, random.coin() ? 4 : 8, random.coin(), random.coin(), random.below(4) == 0, random.coin()};
     const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 33});
     const Weight w(shape, random);
     check_weight(w, random.floats(tokens * k, ldexpf(1, int(random.below(20)) - 10)), tokens);
@@ -193,8 +198,8 @@ void test_what_is_not_finite() {
         for (int64_t tokens : {1, 2, 9}) {
           std::vector<float> x = random.floats(tokens * 70), y(size_t(tokens * 20));
           x[size_t(random.below(tokens * 70))] = bad;
-          CHECK(qwenrt_quant_linear(&w.matrix, x.data(), y.data(), tokens, activations) == QWENRT_NOT_FINITE, "%s mode %d: %g",
-                isa, activations, bad);
+          CHECK(qwenrt_quant_linear(&w.matrix, x.data(), y.data(), tokens, activations) == QWENRT_NOT_FINITE,
+                "%s mode %d: %g", isa, activations, bad);
         }
   });
 }
@@ -207,7 +212,8 @@ void test_nothing() {
     for (int activations : {QWENRT_INT16, QWENRT_INT8})
       for (float nothing : {0.0f, -0.0f, 1e-45f, 1e-38f, 7e-31f}) {
         const std::vector<float> y = run(w, std::vector<float>(600, nothing), 2, activations);
-        for (int i = 0; i < 40; ++i) CHECK(y[size_t(i)] == w.bias[size_t(i % 20)], "%s %g gives %g", isa, nothing, y[size_t(i)]);
+        for (int i = 0; i < 40; ++i)
+          CHECK(y[size_t(i)] == w.bias[size_t(i % 20)], "%s %g gives %g", isa, nothing, y[size_t(i)]);
       }
   });
 }
@@ -215,7 +221,8 @@ void test_nothing() {
 void test_dense16(int count) {
   Random random(5);
   for (int i = 0; i < count; ++i) {
-    const int64_t n = 1 + random.below(30), k = random.coin() ? 1 + random.below(100) : random.one_of<int64_t>({64, 129, 300});
+    const int64_t n = 1 + random.below(30),
+                  k = random.coin() ? 1 + random.below(100) : random.one_of<int64_t>({64, 129, 300});
     const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 9, 33});
     const bool is_half = random.coin(), has_bias = random.coin();
     std::vector<uint16_t> w(size_t(n * k));
@@ -232,8 +239,8 @@ void test_dense16(int count) {
             const double product = double(is_half ? half_to_float(raw) : bfloat_to_float(raw)) * x[size_t(t * k + c)];
             wanted += product, size += fabs(product);
           }
-          CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * kExactness, "%s n=%d k=%d tokens=%d half=%d: %g for %g", isa, int(n),
-                int(k), int(tokens), is_half, y[size_t(t * n + r)], wanted);
+          CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * kExactness, "%s n=%d k=%d tokens=%d half=%d: %g for %g",
+                isa, int(n), int(k), int(tokens), is_half, y[size_t(t * n + r)], wanted);
         }
     });
   }
@@ -259,8 +266,10 @@ void test_every_16_bit_value() {
             }
             const uint16_t raw = w[size_t(r * k + place)];
             const float wanted = is_half ? half_to_float(raw) : bfloat_to_float(raw), got = y[size_t(r)];
-            if (finite || k == 1) CHECK(got == wanted || (isnan(got) && isnan(wanted)), "%s %04x: %g for %g", isa, raw, got, wanted);
-            else CHECK(isnan(got) || isinf(got), "%s row %d: %g", isa, int(r), got);
+            if (finite || k == 1)
+              CHECK(got == wanted || (isnan(got) && isnan(wanted)), "%s %04x: %g for %g", isa, raw, got, wanted);
+            else
+              CHECK(isnan(got) || isinf(got), "%s row %d: %g", isa, int(r), got);
           }
         }
       }

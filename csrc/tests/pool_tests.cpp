@@ -1,6 +1,4 @@
 // The thread pool: every task once, whoever calls, with any number of threads, nested, after fork.
-#include "../thread_pool.h"
-
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -8,6 +6,7 @@
 #include <chrono>
 #include <thread>
 
+#include "../thread_pool.h"
 #include "check.h"
 
 namespace {
@@ -17,7 +16,8 @@ struct Counts {
   explicit Counts(int64_t tasks) : of(static_cast<size_t>(tasks)) {}
   static void add(void* counts, int64_t i) { static_cast<Counts*>(counts)->of[size_t(i)].fetch_add(1); }
   void expect(int each, const char* what) {
-    for (size_t i = 0; i < of.size(); ++i) CHECK(of[i] == each, "%s: task %d ran %d times, not %d", what, int(i), of[i].load(), each);
+    for (size_t i = 0; i < of.size(); ++i)
+      CHECK(of[i] == each, "%s: task %d ran %d times, not %d", what, int(i), of[i].load(), each);
   }
 };
 
@@ -77,7 +77,9 @@ void test_a_lock_spans_calls(int rounds) {
         PoolLock lock;
         int64_t mine = c;
         parallel_for(64, [](void* value, int64_t t) { shared[t] = *static_cast<int64_t*>(value); }, &mine);
-        parallel_for(64, [](void* value, int64_t t) { CHECK(shared[t] == *static_cast<int64_t*>(value), "overwritten"); }, &mine);
+        parallel_for(
+            64, [](void* value, int64_t t) { CHECK(shared[t] == *static_cast<int64_t*>(value), "overwritten"); },
+            &mine);
       }
     });
   for (std::thread& caller : callers) caller.join();
@@ -93,9 +95,9 @@ void test_nested_calls() {
       std::atomic<int> round;
     } outer{&inner, {0}};
     for (int round = 0; round < 50; ++round)
-      parallel_for(8, [](void* context, int64_t) {
-        parallel_for(8 * 5, Counts::add, static_cast<Outer*>(context)->counts);
-      }, &outer);
+      parallel_for(
+          8, [](void* context, int64_t) { parallel_for(8 * 5, Counts::add, static_cast<Outer*>(context)->counts); },
+          &outer);
     inner.expect(8 * 50, "nested");
   }
 }
@@ -108,7 +110,12 @@ void test_rounds_after_sleep() {
     std::this_thread::sleep_for(std::chrono::milliseconds(3));  // longer than they spin
     plain.run(50);
   }
-  parallel_for(6, [](void*, int64_t i) { if (i % 2) std::this_thread::sleep_for(std::chrono::milliseconds(2)); }, nullptr);
+  parallel_for(
+      6,
+      [](void*, int64_t i) {
+        if (i % 2) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      },
+      nullptr);
 }
 
 #if !defined(__SANITIZE_THREAD__)  // which does not follow a fork of several threads

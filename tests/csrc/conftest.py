@@ -60,10 +60,13 @@ def link(command: list[str], test: str, with_these: list[str], into: Path) -> Pa
     return program
 
 
-def run(command: list[str], **environment: str) -> str:
-    """What the program says; fails with its last words where it fails."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=250, env={**os.environ, **environment}
-    )
+def run(command: list[str], cpus: set[int] | None = None) -> str:
+    """What the program says, kept to ``cpus``; fails with its last words where it fails."""
+
+    def keep_to() -> None:
+        if cpus is not None:
+            os.sched_setaffinity(0, cpus)
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, preexec_fn=keep_to)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout

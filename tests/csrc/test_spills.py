@@ -17,8 +17,8 @@ import pytest
 
 from qwenrt.backends.cpu import kernels
 
-# Kernel -> its multiply instructions and, by its template's numbers, how many of them its hot loop has: what is unrolled
-# over sums, streams and places. Set-up and tails are other loops.
+# Kernel -> its multiply instructions and, by its template's numbers, how many of them its hot loop has: what is
+# unrolled over sums, streams and places. Set-up and tails are other loops.
 HOT: dict[str, tuple[str, Callable[..., int]]] = {
     "blocks_times_tile": ("vfmadd", lambda bits, tile, streams: 32 // bits * tile * streams),
     "dense_rows_times_tile": ("vfmadd", lambda half, tile, streams: tile * streams * (2 if tile == 1 else 1)),

@@ -31,8 +31,9 @@ inline __m512 _mm512_cvtph_ps(__m256i a) {
   memcpy(in, &a, sizeof in);
   for (int i = 0; i < 16; ++i) {
     const int exponent = in[i] >> 10 & 31, fraction = in[i] & 1023;
-    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                                      : ldexpf(float(exponent ? 1024 + fraction : fraction), (exponent ? exponent : 1) - 25);
+    const float size = exponent == 31
+                           ? (fraction ? NAN : INFINITY)
+                           : ldexpf(float(exponent ? 1024 + fraction : fraction), (exponent ? exponent : 1) - 25);
     out[i] = in[i] & 0x8000 ? -size : size;
   }
   return _mm512_loadu_ps(out);
