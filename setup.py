@@ -25,10 +25,11 @@ from setuptools.command.develop import develop
 ROOT = Path(__file__).resolve().parent
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
+NEON = ["-fno-schedule-insns"]  # gcc's first scheduling has more values alive than there are registers
 # Machine -> its instruction sets and their flags, each for CPUs that run those before it as well.
 SETS = {
     "x86_64": {"avx2": AVX2, "avx512vnni": AVX512},
-    "aarch64": {"neon": [], "neondot": ["-march=armv8.2-a+dotprod"]},
+    "aarch64": {"neon": NEON, "neondot": [*NEON, "-march=armv8.2-a+dotprod"]},
 }
 SOURCES = {  # file -> its instruction set, if any: no flag may reach code that is run before the CPU was asked
     "api.cpp": "",

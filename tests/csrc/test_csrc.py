@@ -60,6 +60,7 @@ def test_the_thread_pool_under_the_thread_sanitizer(compiler: list[str], tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_set_here_under_sanitizers(
     compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
 ) -> None:

@@ -25,6 +25,7 @@ HOT: dict[str, tuple[str, Callable[..., int]]] = {
     "distant_rows": ("vpmadd", lambda bits, tile, streams: (9 if bits == 4 else 2) * tile * streams),
     "neighbouring_rows": ("vpmadd", lambda bits, streams: (9 if bits == 4 else 2) * 4 * streams),
     "one_tile": ("vpdpbusd", lambda bits, tile, streams: 8 // bits * tile * streams),
+    "integer_rows_of": ("vpdpbusd", lambda bits, tile, streams: 8 // bits * tile * streams),
     "all_tiles": ("vpdpbusd", lambda bits, streams: 8 // bits * 4 * streams),
 }
 # Moves of whole registers to or from the stack, as a share of these. Some are meant: with AVX2 the sums of a group wait
