@@ -71,6 +71,18 @@ def test_every_set_here_under_sanitizers(
 
 
 @pytest.mark.slow
+def test_portable_code_under_the_thread_sanitizer(
+    compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
+) -> None:
+    command = [*compiler, "-O1", "-fsanitize=thread"]
+    sanitized_or_skip(command, tmp_path)
+    setup_module.SETS.clear()
+    objects = all_objects(command, "")
+    for test in ("linear", "layer"):
+        assert run([str(link(command, test, objects, tmp_path))]) == f"{test}s: scalar: ok\n"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_neon_under_emulation(tmp_path: Path, all_objects: Objects) -> None:
     """With dot products, and on an ARMv8 that has none."""
