@@ -44,7 +44,6 @@ def test_portable_code_under_address_and_undefined_sanitizers(
     setup_module.SETS.clear()
     objects = all_objects(command, "")
     assert run([str(link(command, "linear", objects, tmp_path)), "8"]) == "linears: scalar: ok\n"
-    assert run([str(link(command, "layer", objects, tmp_path)), "3"]) == "layers: scalar: ok\n"
     assert run([str(link(command, "pool", objects, tmp_path)), "50"]) == "pool: ok\n"
 
 
