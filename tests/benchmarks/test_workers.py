@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.checkpoints import qwen1_checkpoint, qwen2_checkpoint
 from benchmarks.qwenrt_engine import QwenrtEngine
 from benchmarks.rows import Work, llama, torch_eager
 from benchmarks.shapes import TINY, config_of
-from benchmarks.start import checkpoint
 from benchmarks.torch_engine import TorchEngine
-from benchmarks.workers import Options, Worker, Workers, check_llama
+from benchmarks.workers import Options, Worker, Workers, check_peers
 
 
 @pytest.fixture
@@ -71,15 +72,19 @@ def test_a_missing_peer_is_named_with_the_command_that_installs_it(
     with pytest.raises(
         SystemExit, match=r"No module named llama_cpp\. Install it with: .*llama-cpp-python gguf"
     ):
-        check_llama(Options(threads=1, cache=tmp_path, llama_python=broken_python))
+        check_peers(["qwenrt", "llama.cpp"], Options(threads=1, cache=tmp_path, llama_python=broken_python))
 
 
-def test_the_checkpoint_for_starts_is_one_that_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [qwen1_checkpoint, qwen2_checkpoint])
+def test_the_written_checkpoints_are_some_that_load(
+    tmp_path: Path, write: Callable[[str, Path], Path]
+) -> None:
     import qwenrt
 
-    directory = checkpoint(TINY, tmp_path)
-    assert checkpoint(TINY, tmp_path) == directory
-    with qwenrt.load(directory, max_model_len=64) as llm:
+    directory = write(TINY, tmp_path / "model")
+    (directory / "tokenizer.json").unlink(missing_ok=True)  # of other tools' kind
+    with qwenrt.load(directory, max_model_len=64, progress=False) as llm:
         config = config_of(TINY)
         assert (llm.config.hidden_size, llm.config.num_layers) == (config.hidden_size, config.num_layers)
+        assert (llm.config.intermediate_size, llm.config.num_kv_heads) == (config.intermediate_size, 2)
         assert len(llm.generate(prompt_token_ids=[1, 2, 3], max_tokens=1, ignore_eos=True).token_ids) == 1
