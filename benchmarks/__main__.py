@@ -109,12 +109,20 @@ def measure(args: argparse.Namespace) -> Path:
 
     bandwidth = Bandwidth(args.threads, 2**28 if args.tiny else 2**30)
     run = Run(options, Plan(args.rounds, args.quick, args.tiny), bandwidth, say)
+    failed = []
     with Workers(options) as workers:
-        for row in table:
-            _keep(results, out, "rows", row.key, run.row(row, workers))
-        for curve in curves:
-            run.plan = Plan(min(args.rounds, 2), args.quick, args.tiny)
-            _keep(results, out, "curves", curve.key, run.curve(curve, workers))
+        for kind, things in (("rows", table), ("curves", curves)):
+            for thing in things:
+                try:
+                    result = run.row(thing, workers) if kind == "rows" else run.curve(thing, workers)
+                except SystemExit as reason:  # one engine's trouble is no reason to lose the others
+                    say(f"{thing.key}: FAILED: {reason}")
+                    failed.append(thing.key)
+                    workers.of([])
+                else:
+                    _keep(results, out, kind, thing.key, result)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}. The others are in {out}.")
     return out
 
 

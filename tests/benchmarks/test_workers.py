@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.checkpoints import qwen1_checkpoint, qwen2_checkpoint
 from benchmarks.qwenrt_engine import QwenrtEngine
-from benchmarks.rows import Work, llama, torch_eager
+from benchmarks.rows import Row, Work, llama, torch_eager
 from benchmarks.shapes import TINY, config_of
 from benchmarks.torch_engine import TorchEngine
 from benchmarks.workers import Options, Worker, Workers, check_peers
@@ -64,6 +67,27 @@ def test_a_worker_that_dies_is_quoted(tmp_path: Path, broken_python: str) -> Non
     options = Options(threads=1, cache=tmp_path, llama_python=broken_python)
     with pytest.raises(SystemExit, match=r"ended with status 3:\nNo module named llama_cpp"):
         Worker(llama(TINY, "Q4_0"), options)
+
+
+def test_a_row_that_fails_is_named_and_the_next_one_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.measure.Bandwidth", lambda threads, nbytes: None)
+    monkeypatch.setattr("benchmarks.__main__.check_peers", lambda names, options: None)
+
+    def row(run: object, row: Row, workers: Workers) -> dict[str, Any]:
+        if row.key == "decode-int8":
+            raise SystemExit("no memory")
+        return {"measured": row.key}
+
+    monkeypatch.setattr("benchmarks.measure.Run.row", row)
+    asked = ["--rows", "decode-int8,prefill-int8", "--curves", "none", "--tiny", "--out"]
+    with pytest.raises(SystemExit, match=r"failed: decode-int8\. The others are in "):
+        main([*asked, str(tmp_path / "results.json")])
+    assert "decode-int8: FAILED: no memory" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == {
+        "prefill-int8": {"measured": "prefill-int8"}
+    }
 
 
 def test_a_missing_peer_is_named_with_the_command_that_installs_it(
