@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.render import document
-from benchmarks.workers import ROOT, Options, Workers, check_llama
+from benchmarks.workers import ROOT, Options, Workers, check_peers
 
 _RESULTS = ROOT / "benchmarks" / "results"
 _EXAMPLES = """examples:
@@ -43,6 +43,11 @@ def parser() -> argparse.ArgumentParser:
     add("--longest", type=int, default=32768, help="longest context of the curves (default: 32768)")
     add("--peer-longest", type=int, default=8192, help="the same for llama.cpp, whose prefill takes longer")
     add("--llama-python", default=sys.executable, help="an interpreter that has llama-cpp-python and gguf")
+    add(
+        "--ort-python",
+        default=sys.executable,
+        help="one that has onnxruntime-genai, onnx, onnx-ir, transformers",
+    )
     cache = Path.home() / ".cache" / "qwenrt-benchmarks"
     add("--cache", type=Path, default=cache, help="random weights, kept (default: %(default)s)")
     add("--out", type=Path, help="results file (default: benchmarks/results/DATE-PROCESSOR.json)")
@@ -88,10 +93,9 @@ def measure(args: argparse.Namespace) -> Path:
     for name in ("rounds", "threads"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} {getattr(args, name)}: it must be at least 1.")
-    options = Options(args.threads, args.cache.expanduser(), args.llama_python)
+    options = Options(args.threads, args.cache.expanduser(), args.llama_python, args.ort_python)
     engines = [row.peer for row in table] + [engine for curve in curves for _, engine in curve.engines]
-    if any(engine.name == "llama.cpp" for engine in engines):
-        check_llama(options)
+    check_peers((engine.name for engine in engines), options)
     found = machine()
     out = args.out or (options.cache if args.quick or args.tiny else _RESULTS) / _file_name(
         found["processor"]
@@ -105,12 +109,20 @@ def measure(args: argparse.Namespace) -> Path:
 
     bandwidth = Bandwidth(args.threads, 2**28 if args.tiny else 2**30)
     run = Run(options, Plan(args.rounds, args.quick, args.tiny), bandwidth, say)
+    failed = []
     with Workers(options) as workers:
-        for row in table:
-            _keep(results, out, "rows", row.key, run.row(row, workers))
-        for curve in curves:
-            run.plan = Plan(min(args.rounds, 2), args.quick, args.tiny)
-            _keep(results, out, "curves", curve.key, run.curve(curve, workers))
+        for kind, things in (("rows", table), ("curves", curves)):
+            for thing in things:
+                try:
+                    result = run.row(thing, workers) if kind == "rows" else run.curve(thing, workers)
+                except SystemExit as reason:  # one engine's trouble is no reason to lose the others
+                    say(f"{thing.key}: FAILED: {reason}")
+                    failed.append(thing.key)
+                    workers.of([])
+                else:
+                    _keep(results, out, kind, thing.key, result)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}. The others are in {out}.")
     return out
 
 

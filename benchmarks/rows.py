@@ -18,7 +18,7 @@ LONG = 8177
 class Engine:
     """An engine with its settings: what one worker process loads."""
 
-    name: str  # qwenrt | llama.cpp | torch
+    name: str  # qwenrt | llama.cpp | torch | onnxruntime-genai
     shape: str
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -76,6 +76,10 @@ def torch_eager(shape: str) -> Engine:
     return Engine("torch", shape)
 
 
+def ort(shape: str) -> Engine:
+    return Engine("onnxruntime-genai", shape, (("group", 128),))
+
+
 def _int4(shape: str, **more: Any) -> Engine:
     return qwenrt(shape, quantize="int4", activations="int8", quantize_head="int8", **more)
 
@@ -89,6 +93,7 @@ def table() -> list[Row]:
     bf16 = qwenrt(SMALL, activations="exact", max_model_len=2048)
     long = _int4(SMALL, kv_cache_dtype="int8", max_num_seqs=1, max_model_len=8320)
     long_q4 = llama(SMALL, "Q4_0", cache="Q8_0", context=8320)
+    short_step = Work("decode", SHORT, 24)
     large, large_q4 = _int4(LARGE, max_model_len=2048), llama(LARGE, "Q4_0")
     return [
         Row("decode-int4", "decode, int4", int4, q4, decode, (1.4, 1.7), (0.75, 0.90)),
@@ -106,12 +111,12 @@ def table() -> list[Row]:
         Row("prefill-int8", "prefill 512, int8", int8, llama(SMALL, "Q8_0"), prefill, (1.4, 2.0)),
         Row("decode-bf16", "decode, bf16", bf16, llama(SMALL, "F16"), decode, (1.3, 1.6), (0.85, 0.97)),
         Row("prefill-bf16", "prefill 512, bf16", bf16, llama(SMALL, "F16"), prefill, (1.0, 1.2)),
-        Row("decode-torch", "decode, bf16", bf16, torch_eager(SMALL), Work("decode", SHORT, 24), (2.0, 2.5)),
+        Row("decode-torch", "decode, bf16", bf16, torch_eager(SMALL), short_step, (2.0, 2.5)),
         Row("prefill-torch", "prefill 512, bf16", bf16, torch_eager(SMALL), prefill, (8.0, 10.0)),
+        Row("decode-ort", "decode, int4", int4, ort(SMALL), short_step),
+        Row("prefill-ort", "prefill 512, int4", int4, ort(SMALL), prefill),
         Row("decode-8k", "decode at 8k context, int4", long, long_q4, Work("decode", LONG, 32), (1.1, 1.4)),
-        Row(
-            "decode-7b", "decode, int4", large, large_q4, Work("decode", SHORT, 24), (1.3, 1.7), (0.75, 0.90)
-        ),
+        Row("decode-7b", "decode, int4", large, large_q4, short_step, (1.3, 1.7), (0.75, 0.90)),
         Row("prefill-7b", "prefill 512, int4", large, large_q4, prefill, (1.3, 1.7)),
         Row(
             "start",

@@ -39,6 +39,10 @@ def load(asked: dict[str, Any]) -> Measured:
         from benchmarks.llama_engine import LlamaEngine
 
         return LlamaEngine(*arguments, cache=Path(asked["cache"]))
+    if asked["name"] == "onnxruntime-genai":
+        from benchmarks.ort_engine import OrtEngine
+
+        return OrtEngine(*arguments, cache=Path(asked["cache"]))
     from benchmarks.torch_engine import TorchEngine
 
     return TorchEngine(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -16,7 +17,15 @@ from typing import Any
 from benchmarks.rows import Engine, Work
 
 ROOT = Path(__file__).parents[1]
-_INSTALL = "Install it with: {python} -m pip install llama-cpp-python gguf (or pass --llama-python)."
+# What a peer's interpreter must import, and where that comes from.
+_NEEDS = {
+    "llama.cpp": ("llama_cpp, gguf", "llama-cpp-python gguf", "--llama-python"),
+    "onnxruntime-genai": (
+        "onnxruntime_genai, onnx, onnx_ir, torch, transformers, safetensors",
+        "onnxruntime-genai onnx onnx-ir torch transformers safetensors",
+        "--ort-python",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -25,22 +34,28 @@ class Options:
 
     threads: int
     cache: Path  # model files of the peers
-    llama_python: str
+    llama_python: str = sys.executable
+    ort_python: str = sys.executable
 
-    def python(self, engine: Engine) -> str:
-        return self.llama_python if engine.name == "llama.cpp" else sys.executable
-
-
-def check_llama(options: Options) -> None:
-    """Says before anything is measured that llama.cpp is missing, and how to get it."""
-    command = [options.llama_python, "-c", "import llama_cpp, gguf"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise SystemExit(
-            f"llama.cpp cannot run in {options.llama_python}: {reason}. "
-            + _INSTALL.format(python=options.llama_python)
+    def python(self, name: str) -> str:
+        """The interpreter that an engine runs in."""
+        return {"llama.cpp": self.llama_python, "onnxruntime-genai": self.ort_python}.get(
+            name, sys.executable
         )
+
+
+def check_peers(names: Iterable[str], options: Options) -> None:
+    """Says before anything is measured which peer is missing, and how to get it."""
+    for name in sorted(set(names) & set(_NEEDS)):
+        modules, packages, option = _NEEDS[name]
+        python = options.python(name)
+        done = subprocess.run([python, "-c", f"import {modules}"], capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise SystemExit(
+                f"{name} cannot run in {python}: {reason}. Install it with: {python} -m pip install {packages} "
+                f"(or pass {option}, or leave its rows out: --list shows them)."
+            )
 
 
 class Worker:
@@ -48,7 +63,7 @@ class Worker:
 
     def __init__(self, engine: Engine, options: Options) -> None:
         asked = engine.described() | {"threads": options.threads, "cache": str(options.cache)}
-        command = [options.python(engine), "-m", "benchmarks.worker", json.dumps(asked)]
+        command = [options.python(engine.name), "-m", "benchmarks.worker", json.dumps(asked)]
         self.engine, self._log = engine, tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the worker)
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -80,7 +95,8 @@ class Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended by itself
+            self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:

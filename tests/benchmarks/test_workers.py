@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.__main__ import main
+from benchmarks.checkpoints import qwen1_checkpoint, qwen2_checkpoint
 from benchmarks.qwenrt_engine import QwenrtEngine
-from benchmarks.rows import Work, llama, torch_eager
+from benchmarks.rows import Row, Work, llama, torch_eager
 from benchmarks.shapes import TINY, config_of
-from benchmarks.start import checkpoint
 from benchmarks.torch_engine import TorchEngine
-from benchmarks.workers import Options, Worker, Workers, check_llama
+from benchmarks.workers import Options, Worker, Workers, check_peers
 
 
 @pytest.fixture
@@ -65,21 +69,46 @@ def test_a_worker_that_dies_is_quoted(tmp_path: Path, broken_python: str) -> Non
         Worker(llama(TINY, "Q4_0"), options)
 
 
+def test_a_row_that_fails_is_named_and_the_next_one_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.measure.Bandwidth", lambda threads, nbytes: None)
+    monkeypatch.setattr("benchmarks.__main__.check_peers", lambda names, options: None)
+
+    def row(run: object, row: Row, workers: Workers) -> dict[str, Any]:
+        if row.key == "decode-int8":
+            raise SystemExit("no memory")
+        return {"measured": row.key}
+
+    monkeypatch.setattr("benchmarks.measure.Run.row", row)
+    asked = ["--rows", "decode-int8,prefill-int8", "--curves", "none", "--tiny", "--out"]
+    with pytest.raises(SystemExit, match=r"failed: decode-int8\. The others are in "):
+        main([*asked, str(tmp_path / "results.json")])
+    assert "decode-int8: FAILED: no memory" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == {
+        "prefill-int8": {"measured": "prefill-int8"}
+    }
+
+
 def test_a_missing_peer_is_named_with_the_command_that_installs_it(
     tmp_path: Path, broken_python: str
 ) -> None:
     with pytest.raises(
         SystemExit, match=r"No module named llama_cpp\. Install it with: .*llama-cpp-python gguf"
     ):
-        check_llama(Options(threads=1, cache=tmp_path, llama_python=broken_python))
+        check_peers(["qwenrt", "llama.cpp"], Options(threads=1, cache=tmp_path, llama_python=broken_python))
 
 
-def test_the_checkpoint_for_starts_is_one_that_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [qwen1_checkpoint, qwen2_checkpoint])
+def test_the_written_checkpoints_are_some_that_load(
+    tmp_path: Path, write: Callable[[str, Path], Path]
+) -> None:
     import qwenrt
 
-    directory = checkpoint(TINY, tmp_path)
-    assert checkpoint(TINY, tmp_path) == directory
-    with qwenrt.load(directory, max_model_len=64) as llm:
+    directory = write(TINY, tmp_path / "model")
+    (directory / "tokenizer.json").unlink(missing_ok=True)  # of other tools' kind
+    with qwenrt.load(directory, max_model_len=64, progress=False) as llm:
         config = config_of(TINY)
         assert (llm.config.hidden_size, llm.config.num_layers) == (config.hidden_size, config.num_layers)
+        assert (llm.config.intermediate_size, llm.config.num_kv_heads) == (config.intermediate_size, 2)
         assert len(llm.generate(prompt_token_ids=[1, 2, 3], max_tokens=1, ignore_eos=True).token_ids) == 1
