@@ -50,6 +50,7 @@ def load(
     max_num_batched_tokens: int = 512,
     fallback: str = "warn",
     progress: bool | None = None,
+    packed_cache: bool | str | PathLike[str] | None = None,
 ) -> LLM:
     """Load a model, wherever it is, for whatever device is there.
 
@@ -63,6 +64,8 @@ def load(
     max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
     fallback: "warn" | "error" | "silent", where a device's own kernel cannot serve.
     progress: None shows bars and one summary line on a terminal's stderr; True or False decides.
+    packed_cache: True or a directory keeps packed weights on disk, so that the next load maps them; None leaves it to
+    QWENRT_PACKED_CACHE.
 
     Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
     """
@@ -82,6 +85,7 @@ def load(
         max_num_batched_tokens=max_num_batched_tokens,
         fallback=fallback,
         progress=progress,
+        packed_cache=packed_cache,
     )
     return LLM(assemble(_name(model), settings, Environment.read()))
 

@@ -20,6 +20,7 @@ from qwenrt.backends.cpu.kernels import (
     dequantize_blocks,
     native_kind,
     pack_quantized,
+    restore_quantized,
     words_per_group,
 )
 from qwenrt.errors import BackendError
@@ -168,6 +169,26 @@ class CPUBackend(Backend):
         bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
         shape = (weight.out_features, weight.in_features)
         return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+
+    def packing_id(self) -> str:
+        """As Backend.packing_id; the instruction set stands in it so that a layout may come to depend on it."""
+        kernels = "plain torch" if self.kernels is None else self.kernels.isa
+        return f"{super().packing_id()} {kernels}"
+
+    def restore_packed(self, packed: Packed) -> str | None:
+        if packed.kind in _QUANTIZED and self.kernels is not None:
+            return restore_quantized(packed)
+        if packed.kind == _DENSE16:
+            weight, shape = packed.data.get("weight"), (packed.out_features, packed.in_features)
+            if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.bfloat16, torch.float16):
+                return f"weight of {_DENSE16} is not in 16 bits"
+            if weight.shape != shape or not weight.is_contiguous():
+                return f"weight of {_DENSE16} is not {list(shape)}"
+            bias = packed.bias
+            if bias is not None and (bias.dtype != torch.float32 or bias.shape != shape[:1]):
+                return f"bias of {_DENSE16} is not float32 [{shape[0]}]"
+            return None
+        return super().restore_packed(packed)
 
     # ---- between the linears
 
