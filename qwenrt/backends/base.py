@@ -247,6 +247,10 @@ class Backend:
         """A weight in this backend's layout and on its device. A dense one that fits already is not copied."""
         return reference.pack(weight, dtype, self.device)
 
+    def packs_words(self) -> bool:
+        """Whether pack_linear takes codes in the ``words`` of a GPTQ file; else they come unpacked."""
+        return False
+
     def packing_id(self) -> str:
         """What decides, beside a weight and a dtype, which bits pack_linear makes of it: kept weights are of one id."""
         kernels = " without its linear" if "linear" in self.demoted else ""

@@ -272,7 +272,15 @@ class _Loader:
             return awq.unpack_awq(qweight, qzeros, scales, bias, group_size=group, name=name, **shape)
         g_idx = self._read(slots.get((part, "g_idx")))
         return packing.unpack_gptq(
-            qweight, qzeros, scales, g_idx, bias, quant=self.config.quant, name=name, **shape
+            qweight,
+            qzeros,
+            scales,
+            g_idx,
+            bias,
+            quant=self.config.quant,
+            name=name,
+            keep_words=self.backend.packs_words(),
+            **shape,
         )
 
     def _bias(self, spec: LinearSpec, slots: dict[tuple[str, str], str], part: str) -> torch.Tensor | None:

@@ -25,6 +25,7 @@ from qwenrt.backends.cpu.kernels import (
 )
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
+from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
 
 KERNEL_CHOICES = ("auto", "off", "avx2", "scalar")
@@ -157,11 +158,11 @@ class CPUBackend(Backend):
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; in the kernels' layout where they serve."""
         if self.kernels is None or "linear" in self.demoted:
-            return super().pack_linear(weight, dtype)
+            return super().pack_linear(with_codes(weight), dtype)
         if weight.dense is None:
             padded = words_per_group(weight.group_size, weight.bits) * 32 / weight.bits
             if padded > weight.group_size * _PADDING_WORTH:
-                return super().pack_linear(weight, dtype)
+                return super().pack_linear(with_codes(weight), dtype)
             return pack_quantized(self.kernels, weight)
         dense = weight.dense
         if dtype != torch.float32 or dense.dtype not in (torch.bfloat16, torch.float16):
@@ -169,6 +170,9 @@ class CPUBackend(Backend):
         bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
         shape = (weight.out_features, weight.in_features)
         return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+
+    def packs_words(self) -> bool:
+        return self.kernels is not None and "linear" not in self.demoted
 
     def packing_id(self) -> str:
         """As Backend.packing_id; the instruction set stands in it so that a layout may come to depend on it."""

@@ -12,6 +12,7 @@ import torch
 
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.elementwise import Rotary
+from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 ABI = 3
@@ -84,6 +85,7 @@ class Kernels:
             ctypes.c_int,
         ]
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
+        lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
 
         lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
@@ -128,6 +130,21 @@ class Kernels:
     def pack(self, codes: torch.Tensor, words: torch.Tensor, group_size: int, bits: int) -> None:
         """codes uint8 [K, N] -> words, allocated by the caller as pack_quantized says."""
         self._library.qwenrt_pack(codes.data_ptr(), words.data_ptr(), *codes.shape, group_size, bits)
+
+    def repack(
+        self, stored: torch.Tensor, perm: torch.Tensor | None, words: torch.Tensor, weight: CanonicalWeight
+    ) -> None:
+        """One of ``weight.words`` [ceil(K * bits / 32), n] -> words, allocated by the caller as pack_quantized says."""
+        assert stored.dtype == torch.int32 and stored.is_contiguous()
+        self._library.qwenrt_repack(
+            stored.data_ptr(),
+            None if perm is None else perm.data_ptr(),
+            words.data_ptr(),
+            weight.in_features,
+            stored.shape[1],
+            weight.group_size,
+            weight.bits,
+        )
 
     def dense16_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -213,13 +230,21 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     loses bits) [blocks, groups, 8], ``zeros`` int16 of the same shape (absent where all are
     ``zero``), ``perm`` int32 [K], and ``native``, the struct that points at them.
     """
-    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
-    columns, rows = weight.codes.shape
+    if any(words.shape[1] % BLOCK for words in weight.words[:-1]):
+        weight = with_codes(weight)  # a block would hold rows of two
+    assert weight.scales is not None and weight.zeros is not None
+    columns, rows = weight.in_features, weight.out_features
     bits, size, groups = weight.bits, weight.group_size, weight.scales.shape[0]
     per_group = words_per_group(size, bits)
     blocks = math.ceil(rows / BLOCK)
     words = torch.empty(blocks, groups * per_group, BLOCK, dtype=torch.int32)
-    kernels.pack(weight.codes.contiguous(), words, size, bits)
+    perm = None if weight.perm is None else weight.perm.to(torch.int32).contiguous()
+    if weight.codes is not None:
+        kernels.pack(weight.codes.contiguous(), words, size, bits)
+    first = 0
+    for stored in weight.words:
+        kernels.repack(stored.contiguous(), perm, words[first // BLOCK :], weight)
+        first += stored.shape[1]
     data: dict[str, torch.Tensor | int | _QuantMatrix] = {"words": words}
     scales = weight.scales.to(torch.float16)
     exact = bool((scales.to(torch.float32) == weight.scales.to(torch.float32)).all())
@@ -227,8 +252,8 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     data["zero"] = zero = int(weight.zeros[0, 0]) if weight.zeros.numel() else 0
     if not bool((weight.zeros == zero).all()):
         data["zeros"] = _by_block(weight.zeros, blocks)
-    if weight.perm is not None:
-        data["perm"] = weight.perm.to(torch.int32).contiguous()
+    if perm is not None:
+        data["perm"] = perm
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
     packed = Packed(native_kind(bits), rows, columns, data, bias, bits, size)
     _point(packed)
