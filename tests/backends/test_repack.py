@@ -73,7 +73,9 @@ def test_parts_side_by_side_are_packed_without_being_joined(
     joined, plain = merge(parts), merge([with_codes(part) for part in parts])
     assert joined is not None and plain is not None and len(joined.words) == len(outputs)
     got, wanted = pack_quantized(kernels, joined), pack_quantized(kernels, plain)
-    assert all(torch.equal(got.data[name], wanted.data[name]) for name in ("words", "scales", "zeros", "perm"))
+    assert all(
+        torch.equal(got.data[name], wanted.data[name]) for name in ("words", "scales", "zeros", "perm")
+    )
 
 
 def test_words_merge_with_codes() -> None:
