@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: chat test lint types tests gpu-check demo bench clean
+.PHONY: chat test lint types tests gpu-check demo bench benchmarks clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -36,6 +36,10 @@ demo: $(VENV)/.dev
 bench: $(VENV)/.chat
 	$(BIN)/qwenrt bench --shape Qwen-1_8B --quantize int4
 
+# qwenrt and its peers in turn on the same shapes (an hour), then docs/performance.md. llama.cpp is built from source.
+benchmarks: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
 $(VENV)/bin/python:
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 	  echo "using the torch that is installed already"; $(PYTHON) -m venv --system-site-packages $(VENV); \
@@ -52,6 +56,10 @@ $(VENV)/.chat: $(SOURCES) $(VENV)/.torch
 
 $(VENV)/.dev: $(SOURCES) $(VENV)/.torch
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.chat
+
+$(VENV)/.bench: $(SOURCES) $(VENV)/.torch
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[cli,bench]'
 	@touch $@ $(VENV)/.chat
 
 clean:

@@ -26,6 +26,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code that is run before the CPU was asked
     "api.cpp": [],
     "pack.cpp": [],
+    "dispatch.cpp": [],
     "thread_pool.cpp": [],
     "kernels_scalar.cpp": [],
     "integer_linear.cpp": [],
@@ -33,6 +34,7 @@ SOURCES = {  # file -> flags for it alone, on x86-64; no flag may reach code tha
     "kernels_avx2_integer.cpp": AVX2,
     "attention.cpp": [],
     "elementwise.cpp": [],
+    "decoder.cpp": [],
     "layer_scalar.cpp": [],
     "layer_avx2.cpp": AVX2,
 }

@@ -1,44 +1,18 @@
-// The C ABI: chooses the instruction set, lays out the activations and shares the rows between the threads.
+// The C ABI of the linears: lays out the activations and shares the rows between the threads.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
 
+#include "dispatch.h"
 #include "integer_linear.h"
-#include "kernels.h"
 #include "thread_pool.h"
-
-#ifdef QWENRT_X86
-#include <cpuid.h>
-#endif
 
 namespace {
 
 constexpr int64_t kTokensAtOnce = 32;      // bounds the scratch memory; weights are read again for each such chunk
 constexpr float kLargestGroup = 6e35f;     // of a group's |x|: times 2 * 2^8, for code and zero, it still is finite
-
-bool cpu_has_avx2() {
-#ifdef QWENRT_X86
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return false;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // these ask the operating system as well
-#else
-  return false;
-#endif
-}
-
-const Kernels* best_kernels() {
-#ifdef QWENRT_X86
-  if (cpu_has_avx2()) return avx2_kernels();
-#endif
-  return scalar_kernels();
-}
-
-std::atomic<const Kernels*>& kernels() {
-  static std::atomic<const Kernels*> chosen{best_kernels()};
-  return chosen;
-}
 
 // Grows and is kept: one buffer for all calls, used under PoolLock.
 float* scratch(int64_t floats) {
@@ -118,7 +92,7 @@ int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int
   }
   in.x = memory;
   in.sums = sums;
-  QuantTask task{&w, in, y, (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK, 1, kernels().load()};
+  QuantTask task{&w, in, y, (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK, 1, &linear_kernels()};
   task.tasks = task_count(task.blocks, w.out_features * w.in_features * tokens);
   parallel_for(task.tasks, run_quant_task, &task);
   return QWENRT_OK;
@@ -169,20 +143,6 @@ void run_read_task(void* context, int64_t i) {
 
 int qwenrt_abi(void) { return QWENRT_ABI; }
 
-const char* qwenrt_isa(void) { return kernels().load()->name; }
-
-int qwenrt_set_isa(const char* name) {
-  const bool automatic = strcmp(name, "auto") == 0;
-  if (strcmp(name, "scalar") == 0) {
-    kernels() = scalar_kernels();
-    return 0;
-  }
-  const Kernels* best = best_kernels();
-  if (!automatic && strcmp(name, best->name) != 0) return -1;
-  kernels() = best;
-  return 0;
-}
-
 int qwenrt_set_threads(int threads) { return set_pool_threads(threads); }
 
 int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens, int activations) {
@@ -197,7 +157,7 @@ int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, in
     float* out = y + t * w->out_features;
     const int status =
         exact ? quant_linear_chunk(*w, in, out, chunk)
-              : integer_linear_chunk(*w, in, out, chunk, activations == QWENRT_INT8, *kernels().load());
+              : integer_linear_chunk(*w, in, out, chunk, activations == QWENRT_INT8, linear_kernels());
     if (status != QWENRT_OK) return status;
   }
   return QWENRT_OK;
@@ -206,7 +166,7 @@ int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, in
 int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                           int64_t out_features, int64_t in_features, int is_half) {
   PoolLock lock;
-  DenseTask task{w, bias, x, y, tokens, out_features, in_features, 1, is_half, kernels().load()};
+  DenseTask task{w, bias, x, y, tokens, out_features, in_features, 1, is_half, &linear_kernels()};
   task.tasks = task_count(out_features, out_features * in_features * tokens);
   parallel_for(task.tasks, run_dense_task, &task);
   return QWENRT_OK;

@@ -79,13 +79,6 @@ Span span_of(const Attention& a, int64_t s) {
 
 }  // namespace
 
-const LayerKernels* layer_kernels() {
-#if defined(__x86_64__) || defined(_M_X64)
-  if (strcmp(qwenrt_isa(), "scalar") != 0) return avx2_layer_kernels();  // any other on x86-64 has AVX2 as well
-#endif
-  return scalar_layer_kernels();
-}
-
 int64_t layer_tasks(int64_t most, int64_t work) {
   const int64_t threads = pool_threads();
   if (threads == 1 || work < kSmallWork || most < 1) return 1;

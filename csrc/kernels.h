@@ -15,27 +15,37 @@ struct QuantInput {
   int64_t padded;  // groups * words_per_group * 32 / bits
 };
 
-// Activations rounded to int16 or int8 (bytes), a scale for each block of one group's inputs. A block is at most
-// kBlockInputs inputs, so that sums over it fit in int32 whatever the group's size:
-//   |sum (code - zero) q| <= 2^8 * kBlockInputs * 32767 < 2^30.
-// x[tile][word][place][token of tile] holds, in 32 bits, the inputs that a kernel multiplies with one register of
-// codes: place p has inputs p and p + 32 / bits / 2 of its word as int16, or p, p + 2, p + 4 and p + 6 as int8.
+// Activations rounded to integers, a scale for each block of one group's inputs. A block beside 4-bit codes is kByteBlock
+// inputs at most, else kPairBlock, so that sums over it fit in int32 whatever the group's size:
+//   |sum code q| <= 2^8 * kPairBlock * 32767 < 2^31, and with 4-bit codes products of bytes fit in int16.
+//
+// As bytes, |q| <= 127 in a narrow block, and in a wide one q = 256 * high + low, both int8. As pairs,
+// a block is wide without being split, and all of it is in `low`.
+// [tile][word][place][token of tile] holds, in 32 bits, the inputs that a kernel multiplies with one register of codes:
+//   bytes, 4-bit codes: place p has inputs p, p + 2, p + 4 and p + 6 of its word; bytes, 8-bit codes: all four;
+//   pairs, 8-bit codes: place p has inputs p and p + 2.
 struct IntegerInput {
-  const int32_t* x;     // [tiles][words of a row][places][tile]
+  const int32_t* low;
+  const int32_t* high;  // of wide blocks; elsewhere anything
+  const uint8_t* wide;  // [tiles][blocks]: whether a token of the tile needs `high`; the others have zeros there
   const float* scales;  // [tiles][blocks][tile]
-  const int32_t* sums;  // [tiles][blocks][tile]: of the block's rounded activations
+  const float* sums;    // [tiles][groups][tile]: of scale * q
   int64_t tiles;
   int64_t tile;
   int64_t tokens;
   int64_t words_per_block;  // the last block of a group may have fewer
   int64_t blocks_per_group;
-  int32_t bytes;  // int8 activations; only beside 4-bit codes
+  int32_t pairs;
 };
 
-constexpr int64_t kBlockInputs = 128;
+constexpr int64_t kByteBlock = 32;
+constexpr int64_t kPairBlock = 128;
 constexpr int64_t kIntegerTokens = 128;         // most tokens of one IntegerInput
 constexpr float kLargestActivation = 4.6e33f;   // 128 of them still are finite when code and scale were multiplied in
 constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller ones counts as zeros
+constexpr float kOutlier = 8;  // a block whose largest activation is as many times the mean is wide
+
+inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
 
 struct Kernels {
   const char* name;
@@ -44,12 +54,16 @@ struct Kernels {
   // Rows [begin, end) of y [tokens][out_features].
   void (*dense16_rows)(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
-  // n activations, a multiple of 8, to q = round(x / scale), ties to even, with |q| <= limit. Returns 0 where they are
-  // not finite or above kLargestActivation.
-  int (*quantize_block)(const float* x, int64_t n, float limit, int32_t* q, float* scale, int32_t* sum);
-  // Rows of blocks [begin, end) of y [tokens][out_features]. Sums of a block are exact; blocks are added in their order
-  // by one fused multiply-add each, so that every kernel and every number of tokens gives the same bits.
+  // n activations, a multiple of 8 and of a word's, to q = round(x / scale), ties to even, as IntegerInput's low (and,
+  // of a wide block, high) for a tile of one token. `narrow`: |q| <= 127 will do where no outlier is. Returns 0 where
+  // they are not finite or above kLargestActivation, 1 for a narrow block or pairs, 2 for a wide one.
+  int (*round_block)(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale,
+                     int32_t* sum);
+  // Rows of blocks [begin, end) of y [tokens][out_features]. A block's sum is exact and is added, in the order of blocks,
+  // by one fused multiply-add; so is a group's, less zero * sums. Every kernel, and every number of tokens, gives the
+  // same bits.
   void (*integer_rows)(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
+  int pairs;  // whether 8-bit codes want pairs
 };
 
 const Kernels* scalar_kernels();

@@ -182,7 +182,7 @@ void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", quant_rows, dense16_rows, avx2_quantize_block, avx2_integer_rows};
+  static const Kernels kernels = {"avx2", quant_rows, dense16_rows, avx2_round_block, avx2_integer_rows, 1};
   return &kernels;
 }
 #endif

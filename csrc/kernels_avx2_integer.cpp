@@ -1,7 +1,8 @@
-// AVX2 kernels that multiply codes with activations rounded to int16 or int8.
+// AVX2 kernels that multiply codes with rounded activations.
 //
-// Codes are masked where they lie: each 32-bit lane is one row and holds two 16-bit or four 8-bit codes, which one
-// instruction multiplies with as many activations and adds up. Sums of a block are exact in int32.
+// Codes are masked where they lie: each 32-bit lane is one row and holds four 4-bit or two 8-bit codes, which one
+// instruction multiplies with as many activations and adds up. Sums of a block are exact.
+#include "integer_places.h"
 #include "kernels_avx2.h"
 
 #ifdef QWENRT_X86
@@ -10,16 +11,20 @@ namespace {
 
 // Multiplies and adds are written out, so that the compiler neither reorders them nor keeps more sums in registers
 // than there are.
-INLINE void add_products16(__m256i& sum, __m256i codes, __m256i x) {
+INLINE __m256i times_bytes(__m256i codes, __m256i x) {  // unsigned codes, signed activations; sums of two in int16
+  __m256i product;
+  asm("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(codes), "x"(x));
+  return product;
+}
+
+INLINE void add_bytes(__m256i& sum, __m256i codes, __m256i x) {
+  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(times_bytes(codes, x)));
+}
+
+INLINE void add_pairs(__m256i& sum, __m256i codes, __m256i x) {
   __m256i product;
   asm("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(codes), "x"(x));
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
-}
-
-INLINE void add_products8(__m256i& sum, __m256i codes, __m256i x) {
-  __m256i product;
-  asm("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(codes), "x"(x));  // unsigned codes, signed activations
-  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
 }
 
 INLINE __m256i broadcast(const int32_t* x) {
@@ -28,97 +33,139 @@ INLINE __m256i broadcast(const int32_t* x) {
   return all;
 }
 
-// The codes of one place of a word, as the activations of IntegerInput lie. A word is loaded anew for each place, out of
-// the first cache: with 8 sums there is no register to keep it in.
-template <int BITS, bool BYTES, int P>
+// The codes of one place of a word. A word is loaded anew for each place, out of the first cache: with 8 sums there is
+// no register to keep it in.
+template <int BITS, int P>
 INLINE __m256i codes_at(const uint32_t* words) {
   __m256i word;
   asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(words)));
-  const __m256i mask = _mm256_set1_epi32(BYTES ? 0x0f0f0f0f : (BITS == 4 ? 0x000f000f : 0x00ff00ff));
-  constexpr int last = (BYTES ? 8 : 16) / BITS - 1;
-  if constexpr (!BYTES && P == last) return _mm256_srli_epi16(word, BITS * P);
-  else if constexpr (P > 0) return _mm256_and_si256(_mm256_srli_epi32(word, BITS * P), mask);
-  else return _mm256_and_si256(word, mask);
+  if constexpr (BITS == 8 && P == 1) return _mm256_srli_epi16(word, 8);
+  const __m256i mask = _mm256_set1_epi32(BITS == 4 ? 0x0f0f0f0f : 0x00ff00ff);
+  if constexpr (P > 0) return _mm256_and_si256(_mm256_srli_epi32(word, BITS * P), mask);
+  return _mm256_and_si256(word, mask);
 }
 
-// sums += the products of COUNT words. With int8, sums are of int16: 4 words are 8 products of at most
-// 2 * 15 * 127 each, 30480 in all.
-template <int BITS, bool BYTES, int TILE, int STREAMS>
-INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x,
-                     __m256i (&sums)[STREAMS][TILE]) {
-  constexpr int PLACES = (BYTES ? 8 : 16) / BITS;
-  UNROLL(PLACES, p, {
-    __m256i codes[STREAMS];
-    UNROLL(STREAMS, s, { codes[s] = codes_at<BITS, BYTES, p>(words[s] + offset); });
-    UNROLL(TILE, t, {
-      const __m256i xs = broadcast(x + p * TILE + t);
-      UNROLL(STREAMS, s, {
-        if constexpr (BYTES) add_products8(sums[s][t], codes[s], xs);
-        else add_products16(sums[s][t], codes[s], xs);
+constexpr int kPlaces = 2;       // of 4-bit codes as bytes and of 8-bit ones as pairs
+constexpr int kByteWords = 4;    // of a block; 8 products of at most 2 * 15 * 128 fit in int16
+
+// The dot products of `count` <= kByteWords words with bytes, in int32.
+template <int TILE, int STREAMS>
+INLINE void byte_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
+                          __m256i (&sums)[STREAMS][TILE]) {
+  if (count == kByteWords) {
+    UNROLL(kByteWords * kPlaces, n, {
+      constexpr int i = n / kPlaces, p = n % kPlaces;
+      __m256i codes[STREAMS];
+      UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(words[s] + offset + i * QWENRT_BLOCK); });
+      UNROLL(TILE, t, {
+        const __m256i xs = broadcast(x + n * TILE + t);
+        UNROLL(STREAMS, s, {
+          if constexpr (n == 0) sums[s][t] = times_bytes(codes[s], xs);
+          else add_bytes(sums[s][t], codes[s], xs);
+        });
       });
+    });
+  } else {
+    UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
+    for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * TILE)
+      UNROLL(kPlaces, p, {
+        UNROLL(STREAMS, s, {
+          const __m256i codes = codes_at<4, p>(words[s] + offset);
+          UNROLL(TILE, t, { add_bytes(sums[s][t], codes, broadcast(x + p * TILE + t)); });
+        });
+      });
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_madd_epi16(sums[s][t], ones); }); });
+}
+
+template <int TILE, int STREAMS>
+INLINE void pair_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
+                          __m256i (&sums)[STREAMS][TILE]) {
+  UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
+  for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * TILE)
+    UNROLL(kPlaces, p, {
+      __m256i codes[STREAMS];
+      UNROLL(STREAMS, s, { codes[s] = codes_at<8, p>(words[s] + offset); });
+      UNROLL(TILE, t, {
+        const __m256i xs = broadcast(x + p * TILE + t);
+        UNROLL(STREAMS, s, { add_pairs(sums[s][t], codes[s], xs); });
+      });
+    });
+}
+
+// What of an IntegerInput belongs to one block of inputs.
+struct Block {
+  int64_t offset;  // of its first word in a row
+  int64_t words;
+  int64_t x;       // of its activations
+  const float* scales;
+  bool wide;
+};
+
+// group_sums [STREAMS][TILE][8 rows] += scale * dot product of one block.
+template <int BITS, int TILE, int STREAMS>
+INLINE void add_block(const uint32_t* const (&words)[STREAMS], const IntegerInput& in, const Block& block,
+                      float* group_sums) {
+  __m256i sums[STREAMS][TILE];
+  const int64_t offset = block.offset * QWENRT_BLOCK;
+  if constexpr (BITS == 8) pair_products(words, offset, in.low + block.x, block.words, sums);
+  else if (!block.wide) byte_products(words, offset, in.low + block.x, block.words, sums);
+  else {
+    __m256i high[STREAMS][TILE];
+    alignas(32) int32_t kept[STREAMS * TILE * QWENRT_BLOCK];  // no register is left for them
+    byte_products(words, offset, in.high + block.x, block.words, high);
+    UNROLL(STREAMS, s, {
+      UNROLL(TILE, t, {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(kept + (s * TILE + t) * QWENRT_BLOCK),
+                           _mm256_slli_epi32(high[s][t], 8));
+      });
+    });
+    byte_products(words, offset, in.low + block.x, block.words, sums);
+    UNROLL(STREAMS, s, {
+      UNROLL(TILE, t, {
+        const int32_t* upper = kept + (s * TILE + t) * QWENRT_BLOCK;
+        sums[s][t] = _mm256_add_epi32(sums[s][t], _mm256_load_si256(reinterpret_cast<const __m256i*>(upper)));
+      });
+    });
+  }
+  UNROLL(STREAMS, s, {
+    UNROLL(TILE, t, {
+      float* sum = group_sums + (s * TILE + t) * QWENRT_BLOCK;
+      const __m256 scale = _mm256_broadcast_ss(block.scales + t);
+      _mm256_store_ps(sum, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sums[s][t]), _mm256_load_ps(sum)));
     });
   });
 }
 
-template <int BITS, bool BYTES, int TILE, int STREAMS>
-INLINE void block_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
-                           __m256i (&sums)[STREAMS][TILE]) {
-  constexpr int PLACES = (BYTES ? 8 : 16) / BITS;
-  UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
-  if constexpr (!BYTES) {
-    for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += PLACES * TILE)
-      add_word<BITS, BYTES>(words, offset, x, sums);
-    return;
-  }
-  while (count > 0) {
-    __m256i narrow[STREAMS][TILE];
-    UNROLL(STREAMS, s, { UNROLL(TILE, t, { narrow[s][t] = _mm256_setzero_si256(); }); });
-    const int64_t now = count < 4 ? count : 4;
-    for (int64_t i = 0; i < now; ++i, offset += QWENRT_BLOCK, x += PLACES * TILE)
-      add_word<BITS, BYTES>(words, offset, x, narrow);
-    const __m256i ones = _mm256_set1_epi16(1);
-    UNROLL(STREAMS, s, {
-      UNROLL(TILE, t, { sums[s][t] = _mm256_add_epi32(sums[s][t], _mm256_madd_epi16(narrow[s][t], ones)); });
-    });
-    count -= now;
-  }
-}
-
-INLINE __m256i load_int_zeros(const QwenrtQuantMatrix& w, int64_t i) {
-  if (!w.zeros) return _mm256_set1_epi32(w.zero);
-  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + i)));
-}
-
-// Adds blocks [first, last) of one tile to `totals` [STREAMS][TILE][8 rows]; row blocks are `stride` apart.
-template <int BITS, bool BYTES, int TILE, int STREAMS>
-INLINE void add_blocks(const QwenrtQuantMatrix& w, const IntegerInput& in, float* totals, int64_t row_block,
+// Adds groups [first, last) of one tile to `totals` [STREAMS][TILE][8 rows]; row blocks are `stride` apart.
+template <int BITS, int TILE, int STREAMS>
+INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, float* totals, int64_t row_block,
                        int64_t stride, int64_t tile, int64_t first, int64_t last) {
-  constexpr int PLACES = (BYTES ? 8 : 16) / BITS;
-  const int64_t row_words = w.groups * w.words_per_group;
-  const int64_t blocks = w.groups * in.blocks_per_group;
+  const int64_t row_words = w.groups * w.words_per_group, blocks = w.groups * in.blocks_per_group;
   const uint32_t* words[STREAMS];
-  for (int s = 0; s < STREAMS; ++s) words[s] = w.words + (row_block + s * stride) * row_words * QWENRT_BLOCK;
-  int64_t g = first / in.blocks_per_group, part = first % in.blocks_per_group;
-  for (int64_t b = first; b < last; ++b) {
-    const int64_t skipped = part * in.words_per_block, word = g * w.words_per_group + skipped;
-    const int64_t rest = w.words_per_group - skipped;
-    __m256i sums[STREAMS][TILE];
-    block_products<BITS, BYTES>(words, word * QWENRT_BLOCK, in.x + (tile * row_words + word) * PLACES * TILE,
-                                rest < in.words_per_block ? rest : in.words_per_block, sums);
-    const int64_t at = (tile * blocks + b) * TILE;
+  UNROLL(STREAMS, s, { words[s] = w.words + (row_block + s * stride) * row_words * QWENRT_BLOCK; });
+  alignas(32) float sums[STREAMS * TILE * QWENRT_BLOCK];
+  for (int64_t g = first; g < last; ++g) {
+    UNROLL(STREAMS * TILE, i, { _mm256_store_ps(sums + i * QWENRT_BLOCK, _mm256_setzero_ps()); });
+    for (int64_t part = 0; part < in.blocks_per_group; ++part) {
+      const int64_t skipped = part * in.words_per_block, rest = w.words_per_group - skipped;
+      const int64_t at = tile * blocks + g * in.blocks_per_group + part, word = g * w.words_per_group + skipped;
+      const Block block{word, rest < in.words_per_block ? rest : in.words_per_block,
+                        (tile * row_words + word) * kPlaces * TILE, in.scales + at * TILE, in.wide[at] != 0};
+      add_block<BITS, TILE>(words, in, block, sums);
+    }
     UNROLL(STREAMS, s, {
       const int64_t i = ((row_block + s * stride) * w.groups + g) * QWENRT_BLOCK;
       const __m256 scale = load_scales(w, i);
-      const __m256i zero = load_int_zeros(w, i);
+      const __m256 zero = load_zeros(w, i);
       UNROLL(TILE, t, {
-        const __m256i zeros = _mm256_mullo_epi32(zero, _mm256_set1_epi32(in.sums[at + t]));
-        const __m256 product = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums[s][t], zeros));
-        const __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(in.scales + at + t));
         float* total = totals + (s * TILE + t) * QWENRT_BLOCK;
-        _mm256_store_ps(total, _mm256_fmadd_ps(both, product, _mm256_load_ps(total)));
+        const __m256 x_sum = _mm256_broadcast_ss(in.sums + (tile * w.groups + g) * TILE + t);
+        const __m256 sum = _mm256_fnmadd_ps(zero, x_sum, _mm256_load_ps(sums + (s * TILE + t) * QWENRT_BLOCK));
+        _mm256_store_ps(total, _mm256_fmadd_ps(scale, sum, _mm256_load_ps(total)));
       });
     });
-    if (++part == in.blocks_per_group) part = 0, ++g;
   }
 }
 
@@ -135,81 +182,112 @@ INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const
 }
 
 // Few tokens: the weights are read once, from STREAMS distant places.
-template <int BITS, bool BYTES, int TILE, int STREAMS>
+template <int BITS, int TILE, int STREAMS>
 void distant_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  const int64_t stride = (end - begin) / STREAMS, blocks = w.groups * in.blocks_per_group;
+  const int64_t stride = (end - begin) / STREAMS;
   for (int64_t b = begin; b < begin + stride; ++b) {
     alignas(32) float totals[STREAMS * TILE * QWENRT_BLOCK] = {};
-    add_blocks<BITS, BYTES, TILE, STREAMS>(w, in, totals, b, stride, 0, 0, blocks);
+    add_groups<BITS, TILE, STREAMS>(w, in, totals, b, stride, 0, 0, w.groups);
     store_tile<TILE, STREAMS>(w, in, totals, y, b, stride, 0);
   }
   for (int64_t b = begin + stride * STREAMS; b < end; ++b) {
     alignas(32) float totals[TILE * QWENRT_BLOCK] = {};
-    add_blocks<BITS, BYTES, TILE, 1>(w, in, totals, b, 0, 0, 0, blocks);
+    add_groups<BITS, TILE, 1>(w, in, totals, b, 0, 0, 0, w.groups);
     store_tile<TILE, 1>(w, in, totals, y, b, 0, 0);
   }
 }
 
-constexpr int64_t kSlabBlocks = 8;  // 1024 inputs: the words of 16 rows stay in the first cache while all tokens pass
+constexpr int64_t kSlabWords = 128;  // of a row: the words of 16 rows stay in the first cache while all tokens pass
 
 // Many tokens: STREAMS neighbouring row blocks times all tiles, slab by slab of the inputs.
-template <int BITS, bool BYTES, int STREAMS>
+template <int BITS, int STREAMS>
 void neighbouring_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t row_block) {
   constexpr int TILE = 4, FLOATS = STREAMS * TILE * QWENRT_BLOCK;
   alignas(32) float totals[kIntegerTokens / TILE * FLOATS];
   for (int64_t i = 0; i < in.tiles * FLOATS; ++i) totals[i] = 0;
-  const int64_t blocks = w.groups * in.blocks_per_group;
-  for (int64_t first = 0; first < blocks; first += kSlabBlocks) {
-    const int64_t last = first + kSlabBlocks < blocks ? first + kSlabBlocks : blocks;
+  const int64_t slab = w.words_per_group < kSlabWords ? kSlabWords / w.words_per_group : 1;
+  for (int64_t first = 0; first < w.groups; first += slab) {
+    const int64_t last = first + slab < w.groups ? first + slab : w.groups;
     for (int64_t tile = 0; tile < in.tiles; ++tile)
-      add_blocks<BITS, BYTES, TILE, STREAMS>(w, in, totals + tile * FLOATS, row_block, 1, tile, first, last);
+      add_groups<BITS, TILE, STREAMS>(w, in, totals + tile * FLOATS, row_block, 1, tile, first, last);
   }
   for (int64_t tile = 0; tile < in.tiles; ++tile)
     store_tile<TILE, STREAMS>(w, in, totals + tile * FLOATS, y, row_block, 1, tile);
 }
 
-template <int BITS, bool BYTES>
+template <int BITS>
 void rows_of(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  if (in.tile == 1) return distant_rows<BITS, BYTES, 1, 4>(w, in, y, begin, end);
-  if (in.tile == 2) return distant_rows<BITS, BYTES, 2, 4>(w, in, y, begin, end);
-  if (in.tiles == 1) return distant_rows<BITS, BYTES, 4, 2>(w, in, y, begin, end);
-  for (; begin + 2 <= end; begin += 2) neighbouring_rows<BITS, BYTES, 2>(w, in, y, begin);
-  if (begin < end) neighbouring_rows<BITS, BYTES, 1>(w, in, y, begin);
+  if (in.tile == 1) return distant_rows<BITS, 1, 4>(w, in, y, begin, end);
+  if (in.tile == 2) return distant_rows<BITS, 2, 4>(w, in, y, begin, end);
+  if (in.tiles == 1) return distant_rows<BITS, 4, 2>(w, in, y, begin, end);
+  for (; begin + 2 <= end; begin += 2) neighbouring_rows<BITS, 2>(w, in, y, begin);
+  if (begin < end) neighbouring_rows<BITS, 1>(w, in, y, begin);
+}
+
+INLINE __m128i fold(__m256i v, __m128i (*join)(__m128i, __m128i)) {
+  __m128i four = join(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  four = join(four, _mm_shuffle_epi32(four, 0x4e));
+  return join(four, _mm_shuffle_epi32(four, 0xb1));
+}
+
+// 32 activations as bytes, in the order of places of four words of 8 inputs.
+INLINE __m256i in_places(const __m256i (&q)[4]) {
+  const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  const __m256i bytes = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  return _mm256_shuffle_epi8(bytes, _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 0, 2, 4, 6,
+                                                     1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+}
+
+void place_byte_block(const int32_t* rounded, bool wide, int32_t* low, int32_t* high) {
+  __m256i lower[4], upper[4];
+  UNROLL(4, i, {
+    lower[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(rounded) + i);
+    upper[i] = _mm256_srai_epi32(_mm256_add_epi32(lower[i], _mm256_set1_epi32(128)), 8);
+    if (wide) lower[i] = _mm256_sub_epi32(lower[i], _mm256_slli_epi32(upper[i], 8));
+  });
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), in_places(lower));
+  if (wide) _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), in_places(upper));
 }
 
 }  // namespace
 
 void avx2_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  if (w.bits == 8) return rows_of<8, false>(w, in, y, begin, end);
-  if (in.bytes) return rows_of<4, true>(w, in, y, begin, end);
-  return rows_of<4, false>(w, in, y, begin, end);
+  if (w.bits == 8) return rows_of<8>(w, in, y, begin, end);
+  return rows_of<4>(w, in, y, begin, end);
 }
 
-int avx2_quantize_block(const float* x, int64_t n, float limit, int32_t* q, float* scale, int32_t* sum) {
+int avx2_round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale,
+                     int32_t* sum) {
   // The bits of |x| are in the order of |x|, with infinity and then NaN above all numbers.
   __m256i most = _mm256_setzero_si256();
+  __m256 totals = _mm256_setzero_ps();
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 8) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
-    most = _mm256_max_epi32(most, _mm256_and_si256(bits, magnitude));
+    const __m256i bits_of = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)), magnitude);
+    most = _mm256_max_epi32(most, bits_of);
+    totals = _mm256_add_ps(totals, _mm256_castsi256_ps(bits_of));
   }
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-  const float largest = _mm_cvtss_f32(_mm_castsi128_ps(four));
+  const float largest = _mm_cvtss_f32(_mm_castsi128_ps(fold(most, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); })));
   if (!(largest <= kLargestActivation)) return 0;
-  const bool zeros = largest < kSmallestActivation;
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  const float total = _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+  const bool wide = !narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const __m256 inverse = _mm256_set1_ps(zeros ? 0.0f : limit / largest);
+  alignas(32) int32_t q[kPairBlock];
   __m256i all = _mm256_setzero_si256();
   for (int64_t i = 0; i < n; i += 8) {
     const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), rounded);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(q + i), rounded);
     all = _mm256_add_epi32(all, rounded);
   }
-  four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  *sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-  return 1;
+  *sum = _mm_cvtsi128_si32(fold(all, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+  if (bits == 8) place_pairs(q, n, low);
+  else if (n == kByteBlock) place_byte_block(q, wide, low, high);
+  else if (wide) place_wide(q, n, bits, low, high);
+  else place_bytes(q, n, bits, low);
+  return bits == 8 || !wide ? 1 : 2;
 }
 #endif

@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "integer_places.h"
 
 namespace {
 
@@ -75,54 +75,65 @@ void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y
   }
 }
 
-int quantize_block(const float* x, int64_t n, float limit, int32_t* q, float* scale, int32_t* sum) {
-  float largest = 0;
-  *sum = 0;
+int round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale,
+                int32_t* sum) {
+  float largest = 0, lanes[8] = {};
   for (int64_t i = 0; i < n; ++i) {
-    if (!(fabsf(x[i]) <= kLargestActivation)) return 0;  // NaN is not either
-    if (fabsf(x[i]) > largest) largest = fabsf(x[i]);
+    const float magnitude = fabsf(x[i]);
+    if (!(magnitude <= kLargestActivation)) return 0;  // NaN is not either
+    if (magnitude > largest) largest = magnitude;
+    lanes[i % 8] += magnitude;
   }
-  const bool zeros = largest < kSmallestActivation;
+  const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  const bool wide = !narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;
-  for (int64_t i = 0; i < n; ++i) *sum += q[i] = int32_t(lrintf(x[i] * inverse));
-  return 1;
+  int32_t q[kPairBlock], all = 0;
+  for (int64_t i = 0; i < n; ++i) all += q[i] = int32_t(lrintf(x[i] * inverse));
+  *sum = all;
+  if (wide) place_wide(q, n, bits, low, high);
+  else place_bytes(q, n, bits, low);
+  return wide ? 2 : 1;
 }
 
-// Sum of codes * activations over words [0, count) of one row and one token.
-int32_t block_product(const uint32_t* words, const int32_t* x, int64_t count, int bits, int bytes, int64_t tile) {
-  const int per_word = 32 / bits, places = bytes ? 2 : per_word / 2;
-  const int lanes = bytes ? 4 : 2, lane_bits = 32 / lanes;
+// Sum of codes * activations over words [0, count) of one row and one token, from `low` or from `high`.
+int32_t block_product(const uint32_t* words, const int32_t* x, int64_t count, int bits, int64_t tile) {
+  const int places = int(places_of(bits, 0));
   int32_t sum = 0;
   for (int64_t i = 0; i < count; ++i)
     for (int p = 0; p < places; ++p, x += tile)
-      for (int l = 0; l < lanes; ++l) {
+      for (int l = 0; l < 4; ++l) {
         const int32_t code = int32_t(words[i * QWENRT_BLOCK] >> (bits * (p + l * places)) & ((1u << bits) - 1));
-        const uint32_t q = uint32_t(*x) >> (lane_bits * l);
-        sum += code * (bytes ? int32_t(int8_t(q)) : int32_t(int16_t(q)));
+        sum += code * int32_t(int8_t(uint32_t(*x) >> (8 * l)));
       }
   return sum;
 }
 
 void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  const int64_t places = in.bytes ? 2 : 16 / w.bits, blocks = w.groups * in.blocks_per_group;
+  const int64_t places = places_of(w.bits, 0), blocks = w.groups * in.blocks_per_group;
   const int64_t row_words = w.groups * w.words_per_group;
   for (int64_t n = begin * QWENRT_BLOCK; n < end * QWENRT_BLOCK && n < w.out_features; ++n) {
     const int64_t block = n / QWENRT_BLOCK, row = n % QWENRT_BLOCK;
     const uint32_t* words = w.words + block * row_words * QWENRT_BLOCK + row;
     for (int64_t t = 0; t < in.tokens; ++t) {
-      const int64_t tile = t / in.tile, lane = t % in.tile;
-      const int32_t* x = in.x + tile * row_words * places * in.tile + lane;
+      const int64_t tile = t / in.tile, lane = t % in.tile, first_x = tile * row_words * places * in.tile + lane;
       float total = 0;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t g = b / in.blocks_per_group, skipped = b % in.blocks_per_group * in.words_per_block;
-        const int64_t first = g * w.words_per_group + skipped, rest = w.words_per_group - skipped;
-        const int32_t product = block_product(words + first * QWENRT_BLOCK, x + first * places * in.tile,
-                                              rest < in.words_per_block ? rest : in.words_per_block, w.bits, in.bytes,
-                                              in.tile);
-        const int64_t s = (block * w.groups + g) * QWENRT_BLOCK + row, at = (tile * blocks + b) * in.tile + lane;
-        const int32_t zero = w.zeros ? w.zeros[s] : w.zero;
-        total = fmaf(scale_at(w, s) * in.scales[at], float(product - zero * in.sums[at]), total);
+      for (int64_t g = 0; g < w.groups; ++g) {
+        float sum = 0;
+        for (int64_t part = 0; part < in.blocks_per_group; ++part) {
+          const int64_t skipped = part * in.words_per_block, rest = w.words_per_group - skipped;
+          const int64_t word = g * w.words_per_group + skipped, at = tile * blocks + g * in.blocks_per_group + part;
+          const int64_t count = rest < in.words_per_block ? rest : in.words_per_block;
+          const int64_t x = first_x + word * places * in.tile;
+          int32_t product = block_product(words + word * QWENRT_BLOCK, in.low + x, count, w.bits, in.tile);
+          if (in.wide[at])
+            product += 256 * block_product(words + word * QWENRT_BLOCK, in.high + x, count, w.bits, in.tile);
+          sum = fmaf(in.scales[at * in.tile + lane], float(product), sum);
+        }
+        const int64_t s = (block * w.groups + g) * QWENRT_BLOCK + row;
+        const float zero = float(w.zeros ? w.zeros[s] : w.zero);
+        total = fmaf(scale_at(w, s), fmaf(-zero, in.sums[(tile * w.groups + g) * in.tile + lane], sum), total);
       }
       y[t * w.out_features + n] = w.bias ? total + w.bias[n] : total;
     }
@@ -132,6 +143,6 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 }  // namespace
 
 const Kernels* scalar_kernels() {
-  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, quantize_block, integer_rows};
+  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, round_block, integer_rows, 0};
   return &kernels;
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 3
+#define QWENRT_ABI 5
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -40,7 +40,9 @@ typedef struct {
 QWENRT_API int qwenrt_abi(void);
 // Name of the instruction set in use: "avx2" or "scalar".
 QWENRT_API const char* qwenrt_isa(void);
-// Chooses "avx2", "scalar" or "auto" (the best this CPU runs). Returns 0, or -1 where this CPU or build lacks it.
+// The sets that this CPU and build run, best first: index 0, 1, ... until NULL.
+QWENRT_API const char* qwenrt_isa_at(int index);
+// Chooses one of these, or "auto": the best. Returns 0, or -1 where this CPU or build lacks it.
 QWENRT_API int qwenrt_set_isa(const char* name);
 // Threads that share one call, the caller included. Returns the number in use.
 QWENRT_API int qwenrt_set_threads(int threads);

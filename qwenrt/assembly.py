@@ -24,7 +24,7 @@ from qwenrt.errors import BackendError, ConfigError
 from qwenrt.loader import hub
 from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.preflight import preflight
-from qwenrt.loader.weights import QUANTIZE_GROUP, load_weights, quantize_bits
+from qwenrt.loader.weights import QUANTIZE_BITS, QUANTIZE_GROUP, load_weights, quantize_bits
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.text.chat_format import ChatFormat, load_chat_format
@@ -51,6 +51,7 @@ class Settings:
     revision: str | None = None
     offline: bool | None = None
     quantize: str | None = None
+    quantize_head: str | None = None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
     max_model_len: int | None = None
@@ -65,6 +66,7 @@ class Settings:
             "dtype": ("auto", *DTYPES),
             "source": ("auto", "huggingface", "modelscope"),
             "quantize": (None, "int8", "int4"),
+            "quantize_head": (None, "int8", "int4"),
             "kv_cache_dtype": KV_CACHE_DTYPES,
             "activations": ACTIVATIONS,
             "fallback": FALLBACKS,
@@ -145,6 +147,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
             backend,
             dtype,
             quantize=settings.quantize,
+            quantize_head=settings.quantize_head,
             progress=settings.progress,
             packed_cache=_packed_cache(settings, environment),
         )
@@ -159,6 +162,7 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
     config = shape if isinstance(shape, ModelConfig) else shape_config(shape)
     backend = _backend(settings, environment)
     bits = quantize_bits(settings.quantize, config) or 16
+    head_bits = QUANTIZE_BITS.get(settings.quantize_head or "", 16)
     made: dict[tuple[int, int, int], CanonicalWeight] = {}  # experts are many and of one shape
 
     def random_linear(rows: int, columns: int, bits: int) -> CanonicalWeight:
@@ -176,8 +180,9 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
             kept = backend.weight_dtype("bfloat16", dtype) if name == "embed_tokens" else dtype
             model.set_tensor(name, tensor.to(backend.device, kept))
         for name, spec in model.linear_specs.items():
-            weight = random_linear(spec.out_features, spec.in_features, bits if spec.quantizable else 16)
-            if name == "lm_head" and config.tie_word_embeddings:
+            own = bits if spec.quantizable else head_bits if name == "lm_head" else 16
+            weight = random_linear(spec.out_features, spec.in_features, own)
+            if name == "lm_head" and config.tie_word_embeddings and own == 16:
                 weight = CanonicalWeight(dense=model.embed_tokens)
             bias = torch.zeros(spec.out_features) if spec.bias else None
             model.set_linear(name, backend.pack_linear(dataclasses.replace(weight, bias=bias), dtype))
@@ -387,7 +392,11 @@ def _selfcheck(config: ModelConfig, backend: Backend, dtype: torch.dtype, settin
     bits = coded.bits if coded else quantize_bits(settings.quantize, config) or 16
     group = coded.group_size if coded else QUANTIZE_GROUP
     specs = Qwen(config, backend, dtype).linear_specs.values()
-    shapes = {(s.out_features, s.in_features, bits if s.quantizable else 16, group) for s in specs}
+    head = QUANTIZE_BITS.get(settings.quantize_head or "", 16)
+    shapes = {
+        (s.out_features, s.in_features, bits if s.quantizable else head if s.name == "lm_head" else 16, group)
+        for s in specs
+    }
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     for op, why in selfcheck.check(backend, dtype, heads, sorted(shapes)).items():
         logger.error("the %s kernel of %s is not used: %s", op, backend.name, why)

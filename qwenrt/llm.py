@@ -6,6 +6,7 @@ serves all callers, so any thread may use one LLM.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,6 +44,7 @@ def load(
     revision: str | None = None,
     offline: bool | None = None,
     quantize: str | None = None,
+    quantize_head: str | None = None,
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
     max_model_len: int | None = None,
@@ -58,7 +60,8 @@ def load(
     device: "auto" | "cpu" | "cuda" | "cuda:1" | "npu" | "dcu" | a plugin's name.
     dtype: "auto" | "float32" | "bfloat16" | "float16", of activations and of weights that are not quantised.
     source: "auto" | "huggingface" | "modelscope"; revision: a branch, tag or commit; offline: True opens no socket.
-    quantize: None | "int8" | "int4": round dense weights at load. kv_cache_dtype: "auto" | "int8".
+    quantize: None | "int8" | "int4": round dense weights at load; quantize_head: likewise, the output layer alone.
+    kv_cache_dtype: "auto" | "int8".
     activations: "auto" | "exact" | "int16" | "int8", what the CPU's kernels round the inputs of quantised linears to.
     max_model_len: longest prompt and answer together, in tokens; None takes what the model and the memory allow.
     max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
@@ -69,25 +72,16 @@ def load(
 
     Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
     """
-    from qwenrt.assembly import Settings, assemble
+    settings: dict[str, Any] = {name: value for name, value in locals().items() if name != "model"}
+    collecting = gc.isenabled()
+    gc.disable()  # a million objects are made and none is garbage: looking for some would take a fifth of a start
+    try:
+        from qwenrt.assembly import Settings, assemble
 
-    settings = Settings(
-        device=device,
-        dtype=dtype,
-        source=source,
-        revision=revision,
-        offline=offline,
-        quantize=quantize,
-        kv_cache_dtype=kv_cache_dtype,
-        activations=activations,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        fallback=fallback,
-        progress=progress,
-        packed_cache=packed_cache,
-    )
-    return LLM(assemble(_name(model), settings, Environment.read()))
+        return LLM(assemble(_name(model), Settings(**settings), Environment.read()))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def load_random(shape: str | ModelConfig, **settings: Any) -> LLM:

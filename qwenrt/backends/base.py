@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
-from qwenrt.ops.types import CanonicalWeight, Experts, LayerKV, Packed, StepPlan
+from qwenrt.ops.types import CanonicalWeight, Experts, LayerKV, LayerWeights, Packed, StepInputs, StepPlan
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Stack = Callable[[torch.Tensor, StepInputs, list[LayerKV]], "torch.Tensor | None"]
 
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
@@ -240,6 +241,14 @@ class Backend:
         if dtype == x.dtype or w.bias is not None:
             return self.linear(x, w)
         return self.linear(x * 2.0**-_HEADROOM_BITS, w).to(dtype) * 2.0**_HEADROOM_BITS
+
+    # ---- all layers at once
+
+    def fuse_layers(self, layers: list[LayerWeights], dtype: torch.dtype) -> Stack | None:
+        """One function for a whole stack of layers over the cache, where the device has one for these weights:
+        (x [T, D], step, one cache per layer) -> [T, D], or None for a step it does not serve. The seams serve
+        instead wherever there is None."""
+        return None
 
     # ---- layouts
 

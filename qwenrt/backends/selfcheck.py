@@ -17,6 +17,8 @@ from qwenrt.ops.types import CanonicalWeight, StepPlan
 # Largest error allowed, relative to the largest value of the definition's result.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
+_LARGE = 1 << 20  # weights
+
 
 def check(
     backend: Backend,
@@ -90,7 +92,8 @@ def random_weight(
 
 
 def _linear(backend: Backend, dtype: torch.dtype, n: int, k: int, bits: int, group_size: int) -> float:
-    rows = min(n, 256)  # every code path of a kernel is met by then: whole inputs, and rows for all threads
+    # Whole inputs, and rows enough to meet every code path: several threads, and what a backend does in large linears.
+    rows = min(n, max(256, -(-_LARGE // k)))
     weight = random_weight(rows, k, bits, group_size)
     native, defined = backend.pack_linear(weight, dtype), reference.pack(weight, dtype, backend.device)
     worst = 0.0

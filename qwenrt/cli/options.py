@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM
 
 _LOAD_OPTIONS = (
-    *("device", "dtype", "quantize", "kv_cache_dtype", "activations", "max_model_len", "fallback"),
-    "packed_cache",
-    *("source", "revision", "offline"),
+    *("device", "dtype", "quantize", "quantize_head", "kv_cache_dtype", "activations"),
+    *("max_model_len", "fallback", "packed_cache", "source", "revision", "offline"),
 )
 MODEL_HELP = '"demo", an alias such as Qwen-7B-Chat, a repository such as Qwen/Qwen-7B-Chat, or a directory'
 
@@ -42,6 +41,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", "npu", "dcu", ...')
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     group.add_argument("--quantize", choices=("int8", "int4"), help="weight-only, while loading")
+    group.add_argument(
+        "--quantize-head",
+        choices=("int8", "int4"),
+        help="the output layer as well, which is left dense otherwise: a quarter of a small int4 model's time",
+    )
     group.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto")
     group.add_argument(
         "--activations",

@@ -50,7 +50,7 @@ class PackedCache:
         config: ModelConfig,
         backend: Backend,
         dtype: torch.dtype,
-        quantize: str | None,
+        quantize: dict[str, str | None],
     ) -> PackedCache:
         """Where under ``directory`` the weights of ``checkpoint``, packed so, are kept."""
         settings = {

@@ -50,18 +50,19 @@ def load_weights(
     dtype: torch.dtype,
     *,
     quantize: str | None = None,
-    quantize_head: bool = False,
+    quantize_head: str | None = None,
     progress: bool | None = None,
     packed_cache: Path | None = None,
 ) -> LoadReport:
     """Fill ``model`` from a checkpoint, each linear packed by ``backend`` as soon as its parts are read.
 
-    ``quantize`` "int8" or "int4" rounds dense linears at load; lm_head only with ``quantize_head``. On the CPU a
-    dense tensor that already has ``dtype`` and needs no merge stays a view of the file. ``progress`` None shows a
-    bar on a terminal only. ``packed_cache``: a directory where packed weights are kept, from which the next load maps
-    them. Before any data is read every tensor is accounted for: one CheckpointError lists what is
-    missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no sense. CapacityError: memory
-    ran out. Values are searched for NaN and infinity in full in small tensors, in samples of large ones.
+    ``quantize`` "int8" or "int4" rounds dense linears at load, ``quantize_head`` likewise lm_head, which is left as
+    it is otherwise. On the CPU a dense tensor that already has ``dtype`` and needs no merge stays a view of the
+    file. ``progress`` None shows a bar on a terminal only. ``packed_cache``: a directory where packed weights are
+    kept, from which the next load maps them. Before any data is read every tensor is accounted for: one
+    CheckpointError lists what is missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no
+    sense. CapacityError: memory ran out. Values are searched for NaN and infinity in full in small tensors, in
+    samples of large ones.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     bits = quantize_bits(quantize, config)
@@ -72,11 +73,12 @@ def load_weights(
     report = LoadReport(len(checkpoint.tensors), checkpoint.nbytes, tuple(inventory.ignored))
     cache: PackedCache | None = None
     if packed_cache is not None:
-        way = f"{quantize} with its head" if quantize and quantize_head else quantize
+        way = {"layers": quantize, "head": quantize_head}
         cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, way)
         if cache.fill(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
-    loader = _Loader(TensorReader(checkpoint), config, backend, dtype, bits, quantize_head)
+    head_bits = None if quantize_head is None else QUANTIZE_BITS[quantize_head]
+    loader = _Loader(TensorReader(checkpoint), config, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
         served = f"int{bits}" if bits else _DTYPE_NAMES[loader.kept(torch.bfloat16)]
         logger.info("FP8 weights are turned into %s at load: no FP8 kernel serves here", served)
@@ -134,10 +136,10 @@ class _Loader:
         backend: Backend,
         dtype: torch.dtype,
         bits: int | None,
-        quantize_head: bool,
+        head_bits: int | None,
     ) -> None:
         self.reader, self.config, self.backend, self.dtype = reader, config, backend, dtype
-        self.bits, self.quantize_head = bits, quantize_head
+        self.bits, self.head_bits = bits, head_bits
         self._bytes = 0
 
     def take_bytes(self) -> int:
@@ -182,12 +184,11 @@ class _Loader:
         else:
             tensor = tied if isinstance(tied, torch.Tensor) else None
             weight = self._dense(spec, parts, slots) if tensor is None else CanonicalWeight(dense=tensor)
-            if self.bits is not None and (
-                spec.quantizable or (self.quantize_head and spec.name == "lm_head")
-            ):
+            bits = self.bits if spec.quantizable else self.head_bits if spec.name == "lm_head" else None
+            if bits is not None:
                 assert weight.dense is not None
                 weight = packing.quantize_dense(
-                    weight.dense, self.bits, QUANTIZE_GROUP, weight.bias, name=spec.name
+                    weight.dense, bits, QUANTIZE_GROUP, weight.bias, name=spec.name
                 )
             packed = self._pack(spec, [weight])
         for name in slots.values():

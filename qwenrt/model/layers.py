@@ -9,7 +9,7 @@ import torch
 
 from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig, MoeConfig
-from qwenrt.ops.types import Experts, LayerKV, Packed, StepPlan
+from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,6 @@ class Weights(dict[str, "Packed | torch.Tensor"]):
         )
 
 
-@dataclass
-class StepInputs:
-    """What every layer of a step shares: the rows of cos and sin, LogN's factors, and the plan."""
-
-    cos: torch.Tensor  # [T, rotary_dim] float32
-    sin: torch.Tensor
-    q_scale: torch.Tensor | None  # [T] float32
-    plan: StepPlan
-
-
 class DecoderLayer:
     """h = x + attention(norm(x)); y = h + mlp(norm(h)), each step one bound seam of the backend."""
 
@@ -129,37 +119,46 @@ class DecoderLayer:
         def bound(op: str, kind: str = "") -> Callable[..., torch.Tensor]:
             return backend.resolve(OpSpec(op, self.prefix, dtype, self.heads[2], kind))
 
-        self.input_norm, self.post_norm = (
-            weights.tensor(f"{self.prefix}.{n}_norm") for n in ("input", "post")
+        def linear(part: str) -> Packed:
+            return weights.packed(f"{self.prefix}.{part}")
+
+        def norm(part: str) -> torch.Tensor:
+            return weights.tensor(f"{self.prefix}.{part}_norm")
+
+        self.weights = w = LayerWeights(
+            norm("input"),
+            norm("post"),
+            linear("qkv_proj"),
+            linear("o_proj"),
+            (linear("gate_up_proj"), linear("down_proj"))
+            if self.moe is None
+            else weights.experts(self.prefix, self.moe),
+            (norm("q"), norm("k"), self.eps) if self.qk_norm else None,
+            self.heads,
+            self.eps,
+            self.scale,
+            self.window,
         )
-        self.qkv_proj, self.o_proj = (weights.packed(f"{self.prefix}.{n}_proj") for n in ("qkv", "o"))
-        self.qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None = None
-        if self.qk_norm:
-            q_norm, k_norm = (weights.tensor(f"{self.prefix}.{n}_norm") for n in "qk")
-            self.qk_norms = q_norm, k_norm, self.eps
-        self._norm_linear = bound("norm_linear", self.qkv_proj.kind)
+        self._norm_linear = bound("norm_linear", w.qkv_proj.kind)
         self._rotary_store_kv = backend.resolve(OpSpec("rotary_store_kv", self.prefix, dtype, self.heads[2]))
         self._attention = bound("attention")
-        self._o_add = bound("linear_add", self.o_proj.kind)
-        if self.moe is None:
-            self.gate_up_proj, self.down_proj = (
-                weights.packed(f"{self.prefix}.{n}_proj") for n in ("gate_up", "down")
-            )
-            self._norm_gate_up_silu = bound("norm_gate_up_silu", self.gate_up_proj.kind)
-            self._down_add = bound("linear_add", self.down_proj.kind)
+        self._o_add = bound("linear_add", w.o_proj.kind)
+        if isinstance(w.mlp, Experts):
+            self._norm_moe_add = bound("norm_moe_add", w.mlp.gate_up[0].kind)
         else:
-            self.experts = weights.experts(self.prefix, self.moe)
-            self._norm_moe_add = bound("norm_moe_add", self.experts.gate_up[0].kind)
+            self._norm_gate_up_silu = bound("norm_gate_up_silu", w.mlp[0].kind)
+            self._down_add = bound("linear_add", w.mlp[1].kind)
 
     def forward(self, x: torch.Tensor, step: StepInputs, kv: LayerKV | None) -> torch.Tensor:
         """x [T, D] -> [T, D]; this step's keys and values go to ``kv``."""
-        qkv = self._norm_linear(x, self.input_norm, self.eps, self.qkv_proj)
+        w = self.weights
+        qkv = self._norm_linear(x, w.input_norm, w.eps, w.qkv_proj)
         q, k, v = self._rotary_store_kv(
-            qkv, self.heads, self.qk_norms, step.cos, step.sin, step.q_scale, kv, step.plan
+            qkv, w.heads, w.qk_norms, step.cos, step.sin, step.q_scale, kv, step.plan
         )
-        attended = self._attention(q, k, v, kv, step.plan, self.scale, self.window).flatten(1)
-        x = self._o_add(attended, self.o_proj, x)
-        if self.moe is not None:
-            return self._norm_moe_add(x, self.post_norm, self.eps, self.experts)
-        hidden = self._norm_gate_up_silu(x, self.post_norm, self.eps, self.gate_up_proj)
-        return self._down_add(hidden, self.down_proj, x)
+        attended = self._attention(q, k, v, kv, step.plan, w.scale, w.window).flatten(1)
+        x = self._o_add(attended, w.o_proj, x)
+        if isinstance(w.mlp, Experts):
+            return self._norm_moe_add(x, w.post_norm, w.eps, w.mlp)
+        gate_up, down = w.mlp
+        return self._down_add(self._norm_gate_up_silu(x, w.post_norm, w.eps, gate_up), down, x)

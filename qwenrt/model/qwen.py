@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError
-from qwenrt.model.layers import DecoderLayer, LinearSpec, StepInputs, Weights, layer_linears, layer_tensors
+from qwenrt.model.layers import DecoderLayer, LinearSpec, Weights, layer_linears, layer_tensors
 from qwenrt.model.rotary import RotaryTables, logn_scale
-from qwenrt.ops.types import LayerKV, Packed, StepPlan
+from qwenrt.ops.types import Experts, LayerKV, Packed, StepInputs, StepPlan
 
 
 class Qwen:
@@ -47,6 +47,8 @@ class Qwen:
         got, wanted = (packed.out_features, packed.in_features), (spec.out_features, spec.in_features)
         if got != wanted:
             raise CheckpointError(f"weight {name}", f"shape {list(got)}", f"It must be {list(wanted)}.")
+        for part in (packed, *packed.data.get("parts", ())):
+            part.role = name.rpartition(".")[2]
         self.weights[name] = packed
 
     def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
@@ -91,6 +93,7 @@ class Qwen:
         self.backend.bindings.clear()
         for layer in self.layers:
             layer.bind(self.backend, self.dtype, self.weights)
+        self._stack = self.backend.fuse_layers([layer.weights for layer in self.layers], self.dtype)
         self._final_norm = self.backend.resolve(OpSpec("rms_norm", "norm", self.dtype))
         self._head = self.backend.resolve(OpSpec("linear", "lm_head", self.dtype, kind=self.lm_head.kind))
 
@@ -108,9 +111,10 @@ class Qwen:
         if not self._head_is_embedding:
             total -= self.embed_tokens.nbytes - self.embed_tokens[0].nbytes
         for layer in self.layers:
-            if layer.moe is not None:
-                experts = sum(packed.nbytes for packed in (*layer.experts.gate_up, *layer.experts.down))
-                total -= experts * (layer.moe.num_experts - layer.moe.top_k) // layer.moe.num_experts
+            mlp = layer.weights.mlp
+            if isinstance(mlp, Experts):
+                experts = sum(packed.nbytes for packed in (*mlp.gate_up, *mlp.down))
+                total -= experts * (len(mlp.down) - mlp.top_k) // len(mlp.down)
         return total
 
     @property
@@ -129,6 +133,11 @@ class Qwen:
     ) -> torch.Tensor:
         """token_ids int64 [T], ``alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
         final norm. ``kv``: one cache per layer, or None to attend over this step's tokens alone."""
+        if self._stack is not None and kv is not None:
+            x, step = self._enter(token_ids, plan, alphas)
+            y = self._stack(x, step, kv)
+            if y is not None:
+                return self._leave(y)
         hidden = torch.empty(0)
         for _, state in self.states(token_ids, plan, alphas, kv):
             hidden = state
@@ -144,6 +153,17 @@ class Qwen:
         """forward, step by step: (name of a part, the residual stream [T, D] after it), the final norm last.
 
         The residual stream of a float16 model is float32: some of these models leave float16's range."""
+        x, step = self._enter(token_ids, plan, alphas)
+        yield "embed_tokens", x
+        for i, layer in enumerate(self.layers):
+            x = layer.forward(x, step, None if kv is None else kv[i])
+            yield layer.prefix, x
+        yield "norm", self._leave(x)
+
+    def _enter(
+        self, token_ids: torch.Tensor, plan: StepPlan, alphas: list[int]
+    ) -> tuple[torch.Tensor, StepInputs]:
+        """The embedded tokens [T, D] and what the layers share."""
         positions = torch.cat(
             [
                 torch.arange(kv_len - q_len, kv_len)
@@ -157,15 +177,12 @@ class Qwen:
             q_scale = q_scale.to(token_ids.device)
         spans = list(zip(plan.q_lens, alphas, strict=True))
         cos, sin = self._rotary.rows(positions.to(token_ids.device), spans, longest)
-        step = StepInputs(cos, sin, q_scale, plan)
         x = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
-        if self.dtype == torch.float16:
-            x = x.float()
-        yield "embed_tokens", x
-        for i, layer in enumerate(self.layers):
-            x = layer.forward(x, step, None if kv is None else kv[i])
-            yield layer.prefix, x
-        yield "norm", self._final_norm(x, self.weights.tensor("norm"), self.config.rms_norm_eps)
+        return (x.float() if self.dtype == torch.float16 else x), StepInputs(cos, sin, q_scale, plan)
+
+    def _leave(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._final_norm(x, self.weights.tensor("norm"), self.config.rms_norm_eps)
+        return y
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""

@@ -51,6 +51,9 @@ class CanonicalWeight:
 class Packed:
     """One linear's weight as its backend wants it. ``kind`` says how; only that backend reads ``data``.
 
+    ``role``: which linear of a layer it is ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), or "lm_head"; set by
+    the model it belongs to.
+
     kinds of the plain-torch backend: "dense" (``data["weight"]`` [N, K]), "w8a16" and "w4a16" (the tensors of
     CanonicalWeight under their names, int4 codes two to a byte along K), "parts" (``data["parts"]``: a list of
     Packed whose outputs are concatenated).
@@ -63,6 +66,7 @@ class Packed:
     bias: torch.Tensor | None = None
     bits: int = 16
     group_size: int = 0
+    role: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +94,37 @@ class Experts:
     norm_topk_prob: bool
     shared: tuple[Packed, Packed] | None = None
     shared_gate: torch.Tensor | None = None
+
+
+@dataclass
+class LayerWeights:
+    """All that one decoder layer is made of: its norms [D], its linears, and what does not change between steps.
+
+    ``qk_norms``: weights [hd] of the norms of each query and each key head, and their eps. ``heads``: (H, KVH, hd).
+    ``scale`` multiplies scores; of its keys a query sees the last ``window`` (0: all). ``mlp``: gate_up_proj [2I, D]
+    and down_proj [D, I], or experts.
+    """
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    qkv_proj: Packed
+    o_proj: Packed
+    mlp: tuple[Packed, Packed] | Experts
+    qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    heads: tuple[int, int, int]
+    eps: float
+    scale: float
+    window: int
+
+
+@dataclass
+class StepInputs:
+    """What every layer of a step shares: each token's rows of cos and sin, LogN's factors, and the plan."""
+
+    cos: torch.Tensor  # [T, rotary_dim] float32
+    sin: torch.Tensor
+    q_scale: torch.Tensor | None  # [T] float32
+    plan: StepPlan
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from qwenrt.backends.base import Backend, OpSpec, native
+from qwenrt.backends.base import Backend, OpSpec, Stack, native
 from qwenrt.backends.cpu import attention as paged
 from qwenrt.backends.cpu import elementwise, resources
+from qwenrt.backends.cpu.decoder import DecoderStack, Linear
 from qwenrt.backends.cpu.kernels import (
     ACTIVATIONS,
     BLOCK,
@@ -26,13 +28,15 @@ from qwenrt.backends.cpu.kernels import (
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
 from qwenrt.ops.packing import with_codes
-from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
+from qwenrt.ops.types import CanonicalWeight, LayerKV, LayerWeights, Packed, StepPlan
 
 KERNEL_CHOICES = ("auto", "off", "avx2", "scalar")
-# What "auto" means: a checkpoint gives what it says to float32; who wants speed asks for rounding.
-AUTO_ACTIVATIONS = "exact"
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
-_ROUNDING = {"exact": 0.0, "int16": 2e-4, "int8": 3e-2}
+_ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
+_LARGE = 1 << 20  # weights of a linear from which on "auto" rounds: below, exact sums cost nobody anything
+# Linears whose inputs "int8" leaves at int16: attention's scores and the logits feel rounding most, and down_proj's
+# inputs, products of two, are the most uneven.
+_SENSITIVE = ("qkv_proj", "down_proj", "lm_head")
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
 _QUANTIZED = (native_kind(4), native_kind(8))
 _CHUNK_ELEMENTS = 1 << 22  # elements of a weight that exist in float32 at once
@@ -56,8 +60,9 @@ def kernel_status() -> str:
 class CPUBackend(Backend):
     """Int4 and int8 linears are computed from packed codes, dense ones from 16-bit weights where they are stored so.
 
-    ``activations`` says what the inputs of quantised linears are: "exact" (float32), or rounded to "int16" (the
-    result differs by about 3e-5 of its size) or to "int8" (about 6e-3; 8-bit weights keep int16 even then).
+    ``activations`` says what the inputs of quantised linears are: "exact" (float32), rounded to "int16" (the result
+    differs by about 3e-5 of its size), "auto" (int16 in linears of 2^20 weights or more, exact in smaller ones), or
+    "int8" (about 5e-3; of 4-bit weights where that is harmless, int16 elsewhere).
     Dense 16-bit weights of a float32 model stay in 16 bits, which loses nothing. ``kernels`` is None where
     plain torch serves instead, and ``unavailable`` says why.
     """
@@ -65,7 +70,7 @@ class CPUBackend(Backend):
     kernels: Kernels | None = field(default=None, init=False)
     unavailable: str = field(default="", init=False)
     threads: int = field(default=1, init=False)
-    activations: str = field(default="exact", init=False)
+    activations: str = field(default="auto", init=False)
     name: ClassVar[str] = "cpu"
     layout_id: ClassVar[str] = "cpu-rows8-v1"
 
@@ -88,7 +93,7 @@ class CPUBackend(Backend):
         if activations not in ("auto", *ACTIVATIONS):
             known = ", ".join(("auto", *ACTIVATIONS))
             raise BackendError(f"activations {activations!r}", "no such choice", f"Use one of: {known}.")
-        self.activations = AUTO_ACTIVATIONS if activations == "auto" else activations
+        self.activations = activations
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.threads = num_threads or min(resources.usable_cores(), torch.get_num_threads())
@@ -141,9 +146,15 @@ class CPUBackend(Backend):
             return y if w.bias is None else y + w.bias
         return reference.linear(x, w)
 
+    def activations_of(self, w: Packed) -> str:
+        """What the inputs of one quantised linear are rounded to."""
+        if self.activations == "auto":
+            return "int16" if w.out_features * w.in_features >= _LARGE else "exact"
+        return "int16" if self.activations == "int8" and w.role in _SENSITIVE else self.activations
+
     def _quantized(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         assert self.kernels is not None
-        y = self.kernels.quant_linear(x.to(torch.float32).contiguous(), w, self.activations)
+        y = self.kernels.quant_linear(x.to(torch.float32).contiguous(), w, self.activations_of(w))
         return (_quantized_torch(x, w) if y is None else y).to(x.dtype)
 
     def _dense16(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -242,6 +253,28 @@ class CPUBackend(Backend):
         call = self.kernels.rotary_store
         return elementwise.rotary_store_kv(call, qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
 
+    # ---- all layers at once
+
+    def fuse_layers(self, layers: list[LayerWeights], dtype: torch.dtype) -> Stack | None:
+        """As Backend.fuse_layers, where the kernels serve every op of every layer."""
+        if self.kernels is None or dtype != torch.float32 or not layers:
+            return None
+        spec = OpSpec("", "", dtype, layers[0].heads[2])
+        ops = ("linear", "rms_norm", "silu_and_mul", "attention", "rotary_store_kv")
+        if any(self.why_not(op, spec) is not None for op in ops):
+            return None
+        return DecoderStack.of(layers, self._linear_struct, self.kernels.decoder_layers)
+
+    def _linear_struct(self, w: Packed) -> Linear | None:
+        shape = (w.out_features, w.in_features)
+        if w.kind in _QUANTIZED:
+            how = ACTIVATIONS.index(self.activations_of(w))
+            return Linear(ctypes.addressof(w.data["native"]), None, None, *shape, 0, how)
+        if w.kind != _DENSE16:
+            return None
+        weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
+        return Linear(None, weight.data_ptr(), bias, *shape, int(weight.dtype == torch.float16), 0)
+
     # ---- the device
 
     def weight_dtype(self, stored: str | None, dtype: torch.dtype) -> torch.dtype:
@@ -276,7 +309,8 @@ class CPUBackend(Backend):
         if self.kernels is None:
             return f"plain torch: {self.unavailable}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"csrc {self.kernels.isa}, {threads}, {self.activations} activations"
+        how = "int16 activations" if self.activations == "auto" else f"{self.activations} activations"
+        return f"csrc {self.kernels.isa}, {threads}, {how}"
 
 
 def _row_chunks(w: Packed) -> range:

@@ -4,6 +4,7 @@ too."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import torch
 
 from qwenrt.backends.cpu.attention import Cache, Sequences
+from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 3
+ABI = 5
 BLOCK = 8  # output rows stored together
 ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
@@ -75,6 +77,8 @@ class Kernels:
             raise KernelsUnavailable(f"{path.name} has interface {abi}, expected {ABI}: {HOW_TO_BUILD}")
         lib, pointer, size = self._library, ctypes.c_void_p, ctypes.c_int64
         lib.qwenrt_isa.restype = ctypes.c_char_p
+        lib.qwenrt_isa_at.restype = ctypes.c_char_p
+        lib.qwenrt_isa_at.argtypes = [ctypes.c_int]
         lib.qwenrt_set_isa.argtypes = [ctypes.c_char_p]
         lib.qwenrt_set_threads.argtypes = [ctypes.c_int]
         lib.qwenrt_quant_linear.argtypes = [
@@ -92,19 +96,27 @@ class Kernels:
         lib.qwenrt_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
         lib.qwenrt_silu_and_mul.argtypes = [pointer, pointer, size, size]
         lib.qwenrt_rotary_store.argtypes = [pointer, pointer, size]
+        lib.qwenrt_decoder_layers.argtypes = [pointer, pointer, size, pointer, pointer, pointer]
         lib.qwenrt_read.argtypes = [pointer, size]
         lib.qwenrt_read.restype = ctypes.c_uint64
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: "avx2" or "scalar"."""
+        """The instruction set in use, one of ``isas``."""
         name: bytes = self._library.qwenrt_isa()
         return name.decode()
 
+    @property
+    def isas(self) -> tuple[str, ...]:
+        """The instruction sets that this CPU and build run, best first."""
+        names = map(self._library.qwenrt_isa_at, itertools.count())
+        return tuple(name.decode() for name in itertools.takewhile(bool, names))
+
     def set_isa(self, name: str) -> None:
-        """ "auto", "avx2" or "scalar"; KernelsUnavailable where this CPU or build lacks it."""
+        """One of ``isas``, or "auto", their first; KernelsUnavailable where this CPU or build lacks it."""
         if self._library.qwenrt_set_isa(name.encode()) != 0:
-            raise KernelsUnavailable(f"kernels for {name!r} were asked for; this CPU or build has {self.isa}")
+            have = ", ".join(self.isas)
+            raise KernelsUnavailable(f"kernels for {name!r} were asked for; this CPU and build have {have}")
 
     def set_threads(self, threads: int) -> int:
         """Threads that share a call, the caller's included -> the number in use."""
@@ -199,6 +211,24 @@ class Kernels:
         into = None if cache is None else ctypes.addressof(cache)
         status = self._library.qwenrt_rotary_store(ctypes.addressof(rotary), into, tokens)
         assert status == 0
+
+    def decoder_layers(
+        self,
+        layers: ctypes.Array[Layer],
+        caches: ctypes.Array[Cache],
+        step: Step,
+        x: torch.Tensor,
+        out: torch.Tensor,
+    ) -> bool:
+        """x float32 [T, D] -> ``out``, both contiguous, through all layers; False where x stops being finite."""
+        pointers = ctypes.addressof(layers), ctypes.addressof(caches)
+        status = self._library.qwenrt_decoder_layers(
+            *pointers, len(layers), ctypes.addressof(step), x.data_ptr(), out.data_ptr()
+        )
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+        assert status in (0, _NOT_FINITE)
+        return bool(status == 0)
 
 
 def _check_complete(path: Path) -> None:

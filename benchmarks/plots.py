@@ -1,0 +1,46 @@
+"""The curves as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.render import PLOTS
+from benchmarks.summary import points
+
+
+def draw(curves: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """SVG files in ``directory`` -> their names by key of PLOTS; curves of one plot share a picture."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit(
+            "plots need matplotlib: pip install matplotlib (it is in the `bench` extra)"
+        ) from error
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qwenrt"  # the same picture from the same results
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    from matplotlib import pyplot
+
+    names = {}
+    for key, (title, x_label, y_label) in PLOTS.items():
+        mine = [curve for curve in curves.values() if curve["plot"] == key]
+        if not mine:
+            continue
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for curve in mine:
+            for label, line in points(curve).items():
+                style = "-o" if label.startswith("qwenrt") else "--s"
+                axes.plot(*zip(*line, strict=True), style, label=label, markersize=4)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        directory.mkdir(parents=True, exist_ok=True)
+        names[key] = f"{key}.svg"
+        figure.savefig(directory / names[key], metadata={"Date": None})
+        pyplot.close(figure)
+    return names

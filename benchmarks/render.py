@@ -1,0 +1,182 @@
+"""Results -> docs/performance.md. Every figure comes from the results; nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.rows import Row
+from benchmarks.summary import Summary, summarise, verdict
+
+PLOTS = {
+    "context": ("Decode time against context", "tokens in the cache", "ms per token"),
+    "batch": ("Decode throughput against batch", "sequences at once", "tokens per second"),
+    "prompt": ("Prefill speed against prompt length", "tokens of the prompt", "tokens per second"),
+}
+_ACTIVATIONS = {
+    "int8": "activations int8",
+    "int16": "activations int16",
+    "exact": "activations float32",
+    "auto": "activations auto",
+}
+_MARKS = {"goal": "✓ goal", "floor": "✓ floor", "below": "below floor"}
+_INTRODUCTION = """# Performance
+
+Written by `make benchmarks` from `benchmarks/results/`; `python -m benchmarks --render` writes it again without
+measuring. Everything runs on one machine, in one run, in turn: read the memory, qwenrt, read the memory, the peer, and
+again. A ratio is taken within a round, where both had the same machine; the table gives the median of the rounds.
+Absolute figures of a shared machine drift, ratios much less.
+"""
+_METHOD = """## How it is measured
+
+- **qwenrt** is the whole engine: token ids in, sampled token ids out, scheduler and sampler included. Prefill is a new
+  random prompt to its first token. Decode is the difference of a long and a short answer to the same prompts, which
+  are in the prefix cache.
+- **llama.cpp** is `llama_decode` and `llama_synchronize` of the PyPI package `llama-cpp-python` through its low-level
+  API, with random token ids: neither sampling nor Python between the steps is charged to it. Its files are random
+  weights of the same shape in its own `qwen` architecture, written with `gguf` in F16 and quantised by
+  `llama_model_quantize`, which keeps the head of a Q4_0 file in Q6_K. Weights are repacked by llama.cpp as it sees fit
+  (its default), prompts go in batches of 512, flash attention is automatic, and on where the cache is Q8_0.
+- **torch** is the same network in bfloat16: `F.linear`, `scaled_dot_product_attention`, a cache of keys and values.
+- Random weights take as long as trained ones: no kernel looks at values. `benchmarks/` says nothing about quality.
+- **Fraction of read** is the bytes of weights (and of the cache of keys and values) that a step has to read, by what
+  qwenrt's own reading loop reads in the same time over 1 GiB with the same threads, in the same round; the larger of
+  the two medians of five around qwenrt's turn.
+- **int8 head** means `quantize_head="int8"`; otherwise the head is bfloat16. Activations are what the inputs of
+  quantised linears are rounded to.
+- **Start** is a fresh Python that loads a checkpoint from disk and computes one token, pages and packed weights cached
+  by an earlier start.
+- "Others" is the largest share of the cores that other processes, or other machines on the same host, had during a
+  measurement. A round with more than 10 % of it is disturbed: it is measured again, and does not count unless all
+  rounds were.
+
+## What is not in the table
+
+{missing}
+"""
+_MISSING = """openvino-genai and onnxruntime-genai are not compared: see below."""
+
+
+def document(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+    """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page."""
+    known = {row.key: row for row in rows.table()}
+    found = [(known[key], value) for key, value in results["rows"].items() if key in known]
+    found.sort(key=lambda pair: list(known).index(pair[0].key))
+    summaries = [(row, value, summarise(value)) for row, value in found]
+    parts = [_INTRODUCTION, _machine(results), _table(summaries), _rounds(summaries)]
+    if plots:
+        parts.append(
+            "## How it grows\n\n" + "\n".join(f"![{PLOTS[k][0]}]({path})\n" for k, path in plots.items())
+        )
+    return "\n".join([*parts, _METHOD.format(missing=_MISSING)])
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    m = results["machine"]
+    measured = [*results["rows"].values(), *results["curves"].values()]
+    commits = sorted({r["commit"] for r in measured})
+    days = sorted({r["when"][:10] for r in measured})
+    threads = sorted({r["threads"] for r in measured})
+    versions = {}
+    for result in results["rows"].values():
+        for side in ("ours", "peer"):
+            about = result[side]["about"]
+            if "version" in about:
+                versions[result[side]["name"]] = about["version"]
+    memory = f"{m['memory_total_bytes'] / 2**30:.0f} GiB"
+    lines = [
+        f"- Machine: {m['processor']}, {m['cores_usable']} cores, {memory}, {m['system']}",
+        f"- Instruction sets: {', '.join(m['instruction_sets'])}",
+        f"- Threads: {', '.join(map(str, threads))}; {m['python']}",
+        "- Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        f"- Commit {', '.join(commits)}, measured {' to '.join(dict.fromkeys((days[0], days[-1])))}",
+    ]
+    if any(r["quick"] or r["tiny"] for r in measured):
+        lines.append("- **Some of this is a quick run that only proves that the harness works.**")
+    return "\n".join(lines) + "\n"
+
+
+def _table(summaries: list[tuple[Row, Mapping[str, Any], Summary]]) -> str:
+    lines = [
+        "## Against peers",
+        "",
+        "Tokens per second (start: seconds). Floor and goal are what this project asks of itself.",
+        "",
+        "| | qwenrt with | peer | qwenrt | peer | ratio | floor / goal | | fraction of read | floor / goal | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join(_cells(*each)) + " |" for each in summaries]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, result: Mapping[str, Any], summary: Summary) -> list[str]:
+    judged = not (result["quick"] or result["tiny"] or summary.all_disturbed)
+    cells = [f"{_title(result['work'])} ({result['ours']['shape']})", _settings(result["ours"])]
+    cells.append(_peer(result["peer"]))
+    if row.work.kind == "start":
+        ours, peer = 1 / summary.ours, 1 / summary.peer
+        cells += [f"{ours:.2f} s", f"{peer:.2f} s", f"{summary.ratio:.2f}"]
+        return [*cells, *_wanted(ours, row.start, judged, " s"), "", "", ""]
+    cells += [f"{summary.ours:.1f}", f"{summary.peer:.1f}", f"**{summary.ratio:.2f}**"]
+    cells += _wanted(summary.ratio, row.ratio, judged)
+    if summary.fraction is None:
+        return [*cells, "", "", ""]
+    return [*cells, f"{summary.fraction:.2f}", *_wanted(summary.fraction, row.fraction, judged)]
+
+
+def _title(work: Mapping[str, Any]) -> str:
+    if work["kind"] == "start":
+        return "process start to first token"
+    if work["kind"] == "prefill":
+        return f"prefill of {work['tokens']} tokens"
+    behind = f" behind {work['tokens']} tokens" if work["tokens"] > 64 else ""
+    together = f" of {work['batch']} sequences" if work["batch"] > 1 else ""
+    return f"decode{together}{behind}"
+
+
+def _wanted(value: float, wanted: tuple[float, float] | None, judged: bool, unit: str = "") -> list[str]:
+    if wanted is None:
+        return ["", ""]
+    mark = _MARKS[verdict(value, *wanted)] if judged else "not judged"
+    return [f"{wanted[0]:g}{unit} / {wanted[1]:g}{unit}", mark]
+
+
+def _settings(ours: Mapping[str, Any]) -> str:
+    settings = ours["settings"]
+    left_out = ours["about"].get("left_out", [])
+    words = [settings.get("quantize") or "bf16"]
+    if settings.get("quantize_head") and "quantize_head" not in left_out:
+        words.append(f"{settings['quantize_head']} head")
+    words.append(_ACTIVATIONS[settings.get("activations", "auto")])
+    if settings.get("kv_cache_dtype") == "int8":
+        words.append("int8 cache")
+    return ", ".join(words)
+
+
+def _peer(peer: Mapping[str, Any]) -> str:
+    settings = peer["settings"]
+    words = [f"{peer['name']} {settings.get('weights', 'eager bf16')}"]
+    if settings.get("cache"):
+        words.append(f"{settings['cache']} cache")
+    return ", ".join(words)
+
+
+def _rounds(summaries: list[tuple[Row, Mapping[str, Any], Summary]]) -> str:
+    lines = [
+        "## Every round",
+        "",
+        "| | ratios | fractions of read | read, GB/s | others | disturbed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, _, summary in summaries:
+        cells = [
+            row.key,
+            " ".join(f"{ratio:.2f}" for ratio in summary.ratios),
+            " ".join(f"{fraction:.2f}" for fraction in summary.fractions or ()),
+            " ".join(f"{read / 1e9:.1f}" for read in summary.reads),
+            f"{summary.foreign:.0%}",
+            str(summary.disturbed or ""),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

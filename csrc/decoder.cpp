@@ -1,0 +1,125 @@
+// A stack of decoder layers in one call: the ops of qwenrt_cpu.h and qwenrt_layer.h in their order, over one scratch
+// memory, so that nothing but they costs time.
+#include "qwenrt_decoder.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "thread_pool.h"
+
+namespace {
+
+// Grows and is kept: one buffer for all calls, used under PoolLock.
+float* scratch(int64_t floats) {
+  static float* memory = nullptr;
+  static int64_t size = 0;
+  if (floats > size) {
+    free(memory);
+    memory = static_cast<float*>(malloc(size_t(floats) * sizeof(float)));
+    size = memory ? floats : 0;
+  }
+  return memory;
+}
+
+// What one layer leaves for the next op; attention's and the MLP's share their memory.
+struct Buffers {
+  float* normed;    // [tokens][hidden]
+  float* product;   // [tokens][hidden]: of o and of down
+  float* qkv;       // [tokens][num_heads + 2 num_kv_heads][head_dim]
+  float* qk;        // [tokens][num_heads + num_kv_heads][head_dim]
+  float* attended;  // [tokens][num_heads][head_dim]
+  float* gate_up;   // [tokens][2 intermediate]
+  float* inner;     // [tokens][intermediate]
+};
+
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Room for the widest of the layers.
+bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers& b) {
+  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, gate_up = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const QwenrtLayer& l = layers[i];
+    hidden = larger(hidden, l.qkv.in_features);
+    qkv = larger(qkv, l.qkv.out_features);
+    qk = larger(qk, (l.num_heads + l.num_kv_heads) * l.head_dim);
+    attended = larger(attended, l.num_heads * l.head_dim);
+    gate_up = larger(gate_up, l.gate_up.out_features);
+  }
+  const int64_t inner = (gate_up + 1) / 2;
+  float* memory = scratch(tokens * (2 * hidden + larger(qkv + qk + attended, gate_up + inner)));
+  if (!memory) return false;
+  b.normed = memory;
+  b.product = b.normed + tokens * hidden;
+  b.qkv = b.gate_up = b.product + tokens * hidden;
+  b.qk = b.qkv + tokens * qkv;
+  b.attended = b.qk + tokens * qk;
+  b.inner = b.gate_up + tokens * gate_up;
+  return true;
+}
+
+int linear(const QwenrtLinear& w, const float* x, float* y, int64_t tokens) {
+  if (w.quant) return qwenrt_quant_linear(w.quant, x, y, tokens, w.activations);
+  return qwenrt_dense16_linear(w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, w.is_half);
+}
+
+struct AddTask {
+  const float *a, *b;
+  float* out;
+  int64_t count, tasks;
+};
+
+void add_task(void* context, int64_t i) {
+  const AddTask& t = *static_cast<const AddTask*>(context);
+  for (int64_t at = t.count * i / t.tasks; at < t.count * (i + 1) / t.tasks; ++at) t.out[at] = t.a[at] + t.b[at];
+}
+
+constexpr int64_t kManyFloats = 1 << 16;  // worth waking the workers for
+
+// out = a + b; out may be a.
+void add(const float* a, const float* b, float* out, int64_t count) {
+  AddTask task{a, b, out, count, count < kManyFloats ? 1 : pool_threads()};
+  parallel_for(task.tasks, add_task, &task);
+}
+
+// out = x + attention(norm(x))
+int attention_block(const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache, const Buffers& b,
+                    const float* x, float* out) {
+  const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
+  qwenrt_rms_norm(x, l.input_norm, b.normed, tokens, hidden, l.eps);
+  if (const int status = linear(l.qkv, b.normed, b.qkv, tokens)) return status;
+  const QwenrtRotary rotary{b.qkv,       b.qk,           l.q_norm,   l.k_norm,        step.cos, step.sin, step.q_scale, step.slots,
+                            l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim, l.eps,    0};
+  if (const int status = qwenrt_rotary_store(&rotary, &cache, tokens)) return status;
+  const int64_t stride = (l.num_heads + l.num_kv_heads) * l.head_dim;
+  const int attended = qwenrt_attention(step.sequences, &cache, b.qk, stride, l.num_heads, b.attended, l.scale, l.window);
+  if (attended) return attended;
+  if (const int status = linear(l.o, b.attended, b.product, tokens)) return status;
+  add(x, b.product, out, tokens * hidden);
+  return QWENRT_OK;
+}
+
+// x += mlp(norm(x))
+int mlp_block(const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) {
+  const int64_t hidden = l.qkv.in_features;
+  qwenrt_rms_norm(x, l.post_norm, b.normed, tokens, hidden, l.eps);
+  if (const int status = linear(l.gate_up, b.normed, b.gate_up, tokens)) return status;
+  qwenrt_silu_and_mul(b.gate_up, b.inner, tokens, l.gate_up.out_features / 2);
+  if (const int status = linear(l.down, b.inner, b.product, tokens)) return status;
+  add(x, b.product, x, tokens * hidden);
+  return QWENRT_OK;
+}
+
+}  // namespace
+
+int qwenrt_decoder_layers(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtStep* step,
+                          const float* x, float* out) {
+  if (step->tokens < 1 || count < 1) return QWENRT_BAD_ARGUMENT;
+  PoolLock lock;
+  Buffers buffers;
+  if (!make_room(layers, count, step->tokens, buffers)) return QWENRT_NO_MEMORY;
+  for (int64_t i = 0; i < count; ++i) {
+    if (const int status = attention_block(layers[i], *step, caches[i], buffers, i ? out : x, out)) return status;
+    if (const int status = mlp_block(layers[i], step->tokens, buffers, out)) return status;
+  }
+  return QWENRT_OK;
+}

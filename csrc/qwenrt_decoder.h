@@ -1,0 +1,47 @@
+// The C ABI of a whole stack of decoder layers: what a step does between the embedding and the final norm, in one call.
+#pragma once
+#include "qwenrt_layer.h"
+
+// One linear: quantised where `quant` is given, else `dense` [out_features][in_features] as of qwenrt_dense16_linear.
+typedef struct {
+  const QwenrtQuantMatrix* quant;
+  const uint16_t* dense;
+  const float* bias;  // of a dense one
+  int64_t out_features;
+  int64_t in_features;
+  int32_t is_half;
+  int32_t activations;  // QWENRT_EXACT, ...: of a quantised one
+} QwenrtLinear;
+
+typedef struct {
+  const float* input_norm;  // [hidden]
+  const float* post_norm;
+  const float* q_norm;  // [head_dim] or NULL, as of QwenrtRotary
+  const float* k_norm;
+  QwenrtLinear qkv;
+  QwenrtLinear o;
+  QwenrtLinear gate_up;
+  QwenrtLinear down;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t window;  // as of qwenrt_attention
+  float eps;
+  float scale;  // of scores
+} QwenrtLayer;
+
+// What the layers of one step share; the fields as in QwenrtRotary and QwenrtSequences.
+typedef struct {
+  const QwenrtSequences* sequences;  // all of the step's tokens belong to one
+  const float* cos;
+  const float* sin;
+  const float* q_scale;
+  const int64_t* slots;
+  int64_t rotary_dim;
+  int64_t tokens;
+} QwenrtStep;
+
+// x [tokens][hidden] -> out, likewise: layers [0, count) in turn, each with its cache. x and out may not overlap.
+// Returns what the first op that fails does; `out` and the slots of the step's tokens then hold anything.
+QWENRT_API int qwenrt_decoder_layers(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count,
+                                     const QwenrtStep* step, const float* x, float* out);
