@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 4
+#define QWENRT_ABI 5
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -53,6 +53,10 @@ QWENRT_API int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, f
 // codes [in_features][out_features], one a byte and below 2^bits -> words as in QwenrtQuantMatrix.
 QWENRT_API int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,
                            int64_t group_size, int bits);
+// stored [in_features * bits / 32, rounded up][out_features], inputs in order along it, lowest bits first, as GPTQ files
+// have them -> words as in QwenrtQuantMatrix. perm [in_features]: input k of words is input perm[k] of stored, or NULL.
+QWENRT_API int qwenrt_repack(const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
+                             int64_t out_features, int64_t group_size, int bits);
 // y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
 QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                                      int64_t out_features, int64_t in_features, int is_half);

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, Binding
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
+from qwenrt.config.environment import packed_cache_in
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine
@@ -57,6 +59,7 @@ class Settings:
     max_num_batched_tokens: int = 512
     fallback: str = "warn"
     progress: bool | None = None
+    packed_cache: bool | str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[object, ...]] = {
@@ -146,6 +149,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
             quantize=settings.quantize,
             quantize_head=settings.quantize_head,
             progress=settings.progress,
+            packed_cache=_packed_cache(settings, environment),
         )
 
     stored = _stored_dtype(checkpoint)
@@ -200,6 +204,12 @@ def _random_rows(rows: int, columns: int, bits: int) -> CanonicalWeight:
         if tensor is not None
     )
     return dataclasses.replace(block, codes=codes, scales=scales, zeros=zeros)
+
+
+def _packed_cache(settings: Settings, environment: Environment) -> Path | None:
+    if settings.packed_cache is None:
+        return environment.packed_cache
+    return packed_cache_in(settings.packed_cache, environment.cache_dir)
 
 
 def _backend(settings: Settings, environment: Environment) -> Backend:

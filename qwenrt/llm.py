@@ -6,6 +6,7 @@ serves all callers, so any thread may use one LLM.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,6 +52,7 @@ def load(
     max_num_batched_tokens: int = 512,
     fallback: str = "warn",
     progress: bool | None = None,
+    packed_cache: bool | str | PathLike[str] | None = None,
 ) -> LLM:
     """Load a model, wherever it is, for whatever device is there.
 
@@ -65,28 +67,21 @@ def load(
     max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
     fallback: "warn" | "error" | "silent", where a device's own kernel cannot serve.
     progress: None shows bars and one summary line on a terminal's stderr; True or False decides.
+    packed_cache: True or a directory keeps packed weights on disk, so that the next load maps them; None leaves it to
+    QWENRT_PACKED_CACHE.
 
     Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
     """
-    from qwenrt.assembly import Settings, assemble
+    settings: dict[str, Any] = {name: value for name, value in locals().items() if name != "model"}
+    collecting = gc.isenabled()
+    gc.disable()  # a million objects are made and none is garbage: looking for some would take a fifth of a start
+    try:
+        from qwenrt.assembly import Settings, assemble
 
-    settings = Settings(
-        device=device,
-        dtype=dtype,
-        source=source,
-        revision=revision,
-        offline=offline,
-        quantize=quantize,
-        quantize_head=quantize_head,
-        kv_cache_dtype=kv_cache_dtype,
-        activations=activations,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        fallback=fallback,
-        progress=progress,
-    )
-    return LLM(assemble(_name(model), settings, Environment.read()))
+        return LLM(assemble(_name(model), Settings(**settings), Environment.read()))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def load_random(shape: str | ModelConfig, **settings: Any) -> LLM:

@@ -256,6 +256,24 @@ class Backend:
         """A weight in this backend's layout and on its device. A dense one that fits already is not copied."""
         return reference.pack(weight, dtype, self.device)
 
+    def packs_words(self) -> bool:
+        """Whether pack_linear takes codes in the ``words`` of a GPTQ file; else they come unpacked."""
+        return False
+
+    def packing_id(self) -> str:
+        """What decides, beside a weight and a dtype, which bits pack_linear makes of it: kept weights are of one id."""
+        kernels = " without its linear" if "linear" in self.demoted else ""
+        return f"{self.name} {self.layout_id}{kernels}"
+
+    def restore_packed(self, packed: Packed) -> str | None:
+        """Put back what pack_linear added to ``packed.data`` beside tensors, numbers, texts and lists of these.
+
+        ``packed`` comes from a file: a backend whose kernels trust its shapes checks them here -> why it cannot be
+        used, or None.
+        """
+        known = ("dense", "w4a16", "w8a16", "parts")
+        return None if packed.kind in known else f"{self.name} has no weights of kind {packed.kind[:40]!r}"
+
     def alloc_kv(
         self,
         num_layers: int,

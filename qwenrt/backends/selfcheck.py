@@ -1,6 +1,6 @@
 """At load, every override of a primitive runs once at the model's shapes against its definition; a wrong one goes.
 
-Nobody in the field notices a silently wrong kernel, so this takes about a second of every load to do so.
+Nobody in the field notices a silently wrong kernel, so this takes about a tenth of a second of every load to do so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from qwenrt.ops.types import CanonicalWeight, StepPlan
 
 # Largest error allowed, relative to the largest value of the definition's result.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+_LARGE = 1 << 20  # weights
 
 
 def check(
@@ -90,7 +92,8 @@ def random_weight(
 
 
 def _linear(backend: Backend, dtype: torch.dtype, n: int, k: int, bits: int, group_size: int) -> float:
-    rows = min(n, 1024)  # every code path of a kernel is met by then
+    # Whole inputs, and rows enough to meet every code path: several threads, and what a backend does in large linears.
+    rows = min(n, max(256, -(-_LARGE // k)))
     weight = random_weight(rows, k, bits, group_size)
     native, defined = backend.pack_linear(weight, dtype), reference.pack(weight, dtype, backend.device)
     worst = 0.0

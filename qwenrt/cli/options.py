@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _LOAD_OPTIONS = (
     *("device", "dtype", "quantize", "quantize_head", "kv_cache_dtype", "activations"),
-    *("max_model_len", "fallback", "source", "revision", "offline"),
+    *("max_model_len", "fallback", "packed_cache", "source", "revision", "offline"),
 )
 MODEL_HELP = '"demo", an alias such as Qwen-7B-Chat, a repository such as Qwen/Qwen-7B-Chat, or a directory'
 
@@ -59,6 +59,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("warn", "error", "silent"),
         default="warn",
         help="when a device has no fast code for a layer",
+    )
+    group.add_argument(
+        "--packed-cache",
+        nargs="?",
+        const="1",
+        metavar="DIR",
+        help="keep packed weights on disk: the next start maps them (default: QWENRT_PACKED_CACHE)",
     )
     add_source_options(parser)
 

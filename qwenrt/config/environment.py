@@ -23,6 +23,9 @@ class Environment:
     num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
+    packed_cache: Path | None = (
+        None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory for packed weights
+    )
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -31,8 +34,9 @@ class Environment:
         if threads and not (threads.isdecimal() and 1 <= int(threads) <= 1024):
             raise ConfigError("QWENRT_NUM_THREADS", f"is {threads!r}", "Set a number of threads, 1 to 1024.")
         home = env.get("QWENRT_HOME")
+        cache_dir = Path(home).expanduser() if home else Path.home() / ".cache" / "qwenrt"
         return cls(
-            cache_dir=Path(home).expanduser() if home else Path.home() / ".cache" / "qwenrt",
+            cache_dir=cache_dir,
             hf_endpoint=env.get("HF_ENDPOINT") or None,
             hf_token=env.get("HF_TOKEN") or None,
             modelscope_endpoint=env.get("MODELSCOPE_ENDPOINT") or None,
@@ -41,7 +45,16 @@ class Environment:
             num_threads=int(threads) if threads else None,
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
             activations=env.get("QWENRT_ACTIVATIONS", "auto") or "auto",
+            packed_cache=packed_cache_in(env.get("QWENRT_PACKED_CACHE"), cache_dir),
         )
+
+
+def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path) -> Path | None:
+    """The directory that a setting means: a directory, yes or no; None for none."""
+    text = str(int(value)) if isinstance(value, bool) else os.fspath(value or "").strip()
+    if text.lower() in ("", "0", "false", "no", "off"):
+        return None
+    return cache_dir / "packed" if _truthy(text) else Path(text).expanduser()
 
 
 def _truthy(value: str | None) -> bool:

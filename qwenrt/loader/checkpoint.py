@@ -90,6 +90,7 @@ class TensorReader:
         self._checkpoint = checkpoint
         self._shards = {shard.path: shard for shard in checkpoint.shards}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._places: dict[tuple[int, int], str] = {}  # (address, bytes) of what is mapped -> its name
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor ``name``; its memory is the file's until something is copied. Raises CheckpointError when the
@@ -97,7 +98,7 @@ class TensorReader:
         import torch
 
         entry = self._checkpoint.tensors[name]
-        dtype = getattr(torch, _TORCH_DTYPES.get(entry.dtype, ""), None)
+        dtype = getattr(torch, TORCH_DTYPES.get(entry.dtype, ""), None)
         if dtype is None:
             raise CheckpointError(
                 f"cannot read tensor {name!r} of {entry.shard.name}",
@@ -134,12 +135,36 @@ class TensorReader:
         if last > first:
             mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    def origin(self, tensor: torch.Tensor) -> str | None:
+        """The name of the tensor whose mapped memory ``tensor`` is, as a whole and in order; None for any other."""
+        if not self._places:
+            self._places = {
+                (self._address(entry.shard) + entry.begin, entry.nbytes): name
+                for name, entry in self._checkpoint.tensors.items()
+                if entry.shard in self._maps and not entry.transposed and entry.nbytes
+            }
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        name = self._places.get((tensor.data_ptr(), tensor.nbytes))
+        if name is None:
+            return None
+        entry = self._checkpoint.tensors[name]
+        same = f"torch.{TORCH_DTYPES[entry.dtype]}" == str(tensor.dtype) and entry.shape == tensor.shape
+        return name if same else None
+
+    def _address(self, path: Path) -> int:
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.frombuffer(self._maps[path], dtype=torch.uint8, count=1).data_ptr()
+
     def _map(self, path: Path) -> mmap.mmap:
         shard = self._shards[path]
         try:
             if path not in self._maps:
                 with path.open("rb") as file:
-                    self._maps[path] = _map_file(file.fileno())
+                    self._maps[path] = map_file(file.fileno())
             info = path.stat()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path.name}", str(error), DOWNLOAD_AGAIN) from error
@@ -152,14 +177,14 @@ class TensorReader:
         return self._maps[path]
 
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
 
 
-def _map_file(fd: int) -> mmap.mmap:
+def map_file(fd: int) -> mmap.mmap:
     """The whole file, copy-on-write; without reserving swap, so that a file larger than memory can be mapped."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)

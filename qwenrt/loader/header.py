@@ -137,6 +137,12 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
+def metadata_of(raw: bytes) -> dict[str, Any]:
+    """The free texts of a header that parse_header accepted."""
+    metadata: dict[str, Any] = json.loads(raw).get("__metadata__", {})
+    return metadata
+
+
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         _fail(path, f"its header starts with {raw[:16]!r} instead of '{{'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from qwenrt.errors import CapacityError, CheckpointError, ConfigError
 from qwenrt.loader.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from qwenrt.loader.inventory import Loadable, parts_of, take_inventory, unstacked
 from qwenrt.loader.names import table_for
+from qwenrt.loader.packed_cache import PackedCache
 from qwenrt.loader.progress import ByteBar
 from qwenrt.model.layers import LinearSpec
 from qwenrt.ops import awq, fp8, packing
@@ -31,11 +33,13 @@ logger = logging.getLogger("qwenrt")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: tensors and bytes of the checkpoint, names that were known and skipped."""
+    """What was loaded: tensors and bytes of the checkpoint, names that were known and skipped; whether packed weights
+    of an earlier load were mapped."""
 
     num_tensors: int
     nbytes: int
     ignored: tuple[str, ...]
+    mapped: bool = False
 
 
 def load_weights(
@@ -48,12 +52,14 @@ def load_weights(
     quantize: str | None = None,
     quantize_head: str | None = None,
     progress: bool | None = None,
+    packed_cache: Path | None = None,
 ) -> LoadReport:
     """Fill ``model`` from a checkpoint, each linear packed by ``backend`` as soon as its parts are read.
 
     ``quantize`` "int8" or "int4" rounds dense linears at load, ``quantize_head`` likewise lm_head, which is left as
     it is otherwise. On the CPU a dense tensor that already has ``dtype`` and needs no merge stays a view of the
-    file. ``progress`` None shows a bar on a terminal only. Before any data is read every tensor is accounted for: one
+    file. ``progress`` None shows a bar on a terminal only. ``packed_cache``: a directory where packed weights are
+    kept, from which the next load maps them. Before any data is read every tensor is accounted for: one
     CheckpointError lists what is missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no
     sense. CapacityError: memory ran out. Values are searched for NaN and infinity in full in small tensors, in
     samples of large ones.
@@ -64,6 +70,13 @@ def load_weights(
     checkpoint = unstacked(checkpoint, config, table)
     inventory = take_inventory(checkpoint, model, config, table)
     inventory.raise_problems(checkpoint)
+    report = LoadReport(len(checkpoint.tensors), checkpoint.nbytes, tuple(inventory.ignored))
+    cache: PackedCache | None = None
+    if packed_cache is not None:
+        way = {"layers": quantize, "head": quantize_head}
+        cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, way)
+        if cache.fill(model, checkpoint, backend):
+            return dataclasses.replace(report, mapped=True)
     head_bits = None if quantize_head is None else QUANTIZE_BITS[quantize_head]
     loader = _Loader(TensorReader(checkpoint), config, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
@@ -82,7 +95,9 @@ def load_weights(
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise _out_of_memory(checkpoint, error) from error
-    return LoadReport(len(checkpoint.tensors), checkpoint.nbytes, tuple(inventory.ignored))
+    if cache is not None:
+        cache.keep(model, loader.reader)
+    return report
 
 
 def quantize_bits(quantize: str | None, config: ModelConfig) -> int | None:
@@ -258,7 +273,15 @@ class _Loader:
             return awq.unpack_awq(qweight, qzeros, scales, bias, group_size=group, name=name, **shape)
         g_idx = self._read(slots.get((part, "g_idx")))
         return packing.unpack_gptq(
-            qweight, qzeros, scales, g_idx, bias, quant=self.config.quant, name=name, **shape
+            qweight,
+            qzeros,
+            scales,
+            g_idx,
+            bias,
+            quant=self.config.quant,
+            name=name,
+            keep_words=self.backend.packs_words(),
+            **shape,
         )
 
     def _bias(self, spec: LinearSpec, slots: dict[tuple[str, str], str], part: str) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def unpack_gptq(
     in_features: int,
     out_features: int,
     name: str,
+    keep_words: bool = False,
 ) -> CanonicalWeight:
     """One GPTQ linear, as AutoGPTQ wrote it, in the canonical form.
 
@@ -43,8 +45,8 @@ def unpack_gptq(
     arange(K) // group_size), ``bias`` [N] or None; a bias of zeros, which AutoGPTQ adds to every linear,
     is dropped. W[n, k] = scales[g_idx[k], n] * (q[k, n] - (stored_zero[g_idx[k], n] + quant.zero_offset)),
     without masking the sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. Zeros are
-    always read, whatever ``quant.sym`` says. Raises CheckpointError that names the module when a shape,
-    dtype or index is wrong.
+    always read, whatever ``quant.sym`` says. ``keep_words`` leaves the codes in ``qweight``, as the result's
+    ``words``. Raises CheckpointError that names the module when a shape, dtype or index is wrong.
     """
     _check_bits(quant.bits, name)
     group_size = _group_size(quant.group_size, in_features, name)
@@ -58,15 +60,12 @@ def unpack_gptq(
         scales=(scales, (groups, out_features), SCALE_DTYPES),
         bias=(bias, (out_features,), SCALE_DTYPES),
     )
-    codes = _unpack_rows(qweight, quant.bits)[:in_features]
     zeros = _unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16) + quant.zero_offset
     perm = None
     if g_idx is not None and g_idx.numel() > 0:
         g_idx = _checked_g_idx(g_idx, in_features, scales.shape[0], quant, name)
         if not torch.equal(g_idx, torch.arange(in_features) // group_size):
             perm, group_size, order = _sort_groups(g_idx, group_size)
-            if perm is not None:
-                codes = codes.index_select(0, perm.long())
             if order is not None:
                 scales, zeros = scales.index_select(0, order), zeros.index_select(0, order)
     elif quant.desc_act:
@@ -75,15 +74,30 @@ def unpack_gptq(
             "the checkpoint holds no g_idx, so the group of each input is unknown",
             "Download the checkpoint again, or set desc_act to false if it was quantised without.",
         )
-    return CanonicalWeight(
-        codes=codes.contiguous(),
+    weight = CanonicalWeight(
         scales=scales.contiguous(),
         zeros=zeros.contiguous(),
         bits=quant.bits,
         group_size=group_size,
         perm=perm,
         bias=real_bias(bias),
+        words=(qweight,),
+        num_inputs=in_features,
     )
+    return weight if keep_words and qweight.dtype == torch.int32 else with_codes(weight)
+
+
+def with_codes(weight: CanonicalWeight) -> CanonicalWeight:
+    """The same weight with ``codes``, unpacked where it has ``words``."""
+    if not weight.words:
+        return weight
+    order = None if weight.perm is None else weight.perm.long()
+    parts = []
+    for words in weight.words:
+        codes = _unpack_rows(words, weight.bits)[: weight.in_features]
+        parts.append(codes if order is None else codes.index_select(0, order))
+    codes = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
+    return dataclasses.replace(weight, codes=codes, words=(), num_inputs=0)
 
 
 def _check_bits(bits: int, name: str) -> None:

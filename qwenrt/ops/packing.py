@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.ops.gptq import pack_gptq, unpack_gptq
+from qwenrt.ops.gptq import pack_gptq, unpack_gptq, with_codes
 from qwenrt.ops.stored import code_tensors
 from qwenrt.ops.types import CanonicalWeight
 
@@ -21,6 +21,7 @@ __all__ = [
     "quantize_rows",
     "row_blocks",
     "unpack_gptq",
+    "with_codes",
 ]
 
 # Shares of a group's range tried when rounding to 4 bits: clipping outliers often lowers the squared error.
@@ -45,9 +46,18 @@ def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
     if first.dense is not None:
         dense = [w.dense for w in weights if w.dense is not None]
         return CanonicalWeight(dense=torch.cat(dense), bias=bias)
+    if all(w.words for w in weights):
+        return dataclasses.replace(
+            first,
+            words=tuple(words for w in weights for words in w.words),
+            scales=torch.cat([w.scales for w in weights if w.scales is not None], dim=1),
+            zeros=torch.cat([w.zeros for w in weights if w.zeros is not None], dim=1),
+            bias=bias,
+        )
+    weights = [with_codes(w) for w in weights]
     parts = [code_tensors(w) for w in weights]
     return dataclasses.replace(
-        first,
+        weights[0],
         codes=torch.cat([codes for codes, _, _ in parts], dim=1),
         scales=torch.cat([scales for _, scales, _ in parts], dim=1),
         zeros=torch.cat([zeros for _, _, zeros in parts], dim=1),

@@ -18,6 +18,9 @@ class CanonicalWeight:
     x[..., perm[k]] where ``perm`` (int32 [K]) is given (act-order, already sorted by group), else x[..., k].
     W[n, perm[k]] = scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n]).
     N = out_features, K = in_features; ``bias`` [N] or None.
+    Instead of ``codes`` there may be ``words``, which packing.with_codes unpacks: matrices int32
+    [ceil(K * bits / 32), n] side by side as GPTQ files have them, 32 / bits codes of one output in a word, lowest
+    bits first, in the order of x.
     """
 
     dense: torch.Tensor | None = None
@@ -28,13 +31,19 @@ class CanonicalWeight:
     group_size: int = 0
     perm: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    words: tuple[torch.Tensor, ...] = ()
+    num_inputs: int = 0  # K beside ``words``, whose last rows may be half full
 
     @property
     def in_features(self) -> int:
+        if self.words:
+            return self.num_inputs
         return self.dense.shape[1] if self.dense is not None else self.codes.shape[0]  # type: ignore[union-attr]
 
     @property
     def out_features(self) -> int:
+        if self.words:
+            return sum(words.shape[1] for words in self.words)
         return self.dense.shape[0] if self.dense is not None else self.codes.shape[1]  # type: ignore[union-attr]
 
 

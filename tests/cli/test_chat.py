@@ -231,7 +231,9 @@ def test_what_cannot_be_loaded_changes_nothing(
 
 def test_options_reach_load(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     options = "--device cpu --dtype float32 --quantize int4 --kv-cache-dtype int8 --max-model-len 99"
-    more = "--source modelscope --revision v1 --offline --fallback error --activations int8"
+    more = (
+        "--source modelscope --revision v1 --offline --fallback error --activations int8 --packed-cache kept"
+    )
     qwenrt("chat", "Qwen-7B-Chat", *options.split(), *more.split())
     model, arguments = fake.loaded[0]
     assert model == "Qwen-7B-Chat"
@@ -239,6 +241,7 @@ def test_options_reach_load(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
         "device": "cpu",
         "dtype": "float32",
         "quantize": "int4",
+        "quantize_head": None,
         "kv_cache_dtype": "int8",
         "max_model_len": 99,
         "source": "modelscope",
@@ -246,6 +249,7 @@ def test_options_reach_load(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
         "offline": True,
         "activations": "int8",
         "fallback": "error",
+        "packed_cache": "kept",
     }
 
 

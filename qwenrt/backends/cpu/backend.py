@@ -22,10 +22,12 @@ from qwenrt.backends.cpu.kernels import (
     dequantize_blocks,
     native_kind,
     pack_quantized,
+    restore_quantized,
     words_per_group,
 )
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
+from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, LayerKV, LayerWeights, Packed, StepPlan
 
 KERNEL_CHOICES = ("auto", "off", "avx512vnni", "avx2", "neondot", "neon", "scalar")
@@ -171,11 +173,11 @@ class CPUBackend(Backend):
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; in the kernels' layout where they serve."""
         if self.kernels is None or "linear" in self.demoted:
-            return super().pack_linear(weight, dtype)
+            return super().pack_linear(with_codes(weight), dtype)
         if weight.dense is None:
             padded = words_per_group(weight.group_size, weight.bits) * 32 / weight.bits
             if padded > weight.group_size * _PADDING_WORTH:
-                return super().pack_linear(weight, dtype)
+                return super().pack_linear(with_codes(weight), dtype)
             return pack_quantized(self.kernels, weight)
         dense = weight.dense
         if dtype != torch.float32 or dense.dtype not in (torch.bfloat16, torch.float16):
@@ -183,6 +185,29 @@ class CPUBackend(Backend):
         bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
         shape = (weight.out_features, weight.in_features)
         return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+
+    def packs_words(self) -> bool:
+        return self.kernels is not None and "linear" not in self.demoted
+
+    def packing_id(self) -> str:
+        """As Backend.packing_id; the instruction set stands in it so that a layout may come to depend on it."""
+        kernels = "plain torch" if self.kernels is None else self.kernels.isa
+        return f"{super().packing_id()} {kernels}"
+
+    def restore_packed(self, packed: Packed) -> str | None:
+        if packed.kind in _QUANTIZED and self.kernels is not None:
+            return restore_quantized(packed)
+        if packed.kind == _DENSE16:
+            weight, shape = packed.data.get("weight"), (packed.out_features, packed.in_features)
+            if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.bfloat16, torch.float16):
+                return f"weight of {_DENSE16} is not in 16 bits"
+            if weight.shape != shape or not weight.is_contiguous():
+                return f"weight of {_DENSE16} is not {list(shape)}"
+            bias = packed.bias
+            if bias is not None and (bias.dtype != torch.float32 or bias.shape != shape[:1]):
+                return f"bias of {_DENSE16} is not float32 [{shape[0]}]"
+            return None
+        return super().restore_packed(packed)
 
     # ---- between the linears
 

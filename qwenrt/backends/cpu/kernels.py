@@ -14,9 +14,10 @@ import torch
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
+from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 4
+ABI = 5
 BLOCK = 8  # output rows stored together
 ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
@@ -88,6 +89,7 @@ class Kernels:
             ctypes.c_int,
         ]
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
+        lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
 
         lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
@@ -140,6 +142,21 @@ class Kernels:
     def pack(self, codes: torch.Tensor, words: torch.Tensor, group_size: int, bits: int) -> None:
         """codes uint8 [K, N] -> words, allocated by the caller as pack_quantized says."""
         self._library.qwenrt_pack(codes.data_ptr(), words.data_ptr(), *codes.shape, group_size, bits)
+
+    def repack(
+        self, stored: torch.Tensor, perm: torch.Tensor | None, words: torch.Tensor, weight: CanonicalWeight
+    ) -> None:
+        """One of ``weight.words`` [ceil(K * bits / 32), n] -> words, allocated by the caller as pack_quantized says."""
+        assert stored.dtype == torch.int32 and stored.is_contiguous()
+        self._library.qwenrt_repack(
+            stored.data_ptr(),
+            None if perm is None else perm.data_ptr(),
+            words.data_ptr(),
+            weight.in_features,
+            stored.shape[1],
+            weight.group_size,
+            weight.bits,
+        )
 
     def dense16_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -240,28 +257,36 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     """Canonical codes in the layout of csrc/qwenrt_cpu.h.
 
     data: ``words`` int32 [blocks, groups * words_per_group, 8], ``scales`` float16 (float32 where that
-    loses bits) [blocks, groups, 8], ``zeros`` int16 of the same shape (absent where all are equal),
-    ``perm`` int32 [K], and ``native``, the struct that points at them.
+    loses bits) [blocks, groups, 8], ``zeros`` int16 of the same shape (absent where all are
+    ``zero``), ``perm`` int32 [K], and ``native``, the struct that points at them.
     """
-    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
-    columns, rows = weight.codes.shape
+    if any(words.shape[1] % BLOCK for words in weight.words[:-1]):
+        weight = with_codes(weight)  # a block would hold rows of two
+    assert weight.scales is not None and weight.zeros is not None
+    columns, rows = weight.in_features, weight.out_features
     bits, size, groups = weight.bits, weight.group_size, weight.scales.shape[0]
     per_group = words_per_group(size, bits)
     blocks = math.ceil(rows / BLOCK)
     words = torch.empty(blocks, groups * per_group, BLOCK, dtype=torch.int32)
-    kernels.pack(weight.codes.contiguous(), words, size, bits)
-    data: dict[str, torch.Tensor | _QuantMatrix] = {"words": words}
+    perm = None if weight.perm is None else weight.perm.to(torch.int32).contiguous()
+    if weight.codes is not None:
+        kernels.pack(weight.codes.contiguous(), words, size, bits)
+    first = 0
+    for stored in weight.words:
+        kernels.repack(stored.contiguous(), perm, words[first // BLOCK :], weight)
+        first += stored.shape[1]
+    data: dict[str, torch.Tensor | int | _QuantMatrix] = {"words": words}
     scales = weight.scales.to(torch.float16)
     exact = bool((scales.to(torch.float32) == weight.scales.to(torch.float32)).all())
     data["scales"] = _by_block(scales if exact else weight.scales.to(torch.float32), blocks)
-    zero = int(weight.zeros[0, 0]) if weight.zeros.numel() else 0
+    data["zero"] = zero = int(weight.zeros[0, 0]) if weight.zeros.numel() else 0
     if not bool((weight.zeros == zero).all()):
         data["zeros"] = _by_block(weight.zeros, blocks)
-    if weight.perm is not None:
-        data["perm"] = weight.perm.to(torch.int32).contiguous()
+    if perm is not None:
+        data["perm"] = perm
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
     packed = Packed(native_kind(bits), rows, columns, data, bias, bits, size)
-    _point(packed, groups, per_group, zero)
+    _point(packed)
     return packed
 
 
@@ -271,7 +296,7 @@ def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
     return tensor.view(-1, blocks, BLOCK).transpose(0, 1).contiguous()
 
 
-def _point(packed: Packed, groups: int, per_group: int, zero: int) -> None:
+def _point(packed: Packed) -> None:
     def address(tensor: torch.Tensor | None) -> int | None:
         return None if tensor is None else tensor.data_ptr()
 
@@ -283,13 +308,45 @@ def _point(packed: Packed, groups: int, per_group: int, zero: int) -> None:
         bias=address(packed.bias),
         out_features=packed.out_features,
         in_features=packed.in_features,
-        groups=groups,
+        groups=packed.data["scales"].shape[1],
         group_size=packed.group_size,
-        words_per_group=per_group,
+        words_per_group=words_per_group(packed.group_size, packed.bits),
         bits=packed.bits,
-        zero=zero,
+        zero=packed.data["zero"],
         scales_are_float=int(packed.data["scales"].dtype == torch.float32),
     )
+
+
+def restore_quantized(packed: Packed) -> str | None:
+    """Point ``native`` at the tensors of a pack_quantized that was kept in a file -> None, or why they do not fit:
+    the kernels trust what they are pointed at."""
+    bits, size, zero = packed.bits, packed.group_size, packed.data.get("zero")
+    if bits not in (4, 8) or packed.kind != native_kind(bits) or size < 1 or packed.in_features < 1:
+        return f"{packed.kind[:40]!r} of {bits} bits, groups of {size}"
+    if not isinstance(zero, int) or not 0 <= zero <= 1 << bits:
+        return f"its zero is {zero!r}"
+    blocks, groups = math.ceil(packed.out_features / BLOCK), math.ceil(packed.in_features / size)
+    by_group, floats = (blocks, groups, BLOCK), (torch.float16, torch.float32)
+    allowed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "words": ((blocks, groups * words_per_group(size, bits), BLOCK), (torch.int32,)),
+        "scales": (by_group, floats),
+        "zeros": (by_group, (torch.int16,)),
+        "perm": ((packed.in_features,), (torch.int32,)),
+        "bias": ((packed.out_features,), (torch.float32,)),
+    }
+    for name, (shape, dtypes) in allowed.items():
+        tensor = packed.bias if name == "bias" else packed.data.get(name)
+        if tensor is None and name not in ("words", "scales"):
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or tensor.dtype not in dtypes:
+            return f"{name} of {packed.kind} is not {dtypes[0]} {list(shape)}"
+        if not tensor.is_contiguous() or tensor.data_ptr() % tensor.itemsize:
+            return f"{name} of {packed.kind} is not laid out as it must be"
+    perm = packed.data.get("perm")
+    if perm is not None and not (int(perm.min()) >= 0 and int(perm.max()) < packed.in_features):
+        return f"perm of {packed.kind} leads outside of its {packed.in_features} inputs"
+    _point(packed)
+    return None
 
 
 def dequantize_blocks(w: Packed, first: int, last: int) -> torch.Tensor:
