@@ -1,6 +1,7 @@
 // Rounds activations, lays them out as IntegerInput says and shares the rows between the threads.
 #include "integer_linear.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,7 +33,7 @@ struct LayOutTask {
   float* scales;
   float* sums;
   IntegerInput in;
-  int narrow;
+  bool narrow;
   std::atomic<int> status;
 };
 
@@ -41,12 +42,20 @@ void scatter(const int32_t* words, int64_t count, int32_t* out, int64_t tile) {
   for (int64_t i = 0; i < count; ++i) out[i * tile] = words[i];
 }
 
+// What a narrow block's largest activation is at most; in float64 and in order, so that it is the same everywhere.
+float narrow_limit(const float* x, int64_t n) {
+  double squares = 0;
+  for (int64_t i = 0; i < n; ++i) squares += double(x[i]) * double(x[i]);
+  return float(kNarrowest * sqrt(squares / double(n)));
+}
+
 void lay_out_token(void* context, int64_t token) {
   LayOutTask& task = *static_cast<LayOutTask*>(context);
   const QwenrtQuantMatrix& w = *task.w;
   const IntegerInput& in = task.in;
   const float* x = task.x + token * w.in_features;
   const int64_t per_word = 32 / w.bits, places = places_of(w.bits, in.pairs), tile = token / in.tile, lane = token % in.tile;
+  const float narrow = task.narrow ? narrow_limit(x, w.in_features) : -1.0f;
   int64_t out = tile * w.groups * w.words_per_group * places * in.tile + lane;
   float values[kPairBlock];
   for (int64_t g = 0; g < w.groups; ++g) {
@@ -65,7 +74,7 @@ void lay_out_token(void* context, int64_t token) {
       }
       int32_t low[kPairBlock], high[kPairBlock], sum = 0;
       float& scale = task.scales[at * in.tile + lane];
-      const int kind = task.kernels->round_block(source, padded, w.bits, task.narrow, low, high, &scale, &sum);
+      const int kind = task.kernels->round_block(source, padded, w.bits, narrow, low, high, &scale, &sum);
       if (!kind) {
         task.status.store(QWENRT_NOT_FINITE);
         return;

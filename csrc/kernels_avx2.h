@@ -33,7 +33,7 @@ inline void store_rows(const QwenrtQuantMatrix& w, float* y, __m256 value, int64
 
 }  // namespace
 
-int avx2_round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale,
+int avx2_round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
                      int32_t* sum);
 void avx2_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
 #endif

@@ -79,6 +79,46 @@ INLINE void byte_products(const uint32_t* const (&words)[STREAMS], int64_t offse
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_madd_epi16(sums[s][t], ones); }); });
 }
 
+// Both bytes of a wide block at once: its codes are masked once.
+template <int TILE, int STREAMS>
+INLINE void wide_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* low,
+                          const int32_t* high, int64_t count, __m256i (&sums)[STREAMS][TILE]) {
+  __m256i upper[STREAMS][TILE];
+  if (count < kByteWords) {
+    byte_products(words, offset, low, count, sums);
+    byte_products(words, offset, high, count, upper);
+    UNROLL(STREAMS, s, {
+      UNROLL(TILE, t, { sums[s][t] = _mm256_add_epi32(sums[s][t], _mm256_slli_epi32(upper[s][t], 8)); });
+    });
+    return;
+  }
+  UNROLL(kByteWords * kPlaces, n, {
+    constexpr int i = n / kPlaces, p = n % kPlaces;
+    __m256i codes[STREAMS];
+    UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(words[s] + offset + i * QWENRT_BLOCK); });
+    UNROLL(TILE, t, {
+      const __m256i l = broadcast(low + n * TILE + t);
+      const __m256i h = broadcast(high + n * TILE + t);
+      UNROLL(STREAMS, s, {
+        if constexpr (n == 0) {
+          sums[s][t] = times_bytes(codes[s], l);
+          upper[s][t] = times_bytes(codes[s], h);
+        } else {
+          add_bytes(sums[s][t], codes[s], l);
+          add_bytes(upper[s][t], codes[s], h);
+        }
+      });
+    });
+  });
+  const __m256i ones = _mm256_set1_epi16(1);
+  UNROLL(STREAMS, s, {
+    UNROLL(TILE, t, {
+      const __m256i h = _mm256_slli_epi32(_mm256_madd_epi16(upper[s][t], ones), 8);
+      sums[s][t] = _mm256_add_epi32(_mm256_madd_epi16(sums[s][t], ones), h);
+    });
+  });
+}
+
 template <int TILE, int STREAMS>
 INLINE void pair_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
                           __m256i (&sums)[STREAMS][TILE]) {
@@ -103,37 +143,35 @@ struct Block {
   bool wide;
 };
 
+// sums [TILE][8 rows] += scale * dot product of one block, of one stream.
+template <int TILE>
+INLINE void add_scaled(const __m256i (&products)[TILE], const float* scales, float* sums) {
+  UNROLL(TILE, t, {
+    const __m256 product = _mm256_cvtepi32_ps(products[t]), sum = _mm256_load_ps(sums + t * QWENRT_BLOCK);
+    _mm256_store_ps(sums + t * QWENRT_BLOCK, _mm256_fmadd_ps(_mm256_broadcast_ss(scales + t), product, sum));
+  });
+}
+
 // group_sums [STREAMS][TILE][8 rows] += scale * dot product of one block.
 template <int BITS, int TILE, int STREAMS>
 INLINE void add_block(const uint32_t* const (&words)[STREAMS], const IntegerInput& in, const Block& block,
                       float* group_sums) {
-  __m256i sums[STREAMS][TILE];
+  constexpr int AT_ONCE = TILE == 1 ? STREAMS : 1;  // streams of a wide block whose sums fit into the registers
   const int64_t offset = block.offset * QWENRT_BLOCK;
-  if constexpr (BITS == 8) pair_products(words, offset, in.low + block.x, block.words, sums);
-  else if (!block.wide) byte_products(words, offset, in.low + block.x, block.words, sums);
-  else {
-    __m256i high[STREAMS][TILE];
-    alignas(32) int32_t kept[STREAMS * TILE * QWENRT_BLOCK];  // no register is left for them
-    byte_products(words, offset, in.high + block.x, block.words, high);
-    UNROLL(STREAMS, s, {
-      UNROLL(TILE, t, {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(kept + (s * TILE + t) * QWENRT_BLOCK),
-                           _mm256_slli_epi32(high[s][t], 8));
-      });
-    });
-    byte_products(words, offset, in.low + block.x, block.words, sums);
-    UNROLL(STREAMS, s, {
-      UNROLL(TILE, t, {
-        const int32_t* upper = kept + (s * TILE + t) * QWENRT_BLOCK;
-        sums[s][t] = _mm256_add_epi32(sums[s][t], _mm256_load_si256(reinterpret_cast<const __m256i*>(upper)));
-      });
-    });
+  if (BITS == 8 || !block.wide) {
+    __m256i sums[STREAMS][TILE];
+    if constexpr (BITS == 8) pair_products(words, offset, in.low + block.x, block.words, sums);
+    else byte_products(words, offset, in.low + block.x, block.words, sums);
+    UNROLL(STREAMS, s, { add_scaled<TILE>(sums[s], block.scales, group_sums + s * TILE * QWENRT_BLOCK); });
+    return;
   }
-  UNROLL(STREAMS, s, {
-    UNROLL(TILE, t, {
-      float* sum = group_sums + (s * TILE + t) * QWENRT_BLOCK;
-      const __m256 scale = _mm256_broadcast_ss(block.scales + t);
-      _mm256_store_ps(sum, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sums[s][t]), _mm256_load_ps(sum)));
+  UNROLL(STREAMS / AT_ONCE, first, {
+    const uint32_t* own[AT_ONCE];
+    UNROLL(AT_ONCE, s, { own[s] = words[first * AT_ONCE + s]; });
+    __m256i sums[AT_ONCE][TILE];
+    wide_products(own, offset, in.low + block.x, in.high + block.x, block.words, sums);
+    UNROLL(AT_ONCE, s, {
+      add_scaled<TILE>(sums[s], block.scales, group_sums + (first * AT_ONCE + s) * TILE * QWENRT_BLOCK);
     });
   });
 }
@@ -256,23 +294,18 @@ void avx2_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float
   return rows_of<4>(w, in, y, begin, end);
 }
 
-int avx2_round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale,
+int avx2_round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
                      int32_t* sum) {
   // The bits of |x| are in the order of |x|, with infinity and then NaN above all numbers.
   __m256i most = _mm256_setzero_si256();
-  __m256 totals = _mm256_setzero_ps();
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 8) {
     const __m256i bits_of = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)), magnitude);
     most = _mm256_max_epi32(most, bits_of);
-    totals = _mm256_add_ps(totals, _mm256_castsi256_ps(bits_of));
   }
   const float largest = _mm_cvtss_f32(_mm_castsi128_ps(fold(most, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); })));
   if (!(largest <= kLargestActivation)) return 0;
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  const float total = _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-  const bool wide = !narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  const bool wide = largest > narrow, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const __m256 inverse = _mm256_set1_ps(zeros ? 0.0f : limit / largest);

@@ -9,7 +9,7 @@
 namespace {
 
 // AVX2's is as fast for 4-bit codes; beside 8-bit ones it gives pairs.
-int round_for_bytes(const float* x, int64_t n, int bits, int narrow, int32_t* low, int32_t* high, float* scale,
+int round_for_bytes(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
                     int32_t* sum) {
   const auto round = bits == 4 ? avx2_kernels()->round_block : round_block;
   return round(x, n, bits, narrow, low, high, scale, sum);
