@@ -45,7 +45,7 @@ constexpr float kLargestActivation = 4.6e33f;   // 128 of them still are finite 
 constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller ones counts as zeros
 // A block is narrow only where no activation is larger than as many times the token's root mean square: the larger a
 // block's values, the more its rounding weighs in a row's sum.
-constexpr float kNarrowest = 3.5f;
+constexpr float kNarrowest = 4;
 
 inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
 

@@ -219,22 +219,25 @@ INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const
   });
 }
 
-// Few tokens: the weights are read once, from STREAMS distant places.
+// Few tokens: the weights are read once, from STREAMS distant places, and again from the cache for the next tile.
 template <int BITS, int TILE, int STREAMS>
 void distant_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
   const int64_t stride = (end - begin) / STREAMS;
-  for (int64_t b = begin; b < begin + stride; ++b) {
-    alignas(32) float totals[STREAMS * TILE * QWENRT_BLOCK] = {};
-    add_groups<BITS, TILE, STREAMS>(w, in, totals, b, stride, 0, 0, w.groups);
-    store_tile<TILE, STREAMS>(w, in, totals, y, b, stride, 0);
-  }
-  for (int64_t b = begin + stride * STREAMS; b < end; ++b) {
-    alignas(32) float totals[TILE * QWENRT_BLOCK] = {};
-    add_groups<BITS, TILE, 1>(w, in, totals, b, 0, 0, 0, w.groups);
-    store_tile<TILE, 1>(w, in, totals, y, b, 0, 0);
-  }
+  for (int64_t b = begin; b < begin + stride; ++b)
+    for (int64_t tile = 0; tile < in.tiles; ++tile) {
+      alignas(32) float totals[STREAMS * TILE * QWENRT_BLOCK] = {};
+      add_groups<BITS, TILE, STREAMS>(w, in, totals, b, stride, tile, 0, w.groups);
+      store_tile<TILE, STREAMS>(w, in, totals, y, b, stride, tile);
+    }
+  for (int64_t b = begin + stride * STREAMS; b < end; ++b)
+    for (int64_t tile = 0; tile < in.tiles; ++tile) {
+      alignas(32) float totals[TILE * QWENRT_BLOCK] = {};
+      add_groups<BITS, TILE, 1>(w, in, totals, b, 0, tile, 0, w.groups);
+      store_tile<TILE, 1>(w, in, totals, y, b, 0, tile);
+    }
 }
 
+constexpr int64_t kFewTiles = 4;     // whose activations stay in the first cache beside a row's words
 constexpr int64_t kSlabWords = 128;  // of a row: the words of 16 rows stay in the first cache while all tokens pass
 
 // Many tokens: STREAMS neighbouring row blocks times all tiles, slab by slab of the inputs.
@@ -257,7 +260,7 @@ template <int BITS>
 void rows_of(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
   if (in.tile == 1) return distant_rows<BITS, 1, 4>(w, in, y, begin, end);
   if (in.tile == 2) return distant_rows<BITS, 2, 4>(w, in, y, begin, end);
-  if (in.tiles == 1) return distant_rows<BITS, 4, 2>(w, in, y, begin, end);
+  if (in.tiles <= kFewTiles) return distant_rows<BITS, 4, 2>(w, in, y, begin, end);
   for (; begin + 2 <= end; begin += 2) neighbouring_rows<BITS, 2>(w, in, y, begin);
   if (begin < end) neighbouring_rows<BITS, 1>(w, in, y, begin);
 }
