@@ -24,12 +24,11 @@ INLINE void find_cells(const Attention& a, int64_t sequence, int64_t origin, int
   for (int64_t i = last; i % step; ++i) cells[i] = cells[last - 1];
 }
 
-// Asks for memory that will be read soon: into the first-level cache where it is NEAR, else the second.
-template <bool NEAR>
+// Asks for memory that will be read soon. Into the second-level cache: in the first it would not last until then.
 INLINE void prefetch(const void* memory, int64_t bytes) {
 #if defined(__GNUC__)
   const char* p = static_cast<const char*>(memory);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, NEAR ? 3 : 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 #else
   (void)memory, (void)bytes;
 #endif

@@ -25,7 +25,7 @@ struct Rows {
 
 struct ChunkMemory {
   float scores[kRowsAtOnce][kChunk];
-  float scales[kChunk], zeros[kChunk];
+  float scales[kLanes][kChunk], zeros[kLanes][kChunk];  // of the codes of some heads
   int64_t cells[kChunk];
   const float* queries[kRowsAtOnce];
   float* outs[kRowsAtOnce];
@@ -48,7 +48,7 @@ struct Ahead {
   INLINE void ask() {
     if (place >= last) return;
     for (int64_t n = 0; n < kStep; ++n)
-      prefetch<true>(memory + (cells[place + n] + head) * head_dim, head_dim * int64_t(sizeof(Cell)));
+      prefetch(memory + (cells[place + n] + head) * head_dim, head_dim * int64_t(sizeof(Cell)));
     if (++head < last_head) return;
     head = first_head;
     place += kStep;
@@ -111,18 +111,35 @@ INLINE void soften(float* scores, int64_t first, int64_t last, int64_t begin, in
   *total = sum(sums);
 }
 
-// Codes' scales and zeros of one head, by place.
-INLINE void find_scales(const float* scale, const float* zero, int64_t head, const Rows& rows, ChunkMemory& m) {
-  for (int64_t i = rows.first; i < rows.last; ++i) {
-    m.scales[i] = scale[m.cells[i] + head];
-    m.zeros[i] = zero[m.cells[i] + head];
+// by_place[head % kLanes][place] = numbers[cell][head], of `head` or of kLanes heads from it on.
+INLINE void turn(const float* numbers, int64_t head, int64_t heads, const Rows& rows, const int64_t* cells,
+                 float (*by_place)[kChunk]) {
+  for (int64_t p = rows.first; p < rows.last; p += kLanes) {
+    if (heads < kLanes) {
+      for (int64_t i = p; i < p + kLanes; ++i) by_place[0][i] = numbers[cells[i] + head];
+      continue;
+    }
+    Vec x[kLanes];
+    for (int n = 0; n < kLanes; ++n) x[n] = load(numbers + cells[p + n] + head);
+    transpose(x);
+    for (int n = 0; n < kLanes; ++n) store(by_place[n] + p, x[n]);
   }
+}
+
+// Makes the codes' scales and zeros of a head be in the memory -> where there. Called for one head after another.
+INLINE int64_t find_scales(const float* scale, const float* zero, int64_t head, const Rows& rows, ChunkMemory& m) {
+  const int64_t behind = head - rows.first_head, together = behind / kLanes * kLanes + rows.first_head;
+  const bool whole = together + kLanes <= rows.last_head;
+  if (whole && head != together) return head - together;
+  turn(scale, head, whole ? kLanes : 1, rows, m.cells, m.scales);
+  turn(zero, head, whole ? kLanes : 1, rows, m.cells, m.zeros);
+  return 0;
 }
 
 // Scores of one head's rows [i, i + rows.count()) -> q (scale * code + zero) * scale of attention.
 INLINE void scale_scores(const Attention& a, int64_t head, const Rows& rows, int64_t i, ChunkMemory& m) {
   const QwenrtCache& cache = a.cache;
-  if (cache.k_scale) find_scales(cache.k_scale, cache.k_zero, head, rows, m);
+  const int64_t at = cache.k_scale ? find_scales(cache.k_scale, cache.k_zero, head, rows, m) : 0;
   for (const int64_t end = i + rows.count(); i < end; ++i) {
     float* scores = m.scores[i];
     Vec total = all(0);
@@ -130,7 +147,7 @@ INLINE void scale_scores(const Attention& a, int64_t head, const Rows& rows, int
     const Vec factor = all(a.scale), shift = all(sum(total));
     for (int64_t p = rows.first; p < rows.last; p += kLanes) {
       Vec x = load(scores + p);
-      if (cache.k_scale) x = multiply_add(load(m.scales + p), x, mul(load(m.zeros + p), shift));
+      if (cache.k_scale) x = multiply_add(load(m.scales[at] + p), x, mul(load(m.zeros[at] + p), shift));
       store(scores + p, mul(x, factor));
     }
   }
@@ -138,13 +155,13 @@ INLINE void scale_scores(const Attention& a, int64_t head, const Rows& rows, int
 
 // Weights of one head's rows -> weights of the codes, and what the zeros add.
 INLINE void scale_weights(const Attention& a, int64_t head, const Rows& rows, int64_t i, ChunkMemory& m) {
-  find_scales(a.cache.v_scale, a.cache.v_zero, head, rows, m);
+  const int64_t at = find_scales(a.cache.v_scale, a.cache.v_zero, head, rows, m);
   for (const int64_t end = i + rows.count(); i < end; ++i) {
     Vec shifts = all(0);
     for (int64_t p = rows.first; p < rows.last; p += kLanes) {
       const Vec weight = load(m.scores[i] + p);
-      shifts = multiply_add(weight, load(m.zeros + p), shifts);
-      store(m.scores[i] + p, mul(weight, load(m.scales + p)));
+      shifts = multiply_add(weight, load(m.zeros[at] + p), shifts);
+      store(m.scores[i] + p, mul(weight, load(m.scales[at] + p)));
     }
     m.shifts[i] = sum(shifts);
   }
@@ -214,7 +231,6 @@ void attend_rows(const Attention& a, const AttentionPiece& piece, const Rows& ro
   score<Cell>(a, rows, m);
   for (int64_t h = rows.first_head, i = 0; h < rows.last_head; ++h) {
     scale_scores(a, h, rows, i, m);
-    const int64_t head_rows = i;
     for (int64_t r = rows.first_row; r < rows.last_row; ++r, ++i) {
       const int64_t past = rows.first_position + r / rows.group + 1, from = a.window ? past - a.window : 0;
       const int64_t low = most_of(from, begin) - origin, high = least_of(past, end) - origin;
@@ -227,8 +243,9 @@ void attend_rows(const Attention& a, const AttentionPiece& piece, const Rows& ro
       partials.largest[row] = largest;
       partials.sums[row] = m.sums[i];
     }
-    if (a.cache.v_scale) scale_weights(a, h, rows, head_rows, m);
   }
+  for (int64_t h = rows.first_head; a.cache.v_scale && h < rows.last_head; ++h)
+    scale_weights(a, h, rows, (h - rows.first_head) * rows.count(), m);
   weigh<Cell>(a, rows, m);
   for (int64_t i = 0; i < rows.all(); ++i)
     for (int64_t c = 0; c < head_dim; c += kLanes) {

@@ -128,8 +128,8 @@ struct NextTile {
   INLINE void ask() {
     const int64_t bytes = k.head_dim * int64_t(sizeof(Cell));
     for (const int64_t end = least_of(place + share, count); place < end; ++place) {
-      prefetch<false>(k.row(cells[place]), bytes);
-      prefetch<false>(v.row(cells[place]), bytes);
+      prefetch(k.row(cells[place]), bytes);
+      prefetch(v.row(cells[place]), bytes);
     }
   }
 };

@@ -38,7 +38,7 @@ struct AttentionPiece {
 
 // Floats of the memory that `attend` works in, whatever the piece.
 constexpr int64_t attention_memory(int64_t head_dim) {
-  const int64_t chunk = kRowsAtOnce * kChunk + 8 * kChunk;
+  const int64_t chunk = kRowsAtOnce * kChunk + 24 * kChunk;
   const int64_t tile = 2 * (kTileRows + kTileKeys) * head_dim + kTileRows * (kTileKeys + 4) + 4 * kTileKeys;
   return ((chunk > tile ? chunk : tile) + 15) / 16 * 16;
 }
