@@ -264,6 +264,8 @@ void attend_tile(const Attention& a, const AttentionPiece& piece, float* memory)
     find_cells(a, s, origin, most_of(begin, origin), least_of(end, origin + kTileKeys), kPanel, cells);
   };
   cells_of(begin / kTileKeys * kTileKeys, m.cells);
+  const int64_t first = begin % kTileKeys;
+  NextTile<Cell>{k, v, m.cells, first, least_of(kTileKeys, first + end - begin), kTileKeys}.ask();
   for (int64_t origin = begin / kTileKeys * kTileKeys; origin < end; origin += kTileKeys) {
     const Places seen = places(begin, end, origin);
     const Places packed{seen.begin / kPanel * kPanel, (seen.end + kPanel - 1) / kPanel * kPanel};
