@@ -58,7 +58,7 @@ int64_t tile_rows(const Attention& a, const Cuts& cuts, int64_t s) {
 }
 
 Cuts cut(const Attention& a, int64_t threads) {
-  const int64_t heads = a.cache.num_kv_heads, wanted = threads > 1 ? threads * kTasksPerThread : 1;
+  const int64_t heads = a.cache.num_kv_heads;
   Cuts cuts;
   int64_t chunks = 0;
   for (int64_t s = 0; s < a.sequences.count; ++s) {
@@ -68,6 +68,9 @@ Cuts cut(const Attention& a, int64_t threads) {
     cuts.work += 2 * q_len * seen * a.num_heads * a.cache.head_dim;
     if (q_len <= kShortQuery) chunks += span_of(a, s).chunks;
   }
+  int64_t each = cuts.work / kSmallWork;  // pieces of a thread
+  if (each > kTasksPerThread) each = kTasksPerThread;
+  const int64_t wanted = threads > 1 && each > 0 ? threads * each : 1;
   if (chunks) cuts.parts = wanted < chunks ? 1 : (ceil_div(wanted, chunks) < heads ? ceil_div(wanted, chunks) : heads);
   cuts.tiles = ceil_div(wanted, heads);
   for (int64_t s = 0; s < a.sequences.count; ++s) {
@@ -107,7 +110,8 @@ void add_chunks(AttentionTask& t, int64_t s, AttentionPiece*& piece, int64_t& co
                   alone ? -1 : row, alone ? -1 : counter + part};
     if (!alone) row += t.a.sequences.q_lens[s] * t.a.num_heads;
   }
-  for (int64_t part = 0; !alone && part < parts; ++part) t.left[counter++].store(span.chunks, std::memory_order_relaxed);
+  for (int64_t part = 0; !alone && part < parts; ++part)
+    t.left[counter++].store(span.chunks, std::memory_order_relaxed);
 }
 
 // The last rows see most keys and come first.

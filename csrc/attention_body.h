@@ -26,7 +26,8 @@ void combine(const Partials& partials, int64_t row, int64_t chunks, int64_t stri
     store(lanes, weight);
     total += lanes[0] * partials.sums[at];
     const float* values = partials.values + at * head_dim;
-    for (int64_t i = 0; i < head_dim; i += kLanes) store(out + i, multiply_add(weight, load(values + i), load(out + i)));
+    for (int64_t i = 0; i < head_dim; i += kLanes)
+      store(out + i, multiply_add(weight, load(values + i), load(out + i)));
   }
   for (int64_t i = 0; i < head_dim; i += kLanes) store(out + i, div(load(out + i), all(total)));
 }

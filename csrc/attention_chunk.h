@@ -14,11 +14,11 @@ constexpr int64_t kAheadBytes = 8 * 1024;  // asked for before they are needed
 constexpr int kSums = 8;                  // vectors of sums in registers
 
 // Query rows of one pass: rows [first_row, last_row) of each key head's q_len * group, and places [first, last) of the
-// chunk, multiples of kStep.
+// chunk, multiples of kStep; from `end` on there are no keys.
 struct Rows {
   int64_t q_len, group, first_token, first_position;
   int64_t first_head, last_head, first_row, last_row;
-  int64_t first, last;
+  int64_t first, last, end;
   int64_t count() const { return last_row - first_row; }
   int64_t all() const { return (last_head - first_head) * count(); }
 };
@@ -55,12 +55,12 @@ struct Ahead {
   }
 };
 
-// Scores of ROWS queries and kStep keys of one head.
+// Scores of ROWS queries and the keys of places [place, end) of one head, and of up to kSums - 1 beyond.
 template <int ROWS, class Cell>
 INLINE void dot_products(const float* const* q, const Cell* k, const int64_t* cells, int64_t head_dim,
-                         float (*scores)[kChunk], int64_t place) {
+                         float (*scores)[kChunk], int64_t place, int64_t end) {
   constexpr int KEYS = kSums / ROWS;
-  for (int64_t first = place; first < place + kStep; first += KEYS) {
+  for (int64_t first = place; first < end; first += KEYS) {
     const Cell* key[KEYS];
     for (int n = 0; n < KEYS; ++n) key[n] = k + cells[first + n] * head_dim;
     Vec sums[kSums];
@@ -85,19 +85,22 @@ void score(const Attention& a, const Rows& rows, ChunkMemory& m) {
   const int64_t head_dim = a.cache.head_dim;
   const Cell* k = static_cast<const Cell*>(a.cache.k);
   Ahead<Cell> ahead(k, m.cells, head_dim, rows);
-  for (int64_t place = rows.first; place < rows.last; place += kStep)
+  for (int64_t place = rows.first; place < rows.last; place += kStep) {
+    const int64_t stop = least_of(place + kStep, rows.end);
     for (int64_t h = rows.first_head, i = 0; h < rows.last_head; ++h) {
       ahead.ask();
       const Cell* keys = k + h * head_dim;
       const int64_t end = i + rows.count();
-      for (; end - i >= 4; i += 4) dot_products<4>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place);
-      for (; end - i >= 2; i += 2) dot_products<2>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place);
-      for (; i < end; ++i) dot_products<1>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place);
+      for (; end - i >= 4; i += 4) dot_products<4>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place, stop);
+      for (; end - i >= 2; i += 2) dot_products<2>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place, stop);
+      for (; i < end; ++i) dot_products<1>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place, stop);
     }
+  }
 }
 
 // q k of places [first, last) -> weights exp(score - largest) of places [begin, end) of these, and 0 in the others.
-INLINE void soften(float* scores, int64_t first, int64_t last, int64_t begin, int64_t end, float* largest, float* total) {
+INLINE void soften(float* scores, int64_t first, int64_t last, int64_t begin, int64_t end, float* largest,
+                   float* total) {
   for (int64_t i = first; i < begin; ++i) scores[i] = -infinity();
   for (int64_t i = end; i < last; ++i) scores[i] = -infinity();
   Vec most = all(-infinity()), sums = all(0);
@@ -167,14 +170,14 @@ INLINE void scale_weights(const Attention& a, int64_t head, const Rows& rows, in
   }
 }
 
-// outs[row][c ...] += weight * value of kStep keys, for VECS vectors of channels.
+// outs[row][c ...] += weight * value of places [place, end), for VECS vectors of channels.
 template <int ROWS, int VECS, class Cell>
 INLINE void add_channels(float (*weights)[kChunk], const Cell* v, const int64_t* cells, int64_t head_dim, int64_t place,
-                         float* const* outs, int64_t c) {
+                         int64_t end, float* const* outs, int64_t c) {
   Vec y[ROWS][VECS];
   for (int r = 0; r < ROWS; ++r)
     for (int i = 0; i < VECS; ++i) y[r][i] = load(outs[r] + c + i * kLanes);
-  for (int64_t n = place; n < place + kStep; ++n) {
+  for (int64_t n = place; n < end; ++n) {
     const Cell* value = v + cells[n] * head_dim + c;
     Vec w[ROWS];
     for (int r = 0; r < ROWS; ++r) w[r] = all(weights[r][n]);
@@ -189,12 +192,12 @@ INLINE void add_channels(float (*weights)[kChunk], const Cell* v, const int64_t*
 
 template <int ROWS, class Cell>
 INLINE void add_values(float (*weights)[kChunk], const Cell* v, const int64_t* cells, int64_t head_dim, int64_t place,
-                       float* const* outs) {
+                       int64_t end, float* const* outs) {
   constexpr int VECS = kSums / ROWS;
   int64_t c = 0;
   for (; c + VECS * kLanes <= head_dim; c += VECS * kLanes)
-    add_channels<ROWS, VECS>(weights, v, cells, head_dim, place, outs, c);
-  for (; c < head_dim; c += kLanes) add_channels<ROWS, 1>(weights, v, cells, head_dim, place, outs, c);
+    add_channels<ROWS, VECS>(weights, v, cells, head_dim, place, end, outs, c);
+  for (; c < head_dim; c += kLanes) add_channels<ROWS, 1>(weights, v, cells, head_dim, place, end, outs, c);
 }
 
 template <class Cell>
@@ -202,15 +205,17 @@ void weigh(const Attention& a, const Rows& rows, ChunkMemory& m) {
   const int64_t head_dim = a.cache.head_dim;
   const Cell* v = static_cast<const Cell*>(a.cache.v);
   Ahead<Cell> ahead(v, m.cells, head_dim, rows);
-  for (int64_t place = rows.first; place < rows.last; place += kStep)
+  for (int64_t place = rows.first; place < rows.last; place += kStep) {
+    const int64_t stop = least_of(place + kStep, rows.end);
     for (int64_t h = rows.first_head, i = 0; h < rows.last_head; ++h) {
       ahead.ask();
       const Cell* values = v + h * head_dim;
       const int64_t end = i + rows.count();
-      for (; end - i >= 4; i += 4) add_values<4>(m.scores + i, values, m.cells, head_dim, place, m.outs + i);
-      for (; end - i >= 2; i += 2) add_values<2>(m.scores + i, values, m.cells, head_dim, place, m.outs + i);
-      for (; i < end; ++i) add_values<1>(m.scores + i, values, m.cells, head_dim, place, m.outs + i);
+      for (; end - i >= 4; i += 4) add_values<4>(m.scores + i, values, m.cells, head_dim, place, stop, m.outs + i);
+      for (; end - i >= 2; i += 2) add_values<2>(m.scores + i, values, m.cells, head_dim, place, stop, m.outs + i);
+      for (; i < end; ++i) add_values<1>(m.scores + i, values, m.cells, head_dim, place, stop, m.outs + i);
     }
+  }
 }
 
 // One pass over the chunk's keys [begin, end) that any of its rows may see.
@@ -263,11 +268,13 @@ void attend_chunk(const Attention& a, const AttentionPiece& piece, const Partial
       Rows rows{q_len, group, a.sequences.first_tokens[s], kv_len - q_len,
                 h,     least_of(h + heads, piece.last_head),
                 r,     least_of(r + kRowsAtOnce, per_head),
-                0,     0};
+                0,     0,
+                0};
       const int64_t seen = a.window ? rows.first_position + r / group + 1 - a.window : 0;  // by the first row
       const int64_t end = least_of(origin + kChunk, kv_len), begin = least_of(most_of(seen, origin), end - 1);
       rows.first = (begin - origin) / kStep * kStep;
-      rows.last = (end - origin + kStep - 1) / kStep * kStep;
+      rows.end = end - origin;
+      rows.last = (rows.end + kStep - 1) / kStep * kStep;
       ChunkMemory& m = *reinterpret_cast<ChunkMemory*>(memory);
       if (a.cache.k_scale) attend_rows<uint8_t>(a, piece, rows, begin, end, partials, m);
       else attend_rows<float>(a, piece, rows, begin, end, partials, m);
