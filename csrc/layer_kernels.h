@@ -3,8 +3,12 @@
 #include "kernels.h"
 #include "qwenrt_layer.h"
 
-constexpr int64_t kChunk = 256;     // keys of one partial softmax; chunks begin at multiples of it
+constexpr int64_t kShortQuery = 16;  // tokens of a sequence that walks its context in chunks; a longer one in tiles
+constexpr int64_t kChunk = 256;      // keys of one partial softmax; chunks begin at multiples of it
 constexpr int64_t kRowsAtOnce = 64;  // query rows whose scores of one chunk are held together
+constexpr int64_t kTileRows = 192;   // most query rows of a tile
+constexpr int64_t kTileKeys = 128;   // tiles of keys begin at multiples of it
+constexpr int64_t kBlockRows = 6;    // query rows whose sums are in registers together
 
 struct Attention {
   QwenrtSequences sequences;
@@ -23,10 +27,26 @@ struct Partials {
   float* values;  // [q_len * num_heads][head_dim]
 };
 
+// What one thread computes at a time, of one sequence.
+struct AttentionPiece {
+  int64_t sequence;
+  int64_t first_head, last_head;  // key heads
+  int64_t chunk;                  // of a short query's context
+  int64_t first_row, last_row;    // of a long one's q_len * group rows of each key head
+  int64_t partials;               // the first row of the chunk's; -1: it is the only one and writes to out
+  int64_t left;                   // where to count down the chunks of these heads; -1: nothing to combine
+};
+
+// Floats of the memory that `attend` works in, whatever the piece.
+constexpr int64_t attention_memory(int64_t head_dim) {
+  const int64_t chunk = kRowsAtOnce * kChunk + 24 * kChunk;
+  const int64_t tile = 2 * (kTileRows + kTileKeys) * head_dim + kTileRows * (kTileKeys + 4) + 4 * kTileKeys;
+  return ((chunk > tile ? chunk : tile) + 15) / 16 * 16;
+}
+
 struct LayerKernels {
-  // Key heads [first_head, last_head) of one chunk of one sequence.
-  void (*attend)(const Attention& a, int64_t sequence, int64_t chunk, int64_t first_head, int64_t last_head,
-                 const Partials& partials);
+  // One piece, in `memory` of attention_memory() floats that begin at a cache line.
+  void (*attend)(const Attention& a, const AttentionPiece& piece, const Partials& partials, float* memory);
   // One row of out [head_dim] from its partials in `chunks` chunks, which are `stride` rows apart.
   void (*combine)(const Partials& partials, int64_t row, int64_t chunks, int64_t stride, int64_t head_dim, float* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t dim, float* out);

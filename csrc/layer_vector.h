@@ -59,6 +59,28 @@ INLINE float sum(Vec a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+#define QWENRT_OWN_TRANSPOSE
+INLINE Vec sum_each(const Vec* a) {
+  const Vec x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  const Vec y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x21), _mm256_blend_ps(x, y, 0xf0));
+}
+INLINE void transpose(Vec* a) {
+  Vec pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    a[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
 
 #elif defined(QWENRT_VEC_NEON)
 
@@ -146,6 +168,28 @@ INLINE float sum(const Vec& a) {
 }
 #undef QWENRT_EACH
 
+#endif
+
+#if !defined(QWENRT_OWN_TRANSPOSE)
+// Lane n: the sum of a[n], eight of them, each in the same order.
+INLINE Vec sum_each(const Vec* a) {
+  float sums[kLanes], x[kLanes];
+  for (int n = 0; n < kLanes; ++n) {
+    store(x, a[n]);
+    sums[n] = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+  }
+  return load(sums);
+}
+
+// Lane i of a[n] <-> lane n of a[i], for eight of them.
+INLINE void transpose(Vec* a) {
+  float from[kLanes][kLanes], to[kLanes];
+  for (int n = 0; n < kLanes; ++n) store(from[n], a[n]);
+  for (int i = 0; i < kLanes; ++i) {
+    for (int n = 0; n < kLanes; ++n) to[n] = from[n][i];
+    a[i] = load(to);
+  }
+}
 #endif
 
 // The largest lane; lanes that are NaN count where they come first only.

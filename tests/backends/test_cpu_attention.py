@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from qwenrt.backends.base import OpSpec
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
-from qwenrt.backends.cpu.attention import LONGEST_QUERY
 from qwenrt.ops import reference
 from qwenrt.ops.types import LayerKV, StepPlan
 
@@ -94,16 +93,16 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, atol: float = 5e-6) ->
 @given(
     lens=st.lists(
         st.tuples(
-            st.sampled_from([0, 1, 1, 2, 5, LONGEST_QUERY, LONGEST_QUERY + 3]),
+            st.sampled_from([0, 1, 1, 2, 3, 5, 16, 17, 100, 210]),
             st.sampled_from([0, 1, 3, 30, 255, 256, 600]),
         ),
         max_size=5,
     ),
     num_kv_heads=st.sampled_from([1, 2, 3]),
-    group=st.sampled_from([1, 2, 7, 16]),
-    head_dim=st.sampled_from([8, 32, 40, 64, 128, 256]),
+    group=st.sampled_from([1, 2, 7, 8, 16]),
+    head_dim=st.sampled_from([8, 32, 40, 64, 80, 96, 128, 256]),
     window=st.sampled_from([0, 0, 1, 7, 100, 300]),
-    size=st.sampled_from([1, 5, 16]),
+    size=st.sampled_from([1, 5, 16, 24]),
     quantized=st.booleans(),
     isa=st.sampled_from(["auto", "scalar"]),
     seed=st.integers(0, 99),
@@ -128,9 +127,8 @@ def test_ragged_steps_are_as_defined_and_the_same_alone(
     assert_close(got, reference.attention(*step.args, scale, window))
     start = 0
     for i, (q_len, _) in enumerate(lens):
-        if q_len <= LONGEST_QUERY:
-            alone = cpu.attention(*step.part(i), scale, window)
-            assert torch.equal(alone, got[start : start + q_len])
+        alone = cpu.attention(*step.part(i), scale, window)
+        assert torch.equal(alone, got[start : start + q_len])
         start += q_len
 
 
@@ -152,6 +150,58 @@ def test_a_token_is_the_same_in_a_chunk_and_alone_and_with_any_threads(
             one = slice(j, j + 1)
             args = (step.q[one], step.k[one], step.v[one], step.kv, plan)
             assert torch.equal(cpu.attention(*args, 0.125, window), whole[one])
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4, 128), (8, 1, 80), (14, 2, 64)])
+def test_long_queries_are_as_defined_with_any_threads(
+    cpu: CPUBackend, heads: tuple[int, int, int], quantized: bool
+) -> None:
+    for q_len, history, window in ((513, 0, 0), (513, 700, 0), (300, 90, 50), (300, 900, 300), (17, 2000, 0)):
+        step, scale = Step(cpu, [(q_len, q_len + history)], heads, quantized=quantized, size=24), 0.1
+        cpu.configure(num_threads=1)
+        got = cpu.attention(*step.args, scale, window)
+        assert_close(got, reference.attention(*step.args, scale, window), 2e-5)
+        cpu.configure(num_threads=3)
+        assert torch.equal(cpu.attention(*step.args, scale, window), got)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["auto", "scalar"])
+def test_a_long_prompt_in_pieces_is_the_same_as_whole(cpu: CPUBackend, isa: str) -> None:
+    cpu.configure(isa)
+    step = Step(cpu, [(240, 300)], (4, 2, 32))
+    whole = cpu.attention(*step.args, 0.2)
+    assert step.plan.slots is not None
+    for first, last, same in ((0, 100, True), (100, 230, True), (230, 240, False)):
+        here = slice(first, last)
+        plan = StepPlan([last - first], [60 + last], step.plan.slots[here], step.plan.block_table)
+        got = cpu.attention(step.q[here], step.k[here], step.v[here], step.kv, plan, 0.2)
+        assert torch.equal(got, whole[here]) if same else torch.allclose(got, whole[here], atol=1e-5)
+
+
+@needs_kernels
+def test_what_is_not_finite_spreads_from_its_own_query_only(cpu: CPUBackend) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        step = Step(cpu, [(40, 40), (3, 40), (30, 200)], (4, 2, 32))
+        step.q[20] = bad
+        got = cpu.attention(*step.args, 0.2)
+        assert bool(got[20].isnan().all())
+        got[20] = 0
+        assert bool(got.isfinite().all())
+
+
+@needs_kernels
+def test_torch_serves_nothing_that_is_in_the_cache(cpu: CPUBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(cpu, [(1, 20), (0, 5), (16, 16), (200, 230)], (4, 2, 32))
+    wanted = reference.attention(*step.args, 0.2)
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError("the definition was asked")
+
+    monkeypatch.setattr(reference, "attention", refuse)
+    assert_close(cpu.attention(*step.args, 0.2), wanted)
 
 
 @needs_kernels

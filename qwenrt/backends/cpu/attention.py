@@ -1,4 +1,4 @@
-"""Attention of csrc/ over the paged cache, for sequences that compute few tokens at once; torch serves the others."""
+"""Attention of csrc/ over the paged cache; where there is none, the definition serves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qwenrt.ops import reference
 from qwenrt.ops.types import LayerKV, StepPlan
 
 HEAD_DIMS = tuple(range(8, 257, 8))
-LONGEST_QUERY = 16  # tokens of one sequence; from there on torch's fused kernel catches up
 _KEY = "cpu_attention"  # of StepPlan.extra
+_FEW = 16
 
 
 class Sequences(ctypes.Structure):
@@ -51,13 +51,9 @@ Attend = Callable[[Sequences, Cache, torch.Tensor, torch.Tensor, float, int], No
 
 @dataclass(frozen=True)
 class Division:
-    """One step's sequences: those the kernel serves, and (first token, plan of one sequence) of each other.
-
-    Which it is depends on the sequence alone, so that a batch changes nobody's result.
-    """
+    """One step's sequences as the kernel is told."""
 
     native: Sequences
-    others: list[tuple[int, StepPlan]]
     memory: list[array[int]]  # what ``native`` points at
 
 
@@ -70,7 +66,7 @@ def cache_struct(kv: LayerKV) -> Cache:
 
 
 def divide(plan: StepPlan) -> Division | None:
-    """How the kernel and torch share a step, made once for all layers; None where tokens are not in the cache."""
+    """The kernel's view of a step, made once for all layers; None where tokens are not in the cache."""
     if _KEY not in plan.extra:
         plan.extra[_KEY] = _divide(plan)
     division: Division | None = plan.extra[_KEY]
@@ -78,21 +74,21 @@ def divide(plan: StepPlan) -> Division | None:
 
 
 def _divide(plan: StepPlan) -> Division | None:
-    if plan.slots is None or (plan.slots.numel() > 0 and int(plan.slots.min()) < 0):
+    slots = plan.slots
+    if slots is None:
         return None
-    rows: list[tuple[int, int, int, int]] = []
-    blocks, others, start = array("q"), [], 0
-    for q_len, kv_len, table in zip(plan.q_lens, plan.kv_lens, plan.block_table, strict=True):
-        if 0 < q_len <= LONGEST_QUERY:
-            rows.append((start, q_len, kv_len, len(blocks)))
-            blocks.extend(table)
-        elif q_len:
-            slots = plan.slots[start : start + q_len]
-            others.append((start, StepPlan([q_len], [kv_len], slots, [table])))
+    # A few numbers are quicker looked at in Python than by torch.
+    if slots.numel() and (int(slots.min()) if slots.numel() > _FEW else min(slots.tolist())) < 0:
+        return None
+    q_lens, kv_lens = array("q", plan.q_lens), array("q", plan.kv_lens)
+    starts, tables, blocks, start = array("q"), array("q"), array("q"), 0
+    for q_len, table in zip(plan.q_lens, plan.block_table, strict=True):
+        starts.append(start)
+        tables.append(len(blocks))
+        blocks.extend(table)
         start += q_len
-    memory = [*(array("q", column) for column in zip(*rows, strict=True)), blocks] if rows else []
-    native = Sequences(len(rows), *(numbers.buffer_info()[0] for numbers in memory))
-    return Division(native, others, memory)
+    memory = [starts, q_lens, kv_lens, tables, blocks]
+    return Division(Sequences(len(starts), *(numbers.buffer_info()[0] for numbers in memory)), memory)
 
 
 def attention(
@@ -109,13 +105,8 @@ def attention(
     wanted = q.dtype if kv is None or not kv.quantized else torch.uint8
     if kv is None or q.requires_grad or kv.k.dtype != wanted or (division := divide(plan)) is None:
         return reference.attention(q, k, v, kv, plan, scale, window)
-    if not division.native.count:
-        return reference.attention(q, k, v, kv, plan, scale, window)
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     out = torch.empty(q.shape)
     attend(division.native, cache_struct(kv), q, out, scale, window)
-    for start, alone in division.others:
-        here = slice(start, start + alone.q_lens[0])
-        out[here] = reference.attention(q[here], k[here], v[here], kv, alone, scale, window)
     return out
