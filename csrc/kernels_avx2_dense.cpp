@@ -93,7 +93,8 @@ void dense_rows(const uint16_t* w, const float* bias, const float* x, float* y, 
 }
 
 constexpr int64_t kPanel = 16;  // rows of one panel: two vectors
-constexpr int64_t kSlab = 256;  // inputs of a panel that are converted at once: 16 KiB of floats
+constexpr int64_t kSlab = 1024;  // inputs of a panel that are converted at once: 64 KiB of floats
+constexpr int64_t kChain = 256;  // inputs that are added up one after another: longer chains round more
 
 // 16 rows x 8 inputs of W to panel [8][16]. Unpacking works within halves of a register: they are loaded with the rows
 // that come out in order.
@@ -149,40 +150,42 @@ struct Slab {
   bool first;
 };
 
-INLINE void add_to(float* y, __m256 low, __m256 high, const Slab& slab) {
+// The sums of one token and a panel to its y.
+inline void add_to(float* y, const float* sums, const Slab& slab) {
   const float* to = slab.first ? slab.bias : y;
-  if (slab.rows == kPanel) {
-    if (to) {
-      low = _mm256_add_ps(_mm256_loadu_ps(to), low);
-      high = _mm256_add_ps(_mm256_loadu_ps(to + 8), high);
-    }
-    _mm256_storeu_ps(y, low);
-    _mm256_storeu_ps(y + 8, high);
+  if (slab.rows < kPanel) {
+    for (int64_t r = 0; r < slab.rows; ++r) y[r] = to ? to[r] + sums[r] : sums[r];
     return;
   }
-  alignas(32) float lanes[kPanel];
-  _mm256_store_ps(lanes, low);
-  _mm256_store_ps(lanes + 8, high);
-  for (int64_t r = 0; r < slab.rows; ++r) y[r] = to ? to[r] + lanes[r] : lanes[r];
+  for (int64_t r = 0; r < kPanel; r += 8) {
+    const __m256 sum = _mm256_load_ps(sums + r);
+    _mm256_storeu_ps(y + r, to ? _mm256_add_ps(_mm256_loadu_ps(to + r), sum) : sum);
+  }
 }
 
 // TILE tokens times a panel: each input costs two loads, TILE broadcasts and 2 * TILE multiply-adds.
 template <int TILE>
 void panel_times_tile(const float* panel, const float* x, float* y, const Slab& slab) {
-  __m256 low[TILE], high[TILE];
-  UNROLL(TILE, t, { low[t] = high[t] = _mm256_setzero_ps(); });
-  const float* tokens[TILE];
-  UNROLL(TILE, t, { tokens[t] = x + t * slab.in_features; });
-  const int64_t count = slab.inputs;
-  for (int64_t k = 0; k < count; ++k, panel += kPanel) {
-    const __m256 first = _mm256_load_ps(panel), second = _mm256_load_ps(panel + 8);
+  alignas(32) float sums[TILE][kPanel] = {};
+  const int64_t between = slab.in_features;
+  for (int64_t done = 0; done < slab.inputs; done += kChain, x += kChain) {
+    const int64_t count = slab.inputs - done < kChain ? slab.inputs - done : kChain;
+    __m256 low[TILE], high[TILE];
+    UNROLL(TILE, t, { low[t] = high[t] = _mm256_setzero_ps(); });
+    for (int64_t k = 0; k < count; ++k, panel += kPanel) {
+      const __m256 first = _mm256_load_ps(panel), second = _mm256_load_ps(panel + 8);
+      UNROLL(TILE, t, {
+        const __m256 value = _mm256_broadcast_ss(x + t * between + k);
+        low[t] = _mm256_fmadd_ps(first, value, low[t]);
+        high[t] = _mm256_fmadd_ps(second, value, high[t]);
+      });
+    }
     UNROLL(TILE, t, {
-      const __m256 value = _mm256_broadcast_ss(tokens[t] + k);
-      low[t] = _mm256_fmadd_ps(first, value, low[t]);
-      high[t] = _mm256_fmadd_ps(second, value, high[t]);
+      _mm256_store_ps(sums[t], _mm256_add_ps(_mm256_load_ps(sums[t]), low[t]));
+      _mm256_store_ps(sums[t] + 8, _mm256_add_ps(_mm256_load_ps(sums[t] + 8), high[t]));
     });
   }
-  UNROLL(TILE, t, { add_to(y + t * slab.out_features, low[t], high[t], slab); });
+  for (int64_t t = 0; t < TILE; ++t) add_to(y + t * slab.out_features, sums[t], slab);
 }
 
 // All tokens in tiles of 6 at most and as equal as can be: small ones leave multiply-adds waiting for each other.
