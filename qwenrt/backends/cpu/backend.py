@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,10 +26,13 @@ from qwenrt.backends.cpu.kernels import (
     restore_quantized,
     words_per_group,
 )
+from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, LayerKV, LayerWeights, Packed, StepPlan
+
+logger = logging.getLogger("qwenrt")
 
 KERNEL_CHOICES = ("auto", "off", "avx512vnni", "avx2", "neondot", "neon", "scalar")
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
@@ -185,6 +189,19 @@ class CPUBackend(Backend):
         bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
         shape = (weight.out_features, weight.in_features)
         return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+
+    def quantize_dense(
+        self, weight: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None, name: str
+    ) -> CanonicalWeight:
+        """As Backend.quantize_dense, the codes in words; what cannot be rounded is left to the definition to refuse."""
+        if self.kernels is not None and "quantize_dense" not in self.demoted and not rounds_alike(self.kernels, bits):
+            self.demoted["quantize_dense"] = why = f"its {bits}-bit codes differ from their definition's"
+            logger.error("the quantize_dense kernel of %s is not used: %s", self.name, why)
+        if self.kernels is not None and "quantize_dense" not in self.demoted:
+            rounded = quantize(self.kernels, weight, bits, group_size, bias, name)
+            if rounded is not None:
+                return rounded
+        return super().quantize_dense(weight, bits, group_size, bias, name)
 
     def packs_words(self) -> bool:
         return self.kernels is not None and "linear" not in self.demoted
