@@ -16,12 +16,12 @@ from qwenrt.ops.types import CanonicalWeight
 __all__ = [
     "CLIPS",
     "dequantize",
+    "groups_of",
     "merge",
+    "narrow_scales",
     "pack_gptq",
     "quantize_dense",
     "quantize_rows",
-    "groups_of",
-    "narrow_scales",
     "row_blocks",
     "unpack_gptq",
     "with_codes",
@@ -29,7 +29,8 @@ __all__ = [
 
 # Shares of a group's range tried when rounding to 4 bits: clipping outliers often lowers the squared error.
 CLIPS = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78, 0.72), 8: (1.0,)}
-_SUM_LANES = 32  # sums over a group: lane j has elements j, j + 32, ... in turn, then lanes are added by halves
+# Sums over a group: lane j has elements j, j + 32, ... in turn, then the lanes are added by halves.
+_SUM_LANES = 32
 _BLOCK_ELEMENTS = 1 << 17  # elements converted at once: float32 temporaries stay in the second-level cache
 
 
@@ -237,8 +238,9 @@ def _quantize_groups(
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
     """[..., n] -> [...] in a stated order, so that other code can give the same bits."""
-    lanes = torch.nn.functional.pad(x, (0, -x.shape[-1] % _SUM_LANES)).unflatten(-1, (-1, _SUM_LANES))
-    total = lanes[..., 0, :]
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % _SUM_LANES))
+    lanes = padded.view(*x.shape[:-1], -1, _SUM_LANES)
+    total: torch.Tensor = lanes[..., 0, :]
     for i in range(1, lanes.shape[-2]):
         total = total + lanes[..., i, :]
     while total.shape[-1] > 1:

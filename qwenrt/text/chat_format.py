@@ -100,7 +100,8 @@ def load_chat_format(directory: str | Path, model_type: str, chat_format: str | 
 
 
 def _template_format(directory: Path, model_type: str) -> ChatFormat:
-    from qwenrt.text.jinja_template import JinjaTemplate  # here, because Jinja is slow to import and Qwen-1 has none
+    # Here, because Jinja is slow to import and Qwen-1 has no template.
+    from qwenrt.text.jinja_template import JinjaTemplate
     from qwenrt.text.template_format import TemplateFormat
 
     file, config_file = directory / TEMPLATE_FILE, directory / CONFIG_FILE

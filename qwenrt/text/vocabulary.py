@@ -94,11 +94,14 @@ def _ranks_in_order(raw: bytes) -> dict[bytes, int] | None:
     """The ranks of a file as the released one is, with every line in order and in its shortest form, read as a whole
     because start-up waits for it; None for any other file, right or wrong."""
     text = raw if raw.endswith(b"\n") else raw + b"\n"
-    if text[-16:-1].rpartition(b" ")[2] != b"%d" % (text.count(b"\n") - 1):  # told at once of most other files
+    last = b"%d" % (text.count(b"\n") - 1)
+    if text[-16:-1].rpartition(b" ")[2] != last:  # told at once of most other files
         return None
     fields = text.split()
     encoded, digits = fields[::2], fields[1::2]
-    if text.translate(None, _INK) != b" \n" * len(digits) or digits != [b"%d" % n for n in range(len(digits))]:
+    if text.translate(None, _INK) != b" \n" * len(digits):
+        return None
+    if digits != [b"%d" % rank for rank in range(len(digits))]:
         return None
     try:
         tokens = [binascii.a2b_base64(field) for field in encoded]

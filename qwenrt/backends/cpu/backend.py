@@ -28,7 +28,7 @@ from qwenrt.backends.cpu.kernels import (
 )
 from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.errors import BackendError
-from qwenrt.ops import reference
+from qwenrt.ops import packing, reference
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, LayerKV, LayerWeights, Packed, StepPlan
 
@@ -79,6 +79,7 @@ class CPUBackend(Backend):
     unavailable: str = field(default="", init=False)
     threads: int = field(default=1, init=False)
     activations: str = field(default="auto", init=False)
+    _checked: set[tuple[str, int]] = field(default_factory=set, init=False, repr=False)
     name: ClassVar[str] = "cpu"
     layout_id: ClassVar[str] = "cpu-rows8-v1"
 
@@ -194,14 +195,21 @@ class CPUBackend(Backend):
         self, weight: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None, name: str
     ) -> CanonicalWeight:
         """As Backend.quantize_dense, the codes in words; what cannot be rounded is left to the definition to refuse."""
-        if self.kernels is not None and "quantize_dense" not in self.demoted and not rounds_alike(self.kernels, bits):
-            self.demoted["quantize_dense"] = why = f"its {bits}-bit codes differ from their definition's"
-            logger.error("the quantize_dense kernel of %s is not used: %s", self.name, why)
-        if self.kernels is not None and "quantize_dense" not in self.demoted:
+        packing.groups_of((weight.shape[0], weight.shape[1]), bits, group_size, name)
+        if self.kernels is not None and self._rounds_alike(self.kernels, bits):
             rounded = quantize(self.kernels, weight, bits, group_size, bias, name)
             if rounded is not None:
                 return rounded
         return super().quantize_dense(weight, bits, group_size, bias, name)
+
+    def _rounds_alike(self, kernels: Kernels, bits: int) -> bool:
+        """The self-check of quantize_dense, made by the first weight of a kind: most loads round none."""
+        if "quantize_dense" not in self.demoted and (kernels.isa, bits) not in self._checked:
+            if not rounds_alike(kernels, bits):
+                self.demoted["quantize_dense"] = why = f"its {bits}-bit codes differ from their definition's"
+                logger.error("the quantize_dense kernel of %s is not used: %s", self.name, why)
+            self._checked.add((kernels.isa, bits))
+        return "quantize_dense" not in self.demoted
 
     def packs_words(self) -> bool:
         return self.kernels is not None and "linear" not in self.demoted
