@@ -41,16 +41,22 @@ SOURCES = {  # file -> its instruction set, if any: no flag may reach code that 
     "attention.cpp": "",
     "elementwise.cpp": "",
     "decoder.cpp": "",
+    "quantize.cpp": "",
+    "quantize_scalar.cpp": "",
     "layer_scalar.cpp": "",
     "kernels_avx2.cpp": "avx2",
     "kernels_avx2_dense.cpp": "avx2",
     "kernels_avx2_integer.cpp": "avx2",
     "layer_avx2.cpp": "avx2",
+    "quantize_avx2.cpp": "avx2",
     "kernels_avx512.cpp": "avx512vnni",
     "kernels_neon.cpp": "neon",
     "layer_neon.cpp": "neon",
+    "quantize_neon.cpp": "neon",
     "kernels_neondot.cpp": "neondot",
 }
+# Their results are those of torch bit for bit, which has no products fused with sums.
+UNFUSED = ("quantize_scalar.cpp", "quantize_avx2.cpp", "quantize_neon.cpp")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 LIBRARY = Path("qwenrt", "backends", "cpu", f"_qwenrt_cpu{SUFFIX}")
@@ -127,7 +133,8 @@ def compile_sources(
 
 def _compile(command: list[str], source: Path, into: Path) -> str:
     unit = str((into / source.name).with_suffix(".o"))
-    _run([*command, "-c", str(source), "-o", unit])
+    unfused = ["-ffp-contract=off"] if source.name in UNFUSED else []
+    _run([*command, *unfused, "-c", str(source), "-o", unit])
     return unit
 
 

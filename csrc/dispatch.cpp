@@ -54,18 +54,18 @@ struct Found {
   }
   Found() {
 #ifdef QWENRT_WITH_AVX512VNNI
-    add({"avx512vnni", has_avx512vnni, avx512vnni_kernels, avx2_layer_kernels});
+    add({"avx512vnni", has_avx512vnni, avx512vnni_kernels, avx2_layer_kernels, avx2_quantize_group});
 #endif
 #ifdef QWENRT_WITH_AVX2
-    add({"avx2", has_avx2, avx2_kernels, avx2_layer_kernels});
+    add({"avx2", has_avx2, avx2_kernels, avx2_layer_kernels, avx2_quantize_group});
 #endif
 #ifdef QWENRT_WITH_NEONDOT
-    add({"neondot", has_dot_products, neondot_kernels, neon_layer_kernels});
+    add({"neondot", has_dot_products, neondot_kernels, neon_layer_kernels, neon_quantize_group});
 #endif
 #ifdef QWENRT_WITH_NEON
-    add({"neon", always, neon_kernels, neon_layer_kernels});  // part of every ARMv8
+    add({"neon", always, neon_kernels, neon_layer_kernels, neon_quantize_group});  // part of every ARMv8
 #endif
-    add({"scalar", always, scalar_kernels, scalar_layer_kernels});
+    add({"scalar", always, scalar_kernels, scalar_layer_kernels, scalar_quantize_group});
   }
 };
 

@@ -2,22 +2,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "half.h"
 #include "integer_places.h"
 
 namespace {
-
-float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, body = h & 0x7fff;
-  if (body >= 0x7c00) return from_bits(sign | 0x7f800000 | (body & 0x3ff) << 13);
-  // Shifted into place the exponent is 112 too small; the product corrects it, subnormals included.
-  return from_bits(sign | body << 13) * from_bits(0x77800000);  // 2^112
-}
 
 float scale_at(const QwenrtQuantMatrix& w, int64_t i) {
   return w.scales_are_float ? static_cast<const float*>(w.scales)[i]

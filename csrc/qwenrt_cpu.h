@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 5
+#define QWENRT_ABI 6
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -57,6 +57,27 @@ QWENRT_API int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_fea
 // have them -> words as in QwenrtQuantMatrix. perm [in_features]: input k of words is input perm[k] of stored, or NULL.
 QWENRT_API int qwenrt_repack(const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
                              int64_t out_features, int64_t group_size, int bits);
+
+// A dense matrix to be rounded in groups of inputs, and where its codes go.
+enum { QWENRT_BFLOAT16 = 0, QWENRT_FLOAT16 = 1, QWENRT_FLOAT32 = 2 };
+typedef struct {
+  const void* weight;  // [out_features][in_features], row-major, in `dtype`
+  uint32_t* words;     // [in_features * bits / 32, rounded up][out_features], as qwenrt_repack reads them
+  float* scales;       // [groups][out_features]
+  int16_t* zeros;      // likewise
+  const double* clips; // shares of a group's range to try, in order
+  int64_t out_features;
+  int64_t in_features;
+  int64_t group_size;  // groups = in_features / group_size, rounded up
+  int32_t dtype;
+  int32_t bits;        // 4 or 8
+  int32_t num_clips;
+  int32_t sym;         // whether the zero is the middle code
+} QwenrtRounding;
+
+// The same bits as qwenrt/ops/packing.py's quantize_rows on every CPU. Returns QWENRT_NOT_FINITE, with the results half
+// written, where a weight or a scale is not finite.
+QWENRT_API int qwenrt_quantize(const QwenrtRounding* a);
 // y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
 QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                                      int64_t out_features, int64_t in_features, int is_half);

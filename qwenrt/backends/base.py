@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from qwenrt.errors import BackendError
-from qwenrt.ops import reference
+from qwenrt.ops import packing, reference
 from qwenrt.ops.types import CanonicalWeight, Experts, LayerKV, LayerWeights, Packed, StepInputs, StepPlan
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -255,6 +255,12 @@ class Backend:
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """A weight in this backend's layout and on its device. A dense one that fits already is not copied."""
         return reference.pack(weight, dtype, self.device)
+
+    def quantize_dense(
+        self, weight: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None, name: str
+    ) -> CanonicalWeight:
+        """packing.quantize_dense of a dense weight that is not on a device yet; overrides give the same bits."""
+        return packing.quantize_dense(weight, bits, group_size, bias, name=name)
 
     def packs_words(self) -> bool:
         """Whether pack_linear takes codes in the ``words`` of a GPTQ file; else they come unpacked."""

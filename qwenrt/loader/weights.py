@@ -187,8 +187,8 @@ class _Loader:
             bits = self.bits if spec.quantizable else self.head_bits if spec.name == "lm_head" else None
             if bits is not None:
                 assert weight.dense is not None
-                weight = packing.quantize_dense(
-                    weight.dense, bits, QUANTIZE_GROUP, weight.bias, name=spec.name
+                weight = self.backend.quantize_dense(
+                    weight.dense, bits, QUANTIZE_GROUP, weight.bias, spec.name
                 )
             packed = self._pack(spec, [weight])
         for name in slots.values():

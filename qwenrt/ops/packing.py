@@ -14,8 +14,11 @@ from qwenrt.ops.stored import code_tensors
 from qwenrt.ops.types import CanonicalWeight
 
 __all__ = [
+    "CLIPS",
     "dequantize",
+    "groups_of",
     "merge",
+    "narrow_scales",
     "pack_gptq",
     "quantize_dense",
     "quantize_rows",
@@ -25,7 +28,9 @@ __all__ = [
 ]
 
 # Shares of a group's range tried when rounding to 4 bits: clipping outliers often lowers the squared error.
-_CLIPS = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78, 0.72), 8: (1.0,)}
+CLIPS = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78, 0.72), 8: (1.0,)}
+# Sums over a group: lane j has elements j, j + 32, ... in turn, then the lanes are added by halves.
+_SUM_LANES = 32
 _BLOCK_ELEMENTS = 1 << 17  # elements converted at once: float32 temporaries stay in the second-level cache
 
 
@@ -140,13 +145,8 @@ def quantize_rows(
 ) -> CanonicalWeight:
     """quantize_dense of a matrix [N, K] that is never whole: ``read(part)`` gives float32 rows [n, K] of it."""
     asked = f"quantising {name} of shape {list(shape)}"
-    if bits not in _CLIPS:
-        raise ConfigError(f"quantising {name} to {bits} bits", "4 and 8 are supported", "Use int4 or int8.")
     rows, columns = shape
-    group_size = columns if group_size == -1 else min(group_size, columns)
-    if group_size < 1:
-        raise ConfigError(asked, f"group_size {group_size}", "Use 128.")
-    groups = math.ceil(columns / group_size)
+    group_size, groups = groups_of(shape, bits, group_size, name)
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     scales = torch.empty(groups, rows)
     zeros = torch.empty(groups, rows, dtype=torch.int16)
@@ -167,12 +167,25 @@ def quantize_rows(
             )
         codes[:, part] = q.view(q.shape[0], -1)[:, :columns].t()
         scales[:, part], zeros[:, part] = scale.t(), zero.t()
-    half = scales.to(torch.float16)
-    if bool(((half.float() - scales).abs() <= scales * 2.0**-10).all()):
-        scales = half
     return CanonicalWeight(
-        codes=codes, scales=scales, zeros=zeros, bits=bits, group_size=group_size, bias=bias
+        codes=codes, scales=narrow_scales(scales), zeros=zeros, bits=bits, group_size=group_size, bias=bias
     )
+
+
+def groups_of(shape: tuple[int, int], bits: int, group_size: int, name: str) -> tuple[int, int]:
+    """(size, number) of the groups in which a matrix [N, K] is rounded, or ConfigError."""
+    if bits not in CLIPS:
+        raise ConfigError(f"quantising {name} to {bits} bits", "4 and 8 are supported", "Use int4 or int8.")
+    size = shape[1] if group_size == -1 else min(group_size, shape[1])
+    if size < 1:
+        raise ConfigError(f"quantising {name} of shape {list(shape)}", f"group_size {size}", "Use 128.")
+    return size, math.ceil(shape[1] / size)
+
+
+def narrow_scales(scales: torch.Tensor) -> torch.Tensor:
+    """float32 scales as float16 where this costs no precision."""
+    half = scales.to(torch.float16)
+    return half if bool(((half.float() - scales).abs() <= scales * 2.0**-10).all()) else scales
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -197,20 +210,20 @@ def _quantize_groups(
     span = torch.where(empty, torch.ones_like(span), span)
     best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     best_gain = torch.empty(0)
-    for clip in _CLIPS[bits]:
+    for clip in CLIPS[bits]:
         step = span * (clip / top)
         zero = torch.full_like(step, middle) if sym else (-low * clip / step).round_().clamp_(1, top)
         steps = (w / step[..., None]).round_()
         steps = torch.minimum(torch.maximum(steps, -zero[..., None]), (top - zero)[..., None])
         # With s = <w, q> / <q, q> the squared error is <w, w> - <w, q>^2 / <q, q>: the largest gain is best.
-        wq, qq = (w * steps).sum(-1), (steps * steps).sum(-1)
+        wq, qq = _sum(w * steps), _sum(steps * steps)
         scale = torch.where(qq > 0, wq / qq.clamp(min=1), step)
         gain = wq * scale
         if best is None:
             best, best_gain = (steps, scale, zero), gain
             continue
         better = gain > best_gain
-        best_gain = torch.maximum(gain, best_gain)
+        best_gain = torch.where(better, gain, best_gain)
         mask = better[..., None]
         best = (
             torch.where(mask, steps, best[0]),
@@ -221,3 +234,16 @@ def _quantize_groups(
     steps, scale, zero = best
     scale = torch.where(empty, torch.ones_like(scale), scale)
     return (steps + zero[..., None]).to(torch.uint8), scale, zero
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """[..., n] -> [...] in a stated order, so that other code can give the same bits."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % _SUM_LANES))
+    lanes = padded.view(*x.shape[:-1], -1, _SUM_LANES)
+    total: torch.Tensor = lanes[..., 0, :]
+    for i in range(1, lanes.shape[-2]):
+        total = total + lanes[..., i, :]
+    while total.shape[-1] > 1:
+        half = total.shape[-1] // 2
+        total = total[..., :half] + total[..., half:]
+    return total[..., 0]

@@ -10,9 +10,7 @@ from qwenrt.config import not_the_file, read_json
 from qwenrt.errors import ConfigError, RequestError
 from qwenrt.text.builtin_templates import TEMPLATES, family
 from qwenrt.text.chat_template import Prompt, build_messages
-from qwenrt.text.jinja_template import MAX_SOURCE_CHARS, JinjaTemplate
 from qwenrt.text.reply_style import ReplyStyle
-from qwenrt.text.template_format import TemplateFormat
 
 if TYPE_CHECKING:
     from qwenrt.text.tokenizer import Tokenizer
@@ -98,7 +96,14 @@ def load_chat_format(directory: str | Path, model_type: str, chat_format: str | 
         return RawFormat()
     if model_type == "qwen":
         return ReactFormat()
-    directory = Path(directory).expanduser()
+    return _template_format(Path(directory).expanduser(), model_type)
+
+
+def _template_format(directory: Path, model_type: str) -> ChatFormat:
+    # Here, because Jinja is slow to import and Qwen-1 has no template.
+    from qwenrt.text.jinja_template import JinjaTemplate
+    from qwenrt.text.template_format import TemplateFormat
+
     file, config_file = directory / TEMPLATE_FILE, directory / CONFIG_FILE
     config = read_json(config_file) if config_file.exists() else {}
     tokens = {name: _token_text(config.get(name)) for name in _TOKEN_NAMES}
@@ -143,6 +148,8 @@ def _named(given: object, where: str) -> dict[str, str]:
 
 
 def _source(path: Path) -> str:
+    from qwenrt.text.jinja_template import MAX_SOURCE_CHARS
+
     asked = f"reading {path}"
     try:
         with path.open("rb") as file:

@@ -168,6 +168,10 @@ class Tokenizer:
         """Whether the id has a token (rows past the vocabulary, and gaps in it, have none)."""
         return 0 <= token_id < self.vocab_size and self._bytes[token_id] is not None
 
+    def absent_ids(self) -> list[int]:
+        """The ids below vocab_size that have no token."""
+        return [i for i, token in enumerate(self._bytes) if token is None]
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.errors import CheckpointError
+from qwenrt.text import vocabulary
 from qwenrt.text.vocabulary import MAX_TOKEN_ID, MAX_VOCAB_BYTES, read_base_vocab, read_extra_vocab
 from tests.text.small_vocab import small_ranks, vocab_lines
 
@@ -153,3 +154,31 @@ def test_only_canonical_base64_is_read(tmp_path_factory: pytest.TempPathFactory,
         return
     for token in known:
         assert binascii.b2a_base64(token, newline=False) in encoded
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    at=st.integers(0, 3000),
+    length=st.integers(0, 12),
+    put=st.one_of(
+        st.binary(max_size=3), st.sampled_from([b" ", b"\n", b"\r\n", b" \n", b"=", b"0", b"YQ== 271\n"])
+    ),
+)
+def test_a_file_read_as_a_whole_is_as_read_line_by_line(
+    tmp_path_factory: pytest.TempPathFactory, at: int, length: int, put: bytes
+) -> None:
+    whole = b"\n".join(lines()) + b"\n"
+    at %= len(whole)
+    changed = whole[:at] + put + whole[at + length :]
+    path = tmp_path_factory.mktemp("changed") / "qwen.tiktoken"
+
+    def outcome() -> tuple[object, str]:
+        try:
+            return list(read(path, changed).items()), ""
+        except CheckpointError as error:
+            return None, str(error)
+
+    as_it_is = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "_ranks_in_order", lambda raw: None)
+        assert outcome() == as_it_is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,10 +26,13 @@ from qwenrt.backends.cpu.kernels import (
     restore_quantized,
     words_per_group,
 )
+from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.errors import BackendError
-from qwenrt.ops import reference
+from qwenrt.ops import packing, reference
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, LayerKV, LayerWeights, Packed, StepPlan
+
+logger = logging.getLogger("qwenrt")
 
 KERNEL_CHOICES = ("auto", "off", "avx512vnni", "avx2", "neondot", "neon", "scalar")
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
@@ -75,6 +79,7 @@ class CPUBackend(Backend):
     unavailable: str = field(default="", init=False)
     threads: int = field(default=1, init=False)
     activations: str = field(default="auto", init=False)
+    _checked: set[tuple[str, int]] = field(default_factory=set, init=False, repr=False)
     name: ClassVar[str] = "cpu"
     layout_id: ClassVar[str] = "cpu-rows8-v1"
 
@@ -185,6 +190,26 @@ class CPUBackend(Backend):
         bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
         shape = (weight.out_features, weight.in_features)
         return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+
+    def quantize_dense(
+        self, weight: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None, name: str
+    ) -> CanonicalWeight:
+        """As Backend.quantize_dense, the codes in words; what cannot be rounded is left to the definition to refuse."""
+        packing.groups_of((weight.shape[0], weight.shape[1]), bits, group_size, name)
+        if self.kernels is not None and self._rounds_alike(self.kernels, bits):
+            rounded = quantize(self.kernels, weight, bits, group_size, bias, name)
+            if rounded is not None:
+                return rounded
+        return super().quantize_dense(weight, bits, group_size, bias, name)
+
+    def _rounds_alike(self, kernels: Kernels, bits: int) -> bool:
+        """The self-check of quantize_dense, made by the first weight of a kind: most loads round none."""
+        if "quantize_dense" not in self.demoted and (kernels.isa, bits) not in self._checked:
+            if not rounds_alike(kernels, bits):
+                self.demoted["quantize_dense"] = why = f"its {bits}-bit codes differ from their definition's"
+                logger.error("the quantize_dense kernel of %s is not used: %s", self.name, why)
+            self._checked.add((kernels.isa, bits))
+        return "quantize_dense" not in self.demoted
 
     def packs_words(self) -> bool:
         return self.kernels is not None and "linear" not in self.demoted

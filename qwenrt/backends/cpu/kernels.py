@@ -14,10 +14,11 @@ import torch
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
+from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 5
+ABI = 6
 BLOCK = 8  # output rows stored together
 ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
@@ -90,6 +91,7 @@ class Kernels:
         ]
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
+        lib.qwenrt_quantize.argtypes = [pointer]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
 
         lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
@@ -157,6 +159,14 @@ class Kernels:
             weight.group_size,
             weight.bits,
         )
+
+    def quantize(self, rounding: Rounding) -> bool:
+        """Round what ``rounding`` points at; False where a weight or a scale is not finite."""
+        status = self._library.qwenrt_quantize(ctypes.addressof(rounding))
+        if status == _NO_MEMORY:
+            raise MemoryError("no memory for a few rows of weights")
+        assert status in (0, _NOT_FINITE)
+        return bool(status == 0)
 
     def dense16_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
