@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Callable
 
 import torch
@@ -86,8 +87,7 @@ class DecoderStack:
     def __init__(self, layers: list[LayerWeights], structs: list[Layer], run: Run) -> None:
         self._weights, self._run = layers, run
         self._layers = (Layer * len(structs))(*structs)
-        self._kv: list[LayerKV] = []
-        self._caches = (Cache * 0)()
+        self._held: tuple[list[LayerKV], ctypes.Array[Cache]] = ([], (Cache * 0)())
 
     @classmethod
     def of(cls, layers: list[LayerWeights], linear_of: LinearOf, run: Run) -> DecoderStack | None:
@@ -103,8 +103,10 @@ class DecoderStack:
             return None
         if x.requires_grad or kv[0].k.dtype not in (torch.float32, torch.uint8):
             return None
-        if kv is not self._kv:
-            self._kv, self._caches = kv, (Cache * len(kv))(*(cache_struct(layer) for layer in kv))
+        held, caches = self._held
+        if len(held) != len(kv) or not all(map(operator.is_, held, kv)):
+            caches = (Cache * len(kv))(*(cache_struct(layer) for layer in kv))
+            self._held = list(kv), caches
         x, out = x.contiguous(), torch.empty(x.shape)
         struct = Step(
             ctypes.addressof(division.native),
@@ -115,7 +117,7 @@ class DecoderStack:
             step.cos.shape[1],
             x.shape[0],
         )
-        return out if self._run(self._layers, self._caches, struct, x, out) else None
+        return out if self._run(self._layers, caches, struct, x, out) else None
 
 
 __all__ = ["DecoderStack", "Layer", "Linear", "Sequences", "Step"]
