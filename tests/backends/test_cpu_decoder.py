@@ -71,7 +71,7 @@ def build(cpu: CPUBackend, config: ModelConfig, form: str = "int4") -> Qwen:
     for i, (name, spec) in enumerate(model.linear_specs.items()):
         bias = torch.randn(spec.out_features) if spec.bias else None
         chosen = WEIGHTS[i % 4] if form == "mixed" else form
-        if form == "mixed" and len(spec.parts) > 1 and i % 2:
+        if form == "mixed" and len(spec.parts) > 1 and i % 3:
             packed = parts(cpu, [rows for _, rows in spec.parts], spec.in_features, bias)
         else:
             packed = cpu.pack_linear(weight(spec.out_features, spec.in_features, chosen, bias), torch.float32)
@@ -152,19 +152,17 @@ STEPS = [
 ]
 
 
-def check(model: Qwen, *, int8: bool = False, exact: bool = True) -> None:
+def check(model: Qwen, *, int8: bool = False, most: float = 0.0) -> None:
+    """``most``: what the ways may differ by, as a share of the largest number."""
     for fused, seams in both_ways(model, LENGTHS, STEPS, int8=int8):
         assert bool(fused.isfinite().all())
-        if exact:
-            assert torch.equal(fused, seams)
-        else:
-            assert torch.allclose(fused, seams, rtol=1e-5, atol=1e-5)
+        assert float((fused - seams).abs().max()) <= most * float(seams.abs().max())
 
 
 # ---- the same bits
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kv_heads=st.sampled_from([1, 2, 3, 6]),
     head_dim=st.sampled_from([8, 16, 40]),
@@ -356,3 +354,20 @@ def test_a_stack_keeps_the_weights_it_points_at(cpu: CPUBackend) -> None:
     filler = [torch.full((48, 48), float("nan")) for _ in range(200)]  # takes what was freed
     assert stack is not None and torch.equal(again.step([(0, 6)]), wanted)
     del filler
+
+
+# ---- experts
+
+# Beside other sums in the router, an activation in the middle between two codes falls to the other.
+ROUNDED_AGAIN = {"exact": 1e-5, "int16": 2e-4, "int8": 2e-2}
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+@pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
+def test_experts_with_dense_layers_between(cpu: CPUBackend, form: str, activations: str) -> None:
+    """The router's sums are in another order than torch's, so all that follows is close, not equal."""
+    for shared, top_k, norm in ((40, 2, True), (0, 6, False), (0, 1, True)):
+        moe = MoeConfig(6, top_k, 24, shared, norm, frozenset((1,)))
+        cpu.configure(activations=activations, num_threads=2)
+        model = build(cpu, dataclasses.replace(DENSE, moe=moe), form)
+        check(model, int8=top_k == 2, most=ROUNDED_AGAIN[activations])

@@ -255,11 +255,11 @@ class CPUBackend(Backend):
         shape = (w.out_features, w.in_features)
         if w.kind in _QUANTIZED:
             how = ACTIVATIONS.index(self.activations_of(w))
-            return Linear(ctypes.addressof(w.data["native"]), None, None, *shape, 0, how)
+            return Linear(ctypes.addressof(w.data["native"]), None, None, None, 0, *shape, 0, how)
         if w.kind != _DENSE16:
             return None
         weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
-        return Linear(None, weight.data_ptr(), bias, *shape, int(weight.dtype == torch.float16), 0)
+        return Linear(None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16), 0)
 
     # ---- the device
 

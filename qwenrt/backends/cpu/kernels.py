@@ -16,7 +16,7 @@ from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 4
+ABI = 5
 BLOCK = 8  # output rows stored together
 ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
