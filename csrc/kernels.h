@@ -43,7 +43,7 @@ constexpr int64_t kPairBlock = 128;
 constexpr int64_t kIntegerTokens = 128;         // most tokens of one IntegerInput
 constexpr float kLargestActivation = 4.6e33f;   // 128 of them still are finite when code and scale were multiplied in
 constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller ones counts as zeros
-constexpr float kOutlier = 8;  // a block whose largest activation is as many times the mean is wide
+constexpr float kOutlier = 4;  // a block whose largest activation is as many times the mean is wide
 
 inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
 
