@@ -43,6 +43,7 @@ SOURCES = {  # file -> its instruction set, if any: no flag may reach code that 
     "decoder.cpp": "",
     "quantize.cpp": "",
     "quantize_scalar.cpp": "",
+    "experts.cpp": "",
     "layer_scalar.cpp": "",
     "kernels_avx2.cpp": "avx2",
     "kernels_avx2_dense.cpp": "avx2",

@@ -3,8 +3,8 @@
 #include "qwenrt_decoder.h"
 
 #include <stdlib.h>
-#include <string.h>
 
+#include "experts.h"
 #include "thread_pool.h"
 
 namespace {
@@ -28,38 +28,48 @@ struct Buffers {
   float* qkv;       // [tokens][num_heads + 2 num_kv_heads][head_dim]
   float* qk;        // [tokens][num_heads + num_kv_heads][head_dim]
   float* attended;  // [tokens][num_heads][head_dim]
-  float* gate_up;   // [tokens][2 intermediate]
-  float* inner;     // [tokens][intermediate]
+  MlpBuffers mlp;
 };
 
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Room for the widest of the layers.
-bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers& b) {
-  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, gate_up = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const QwenrtLayer& l = layers[i];
+// The widest of all layers, in floats a token.
+struct Widths {
+  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, gate_up = 0, part = 0;
+
+  void add_parts(const QwenrtLinear& w) {
+    for (int64_t i = 0; i < w.part_count; ++i) part = larger(part, w.parts[i].out_features);
+  }
+  void add_mlp(const QwenrtLinear& up, const QwenrtLinear& down) {
+    gate_up = larger(gate_up, up.out_features);
+    add_parts(up), add_parts(down);
+  }
+  void add(const QwenrtLayer& l) {
     hidden = larger(hidden, l.qkv.in_features);
     qkv = larger(qkv, l.qkv.out_features);
     qk = larger(qk, (l.num_heads + l.num_kv_heads) * l.head_dim);
     attended = larger(attended, l.num_heads * l.head_dim);
-    gate_up = larger(gate_up, l.gate_up.out_features);
+    add_parts(l.qkv), add_parts(l.o);
+    if (!l.experts) return add_mlp(l.gate_up, l.down);
+    const int64_t mlps = l.experts->count + (l.experts->shared_gate ? 1 : 0);
+    for (int64_t i = 0; i < mlps; ++i) add_mlp(l.experts->gate_up[i], l.experts->down[i]);
   }
-  const int64_t inner = (gate_up + 1) / 2;
-  float* memory = scratch(tokens * (2 * hidden + larger(qkv + qk + attended, gate_up + inner)));
+};
+
+bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers& b) {
+  Widths w;
+  for (int64_t i = 0; i < count; ++i) w.add(layers[i]);
+  const int64_t inner = (w.gate_up + 1) / 2;
+  float* memory = scratch(tokens * (2 * w.hidden + w.part + larger(w.qkv + w.qk + w.attended, w.gate_up + inner)));
   if (!memory) return false;
   b.normed = memory;
-  b.product = b.normed + tokens * hidden;
-  b.qkv = b.gate_up = b.product + tokens * hidden;
-  b.qk = b.qkv + tokens * qkv;
-  b.attended = b.qk + tokens * qk;
-  b.inner = b.gate_up + tokens * gate_up;
+  b.product = b.normed + tokens * w.hidden;
+  b.mlp.part = b.product + tokens * w.hidden;
+  b.qkv = b.mlp.gate_up = b.mlp.part + tokens * w.part;
+  b.qk = b.qkv + tokens * w.qkv;
+  b.attended = b.qk + tokens * w.qk;
+  b.mlp.inner = b.mlp.gate_up + tokens * w.gate_up;
   return true;
-}
-
-int linear(const QwenrtLinear& w, const float* x, float* y, int64_t tokens) {
-  if (w.quant) return qwenrt_quant_linear(w.quant, x, y, tokens, w.activations);
-  return qwenrt_dense16_linear(w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, w.is_half);
 }
 
 struct AddTask {
@@ -86,14 +96,14 @@ int attention_block(const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCa
                     const float* x, float* out) {
   const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
   qwenrt_rms_norm(x, l.input_norm, b.normed, tokens, hidden, l.eps);
-  if (const int status = linear(l.qkv, b.normed, b.qkv, tokens)) return status;
+  if (const int status = run_linear(l.qkv, b.normed, b.qkv, tokens, b.mlp.part)) return status;
   const QwenrtRotary rotary{b.qkv,       b.qk,           l.q_norm,   l.k_norm,        step.cos, step.sin, step.q_scale, step.slots,
                             l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim, l.eps,    0};
   if (const int status = qwenrt_rotary_store(&rotary, &cache, tokens)) return status;
   const int64_t stride = (l.num_heads + l.num_kv_heads) * l.head_dim;
   const int attended = qwenrt_attention(step.sequences, &cache, b.qk, stride, l.num_heads, b.attended, l.scale, l.window);
   if (attended) return attended;
-  if (const int status = linear(l.o, b.attended, b.product, tokens)) return status;
+  if (const int status = run_linear(l.o, b.attended, b.product, tokens, b.mlp.part)) return status;
   add(x, b.product, out, tokens * hidden);
   return QWENRT_OK;
 }
@@ -102,9 +112,8 @@ int attention_block(const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCa
 int mlp_block(const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) {
   const int64_t hidden = l.qkv.in_features;
   qwenrt_rms_norm(x, l.post_norm, b.normed, tokens, hidden, l.eps);
-  if (const int status = linear(l.gate_up, b.normed, b.gate_up, tokens)) return status;
-  qwenrt_silu_and_mul(b.gate_up, b.inner, tokens, l.gate_up.out_features / 2);
-  if (const int status = linear(l.down, b.inner, b.product, tokens)) return status;
+  if (l.experts) return add_experts(*l.experts, b.normed, b.product, x, tokens, hidden, b.mlp);
+  if (const int status = run_mlp(l.gate_up, l.down, b.normed, b.product, tokens, b.mlp)) return status;
   add(x, b.product, x, tokens * hidden);
   return QWENRT_OK;
 }

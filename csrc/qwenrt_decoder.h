@@ -2,16 +2,31 @@
 #pragma once
 #include "qwenrt_layer.h"
 
-// One linear: quantised where `quant` is given, else `dense` [out_features][in_features] as of qwenrt_dense16_linear.
-typedef struct {
+// One linear: quantised where `quant` is given; of several parts where `parts` are; else `dense`
+// [out_features][in_features] as of qwenrt_dense16_linear.
+typedef struct QwenrtLinear {
   const QwenrtQuantMatrix* quant;
   const uint16_t* dense;
-  const float* bias;  // of a dense one
+  const float* bias;                 // of a dense one
+  const struct QwenrtLinear* parts;  // linears of the same inputs; their outputs follow each other
+  int64_t part_count;
   int64_t out_features;
   int64_t in_features;
   int32_t is_half;
   int32_t activations;  // QWENRT_EXACT, ...: of a quantised one
 } QwenrtLinear;
+
+// A mixture of experts, as `route` and `norm_moe_add` of the Python package define it: a token's result is the sum of
+// its `top_k` best experts, added in the order of their numbers, and of the shared one.
+typedef struct {
+  const float* router;           // [count][hidden]
+  const QwenrtLinear* gate_up;   // [count], or count + 1 with a shared expert, which is the last
+  const QwenrtLinear* down;      // likewise
+  const float* shared_gate;      // [hidden]: the shared expert's weight is its sigmoid; NULL: there is none
+  int64_t count;
+  int64_t top_k;                 // 1 to count
+  int64_t norm_topk_prob;        // whether the chosen weights are made to sum to 1
+} QwenrtExperts;
 
 typedef struct {
   const float* input_norm;  // [hidden]
@@ -20,8 +35,9 @@ typedef struct {
   const float* k_norm;
   QwenrtLinear qkv;
   QwenrtLinear o;
-  QwenrtLinear gate_up;
+  QwenrtLinear gate_up;  // this and `down` mean nothing where there are experts
   QwenrtLinear down;
+  const QwenrtExperts* experts;  // or NULL
   int64_t num_heads;
   int64_t num_kv_heads;
   int64_t head_dim;

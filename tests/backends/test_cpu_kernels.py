@@ -266,7 +266,7 @@ def test_a_forked_child_computes_with_workers_of_its_own(cpu: CPUBackend) -> Non
 @needs_kernels
 def test_kernels_can_be_chosen_and_switched_off(cpu: CPUBackend) -> None:
     cpu.configure("scalar", num_threads=1)
-    assert cpu.describe() == "csrc scalar, 1 thread, exact activations"
+    assert cpu.describe() == "csrc scalar, 1 thread, int16 activations"
     cpu.configure("off")
     assert cpu.describe() == "plain torch: the kernels are switched off"
     weight = random_weight(8, 32, 4, 16)

@@ -41,6 +41,7 @@ _LARGE = 1 << 20  # weights of a linear from which on "auto" rounds: below, exac
 # Linears whose inputs "int8" leaves at int16: attention's scores and the logits feel rounding most. Of the others'
 # inputs the kernels leave blocks with large values at int16 (csrc/kernels.h).
 _SENSITIVE = ("qkv_proj", "lm_head")
+_SURELY_SUMMED = 1e29  # activations below are never too large for the kernels to sum, whatever the group's size
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
 _QUANTIZED = (native_kind(4), native_kind(8))
 _CHUNK_ELEMENTS = 1 << 22  # elements of a weight that exist in float32 at once
@@ -163,8 +164,14 @@ class CPUBackend(Backend):
 
     def _quantized(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         assert self.kernels is not None
-        y = self.kernels.quant_linear(x.to(torch.float32).contiguous(), w, self.activations_of(w))
-        return (_quantized_torch(x, w) if y is None else y).to(x.dtype)
+        x32, how = x.to(torch.float32).contiguous(), self.activations_of(w)
+        y = self.kernels.quant_linear(x32, w, how)
+        if y is None:  # the tokens that the kernel refuses alone; the others of the batch keep their result
+            y, refused = _quantized_torch(x32, w), ~(x32.abs().amax(-1) < _SURELY_SUMMED)
+            others = self.kernels.quant_linear(x32[~refused], w, how)
+            assert others is not None
+            y[~refused] = others
+        return y.to(x.dtype)
 
     def _dense16(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         weight: torch.Tensor = w.data["weight"]
@@ -298,11 +305,11 @@ class CPUBackend(Backend):
         shape = (w.out_features, w.in_features)
         if w.kind in _QUANTIZED:
             how = ACTIVATIONS.index(self.activations_of(w))
-            return Linear(ctypes.addressof(w.data["native"]), None, None, *shape, 0, how)
+            return Linear(ctypes.addressof(w.data["native"]), None, None, None, 0, *shape, 0, how)
         if w.kind != _DENSE16:
             return None
         weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
-        return Linear(None, weight.data_ptr(), bias, *shape, int(weight.dtype == torch.float16), 0)
+        return Linear(None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16), 0)
 
     # ---- the device
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Callable
 
 import torch
 
 from qwenrt.backends.cpu import attention
 from qwenrt.backends.cpu.attention import Cache, Sequences, cache_struct
-from qwenrt.ops.types import LayerKV, LayerWeights, Packed, StepInputs
+from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs
 
 
 class Linear(ctypes.Structure):
@@ -19,10 +20,26 @@ class Linear(ctypes.Structure):
         ("quant", ctypes.c_void_p),
         ("dense", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+        ("part_count", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("is_half", ctypes.c_int32),
         ("activations", ctypes.c_int32),
+    )
+
+
+class ExpertsStruct(ctypes.Structure):
+    """QwenrtExperts of csrc/qwenrt_decoder.h."""
+
+    _fields_ = (
+        ("router", ctypes.c_void_p),
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("shared_gate", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("norm_topk_prob", ctypes.c_int64),
     )
 
 
@@ -38,6 +55,7 @@ class Layer(ctypes.Structure):
         ("o", Linear),
         ("gate_up", Linear),
         ("down", Linear),
+        ("experts", ctypes.c_void_p),
         ("num_heads", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
@@ -65,35 +83,88 @@ LinearOf = Callable[[Packed], "Linear | None"]
 Run = Callable[["ctypes.Array[Layer]", "ctypes.Array[Cache]", Step, torch.Tensor, torch.Tensor], bool]
 
 
+class _Unserved(Exception):
+    """A part of a layer is of a kind that the kernel knows nothing of."""
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _layer(w: LayerWeights, linear_of: LinearOf) -> Layer | None:
-    if not isinstance(w.mlp, tuple):
-        return None
-    linears = [linear_of(packed) for packed in (w.qkv_proj, w.o_proj, *w.mlp)]
-    if any(linear is None for linear in linears):
-        return None
-    q_norm, k_norm, _ = w.qk_norms or (None, None, w.eps)
-    norms = (_address(norm) for norm in (w.input_norm, w.post_norm, q_norm, k_norm))
-    return Layer(*norms, *linears, *w.heads, w.window, w.eps, w.scale)
+def _floats(tensor: torch.Tensor | None) -> int | None:
+    """The address of float32 numbers as they lie; _Unserved for others."""
+    if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+        raise _Unserved
+    return _address(tensor)
+
+
+class _Structs:
+    """Layers in the structs of csrc/. ``memory``: those that others point at, to be kept as long."""
+
+    def __init__(self, linear_of: LinearOf) -> None:
+        self._linear_of = linear_of
+        self.memory: list[object] = []
+
+    def layer(self, w: LayerWeights) -> Layer:
+        """Raises _Unserved."""
+        q_norm, k_norm, _ = w.qk_norms or (None, None, w.eps)
+        norms = [_floats(norm) for norm in (w.input_norm, w.post_norm, q_norm, k_norm)]
+        qkv, o = self._linear(w.qkv_proj), self._linear(w.o_proj)
+        if isinstance(w.mlp, Experts):
+            mlp, experts = (Linear(), Linear()), self._kept(self._experts(w.mlp))
+        else:
+            mlp, experts = (self._linear(w.mlp[0]), self._linear(w.mlp[1])), None
+        return Layer(*norms, qkv, o, *mlp, experts, *w.heads, w.window, w.eps, w.scale)
+
+    def _linear(self, w: Packed) -> Linear:
+        if w.kind != "parts":
+            if (linear := self._linear_of(w)) is None:
+                raise _Unserved
+            return linear
+        if w.bias is not None:  # the loader gives each part its own
+            raise _Unserved
+        parts = w.data["parts"]
+        shape = (w.out_features, w.in_features)
+        return Linear(None, None, None, self._array(parts), len(parts), *shape, 0, 0)
+
+    def _array(self, weights: list[Packed]) -> int:
+        return self._kept((Linear * len(weights))(*map(self._linear, weights)))
+
+    def _experts(self, w: Experts) -> ExpertsStruct:
+        gate_up, down, gate = w.gate_up, w.down, w.shared_gate
+        if w.shared is not None and gate is not None:
+            gate_up, down = [*gate_up, w.shared[0]], [*down, w.shared[1]]
+        else:
+            gate = None
+        counts = (len(w.down), w.top_k, int(w.norm_topk_prob))
+        return ExpertsStruct(
+            _floats(w.router), self._array(gate_up), self._array(down), _floats(gate), *counts
+        )
+
+    def _kept(self, struct: ctypes.Structure | ctypes.Array[Linear]) -> int:
+        self.memory.append(struct)
+        return ctypes.addressof(struct)
 
 
 class DecoderStack:
     """Layers as the kernel is told of them. Keeps what they point at alive."""
 
-    def __init__(self, layers: list[LayerWeights], structs: list[Layer], run: Run) -> None:
-        self._weights, self._run = layers, run
+    def __init__(
+        self, layers: list[LayerWeights], structs: list[Layer], memory: list[object], run: Run
+    ) -> None:
+        self._pointed_at, self._run = (layers, memory), run
         self._layers = (Layer * len(structs))(*structs)
-        self._kv: list[LayerKV] = []
-        self._caches = (Cache * 0)()
+        self._held: tuple[list[LayerKV], ctypes.Array[Cache]] = ([], (Cache * 0)())
 
     @classmethod
     def of(cls, layers: list[LayerWeights], linear_of: LinearOf, run: Run) -> DecoderStack | None:
         """None where a layer has a part that the kernel knows nothing of."""
-        structs = [struct for w in layers if (struct := _layer(w, linear_of)) is not None]
-        return cls(layers, structs, run) if structs and len(structs) == len(layers) else None
+        made = _Structs(linear_of)
+        try:
+            structs = [made.layer(w) for w in layers]
+        except _Unserved:
+            return None
+        return cls(layers, structs, made.memory, run)
 
     def __call__(self, x: torch.Tensor, step: StepInputs, kv: list[LayerKV]) -> torch.Tensor | None:
         """x float32 [T, D] -> [T, D]; None for a step that the seams must serve."""
@@ -103,8 +174,10 @@ class DecoderStack:
             return None
         if x.requires_grad or kv[0].k.dtype not in (torch.float32, torch.uint8):
             return None
-        if kv is not self._kv:
-            self._kv, self._caches = kv, (Cache * len(kv))(*(cache_struct(layer) for layer in kv))
+        held, caches = self._held
+        if len(held) != len(kv) or not all(map(operator.is_, held, kv)):
+            caches = (Cache * len(kv))(*(cache_struct(layer) for layer in kv))
+            self._held = list(kv), caches
         x, out = x.contiguous(), torch.empty(x.shape)
         struct = Step(
             ctypes.addressof(division.native),
@@ -115,7 +188,7 @@ class DecoderStack:
             step.cos.shape[1],
             x.shape[0],
         )
-        return out if self._run(self._layers, self._caches, struct, x, out) else None
+        return out if self._run(self._layers, caches, struct, x, out) else None
 
 
 __all__ = ["DecoderStack", "Layer", "Linear", "Sequences", "Step"]

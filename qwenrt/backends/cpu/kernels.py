@@ -18,7 +18,7 @@ from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 6
+ABI = 7
 BLOCK = 8  # output rows stored together
 ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {

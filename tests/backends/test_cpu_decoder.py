@@ -1,0 +1,434 @@
+"""The stack of layers that runs in one call against the seams: the same kernels, so the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import qwenrt
+from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu.attention import LONGEST_QUERY
+from qwenrt.config.model import ModelConfig, MoeConfig
+from qwenrt.model.qwen import Qwen
+from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed
+from tests.conftest import write_tiny_checkpoint
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
+)
+SIZE = 4  # of a block
+DENSE = ModelConfig(
+    model_type="qwen2",
+    vocab_size=100,
+    hidden_size=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=72,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rotary_dim=16,
+    train_length=64,
+    max_position_embeddings=256,
+)
+EXPERTS = dataclasses.replace(DENSE, moe=MoeConfig(6, 2, 24, 40, dense_layers=frozenset((1,))))
+WEIGHTS = ("int4", "int8", "bfloat16", "float16", "mixed")
+
+
+@pytest.fixture
+def cpu() -> Iterator[CPUBackend]:
+    made = CPUBackend(CPU)
+    made.configure(num_threads=2)
+    yield made
+    CPUBackend(CPU).configure()
+
+
+def weight(n: int, k: int, form: str, bias: torch.Tensor | None) -> CanonicalWeight:
+    if not form.startswith("int"):
+        dense = (torch.randn(n, k) * k**-0.5).to(getattr(torch, form))
+        return CanonicalWeight(dense=dense, bias=bias)
+    bits, groups = int(form[3:]), -(-k // 32)
+    return CanonicalWeight(
+        codes=torch.randint(0, 2**bits, (k, n), dtype=torch.uint8),
+        scales=(torch.rand(groups, n) * 8 * k**-0.5 / 2**bits).half(),
+        zeros=torch.randint(2 ** (bits - 1) - 1, 2 ** (bits - 1) + 2, (groups, n), dtype=torch.int16),
+        bits=bits,
+        group_size=32,
+        bias=bias,
+    )
+
+
+def build(cpu: CPUBackend, config: ModelConfig, form: str = "int4") -> Qwen:
+    """A random model; "mixed": another form for each linear, and merged ones whose parts differ."""
+    model = Qwen(config, cpu, torch.float32)
+    for name, shape in model.tensor_specs.items():
+        tensor = torch.randn(shape)
+        model.set_tensor(name, 1 + tensor * 0.2 if len(shape) == 1 else tensor)
+    for i, (name, spec) in enumerate(model.linear_specs.items()):
+        bias = torch.randn(spec.out_features) if spec.bias else None
+        chosen = WEIGHTS[i % 4] if form == "mixed" else form
+        if form == "mixed" and len(spec.parts) > 1 and i % 3:
+            packed = parts(cpu, [rows for _, rows in spec.parts], spec.in_features, bias)
+        else:
+            packed = cpu.pack_linear(weight(spec.out_features, spec.in_features, chosen, bias), torch.float32)
+        model.set_linear(name, packed)
+    model.bind()
+    return model
+
+
+def parts(cpu: CPUBackend, rows: list[int], k: int, bias: torch.Tensor | None) -> Packed:
+    """A merged weight as the loader makes it of parts of several forms."""
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    weights = [weight(n, k, WEIGHTS[i], b) for i, (n, b) in enumerate(zip(rows, biases, strict=True))]
+    return Packed("parts", sum(rows), k, {"parts": [cpu.pack_linear(w, torch.float32) for w in weights]})
+
+
+class Cache:
+    """A model's cache of scattered blocks, NaN where no token is, and the steps of sequences over it."""
+
+    def __init__(self, model: Qwen, lengths: list[int], int8: bool = False) -> None:
+        config = model.config
+        blocks = [-(-length // SIZE) for length in lengths]
+        ids = list(range(sum(blocks) + 1))
+        random.Random(3).shuffle(ids)
+        self.model = model
+        self.tables = [[ids.pop() for _ in range(count)] for count in blocks]
+        heads = (config.num_kv_heads, config.head_dim)
+        self.layers: list[LayerKV] = model.backend.alloc_kv(
+            config.num_layers, sum(blocks) + 1, SIZE, *heads, torch.float32, int8
+        )
+        for layer in self.layers:
+            for tensor in (layer.k_scale, layer.k_zero) if int8 else (layer.k, layer.v):
+                assert tensor is not None
+                tensor.fill_(float("nan"))
+        self.tokens = [torch.randint(0, config.vocab_size, (length,)) for length in lengths]
+
+    def step(self, spans: list[tuple[int, int]]) -> torch.Tensor:
+        """Hidden states of tokens [start, end) of each sequence."""
+        numbered = list(zip(spans, self.tables, strict=True))
+        slots = [t[p // SIZE] * SIZE + p % SIZE for (a, b), t in numbered for p in range(a, b)]
+        ids = torch.cat([x[a:b] for x, (a, b) in zip(self.tokens, spans, strict=True)])
+        plan = self.model.backend.plan([b - a for a, b in spans], [b for _, b in spans], self.tables, slots)
+        with torch.no_grad():
+            return self.model.forward(ids, plan, [1] * len(spans), self.layers)
+
+
+def both_ways(
+    model: Qwen, lengths: list[int], steps: list[list[tuple[int, int]]], *, int8: bool = False
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(fused, by the seams) of each step, each way with a cache of its own."""
+    stack = model._stack
+    assert stack is not None
+    served = []
+
+    def counted(*args: object) -> torch.Tensor | None:
+        served.append(stack(*args))  # type: ignore[arg-type]
+        return served[-1]
+
+    caches = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        caches.append(Cache(model, lengths, int8))
+    results = []
+    for spans in steps:
+        model._stack = counted
+        fused = caches[0].step(spans)
+        model._stack = None
+        results.append((fused, caches[1].step(spans)))
+    model._stack = stack
+    assert len(served) == len(steps) and all(y is not None for y in served)
+    return results
+
+
+LENGTHS = [9, 21, 1]
+STEPS = [
+    [(0, 7), (0, 16), (0, 0)],  # prompts, one of them in two pieces
+    [(7, 8), (16, 20), (0, 1)],
+    [(8, 9), (20, 21), (1, 1)],
+]
+
+
+def check(model: Qwen, *, int8: bool = False, most: float = 0.0) -> None:
+    """``most``: what the ways may differ by, as a share of the largest number."""
+    for fused, seams in both_ways(model, LENGTHS, STEPS, int8=int8):
+        assert bool(fused.isfinite().all())
+        assert float((fused - seams).abs().max()) <= most * float(seams.abs().max())
+
+
+# ---- the same bits
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kv_heads=st.sampled_from([1, 2, 3, 6]),
+    head_dim=st.sampled_from([8, 16, 40]),
+    form=st.sampled_from(WEIGHTS),
+    biases=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    qk_norm=st.booleans(),
+    windows=st.sampled_from([(), (0, 5, 3)]),
+    logn=st.booleans(),
+    activations=st.sampled_from(["exact", "int16", "int8"]),
+    int8=st.booleans(),
+    isa=st.sampled_from(["auto", "scalar"]),
+)
+def test_every_kind_of_layer(
+    cpu: CPUBackend,
+    kv_heads: int,
+    head_dim: int,
+    form: str,
+    biases: tuple[bool, bool, bool],
+    qk_norm: bool,
+    windows: tuple[int, ...],
+    logn: bool,
+    activations: str,
+    int8: bool,
+    isa: str,
+) -> None:
+    qkv, o, mlp = biases
+    config = dataclasses.replace(
+        DENSE,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=head_dim if qk_norm else head_dim // 2,
+        qkv_bias=qkv,
+        o_bias=o,
+        mlp_bias=mlp,
+        qk_norm=qk_norm,
+        windows=windows,
+        use_logn_attn=logn,
+        train_length=8,
+    )
+    cpu.configure(isa, activations=activations)
+    check(build(cpu, config, form), int8=int8)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_and_batches_change_no_bit(cpu: CPUBackend, threads: int) -> None:
+    config = dataclasses.replace(DENSE, hidden_size=256, intermediate_size=512)
+    cpu.configure(activations="int16")  # exact sums depend on how many tokens a tile has
+    model = build(cpu, config)
+    wanted = both_ways(model, LENGTHS, STEPS)
+    cpu.configure(num_threads=threads, activations="int16")
+    for (fused, _), (before, _) in zip(both_ways(model, LENGTHS, STEPS), wanted, strict=True):
+        assert torch.equal(fused, before)
+    cache = Cache(model, [12])
+    whole = cache.step([(0, 12)])
+    alone = torch.cat([cache.step([(i, i + 1)]) for i in range(12)])
+    assert torch.equal(alone, whole)
+
+
+# ---- what the stack does not serve
+
+
+def test_a_prompt_that_attention_leaves_to_torch_goes_through_the_seams(cpu: CPUBackend) -> None:
+    model = build(cpu, DENSE)
+    cache = Cache(model, [LONGEST_QUERY + 1, 3])
+    fused = cache.step([(0, LONGEST_QUERY + 1), (0, 3)])
+    model._stack = None
+    assert torch.equal(cache.step([(0, LONGEST_QUERY + 1), (0, 3)]), fused)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
+def test_what_is_not_finite_is_left_to_the_seams_and_to_its_own_sequence(
+    cpu: CPUBackend, bad: float, activations: str
+) -> None:
+    cpu.configure(activations=activations)
+    model = build(cpu, DENSE)
+    clean = Cache(model, [4, 4])
+    clean.tokens = [torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])]
+    wanted = clean.step([(0, 4), (0, 4)])
+    model.embed_tokens[9, 3] = bad
+    stack, answers = model._stack, []
+    model._stack = lambda *args: answers.append(stack(*args)) or answers[-1]  # type: ignore[misc,func-returns-value]
+    cache = Cache(model, [4, 4])
+    cache.tokens = [torch.tensor([1, 2, 9, 4]), torch.tensor([5, 6, 7, 8])]
+    got = cache.step([(0, 4), (0, 4)])
+    assert len(answers) == 1
+    if bad != 3e38:
+        assert answers == [None] and not bool(got[2].isfinite().all())
+    for here in (slice(0, 2), slice(4, 8)):
+        if activations == "exact":  # sums in the order of another number of tokens
+            assert torch.allclose(got[here], wanted[here], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(got[here], wanted[here])
+
+
+def test_weights_that_the_kernel_knows_nothing_of_are_not_fused(cpu: CPUBackend) -> None:
+    for form in ("float32", "int4"):
+        model = Qwen(DENSE, cpu, torch.float32)
+        for name, shape in model.tensor_specs.items():
+            model.set_tensor(name, torch.ones(shape))
+        for name, spec in model.linear_specs.items():
+            plain = form == "float32" and name == "layers.1.o_proj"
+            shape = (spec.out_features, spec.in_features)
+            bias = torch.zeros(spec.out_features) if spec.bias else None
+            model.set_linear(
+                name, cpu.pack_linear(weight(*shape, "float32" if plain else "int4", bias), torch.float32)
+            )
+        model.bind()
+        assert (model._stack is None) == (form == "float32")
+    model.backend.demoted["rms_norm"] = "it was wrong"
+    model.bind()
+    assert model._stack is None
+
+
+# ---- caches, models and threads that come and go
+
+
+def test_a_cache_that_was_replaced_is_the_one_that_is_used(cpu: CPUBackend) -> None:
+    model = build(cpu, DENSE)
+    first = Cache(model, [5])
+    wanted = first.step([(0, 5)])
+    second = Cache(model, [5])
+    second.tokens = first.tokens
+    for layer in first.layers:
+        layer.k.fill_(float("nan"))
+    assert torch.equal(second.step([(0, 5)]), wanted)
+    assert bool(torch.isnan(first.layers[0].k).all())
+    second.layers[:] = Cache(model, [5]).layers  # the same list with other tensors in it
+    assert torch.equal(second.step([(0, 5)]), wanted)
+    used = second.layers[0].k.view(-1, 2, 16)[torch.tensor(second.tables[0])[0] * SIZE]
+    assert bool(used.isfinite().all())
+
+
+def in_threads(*tasks: Callable[[], None]) -> None:
+    errors: list[BaseException] = []
+
+    def run(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors and not any(thread.is_alive() for thread in threads)
+
+
+def test_models_side_by_side_and_in_threads_of_their_own(tmp_path: Path) -> None:
+    directories = [write_tiny_checkpoint(tmp_path / str(seed), seed=seed) for seed in range(2)]
+
+    def load(directory: Path) -> qwenrt.LLM:
+        return qwenrt.load(directory, device="cpu", dtype="float32", quantize="int4", progress=False)
+
+    prompt, wanted = [3, 4, 5, 6], []
+    for directory in directories:
+        with load(directory) as llm:
+            wanted.append(llm.generate(prompt_token_ids=prompt, max_tokens=20, temperature=0).token_ids)
+    assert wanted[0] != wanted[1]
+    with load(directories[0]) as a, load(directories[1]) as b:
+        assert all(llm._alive().model._stack is not None for llm in (a, b))
+
+        def ask(llm: qwenrt.LLM, tokens: list[int]) -> None:
+            for _ in range(3):
+                got = llm.generate(prompt_token_ids=prompt, max_tokens=20, temperature=0)
+                assert got.token_ids == tokens
+
+        ask(a, wanted[0])
+        ask(b, wanted[1])
+        in_threads(lambda: ask(a, wanted[0]), lambda: ask(b, wanted[1]))
+        a.close()
+        gc.collect()
+        ask(b, wanted[1])  # what the other model's memory becomes does not matter
+
+
+def test_a_stack_keeps_the_weights_it_points_at(cpu: CPUBackend) -> None:
+    model = build(cpu, DENSE, "mixed")
+    cache = Cache(model, [6])
+    wanted, stack = cache.step([(0, 6)]), model._stack
+    again = Cache(model, [6])
+    again.tokens = cache.tokens
+    model.layers.clear()
+    norm = model.weights["norm"], model.weights["embed_tokens"]
+    model.weights.clear()
+    model.weights["norm"], model.weights["embed_tokens"] = norm
+    gc.collect()
+    filler = [torch.full((48, 48), float("nan")) for _ in range(200)]  # takes what was freed
+    assert stack is not None and torch.equal(again.step([(0, 6)]), wanted)
+    del filler
+
+
+# ---- experts
+
+# Beside other sums in the router, an activation in the middle between two codes falls to the other.
+ROUNDED_AGAIN = {"exact": 1e-5, "int16": 1e-3, "int8": 2e-2}
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+@pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
+def test_experts_with_dense_layers_between(cpu: CPUBackend, form: str, activations: str) -> None:
+    """The router's sums are in another order than torch's: what follows is equal where its scores do not matter."""
+    cpu.configure(activations=activations, num_threads=2)
+    for shared, top_k, norm in ((40, 2, True), (0, 6, False), (0, 1, True)):
+        moe = MoeConfig(6, top_k, 24, shared, norm, frozenset((1,)))
+        model = build(cpu, dataclasses.replace(DENSE, moe=moe), form)
+        check(model, int8=top_k == 2, most=0.0 if norm and top_k == 1 else ROUNDED_AGAIN[activations])
+
+
+@pytest.mark.parametrize(("count", "top_k"), [(6, 2), (7, 7), (40, 9), (130, 2), (65, 1)])
+def test_experts_of_equal_scores_are_chosen_as_torch_does(cpu: CPUBackend, count: int, top_k: int) -> None:
+    moe = MoeConfig(count, top_k, 8, 0, False)
+    model = build(cpu, dataclasses.replace(DENSE, num_layers=1, moe=moe), "bfloat16")
+    router = model.weights.tensor("layers.0.router")
+    router.zero_()
+    for fused, seams in both_ways(model, LENGTHS, STEPS):
+        assert torch.allclose(fused, seams, rtol=1e-6, atol=1e-6)
+    router[torch.arange(count), torch.arange(count) % 3] = 2.0  # three different scores, of no sum
+    for fused, seams in both_ways(model, LENGTHS, STEPS):
+        assert torch.allclose(fused, seams, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_and_threads_change_no_bit_of_experts(cpu: CPUBackend) -> None:
+    cpu.configure(activations="int16", num_threads=2)
+    model = build(cpu, dataclasses.replace(EXPERTS, hidden_size=512, moe=MoeConfig(8, 3, 128, 64)))
+    cache = Cache(model, [20, 16])
+    both = torch.cat([cache.step([(0, 10), (0, 16)]), cache.step([(10, 20), (16, 16)])])
+    alone = torch.cat([cache.step([(i, i + 1), (16, 16)]) for i in range(20)])
+    assert torch.equal(alone, torch.cat([both[:10], both[26:]]))
+    cpu.configure(activations="int16", num_threads=1)
+    assert torch.equal(cache.step([(0, 10), (0, 16)]), both[:26])
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int4"])
+def test_experts_of_a_token_that_is_not_finite(cpu: CPUBackend, form: str) -> None:
+    cpu.configure(activations="int16")
+    model = build(cpu, EXPERTS, form)
+    first = Cache(model, [4, 4])
+    first.tokens = [torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])]
+    wanted = first.step([(0, 4), (0, 4)])
+    model.embed_tokens[9] = float("nan")
+    second = Cache(model, [4, 4])
+    second.tokens = [torch.tensor([1, 2, 9, 4]), torch.tensor([5, 6, 7, 8])]
+    got = second.step([(0, 4), (0, 4)])
+    assert bool(got[2].isnan().all())
+    for here in (slice(0, 2), slice(4, 8)):
+        assert torch.allclose(got[here], wanted[here], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Moe", "Qwen3Moe"])
+def test_checkpoints_with_experts_answer_the_same_both_ways(tmp_path: Path, kind: str) -> None:
+    tiny_models = pytest.importorskip("tests.model.tiny_models", reason="needs transformers")
+    moe = tiny_models.QWEN2_MOE if kind == "Qwen2Moe" else {**tiny_models.MOE, "head_dim": 8}
+    tiny_models.build(kind, {**moe, "mlp_only_layers": [1]}, tmp_path)
+    with tiny_models.load(tmp_path, quantize="int4", activations="exact") as llm:
+        model, answers = llm._alive().model, []
+        assert model._stack is not None
+        for _ in range(2):
+            answers.append(llm.generate(prompt_token_ids=[5, 6, 7], max_tokens=24, temperature=0).token_ids)
+            model._stack = None
+    assert answers[0] == answers[1] and len(answers[0]) == 24
