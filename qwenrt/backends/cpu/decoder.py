@@ -170,7 +170,7 @@ class DecoderStack:
         """x float32 [T, D] -> [T, D]; None for a step that the seams must serve."""
         plan = step.plan
         division = attention.divide(plan)
-        if division is None or division.others or not division.native.count or plan.slots is None:
+        if division is None or not division.native.count or plan.slots is None:
             return None
         if x.requires_grad or kv[0].k.dtype not in (torch.float32, torch.uint8):
             return None
