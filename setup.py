@@ -41,6 +41,7 @@ SOURCES = {  # file -> its instruction set, if any: no flag may reach code that 
     "attention.cpp": "",
     "elementwise.cpp": "",
     "decoder.cpp": "",
+    "sampling.cpp": "",
     "layer_scalar.cpp": "",
     "kernels_avx2.cpp": "avx2",
     "kernels_avx2_integer.cpp": "avx2",
