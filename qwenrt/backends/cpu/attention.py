@@ -69,17 +69,22 @@ def cache_struct(kv: LayerKV) -> Cache:
     return Cache(kv.k.data_ptr(), kv.v.data_ptr(), *pointers, block_size, num_kv_heads, head_dim)
 
 
-def divide(plan: StepPlan) -> Division | None:
-    """How the kernel and torch share a step, made once for all layers; None where tokens are not in the cache."""
+def divide(plan: StepPlan, in_cache: bool | None = None) -> Division | None:
+    """How the kernel and torch share a step, made once for all layers; None where tokens are not in the cache.
+
+    ``in_cache``: whether each token has a slot, where that is known already.
+    """
     if _KEY not in plan.extra:
-        plan.extra[_KEY] = _divide(plan)
+        if in_cache is None:
+            slots = plan.slots
+            in_cache = slots is not None and (slots.numel() == 0 or int(slots.min()) >= 0)
+        plan.extra[_KEY] = _divide(plan) if in_cache else None
     division: Division | None = plan.extra[_KEY]
     return division
 
 
-def _divide(plan: StepPlan) -> Division | None:
-    if plan.slots is None or (plan.slots.numel() > 0 and int(plan.slots.min()) < 0):
-        return None
+def _divide(plan: StepPlan) -> Division:
+    assert plan.slots is not None
     rows: list[tuple[int, int, int, int]] = []
     blocks, others, start = array("q"), [], 0
     for q_len, kv_len, table in zip(plan.q_lens, plan.kv_lens, plan.block_table, strict=True):

@@ -216,12 +216,17 @@ class Kernels:
         assert status in (0, _NOT_FINITE)
         return bool(status == 0)
 
-    def likeliest(self, row: torch.Tensor) -> tuple[int, float, bool]:
-        """row float32 [V] contiguous -> the first of its largest numbers, that number, and whether all are finite."""
+    def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
+        """logits float32 [B, V], each row contiguous -> of each row the first of its largest numbers, that number, and
+        whether all are finite."""
         token, most = ctypes.c_int64(), ctypes.c_float()
         into = ctypes.addressof(token), ctypes.addressof(most)
-        status = self._library.qwenrt_likeliest(row.data_ptr(), row.shape[0], *into)
-        return token.value, most.value, bool(status == 0)
+        at, stride, (rows, size) = logits.data_ptr(), 4 * logits.stride(0), logits.shape
+        found = []
+        for row in range(rows):
+            status = self._library.qwenrt_likeliest(at + row * stride, size, *into)
+            found.append((token.value, most.value, bool(status == 0)))
+        return found
 
     def top(
         self, row: torch.Tensor, largest: float, heat: float, k: int, with_whole: bool
