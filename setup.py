@@ -44,6 +44,7 @@ SOURCES = {  # file -> its instruction set, if any: no flag may reach code that 
     "quantize.cpp": "",
     "quantize_scalar.cpp": "",
     "experts.cpp": "",
+    "sampling.cpp": "",
     "layer_scalar.cpp": "",
     "kernels_avx2.cpp": "avx2",
     "kernels_avx2_dense.cpp": "avx2",

@@ -37,6 +37,23 @@ void silu_and_mul(const float* gate, const float* up, int64_t count, float* out)
   memcpy(out + i, lanes[0], rest);
 }
 
+// Blocks are summed in double: a vocabulary has many small terms beside a few large ones.
+double sum_exponentials(const float* x, int64_t count, float most, float heat) {
+  constexpr int64_t kBlock = 512;
+  double total = 0;
+  int64_t i = 0;
+  while (i + kLanes <= count) {
+    const int64_t end = count - i < kBlock ? count : i + kBlock;
+    Vec part = all(0);
+    for (; i + kLanes <= end; i += kLanes) part = add(part, exponential(div(sub(load(x + i), all(most)), all(heat))));
+    total += double(sum(part));
+  }
+  float lanes[kLanes];
+  for (float& lane : lanes) lane = -infinity();
+  memcpy(lanes, x + i, size_t(count - i) * sizeof(float));
+  return total + double(sum(exponential(div(sub(load(lanes), all(most)), all(heat)))));
+}
+
 // The halves of the first `dim` channels turned against each other; the rest copied. x may be out.
 void rotate(const float* x, const float* cos, const float* sin, int64_t dim, int64_t head_dim, float* out) {
   const int64_t half = dim / 2;

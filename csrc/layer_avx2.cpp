@@ -6,7 +6,7 @@
 #include "elementwise_body.h"
 
 const LayerKernels* avx2_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store};
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store, sum_exponentials};
   return &kernels;
 }
 #endif

@@ -52,6 +52,8 @@ struct LayerKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t dim, float* out);
   void (*silu_and_mul)(const float* gate, const float* up, int64_t count, float* out);
   void (*rotary_store)(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token);
+  // The sum of exp((x - largest) / heat) over x [count].
+  double (*sum_exponentials)(const float* x, int64_t count, float largest, float heat);
 };
 
 const LayerKernels* scalar_layer_kernels();

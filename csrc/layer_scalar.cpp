@@ -4,6 +4,6 @@
 #include "elementwise_body.h"
 
 const LayerKernels* scalar_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store};
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store, sum_exponentials};
   return &kernels;
 }

@@ -250,6 +250,21 @@ class Backend:
         instead wherever there is None."""
         return None
 
+    # ---- choosing tokens
+
+    def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]] | None:
+        """Of each row of logits float32 [B, V]: the first of the largest, its value, and whether all are finite; None
+        where the device has no faster way than torch's argmax and sum."""
+        return None
+
+    def top(
+        self, row: torch.Tensor, largest: float, heat: float, k: int, with_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """The k largest of (row - largest) / heat, row float32 [V] and ``largest`` its largest -> values float32
+        [1, k], falling, their ids int64 [1, k], and the logsumexp of all V (0 unless ``with_whole``); None where
+        torch's topk is to serve. Of equal values any may be taken."""
+        return None
+
     # ---- layouts
 
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:

@@ -112,7 +112,7 @@ class Engine:
         self.blocks = BlockManager(num_blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
         size = min(vocab_limit or model.config.vocab_size, model.config.vocab_size)
-        self.sampler = Sampler(vocab_limit, _absent_ids(tokenizer, size))
+        self.sampler = Sampler(vocab_limit, _absent_ids(tokenizer, size), backend)
         self.num_generated = 0
         self._ids = itertools.count()
         self._seq_ids = itertools.count()

@@ -7,19 +7,25 @@ likeliest token, or temperature, top_k, top_p, min_p and a draw.
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
+from qwenrt.backends.base import Backend
 from qwenrt.engine.sequence import Sequence
 from qwenrt.outputs import TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 
 # How many of the likeliest tokens are sorted first; the whole vocabulary only where they hold less than top_p.
 _FIRST_SORTED = 1024
+# By how much a sum of probabilities may differ between two ways to add them up, with a wide margin.
+_SUMS_DIFFER = 1e-5
+
+Seen = tuple[int, float, bool]  # of a row: its first largest, that logit, whether all are finite
 
 
 @dataclass
@@ -34,12 +40,16 @@ class Sampler:
     """Keeps what each sequence's sampling needs between steps: its random numbers and its token counts.
 
     ``vocab_limit``: ids from here on are padding of the embedding and never drawn; ``absent``: nor are these
-    below it, which have no token.
+    below it, which have no token. What ``backend`` does better than torch it does; tokens are the same.
     """
 
-    def __init__(self, vocab_limit: int | None = None, absent: Iterable[int] = ()) -> None:
+    def __init__(
+        self, vocab_limit: int | None = None, absent: Iterable[int] = (), backend: Backend | None = None
+    ) -> None:
         self.vocab_limit = vocab_limit
         self._absent = torch.tensor(list(absent), dtype=torch.int64)
+        self._absent_ids = frozenset(self._absent.tolist())
+        self._backend = backend
         self._randoms: dict[int, random.Random] = {}
         self._counts: dict[int, TokenCounts] = {}
 
@@ -47,8 +57,15 @@ class Sampler:
     def sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
         """logits float32 [B, V], a row per sequence; they may be changed."""
         logits = logits[:, : self.vocab_limit]
-        finite = logits.sum(-1).isfinite()
+        seen = self._look(logits)
+        if seen is not None and self._settled(seen, seqs):
+            return Sampled([token if ok else None for token, _, ok in seen], [None] * len(seqs))
+        if seen is None:
+            finite = logits.sum(-1).isfinite()
+        else:
+            finite = torch.tensor([ok for _, _, ok in seen], device=logits.device)
         if len(self._absent):
+            seen = None  # of what is changed now
             self._absent = self._absent.to(logits.device)
             logits.index_fill_(1, self._absent, -torch.inf)
         raw: dict[int, torch.Tensor] = {}
@@ -57,15 +74,24 @@ class Sampler:
             if seq.params.logprobs is not None:
                 raw[row] = logits[row].clone() if edits else logits[row]
             if edits:
+                seen = None
                 self._edit(logits[row], seq)
-        chosen = torch.where(finite, self._choose(logits, seqs), -1).tolist()
+        chosen = torch.where(finite, self._choose(logits, seqs, seen), -1).tolist()
         logprobs: list[TokenLogprob | None] = [None] * len(seqs)
         for row, own in raw.items():
             if chosen[row] >= 0:
                 logprobs[row] = _logprob(own, chosen[row], seqs[row].params.logprobs or 0)
         return Sampled([None if token < 0 else token for token in chosen], logprobs)
 
-    def _choose(self, logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
+    def _look(self, logits: torch.Tensor) -> list[Seen] | None:
+        """Each row as the backend sees it in one pass, or None where it has none."""
+        return None if self._backend is None else self._backend.likeliest(logits)
+
+    def _settled(self, seen: list[Seen], seqs: list[Sequence]) -> bool:
+        """Whether these are the tokens already: the likeliest of rows that nothing changes."""
+        return self._absent_ids.isdisjoint(token for token, _, _ in seen) and all(map(_plain, seqs))
+
+    def _choose(self, logits: torch.Tensor, seqs: list[Sequence], seen: list[Seen] | None) -> torch.Tensor:
         """The likeliest token of greedy rows, a drawn one of the others -> int64 [B]."""
         drawn = [i for i, seq in enumerate(seqs) if not seq.params.greedy]
         if not drawn:
@@ -79,6 +105,14 @@ class Sampler:
         for start in range(0, len(drawn), together):
             rows = drawn[start : start + together]
             uniforms = [self._random(seqs[i]).random() for i in rows]
+            if len(rows) == 1 and self._backend is not None:
+                i = rows[0]
+                found = seen[i : i + 1] if seen is not None else self._look(logits[i : i + 1])
+                largest = found[0][1] if found else math.nan
+                token = _draw_one(self._backend, logits[i], largest, seqs[i].params, uniforms[0])
+                if token is not None:
+                    tokens[i] = token
+                    continue
             tokens[rows] = draw(logits[rows], [seqs[i].params for i in rows], uniforms)
         return tokens
 
@@ -114,6 +148,11 @@ class Sampler:
 
 def _penalises(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _plain(seq: Sequence) -> bool:
+    """Whether its token is the likeliest one, and nothing else is asked."""
+    return seq.params.greedy and seq.params.logprobs is None and not _edits(seq)
 
 
 def _edits(seq: Sequence) -> bool:
@@ -219,7 +258,10 @@ def _at(scaled: torch.Tensor, params: list[SamplingParams], target: torch.Tensor
     whole = total[:, -1:]
     # A product rounded up to the whole would point behind the last token.
     target = torch.minimum(target * whole, whole.nextafter(torch.zeros_like(whole)))
-    return torch.searchsorted(total, target, right=True)
+    place = torch.searchsorted(total, target, right=True)
+    return place.clamp_(
+        max=scaled.shape[1] - 1
+    )  # of a row with NaN, which nobody asks for, it may lie anywhere
 
 
 def _draw_likeliest(
@@ -242,21 +284,59 @@ def _keep(
 ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
     """The ``width`` likeliest of each row, those that top_k and then top_p drop at -inf, and their ids; and for
     each row whether that is all there is to keep."""
-    device, vocab = scaled.device, scaled.shape[1]
     best, ids = scaled.topk(width, dim=-1)
+    kept, _, enough = _cut(best, params, scaled.shape[1], lambda: scaled.logsumexp(-1, keepdim=True))
+    return kept, ids, enough
+
+
+def _cut(
+    best: torch.Tensor, params: list[SamplingParams], vocab: int, whole_row: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """``best`` [B, width], the likeliest of ``vocab`` tokens as they fall, with those dropped at -inf; the mass before
+    each, [B, width] float64; and for each row whether that is all there is to keep. ``whole_row``: the logsumexp of
+    each row [B, 1]."""
+    device, width = best.device, best.shape[1]
     ks = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device).unsqueeze(1)
     rank = torch.arange(width, device=device).unsqueeze(0)
     best = best.masked_fill(rank >= ks, -torch.inf)
     # The mass top_p is a share of: of the k kept by top_k, or of the whole row.
     whole = best.logsumexp(-1, keepdim=True)
     if not all(p.top_k for p in params):
-        whole = torch.where(ks < vocab, whole, scaled.logsumexp(-1, keepdim=True))
+        whole = torch.where(ks < vocab, whole, whole_row())
     probs = (best - whole).exp()
     before = probs.cumsum(-1, dtype=torch.float64) - probs
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
     dropped = (before >= top_p) & (top_p < 1) & (rank > 0)
     enough: list[bool] = (dropped[:, -1] | (ks.squeeze(1) <= width)).tolist()
-    return best.masked_fill(dropped, -torch.inf), ids, enough
+    return best.masked_fill(dropped, -torch.inf), before, enough
+
+
+def _draw_one(
+    backend: Backend, row: torch.Tensor, largest: float, params: SamplingParams, uniform: float
+) -> int | None:
+    """`draw` for one row [V] from what the backend finds; None where it cannot tell, above all where the cut falls
+    between equal values, of which topk's choice counts."""
+    vocab = row.shape[0]
+    width = min(params.top_k or _FIRST_SORTED, vocab)
+    if (params.top_k == 0 and params.top_p == 1) or not math.isfinite(largest):
+        return None
+    more = min(width + 1, vocab)
+    found = backend.top(row, largest, max(params.temperature, 1e-8), more, params.top_k == 0)
+    if found is None:
+        return None
+    values, ids, whole = found
+    best, ids = values[:, :width], ids[:, :width]
+    kept, before, enough = _cut(best, [params], vocab, lambda: torch.tensor([[whole]]))
+    if not enough[0]:
+        return None
+    if params.top_p < 1 and bool(((before - params.top_p).abs() < _SUMS_DIFFER).any()):
+        return None
+    count = int(kept.isfinite().sum())
+    if count < more and bool(values[0, count - 1] == values[0, count]):
+        return None
+    ids, order = ids.sort(dim=-1)
+    target = torch.tensor([[uniform]], dtype=torch.float64)
+    return int(ids.gather(1, _at(kept.gather(1, order), [params], target)))
 
 
 def _logprob(raw: torch.Tensor, chosen: int, alternatives: int) -> TokenLogprob:

@@ -164,19 +164,17 @@ class Qwen:
         self, token_ids: torch.Tensor, plan: StepPlan, alphas: list[int]
     ) -> tuple[torch.Tensor, StepInputs]:
         """The embedded tokens [T, D] and what the layers share."""
-        positions = torch.cat(
-            [
-                torch.arange(kv_len - q_len, kv_len)
-                for q_len, kv_len in zip(plan.q_lens, plan.kv_lens, strict=True)
-            ]
-            or [torch.empty(0, dtype=torch.int64)]
-        )
+        spans = [
+            (kv_len - q_len, kv_len, alpha)
+            for q_len, kv_len, alpha in zip(plan.q_lens, plan.kv_lens, alphas, strict=True)
+        ]
         longest = max(plan.kv_lens, default=1)
-        q_scale = logn_scale(positions, self.config) if longest > self.config.train_length else None
-        if q_scale is not None:
-            q_scale = q_scale.to(token_ids.device)
-        spans = list(zip(plan.q_lens, alphas, strict=True))
-        cos, sin = self._rotary.rows(positions.to(token_ids.device), spans, longest)
+        q_scale = None
+        if longest > self.config.train_length and self.config.use_logn_attn:
+            positions = torch.tensor([p for start, end, _ in spans for p in range(start, end)])
+            q_scale = logn_scale(positions, self.config)
+            q_scale = None if q_scale is None else q_scale.to(token_ids.device)
+        cos, sin = self._rotary.rows(spans)
         x = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
         return (x.float() if self.dtype == torch.float16 else x), StepInputs(cos, sin, q_scale, plan)
 

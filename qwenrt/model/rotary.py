@@ -30,21 +30,23 @@ class RotaryTables:
         self._device = device
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def rows(
-        self, positions: torch.Tensor, spans: list[tuple[int, int]], longest: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin [T, rotary_dim] of flat ``positions`` (int64 [T]); ``spans``: (number of tokens, alpha) of each
-        sequence in order; ``longest``: one more than the largest position."""
-        alphas = {alpha for _, alpha in spans}
-        if len(alphas) == 1:
-            cos, sin = self._table(alphas.pop(), longest)
+    def rows(self, spans: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [T, rotary_dim] of each sequence's positions in turn; ``spans``: (first position, one after the
+        last, alpha) of each. Those of a single sequence are not copied."""
+        alphas = {alpha for _, _, alpha in spans}
+        if len(spans) > 1 and len(alphas) == 1:
+            cos, sin = self._table(alphas.pop(), max(end for _, end, _ in spans))
+            positions = torch.tensor(
+                [p for start, end, _ in spans for p in range(start, end)], dtype=torch.int64
+            )
+            positions = positions.to(self._device)
             return cos.index_select(0, positions), sin.index_select(0, positions)
-        parts, start = [], 0
-        for count, alpha in spans:
-            cos, sin = self._table(alpha, longest)
-            here = positions[start : start + count]
-            parts.append((cos.index_select(0, here), sin.index_select(0, here)))
-            start += count
+        parts = []
+        for start, end, alpha in spans or [(0, 0, 1)]:
+            cos, sin = self._table(alpha, max(end, 1))
+            parts.append((cos[start:end], sin[start:end]))
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat([c for c, _ in parts]), torch.cat([s for _, s in parts])
 
     def _table(self, alpha: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

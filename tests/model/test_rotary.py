@@ -58,19 +58,22 @@ def test_alpha_is_one_when_ntk_is_off() -> None:
     ("alpha", "base"), [(1, 10000.0), (3, 30527.7367), (7, 72195.8601), (15, 156588.3235)]
 )
 def test_tables_use_the_scaled_base(alpha: int, base: float) -> None:
-    cos, sin = RotaryTables(CONFIG, torch.device("cpu")).rows(torch.tensor([1]), [(1, alpha)], 2)
+    cos, sin = RotaryTables(CONFIG, torch.device("cpu")).rows([(1, 2, alpha)])
     expected = torch.tensor([1 / base ** (2 * j / 128) for j in range(64)] * 2)
     torch.testing.assert_close(torch.atan2(sin, cos)[0], expected, rtol=2e-5, atol=1e-7)
 
 
 def test_each_sequence_gets_its_own_table() -> None:
     tables = RotaryTables(CONFIG, torch.device("cpu"))
-    positions = torch.tensor([5, 6, 5])
-    cos, sin = tables.rows(positions, [(2, 1), (1, 7)], 7)
+    cos, sin = tables.rows([(5, 7, 1), (5, 6, 7)])
     for row, position, alpha in ((0, 5, 1), (1, 6, 1), (2, 5, 7)):
-        one_cos, one_sin = tables.rows(torch.tensor([position]), [(1, alpha)], position + 1)
+        one_cos, one_sin = tables.rows([(position, position + 1, alpha)])
         assert torch.equal(cos[row], one_cos[0])
         assert torch.equal(sin[row], one_sin[0])
+    together = tables.rows([(5, 7, 1), (300, 301, 1)])
+    alone = [tables.rows([span]) for span in ((5, 7, 1), (300, 301, 1))]
+    for side in (0, 1):
+        assert torch.equal(together[side], torch.cat([one[side] for one in alone]))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from qwenrt.ops.types import LayerKV, StepPlan
 
 HEAD_DIMS = tuple(range(8, 257, 8))
 _KEY = "cpu_attention"  # of StepPlan.extra
-_FEW = 16
 
 
 class Sequences(ctypes.Structure):
@@ -65,21 +64,21 @@ def cache_struct(kv: LayerKV) -> Cache:
     return Cache(kv.k.data_ptr(), kv.v.data_ptr(), *pointers, block_size, num_kv_heads, head_dim)
 
 
-def divide(plan: StepPlan) -> Division | None:
-    """The kernel's view of a step, made once for all layers; None where tokens are not in the cache."""
+def divide(plan: StepPlan, in_cache: bool | None = None) -> Division | None:
+    """The kernel's view of a step, made once for all layers; None where tokens are not in the cache.
+
+    ``in_cache``: whether each token has a slot, where that is known already.
+    """
     if _KEY not in plan.extra:
-        plan.extra[_KEY] = _divide(plan)
+        if in_cache is None:
+            slots = plan.slots
+            in_cache = slots is not None and (slots.numel() == 0 or int(slots.min()) >= 0)
+        plan.extra[_KEY] = _divide(plan) if in_cache else None
     division: Division | None = plan.extra[_KEY]
     return division
 
 
-def _divide(plan: StepPlan) -> Division | None:
-    slots = plan.slots
-    if slots is None:
-        return None
-    # A few numbers are quicker looked at in Python than by torch.
-    if slots.numel() and (int(slots.min()) if slots.numel() > _FEW else min(slots.tolist())) < 0:
-        return None
+def _divide(plan: StepPlan) -> Division:
     q_lens, kv_lens = array("q", plan.q_lens), array("q", plan.kv_lens)
     starts, tables, blocks, start = array("q"), array("q"), array("q"), 0
     for q_len, table in zip(plan.q_lens, plan.block_table, strict=True):

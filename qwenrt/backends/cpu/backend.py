@@ -313,6 +313,30 @@ class CPUBackend(Backend):
         weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
         return Linear(None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16), 0)
 
+    # ---- a step around the layers
+
+    def plan(
+        self, q_lens: list[int], kv_lens: list[int], block_table: list[list[int]], slots: list[int]
+    ) -> StepPlan:
+        """As Backend.plan; attention's share of it is made from the lists, while they are at hand."""
+        plan = super().plan(q_lens, kv_lens, block_table, slots)
+        if self.kernels is not None:
+            paged.divide(plan, in_cache=min(slots, default=0) >= 0)
+        return plan
+
+    def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]] | None:
+        """As Backend.likeliest. One pass of one thread: torch would wake threads that then spin beside ours."""
+        if self.kernels is None or logits.dtype != torch.float32 or logits.stride(1) != 1:
+            return None
+        return self.kernels.likeliest(logits) if logits.shape[1] else None
+
+    def top(
+        self, row: torch.Tensor, largest: float, heat: float, k: int, with_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        if self.kernels is None or row.dtype != torch.float32 or row.stride(0) != 1:
+            return None
+        return self.kernels.top(row, largest, heat, k, with_whole)
+
     # ---- the device
 
     def weight_dtype(self, stored: str | None, dtype: torch.dtype) -> torch.dtype:

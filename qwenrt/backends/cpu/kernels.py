@@ -18,7 +18,7 @@ from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 7
+ABI = 8
 BLOCK = 8  # output rows stored together
 ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
@@ -99,6 +99,9 @@ class Kernels:
         lib.qwenrt_silu_and_mul.argtypes = [pointer, pointer, size, size]
         lib.qwenrt_rotary_store.argtypes = [pointer, pointer, size]
         lib.qwenrt_decoder_layers.argtypes = [pointer, pointer, size, pointer, pointer, pointer]
+        real = ctypes.c_float
+        lib.qwenrt_likeliest.argtypes = [pointer, size, pointer, pointer]
+        lib.qwenrt_top.argtypes = [pointer, size, real, real, size, pointer, pointer, pointer]
         lib.qwenrt_read.argtypes = [pointer, size]
         lib.qwenrt_read.restype = ctypes.c_uint64
 
@@ -239,6 +242,30 @@ class Kernels:
             raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
         assert status in (0, _NOT_FINITE)
         return bool(status == 0)
+
+    def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
+        """logits float32 [B, V], each row contiguous -> of each row the first of its largest numbers, that number, and
+        whether all are finite."""
+        token, most = ctypes.c_int64(), ctypes.c_float()
+        into = ctypes.addressof(token), ctypes.addressof(most)
+        at, stride, (rows, size) = logits.data_ptr(), 4 * logits.stride(0), logits.shape
+        found = []
+        for row in range(rows):
+            status = self._library.qwenrt_likeliest(at + row * stride, size, *into)
+            found.append((token.value, most.value, bool(status == 0)))
+        return found
+
+    def top(
+        self, row: torch.Tensor, largest: float, heat: float, k: int, with_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """As Backend.top of row float32 [V], contiguous; None where fewer than k of it are not NaN."""
+        values, ids = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
+        whole = ctypes.c_float()
+        into = values.data_ptr(), ids.data_ptr(), ctypes.addressof(whole) if with_whole else None
+        status = self._library.qwenrt_top(row.data_ptr(), row.shape[0], largest, heat, k, *into)
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory to choose among {row.shape[0]} tokens")
+        return (values, ids, whole.value) if status == 0 else None
 
 
 def _check_complete(path: Path) -> None:
