@@ -124,7 +124,9 @@ def random_layer(
     return x, packing.quantize_dense(gate_up, bits, 128), packing.quantize_dense(head, bits, 128)
 
 
-def scores(cpu: CPUBackend, x: torch.Tensor, weights: tuple[CanonicalWeight, CanonicalWeight]) -> torch.Tensor:
+def scores(
+    cpu: CPUBackend, x: torch.Tensor, weights: tuple[CanonicalWeight, CanonicalWeight]
+) -> torch.Tensor:
     gate_up, head = (cpu.pack_linear(weight, torch.float32) for weight in weights)
     gate_up.role, head.role = "gate_up_proj", "lm_head"
     return cpu.linear(reference.silu_and_mul(cpu.linear(x, gate_up)), head)

@@ -43,15 +43,11 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def load(directory: Path, **settings: object) -> qwenrt.LLM:
-    return qwenrt.load(
-        directory, device="cpu", dtype="float32", quantize="int4", progress=False, **settings
-    )
+    return qwenrt.load(directory, device="cpu", dtype="float32", quantize="int4", progress=False, **settings)
 
 
 def answer(llm: qwenrt.LLM, count: int = 16) -> list[int]:
-    tokens: list[int] = llm.generate(
-        prompt_token_ids=[3, 4, 5, 6], max_tokens=count, temperature=0
-    ).token_ids
+    tokens: list[int] = llm.generate(prompt_token_ids=[3, 4, 5, 6], max_tokens=count, temperature=0).token_ids
     return tokens
 
 
@@ -92,7 +88,8 @@ def test_a_bad_number_anywhere_spoils_its_own_token_only(
         got = cpu.linear(y, w)
         dense = packing.dequantize(weight, torch.float32)
         assert torch.equal(
-            got[token].isfinite(), (y[token] @ dense.t() + weight.bias).isfinite()  # type: ignore[operator]
+            got[token].isfinite(),
+            (y[token] @ dense.t() + weight.bias).isfinite(),  # type: ignore[operator]
         )
         others = [i for i in range(9) if i != token]
         tolerance = 1e-5 if activations == "exact" else 0.0  # exact sums follow the number of tokens
@@ -250,7 +247,9 @@ def test_32_callers_of_one_model(checkpoint: Path) -> None:
 def test_32_callers_of_the_kernels(cpu: CPUBackend) -> None:
     cpu.configure(num_threads=2, activations="int16")
     weights = [cpu.pack_linear(random_weight(300, 512, bits, 128), torch.float32) for bits in (4, 8)]
-    jobs: list[tuple[Packed, torch.Tensor]] = [(weights[i % 2], torch.randn(1 + i % 5, 512)) for i in range(32)]
+    jobs: list[tuple[Packed, torch.Tensor]] = [
+        (weights[i % 2], torch.randn(1 + i % 5, 512)) for i in range(32)
+    ]
     wanted = [cpu.linear(x, w) for w, x in jobs]
 
     def compute(i: int) -> None:
