@@ -168,7 +168,13 @@ int round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, i
   if (!(largest <= kLargestActivation)) return 0;
   const float total =
       ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
-  const bool wide = !narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  bool wide = !narrow || largest * float(n) > kOutlier * total;
+  if (!wide) {
+    int32_t tiny = 0;
+    for (int64_t i = 0; i < n; ++i) tiny += __builtin_fabsf(x[i]) < largest * kTiny;
+    wide = tiny * kTinyShare > n;
+  }
+  const bool zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;

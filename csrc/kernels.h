@@ -43,7 +43,11 @@ constexpr int64_t kPairBlock = 128;
 constexpr int64_t kIntegerTokens = 128;         // most tokens of one IntegerInput
 constexpr float kLargestActivation = 4.6e33f;   // 128 of them still are finite when code and scale were multiplied in
 constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller ones counts as zeros
-constexpr float kOutlier = 4;  // a block whose largest activation is as many times the mean is wide
+// A block is wide where its largest activation is more than kOutlier times the mean, or where one in kTinyShare is
+// smaller than kTiny times the largest: a byte would make nothing of it.
+constexpr float kOutlier = 5;
+constexpr float kTiny = 1.0f / 256;
+constexpr int64_t kTinyShare = 8;
 
 inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
 

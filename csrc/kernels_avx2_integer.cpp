@@ -272,7 +272,17 @@ int avx2_round_block(const float* x, int64_t n, int bits, int narrow, int32_t* l
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   const float total = _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-  const bool wide = !narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  bool wide = !narrow || largest * float(n) > kOutlier * total;
+  if (!wide) {
+    const __m256 least = _mm256_set1_ps(largest * kTiny);
+    int tiny = 0;
+    for (int64_t i = 0; i < n; i += 8) {
+      const __m256 size = _mm256_and_ps(_mm256_loadu_ps(x + i), _mm256_castsi256_ps(magnitude));
+      tiny += __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(size, least, _CMP_LT_OQ))));
+    }
+    wide = tiny * kTinyShare > n;
+  }
+  const bool zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const __m256 inverse = _mm256_set1_ps(zeros ? 0.0f : limit / largest);

@@ -85,7 +85,13 @@ int round_block(const float* x, int64_t n, int bits, int narrow, int32_t* low, i
     lanes[i % 8] += magnitude;
   }
   const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  const bool wide = !narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  bool wide = !narrow || largest * float(n) > kOutlier * total;
+  if (!wide) {
+    int32_t tiny = 0;
+    for (int64_t i = 0; i < n; ++i) tiny += fabsf(x[i]) < largest * kTiny;
+    wide = tiny * kTinyShare > n;
+  }
+  const bool zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;

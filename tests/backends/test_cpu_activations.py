@@ -38,7 +38,8 @@ def cpu() -> Iterator[CPUBackend]:
 def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -> torch.Tensor:
     """The definition: x rounded block by block to a scale of its largest value, then the product in float64.
 
-    int8 beside 4-bit codes: blocks whose largest value is more than 4 times the mean are rounded to int16.
+    int8 beside 4-bit codes: blocks whose largest value is more than 5 times the mean, or one in eight of whose
+    values is less than a 256th of it, are rounded to int16.
     """
     narrow = activations == "int8" and weight.bits == 4
     columns = x if weight.perm is None else x[:, weight.perm.long()]
@@ -53,7 +54,8 @@ def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -
                 BLOCK_INPUTS[weight.bits], start + group - first
             )  # of the block, past the last input too
             padded = -(-whole // 8) * 8
-            wide = largest * padded > 4 * block.abs().sum(1, keepdim=True)
+            tiny = (block.abs() < largest / 256).sum(1, keepdim=True) + (padded - block.shape[1]) * (largest > 0)
+            wide = (largest * padded > 5 * block.abs().sum(1, keepdim=True)) | (tiny * 8 > padded)
             limit = torch.where(wide | (not narrow), 32639.0, 127.0)
             small = largest < 2.0**-100
             q = (block * (limit / largest.masked_fill(small, 1.0))).round()
