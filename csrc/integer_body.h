@@ -153,18 +153,22 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 int round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
                 int32_t* sum) {
   uint32_t most[8] = {};
+  float totals[8] = {};
   for (int64_t i = 0; i < n; i += 8)
     for (int j = 0; j < 8; ++j) {
       uint32_t magnitude;  // the bits of |x| are in the order of |x|, with infinity and then NaN above all numbers
       __builtin_memcpy(&magnitude, x + i + j, sizeof magnitude);
       magnitude &= 0x7fffffff;
       most[j] = magnitude > most[j] ? magnitude : most[j];
+      totals[j] += __builtin_fabsf(x[i + j]);
     }
   for (int j = 1; j < 8; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
   float largest;
   __builtin_memcpy(&largest, most, sizeof largest);
   if (!(largest <= kLargestActivation)) return 0;
-  const bool wide = largest > narrow, zeros = largest < kSmallestActivation;
+  const float total =
+      ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
+  const bool wide = largest > narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;

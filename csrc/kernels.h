@@ -43,9 +43,11 @@ constexpr int64_t kPairBlock = 128;
 constexpr int64_t kIntegerTokens = 128;         // most tokens of one IntegerInput
 constexpr float kLargestActivation = 4.6e33f;   // 128 of them still are finite when code and scale were multiplied in
 constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller ones counts as zeros
-// A block is narrow only where no activation is larger than as many times the token's root mean square: the larger a
-// block's values, the more its rounding weighs in a row's sum.
+// A block is narrow only where no activation is larger than kNarrowest times the token's root mean square (the larger
+// a block's values, the more its rounding weighs in a row's sum) and none more than kOutlier times the block's mean,
+// beside which a byte would make nothing of the others.
 constexpr float kNarrowest = 4;
+constexpr float kOutlier = 5;
 
 inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
 
@@ -58,7 +60,7 @@ struct Kernels {
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
   // n activations, a multiple of 8 and of a word's, to q = round(x / scale), ties to even, as IntegerInput's low (and,
   // of a wide block, high) for a tile of one token. |q| <= 127 will do where none of them
-  // is larger than `narrow`. Returns 0 where
+  // is larger than `narrow` (below 0: nowhere) or stands out. Returns 0 where
   // they are not finite or above kLargestActivation, 1 for a narrow block or pairs, 2 for a wide one.
   int (*round_block)(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
                      int32_t* sum);

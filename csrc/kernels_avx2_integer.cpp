@@ -301,14 +301,19 @@ int avx2_round_block(const float* x, int64_t n, int bits, float narrow, int32_t*
                      int32_t* sum) {
   // The bits of |x| are in the order of |x|, with infinity and then NaN above all numbers.
   __m256i most = _mm256_setzero_si256();
+  __m256 totals = _mm256_setzero_ps();
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 8) {
     const __m256i bits_of = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)), magnitude);
     most = _mm256_max_epi32(most, bits_of);
+    totals = _mm256_add_ps(totals, _mm256_castsi256_ps(bits_of));
   }
   const float largest = _mm_cvtss_f32(_mm_castsi128_ps(fold(most, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); })));
   if (!(largest <= kLargestActivation)) return 0;
-  const bool wide = largest > narrow, zeros = largest < kSmallestActivation;
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  const float total = _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+  const bool wide = largest > narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const __m256 inverse = _mm256_set1_ps(zeros ? 0.0f : limit / largest);

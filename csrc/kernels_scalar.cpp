@@ -65,12 +65,15 @@ void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y
 
 int round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
                 int32_t* sum) {
-  float largest = 0;
+  float largest = 0, lanes[8] = {};
   for (int64_t i = 0; i < n; ++i) {
-    if (!(fabsf(x[i]) <= kLargestActivation)) return 0;  // NaN is not either
-    if (fabsf(x[i]) > largest) largest = fabsf(x[i]);
+    const float magnitude = fabsf(x[i]);
+    if (!(magnitude <= kLargestActivation)) return 0;  // NaN is not either
+    if (magnitude > largest) largest = magnitude;
+    lanes[i % 8] += magnitude;
   }
-  const bool wide = largest > narrow, zeros = largest < kSmallestActivation;
+  const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  const bool wide = largest > narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;

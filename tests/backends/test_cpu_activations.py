@@ -49,7 +49,9 @@ def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -
         for first in range(start, end, BLOCK_INPUTS[weight.bits]):
             block = columns[:, first : min(first + BLOCK_INPUTS[weight.bits], end)]
             largest = block.abs().amax(dim=1, keepdim=True)
+            whole = -(-min(BLOCK_INPUTS[weight.bits], start + group - first) // 8) * 8  # past the last input too
             wide = largest > 4 * x.double().square().mean(1, keepdim=True).sqrt()
+            wide |= largest * whole > 5 * block.abs().sum(1, keepdim=True)
             limit = torch.where(wide | (not narrow), 32639.0, 127.0)
             small = largest < 2.0**-100
             q = (block * (limit / largest.masked_fill(small, 1.0))).round()
