@@ -237,7 +237,7 @@ void panel_rows(const uint16_t* w, const float* bias, const float* x, float* y, 
   }
 }
 
-constexpr int64_t kPanelTokens = 24;  // from so many on, converting a panel pays
+constexpr int64_t kPanelTokens = 16;  // from so many on, converting a panel pays
 
 }  // namespace
 
