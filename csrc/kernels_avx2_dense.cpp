@@ -29,24 +29,38 @@ inline float value16(const uint16_t* p) {
   return _mm256_cvtss_f32(load16<HALF>(lanes));
 }
 
+// 16 values as two vectors. Unpacking works within halves of a register, hence the permutation.
+template <bool HALF>
+INLINE void load_two(const uint16_t* p, __m256* values) {
+  if constexpr (HALF) {
+    values[0] = load16<true>(p);
+    values[1] = load16<true>(p + 8);
+  } else {
+    const __m256i raw = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0xd8);
+    values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), raw));
+    values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), raw));
+  }
+}
+
 // STREAMS rows, `stride` apart, times TILE tokens: vectors run along the inputs.
 template <bool HALF, int TILE, int STREAMS>
 void dense_rows_times_tile(const uint16_t* w, const float* bias, const float* x, float* y, int64_t out_features,
                            int64_t in_features, int64_t first, int64_t stride) {
   constexpr int CHAINS = TILE == 1 ? 2 : 1;
-  constexpr int STEP = 8 * CHAINS;
   __m256 acc[CHAINS][STREAMS][TILE];
   UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = _mm256_setzero_ps(); }); }); });
   const uint16_t* rows[STREAMS];
   UNROLL(STREAMS, s, { rows[s] = w + (first + s * stride) * in_features; });
   int64_t k = 0;
-  for (; k + STEP <= in_features; k += STEP)
-    UNROLL(CHAINS, c, {
-      __m256 xs[TILE];
-      UNROLL(TILE, t, { xs[t] = _mm256_loadu_ps(x + t * in_features + k + 8 * c); });
-      UNROLL(STREAMS, s, {
-        const __m256 value = load16<HALF>(rows[s] + k + 8 * c);
-        UNROLL(TILE, t, { acc[c][s][t] = _mm256_fmadd_ps(value, xs[t], acc[c][s][t]); });
+  for (; k + 16 <= in_features; k += 16)
+    UNROLL(STREAMS, s, {
+      __m256 values[2];
+      load_two<HALF>(rows[s] + k, values);
+      UNROLL(2, c, {
+        UNROLL(TILE, t, {
+          const __m256 xs = _mm256_loadu_ps(x + t * in_features + k + 8 * c);
+          acc[c % CHAINS][s][t] = _mm256_fmadd_ps(values[c], xs, acc[c % CHAINS][s][t]);
+        });
       });
     });
   UNROLL(STREAMS, s, {
@@ -72,21 +86,23 @@ void dense_tile(const uint16_t* w, const float* bias, const float* x, float* y, 
 }
 
 constexpr int64_t kRowsInCache = 64 * 1024;  // elements of W that are kept in the cache for the next tile of tokens
+constexpr int64_t kMostTokens = 4;  // of one tile
 
 template <bool HALF>
 void dense_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
                 int64_t in_features, int64_t begin, int64_t end) {
   int64_t step = end - begin;
-  if (tokens > 4) step = kRowsInCache / (in_features + 1) > 8 ? kRowsInCache / (in_features + 1) : 8;
+  if (tokens > kMostTokens) step = kRowsInCache / (in_features + 1) > 12 ? kRowsInCache / (in_features + 1) : 12;
   for (; begin < end; begin += step) {
     const int64_t last = begin + step < end ? begin + step : end;
-    for (int64_t t = 0; t < tokens;) {
-      const int64_t tile = tokens - t >= 4 ? 4 : (tokens - t >= 2 ? 2 : 1);
-      const float* tile_x = x + t * in_features;
-      float* tile_y = y + t * out_features;
-      if (tile == 4) dense_tile<HALF, 4, 2>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
-      if (tile == 2) dense_tile<HALF, 2, 4>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
-      if (tile == 1) dense_tile<HALF, 1, 4>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
+    int64_t tiles = (tokens + kMostTokens - 1) / kMostTokens;
+    for (int64_t t = 0; t < tokens; --tiles) {
+      const int64_t tile = (tokens - t + tiles - 1) / tiles;
+      const auto run = tile == 1   ? dense_tile<HALF, 1, 4>
+                       : tile == 2 ? dense_tile<HALF, 2, 4>
+                       : tile == 3 ? dense_tile<HALF, 3, 4>
+                                   : dense_tile<HALF, 4, 3>;
+      run(w, bias, x + t * in_features, y + t * out_features, out_features, in_features, begin, last);
       t += tile;
     }
   }
@@ -111,7 +127,7 @@ INLINE void convert_block(const uint16_t* const* rows, int64_t k, float* panel) 
     pairs[i] = _mm256_unpacklo_epi16(in[2 * i], in[2 * i + 1]);
     pairs[4 + i] = _mm256_unpackhi_epi16(in[2 * i], in[2 * i + 1]);
   });
-  UNROLL(4, i, {  // pairs of inputs 2 (i / 2) of rows 4 (i % 2) to + 3 are in pairs[...]: see the shuffle below
+  UNROLL(4, i, {
     constexpr int from = (i / 2) * 4 + (i % 2) * 2;
     fours[2 * i] = _mm256_unpacklo_epi32(pairs[from], pairs[from + 1]);
     fours[2 * i + 1] = _mm256_unpackhi_epi32(pairs[from], pairs[from + 1]);
@@ -221,7 +237,7 @@ void panel_rows(const uint16_t* w, const float* bias, const float* x, float* y, 
   }
 }
 
-constexpr int64_t kPanelTokens = 12;  // from so many on, converting a panel pays
+constexpr int64_t kPanelTokens = 16;  // from so many on, converting a panel pays
 
 }  // namespace
 

@@ -22,6 +22,7 @@ from qwenrt.backends.cpu import kernels
 HOT: dict[str, tuple[str, Callable[..., int]]] = {
     "blocks_times_tile": ("vfmadd", lambda bits, tile, streams: 32 // bits * tile * streams),
     "dense_rows_times_tile": ("vfmadd", lambda half, tile, streams: tile * streams * (2 if tile == 1 else 1)),
+    "panel_times_tile": ("vfmadd", lambda tile: 2 * tile),
     "distant_rows": ("vpmadd", lambda bits, tile, streams: (9 if bits == 4 else 2) * tile * streams),
     "neighbouring_rows": ("vpmadd", lambda bits, streams: (9 if bits == 4 else 2) * 4 * streams),
     "one_tile": ("vpdpbusd", lambda bits, tile, streams: 8 // bits * tile * streams),
@@ -81,7 +82,13 @@ def test_hot_loops_keep_their_sums_in_registers() -> None:
     if b"GCC" not in comment:
         pytest.skip("reads what gcc makes")
     loops = list(hot_loops())
-    for kernel in ("blocks_times_tile", "dense_rows_times_tile", "distant_rows", "neighbouring_rows"):
+    for kernel in (
+        "blocks_times_tile",
+        "dense_rows_times_tile",
+        "panel_times_tile",
+        "distant_rows",
+        "neighbouring_rows",
+    ):
         assert any(loop.function.startswith(kernel) for loop in loops), f"no loop of {kernel} was found"
     spilled = [loop for loop in loops if loop.stack_moves > MOST_STACK_MOVES * loop.multiplies]
     assert not spilled, "\n".join(map(str, spilled))

@@ -1,0 +1,81 @@
+"""Linears with 16-bit weights: against float64, whatever the shape, and the same bits for any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwenrt.backends.cpu import backend, kernels
+
+LOADED = backend._load()
+pytestmark = pytest.mark.skipif(isinstance(LOADED, kernels.KernelsUnavailable), reason="csrc was not built")
+# Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
+EXACT = 2e-6
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 25, 31, 64)  # both sides of where another kernel takes over
+SHAPES = ((1, 1), (3, 7), (16, 8), (17, 9), (37, 300), (130, 515), (515, 1025), (40, 2051))
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    yield
+    linear_kernels().set_threads(torch.get_num_threads())
+
+
+def linear_kernels() -> kernels.Kernels:
+    assert isinstance(LOADED, kernels.Kernels)
+    return LOADED
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, threads: int = 2
+) -> torch.Tensor:
+    linear_kernels().set_threads(threads)
+    return linear_kernels().dense16_linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_near_float64_and_the_same_for_all_threads(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    n, k = shape
+    torch.manual_seed(n)
+    for tokens in TOKENS:
+        x, weight, bias = torch.randn(tokens, k), torch.randn(n, k).to(dtype), torch.randn(n)
+        if tokens % 2:  # nothing cancels: what was rounded away shows
+            x, weight = x.abs(), weight.abs()
+        for added in (None, bias):
+            y = linear(x, weight, added)
+            wanted, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+            if added is not None:
+                wanted, size = wanted + added, size + added.abs()
+            assert ((y - wanted).abs() <= EXACT * size).all(), f"{tokens} tokens"
+            for threads in (1, 3):
+                assert torch.equal(linear(x, weight, added, threads), y), (
+                    f"{tokens} tokens, {threads} threads"
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", (1, 3, 8, 30))
+def test_what_is_not_finite_goes_where_torch_sends_it(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randn(tokens, 77), torch.randn(45, 77).to(dtype)
+    weight[3, 70], weight[20, 5], weight[44, 76] = torch.inf, torch.nan, -torch.inf
+    x[tokens - 1, 11] = torch.inf
+    got, wanted = linear(x, weight), F.linear(x, weight.float())
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got[got.isinf()], wanted[wanted.isinf()])
+    assert torch.equal(got.isfinite(), wanted.isfinite())
+
+
+@pytest.mark.parametrize("tokens", (1, 4, 30))
+def test_subnormal_float16_weights_count(tokens: int) -> None:
+    bits = torch.arange(1, 1 + 24 * 40, dtype=torch.int16).reshape(24, 40)  # below 2^-14 all
+    weight = bits.view(torch.float16)
+    y = linear(torch.ones(tokens, 40), weight)
+    assert torch.equal(y, weight.double().sum(1).float().expand(tokens, -1))
