@@ -257,7 +257,8 @@ def test_what_is_not_finite_is_left_to_the_seams_and_to_its_own_sequence(
     assert len(answers) == 1
     if bad != 3e38:
         assert answers == [None] and not bool(got[2].isfinite().all())
-    for here in (slice(0, 2), slice(4, 8)):
+    # What is not finite may spoil its own sequence, earlier tokens of the step included, but no other.
+    for here in [slice(4, 8)] if bad != 3e38 else [slice(0, 2), slice(4, 8)]:
         if activations == "exact":  # sums in the order of another number of tokens
             assert torch.allclose(got[here], wanted[here], rtol=1e-5, atol=1e-5)
         else:
