@@ -156,7 +156,7 @@ INLINE void add_scaled(const __m256i (&products)[TILE], const float* scales, flo
 template <int BITS, int TILE, int STREAMS>
 INLINE void add_block(const uint32_t* const (&words)[STREAMS], const IntegerInput& in, const Block& block,
                       float* group_sums) {
-  constexpr int AT_ONCE = TILE == 1 ? STREAMS : 1;  // streams of a wide block whose sums fit into the registers
+  constexpr int AT_ONCE = TILE == 1 && STREAMS > 1 ? 2 : 1;  // streams of a wide block whose sums fit into the registers
   const int64_t offset = block.offset * QWENRT_BLOCK;
   if (BITS == 8 || !block.wide) {
     __m256i sums[STREAMS][TILE];
