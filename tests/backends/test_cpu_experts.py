@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 EXPERTS = dataclasses.replace(DENSE, moe=MoeConfig(6, 2, 24, 40, dense_layers=frozenset((1,))))
 
 # Beside other sums in the router, an activation in the middle between two codes falls to the other.
-ROUNDED_AGAIN = {"exact": 1e-5, "int16": 1e-3, "int8": 2e-2}
+ROUNDED_AGAIN = {"exact": 1e-5, "int16": 5e-3, "int8": 2e-2}
 
 
 @pytest.mark.parametrize("form", WEIGHTS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from qwenrt.backends.cpu import resources
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
@@ -304,7 +305,8 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     bits, size, groups = weight.bits, weight.group_size, weight.scales.shape[0]
     per_group = words_per_group(size, bits)
     blocks = math.ceil(rows / BLOCK)
-    words = torch.empty(blocks, groups * per_group, BLOCK, dtype=torch.int32)
+    shape = (blocks, groups * per_group, BLOCK)
+    words = resources.huge_buffer(4 * math.prod(shape)).view(torch.int32).view(shape)
     perm = None if weight.perm is None else weight.perm.to(torch.int32).contiguous()
     if weight.codes is not None:
         kernels.pack(weight.codes.contiguous(), words, size, bits)
