@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from qwenrt.backends.cpu import resources
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
+from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
@@ -306,7 +306,7 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     per_group = words_per_group(size, bits)
     blocks = math.ceil(rows / BLOCK)
     shape = (blocks, groups * per_group, BLOCK)
-    words = resources.huge_buffer(4 * math.prod(shape)).view(torch.int32).view(shape)
+    words = huge_buffer(4 * math.prod(shape)).view(torch.int32).view(shape)
     perm = None if weight.perm is None else weight.perm.to(torch.int32).contiguous()
     if weight.codes is not None:
         kernels.pack(weight.codes.contiguous(), words, size, bits)

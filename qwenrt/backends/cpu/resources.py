@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 _UNLIMITED = 1 << 60  # version 1 of cgroups writes "no limit" as a number near 2**63
 
 
@@ -112,28 +110,6 @@ def _cgroups(root: Path, controller: str) -> Iterator[Path]:
             yield group
             group = group.parent
         yield base
-
-
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14  # of linux/mman.h
-
-
-def huge_buffer(nbytes: int) -> torch.Tensor:
-    """Uninitialised bytes, on huge pages where the system gives them on request: weights are read from end to end for
-    every token, and each small page costs a walk through the page tables, twice as long on a virtual machine."""
-    if sys.platform != "linux" or nbytes < 2 * _HUGE_PAGE:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    import ctypes
-
-    memory = torch.empty(
-        nbytes + _HUGE_PAGE, dtype=torch.uint8
-    )  # what alignment leaves over is never touched
-    first = -memory.data_ptr() % _HUGE_PAGE
-    advise = getattr(ctypes.CDLL(None), "madvise", None)
-    if advise is not None:  # advice: a kernel without huge pages says no, and nothing is lost
-        whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
-        advise(ctypes.c_void_p(memory.data_ptr() + first), ctypes.c_size_t(whole), _MADV_HUGEPAGE)
-    return memory[first : first + nbytes]
 
 
 def give_back_free_pages() -> None:

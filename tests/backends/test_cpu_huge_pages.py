@@ -1,0 +1,27 @@
+"""Memory for packed weights: of the size that was asked for, aligned where it is large, and as good without advice."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+import torch
+
+from qwenrt.backends.cpu import huge_pages
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, (4 << 20) - 1, 4 << 20, (6 << 20) + 12])
+def test_a_buffer_has_the_size_asked_for_and_can_be_written(nbytes: int) -> None:
+    buffer = huge_pages.huge_buffer(nbytes)
+    assert buffer.shape == (nbytes,) and buffer.dtype == torch.uint8
+    buffer.fill_(7)
+    assert int(buffer.sum()) == 7 * nbytes
+    if sys.platform == "linux" and nbytes >= 4 << 20:
+        assert buffer.data_ptr() % (2 << 20) == 0
+
+
+def test_a_system_without_the_advice_gives_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    buffer = huge_pages.huge_buffer(5 << 20).fill_(1)
+    assert int(buffer.sum()) == 5 << 20
