@@ -46,6 +46,7 @@ INLINE __m256i codes_at(const uint32_t* words) {
 }
 
 constexpr int kPlaces = 2;       // of 4-bit codes as bytes and of 8-bit ones as pairs
+constexpr int64_t kAheadBytes = 512;  // of a stream, asked for before they are read
 constexpr int kByteWords = 4;    // of a block; 8 products of at most 2 * 15 * 128 fit in int16
 
 // The dot products of `count` <= kByteWords words with bytes, in int32.
@@ -156,6 +157,12 @@ INLINE void add_scaled(const __m256i (&products)[TILE], const float* scales, flo
 template <int BITS, int TILE, int STREAMS>
 INLINE void add_block(const uint32_t* const (&words)[STREAMS], const IntegerInput& in, const Block& block,
                       float* group_sums) {
+  if constexpr (BITS == 4 && TILE == 1) {  // arithmetic takes long enough for its own loads to come late; not with 8 bits
+    UNROLL(STREAMS, s, {
+      const char* ahead = reinterpret_cast<const char*>(words[s] + block.offset * QWENRT_BLOCK) + kAheadBytes;
+      for (int64_t line = 0; line < block.words * 32; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    });
+  }
   constexpr int AT_ONCE = TILE == 1 && STREAMS > 1 ? 2 : 1;  // streams of a wide block whose sums fit into the registers
   const int64_t offset = block.offset * QWENRT_BLOCK;
   if (BITS == 8 || !block.wide) {
