@@ -69,7 +69,11 @@ def document(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     found = [(known[key], value) for key, value in results["rows"].items() if key in known]
     found.sort(key=lambda pair: list(known).index(pair[0].key))
     summaries = [(row, value, summarise(value)) for row, value in found]
-    parts = [_INTRODUCTION, _machine(results), _table(summaries), _rounds(summaries)]
+    parts = [_INTRODUCTION, _machine(results), _table(summaries)]
+    missing = [f"{row.title} ({row.ours.shape}, {row.key})" for key, row in known.items() if key not in results["rows"]]
+    if missing:
+        parts.append(f"Not measured yet: {'; '.join(missing)}.\n")
+    parts.append(_rounds(summaries))
     if plots:
         parts.append(
             "## How it grows\n\n" + "\n".join(f"![{PLOTS[k][0]}]({path})\n" for k, path in plots.items())

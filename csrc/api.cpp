@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "integer_linear.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace {
@@ -14,17 +15,7 @@ namespace {
 constexpr int64_t kTokensAtOnce = 32;      // bounds the scratch memory; weights are read again for each such chunk
 constexpr float kLargestGroup = 6e35f;     // of a group's |x|: times 2 * 2^8, for code and zero, it still is finite
 
-// Grows and is kept: one buffer for all calls, used under PoolLock.
-float* scratch(int64_t floats) {
-  static float* memory = nullptr;
-  static int64_t size = 0;
-  if (floats > size) {
-    free(memory);
-    memory = static_cast<float*>(malloc(size_t(floats) * sizeof(float)));
-    size = memory ? floats : 0;
-  }
-  return memory;
-}
+Scratch scratch;
 
 // One token's activations into its lane of a tile; false where a group's are not finite or too large to sum.
 template <int BITS>
@@ -80,7 +71,7 @@ int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int
   in.tiles = (tokens + in.tile - 1) / in.tile;
   in.padded = w.groups * w.words_per_group * per_word;
   const int64_t x_floats = in.tiles * in.tile * in.padded, sum_floats = in.tiles * in.tile * w.groups;
-  float* memory = scratch(x_floats + sum_floats);
+  float* memory = reinterpret_cast<float*>(scratch.room((x_floats + sum_floats) * int64_t(sizeof(float))));
   if (!memory) return QWENRT_NO_MEMORY;
   if (in.tiles * in.tile != tokens) memset(memory, 0, size_t(x_floats + sum_floats) * sizeof(float));
   float* sums = memory + x_floats;

@@ -1,29 +1,18 @@
 // Attention over the paged cache: cuts sequences into pieces and shares them between the threads.
-#include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
 
 #include "layer_kernels.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace {
 
 constexpr int64_t kSmallWork = 64 * 1024;  // multiply-adds below which waking the workers costs more than it saves
 constexpr int64_t kFewRows = 48;           // tiles are not made smaller for the sake of more pieces
-constexpr size_t kLine = 64;
 
-// Grows and is kept: one buffer for all calls, used under PoolLock. Begins at a cache line.
-char* scratch(size_t bytes) {
-  static void* memory = nullptr;
-  static size_t size = 0;
-  if (bytes > size) {
-    free(memory);
-    memory = malloc(bytes + kLine);
-    size = memory ? bytes : 0;
-  }
-  return memory ? reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + kLine - 1) / kLine * kLine) : nullptr;
-}
+Scratch scratch;
 
 struct Span {  // the chunks that a short query's sequence needs
   int64_t first_chunk, chunks;
@@ -182,7 +171,7 @@ int qwenrt_attention(const QwenrtSequences* sequences, const QwenrtCache* cache,
   const int64_t rows = t.cuts.rows;
   const size_t own = size_t(threads * attention_memory(dim)) * sizeof(float);
   const size_t sums = size_t(rows * (dim + 2)) * sizeof(float), counts = size_t(t.cuts.counters) * sizeof *t.left;
-  char* memory = scratch(own + sums + 16 + counts + size_t(t.cuts.pieces) * sizeof *t.pieces);
+  char* memory = scratch.room(int64_t(own + sums + 16 + counts + size_t(t.cuts.pieces) * sizeof *t.pieces));
   if (!memory) return QWENRT_NO_MEMORY;
   t.memory = reinterpret_cast<float*>(memory);
   t.partials.values = reinterpret_cast<float*>(memory + own);

@@ -2,24 +2,13 @@
 // memory, so that nothing but they costs time.
 #include "qwenrt_decoder.h"
 
-#include <stdlib.h>
-
 #include "experts.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace {
 
-// Grows and is kept: one buffer for all calls, used under PoolLock.
-float* scratch(int64_t floats) {
-  static float* memory = nullptr;
-  static int64_t size = 0;
-  if (floats > size) {
-    free(memory);
-    memory = static_cast<float*>(malloc(size_t(floats) * sizeof(float)));
-    size = memory ? floats : 0;
-  }
-  return memory;
-}
+Scratch scratch;
 
 // What one layer leaves for the next op; attention's and the MLP's share their memory.
 struct Buffers {
@@ -60,7 +49,8 @@ bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers
   Widths w;
   for (int64_t i = 0; i < count; ++i) w.add(layers[i]);
   const int64_t inner = (w.gate_up + 1) / 2;
-  float* memory = scratch(tokens * (2 * w.hidden + w.part + larger(w.qkv + w.qk + w.attended, w.gate_up + inner)));
+  const int64_t floats = tokens * (2 * w.hidden + w.part + larger(w.qkv + w.qk + w.attended, w.gate_up + inner));
+  float* memory = reinterpret_cast<float*>(scratch.room(floats * int64_t(sizeof(float))));
   if (!memory) return false;
   b.normed = memory;
   b.product = b.normed + tokens * w.hidden;

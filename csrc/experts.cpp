@@ -2,11 +2,11 @@
 #include "experts.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
 
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace {
@@ -27,16 +27,10 @@ struct Buffers {
   float* weights;   // [tokens]
 };
 
-// Grows and is kept: one buffer for all calls, used under PoolLock.
+Scratch scratch;
+
 bool make_room(int64_t tokens, int64_t hidden, int64_t count, Buffers& b) {
-  static char* memory = nullptr;
-  static int64_t size = 0;
-  const int64_t bytes = tokens * (count * int64_t(sizeof(Scored)) + (2 * hidden + 2) * 4);
-  if (bytes > size) {
-    free(memory);
-    memory = static_cast<char*>(malloc(size_t(bytes)));
-    size = memory ? bytes : 0;
-  }
+  char* memory = scratch.room(tokens * (count * int64_t(sizeof(Scored)) + (2 * hidden + 2) * 4));
   if (!memory) return false;
   b.scores = reinterpret_cast<Scored*>(memory);
   b.gathered = reinterpret_cast<float*>(b.scores + tokens * count);

@@ -7,21 +7,12 @@
 
 #include <atomic>
 
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace {
 
-// Grows and is kept: one buffer for all calls, used under PoolLock.
-char* scratch(int64_t bytes) {
-  static char* memory = nullptr;
-  static int64_t size = 0;
-  if (bytes > size) {
-    free(memory);
-    memory = static_cast<char*>(malloc(size_t(bytes)));
-    size = memory ? bytes : 0;
-  }
-  return memory;
-}
+Scratch scratch;
 
 struct LayOutTask {
   const QwenrtQuantMatrix* w;
@@ -120,7 +111,7 @@ int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, i
   const int64_t lanes = in.tiles * in.tile, places = places_of(w.bits, in.pairs), blocks = w.groups * in.blocks_per_group;
   const int64_t xs = lanes * w.groups * w.words_per_group * places, high = in.pairs ? 0 : xs;
   const int64_t bytes = (xs + high + lanes * (blocks + w.groups)) * 4 + in.tiles * blocks;
-  char* memory = scratch(bytes);
+  char* memory = scratch.room(bytes);
   if (!memory) return QWENRT_NO_MEMORY;
   LayOutTask task{&w, &kernels, x, reinterpret_cast<int32_t*>(memory), nullptr, nullptr, nullptr, nullptr, in,
                   narrow && w.bits == 4,  // int8 beside int8 would add more error than the weights' own

@@ -24,7 +24,7 @@ from qwenrt.errors import BackendError, ConfigError
 from qwenrt.loader import hub
 from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.preflight import preflight
-from qwenrt.loader.weights import QUANTIZE_BITS, QUANTIZE_GROUP, load_weights, quantize_bits
+from qwenrt.loader.weights import QUANTIZE_BITS, QUANTIZE_GROUP, bits_of, load_weights, quantize_bits
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.text.chat_format import ChatFormat, load_chat_format
@@ -161,8 +161,10 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
     started = time.perf_counter()
     config = shape if isinstance(shape, ModelConfig) else shape_config(shape)
     backend = _backend(settings, environment)
-    bits = quantize_bits(settings.quantize, config) or 16
-    head_bits = QUANTIZE_BITS.get(settings.quantize_head or "", 16)
+    bits, head_bits = (
+        quantize_bits(settings.quantize, config),
+        QUANTIZE_BITS.get(settings.quantize_head or ""),
+    )
     made: dict[tuple[int, int, int], CanonicalWeight] = {}  # experts are many and of one shape
 
     def random_linear(rows: int, columns: int, bits: int) -> CanonicalWeight:
@@ -180,7 +182,7 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
             kept = backend.weight_dtype("bfloat16", dtype) if name == "embed_tokens" else dtype
             model.set_tensor(name, tensor.to(backend.device, kept))
         for name, spec in model.linear_specs.items():
-            own = bits if spec.quantizable else head_bits if name == "lm_head" else 16
+            own = bits_of(spec, bits, head_bits) or 16
             weight = random_linear(spec.out_features, spec.in_features, own)
             if name == "lm_head" and config.tie_word_embeddings and own == 16:
                 weight = CanonicalWeight(dense=model.embed_tokens)
@@ -389,14 +391,11 @@ def _num_blocks(
 
 def _selfcheck(config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings) -> None:
     coded = config.quant if config.quant is not None and config.quant.has_codes else None
-    bits = coded.bits if coded else quantize_bits(settings.quantize, config) or 16
+    bits = coded.bits if coded else quantize_bits(settings.quantize, config)
+    head_bits = QUANTIZE_BITS.get(settings.quantize_head or "")
     group = coded.group_size if coded else QUANTIZE_GROUP
     specs = Qwen(config, backend, dtype).linear_specs.values()
-    head = QUANTIZE_BITS.get(settings.quantize_head or "", 16)
-    shapes = {
-        (s.out_features, s.in_features, bits if s.quantizable else head if s.name == "lm_head" else 16, group)
-        for s in specs
-    }
+    shapes = {(s.out_features, s.in_features, bits_of(s, bits, head_bits) or 16, group) for s in specs}
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     for op, why in selfcheck.check(backend, dtype, heads, sorted(shapes)).items():
         logger.error("the %s kernel of %s is not used: %s", op, backend.name, why)

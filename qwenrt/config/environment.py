@@ -23,9 +23,7 @@ class Environment:
     num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
-    packed_cache: Path | None = (
-        None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory for packed weights
-    )
+    packed_cache: Path | None = None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:

@@ -258,10 +258,8 @@ def _at(scaled: torch.Tensor, params: list[SamplingParams], target: torch.Tensor
     whole = total[:, -1:]
     # A product rounded up to the whole would point behind the last token.
     target = torch.minimum(target * whole, whole.nextafter(torch.zeros_like(whole)))
-    place = torch.searchsorted(total, target, right=True)
-    return place.clamp_(
-        max=scaled.shape[1] - 1
-    )  # of a row with NaN, which nobody asks for, it may lie anywhere
+    # Of a row with NaN, whose token nobody asks for, the place may lie anywhere.
+    return torch.searchsorted(total, target, right=True).clamp_(max=scaled.shape[1] - 1)
 
 
 def _draw_likeliest(

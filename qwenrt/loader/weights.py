@@ -77,7 +77,7 @@ def load_weights(
         cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, way)
         if cache.fill(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
-    head_bits = None if quantize_head is None else QUANTIZE_BITS[quantize_head]
+    head_bits = QUANTIZE_BITS.get(quantize_head or "")
     loader = _Loader(TensorReader(checkpoint), config, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
         served = f"int{bits}" if bits else _DTYPE_NAMES[loader.kept(torch.bfloat16)]
@@ -116,6 +116,11 @@ def quantize_bits(quantize: str | None, config: ModelConfig) -> int | None:
         f"the checkpoint is already quantised to {config.quant.bits} bits",
         "Load it without quantize, or load the model's dense release.",
     )
+
+
+def bits_of(spec: LinearSpec, bits: int | None, head_bits: int | None) -> int | None:
+    """Bits that one dense linear is rounded to: those of the layers, or of lm_head; None where it is left as it is."""
+    return bits if spec.quantizable else head_bits if spec.name == "lm_head" else None
 
 
 def _out_of_memory(checkpoint: Checkpoint, error: BaseException) -> CapacityError:
@@ -184,7 +189,7 @@ class _Loader:
         else:
             tensor = tied if isinstance(tied, torch.Tensor) else None
             weight = self._dense(spec, parts, slots) if tensor is None else CanonicalWeight(dense=tensor)
-            bits = self.bits if spec.quantizable else self.head_bits if spec.name == "lm_head" else None
+            bits = bits_of(spec, self.bits, self.head_bits)
             if bits is not None:
                 assert weight.dense is not None
                 weight = self.backend.quantize_dense(

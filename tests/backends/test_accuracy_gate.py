@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,15 +26,7 @@ pytestmark = pytest.mark.skipif(
     isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
 )
 LEAST_AGREEMENT, MOST_DIVERGENCE = 0.995, 1e-3
-
-
-@pytest.fixture
-def cpu() -> Iterator[CPUBackend]:
-    """A CPU backend whose settings for the process are set back."""
-    made = CPUBackend(CPU)
-    made.configure(num_threads=2)
-    yield made
-    CPUBackend(CPU).configure()
+LEAST_MISSED = 0.984  # below this even a setting that is known to miss the gate is broken
 
 
 def measure(got: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
@@ -191,6 +182,6 @@ def test_agreement_beside_outliers(
 ) -> None:
     same = beside_outliers(shape, bits, evened, activations)[0]
     reason = missed(shape, evened, activations)
-    if same < LEAST_AGREEMENT and reason:
+    if LEAST_MISSED <= same < LEAST_AGREEMENT and reason:
         pytest.xfail(f"{same:.1%}: {reason}")
     assert same >= LEAST_AGREEMENT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,15 +23,6 @@ BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
 pytestmark = pytest.mark.skipif(not BUILT, reason="csrc was not built")
 BLOCK_INPUTS = {4: 32, 8: 128}  # by the bits of the codes
 ROUNDED = ("int16", "int8")
-
-
-@pytest.fixture
-def cpu() -> Iterator[CPUBackend]:
-    """A CPU backend whose settings for the process are set back."""
-    made = CPUBackend(CPU)
-    made.configure(num_threads=2)
-    yield made
-    CPUBackend(CPU).configure()
 
 
 def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -> torch.Tensor:

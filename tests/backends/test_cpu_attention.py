@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +18,6 @@ CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(
     isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
 )
-
-
-@pytest.fixture
-def cpu() -> Iterator[CPUBackend]:
-    made = CPUBackend(CPU)
-    made.configure(num_threads=2)
-    yield made
-    CPUBackend(CPU).configure()
 
 
 class Step:

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,14 +42,6 @@ DENSE = ModelConfig(
     max_position_embeddings=256,
 )
 WEIGHTS = ("int4", "int8", "bfloat16", "float16", "mixed")
-
-
-@pytest.fixture
-def cpu() -> Iterator[CPUBackend]:
-    made = CPUBackend(CPU)
-    made.configure(num_threads=2)
-    yield made
-    CPUBackend(CPU).configure()
 
 
 def weight(n: int, k: int, form: str, bias: torch.Tensor | None) -> CanonicalWeight:

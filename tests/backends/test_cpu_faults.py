@@ -30,14 +30,6 @@ ROUNDING = {"exact": 1e-5, "int16": 1e-3, "int8": 5e-2}  # of the largest value 
 
 
 @pytest.fixture
-def cpu() -> Iterator[CPUBackend]:
-    made = CPUBackend(CPU)
-    made.configure(num_threads=2)
-    yield made
-    CPUBackend(CPU).configure()
-
-
-@pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return write_tiny_checkpoint(tmp_path / "model")
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,15 +30,6 @@ BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
 needs_kernels = pytest.mark.skipif(not BUILT, reason="csrc was not built")
 # Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
 EXACT = 2e-6
-
-
-@pytest.fixture
-def cpu() -> Iterator[CPUBackend]:
-    """A CPU backend with two threads and the best kernels; what it set for the process is set back."""
-    made = CPUBackend(CPU)
-    made.configure(num_threads=2)
-    yield made
-    CPUBackend(CPU).configure()
 
 
 def random_weight(

@@ -41,9 +41,8 @@ _LARGE = 1 << 20  # weights of a linear from which on "auto" rounds: below, exac
 # Linears whose inputs "int8" leaves at int16: attention's scores and the logits feel rounding most. Of the others'
 # inputs the kernels leave blocks with large values at int16 (csrc/kernels.h).
 _SENSITIVE = ("qkv_proj", "lm_head")
-_SURELY_SUMMED = (
-    1e29  # activations below are never too large for the kernels to sum, whatever the group's size
-)
+# Activations below are never too large for the kernels to sum, whatever the group's size.
+_SURELY_SUMMED = 1e29
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
 _QUANTIZED = (native_kind(4), native_kind(8))
 _CHUNK_ELEMENTS = 1 << 22  # elements of a weight that exist in float32 at once

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from qwenrt.backends.cpu import attention
-from qwenrt.backends.cpu.attention import Cache, Sequences, cache_struct
+from qwenrt.backends.cpu.attention import Cache, cache_struct
 from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs
 
 
@@ -189,6 +189,3 @@ class DecoderStack:
             x.shape[0],
         )
         return out if self._run(self._layers, caches, struct, x, out) else None
-
-
-__all__ = ["DecoderStack", "Layer", "Linear", "Sequences", "Step"]
