@@ -70,7 +70,11 @@ def document(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     found.sort(key=lambda pair: list(known).index(pair[0].key))
     summaries = [(row, value, summarise(value)) for row, value in found]
     parts = [_INTRODUCTION, _machine(results), _table(summaries)]
-    missing = [f"{row.title} ({row.ours.shape}, {row.key})" for key, row in known.items() if key not in results["rows"]]
+    missing = [
+        f"{row.title} ({row.ours.shape}, {row.key})"
+        for key, row in known.items()
+        if key not in results["rows"]
+    ]
     if missing:
         parts.append(f"Not measured yet: {'; '.join(missing)}.\n")
     parts.append(_rounds(summaries))

@@ -116,6 +116,12 @@ def test_rows_come_in_the_order_of_the_table() -> None:
     assert page.index("| decode-int4 |") < page.index("| prefill-int8 |")
 
 
+def test_rows_without_a_result_are_named() -> None:
+    page = a_page(**{"decode-int4": a_row("decode-int4", 1.0, 1.5)})
+    missing = next(line for line in page.splitlines() if line.startswith("Not measured yet:"))
+    assert "prefill-int4" in missing and "decode-int4)" not in missing
+
+
 def test_every_row_has_a_key_of_its_own_and_something_to_reach() -> None:
     table = rows.table()
     assert len({row.key for row in table}) == len(table)
