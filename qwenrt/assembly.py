@@ -104,6 +104,12 @@ class Assembled:
     load_s: float
     summary: str = ""
 
+    @property
+    def activations(self) -> str:
+        """What inputs of linears are rounded to: "int16", "int8+int16", ...; "" where no backend rounds any."""
+        pieces = (piece for linear in self.model.linears() for piece in linear.data.get("parts", [linear]))
+        return "+".join(sorted({self.backend.activations_of(piece) for piece in pieces} - {""}))
+
     def explain(self) -> str:
         """A table: op, kind of weight, what serves it in how many places, and why or with which note."""
         rows: dict[tuple[str, str, str, str], int] = {}
@@ -428,8 +434,9 @@ def _summary(built: Assembled, settings: Settings) -> str:
         weights += " (from FP8)"
     size = built.model.weight_bytes
     cache = "int8" if settings.kv_cache_dtype == "int8" else dtype
+    activations = f"{built.activations} activations, " if built.activations else ""
     return (
         f"{built.name}: {built.backend.name} ({built.backend.describe()}), {dtype}, "
         f"{weights} weights {f'{size / 2**30:.2f} GiB' if size >= 2**29 else f'{size / 2**20:.1f} MiB'}, "
-        f"{cache} cache, context {built.max_model_len} tokens, loaded in {built.load_s:.1f} s"
+        f"{activations}{cache} cache, context {built.max_model_len} tokens, loaded in {built.load_s:.1f} s"
     )

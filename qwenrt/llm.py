@@ -281,6 +281,7 @@ class LLM:
             "load_s": alive.load_s,
             "dtype": str(alive.dtype).removeprefix("torch."),
             "kernels": alive.backend.describe(),
+            "activations": alive.activations,
         }
 
     def close(self) -> None:

@@ -343,6 +343,11 @@ class Backend:
     ) -> None:
         """The user's settings for a device that has such choices; before any weight is packed."""
 
+    def activations_of(self, w: Packed) -> str:
+        """What a linear's inputs are rounded to before they are multiplied: "int8", "int16", "exact" for nothing; ""
+        where there is no choice."""
+        return ""
+
     def rounding(self, op: str) -> float:
         """The error, relative to the largest value of the result, that the user's settings allow an op on purpose."""
         return 0.0

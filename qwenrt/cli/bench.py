@@ -196,6 +196,7 @@ def _report(llm: LLM, work: Work, rounds: list[Round]) -> dict[str, Any]:
         "bandwidth_fraction": statistics.median(fractions),
         "load_s": stats["load_s"],
         "kernels": stats["kernels"],
+        "activations": stats["activations"],
         "dtype": stats["dtype"],
         "machine": f"{found['processor'] or found['system']}, {found['cores_allowed']} logical cores",
         "device": str(llm.device),
@@ -210,7 +211,8 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         terminal.say(f"{label:<15} {text}", style)
 
     row("model", f"{report['model']}, {report['dtype']}, {report['quantize'] or 'not quantised at load'}")
-    row("kernels", report["kernels"])
+    rounded = f", {report['activations']} activations" if report["activations"] else ""
+    row("kernels", report["kernels"] + rounded)
     row("machine", report["machine"])
     row("versions", f"qwenrt {report['qwenrt']}, torch {report['torch']}, {report['threads']} threads")
     size = f"{report['prompt_tokens']} prompt and {report['new_tokens']} new tokens"

@@ -65,9 +65,10 @@ def examine(device: str = "auto") -> dict[str, Any]:
     report["environment"] = _settings(environment)
     usable = report["torch"]["error"] is None
     report["backends"] = _backends(problems) if usable else []
-    report["cpu_kernels"] = _cpu_kernels() if usable else None
-    preferred = environment.backend if environment else None
-    report["backend"] = _chosen(device, preferred, problems) if usable else {"name": None, "why": "no torch"}
+    report["cpu_kernels"] = _cpu_kernels(environment) if usable else None
+    report["backend"] = (
+        _chosen(device, environment, problems) if usable else {"name": None, "why": "no torch"}
+    )
     report["problems"] = problems
     return report
 
@@ -183,22 +184,27 @@ def _backends(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
         return []
 
 
-def _cpu_kernels() -> str:
-    """One line: which kernels serve the CPU and, if not the fast ones, why and how to get them."""
+def _cpu_kernels(environment: Environment | None) -> str:
+    """One line: which kernels serve the CPU as it is set, and, if not the fast ones, why and how to get them."""
     try:
         from qwenrt.backends.cpu import kernel_status
 
-        return str(kernel_status())
+        return str(kernel_status(environment.kernels if environment else "auto"))
+    except QwenrtError as error:
+        return f"none, {error.found}. {error.remedy}"
     except Exception as error:
         return f"plain torch (the kernels cannot be loaded: {type(error).__name__}: {error})"
 
 
-def _chosen(device: str, preferred: str | None, problems: list[dict[str, str]]) -> dict[str, Any]:
-    """Which backend load(device=...) would take here, and why."""
+def _chosen(device: str, environment: Environment | None, problems: list[dict[str, str]]) -> dict[str, Any]:
+    """Which backend load(device=...) would take here as it is set, and why."""
     from qwenrt.backends.registry import create
 
+    preferred = environment.backend if environment else None
     try:
         backend = create(device, preferred)
+        if environment:
+            backend.configure(environment.kernels, environment.num_threads, environment.activations)
     except QwenrtError as error:
         problems.append({"what": f"{error.asked}: {error.found}", "fix": error.remedy})
         return {"name": None, "device": device, "why": error.found, "kernels": None}

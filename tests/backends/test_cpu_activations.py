@@ -9,11 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenrt.assembly import Settings
+from qwenrt.assembly import Settings, assemble
 from qwenrt.backends import selfcheck
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
+from qwenrt.llm import LLM
 from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight
 from tests.backends.test_cpu_kernels import float64_linear, random_weight
@@ -212,12 +213,29 @@ def test_errors_are_as_small_as_is_said(cpu: CPUBackend, bits: int, outliers: bo
 # ---- choosing
 
 
-def test_choices_are_stated_and_checked(cpu: CPUBackend) -> None:
-    for activations in ("exact", "int16", "int8"):
-        cpu.configure("scalar", num_threads=1, activations=activations)
-        assert cpu.describe() == f"csrc scalar, 1 thread, {activations} activations"
+@pytest.mark.parametrize(
+    ("quantize", "activations", "said"),
+    [
+        (None, "int8", ""),  # nothing is rounded beside dense weights
+        ("int4", "auto", "exact"),  # its linears are small
+        ("int4", "exact", "exact"),
+        ("int4", "int16", "int16"),
+        ("int4", "int8", "int16+int8"),
+        ("int8", "int8", "int16"),
+    ],
+)
+def test_the_line_at_load_says_what_is_rounded(quantize: str | None, activations: str, said: str) -> None:
+    settings = Settings(
+        device="cpu", dtype="float32", quantize=quantize, activations=activations, progress=False
+    )
+    with LLM(assemble("demo", settings, Environment.read({}))) as llm:
+        assert llm.stats()["activations"] == said
+        assert f", {said} activations, " in llm.summary if said else "activations" not in llm.summary
+
+
+def test_choices_are_checked(cpu: CPUBackend) -> None:
     cpu.configure("scalar", num_threads=1)
-    assert cpu.activations == "auto" and cpu.describe() == "csrc scalar, 1 thread, int16 activations"
+    assert cpu.activations == "auto" and cpu.describe() == "csrc scalar, 1 thread"
     with pytest.raises(BackendError, match=r"activations 'int4': no such choice. Use one of: auto, exact"):
         cpu.configure(activations="int4")
     with pytest.raises(ConfigError, match="activations='int4'"):
@@ -250,6 +268,8 @@ def test_int8_leaves_what_feels_rounding_most_at_int16(cpu: CPUBackend) -> None:
     }.items():
         w.role = role
         assert cpu.activations_of(w) == wanted
+    w.bits = 8
+    assert cpu.activations_of(w) == "int16"
 
 
 @pytest.mark.parametrize("activations", ["exact", "int16", "int8"])

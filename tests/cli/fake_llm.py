@@ -99,6 +99,7 @@ class FakeLLM:
             "max_model_len": 4096,
             "load_s": 0.5,
             "kernels": "none",
+            "activations": "int16",
             "dtype": "float32",
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from qwenrt import __version__
+from qwenrt.backends.cpu.kernels import LIBRARY
 from qwenrt.cli import COMMANDS, build_parser, doctor
 from qwenrt.errors import CheckpointError
 from tests.cli import fake_llm
@@ -217,6 +219,26 @@ def test_doctor_names_missing_packages_and_the_command(
     assert "tiktoken is not installed. Fix: pip install tiktoken" in text
 
 
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("off", "switched off (QWENRT_KERNELS=off)"),
+        ("neon", "Use auto or scalar."),
+        ("scalar", "csrc scalar"),
+    ],
+)
+def test_doctor_looks_at_the_kernels_that_were_chosen(
+    qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatch, chosen: str, said: str
+) -> None:
+    if platform.machine() in ("aarch64", "arm64") or not LIBRARY.is_file():
+        pytest.skip("needs csrc on an x86")
+    monkeypatch.setenv("QWENRT_KERNELS", chosen)
+    found = json.loads(qwenrt("doctor", "--json").out)
+    assert said in found["cpu_kernels"]
+    assert found["backend"]["name"] == (None if chosen == "neon" else "cpu")
+    assert any("'neon'" in problem["what"] for problem in found["problems"]) == (chosen == "neon")
+
+
 def test_doctor_reports_a_bad_setting(qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENRT_NUM_THREADS", "many")
     found = json.loads(qwenrt("doctor", "--json").out)
@@ -249,7 +271,7 @@ def test_bench_json(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     done = qwenrt("bench", "--shape", "Qwen-1_8B", "--quantize", "int4", "--batch", "2", *SMALL, "--json")
     found = json.loads(done.out)
     assert done.code == 0
-    assert all(found[name] > 0 for name in FIGURES)
+    assert all(found[name] > 0 for name in FIGURES) and found["activations"] == "int16"
     model, arguments = fake.loaded[0]
     assert (model, arguments["quantize"]) == ("Qwen-1_8B", "int4") and "source" not in arguments
     prompts = [p for call in fake.llm.calls for p in map(tuple, call["prompt_token_ids"])]

@@ -57,9 +57,11 @@ def _load() -> Kernels | KernelsUnavailable:
         return reason
 
 
-def kernel_status() -> str:
-    """One line: which kernels serve the CPU and, if not the compiled ones, why and how to get them."""
+def kernel_status(kernels: str = "auto") -> str:
+    """One line: which kernels serve the CPU and, if not the compiled ones, why and how to get them. ``kernels``: what
+    the user chose; BackendError where that cannot be."""
     cpu = CPUBackend(torch.device("cpu"))
+    cpu.configure(kernels)
     others = [] if cpu.kernels is None else [name for name in cpu.kernels.isas if name != cpu.kernels.isa]
     return (
         f"{cpu.describe()} (QWENRT_KERNELS: {', '.join(others)} run here too)" if others else cpu.describe()
@@ -110,7 +112,7 @@ class CPUBackend(Backend):
         self.threads = num_threads or min(resources.usable_cores(), torch.get_num_threads())
         self.kernels = None
         if kernels == "off":
-            self.unavailable = "the kernels are switched off"
+            self.unavailable = "the kernels are switched off (QWENRT_KERNELS=off)"
             return
         library = _load()
         if isinstance(library, KernelsUnavailable):
@@ -158,10 +160,14 @@ class CPUBackend(Backend):
         return reference.linear(x, w)
 
     def activations_of(self, w: Packed) -> str:
-        """What the inputs of one quantised linear are rounded to."""
+        if w.kind not in _QUANTIZED:
+            return ""
         if self.activations == "auto":
             return "int16" if w.out_features * w.in_features >= _LARGE else "exact"
-        return "int16" if self.activations == "int8" and w.role in _SENSITIVE else self.activations
+        wide = (
+            w.bits == 8 or w.role in _SENSITIVE
+        )  # bytes beside bytes would add more error than the weights' own
+        return "int16" if self.activations == "int8" and wide else self.activations
 
     def _quantized(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         assert self.kernels is not None
@@ -366,12 +372,11 @@ class CPUBackend(Backend):
             self.kernels.read(memory)
 
     def describe(self) -> str:
-        """Which kernels serve here, with how many threads and activations, or why plain torch does."""
+        """Which kernels serve here, with how many threads, or why plain torch does."""
         if self.kernels is None:
             return f"plain torch: {self.unavailable}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        how = "int16 activations" if self.activations == "auto" else f"{self.activations} activations"
-        return f"csrc {self.kernels.isa}, {threads}, {how}"
+        return f"csrc {self.kernels.isa}, {threads}"
 
 
 def _row_chunks(w: Packed) -> range:
