@@ -19,10 +19,8 @@ from tests.backends.test_cpu_decoder import (
     both_ways,
     build,
     check,
-    cpu,
 )
 
-__all__ = ["cpu"]  # the fixture
 pytestmark = pytest.mark.skipif(
     isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
 )
