@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int64_t kTokensAtOnce = 32;      // bounds the scratch memory; weights are read again for each such chunk
+constexpr int64_t kDenseRows = 16;         // of a dense matrix, that stay together
 constexpr float kLargestGroup = 6e35f;     // of a group's |x|: times 2 * 2^8, for code and zero, it still is finite
 
 Scratch scratch;
@@ -53,14 +54,13 @@ struct QuantTask {
   const QwenrtQuantMatrix* w;
   QuantInput in;
   float* y;
-  int64_t blocks;
-  int64_t tasks;
+  Shares shares;  // of row blocks
   const Kernels* kernels;
 };
 
 void run_quant_task(void* context, int64_t i) {
   const QuantTask& t = *static_cast<const QuantTask*>(context);
-  t.kernels->quant_rows(*t.w, t.in, t.y, t.blocks * i / t.tasks, t.blocks * (i + 1) / t.tasks);
+  t.kernels->quant_rows(*t.w, t.in, t.y, t.shares.begin(i), t.shares.begin(i + 1));
 }
 
 int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens) {
@@ -83,9 +83,9 @@ int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int
   }
   in.x = memory;
   in.sums = sums;
-  QuantTask task{&w, in, y, (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK, 1, &linear_kernels()};
-  task.tasks = task_count(task.blocks, w.out_features * w.in_features * tokens);
-  parallel_for(task.tasks, run_quant_task, &task);
+  const int64_t blocks = (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK;
+  QuantTask task{&w, in, y, shares_of(blocks, w.out_features * w.in_features * tokens), &linear_kernels()};
+  parallel_for(task.shares.count, run_quant_task, &task);
   return QWENRT_OK;
 }
 
@@ -94,15 +94,38 @@ struct DenseTask {
   const float* bias;
   const float* x;
   float* y;
-  int64_t tokens, out_features, in_features, tasks;
+  int64_t tokens, out_features, in_features;
   int is_half;
   const Kernels* kernels;
+  Shares shares;  // of kDenseRows each
 };
 
 void run_dense_task(void* context, int64_t i) {
   const DenseTask& t = *static_cast<const DenseTask*>(context);
+  const int64_t end = t.shares.begin(i + 1) * kDenseRows;
   t.kernels->dense16_rows(t.w, t.bias, t.x, t.y, t.tokens, t.out_features, t.in_features, t.is_half,
-                          t.out_features * i / t.tasks, t.out_features * (i + 1) / t.tasks);
+                          t.shares.begin(i) * kDenseRows, end < t.out_features ? end : t.out_features);
+}
+
+struct TileTask {
+  const float* x;
+  float* tiled;
+  int64_t tokens, in_features;
+};
+
+// One slab of inputs, as kernels.h says of dense activations in tiles.
+void run_tile_task(void* context, int64_t slab) {
+  const TileTask& t = *static_cast<const TileTask*>(context);
+  const int64_t first = slab * kDenseSlab, rest = t.in_features - first, inputs = rest < kDenseSlab ? rest : kDenseSlab;
+  float* out = t.tiled + first * t.tokens;
+  for (int64_t token = 0; token < t.tokens;) {
+    const int64_t tile = next_tile(t.tokens - token);
+    for (int64_t lane = 0; lane < tile; ++lane) {
+      const float* x = t.x + (token + lane) * t.in_features + first;
+      for (int64_t k = 0; k < inputs; ++k) out[k * tile + lane] = x[k];
+    }
+    out += tile * inputs, token += tile;
+  }
 }
 
 struct ReadTask {
@@ -136,19 +159,19 @@ int qwenrt_abi(void) { return QWENRT_ABI; }
 
 int qwenrt_set_threads(int threads) { return set_pool_threads(threads); }
 
-int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens, int activations) {
+int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens,
+                        const QwenrtActivations* activations) {
   if (w->bits != 4 && w->bits != 8) return QWENRT_BAD_ARGUMENT;
-  if (activations < QWENRT_EXACT || activations > QWENRT_INT8) return QWENRT_BAD_ARGUMENT;
-  const bool exact = activations == QWENRT_EXACT;
+  if (activations->kind < QWENRT_EXACT || activations->kind > QWENRT_INT8) return QWENRT_BAD_ARGUMENT;
+  const bool exact = activations->kind == QWENRT_EXACT;
   const int64_t most = exact ? kTokensAtOnce : kIntegerTokens;
   PoolLock lock;
   for (int64_t t = 0; t < tokens; t += most) {
     const int64_t chunk = tokens - t < most ? tokens - t : most;
     const float* in = x + t * w->in_features;
     float* out = y + t * w->out_features;
-    const int status =
-        exact ? quant_linear_chunk(*w, in, out, chunk)
-              : integer_linear_chunk(*w, in, out, chunk, activations == QWENRT_INT8, linear_kernels());
+    const int status = exact ? quant_linear_chunk(*w, in, out, chunk)
+                             : integer_linear_chunk(*w, in, out, chunk, *activations, linear_kernels());
     if (status != QWENRT_OK) return status;
   }
   return QWENRT_OK;
@@ -157,9 +180,17 @@ int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, in
 int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                           int64_t out_features, int64_t in_features, int is_half) {
   PoolLock lock;
-  DenseTask task{w, bias, x, y, tokens, out_features, in_features, 1, is_half, &linear_kernels()};
-  task.tasks = task_count(out_features, out_features * in_features * tokens);
-  parallel_for(task.tasks, run_dense_task, &task);
+  const int64_t units = (out_features + kDenseRows - 1) / kDenseRows;
+  const Shares shares = shares_of(units, out_features * in_features * tokens);
+  DenseTask task{w, bias, x, y, tokens, out_features, in_features, is_half, &linear_kernels(), shares};
+  if (task.kernels->dense_tiles_from && tokens >= task.kernels->dense_tiles_from) {
+    float* tiled = reinterpret_cast<float*>(scratch.room(tokens * in_features * int64_t(sizeof(float))));
+    if (!tiled) return QWENRT_NO_MEMORY;
+    TileTask lay_out{x, tiled, tokens, in_features};
+    parallel_for((in_features + kDenseSlab - 1) / kDenseSlab, run_tile_task, &lay_out);
+    task.x = tiled;
+  }
+  parallel_for(shares.count, run_dense_task, &task);
   return QWENRT_OK;
 }
 

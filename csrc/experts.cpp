@@ -57,14 +57,15 @@ struct RouteTask {
   const QwenrtExperts* e;
   const float* x;
   Scored* scores;
-  int64_t tokens, hidden, tasks;
+  int64_t tokens, hidden;
+  Shares shares;  // of experts
 };
 
 // The scores of a share of the experts: each row of the router is read once.
 void score_task(void* context, int64_t i) {
   const RouteTask& t = *static_cast<const RouteTask*>(context);
   const int64_t count = t.e->count;
-  for (int64_t expert = count * i / t.tasks; expert < count * (i + 1) / t.tasks; ++expert)
+  for (int64_t expert = t.shares.begin(i); expert < t.shares.begin(i + 1); ++expert)
     for (int64_t token = 0; token < t.tokens; ++token)
       t.scores[token * count + expert] = {dot(t.x + token * t.hidden, t.e->router + expert * t.hidden, t.hidden),
                                           int32_t(expert)};
@@ -96,9 +97,8 @@ void choose_task(void* context, int64_t token) {
 constexpr int64_t kTokensWorthWaking = 8;
 
 void route(const QwenrtExperts& e, const float* x, Scored* scores, int64_t tokens, int64_t hidden) {
-  RouteTask task{&e, x, scores, tokens, hidden, 1};
-  task.tasks = task_count(e.count, e.count * hidden * tokens);
-  parallel_for(task.tasks, score_task, &task);
+  RouteTask task{&e, x, scores, tokens, hidden, shares_of(e.count, e.count * hidden * tokens)};
+  parallel_for(task.shares.count, score_task, &task);
   if (tokens >= kTokensWorthWaking) parallel_for(tokens, choose_task, &task);
   else
     for (int64_t token = 0; token < tokens; ++token) choose_task(&task, token);
@@ -134,7 +134,7 @@ int add_expert(const QwenrtExperts& e, int64_t expert, const float* normed, floa
 }  // namespace
 
 int run_linear(const QwenrtLinear& w, const float* x, float* y, int64_t tokens, float* part) {
-  if (w.quant) return qwenrt_quant_linear(w.quant, x, y, tokens, w.activations);
+  if (w.quant) return qwenrt_quant_linear(w.quant, x, y, tokens, &w.activations);
   if (!w.part_count)
     return qwenrt_dense16_linear(w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, w.is_half);
   for (int64_t i = 0; i < w.part_count; y += w.parts[i++].out_features) {

@@ -150,8 +150,8 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 }
 
 // As Kernels says of bytes.
-int round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
-                int32_t* sum) {
+int round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
+                float* scale, int32_t* sum) {
   uint32_t most[8] = {};
   float totals[8] = {};
   for (int64_t i = 0; i < n; i += 8)
@@ -168,7 +168,7 @@ int round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low,
   if (!(largest <= kLargestActivation)) return 0;
   const float total =
       ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
-  const bool wide = largest > narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  const bool wide = largest > narrow || largest * float(n) > outlier * total, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "scratch.h"
@@ -24,7 +25,7 @@ struct LayOutTask {
   float* scales;
   float* sums;
   IntegerInput in;
-  bool narrow;
+  const QwenrtActivations* how;  // NULL: all blocks are wide
   std::atomic<int> status;
 };
 
@@ -34,10 +35,10 @@ void scatter(const int32_t* words, int64_t count, int32_t* out, int64_t tile) {
 }
 
 // What a narrow block's largest activation is at most; in float64 and in order, so that it is the same everywhere.
-float narrow_limit(const float* x, int64_t n) {
+float narrow_limit(const float* x, int64_t n, float narrowest) {
   double squares = 0;
   for (int64_t i = 0; i < n; ++i) squares += double(x[i]) * double(x[i]);
-  return float(kNarrowest * sqrt(squares / double(n)));
+  return float(double(narrowest) * sqrt(squares / double(n)));
 }
 
 void lay_out_token(void* context, int64_t token) {
@@ -46,7 +47,8 @@ void lay_out_token(void* context, int64_t token) {
   const IntegerInput& in = task.in;
   const float* x = task.x + token * w.in_features;
   const int64_t per_word = 32 / w.bits, places = places_of(w.bits, in.pairs), tile = token / in.tile, lane = token % in.tile;
-  const float narrow = task.narrow ? narrow_limit(x, w.in_features) : -1.0f;
+  const float narrow = task.how ? narrow_limit(x, w.in_features, task.how->narrowest) : -1.0f;
+  const float outlier = task.how ? task.how->outlier : 0;
   int64_t out = tile * w.groups * w.words_per_group * places * in.tile + lane;
   float values[kPairBlock];
   for (int64_t g = 0; g < w.groups; ++g) {
@@ -65,7 +67,7 @@ void lay_out_token(void* context, int64_t token) {
       }
       int32_t low[kPairBlock], high[kPairBlock], sum = 0;
       float& scale = task.scales[at * in.tile + lane];
-      const int kind = task.kernels->round_block(source, padded, w.bits, narrow, low, high, &scale, &sum);
+      const int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
       if (!kind) {
         task.status.store(QWENRT_NOT_FINITE);
         return;
@@ -82,24 +84,8 @@ void lay_out_token(void* context, int64_t token) {
   }
 }
 
-struct RowsTask {
-  const QwenrtQuantMatrix* w;
-  const Kernels* kernels;
-  const IntegerInput* in;
-  float* y;
-  int64_t pairs, blocks, tasks;
-};
-
-void run_rows_task(void* context, int64_t i) {
-  const RowsTask& t = *static_cast<const RowsTask*>(context);
-  const int64_t begin = t.pairs * i / t.tasks * 2, end = t.pairs * (i + 1) / t.tasks * 2;
-  t.kernels->integer_rows(*t.w, *t.in, t.y, begin, end < t.blocks ? end : t.blocks);
-}
-
-}  // namespace
-
-int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens, int narrow,
-                         const Kernels& kernels) {
+// What the activations of a chunk are once laid out, less their places.
+IntegerInput shape_of(const QwenrtQuantMatrix& w, int64_t tokens, const Kernels& kernels) {
   IntegerInput in{};
   in.pairs = kernels.pairs && w.bits == 8;
   in.tokens = tokens;
@@ -108,31 +94,78 @@ int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, i
   in.words_per_block = (w.bits == 4 ? kByteBlock : kPairBlock) * w.bits / 32;
   if (in.words_per_block > w.words_per_group) in.words_per_block = w.words_per_group;
   in.blocks_per_group = (w.words_per_group + in.words_per_block - 1) / in.words_per_block;
-  const int64_t lanes = in.tiles * in.tile, places = places_of(w.bits, in.pairs), blocks = w.groups * in.blocks_per_group;
-  const int64_t xs = lanes * w.groups * w.words_per_group * places, high = in.pairs ? 0 : xs;
-  const int64_t bytes = (xs + high + lanes * (blocks + w.groups)) * 4 + in.tiles * blocks;
-  char* memory = scratch.room(bytes);
-  if (!memory) return QWENRT_NO_MEMORY;
-  LayOutTask task{&w, &kernels, x, reinterpret_cast<int32_t*>(memory), nullptr, nullptr, nullptr, nullptr, in,
-                  narrow && w.bits == 4,  // int8 beside int8 would add more error than the weights' own
-                  {QWENRT_OK}};
-  task.high = task.low + xs;
-  task.scales = reinterpret_cast<float*>(task.high + high);
-  task.sums = task.scales + lanes * blocks;
-  task.wide = reinterpret_cast<std::atomic<uint8_t>*>(task.sums + lanes * w.groups);
+  return in;
+}
+
+// How many of what an IntegerInput points at.
+struct Sizes {
+  int64_t low, high, scales, sums, wide;
+
+  Sizes(const QwenrtQuantMatrix& w, const IntegerInput& in) {
+    const int64_t lanes = in.tiles * in.tile, blocks = w.groups * in.blocks_per_group;
+    low = lanes * w.groups * w.words_per_group * places_of(w.bits, in.pairs);
+    high = in.pairs ? 0 : low;
+    scales = lanes * blocks, sums = lanes * w.groups, wide = in.tiles * blocks;
+  }
+  int64_t bytes() const { return ((low + high + scales + sums) * 4 + wide + 63) / 64 * 64; }
+};
+
+// x in `memory` of Sizes.bytes(), as `in` then says.
+int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations* how, const Kernels& kernels, char* memory,
+            IntegerInput& in) {
+  const Sizes sizes(w, in);
+  LayOutTask task{&w, &kernels, x, reinterpret_cast<int32_t*>(memory), nullptr, nullptr, nullptr, nullptr, in, how, {QWENRT_OK}};
+  task.high = task.low + sizes.low;
+  task.scales = reinterpret_cast<float*>(task.high + sizes.high);
+  task.sums = task.scales + sizes.scales;
+  task.wide = reinterpret_cast<std::atomic<uint8_t>*>(task.sums + sizes.sums);
   // Unwritten lanes and upper bytes that a neighbour in the tile makes others read must be zeros.
-  if (lanes != tokens) memset(memory, 0, size_t(bytes));
-  else if (task.narrow) memset(static_cast<void*>(task.high), 0, size_t(high) * 4);
-  if (lanes == tokens) memset(static_cast<void*>(task.wide), 0, size_t(in.tiles * blocks));
-  if (tokens < 8)
-    for (int64_t t = 0; t < tokens; ++t) lay_out_token(&task, t);
-  else parallel_for(tokens, lay_out_token, &task);
-  if (task.status.load() != QWENRT_OK) return task.status.load();
+  if (in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));
+  else if (how) memset(static_cast<void*>(task.high), 0, size_t(sizes.high) * 4);
+  memset(static_cast<void*>(task.wide), 0, size_t(sizes.wide));
+  if (in.tokens < 8)
+    for (int64_t t = 0; t < in.tokens; ++t) lay_out_token(&task, t);
+  else parallel_for(in.tokens, lay_out_token, &task);
   in.low = task.low, in.high = task.high, in.scales = task.scales, in.sums = task.sums;
   in.wide = reinterpret_cast<const uint8_t*>(task.wide);
-  RowsTask rows{&w, &kernels, &in, y, 0, (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK, 1};
-  rows.pairs = (rows.blocks + 1) / 2;
-  rows.tasks = task_count(rows.blocks, w.out_features * w.in_features * tokens);
-  parallel_for(rows.tasks, run_rows_task, &rows);
+  return task.status.load();
+}
+
+struct RowsTask {
+  const QwenrtQuantMatrix* w;
+  const Kernels* kernels;
+  const IntegerInput *narrow, *wide;
+  float* y;
+  int64_t narrow_blocks, blocks;
+  Shares shares;  // of pairs of row blocks
+};
+
+void run_rows_task(void* context, int64_t i) {
+  const RowsTask& t = *static_cast<const RowsTask*>(context);
+  const int64_t begin = t.shares.begin(i) * 2, end = std::min(t.shares.begin(i + 1) * 2, t.blocks);
+  const int64_t middle = std::min(std::max(begin, t.narrow_blocks), end);
+  if (begin < middle) t.kernels->integer_rows(*t.w, *t.narrow, t.y, begin, middle);
+  if (middle < end) t.kernels->integer_rows(*t.w, *t.wide, t.y, middle, end);
+}
+
+}  // namespace
+
+int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens,
+                         const QwenrtActivations& how, const Kernels& kernels) {
+  IntegerInput narrow = shape_of(w, tokens, kernels), wide = narrow;
+  const int64_t bytes = Sizes(w, narrow).bytes(), blocks = (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK;
+  // int8 beside int8 would add more error than the weights' own
+  const bool some = how.kind == QWENRT_INT8 && w.bits == 4;
+  const int64_t whole = how.narrow_rows / QWENRT_BLOCK;
+  const int64_t narrow_blocks = !some ? 0 : how.narrow_rows >= w.out_features ? blocks : whole;
+  char* memory = scratch.room(2 * bytes);
+  if (!memory) return QWENRT_NO_MEMORY;
+  if (narrow_blocks > 0)
+    if (const int status = lay_out(w, x, &how, kernels, memory, narrow)) return status;
+  if (narrow_blocks < blocks)
+    if (const int status = lay_out(w, x, nullptr, kernels, memory + bytes, wide)) return status;
+  const Shares shares = shares_of((blocks + 1) / 2, w.out_features * w.in_features * tokens);
+  RowsTask rows{&w, &kernels, &narrow, &wide, y, narrow_blocks, blocks, shares};
+  parallel_for(shares.count, run_rows_task, &rows);
   return QWENRT_OK;
 }

@@ -43,11 +43,16 @@ constexpr int64_t kPairBlock = 128;
 constexpr int64_t kIntegerTokens = 128;         // most tokens of one IntegerInput
 constexpr float kLargestActivation = 4.6e33f;   // 128 of them still are finite when code and scale were multiplied in
 constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller ones counts as zeros
-// A block is narrow only where no activation is larger than kNarrowest times the token's root mean square (the larger
-// a block's values, the more its rounding weighs in a row's sum) and none more than kOutlier times the block's mean,
-// beside which a byte would make nothing of the others.
-constexpr float kNarrowest = 4;
-constexpr float kOutlier = 5;
+
+// Activations of a dense linear in tiles: [slab of kDenseSlab inputs][tile][input of slab][token of tile].
+constexpr int64_t kDenseSlab = 256;
+constexpr int64_t kDenseTile = 6;  // at most
+
+// The tokens of the next tile: all as equal as can be, for small ones leave multiply-adds waiting for each other.
+inline int64_t next_tile(int64_t tokens) {
+  const int64_t tiles = (tokens + kDenseTile - 1) / kDenseTile;
+  return (tokens + tiles - 1) / tiles;
+}
 
 inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
 
@@ -55,20 +60,21 @@ struct Kernels {
   const char* name;
   // Rows of blocks [begin, end) of y [tokens][out_features].
   void (*quant_rows)(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int64_t begin, int64_t end);
-  // Rows [begin, end) of y [tokens][out_features].
+  // Rows [begin, end) of y [tokens][out_features]. x [tokens][in_features], from dense_tiles_from tokens on in tiles.
   void (*dense16_rows)(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
   // n activations, a multiple of 8 and of a word's, to q = round(x / scale), ties to even, as IntegerInput's low (and,
-  // of a wide block, high) for a tile of one token. |q| <= 127 will do where none of them
-  // is larger than `narrow` (below 0: nowhere) or stands out. Returns 0 where
+  // of a wide block, high) for a tile of one token. |q| <= 127 will do where none of them is larger than `narrow`
+  // (below 0: nowhere) or than `outlier` times their mean. Returns 0 where
   // they are not finite or above kLargestActivation, 1 for a narrow block or pairs, 2 for a wide one.
-  int (*round_block)(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
-                     int32_t* sum);
+  int (*round_block)(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
+                     float* scale, int32_t* sum);
   // Rows of blocks [begin, end) of y [tokens][out_features]. A block's sum is exact and is added, in the order of blocks,
   // by one fused multiply-add; so is a group's, less zero * sums. Every kernel, and every number of tokens, gives the
   // same bits.
   void (*integer_rows)(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
-  int pairs;  // whether 8-bit codes want pairs
+  int pairs;                 // whether 8-bit codes want pairs
+  int64_t dense_tiles_from;  // 0: never
 };
 
 const Kernels* scalar_kernels();

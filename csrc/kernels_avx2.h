@@ -33,9 +33,10 @@ inline void store_rows(const QwenrtQuantMatrix& w, float* y, __m256 value, int64
 
 }  // namespace
 
-int avx2_round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
-                     int32_t* sum);
+int avx2_round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
+                     float* scale, int32_t* sum);
 void avx2_dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
+extern const int64_t avx2_dense_tiles_from;
 void avx2_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
 #endif

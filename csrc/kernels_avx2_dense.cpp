@@ -108,9 +108,9 @@ void dense_rows(const uint16_t* w, const float* bias, const float* x, float* y, 
   }
 }
 
-constexpr int64_t kPanel = 16;  // rows of one panel: two vectors
-constexpr int64_t kSlab = 1024;  // inputs of a panel that are converted at once: 64 KiB of floats
-constexpr int64_t kChain = 256;  // inputs that are added up one after another: longer chains round more
+constexpr int64_t kPanel = 16;          // rows of one panel: two vectors
+constexpr int64_t kPanelTokens = 16;    // from so many on, converting a panel pays
+constexpr int64_t kSumsInCache = 512;   // tokens whose sums with a panel are held while its slabs pass
 
 // 16 rows x 8 inputs of W to panel [8][16]. Unpacking works within halves of a register: they are loaded with the rows
 // that come out in order.
@@ -157,87 +157,77 @@ void convert_panel(const uint16_t* const* rows, int64_t count, float* panel) {
     for (int64_t r = 0; r < kPanel; ++r) panel[k * kPanel + r] = value16<HALF>(rows[r] + k);
 }
 
-// What a slab adds to y: to the bias, if any, at first.
-struct Slab {
-  const float* bias;
-  int64_t in_features, out_features;
-  int64_t inputs;
-  int64_t rows;  // of the panel that there are
-  bool first;
-};
-
-// The sums of one token and a panel to its y.
-inline void add_to(float* y, const float* sums, const Slab& slab) {
-  const float* to = slab.first ? slab.bias : y;
-  if (slab.rows < kPanel) {
-    for (int64_t r = 0; r < slab.rows; ++r) y[r] = to ? to[r] + sums[r] : sums[r];
-    return;
-  }
-  for (int64_t r = 0; r < kPanel; r += 8) {
-    const __m256 sum = _mm256_load_ps(sums + r);
-    _mm256_storeu_ps(y + r, to ? _mm256_add_ps(_mm256_loadu_ps(to + r), sum) : sum);
-  }
-}
-
-// TILE tokens times a panel: each input costs two loads, TILE broadcasts and 2 * TILE multiply-adds.
+// TILE tokens times a slab of a panel, added to sums [TILE][16]: each input costs two loads, TILE broadcasts and
+// 2 * TILE multiply-adds. A slab is a chain of its own: longer ones round more.
 template <int TILE>
-void panel_times_tile(const float* panel, const float* x, float* y, const Slab& slab) {
-  alignas(32) float sums[TILE][kPanel] = {};
-  const int64_t between = slab.in_features;
-  for (int64_t done = 0; done < slab.inputs; done += kChain, x += kChain) {
-    const int64_t count = slab.inputs - done < kChain ? slab.inputs - done : kChain;
-    __m256 low[TILE], high[TILE];
-    UNROLL(TILE, t, { low[t] = high[t] = _mm256_setzero_ps(); });
-    for (int64_t k = 0; k < count; ++k, panel += kPanel) {
-      const __m256 first = _mm256_load_ps(panel), second = _mm256_load_ps(panel + 8);
-      UNROLL(TILE, t, {
-        const __m256 value = _mm256_broadcast_ss(x + t * between + k);
-        low[t] = _mm256_fmadd_ps(first, value, low[t]);
-        high[t] = _mm256_fmadd_ps(second, value, high[t]);
-      });
-    }
+void panel_times_tile(const float* panel, const float* x, float* sums, int64_t inputs) {
+  __m256 low[TILE], high[TILE];
+  UNROLL(TILE, t, { low[t] = high[t] = _mm256_setzero_ps(); });
+  for (int64_t k = 0; k < inputs; ++k, panel += kPanel, x += TILE) {
+    const __m256 first = _mm256_load_ps(panel), second = _mm256_load_ps(panel + 8);
     UNROLL(TILE, t, {
-      _mm256_store_ps(sums[t], _mm256_add_ps(_mm256_load_ps(sums[t]), low[t]));
-      _mm256_store_ps(sums[t] + 8, _mm256_add_ps(_mm256_load_ps(sums[t] + 8), high[t]));
+      const __m256 value = _mm256_broadcast_ss(x + t);
+      low[t] = _mm256_fmadd_ps(first, value, low[t]);
+      high[t] = _mm256_fmadd_ps(second, value, high[t]);
     });
   }
-  for (int64_t t = 0; t < TILE; ++t) add_to(y + t * slab.out_features, sums[t], slab);
+  UNROLL(TILE, t, {
+    float* to = sums + t * kPanel;
+    _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), low[t]));
+    _mm256_store_ps(to + 8, _mm256_add_ps(_mm256_load_ps(to + 8), high[t]));
+  });
 }
 
-// All tokens in tiles of 6 at most and as equal as can be: small ones leave multiply-adds waiting for each other.
-void panel_times_tokens(const float* panel, const float* x, float* y, int64_t tokens, const Slab& slab) {
-  for (int64_t tiles = (tokens + 5) / 6; tiles > 0; --tiles) {
-    const int64_t tile = (tokens + tiles - 1) / tiles;
-    if (tile == 6) panel_times_tile<6>(panel, x, y, slab);
-    else if (tile == 5) panel_times_tile<5>(panel, x, y, slab);
-    else if (tile == 4) panel_times_tile<4>(panel, x, y, slab);
-    else if (tile == 3) panel_times_tile<3>(panel, x, y, slab);
-    else if (tile == 2) panel_times_tile<2>(panel, x, y, slab);
-    else panel_times_tile<1>(panel, x, y, slab);
-    x += tile * slab.in_features;
-    y += tile * slab.out_features;
-    tokens -= tile;
+// The tokens of as many of the next tiles as have kSumsInCache at most.
+int64_t tokens_at_once(int64_t tokens) {
+  int64_t some = 0;
+  while (some < tokens && some + next_tile(tokens - some) <= kSumsInCache) some += next_tile(tokens - some);
+  return some;
+}
+
+// x is one slab's inputs of the next `tokens`, in tiles; of them the first `some` count.
+void panel_times_tokens(const float* panel, const float* x, float* sums, int64_t tokens, int64_t some, int64_t inputs) {
+  for (const int64_t last = tokens - some; tokens > last;) {
+    const int64_t tile = next_tile(tokens);
+    const auto run = tile == 6   ? panel_times_tile<6>
+                     : tile == 5 ? panel_times_tile<5>
+                     : tile == 4 ? panel_times_tile<4>
+                     : tile == 3 ? panel_times_tile<3>
+                     : tile == 2 ? panel_times_tile<2>
+                                 : panel_times_tile<1>;
+    run(panel, x, sums, inputs);
+    x += tile * inputs, sums += tile * kPanel, tokens -= tile;
   }
 }
 
+// The first `rows` sums of each token to y, with the bias.
+void store_panel(const float* sums, const float* bias, float* y, int64_t tokens, int64_t rows, int64_t out_features) {
+  for (int64_t t = 0; t < tokens; ++t, sums += kPanel, y += out_features)
+    for (int64_t r = 0; r < rows; ++r) y[r] = bias ? sums[r] + bias[r] : sums[r];
+}
+
+// x [slab][tile][input][token of tile], as kernels.h says.
 template <bool HALF>
 void panel_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
                 int64_t in_features, int64_t begin, int64_t end) {
-  alignas(64) float panel[kSlab * kPanel];
-  for (int64_t n = begin; n < end; n += kPanel) {
-    Slab slab{bias ? bias + n : nullptr, in_features, out_features, 0, end - n < kPanel ? end - n : kPanel, true};
-    for (int64_t k = 0; slab.first || k < in_features; k += kSlab, slab.first = false) {
-      const uint16_t* rows[kPanel];
-      for (int64_t r = 0; r < kPanel; ++r)  // the last one stands in for those that there are not
-        rows[r] = w + (n + (r < slab.rows ? r : slab.rows - 1)) * in_features + k;
-      slab.inputs = in_features - k < kSlab ? in_features - k : kSlab;
-      convert_panel<HALF>(rows, slab.inputs, panel);
-      panel_times_tokens(panel, x + k, y + n, tokens, slab);
+  alignas(64) float panel[kDenseSlab * kPanel], sums[kSumsInCache * kPanel];
+  for (int64_t from = 0, some = 0; from < tokens; from += some) {
+    some = tokens_at_once(tokens - from);
+    for (int64_t n = begin; n < end; n += kPanel) {
+      const int64_t there = end - n < kPanel ? end - n : kPanel;
+      for (int64_t i = 0; i < some * kPanel; ++i) sums[i] = 0;
+      for (int64_t k = 0; k < in_features; k += kDenseSlab) {
+        const uint16_t* rows[kPanel];
+        for (int64_t r = 0; r < kPanel; ++r)  // the last one stands in for those that there are not
+          rows[r] = w + (n + (r < there ? r : there - 1)) * in_features + k;
+        const int64_t inputs = in_features - k < kDenseSlab ? in_features - k : kDenseSlab;
+        convert_panel<HALF>(rows, inputs, panel);
+        panel_times_tokens(panel, x + k * tokens + from * inputs, sums, tokens - from, some, inputs);
+      }
+      store_panel(sums, bias ? bias + n : nullptr, y + from * out_features + n, some, there, out_features);
     }
   }
 }
-
-constexpr int64_t kPanelTokens = 16;  // from so many on, converting a panel pays
 
 }  // namespace
 
@@ -247,4 +237,6 @@ void avx2_dense16_rows(const uint16_t* w, const float* bias, const float* x, flo
   const auto many = is_half ? panel_rows<true> : panel_rows<false>;
   return (tokens < kPanelTokens ? few : many)(w, bias, x, y, tokens, out_features, in_features, begin, end);
 }
+
+const int64_t avx2_dense_tiles_from = kPanelTokens;
 #endif

@@ -33,48 +33,61 @@ INLINE __m256i broadcast(const int32_t* x) {
   return all;
 }
 
-// The codes of one place of a word. A word is loaded anew for each place, out of the first cache: with 8 sums there is
-// no register to keep it in.
-template <int BITS, int P>
-INLINE __m256i codes_at(const uint32_t* words) {
+INLINE __m256i load_words(const uint32_t* words) {
   __m256i word;
   asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(words)));
+  return word;
+}
+
+// The codes of one place of a word.
+template <int BITS, int P>
+INLINE __m256i codes_at(__m256i word) {
   if constexpr (BITS == 8 && P == 1) return _mm256_srli_epi16(word, 8);
   const __m256i mask = _mm256_set1_epi32(BITS == 4 ? 0x0f0f0f0f : 0x00ff00ff);
   if constexpr (P > 0) return _mm256_and_si256(_mm256_srli_epi32(word, BITS * P), mask);
   return _mm256_and_si256(word, mask);
 }
 
-constexpr int kPlaces = 2;       // of 4-bit codes as bytes and of 8-bit ones as pairs
-constexpr int64_t kAheadBytes = 512;  // of a stream, asked for before they are read
-constexpr int kByteWords = 4;    // of a block; 8 products of at most 2 * 15 * 128 fit in int16
+constexpr int kPlaces = 2;            // of 4-bit codes as bytes and of 8-bit ones as pairs
+constexpr int64_t kAheadBytes = 1024;  // of a stream, asked for before they are read
+constexpr int kByteWords = 4;         // of a block; 8 products of at most 2 * 15 * 128 fit in int16
+
+// sums (or, the first time, what is to become them) and the products of one word's codes with bytes x.
+template <bool FIRST, int TILE, int STREAMS>
+INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x,
+                     __m256i (&sums)[STREAMS][TILE]) {
+  if constexpr (TILE == 1) {  // a word is loaded once
+    const __m256i x0 = broadcast(x), x1 = broadcast(x + 1);
+    UNROLL(STREAMS, s, {
+      const __m256i word = load_words(words[s] + offset);
+      if constexpr (FIRST) sums[s][0] = times_bytes(codes_at<4, 0>(word), x0);
+      else add_bytes(sums[s][0], codes_at<4, 0>(word), x0);
+      add_bytes(sums[s][0], codes_at<4, 1>(word), x1);
+    });
+  } else {  // once for each place, out of the first cache: with 8 sums there is no register to keep it in
+    UNROLL(kPlaces, p, {
+      __m256i codes[STREAMS];
+      UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(load_words(words[s] + offset)); });
+      UNROLL(TILE, t, {
+        const __m256i xs = broadcast(x + p * TILE + t);
+        UNROLL(STREAMS, s, {
+          if constexpr (FIRST && p == 0) sums[s][t] = times_bytes(codes[s], xs);
+          else add_bytes(sums[s][t], codes[s], xs);
+        });
+      });
+    });
+  }
+}
 
 // The dot products of `count` <= kByteWords words with bytes, in int32.
 template <int TILE, int STREAMS>
 INLINE void byte_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
                           __m256i (&sums)[STREAMS][TILE]) {
   if (count == kByteWords) {
-    UNROLL(kByteWords * kPlaces, n, {
-      constexpr int i = n / kPlaces, p = n % kPlaces;
-      __m256i codes[STREAMS];
-      UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(words[s] + offset + i * QWENRT_BLOCK); });
-      UNROLL(TILE, t, {
-        const __m256i xs = broadcast(x + n * TILE + t);
-        UNROLL(STREAMS, s, {
-          if constexpr (n == 0) sums[s][t] = times_bytes(codes[s], xs);
-          else add_bytes(sums[s][t], codes[s], xs);
-        });
-      });
-    });
+    UNROLL(kByteWords, i, { add_word<i == 0>(words, offset + i * QWENRT_BLOCK, x + i * kPlaces * TILE, sums); });
   } else {
     UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
-    for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * TILE)
-      UNROLL(kPlaces, p, {
-        UNROLL(STREAMS, s, {
-          const __m256i codes = codes_at<4, p>(words[s] + offset);
-          UNROLL(TILE, t, { add_bytes(sums[s][t], codes, broadcast(x + p * TILE + t)); });
-        });
-      });
+    for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * TILE) add_word<false>(words, offset, x, sums);
   }
   const __m256i ones = _mm256_set1_epi16(1);
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_madd_epi16(sums[s][t], ones); }); });
@@ -96,7 +109,7 @@ INLINE void wide_products(const uint32_t* const (&words)[STREAMS], int64_t offse
   UNROLL(kByteWords * kPlaces, n, {
     constexpr int i = n / kPlaces, p = n % kPlaces;
     __m256i codes[STREAMS];
-    UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(words[s] + offset + i * QWENRT_BLOCK); });
+    UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(load_words(words[s] + offset + i * QWENRT_BLOCK)); });
     UNROLL(TILE, t, {
       const __m256i l = broadcast(low + n * TILE + t);
       const __m256i h = broadcast(high + n * TILE + t);
@@ -127,7 +140,7 @@ INLINE void pair_products(const uint32_t* const (&words)[STREAMS], int64_t offse
   for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * TILE)
     UNROLL(kPlaces, p, {
       __m256i codes[STREAMS];
-      UNROLL(STREAMS, s, { codes[s] = codes_at<8, p>(words[s] + offset); });
+      UNROLL(STREAMS, s, { codes[s] = codes_at<8, p>(load_words(words[s] + offset)); });
       UNROLL(TILE, t, {
         const __m256i xs = broadcast(x + p * TILE + t);
         UNROLL(STREAMS, s, { add_pairs(sums[s][t], codes[s], xs); });
@@ -135,70 +148,92 @@ INLINE void pair_products(const uint32_t* const (&words)[STREAMS], int64_t offse
     });
 }
 
-// What of an IntegerInput belongs to one block of inputs.
-struct Block {
-  int64_t offset;  // of its first word in a row
-  int64_t words;
-  int64_t x;       // of its activations
-  const float* scales;
-  bool wide;
+// Vectors of 8 rows' sums: in registers where there are some left for them.
+template <int STREAMS, int TILE>
+struct Sums {
+  alignas(32) float lanes[STREAMS * TILE * QWENRT_BLOCK];
+  INLINE __m256 at(int s, int t) const { return _mm256_load_ps(lanes + (s * TILE + t) * QWENRT_BLOCK); }
+  INLINE void set(int s, int t, __m256 sum) { _mm256_store_ps(lanes + (s * TILE + t) * QWENRT_BLOCK, sum); }
+};
+template <int STREAMS>
+struct Sums<STREAMS, 1> {
+  __m256 lanes[STREAMS];
+  INLINE __m256 at(int s, int) const { return lanes[s]; }
+  INLINE void set(int s, int, __m256 sum) { lanes[s] = sum; }
 };
 
-// sums [TILE][8 rows] += scale * dot product of one block, of one stream.
-template <int TILE>
-INLINE void add_scaled(const __m256i (&products)[TILE], const float* scales, float* sums) {
+// Where the next block begins: in STREAMS rows of words and in the activations of a tile. Both are without gaps.
+template <int STREAMS>
+struct Cursor {
+  const uint32_t* words[STREAMS];
+  int64_t offset;
+  const int32_t *low, *high;
+  const float* scales;
+  const uint8_t* wide;
+};
+
+// sums[first...] += scale * the dot products of one block.
+template <int COUNT, int TILE, int STREAMS>
+INLINE void add_scaled(const __m256i (&products)[COUNT][TILE], const float* scales, int first, Sums<STREAMS, TILE>& sums) {
   UNROLL(TILE, t, {
-    const __m256 product = _mm256_cvtepi32_ps(products[t]), sum = _mm256_load_ps(sums + t * QWENRT_BLOCK);
-    _mm256_store_ps(sums + t * QWENRT_BLOCK, _mm256_fmadd_ps(_mm256_broadcast_ss(scales + t), product, sum));
+    const __m256 scale = _mm256_broadcast_ss(scales + t);
+    UNROLL(COUNT, s, {
+      sums.set(first + s, t, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(products[s][t]), sums.at(first + s, t)));
+    });
   });
 }
 
-// group_sums [STREAMS][TILE][8 rows] += scale * dot product of one block.
+// sums += scale * dot product of one block of `count` words, and on to the next.
 template <int BITS, int TILE, int STREAMS>
-INLINE void add_block(const uint32_t* const (&words)[STREAMS], const IntegerInput& in, const Block& block,
-                      float* group_sums) {
+INLINE void add_block(Cursor<STREAMS>& c, int64_t count, Sums<STREAMS, TILE>& sums) {
   if constexpr (BITS == 4 && TILE == 1) {  // arithmetic takes long enough for its own loads to come late; not with 8 bits
     UNROLL(STREAMS, s, {
-      const char* ahead = reinterpret_cast<const char*>(words[s] + block.offset * QWENRT_BLOCK) + kAheadBytes;
-      for (int64_t line = 0; line < block.words * 32; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+      const char* ahead = reinterpret_cast<const char*>(c.words[s] + c.offset) + kAheadBytes;
+      UNROLL(kByteWords / 2, line, { _mm_prefetch(ahead + line * 64, _MM_HINT_T0); });
     });
   }
-  constexpr int AT_ONCE = TILE == 1 && STREAMS > 1 ? 2 : 1;  // streams of a wide block whose sums fit into the registers
-  const int64_t offset = block.offset * QWENRT_BLOCK;
-  if (BITS == 8 || !block.wide) {
-    __m256i sums[STREAMS][TILE];
-    if constexpr (BITS == 8) pair_products(words, offset, in.low + block.x, block.words, sums);
-    else byte_products(words, offset, in.low + block.x, block.words, sums);
-    UNROLL(STREAMS, s, { add_scaled<TILE>(sums[s], block.scales, group_sums + s * TILE * QWENRT_BLOCK); });
-    return;
-  }
-  UNROLL(STREAMS / AT_ONCE, first, {
-    const uint32_t* own[AT_ONCE];
-    UNROLL(AT_ONCE, s, { own[s] = words[first * AT_ONCE + s]; });
-    __m256i sums[AT_ONCE][TILE];
-    wide_products(own, offset, in.low + block.x, in.high + block.x, block.words, sums);
-    UNROLL(AT_ONCE, s, {
-      add_scaled<TILE>(sums[s], block.scales, group_sums + (first * AT_ONCE + s) * TILE * QWENRT_BLOCK);
+  if (BITS == 8 || !*c.wide) {
+    __m256i products[STREAMS][TILE];
+    if constexpr (BITS == 8) pair_products(c.words, c.offset, c.low, count, products);
+    else byte_products(c.words, c.offset, c.low, count, products);
+    add_scaled(products, c.scales, 0, sums);
+  } else if constexpr (TILE == 1) {
+    __m256i products[STREAMS][TILE];
+    wide_products(c.words, c.offset, c.low, c.high, count, products);
+    add_scaled(products, c.scales, 0, sums);
+  } else {
+    UNROLL(STREAMS, s, {  // one after the other: the sums of more do not fit into the registers
+      asm("" : "+r"(c.low), "+r"(c.high));  // else the compiler keeps each one's activations for the next, in memory
+      __m256i products[1][TILE];
+      wide_products({c.words[s]}, c.offset, c.low, c.high, count, products);
+      add_scaled(products, c.scales, s, sums);
     });
-  });
+  }
+  c.offset += count * QWENRT_BLOCK;
+  c.low += count * kPlaces * TILE;
+  c.high += count * kPlaces * TILE;
+  c.scales += TILE;
+  ++c.wide;
 }
 
 // Adds groups [first, last) of one tile to `totals` [STREAMS][TILE][8 rows]; row blocks are `stride` apart.
-template <int BITS, int TILE, int STREAMS>
+template <int BITS, int TILE, int STREAMS, bool WHOLE>
 INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, float* totals, int64_t row_block,
                        int64_t stride, int64_t tile, int64_t first, int64_t last) {
+  constexpr int64_t MOST = (BITS == 4 ? kByteBlock : kPairBlock) * BITS / 32;
   const int64_t row_words = w.groups * w.words_per_group, blocks = w.groups * in.blocks_per_group;
-  const uint32_t* words[STREAMS];
-  UNROLL(STREAMS, s, { words[s] = w.words + (row_block + s * stride) * row_words * QWENRT_BLOCK; });
-  alignas(32) float sums[STREAMS * TILE * QWENRT_BLOCK];
-  for (int64_t g = first; g < last; ++g) {
-    UNROLL(STREAMS * TILE, i, { _mm256_store_ps(sums + i * QWENRT_BLOCK, _mm256_setzero_ps()); });
-    for (int64_t part = 0; part < in.blocks_per_group; ++part) {
-      const int64_t skipped = part * in.words_per_block, rest = w.words_per_group - skipped;
-      const int64_t at = tile * blocks + g * in.blocks_per_group + part, word = g * w.words_per_group + skipped;
-      const Block block{word, rest < in.words_per_block ? rest : in.words_per_block,
-                        (tile * row_words + word) * kPlaces * TILE, in.scales + at * TILE, in.wide[at] != 0};
-      add_block<BITS, TILE>(words, in, block, sums);
+  const int64_t word = first * w.words_per_group, at = tile * blocks + first * in.blocks_per_group;
+  const int64_t x = (tile * row_words + word) * kPlaces * TILE;
+  Cursor<STREAMS> c{{}, word * QWENRT_BLOCK, in.low + x, in.high + x, in.scales + at * TILE, in.wide + at};
+  UNROLL(STREAMS, s, { c.words[s] = w.words + (row_block + s * stride) * row_words * QWENRT_BLOCK; });
+  const float* x_sums = in.sums + (tile * w.groups + first) * TILE;
+  for (int64_t g = first; g < last; ++g, x_sums += TILE) {
+    Sums<STREAMS, TILE> sums;
+    UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums.set(s, t, _mm256_setzero_ps()); }); });
+    if constexpr (WHOLE) {
+      for (int64_t part = 0; part < in.blocks_per_group; ++part) add_block<BITS, TILE>(c, MOST, sums);
+    } else {
+      for (int64_t rest = w.words_per_group; rest > 0; rest -= MOST) add_block<BITS, TILE>(c, rest < MOST ? rest : MOST, sums);
     }
     UNROLL(STREAMS, s, {
       const int64_t i = ((row_block + s * stride) * w.groups + g) * QWENRT_BLOCK;
@@ -206,8 +241,7 @@ INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, float
       const __m256 zero = load_zeros(w, i);
       UNROLL(TILE, t, {
         float* total = totals + (s * TILE + t) * QWENRT_BLOCK;
-        const __m256 x_sum = _mm256_broadcast_ss(in.sums + (tile * w.groups + g) * TILE + t);
-        const __m256 sum = _mm256_fnmadd_ps(zero, x_sum, _mm256_load_ps(sums + (s * TILE + t) * QWENRT_BLOCK));
+        const __m256 sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(x_sums + t), sums.at(s, t));
         _mm256_store_ps(total, _mm256_fmadd_ps(scale, sum, _mm256_load_ps(total)));
       });
     });
@@ -227,19 +261,19 @@ INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const
 }
 
 // Few tokens: the weights are read once, from STREAMS distant places, and again from the cache for the next tile.
-template <int BITS, int TILE, int STREAMS>
+template <int BITS, int TILE, int STREAMS, bool WHOLE>
 void distant_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
   const int64_t stride = (end - begin) / STREAMS;
   for (int64_t b = begin; b < begin + stride; ++b)
     for (int64_t tile = 0; tile < in.tiles; ++tile) {
       alignas(32) float totals[STREAMS * TILE * QWENRT_BLOCK] = {};
-      add_groups<BITS, TILE, STREAMS>(w, in, totals, b, stride, tile, 0, w.groups);
+      add_groups<BITS, TILE, STREAMS, WHOLE>(w, in, totals, b, stride, tile, 0, w.groups);
       store_tile<TILE, STREAMS>(w, in, totals, y, b, stride, tile);
     }
   for (int64_t b = begin + stride * STREAMS; b < end; ++b)
     for (int64_t tile = 0; tile < in.tiles; ++tile) {
       alignas(32) float totals[TILE * QWENRT_BLOCK] = {};
-      add_groups<BITS, TILE, 1>(w, in, totals, b, 0, tile, 0, w.groups);
+      add_groups<BITS, TILE, 1, WHOLE>(w, in, totals, b, 0, tile, 0, w.groups);
       store_tile<TILE, 1>(w, in, totals, y, b, 0, tile);
     }
 }
@@ -248,7 +282,7 @@ constexpr int64_t kFewTiles = 4;     // whose activations stay in the first cach
 constexpr int64_t kSlabWords = 128;  // of a row: the words of 16 rows stay in the first cache while all tokens pass
 
 // Many tokens: STREAMS neighbouring row blocks times all tiles, slab by slab of the inputs.
-template <int BITS, int STREAMS>
+template <int BITS, int STREAMS, bool WHOLE>
 void neighbouring_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t row_block) {
   constexpr int TILE = 4, FLOATS = STREAMS * TILE * QWENRT_BLOCK;
   alignas(32) float totals[kIntegerTokens / TILE * FLOATS];
@@ -257,19 +291,19 @@ void neighbouring_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float
   for (int64_t first = 0; first < w.groups; first += slab) {
     const int64_t last = first + slab < w.groups ? first + slab : w.groups;
     for (int64_t tile = 0; tile < in.tiles; ++tile)
-      add_groups<BITS, TILE, STREAMS>(w, in, totals + tile * FLOATS, row_block, 1, tile, first, last);
+      add_groups<BITS, TILE, STREAMS, WHOLE>(w, in, totals + tile * FLOATS, row_block, 1, tile, first, last);
   }
   for (int64_t tile = 0; tile < in.tiles; ++tile)
     store_tile<TILE, STREAMS>(w, in, totals + tile * FLOATS, y, row_block, 1, tile);
 }
 
-template <int BITS>
+template <int BITS, bool WHOLE>
 void rows_of(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  if (in.tile == 1) return distant_rows<BITS, 1, 4>(w, in, y, begin, end);
-  if (in.tile == 2) return distant_rows<BITS, 2, 4>(w, in, y, begin, end);
-  if (in.tiles <= kFewTiles) return distant_rows<BITS, 4, 2>(w, in, y, begin, end);
-  for (; begin + 2 <= end; begin += 2) neighbouring_rows<BITS, 2>(w, in, y, begin);
-  if (begin < end) neighbouring_rows<BITS, 1>(w, in, y, begin);
+  if (in.tile == 1) return distant_rows<BITS, 1, 2, WHOLE>(w, in, y, begin, end);
+  if (in.tile == 2) return distant_rows<BITS, 2, 2, WHOLE>(w, in, y, begin, end);
+  if (in.tiles <= kFewTiles) return distant_rows<BITS, 4, 2, WHOLE>(w, in, y, begin, end);
+  for (; begin + 2 <= end; begin += 2) neighbouring_rows<BITS, 2, WHOLE>(w, in, y, begin);
+  if (begin < end) neighbouring_rows<BITS, 1, WHOLE>(w, in, y, begin);
 }
 
 INLINE __m128i fold(__m256i v, __m128i (*join)(__m128i, __m128i)) {
@@ -300,12 +334,13 @@ void place_byte_block(const int32_t* rounded, bool wide, int32_t* low, int32_t* 
 }  // namespace
 
 void avx2_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  if (w.bits == 8) return rows_of<8>(w, in, y, begin, end);
-  return rows_of<4>(w, in, y, begin, end);
+  const bool whole = w.words_per_group % ((w.bits == 4 ? kByteBlock : kPairBlock) * w.bits / 32) == 0;
+  if (w.bits == 8) return whole ? rows_of<8, true>(w, in, y, begin, end) : rows_of<8, false>(w, in, y, begin, end);
+  return whole ? rows_of<4, true>(w, in, y, begin, end) : rows_of<4, false>(w, in, y, begin, end);
 }
 
-int avx2_round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
-                     int32_t* sum) {
+int avx2_round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
+                     float* scale, int32_t* sum) {
   // The bits of |x| are in the order of |x|, with infinity and then NaN above all numbers.
   __m256i most = _mm256_setzero_si256();
   __m256 totals = _mm256_setzero_ps();
@@ -320,7 +355,7 @@ int avx2_round_block(const float* x, int64_t n, int bits, float narrow, int32_t*
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   const float total = _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-  const bool wide = largest > narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  const bool wide = largest > narrow || largest * float(n) > outlier * total, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const __m256 inverse = _mm256_set1_ps(zeros ? 0.0f : limit / largest);

@@ -63,8 +63,8 @@ void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y
   }
 }
 
-int round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low, int32_t* high, float* scale,
-                int32_t* sum) {
+int round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
+                float* scale, int32_t* sum) {
   float largest = 0, lanes[8] = {};
   for (int64_t i = 0; i < n; ++i) {
     const float magnitude = fabsf(x[i]);
@@ -73,7 +73,7 @@ int round_block(const float* x, int64_t n, int bits, float narrow, int32_t* low,
     lanes[i % 8] += magnitude;
   }
   const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  const bool wide = largest > narrow || largest * float(n) > kOutlier * total, zeros = largest < kSmallestActivation;
+  const bool wide = largest > narrow || largest * float(n) > outlier * total, zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
   *scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;
@@ -131,6 +131,6 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 }  // namespace
 
 const Kernels* scalar_kernels() {
-  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, round_block, integer_rows, 0};
+  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, round_block, integer_rows, 0, 0};
   return &kernels;
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 8
+#define QWENRT_ABI 9
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -18,6 +18,17 @@ enum { QWENRT_OK = 0, QWENRT_NOT_FINITE = 1, QWENRT_NO_MEMORY = 2, QWENRT_BAD_AR
 // What a quantised linear multiplies its codes with: activations as they are; rounded to int16; rounded to int8 beside
 // 4-bit codes and to int16 beside 8-bit ones. Rounded ones share a scale by 128 inputs at most of one group.
 enum { QWENRT_EXACT = 0, QWENRT_INT16 = 1, QWENRT_INT8 = 2 };
+
+typedef struct {
+  int32_t kind;  // QWENRT_EXACT, ...
+  // Of QWENRT_INT8, which leaves large values at int16. A block is int8 where no activation is larger than `narrowest`
+  // times the token's root mean square (the larger a block's values, the more its rounding weighs in a row's sum) and
+  // none more than `outlier` times the block's mean, beside which a byte would make nothing of the others.
+  float narrowest;
+  float outlier;
+  int32_t reserved;
+  int64_t narrow_rows;  // of W, a multiple of 8: the first ones; all others have int16
+} QwenrtActivations;
 
 typedef struct {
   const uint32_t* words;  // [blocks][groups * words_per_group][8]
@@ -49,7 +60,7 @@ QWENRT_API int qwenrt_set_threads(int threads);
 // y[tokens][out_features] = x[tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
 // Returns QWENRT_NOT_FINITE, and leaves y half written, where x holds infinities, NaN or numbers too large to sum.
 QWENRT_API int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens,
-                                   int activations);
+                                   const QwenrtActivations* activations);
 // codes [in_features][out_features], one a byte and below 2^bits -> words as in QwenrtQuantMatrix.
 QWENRT_API int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,
                            int64_t group_size, int bits);

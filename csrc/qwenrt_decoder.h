@@ -12,8 +12,8 @@ typedef struct QwenrtLinear {
   int64_t part_count;
   int64_t out_features;
   int64_t in_features;
-  int32_t is_half;
-  int32_t activations;  // QWENRT_EXACT, ...: of a quantised one
+  int64_t is_half;
+  QwenrtActivations activations;  // of a quantised one
 } QwenrtLinear;
 
 // A mixture of experts, as `route` and `norm_moe_add` of the Python package define it: a token's result is the sum of

@@ -164,11 +164,20 @@ int set_pool_threads(int threads) {
 
 int pool_threads() { return pool->wanted.load(); }
 
-int64_t task_count(int64_t units, int64_t work) {
-  constexpr int64_t kSmallWork = 64 * 1024;
-  const int threads = pool_threads();
-  if (threads == 1 || work < kSmallWork) return 1;
-  const int64_t most = units / 4 > 0 ? units / 4 : 1;
-  const int64_t wanted = threads * kTasksPerThread;
-  return wanted < most ? wanted : most;
+constexpr int64_t kShares = 5;  // of each thread
+
+int64_t Shares::begin(int64_t i) const {
+  if (count != kShares * threads) return units * i / count;
+  // Of 16 parts, 10 go to the first task of each thread, 4 to the next two of each and 2 to the last two.
+  if (i <= threads) return units * 10 * i / (16 * threads);
+  if (i <= 3 * threads) return units * (20 * threads + 4 * (i - threads)) / (32 * threads);
+  return units * (28 * threads + 2 * (i - 3 * threads)) / (32 * threads);
+}
+
+Shares shares_of(int64_t units, int64_t work) {
+  constexpr int64_t kSmallWork = 64 * 1024, kSmallShare = 2;
+  const int64_t threads = pool_threads(), few = units / 4 > 0 ? units / 4 : 1;
+  if (threads == 1 || work < kSmallWork) return {units, threads, 1};
+  if (units / (16 * threads) < kSmallShare) return {units, threads, few < threads ? few : threads};
+  return {units, threads, kShares * threads};
 }

@@ -22,5 +22,12 @@ int pool_threads();
 
 constexpr int64_t kTasksPerThread = 4;  // so that a thread that is held up leaves its share to the others
 
-// Tasks to share `units` in for so many multiply-adds of `work`: one where waking the workers costs more than it saves.
-int64_t task_count(int64_t units, int64_t work);
+// How tasks share `units` of work: task i has [begin(i), begin(i + 1)). Each thread finds a large share, which it goes
+// through in one go, then ever smaller ones: the threads end together although none is as fast as another for long.
+struct Shares {
+  int64_t units, threads, count;
+  int64_t begin(int64_t i) const;
+};
+
+// For so many multiply-adds of `work`: a single task where waking the workers costs more than it saves.
+Shares shares_of(int64_t units, int64_t work);

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "../qwenrt_cpu.h"
+
 #define CHECK(condition, ...)                                         \
   do {                                                                \
     if (!(condition)) {                                               \
@@ -44,3 +46,6 @@ class Random {
  private:
   uint64_t state_;
 };
+
+// As most linears of a model have it.
+inline QwenrtActivations rounded(int kind) { return {kind, 4, 5, 0, INT64_MAX}; }

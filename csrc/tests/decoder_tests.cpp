@@ -19,7 +19,7 @@ struct Weight {
 
   QwenrtLinear make(int64_t n, int64_t k, int bits, Random& random, int activations) {
     QwenrtLinear linear{};
-    linear.out_features = n, linear.in_features = k, linear.activations = activations;
+    linear.out_features = n, linear.in_features = k, linear.activations = rounded(activations);
     bias = random.floats(n);
     if (bits == 16) {
       for (int64_t i = 0; i < n * k; ++i) halves.push_back(uint16_t((random.bits() & 0x807f) | 0x3d80));  // bfloat16
@@ -65,7 +65,7 @@ std::vector<float> apply(const QwenrtLinear& w, const std::vector<float>& x, int
     }
     return y;
   }
-  const int status = w.quant ? qwenrt_quant_linear(w.quant, x.data(), y.data(), tokens, w.activations)
+  const int status = w.quant ? qwenrt_quant_linear(w.quant, x.data(), y.data(), tokens, &w.activations)
                              : qwenrt_dense16_linear(w.dense, w.bias, x.data(), y.data(), tokens, w.out_features,
                                                      w.in_features, w.is_half);
   CHECK(status == QWENRT_OK, "a linear of %d rows", int(w.out_features));

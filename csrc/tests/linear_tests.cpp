@@ -117,9 +117,16 @@ void check_against_double(const Weight& w, const std::vector<float>& x, const st
   }
 }
 
+// The upper half of a larger matrix has int16 whatever is asked.
+int quant_linear(const Weight& w, const float* x, float* y, int64_t tokens, int activations) {
+  QwenrtActivations how = rounded(activations);
+  if (w.shape.n > 40) how.narrow_rows = w.shape.n / 2 / QWENRT_BLOCK * QWENRT_BLOCK;
+  return qwenrt_quant_linear(&w.matrix, x, y, tokens, &how);
+}
+
 std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t tokens, int activations) {
   std::vector<float> y(size_t(tokens * w.shape.n), NAN);
-  CHECK(qwenrt_quant_linear(&w.matrix, x.data(), y.data(), tokens, activations) == QWENRT_OK, "tokens %d", int(tokens));
+  CHECK(quant_linear(w, x.data(), y.data(), tokens, activations) == QWENRT_OK, "tokens %d", int(tokens));
   return y;
 }
 
@@ -201,7 +208,7 @@ void test_what_is_not_finite() {
         for (int64_t tokens : {1, 2, 9}) {
           std::vector<float> x = random.floats(tokens * 70), y(size_t(tokens * 20));
           x[size_t(random.below(tokens * 70))] = bad;
-          CHECK(qwenrt_quant_linear(&w.matrix, x.data(), y.data(), tokens, activations) == QWENRT_NOT_FINITE,
+          CHECK(quant_linear(w, x.data(), y.data(), tokens, activations) == QWENRT_NOT_FINITE,
                 "%s mode %d: %g", isa, activations, bad);
         }
   });

@@ -167,13 +167,19 @@ void test_idle_workers_sleep() {
   CHECK(used < 0.02, "an idle pool used %.3f s of 0.1 s", used);
 }
 
-void test_task_counts() {
-  set_pool_threads(4);
-  CHECK(task_count(1000, 100) == 1, "little work is shared");
-  CHECK(task_count(1000, 1 << 30) == 16, "%d", int(task_count(1000, 1 << 30)));
-  CHECK(task_count(8, 1 << 30) == 2 && task_count(1, 1 << 30) == 1, "few units");
-  set_pool_threads(1);
-  CHECK(task_count(1000, 1 << 30) == 1, "one thread");
+void test_shares() {
+  for (int threads : {1, 2, 3, 4, 7})
+    for (int64_t units : {0, 1, 2, 7, 64, 100, 1376, 100003})
+      for (int64_t work : {int64_t(100), int64_t(1) << 30}) {
+        set_pool_threads(threads);
+        const Shares shares = shares_of(units, work);
+        CHECK(shares.count >= 1 && shares.begin(0) == 0 && shares.begin(shares.count) == units, "%d of %d threads",
+              int(units), threads);
+        for (int64_t i = 0; i < shares.count; ++i)
+          CHECK(shares.begin(i) <= shares.begin(i + 1), "share %d of %d", int(i), int(shares.count));
+        CHECK(shares.count == 1 || (threads > 1 && work > 100), "little work is shared");
+        CHECK(shares.count > 1 || threads == 1 || work == 100 || units < 8, "%d units are not shared", int(units));
+      }
 }
 
 }  // namespace
@@ -187,7 +193,7 @@ int main(int count, char** arguments) {
   test_nested_calls();
   test_rounds_after_sleep();
   test_idle_workers_sleep();
-  test_task_counts();
+  test_shares();
 #if !defined(__SANITIZE_THREAD__)
   test_fork();
 #endif

@@ -26,6 +26,10 @@ class LinearSpec:
     def out_features(self) -> int:
         return sum(rows for _, rows in self.parts)
 
+    @property
+    def value_rows(self) -> int:
+        return dict(self.parts).get("v", 0)
+
 
 def layer_linears(config: ModelConfig, layer: int) -> list[LinearSpec]:
     """The linears of a layer, in the order they are used."""

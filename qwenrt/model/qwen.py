@@ -47,8 +47,7 @@ class Qwen:
         got, wanted = (packed.out_features, packed.in_features), (spec.out_features, spec.in_features)
         if got != wanted:
             raise CheckpointError(f"weight {name}", f"shape {list(got)}", f"It must be {list(wanted)}.")
-        for part in (packed, *packed.data.get("parts", ())):
-            part.role = name.rpartition(".")[2]
+        _name_parts(packed, spec)
         self.weights[name] = packed
 
     def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
@@ -186,3 +185,12 @@ class Qwen:
         """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""
         logits: torch.Tensor = self._head(hidden, self.lm_head)
         return logits.float()
+
+
+def _name_parts(packed: Packed, spec: LinearSpec) -> None:
+    """Tell a weight, and the parts that it may have, what they are."""
+    packed.role, packed.value_rows = spec.name.rpartition(".")[2], spec.value_rows
+    left = spec.value_rows
+    for part in reversed(packed.data.get("parts", ())):
+        part.role, part.value_rows = packed.role, min(left, part.out_features)
+        left -= part.value_rows

@@ -52,7 +52,7 @@ class Packed:
     """One linear's weight as its backend wants it. ``kind`` says how; only that backend reads ``data``.
 
     ``role``: which linear of a layer it is ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), or "lm_head"; set by
-    the model it belongs to.
+    the model it belongs to. ``value_rows``: how many rows of qkv_proj give values; they are its last ones.
 
     kinds of the plain-torch backend: "dense" (``data["weight"]`` [N, K]), "w8a16" and "w4a16" (the tensors of
     CanonicalWeight under their names, int4 codes two to a byte along K), "parts" (``data["parts"]``: a list of
@@ -67,6 +67,7 @@ class Packed:
     bits: int = 16
     group_size: int = 0
     role: str = ""
+    value_rows: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -220,7 +220,7 @@ def test_errors_are_as_small_as_is_said(cpu: CPUBackend, bits: int, outliers: bo
         ("int4", "auto", "exact"),  # its linears are small
         ("int4", "exact", "exact"),
         ("int4", "int16", "int16"),
-        ("int4", "int8", "int16+int8"),
+        ("int4", "int8", "int8"),
         ("int8", "int8", "int16"),
     ],
 )
@@ -259,7 +259,7 @@ def test_int8_leaves_what_feels_rounding_most_at_int16(cpu: CPUBackend) -> None:
     w = cpu.pack_linear(random_weight(64, 64, 4, 32), torch.float32)
     cpu.configure(activations="int8")
     for role, wanted in {
-        "qkv_proj": "int16",
+        "qkv_proj": "int8",
         "o_proj": "int8",
         "gate_up_proj": "int8",
         "down_proj": "int8",
@@ -270,6 +270,21 @@ def test_int8_leaves_what_feels_rounding_most_at_int16(cpu: CPUBackend) -> None:
         assert cpu.activations_of(w) == wanted
     w.bits = 8
     assert cpu.activations_of(w) == "int16"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_values_have_int16_beside_int8_queries_and_keys(cpu: CPUBackend, tokens: int) -> None:
+    w = cpu.pack_linear(random_weight(96, 256, 4, 64), torch.float32)
+    w.role, w.value_rows = "qkv_proj", 32
+    x = torch.randn(tokens, 256)
+    cpu.configure(activations="int16")
+    int16 = cpu.linear(x, w)
+    cpu.configure(activations="int8")
+    mixed = cpu.linear(x, w)
+    assert torch.equal(mixed[:, 64:], int16[:, 64:])
+    assert not bool((mixed[:, :64] == int16[:, :64]).any())
+    w.value_rows = 96
+    assert torch.equal(cpu.linear(x, w), int16)
 
 
 @pytest.mark.parametrize("activations", ["exact", "int16", "int8"])

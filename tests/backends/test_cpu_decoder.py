@@ -275,6 +275,25 @@ def test_weights_that_the_kernel_knows_nothing_of_are_not_fused(cpu: CPUBackend)
     assert model._stack is None
 
 
+Q, KV = DENSE.num_heads * DENSE.head_dim, DENSE.num_kv_heads * DENSE.head_dim
+
+
+@pytest.mark.parametrize(
+    ("rows", "values"),
+    [([Q, KV, KV], [0, 0, KV]), ([Q, 2 * KV], [0, KV]), ([Q + KV + 8, KV - 8], [8, KV - 8])],
+)
+def test_parts_of_qkv_know_which_rows_are_values(cpu: CPUBackend, rows: list[int], values: list[int]) -> None:
+    model = Qwen(DENSE, cpu, torch.float32)
+    whole = parts(cpu, rows, DENSE.hidden_size, None)
+    model.set_linear("layers.0.qkv_proj", whole)
+    made = whole.data["parts"]
+    assert all(w.role == "qkv_proj" for w in (whole, *made))
+    assert whole.value_rows == KV and [part.value_rows for part in made] == values
+    other = cpu.pack_linear(weight(DENSE.hidden_size, Q, "int4", None), torch.float32)
+    model.set_linear("layers.0.o_proj", other)
+    assert other.role == "o_proj" and other.value_rows == 0
+
+
 # ---- caches, models and threads that come and go
 
 

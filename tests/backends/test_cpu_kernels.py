@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.backends.cpu import CPUBackend, backend, kernel_status, kernels, resources
+from qwenrt.backends.cpu.activations import Activations
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
 from qwenrt.ops.types import CanonicalWeight, Packed
@@ -240,12 +241,12 @@ def test_a_forked_child_computes_with_workers_of_its_own(cpu: CPUBackend) -> Non
     assert cpu.kernels is not None
     w = cpu.pack_linear(random_weight(512, 1024, 4, 128), torch.float32)
     x = torch.randn(1, 1024)
-    y = cpu.kernels.quant_linear(x, w)
+    y = cpu.kernels.quant_linear(x, w, Activations())
     assert y is not None
     child = os.fork()
     if child == 0:
         signal.alarm(120)
-        again = cpu.kernels.quant_linear(x, w)
+        again = cpu.kernels.quant_linear(x, w, Activations())
         os._exit(0 if again is not None and again.tolist() == y.tolist() else 1)
     assert os.waitpid(child, 0)[1] == 0
 

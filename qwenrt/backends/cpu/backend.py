@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend, OpSpec, Stack, native
 from qwenrt.backends.cpu import attention as paged
 from qwenrt.backends.cpu import elementwise, resources
+from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, activations_of, rounded_to
 from qwenrt.backends.cpu.decoder import DecoderStack, Linear
 from qwenrt.backends.cpu.kernels import (
-    ACTIVATIONS,
     BLOCK,
     Kernels,
     KernelsUnavailable,
@@ -37,10 +37,6 @@ logger = logging.getLogger("qwenrt")
 KERNEL_CHOICES = ("auto", "off", "avx512vnni", "avx2", "neondot", "neon", "scalar")
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
 _ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
-_LARGE = 1 << 20  # weights of a linear from which on "auto" rounds: below, exact sums cost nobody anything
-# Linears whose inputs "int8" leaves at int16: attention's scores and the logits feel rounding most. Of the others'
-# inputs the kernels leave blocks with large values at int16 (csrc/kernels.h).
-_SENSITIVE = ("qkv_proj", "lm_head")
 # Activations below are never too large for the kernels to sum, whatever the group's size.
 _SURELY_SUMMED = 1e29
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
@@ -160,18 +156,11 @@ class CPUBackend(Backend):
         return reference.linear(x, w)
 
     def activations_of(self, w: Packed) -> str:
-        if w.kind not in _QUANTIZED:
-            return ""
-        if self.activations == "auto":
-            return "int16" if w.out_features * w.in_features >= _LARGE else "exact"
-        wide = (
-            w.bits == 8 or w.role in _SENSITIVE
-        )  # bytes beside bytes would add more error than the weights' own
-        return "int16" if self.activations == "int8" and wide else self.activations
+        return rounded_to(self.activations, w) if w.kind in _QUANTIZED else ""
 
     def _quantized(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         assert self.kernels is not None
-        x32, how = x.to(torch.float32).contiguous(), self.activations_of(w)
+        x32, how = x.to(torch.float32).contiguous(), activations_of(self.activations, w)
         y = self.kernels.quant_linear(x32, w, how)
         if y is None:  # the tokens that the kernel refuses alone; the others of the batch keep their result
             y, refused = _quantized_torch(x32, w), ~(x32.abs().amax(-1) < _SURELY_SUMMED)
@@ -311,12 +300,12 @@ class CPUBackend(Backend):
     def _linear_struct(self, w: Packed) -> Linear | None:
         shape = (w.out_features, w.in_features)
         if w.kind in _QUANTIZED:
-            how = ACTIVATIONS.index(self.activations_of(w))
+            how = activations_of(self.activations, w)
             return Linear(ctypes.addressof(w.data["native"]), None, None, None, 0, *shape, 0, how)
         if w.kind != _DENSE16:
             return None
         weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
-        return Linear(None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16), 0)
+        return Linear(None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16))
 
     # ---- a step around the layers
 
@@ -404,7 +393,7 @@ class _QuantLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: Packed, kernels: Kernels) -> torch.Tensor:
         ctx.weight = w
-        y = kernels.quant_linear(x.detach().to(torch.float32).contiguous(), w)
+        y = kernels.quant_linear(x.detach().to(torch.float32).contiguous(), w, EXACT)
         return (_quantized_torch(x, w) if y is None else y).to(x.dtype)
 
     @staticmethod

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from qwenrt.backends.cpu import attention
+from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, cache_struct
 from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs
 
@@ -24,8 +25,8 @@ class Linear(ctypes.Structure):
         ("part_count", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
-        ("is_half", ctypes.c_int32),
-        ("activations", ctypes.c_int32),
+        ("is_half", ctypes.c_int64),
+        ("activations", Activations),
     )
 
 
@@ -125,7 +126,7 @@ class _Structs:
             raise _Unserved
         parts = w.data["parts"]
         shape = (w.out_features, w.in_features)
-        return Linear(None, None, None, self._array(parts), len(parts), *shape, 0, 0)
+        return Linear(None, None, None, self._array(parts), len(parts), *shape)
 
     def _array(self, weights: list[Packed]) -> int:
         return self._kept((Linear * len(weights))(*map(self._linear, weights)))

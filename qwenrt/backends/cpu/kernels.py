@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.decoder import Layer, Step
 from qwenrt.backends.cpu.elementwise import Rotary
@@ -19,9 +20,8 @@ from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 8
+ABI = 9
 BLOCK = 8  # output rows stored together
-ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
@@ -88,7 +88,7 @@ class Kernels:
             pointer,
             pointer,
             size,
-            ctypes.c_int,
+            ctypes.POINTER(Activations),
         ]
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
@@ -132,14 +132,14 @@ class Kernels:
         """Read int64 ``memory`` [n] once with all threads -> its sum modulo 2**64."""
         return int(self._library.qwenrt_read(memory.data_ptr(), memory.numel()))
 
-    def quant_linear(self, x: torch.Tensor, w: Packed, activations: str = "exact") -> torch.Tensor | None:
+    def quant_linear(self, x: torch.Tensor, w: Packed, activations: Activations) -> torch.Tensor | None:
         """x float32 [T, K] contiguous -> float32 [T, N]; None where x is not finite or too large to sum.
 
-        ``activations``: one of ACTIVATIONS, what x is rounded to on the way.
+        ``activations``: what x is rounded to on the way.
         """
         y = torch.empty(x.shape[0], w.out_features)
         status = self._library.qwenrt_quant_linear(
-            w.data["native"], x.data_ptr(), y.data_ptr(), x.shape[0], ACTIVATIONS.index(activations)
+            w.data["native"], x.data_ptr(), y.data_ptr(), x.shape[0], activations
         )
         if status == _NO_MEMORY:
             raise MemoryError("no memory for the activations of a quantised linear")
