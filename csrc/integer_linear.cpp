@@ -14,6 +14,7 @@
 namespace {
 
 Scratch scratch;
+constexpr int64_t kTilesWorthWaking = 3;
 
 struct LayOutTask {
   const QwenrtQuantMatrix* w;
@@ -21,7 +22,7 @@ struct LayOutTask {
   const float* x;
   int32_t* low;
   int32_t* high;
-  std::atomic<uint8_t>* wide;
+  uint8_t* wide;
   float* scales;
   float* sums;
   IntegerInput in;
@@ -34,15 +35,18 @@ void scatter(const int32_t* words, int64_t count, int32_t* out, int64_t tile) {
   for (int64_t i = 0; i < count; ++i) out[i * tile] = words[i];
 }
 
-// What a narrow block's largest activation is at most; in float64 and in order, so that it is the same everywhere.
+// What a narrow block's largest activation is at most; in float64 and in one order, so that it is the same everywhere.
 float narrow_limit(const float* x, int64_t n, float narrowest) {
-  double squares = 0;
-  for (int64_t i = 0; i < n; ++i) squares += double(x[i]) * double(x[i]);
-  return float(double(narrowest) * sqrt(squares / double(n)));
+  double squares[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) squares[j] += double(x[i + j]) * double(x[i + j]);
+  for (; i < n; ++i) squares[i % 8] += double(x[i]) * double(x[i]);
+  for (int j = 1; j < 8; ++j) squares[0] += squares[j];
+  return float(double(narrowest) * sqrt(squares[0] / double(n)));
 }
 
-void lay_out_token(void* context, int64_t token) {
-  LayOutTask& task = *static_cast<LayOutTask*>(context);
+void lay_out_token(LayOutTask& task, int64_t token) {
   const QwenrtQuantMatrix& w = *task.w;
   const IntegerInput& in = task.in;
   const float* x = task.x + token * w.in_features;
@@ -75,13 +79,20 @@ void lay_out_token(void* context, int64_t token) {
       scatter(low, words * places, task.low + out, in.tile);
       if (kind == 2) {
         scatter(high, words * places, task.high + out, in.tile);
-        task.wide[at].store(1, std::memory_order_relaxed);
+        task.wide[at] = uint8_t(task.wide[at] | 1 << lane);
       }
       group_sum += scale * float(sum);
       out += words * places * in.tile;
     }
     task.sums[(tile * w.groups + g) * in.tile + lane] = group_sum;
   }
+}
+
+// The tokens of a tile lie between each other: two threads would take the lines of the cache from one another.
+void lay_out_tile(void* context, int64_t tile) {
+  LayOutTask& task = *static_cast<LayOutTask*>(context);
+  const int64_t first = tile * task.in.tile, last = std::min(first + task.in.tile, task.in.tokens);
+  for (int64_t token = first; token < last; ++token) lay_out_token(task, token);
 }
 
 // What the activations of a chunk are once laid out, less their places.
@@ -118,16 +129,16 @@ int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations*
   task.high = task.low + sizes.low;
   task.scales = reinterpret_cast<float*>(task.high + sizes.high);
   task.sums = task.scales + sizes.scales;
-  task.wide = reinterpret_cast<std::atomic<uint8_t>*>(task.sums + sizes.sums);
+  task.wide = reinterpret_cast<uint8_t*>(task.sums + sizes.sums);
   // Unwritten lanes and upper bytes that a neighbour in the tile makes others read must be zeros.
   if (in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));
   else if (how) memset(static_cast<void*>(task.high), 0, size_t(sizes.high) * 4);
   memset(static_cast<void*>(task.wide), 0, size_t(sizes.wide));
-  if (in.tokens < 8)
-    for (int64_t t = 0; t < in.tokens; ++t) lay_out_token(&task, t);
-  else parallel_for(in.tokens, lay_out_token, &task);
+  if (in.tiles < kTilesWorthWaking)
+    for (int64_t tile = 0; tile < in.tiles; ++tile) lay_out_tile(&task, tile);
+  else parallel_for(in.tiles, lay_out_tile, &task);
   in.low = task.low, in.high = task.high, in.scales = task.scales, in.sums = task.sums;
-  in.wide = reinterpret_cast<const uint8_t*>(task.wide);
+  in.wide = task.wide;
   return task.status.load();
 }
 

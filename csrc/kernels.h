@@ -27,7 +27,7 @@ struct QuantInput {
 struct IntegerInput {
   const int32_t* low;
   const int32_t* high;  // of wide blocks; elsewhere anything
-  const uint8_t* wide;  // [tiles][blocks]: whether a token of the tile needs `high`; the others have zeros there
+  const uint8_t* wide;  // [tiles][blocks]: bit t: token t of the tile needs `high`; the others have zeros there
   const float* scales;  // [tiles][blocks][tile]
   const float* sums;    // [tiles][groups][tile]: of scale * q
   int64_t tiles;

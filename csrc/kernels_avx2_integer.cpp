@@ -52,12 +52,13 @@ constexpr int kPlaces = 2;            // of 4-bit codes as bytes and of 8-bit on
 constexpr int64_t kAheadBytes = 1024;  // of a stream, asked for before they are read
 constexpr int kByteWords = 4;         // of a block; 8 products of at most 2 * 15 * 128 fit in int16
 
-// sums (or, the first time, what is to become them) and the products of one word's codes with bytes x.
-template <bool FIRST, int TILE, int STREAMS>
+// sums (or, the first time, what is to become them) and the products of one word's codes with bytes x, of which a tile
+// has one every LANES.
+template <bool FIRST, int LANES, int TILE, int STREAMS>
 INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x,
                      __m256i (&sums)[STREAMS][TILE]) {
   if constexpr (TILE == 1) {  // a word is loaded once
-    const __m256i x0 = broadcast(x), x1 = broadcast(x + 1);
+    const __m256i x0 = broadcast(x), x1 = broadcast(x + LANES);
     UNROLL(STREAMS, s, {
       const __m256i word = load_words(words[s] + offset);
       if constexpr (FIRST) sums[s][0] = times_bytes(codes_at<4, 0>(word), x0);
@@ -80,14 +81,15 @@ INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, co
 }
 
 // The dot products of `count` <= kByteWords words with bytes, in int32.
-template <int TILE, int STREAMS>
+template <int TILE, int STREAMS, int LANES = TILE>
 INLINE void byte_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
                           __m256i (&sums)[STREAMS][TILE]) {
   if (count == kByteWords) {
-    UNROLL(kByteWords, i, { add_word<i == 0>(words, offset + i * QWENRT_BLOCK, x + i * kPlaces * TILE, sums); });
+    UNROLL(kByteWords, i, { add_word<i == 0, LANES>(words, offset + i * QWENRT_BLOCK, x + i * kPlaces * LANES, sums); });
   } else {
     UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
-    for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * TILE) add_word<false>(words, offset, x, sums);
+    for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * LANES)
+      add_word<false, LANES>(words, offset, x, sums);
   }
   const __m256i ones = _mm256_set1_epi16(1);
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_madd_epi16(sums[s][t], ones); }); });
@@ -183,6 +185,29 @@ INLINE void add_scaled(const __m256i (&products)[COUNT][TILE], const float* scal
   });
 }
 
+// As add_scaled of a whole block that few tokens have wide: each of these costs a pass of its own.
+template <int TILE, int STREAMS>
+INLINE void add_few_wide(const Cursor<STREAMS>& c, Sums<STREAMS, TILE>& sums) {
+  alignas(32) __m256i dots[TILE][STREAMS];
+  {
+    __m256i products[STREAMS][TILE];
+    byte_products(c.words, c.offset, c.low, kByteWords, products);
+    UNROLL(TILE, t, { UNROLL(STREAMS, s, { _mm256_store_si256(&dots[t][s], products[s][t]); }); });
+  }
+  for (int t = 0; t < TILE; ++t) {
+    if (!(*c.wide >> t & 1)) continue;
+    __m256i upper[STREAMS][1];
+    byte_products<1, STREAMS, TILE>(c.words, c.offset, c.high + t, kByteWords, upper);
+    UNROLL(STREAMS, s, {
+      dots[t][s] = _mm256_add_epi32(dots[t][s], _mm256_slli_epi32(upper[s][0], 8));
+    });
+  }
+  UNROLL(TILE, t, {
+    const __m256 scale = _mm256_broadcast_ss(c.scales + t);
+    UNROLL(STREAMS, s, { sums.set(s, t, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[t][s]), sums.at(s, t))); });
+  });
+}
+
 // sums += scale * dot product of one block of `count` words, and on to the next.
 template <int BITS, int TILE, int STREAMS>
 INLINE void add_block(Cursor<STREAMS>& c, int64_t count, Sums<STREAMS, TILE>& sums) {
@@ -201,13 +226,15 @@ INLINE void add_block(Cursor<STREAMS>& c, int64_t count, Sums<STREAMS, TILE>& su
     __m256i products[STREAMS][TILE];
     wide_products(c.words, c.offset, c.low, c.high, count, products);
     add_scaled(products, c.scales, 0, sums);
-  } else {
+  } else if (TILE < 4 || __builtin_popcount(*c.wide) > 2 || count < kByteWords) {
     UNROLL(STREAMS, s, {  // one after the other: the sums of more do not fit into the registers
       asm("" : "+r"(c.low), "+r"(c.high));  // else the compiler keeps each one's activations for the next, in memory
       __m256i products[1][TILE];
       wide_products({c.words[s]}, c.offset, c.low, c.high, count, products);
       add_scaled(products, c.scales, s, sums);
     });
+  } else {
+    add_few_wide(c, sums);
   }
   c.offset += count * QWENRT_BLOCK;
   c.low += count * kPlaces * TILE;
