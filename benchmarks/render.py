@@ -48,8 +48,8 @@ _METHOD = """## How it is measured
   the two medians of five around qwenrt's turn.
 - **int8 head** means `quantize_head="int8"`; otherwise the head is bfloat16. Activations are what the inputs of
   quantised linears are rounded to.
-- **Start** is a fresh Python that loads a checkpoint from disk and computes one token, pages and packed weights cached
-  by an earlier start.
+- **Start** is a fresh Python until it has loaded a checkpoint from disk and computed one token, pages and packed
+  weights cached by an earlier start; more than half of it is `import torch`.
 - "Others" is the largest share of the cores that other processes, or other machines on the same host, had during a
   measurement. A round with more than 10 % of it is disturbed: it is measured again, and does not count unless all
   rounds were.

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import tempfile
 from typing import Any
 
 from benchmarks.checkpoints import qwen1_checkpoint
@@ -20,6 +21,7 @@ settings = json.loads(sys.argv[2])
 llm = qwenrt.load(sys.argv[1], **settings)
 done = llm.generate(prompt_token_ids={prompt}, temperature=0, max_tokens=1, ignore_eos=True)
 assert len(done.token_ids) == 1
+print(flush=True)
 """
 _LLAMA = """
 import sys, json
@@ -28,6 +30,7 @@ from benchmarks.llama_engine import LlamaEngine
 settings = json.loads(sys.argv[2])
 engine = LlamaEngine(sys.argv[1], settings, int(sys.argv[3]), Path(sys.argv[4]))
 engine.prefill({tokens})
+print(flush=True)
 """
 
 
@@ -53,15 +56,21 @@ class Starter:
         self.about: dict[str, Any] = {"first_start_s": first["seconds"]}
 
     def ask(self, work: object = None) -> dict[str, Any]:
-        before = children_seconds()
-        with Stopwatch() as watch:
-            done = subprocess.run(
-                self._command, env=self._environment, capture_output=True, text=True, cwd=ROOT
-            )
-        if done.returncode != 0:
-            raise SystemExit(f"a fresh process failed:\n{done.stderr[-2000:]}")
-        used = (children_seconds() - before) / watch.seconds / (os.cpu_count() or 1)
-        return {"seconds": watch.seconds, "foreign": round(max(0.0, watch.foreign - used), 3)}
+        """Until the process says that it has its token; how long it takes to end is not counted."""
+        before, whole, until_token = children_seconds(), Stopwatch(), Stopwatch()
+        with whole, tempfile.TemporaryFile() as errors:
+            with until_token:
+                process = subprocess.Popen(
+                    self._command, env=self._environment, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT
+                )
+                assert process.stdout is not None
+                said = process.stdout.readline()
+            process.communicate()
+            if process.returncode != 0 or not said:
+                errors.seek(0)
+                raise SystemExit(f"a fresh process failed:\n{errors.read().decode(errors='replace')[-2000:]}")
+        used = (children_seconds() - before) / whole.seconds / (os.cpu_count() or 1)
+        return {"seconds": until_token.seconds, "foreign": round(max(0.0, whole.foreign - used), 3)}
 
 
 def children_seconds() -> float:
