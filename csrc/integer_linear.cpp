@@ -46,53 +46,82 @@ float narrow_limit(const float* x, int64_t n, float narrowest) {
   return float(double(narrowest) * sqrt(squares[0] / double(n)));
 }
 
+// A block of a row and of a token's activations.
+struct Block {
+  int64_t group, at;      // among the groups and the blocks
+  int64_t word, words;    // its first word of a row, and how many it has
+  int64_t first, inputs;  // its first input, and how many there are
+};
+
+// f(block) for every block of a row, in order.
+template <class Each>
+void each_block(const QwenrtQuantMatrix& w, const IntegerInput& in, Each f) {
+  const int64_t per_word = 32 / w.bits;
+  int64_t at = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t end = std::min((g + 1) * w.group_size, w.in_features);
+    for (int64_t skipped = 0; skipped < w.words_per_group; skipped += in.words_per_block, ++at) {
+      const int64_t words = std::min(in.words_per_block, w.words_per_group - skipped);
+      const int64_t first = g * w.group_size + skipped * per_word;
+      f(Block{g, at, g * w.words_per_group + skipped, words, first, std::min(end - first, words * per_word)});
+    }
+  }
+}
+
+// The inputs of a block where they lie, or in `values` where they lie apart or there are fewer than `padded`.
+const float* inputs_of(const QwenrtQuantMatrix& w, const float* x, const Block& block, int64_t padded, float* values) {
+  if (!w.perm && block.inputs == padded) return x + block.first;
+  for (int64_t i = 0; i < padded; ++i)
+    values[i] = i >= block.inputs ? 0.0f : (w.perm ? x[w.perm[block.first + i]] : x[block.first + i]);
+  return values;
+}
+
 void lay_out_token(LayOutTask& task, int64_t token) {
   const QwenrtQuantMatrix& w = *task.w;
   const IntegerInput& in = task.in;
   const float* x = task.x + token * w.in_features;
-  const int64_t per_word = 32 / w.bits, places = places_of(w.bits, in.pairs), tile = token / in.tile, lane = token % in.tile;
+  const int64_t places = places_of(w.bits, in.pairs), tile = token / in.tile, lane = token % in.tile;
+  const int64_t row = w.groups * w.words_per_group * places, blocks = w.groups * in.blocks_per_group;
   const float narrow = task.how ? narrow_limit(x, w.in_features, task.how->narrowest) : -1.0f;
   const float outlier = task.how ? task.how->outlier : 0;
-  int64_t out = tile * w.groups * w.words_per_group * places * in.tile + lane;
-  float values[kPairBlock];
-  for (int64_t g = 0; g < w.groups; ++g) {
-    float group_sum = 0;
-    for (int64_t part = 0; part < in.blocks_per_group; ++part) {
-      const int64_t skipped = part * in.words_per_block, rest = w.words_per_group - skipped;
-      const int64_t words = rest < in.words_per_block ? rest : in.words_per_block, first = g * w.group_size + skipped * per_word;
-      const int64_t end = (g + 1) * w.group_size < w.in_features ? (g + 1) * w.group_size : w.in_features;
-      const int64_t inputs = end - first < words * per_word ? end - first : words * per_word;
-      const int64_t padded = (words * per_word + 7) / 8 * 8, at = tile * w.groups * in.blocks_per_group + g * in.blocks_per_group + part;
-      const float* source = x + first;
-      if (w.perm || inputs < padded) {
-        for (int64_t i = 0; i < padded; ++i)
-          values[i] = i >= inputs ? 0.0f : (w.perm ? x[w.perm[first + i]] : x[first + i]);
-        source = values;
-      }
-      int32_t low[kPairBlock], high[kPairBlock], sum = 0;
-      float& scale = task.scales[at * in.tile + lane];
-      const int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
-      if (!kind) {
-        task.status.store(QWENRT_NOT_FINITE);
-        return;
-      }
-      scatter(low, words * places, task.low + out, in.tile);
-      if (kind == 2) {
-        scatter(high, words * places, task.high + out, in.tile);
-        task.wide[at] = uint8_t(task.wide[at] | 1 << lane);
-      }
-      group_sum += scale * float(sum);
-      out += words * places * in.tile;
+  each_block(w, in, [&](const Block& block) {
+    float values[kPairBlock];
+    int32_t low[kPairBlock], high[kPairBlock], sum = 0;
+    const int64_t padded = (block.words * 32 / w.bits + 7) / 8 * 8, at = tile * blocks + block.at;
+    const float* source = inputs_of(w, x, block, padded, values);
+    float& scale = task.scales[at * in.tile + lane];
+    const int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
+    if (!kind) {
+      task.status.store(QWENRT_NOT_FINITE);
+      return;
     }
-    task.sums[(tile * w.groups + g) * in.tile + lane] = group_sum;
-  }
+    const int64_t out = (tile * row + block.word * places) * in.tile + lane;
+    scatter(low, block.words * places, task.low + out, in.tile);
+    if (kind == 2) {
+      scatter(high, block.words * places, task.high + out, in.tile);
+      task.wide[at] = uint8_t(task.wide[at] | 1 << lane);
+    }
+    float& group_sum = task.sums[(tile * w.groups + block.group) * in.tile + lane];
+    group_sum = block.at % in.blocks_per_group ? group_sum + scale * float(sum) : scale * float(sum);
+  });
 }
 
 // The tokens of a tile lie between each other: two threads would take the lines of the cache from one another.
 void lay_out_tile(void* context, int64_t tile) {
   LayOutTask& task = *static_cast<LayOutTask*>(context);
-  const int64_t first = tile * task.in.tile, last = std::min(first + task.in.tile, task.in.tokens);
+  const IntegerInput& in = task.in;
+  const int64_t first = tile * in.tile, last = std::min(first + in.tile, in.tokens);
   for (int64_t token = first; token < last; ++token) lay_out_token(task, token);
+  if (in.tile == 1) return;
+  // Upper bytes that a neighbour makes others read must be zeros.
+  const int64_t places = places_of(task.w->bits, in.pairs), blocks = task.w->groups * in.blocks_per_group;
+  const int64_t row = task.w->groups * task.w->words_per_group * places, all = (1 << in.tile) - 1;
+  each_block(*task.w, in, [&](const Block& block) {
+    const int64_t wide = task.wide[tile * blocks + block.at];
+    int32_t* const high = task.high + (tile * row + block.word * places) * in.tile;
+    for (int64_t lane = 0; wide && wide != all && lane < in.tile; ++lane)
+      for (int64_t i = 0; !(wide >> lane & 1) && i < block.words * places; ++i) high[i * in.tile + lane] = 0;
+  });
 }
 
 // What the activations of a chunk are once laid out, less their places.
@@ -122,23 +151,20 @@ struct Sizes {
 };
 
 // x in `memory` of Sizes.bytes(), as `in` then says.
-int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations* how, const Kernels& kernels, char* memory,
-            IntegerInput& in) {
+int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations* how, const Kernels& kernels,
+            char* memory, IntegerInput& in) {
   const Sizes sizes(w, in);
-  LayOutTask task{&w, &kernels, x, reinterpret_cast<int32_t*>(memory), nullptr, nullptr, nullptr, nullptr, in, how, {QWENRT_OK}};
-  task.high = task.low + sizes.low;
-  task.scales = reinterpret_cast<float*>(task.high + sizes.high);
-  task.sums = task.scales + sizes.scales;
-  task.wide = reinterpret_cast<uint8_t*>(task.sums + sizes.sums);
-  // Unwritten lanes and upper bytes that a neighbour in the tile makes others read must be zeros.
-  if (in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));
-  else if (how) memset(static_cast<void*>(task.high), 0, size_t(sizes.high) * 4);
-  memset(static_cast<void*>(task.wide), 0, size_t(sizes.wide));
+  int32_t* const low = reinterpret_cast<int32_t*>(memory);
+  float* const scales = reinterpret_cast<float*>(low + sizes.low + sizes.high);
+  float* const sums = scales + sizes.scales;
+  uint8_t* const wide = reinterpret_cast<uint8_t*>(sums + sizes.sums);
+  LayOutTask task{&w, &kernels, x, low, low + sizes.low, wide, scales, sums, in, how, {QWENRT_OK}};
+  if (in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));  // lanes that nobody writes
+  else memset(wide, 0, size_t(sizes.wide));
   if (in.tiles < kTilesWorthWaking)
     for (int64_t tile = 0; tile < in.tiles; ++tile) lay_out_tile(&task, tile);
   else parallel_for(in.tiles, lay_out_tile, &task);
-  in.low = task.low, in.high = task.high, in.scales = task.scales, in.sums = task.sums;
-  in.wide = task.wide;
+  in.low = task.low, in.high = task.high, in.scales = scales, in.sums = sums, in.wide = wide;
   return task.status.load();
 }
 

@@ -39,6 +39,13 @@ INLINE __m256i load_words(const uint32_t* words) {
   return word;
 }
 
+// For what a stream that is at `words` comes to soon: a core's own guesses do not keep enough lines on their way.
+template <int BITS>
+INLINE void ask_ahead(const uint32_t* words) {
+  constexpr int64_t BYTES = BITS == 4 ? 1024 : 512;
+  _mm_prefetch(reinterpret_cast<const char*>(words) + BYTES, _MM_HINT_T0);
+}
+
 // The codes of one place of a word.
 template <int BITS, int P>
 INLINE __m256i codes_at(__m256i word) {
@@ -48,9 +55,8 @@ INLINE __m256i codes_at(__m256i word) {
   return _mm256_and_si256(word, mask);
 }
 
-constexpr int kPlaces = 2;            // of 4-bit codes as bytes and of 8-bit ones as pairs
-constexpr int64_t kAheadBytes = 1024;  // of a stream, asked for before they are read
-constexpr int kByteWords = 4;         // of a block; 8 products of at most 2 * 15 * 128 fit in int16
+constexpr int kPlaces = 2;             // of 4-bit codes as bytes and of 8-bit ones as pairs
+constexpr int kByteWords = 4;          // of a block; 8 products of at most 2 * 15 * 128 fit in int16
 
 // sums (or, the first time, what is to become them) and the products of one word's codes with bytes x, of which a tile
 // has one every LANES.
@@ -135,19 +141,31 @@ INLINE void wide_products(const uint32_t* const (&words)[STREAMS], int64_t offse
   });
 }
 
+// sums += the products of one word's codes with pairs x.
+template <int TILE, int STREAMS>
+INLINE void add_pair_word(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x,
+                          __m256i (&sums)[STREAMS][TILE]) {
+  UNROLL(kPlaces, p, {
+    __m256i codes[STREAMS];
+    UNROLL(STREAMS, s, { codes[s] = codes_at<8, p>(load_words(words[s] + offset)); });
+    UNROLL(TILE, t, {
+      const __m256i xs = broadcast(x + p * TILE + t);
+      UNROLL(STREAMS, s, { add_pairs(sums[s][t], codes[s], xs); });
+    });
+  });
+}
+
 template <int TILE, int STREAMS>
 INLINE void pair_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
                           __m256i (&sums)[STREAMS][TILE]) {
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
-  for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * TILE)
-    UNROLL(kPlaces, p, {
-      __m256i codes[STREAMS];
-      UNROLL(STREAMS, s, { codes[s] = codes_at<8, p>(load_words(words[s] + offset)); });
-      UNROLL(TILE, t, {
-        const __m256i xs = broadcast(x + p * TILE + t);
-        UNROLL(STREAMS, s, { add_pairs(sums[s][t], codes[s], xs); });
-      });
-    });
+  constexpr int AT_ONCE = TILE == 1 ? 2 : 1;  // two are a line of the cache
+  for (; count >= AT_ONCE; count -= AT_ONCE) {
+    if constexpr (TILE == 1) UNROLL(STREAMS, s, { ask_ahead<8>(words[s] + offset); });
+    UNROLL(AT_ONCE, i, { add_pair_word(words, offset + i * QWENRT_BLOCK, x + i * kPlaces * TILE, sums); });
+    offset += AT_ONCE * QWENRT_BLOCK, x += AT_ONCE * kPlaces * TILE;
+  }
+  if (AT_ONCE == 2 && count) add_pair_word(words, offset, x, sums);
 }
 
 // Vectors of 8 rows' sums: in registers where there are some left for them.
@@ -188,19 +206,14 @@ INLINE void add_scaled(const __m256i (&products)[COUNT][TILE], const float* scal
 // As add_scaled of a whole block that few tokens have wide: each of these costs a pass of its own.
 template <int TILE, int STREAMS>
 INLINE void add_few_wide(const Cursor<STREAMS>& c, Sums<STREAMS, TILE>& sums) {
-  alignas(32) __m256i dots[TILE][STREAMS];
-  {
-    __m256i products[STREAMS][TILE];
-    byte_products(c.words, c.offset, c.low, kByteWords, products);
-    UNROLL(TILE, t, { UNROLL(STREAMS, s, { _mm256_store_si256(&dots[t][s], products[s][t]); }); });
-  }
+  __m256i products[STREAMS][TILE], dots[TILE][STREAMS];  // the one in registers, the other in memory
+  byte_products(c.words, c.offset, c.low, kByteWords, products);
+  UNROLL(TILE, t, { UNROLL(STREAMS, s, { _mm256_store_si256(&dots[t][s], products[s][t]); }); });
   for (int t = 0; t < TILE; ++t) {
     if (!(*c.wide >> t & 1)) continue;
     __m256i upper[STREAMS][1];
     byte_products<1, STREAMS, TILE>(c.words, c.offset, c.high + t, kByteWords, upper);
-    UNROLL(STREAMS, s, {
-      dots[t][s] = _mm256_add_epi32(dots[t][s], _mm256_slli_epi32(upper[s][0], 8));
-    });
+    UNROLL(STREAMS, s, { dots[t][s] = _mm256_add_epi32(dots[t][s], _mm256_slli_epi32(upper[s][0], 8)); });
   }
   UNROLL(TILE, t, {
     const __m256 scale = _mm256_broadcast_ss(c.scales + t);
@@ -211,10 +224,9 @@ INLINE void add_few_wide(const Cursor<STREAMS>& c, Sums<STREAMS, TILE>& sums) {
 // sums += scale * dot product of one block of `count` words, and on to the next.
 template <int BITS, int TILE, int STREAMS>
 INLINE void add_block(Cursor<STREAMS>& c, int64_t count, Sums<STREAMS, TILE>& sums) {
-  if constexpr (BITS == 4 && TILE == 1) {  // arithmetic takes long enough for its own loads to come late; not with 8 bits
+  if constexpr (BITS == 4 && TILE == 1) {
     UNROLL(STREAMS, s, {
-      const char* ahead = reinterpret_cast<const char*>(c.words[s] + c.offset) + kAheadBytes;
-      UNROLL(kByteWords / 2, line, { _mm_prefetch(ahead + line * 64, _MM_HINT_T0); });
+      UNROLL(kByteWords / 2, line, { ask_ahead<4>(c.words[s] + c.offset + line * 2 * QWENRT_BLOCK); });
     });
   }
   if (BITS == 8 || !*c.wide) {
@@ -260,7 +272,8 @@ INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, float
     if constexpr (WHOLE) {
       for (int64_t part = 0; part < in.blocks_per_group; ++part) add_block<BITS, TILE>(c, MOST, sums);
     } else {
-      for (int64_t rest = w.words_per_group; rest > 0; rest -= MOST) add_block<BITS, TILE>(c, rest < MOST ? rest : MOST, sums);
+      for (int64_t rest = w.words_per_group; rest > 0; rest -= MOST)
+        add_block<BITS, TILE>(c, rest < MOST ? rest : MOST, sums);
     }
     UNROLL(STREAMS, s, {
       const int64_t i = ((row_block + s * stride) * w.groups + g) * QWENRT_BLOCK;
