@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,16 @@ PLOTS = {
     "context": ("Decode time against context", "tokens in the cache", "ms per token"),
     "batch": ("Decode throughput against batch", "sequences at once", "tokens per second"),
     "prompt": ("Prefill speed against prompt length", "tokens of the prompt", "tokens per second"),
+}
+# Why each curve has the shape that it has; bends without a reason here are faults.
+_REASONS = {
+    "context": "Of a step, the weights cost the same behind every context; attention reads the whole cache and grows "
+    "with it in a straight line, from chunks of 256 tokens that threads share.",
+    "batch": "Up to four sequences cost little more than one: each weight is read once and multiplied while the next "
+    "ones are on their way. From then on the multiplications bound it. Beyond 8 it falls slowly: every sequence needs "
+    "the whole head for its next token, which a prompt of as many tokens needs once.",
+    "prompt": "Tokens are multiplied 128 at a time, and weights are unpacked once for all of them: up to there it "
+    "rises. Beyond 512 it falls, because attention's share grows with the length.",
 }
 _ACTIVATIONS = {
     "int8": "activations int8",
@@ -42,7 +53,8 @@ _METHOD = """## How it is measured
 - **onnxruntime-genai** runs the same network as Qwen2 writes it, made int4 (head included, groups of 128,
   `int4_accuracy_level=4`: inputs of linears in int8) by its own model builder, offline, from a random checkpoint. Its
   steps include its choice of a token. No floor or goal is set against it.
-- Random weights take as long as trained ones: no kernel looks at values. `benchmarks/` says nothing about quality.
+- Random weights take as long as trained ones: no kernel looks at values, but for activations int8, which leave blocks
+  with large values at int16; how many these are depends on the model. `benchmarks/` says nothing about quality.
 - **Fraction of read** is the bytes of weights (and of the cache of keys and values) that a step has to read, by what
   qwenrt's own reading loop reads in the same time over 1 GiB with the same threads, in the same round; the larger of
   the two medians of five around qwenrt's turn.
@@ -79,10 +91,13 @@ def document(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         parts.append(f"Not measured yet: {'; '.join(missing)}.\n")
     parts.append(_rounds(summaries))
     if plots:
-        parts.append(
-            "## How it grows\n\n" + "\n".join(f"![{PLOTS[k][0]}]({path})\n" for k, path in plots.items())
-        )
+        pictures = (f"![{PLOTS[k][0]}]({path})\n\n{_wrapped(_REASONS[k])}\n" for k, path in plots.items())
+        parts.append("## How it grows\n\n" + "\n".join(pictures))
     return "\n".join([*parts, _METHOD])
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 120))
 
 
 def _machine(results: Mapping[str, Any]) -> str:
