@@ -19,8 +19,8 @@ PLOTS = {
 _REASONS = {
     "context": "Of a step, the weights cost the same behind every context; attention reads the whole cache and grows "
     "with it in a straight line, from chunks of 256 tokens that threads share.",
-    "batch": "Up to four sequences cost little more than one: each weight is read once and multiplied while the next "
-    "ones are on their way. From then on the multiplications bound it. Beyond 8 it falls slowly: every sequence needs "
+    "batch": "Two sequences cost little more than one and four less than twice as much: each weight is read once. From "
+    "then on the multiplications bound it. Beyond 8 it falls slowly: every sequence needs "
     "the whole head for its next token, which a prompt of as many tokens needs once.",
     "prompt": "Tokens are multiplied 128 at a time, and weights are unpacked once for all of them: up to there it "
     "rises. Beyond 512 it falls, because attention's share grows with the length.",
