@@ -19,7 +19,7 @@ PLOTS = {
 _REASONS = {
     "context": "Of a step, the weights cost the same behind every context; attention reads the whole cache, in chunks "
     "of 256 tokens that threads share, and grows with it in a straight line. One or two chunks leave less to share: "
-    "there a token of context costs up to twice as much. Points are minutes apart, in which the memory's speed changes.",
+    "there a token of context costs up to twice as much. Points are minutes apart, and the memory's speed changes.",
     "batch": "Two sequences cost little more than one and four less than twice as much: each weight is read once. From "
     "then on the multiplications bound it. Beyond 8 it falls slowly: every sequence needs "
     "the whole head for its next token, which a prompt of as many tokens needs once.",
