@@ -21,8 +21,8 @@ _REASONS = {
     "of 256 tokens that threads share, and grows with it in a straight line. One or two chunks leave less to share: "
     "there a token of context costs up to twice as much. Points are minutes apart, and the memory's speed changes.",
     "batch": "Two sequences cost little more than one and four less than twice as much: each weight is read once. From "
-    "then on the multiplications bound it. Beyond 8 it falls slowly: every sequence needs "
-    "the whole head for its next token, which a prompt of as many tokens needs once.",
+    "then on the multiplications bound it and it stays about level, below a prompt of as many tokens: every sequence "
+    "needs the whole head for its next token, a prompt needs it once.",
     "prompt": "Tokens are multiplied 128 at a time, and weights are unpacked once for all of them: up to there it "
     "rises. Beyond 512 it falls, because attention's share grows with the length.",
 }

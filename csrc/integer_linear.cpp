@@ -195,12 +195,13 @@ int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, i
   const bool some = how.kind == QWENRT_INT8 && w.bits == 4;
   const int64_t whole = how.narrow_rows / QWENRT_BLOCK;
   const int64_t narrow_blocks = !some ? 0 : how.narrow_rows >= w.out_features ? blocks : whole;
-  char* memory = scratch.room(2 * bytes);
+  const bool both = narrow_blocks > 0 && narrow_blocks < blocks;
+  char* memory = scratch.room(both ? 2 * bytes : bytes);
   if (!memory) return QWENRT_NO_MEMORY;
   if (narrow_blocks > 0)
     if (const int status = lay_out(w, x, &how, kernels, memory, narrow)) return status;
   if (narrow_blocks < blocks)
-    if (const int status = lay_out(w, x, nullptr, kernels, memory + bytes, wide)) return status;
+    if (const int status = lay_out(w, x, nullptr, kernels, both ? memory + bytes : memory, wide)) return status;
   const Shares shares = shares_of((blocks + 1) / 2, w.out_features * w.in_features * tokens);
   RowsTask rows{&w, &kernels, &narrow, &wide, y, narrow_blocks, blocks, shares};
   parallel_for(shares.count, run_rows_task, &rows);

@@ -90,6 +90,7 @@ typedef struct {
 // written, where a weight or a scale is not finite.
 QWENRT_API int qwenrt_quantize(const QwenrtRounding* a);
 // y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
+// Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
 QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                                      int64_t out_features, int64_t in_features, int is_half);
 // Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.

@@ -177,6 +177,8 @@ void test_shares() {
               int(units), threads);
         for (int64_t i = 0; i < shares.count; ++i)
           CHECK(shares.begin(i) <= shares.begin(i + 1), "share %d of %d", int(i), int(shares.count));
+        CHECK(units < 1000 || shares.count == 1 || 4 * (units - shares.begin(shares.count - 1)) < shares.begin(1),
+              "the last of %d shares is not small", int(shares.count));
         CHECK(shares.count == 1 || (threads > 1 && work > 100), "little work is shared");
         CHECK(shares.count > 1 || threads == 1 || work == 100 || units < 8, "%d units are not shared", int(units));
       }

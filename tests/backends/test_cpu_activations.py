@@ -272,6 +272,31 @@ def test_int8_leaves_what_feels_rounding_most_at_int16(cpu: CPUBackend) -> None:
     assert cpu.activations_of(w) == "int16"
 
 
+@pytest.mark.parametrize(
+    ("role", "largest", "wide"),
+    [
+        ("o_proj", 3.5, True),
+        ("qkv_proj", 3.5, True),
+        ("gate_up_proj", 3.5, False),
+        ("gate_up_proj", 4.5, True),
+        ("down_proj", 5.5, False),
+        ("down_proj", 7.5, True),
+    ],
+)
+def test_how_large_a_value_int8_bears_depends_on_the_linear(
+    cpu: CPUBackend, role: str, largest: float, wide: bool
+) -> None:
+    weight = random_weight(64, 2048, 4, 128)
+    w = cpu.pack_linear(weight, torch.float32)
+    w.role = role
+    x = torch.randn(1, 2048).sign()  # of root mean square 1, and of a size that int8 gives exactly
+    x[0, 100] = largest
+    wanted, size = float64_linear(x, weight)
+    cpu.configure(activations="int8")
+    error = float(((cpu.linear(x, w).double() - wanted).abs() / size).max())
+    assert (error < 2e-5) == wide
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_values_have_int16_beside_int8_queries_and_keys(cpu: CPUBackend, tokens: int) -> None:
     w = cpu.pack_linear(random_weight(96, 256, 4, 64), torch.float32)

@@ -19,7 +19,7 @@ import qwenrt
 from qwenrt.backends.cpu import CPUBackend, backend, kernels, resources
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing
-from qwenrt.ops.types import Packed
+from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.backends.test_cpu_kernels import float64_linear, random_weight
 from tests.conftest import write_tiny_checkpoint
 
@@ -272,3 +272,17 @@ def test_a_library_that_is_replaced_while_it_serves(tmp_path: Path) -> None:
     assert torch.equal(served.dense16_linear(x, weight, None), wanted)
     with pytest.raises(kernels.KernelsUnavailable, match="is missing"):
         kernels.Kernels(library)
+
+
+@pytest.mark.parametrize("kernel", ["qwenrt_quant_linear", "qwenrt_dense16_linear"])
+def test_no_memory_for_activations_is_an_error(
+    cpu: CPUBackend, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cpu.kernels is not None
+    w = random_weight(16, 64, 4, 32)
+    if kernel == "qwenrt_dense16_linear":
+        w = CanonicalWeight(dense=torch.randn(16, 64).bfloat16())
+    packed = cpu.pack_linear(w, torch.float32)
+    monkeypatch.setattr(cpu.kernels._library, kernel, lambda *_: 2)
+    with pytest.raises(MemoryError, match="no memory for the activations"):
+        cpu.linear(torch.randn(20, 64), packed)

@@ -41,7 +41,7 @@ def rounded_to(choice: str, w: Packed) -> str:
     return "int16" if choice == "int8" and (w.bits == 8 or w.role == "lm_head") else choice
 
 
-def activations_of(choice: str, w: Packed) -> Activations:
+def rule_of(choice: str, w: Packed) -> Activations:
     """As rounded_to, for the kernels. Values, which reach the next layer as they are, have int16."""
     narrowest, outlier = _NARROW.get(w.role, _OTHERS)
     rows = w.out_features - w.value_rows if w.value_rows else _ALL_ROWS

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend, OpSpec, Stack, native
 from qwenrt.backends.cpu import attention as paged
 from qwenrt.backends.cpu import elementwise, resources
-from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, activations_of, rounded_to
+from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, rounded_to, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack, Linear
 from qwenrt.backends.cpu.kernels import (
     BLOCK,
@@ -160,7 +160,7 @@ class CPUBackend(Backend):
 
     def _quantized(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         assert self.kernels is not None
-        x32, how = x.to(torch.float32).contiguous(), activations_of(self.activations, w)
+        x32, how = x.to(torch.float32).contiguous(), rule_of(self.activations, w)
         y = self.kernels.quant_linear(x32, w, how)
         if y is None:  # the tokens that the kernel refuses alone; the others of the batch keep their result
             y, refused = _quantized_torch(x32, w), ~(x32.abs().amax(-1) < _SURELY_SUMMED)
@@ -300,7 +300,7 @@ class CPUBackend(Backend):
     def _linear_struct(self, w: Packed) -> Linear | None:
         shape = (w.out_features, w.in_features)
         if w.kind in _QUANTIZED:
-            how = activations_of(self.activations, w)
+            how = rule_of(self.activations, w)
             return Linear(ctypes.addressof(w.data["native"]), None, None, None, 0, *shape, 0, how)
         if w.kind != _DENSE16:
             return None

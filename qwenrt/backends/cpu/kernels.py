@@ -175,10 +175,9 @@ class Kernels:
     def dense16_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """x float32 [T, K] contiguous, weight bfloat16 or float16 [N, K] -> float32 [T,
-        N]."""
+        """x float32 [T, K] contiguous, weight bfloat16 or float16 [N, K] -> float32 [T, N]."""
         y = torch.empty(x.shape[0], weight.shape[0])
-        self._library.qwenrt_dense16_linear(
+        status = self._library.qwenrt_dense16_linear(
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             x.data_ptr(),
@@ -187,6 +186,8 @@ class Kernels:
             *weight.shape,
             int(weight.dtype == torch.float16),
         )
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
         return y
 
     def attend(
