@@ -31,8 +31,9 @@ void blocks_times_tile(const QwenrtQuantMatrix& w, const QuantInput& in, float* 
   __m256 total[STREAMS][TILE];
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { total[s][t] = _mm256_setzero_ps(); }); });
 
+  GroupScales group(w, first * w.groups, stride * w.groups);
   int64_t offset = 0;
-  for (int64_t g = 0; g < w.groups; ++g) {
+  for (int64_t g = 0; g < w.groups; ++g, group.advance()) {
     __m256 acc[CHAINS][STREAMS][TILE];
     UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = _mm256_setzero_ps(); }); }); });
     for (int64_t i = 0; i < w.words_per_group; ++i, offset += QWENRT_BLOCK, x += PER_WORD * TILE) {
@@ -50,9 +51,8 @@ void blocks_times_tile(const QwenrtQuantMatrix& w, const QuantInput& in, float* 
       });
     }
     UNROLL(STREAMS, s, {
-      const int64_t at = ((first + s * stride) * w.groups + g) * QWENRT_BLOCK;
-      const __m256 scale = load_scales(w, at);
-      const __m256 zero = load_zeros(w, at);
+      const __m256 scale = group.scales(s);
+      const __m256 zero = group.zeros(s);
       UNROLL(TILE, t, {
         __m256 sum = acc[0][s][t];
         for (int c = 1; c < CHAINS; ++c) sum = _mm256_add_ps(sum, acc[c][s][t]);

@@ -9,15 +9,37 @@
 
 namespace {
 
-inline __m256 load_scales(const QwenrtQuantMatrix& w, int64_t i) {
-  if (w.scales_are_float) return _mm256_loadu_ps(static_cast<const float*>(w.scales) + i);
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(w.scales) + i)));
-}
+// Scales and zeros of the next group of row blocks that are `apart` groups from each other.
+struct GroupScales {
+  const char* scale;
+  int64_t scale_bytes, scale_apart;
+  const uint16_t* zero;
+  int64_t zero_apart;
+  __m256 all_zeros;
 
-inline __m256 load_zeros(const QwenrtQuantMatrix& w, int64_t i) {
-  if (!w.zeros) return _mm256_set1_ps(float(w.zero));
-  return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + i))));
-}
+  INLINE GroupScales(const QwenrtQuantMatrix& w, int64_t first, int64_t apart) {
+    scale_bytes = QWENRT_BLOCK * (w.scales_are_float ? 4 : 2);
+    scale = static_cast<const char*>(w.scales) + first * scale_bytes;
+    scale_apart = apart * scale_bytes;
+    zero = w.zeros ? w.zeros + first * QWENRT_BLOCK : nullptr;
+    zero_apart = apart * QWENRT_BLOCK;
+    all_zeros = _mm256_set1_ps(float(w.zero));
+  }
+  INLINE __m256 scales(int s) const {
+    const char* at = scale + s * scale_apart;
+    if (scale_bytes == QWENRT_BLOCK * 4) return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+  INLINE __m256 zeros(int s) const {
+    if (!zero) return all_zeros;
+    const __m128i* at = reinterpret_cast<const __m128i*>(zero + s * zero_apart);
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(at)));
+  }
+  INLINE void advance() {
+    scale += scale_bytes;
+    if (zero) zero += QWENRT_BLOCK;
+  }
+};
 
 // Rows n to n + 7 of one token, as many of them as there are.
 inline void store_rows(const QwenrtQuantMatrix& w, float* y, __m256 value, int64_t n) {

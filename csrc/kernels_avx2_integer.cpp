@@ -33,17 +33,29 @@ INLINE __m256i broadcast(const int32_t* x) {
   return all;
 }
 
-INLINE __m256i load_words(const uint32_t* words) {
-  __m256i word;
-  asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(words)));
-  return word;
-}
+// Row blocks that are read at once: STREAMS of them, `apart` words from each other.
+template <int STREAMS>
+struct Streams {
+  const uint32_t* first;
+  int64_t apart;
 
-// For what a stream that is at `words` comes to soon: a core's own guesses do not keep enough lines on their way.
-template <int BITS>
-INLINE void ask_ahead(const uint32_t* words) {
-  constexpr int64_t BYTES = BITS == 4 ? 1024 : 512;
-  _mm_prefetch(reinterpret_cast<const char*>(words) + BYTES, _MM_HINT_T0);
+  INLINE Streams ahead(int64_t words) const { return {first + words, apart}; }
+  INLINE Streams<1> only(int s) const { return {first + s * apart, 0}; }
+  INLINE __m256i load(int s) const {
+    __m256i word;
+    asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(first + s * apart)));
+    return word;
+  }
+  // Asks for the line `bytes` further on: a core's own guesses do not keep enough of them on their way.
+  INLINE void ask(int64_t bytes) const {
+    UNROLL(STREAMS, s, { _mm_prefetch(reinterpret_cast<const char*>(first + s * apart) + bytes, _MM_HINT_T0); });
+  }
+};
+
+// Keeps the compiler from deriving addresses of its own, one for each word, which it would count up one by one.
+template <class A, class B>
+INLINE void stay(A& a, B& b) {
+  asm("" : "+r"(a), "+r"(b));
 }
 
 // The codes of one place of a word.
@@ -61,12 +73,12 @@ constexpr int kByteWords = 4;          // of a block; 8 products of at most 2 * 
 // sums (or, the first time, what is to become them) and the products of one word's codes with bytes x, of which a tile
 // has one every LANES.
 template <bool FIRST, int LANES, int TILE, int STREAMS>
-INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x,
+INLINE void add_word(const Streams<STREAMS>& words, const int32_t* x,
                      __m256i (&sums)[STREAMS][TILE]) {
   if constexpr (TILE == 1) {  // a word is loaded once
     const __m256i x0 = broadcast(x), x1 = broadcast(x + LANES);
     UNROLL(STREAMS, s, {
-      const __m256i word = load_words(words[s] + offset);
+      const __m256i word = words.load(s);
       if constexpr (FIRST) sums[s][0] = times_bytes(codes_at<4, 0>(word), x0);
       else add_bytes(sums[s][0], codes_at<4, 0>(word), x0);
       add_bytes(sums[s][0], codes_at<4, 1>(word), x1);
@@ -74,7 +86,7 @@ INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, co
   } else {  // once for each place, out of the first cache: with 8 sums there is no register to keep it in
     UNROLL(kPlaces, p, {
       __m256i codes[STREAMS];
-      UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(load_words(words[s] + offset)); });
+      UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(words.load(s)); });
       UNROLL(TILE, t, {
         const __m256i xs = broadcast(x + p * TILE + t);
         UNROLL(STREAMS, s, {
@@ -88,14 +100,14 @@ INLINE void add_word(const uint32_t* const (&words)[STREAMS], int64_t offset, co
 
 // The dot products of `count` <= kByteWords words with bytes, in int32.
 template <int TILE, int STREAMS, int LANES = TILE>
-INLINE void byte_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
+INLINE void byte_products(const Streams<STREAMS>& words, const int32_t* x, int64_t count,
                           __m256i (&sums)[STREAMS][TILE]) {
   if (count == kByteWords) {
-    UNROLL(kByteWords, i, { add_word<i == 0, LANES>(words, offset + i * QWENRT_BLOCK, x + i * kPlaces * LANES, sums); });
+    UNROLL(kByteWords, i, { add_word<i == 0, LANES>(words.ahead(i * QWENRT_BLOCK), x + i * kPlaces * LANES, sums); });
   } else {
     UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
-    for (int64_t i = 0; i < count; ++i, offset += QWENRT_BLOCK, x += kPlaces * LANES)
-      add_word<false, LANES>(words, offset, x, sums);
+    for (int64_t i = 0; i < count; ++i)
+      add_word<false, LANES>(words.ahead(i * QWENRT_BLOCK), x + i * kPlaces * LANES, sums);
   }
   const __m256i ones = _mm256_set1_epi16(1);
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_madd_epi16(sums[s][t], ones); }); });
@@ -103,12 +115,12 @@ INLINE void byte_products(const uint32_t* const (&words)[STREAMS], int64_t offse
 
 // Both bytes of a wide block at once: its codes are masked once.
 template <int TILE, int STREAMS>
-INLINE void wide_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* low,
+INLINE void wide_products(const Streams<STREAMS>& words, const int32_t* low,
                           const int32_t* high, int64_t count, __m256i (&sums)[STREAMS][TILE]) {
   __m256i upper[STREAMS][TILE];
   if (count < kByteWords) {
-    byte_products(words, offset, low, count, sums);
-    byte_products(words, offset, high, count, upper);
+    byte_products(words, low, count, sums);
+    byte_products(words, high, count, upper);
     UNROLL(STREAMS, s, {
       UNROLL(TILE, t, { sums[s][t] = _mm256_add_epi32(sums[s][t], _mm256_slli_epi32(upper[s][t], 8)); });
     });
@@ -117,7 +129,7 @@ INLINE void wide_products(const uint32_t* const (&words)[STREAMS], int64_t offse
   UNROLL(kByteWords * kPlaces, n, {
     constexpr int i = n / kPlaces, p = n % kPlaces;
     __m256i codes[STREAMS];
-    UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(load_words(words[s] + offset + i * QWENRT_BLOCK)); });
+    UNROLL(STREAMS, s, { codes[s] = codes_at<4, p>(words.ahead(i * QWENRT_BLOCK).load(s)); });
     UNROLL(TILE, t, {
       const __m256i l = broadcast(low + n * TILE + t);
       const __m256i h = broadcast(high + n * TILE + t);
@@ -132,10 +144,10 @@ INLINE void wide_products(const uint32_t* const (&words)[STREAMS], int64_t offse
       });
     });
   });
-  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i ones = _mm256_set1_epi16(1), bytes = _mm256_set1_epi16(256);
   UNROLL(STREAMS, s, {
     UNROLL(TILE, t, {
-      const __m256i h = _mm256_slli_epi32(_mm256_madd_epi16(upper[s][t], ones), 8);
+      const __m256i h = _mm256_madd_epi16(upper[s][t], bytes);
       sums[s][t] = _mm256_add_epi32(_mm256_madd_epi16(sums[s][t], ones), h);
     });
   });
@@ -143,11 +155,11 @@ INLINE void wide_products(const uint32_t* const (&words)[STREAMS], int64_t offse
 
 // sums += the products of one word's codes with pairs x.
 template <int TILE, int STREAMS>
-INLINE void add_pair_word(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x,
+INLINE void add_pair_word(const Streams<STREAMS>& words, const int32_t* x,
                           __m256i (&sums)[STREAMS][TILE]) {
   UNROLL(kPlaces, p, {
     __m256i codes[STREAMS];
-    UNROLL(STREAMS, s, { codes[s] = codes_at<8, p>(load_words(words[s] + offset)); });
+    UNROLL(STREAMS, s, { codes[s] = codes_at<8, p>(words.load(s)); });
     UNROLL(TILE, t, {
       const __m256i xs = broadcast(x + p * TILE + t);
       UNROLL(STREAMS, s, { add_pairs(sums[s][t], codes[s], xs); });
@@ -156,16 +168,18 @@ INLINE void add_pair_word(const uint32_t* const (&words)[STREAMS], int64_t offse
 }
 
 template <int TILE, int STREAMS>
-INLINE void pair_products(const uint32_t* const (&words)[STREAMS], int64_t offset, const int32_t* x, int64_t count,
+INLINE void pair_products(const Streams<STREAMS>& words, const int32_t* x, int64_t count,
                           __m256i (&sums)[STREAMS][TILE]) {
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums[s][t] = _mm256_setzero_si256(); }); });
   constexpr int AT_ONCE = TILE == 1 ? 2 : 1;  // two are a line of the cache
+  Streams<STREAMS> at = words;
   for (; count >= AT_ONCE; count -= AT_ONCE) {
-    if constexpr (TILE == 1) UNROLL(STREAMS, s, { ask_ahead<8>(words[s] + offset); });
-    UNROLL(AT_ONCE, i, { add_pair_word(words, offset + i * QWENRT_BLOCK, x + i * kPlaces * TILE, sums); });
-    offset += AT_ONCE * QWENRT_BLOCK, x += AT_ONCE * kPlaces * TILE;
+    if constexpr (TILE == 1) at.ask(512);
+    UNROLL(AT_ONCE, i, { add_pair_word(at.ahead(i * QWENRT_BLOCK), x + i * kPlaces * TILE, sums); });
+    at = at.ahead(AT_ONCE * QWENRT_BLOCK), x += AT_ONCE * kPlaces * TILE;
+    stay(at.first, x);
   }
-  if (AT_ONCE == 2 && count) add_pair_word(words, offset, x, sums);
+  if (AT_ONCE == 2 && count) add_pair_word(at, x, sums);
 }
 
 // Vectors of 8 rows' sums: in registers where there are some left for them.
@@ -185,11 +199,13 @@ struct Sums<STREAMS, 1> {
 // Where the next block begins: in STREAMS rows of words and in the activations of a tile. Both are without gaps.
 template <int STREAMS>
 struct Cursor {
-  const uint32_t* words[STREAMS];
-  int64_t offset;
-  const int32_t *low, *high;
+  Streams<STREAMS> words;
+  const int32_t* low;
+  int64_t upper;  // from `low` on to the upper bytes
   const float* scales;
   const uint8_t* wide;
+
+  INLINE const int32_t* high() const { return low + upper; }
 };
 
 // sums[first...] += scale * the dot products of one block.
@@ -207,12 +223,12 @@ INLINE void add_scaled(const __m256i (&products)[COUNT][TILE], const float* scal
 template <int TILE, int STREAMS>
 INLINE void add_few_wide(const Cursor<STREAMS>& c, Sums<STREAMS, TILE>& sums) {
   __m256i products[STREAMS][TILE], dots[TILE][STREAMS];  // the one in registers, the other in memory
-  byte_products(c.words, c.offset, c.low, kByteWords, products);
+  byte_products(c.words, c.low, kByteWords, products);
   UNROLL(TILE, t, { UNROLL(STREAMS, s, { _mm256_store_si256(&dots[t][s], products[s][t]); }); });
   for (int t = 0; t < TILE; ++t) {
     if (!(*c.wide >> t & 1)) continue;
     __m256i upper[STREAMS][1];
-    byte_products<1, STREAMS, TILE>(c.words, c.offset, c.high + t, kByteWords, upper);
+    byte_products<1, STREAMS, TILE>(c.words, c.high() + t, kByteWords, upper);
     UNROLL(STREAMS, s, { dots[t][s] = _mm256_add_epi32(dots[t][s], _mm256_slli_epi32(upper[s][0], 8)); });
   }
   UNROLL(TILE, t, {
@@ -225,34 +241,32 @@ INLINE void add_few_wide(const Cursor<STREAMS>& c, Sums<STREAMS, TILE>& sums) {
 template <int BITS, int TILE, int STREAMS>
 INLINE void add_block(Cursor<STREAMS>& c, int64_t count, Sums<STREAMS, TILE>& sums) {
   if constexpr (BITS == 4 && TILE == 1) {
-    UNROLL(STREAMS, s, {
-      UNROLL(kByteWords / 2, line, { ask_ahead<4>(c.words[s] + c.offset + line * 2 * QWENRT_BLOCK); });
-    });
+    UNROLL(kByteWords / 2, line, { c.words.ask(1024 + 64 * line); });
   }
   if (BITS == 8 || !*c.wide) {
     __m256i products[STREAMS][TILE];
-    if constexpr (BITS == 8) pair_products(c.words, c.offset, c.low, count, products);
-    else byte_products(c.words, c.offset, c.low, count, products);
+    if constexpr (BITS == 8) pair_products(c.words, c.low, count, products);
+    else byte_products(c.words, c.low, count, products);
     add_scaled(products, c.scales, 0, sums);
   } else if constexpr (TILE == 1) {
     __m256i products[STREAMS][TILE];
-    wide_products(c.words, c.offset, c.low, c.high, count, products);
+    wide_products(c.words, c.low, c.high(), count, products);
     add_scaled(products, c.scales, 0, sums);
   } else if (TILE < 4 || __builtin_popcount(*c.wide) > 2 || count < kByteWords) {
     UNROLL(STREAMS, s, {  // one after the other: the sums of more do not fit into the registers
-      asm("" : "+r"(c.low), "+r"(c.high));  // else the compiler keeps each one's activations for the next, in memory
+      stay(c.low, c.upper);  // else the compiler keeps each one's activations for the next, in memory
       __m256i products[1][TILE];
-      wide_products({c.words[s]}, c.offset, c.low, c.high, count, products);
+      wide_products(c.words.only(s), c.low, c.high(), count, products);
       add_scaled(products, c.scales, s, sums);
     });
   } else {
     add_few_wide(c, sums);
   }
-  c.offset += count * QWENRT_BLOCK;
+  c.words.first += count * QWENRT_BLOCK;
   c.low += count * kPlaces * TILE;
-  c.high += count * kPlaces * TILE;
   c.scales += TILE;
   ++c.wide;
+  stay(c.words.first, c.low), stay(c.scales, c.wide);
 }
 
 // Adds groups [first, last) of one tile to `totals` [STREAMS][TILE][8 rows]; row blocks are `stride` apart.
@@ -263,28 +277,31 @@ INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, float
   const int64_t row_words = w.groups * w.words_per_group, blocks = w.groups * in.blocks_per_group;
   const int64_t word = first * w.words_per_group, at = tile * blocks + first * in.blocks_per_group;
   const int64_t x = (tile * row_words + word) * kPlaces * TILE;
-  Cursor<STREAMS> c{{}, word * QWENRT_BLOCK, in.low + x, in.high + x, in.scales + at * TILE, in.wide + at};
-  UNROLL(STREAMS, s, { c.words[s] = w.words + (row_block + s * stride) * row_words * QWENRT_BLOCK; });
+  const Streams<STREAMS> words{w.words + (row_block * row_words + word) * QWENRT_BLOCK,
+                               stride * row_words * QWENRT_BLOCK};
+  Cursor<STREAMS> c{words, in.low + x, in.high - in.low, in.scales + at * TILE, in.wide + at};
+  GroupScales group(w, row_block * w.groups + first, stride * w.groups);
   const float* x_sums = in.sums + (tile * w.groups + first) * TILE;
-  for (int64_t g = first; g < last; ++g, x_sums += TILE) {
+  const int64_t parts = in.blocks_per_group;
+  for (int64_t rest = last - first; rest > 0; --rest, x_sums += TILE) {
     Sums<STREAMS, TILE> sums;
     UNROLL(STREAMS, s, { UNROLL(TILE, t, { sums.set(s, t, _mm256_setzero_ps()); }); });
     if constexpr (WHOLE) {
-      for (int64_t part = 0; part < in.blocks_per_group; ++part) add_block<BITS, TILE>(c, MOST, sums);
+      for (int64_t part = parts; part > 0; --part) add_block<BITS, TILE>(c, MOST, sums);
     } else {
-      for (int64_t rest = w.words_per_group; rest > 0; rest -= MOST)
-        add_block<BITS, TILE>(c, rest < MOST ? rest : MOST, sums);
+      for (int64_t count = w.words_per_group; count > 0; count -= MOST)
+        add_block<BITS, TILE>(c, count < MOST ? count : MOST, sums);
     }
     UNROLL(STREAMS, s, {
-      const int64_t i = ((row_block + s * stride) * w.groups + g) * QWENRT_BLOCK;
-      const __m256 scale = load_scales(w, i);
-      const __m256 zero = load_zeros(w, i);
+      const __m256 scale = group.scales(s);
+      const __m256 zero = group.zeros(s);
       UNROLL(TILE, t, {
         float* total = totals + (s * TILE + t) * QWENRT_BLOCK;
         const __m256 sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(x_sums + t), sums.at(s, t));
         _mm256_store_ps(total, _mm256_fmadd_ps(scale, sum, _mm256_load_ps(total)));
       });
     });
+    group.advance();
   }
 }
 
