@@ -1,4 +1,4 @@
-// The C ABI of the linears: lays out the activations and shares the rows between the threads.
+// The C ABI of the quantised linears: lays out the activations and shares the rows between the threads.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int64_t kTokensAtOnce = 32;      // bounds the scratch memory; weights are read again for each such chunk
-constexpr int64_t kDenseRows = 16;         // of a dense matrix, that stay together
 constexpr float kLargestGroup = 6e35f;     // of a group's |x|: times 2 * 2^8, for code and zero, it still is finite
 
 Scratch scratch;
@@ -89,45 +88,6 @@ int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int
   return QWENRT_OK;
 }
 
-struct DenseTask {
-  const uint16_t* w;
-  const float* bias;
-  const float* x;
-  float* y;
-  int64_t tokens, out_features, in_features;
-  int is_half;
-  const Kernels* kernels;
-  Shares shares;  // of kDenseRows each
-};
-
-void run_dense_task(void* context, int64_t i) {
-  const DenseTask& t = *static_cast<const DenseTask*>(context);
-  const int64_t end = t.shares.begin(i + 1) * kDenseRows;
-  t.kernels->dense16_rows(t.w, t.bias, t.x, t.y, t.tokens, t.out_features, t.in_features, t.is_half,
-                          t.shares.begin(i) * kDenseRows, end < t.out_features ? end : t.out_features);
-}
-
-struct TileTask {
-  const float* x;
-  float* tiled;
-  int64_t tokens, in_features;
-};
-
-// One slab of inputs, as kernels.h says of dense activations in tiles.
-void run_tile_task(void* context, int64_t slab) {
-  const TileTask& t = *static_cast<const TileTask*>(context);
-  const int64_t first = slab * kDenseSlab, rest = t.in_features - first, inputs = rest < kDenseSlab ? rest : kDenseSlab;
-  float* out = t.tiled + first * t.tokens;
-  for (int64_t token = 0; token < t.tokens;) {
-    const int64_t tile = next_tile(t.tokens - token);
-    for (int64_t lane = 0; lane < tile; ++lane) {
-      const float* x = t.x + (token + lane) * t.in_features + first;
-      for (int64_t k = 0; k < inputs; ++k) out[k * tile + lane] = x[k];
-    }
-    out += tile * inputs, token += tile;
-  }
-}
-
 struct ReadTask {
   const uint64_t* memory;
   int64_t words, tasks;
@@ -174,23 +134,6 @@ int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, in
                              : integer_linear_chunk(*w, in, out, chunk, *activations, linear_kernels());
     if (status != QWENRT_OK) return status;
   }
-  return QWENRT_OK;
-}
-
-int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
-                          int64_t out_features, int64_t in_features, int is_half) {
-  PoolLock lock;
-  const int64_t units = (out_features + kDenseRows - 1) / kDenseRows;
-  const Shares shares = shares_of(units, out_features * in_features * tokens);
-  DenseTask task{w, bias, x, y, tokens, out_features, in_features, is_half, &linear_kernels(), shares};
-  if (task.kernels->dense_tiles_from && tokens >= task.kernels->dense_tiles_from) {
-    float* tiled = reinterpret_cast<float*>(scratch.room(tokens * in_features * int64_t(sizeof(float))));
-    if (!tiled) return QWENRT_NO_MEMORY;
-    TileTask lay_out{x, tiled, tokens, in_features};
-    parallel_for((in_features + kDenseSlab - 1) / kDenseSlab, run_tile_task, &lay_out);
-    task.x = tiled;
-  }
-  parallel_for(shares.count, run_dense_task, &task);
   return QWENRT_OK;
 }
 

@@ -135,6 +135,7 @@ int add_expert(const QwenrtExperts& e, int64_t expert, const float* normed, floa
 
 int run_linear(const QwenrtLinear& w, const float* x, float* y, int64_t tokens, float* part) {
   if (w.quant) return qwenrt_quant_linear(w.quant, x, y, tokens, &w.activations);
+  if (w.dense12) return qwenrt_dense12_linear(w.dense12, x, y, tokens);
   if (!w.part_count)
     return qwenrt_dense16_linear(w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, w.is_half);
   for (int64_t i = 0; i < w.part_count; y += w.parts[i++].out_features) {

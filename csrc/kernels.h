@@ -54,6 +54,13 @@ inline int64_t next_tile(int64_t tokens) {
   return (tokens + tiles - 1) / tiles;
 }
 
+// Chunks of one row of a 12-bit matrix.
+inline int64_t chunks_of(const QwenrtDense12& w) { return (w.in_features + QWENRT_CHUNK - 1) / QWENRT_CHUNK; }
+
+// From one token's activations to the next one's: whole chunks, and a line more, for tokens that are a power of two apart
+// would take each other's places in the first cache.
+inline int64_t apart12(const QwenrtDense12& w) { return chunks_of(w) * QWENRT_CHUNK + 16; }
+
 inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
 
 struct Kernels {
@@ -73,6 +80,11 @@ struct Kernels {
   // by one fused multiply-add; so is a group's, less zero * sums. Every kernel, and every number of tokens, gives the
   // same bits.
   void (*integer_rows)(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
+  // Rows [begin, end) of y [tokens][out_features] for few tokens. x [tokens][apart12], inputs past the row's end are zeros.
+  // NULL: 16 bits serve better.
+  void (*dense12_rows)(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin, int64_t end);
+  // One row as it was, out [in_features]; NULL as dense12_rows.
+  void (*unpack12)(const QwenrtDense12& w, int64_t row, uint16_t* out);
   int pairs;                 // whether 8-bit codes want pairs
   int64_t dense_tiles_from;  // 0: never
 };

@@ -53,12 +53,26 @@ inline void store_rows(const QwenrtQuantMatrix& w, float* y, __m256 value, int64
   for (int64_t i = n; i < w.out_features; ++i) y[i] = w.bias ? lanes[i - n] + w.bias[i] : lanes[i - n];
 }
 
+inline float sum8(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// Keeps the compiler from deriving addresses of its own, one for each load, which it would count up one by one.
+template <class A, class B>
+INLINE void stay(A& a, B& b) {
+  asm("" : "+r"(a), "+r"(b));
+}
+
 }  // namespace
 
 int avx2_round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
                      float* scale, int32_t* sum);
 void avx2_dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
+void avx2_dense12_rows(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin, int64_t end);
+void avx2_unpack12(const QwenrtDense12& w, int64_t row, uint16_t* out);
 extern const int64_t avx2_dense_tiles_from;
 void avx2_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
 #endif

@@ -52,12 +52,6 @@ struct Streams {
   }
 };
 
-// Keeps the compiler from deriving addresses of its own, one for each word, which it would count up one by one.
-template <class A, class B>
-INLINE void stay(A& a, B& b) {
-  asm("" : "+r"(a), "+r"(b));
-}
-
 // The codes of one place of a word.
 template <int BITS, int P>
 INLINE __m256i codes_at(__m256i word) {

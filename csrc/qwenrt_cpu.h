@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 9
+#define QWENRT_ABI 10
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -93,5 +93,35 @@ QWENRT_API int qwenrt_quantize(const QwenrtRounding* a);
 // Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
 QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                                      int64_t out_features, int64_t in_features, int is_half);
+
+// A bfloat16 matrix in 12 bits a weight, without loss. A weight's upper byte is its sign and all but the last bit of its
+// exponent, and 16 of these have nearly all weights of a matrix: `smallest` to `smallest` + 7, with either sign. A code of
+// 4 bits names them: its first three are what is above `smallest`, the last one is the sign. The lower byte stays.
+#define QWENRT_CHUNK 64        // inputs of a row that lie together, the last ones filled up with anything
+#define QWENRT_CHUNK_BYTES 96  // 32 bytes of codes, input i's place in them being that of lower byte i, halved; 64 lower bytes
+typedef struct {
+  const uint8_t* chunks;  // [out_features][in_features / QWENRT_CHUNK, rounded up][QWENRT_CHUNK_BYTES]
+  const float* bias;      // [out_features] or NULL
+  // A weight with another upper byte has code 0 and lower byte 0 there and is in these, row n's from first[n] on:
+  const int32_t* first;     // [out_features + 1]
+  const int32_t* inputs;    // [first[out_features]]
+  const uint16_t* weights;  // likewise
+  int64_t out_features;
+  int64_t in_features;
+  int64_t smallest;  // 0 to 120
+} QwenrtDense12;
+
+// Whether the instruction set in use gains from 12 bits.
+QWENRT_API int qwenrt_dense12_serves(void);
+// counts [256] = how often each upper byte is in w [count].
+QWENRT_API int qwenrt_dense12_count(const uint16_t* w, int64_t count, int64_t* counts);
+// w [out_features][in_features] -> the chunks and `first` of `to`, in place: `smallest`, sizes and memory are given.
+QWENRT_API int qwenrt_dense12_pack(const uint16_t* w, const QwenrtDense12* to);
+// Then the same w -> the inputs and the weights of `to`, likewise.
+QWENRT_API int qwenrt_dense12_pack_others(const uint16_t* w, const QwenrtDense12* to);
+// As qwenrt_dense16_linear.
+QWENRT_API int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int64_t tokens);
+// Rows [begin, end) as they were -> out [end - begin][in_features] bfloat16.
+QWENRT_API int qwenrt_dense12_unpack(const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end);
 // Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.
 QWENRT_API uint64_t qwenrt_read(const uint64_t* memory, int64_t words);

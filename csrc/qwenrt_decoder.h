@@ -2,10 +2,11 @@
 #pragma once
 #include "qwenrt_layer.h"
 
-// One linear: quantised where `quant` is given; of several parts where `parts` are; else `dense`
-// [out_features][in_features] as of qwenrt_dense16_linear.
+// One linear: quantised where `quant` is given; in 12 bits where `dense12` is; of several parts where `parts` are; else
+// `dense` [out_features][in_features] as of qwenrt_dense16_linear.
 typedef struct QwenrtLinear {
   const QwenrtQuantMatrix* quant;
+  const QwenrtDense12* dense12;
   const uint16_t* dense;
   const float* bias;                 // of a dense one
   const struct QwenrtLinear* parts;  // linears of the same inputs; their outputs follow each other

@@ -191,7 +191,7 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
             own = bits_of(spec, bits, head_bits) or 16
             weight = random_linear(spec.out_features, spec.in_features, own)
             if name == "lm_head" and config.tie_word_embeddings and own == 16:
-                weight = CanonicalWeight(dense=model.embed_tokens)
+                weight = CanonicalWeight(dense=model.embed_tokens, shared=True)
             bias = torch.zeros(spec.out_features) if spec.bias else None
             model.set_linear(name, backend.pack_linear(dataclasses.replace(weight, bias=bias), dtype))
 

@@ -14,6 +14,9 @@ struct Weight {
   std::vector<uint16_t> halves;  // scales, or the whole weight
   std::vector<float> bias;
   QwenrtQuantMatrix matrix{};
+  std::vector<uint8_t> chunks;
+  std::vector<int32_t> first, inputs;
+  QwenrtDense12 dense12{};
   std::vector<Weight> owned;
   std::vector<QwenrtLinear> parts;
 
@@ -21,6 +24,18 @@ struct Weight {
     QwenrtLinear linear{};
     linear.out_features = n, linear.in_features = k, linear.activations = rounded(activations);
     bias = random.floats(n);
+    if (bits == 12) {
+      std::vector<uint16_t> w;
+      for (int64_t i = 0; i < n * k; ++i) w.push_back(uint16_t((random.bits() & 0x80ff) | (58 + random.below(4)) << 8));
+      chunks.resize(size_t(n * ((k + QWENRT_CHUNK - 1) / QWENRT_CHUNK) * QWENRT_CHUNK_BYTES)), first.resize(size_t(n + 1));
+      dense12 = {chunks.data(), bias.data(), first.data(), nullptr, nullptr, n, k, 59};
+      CHECK(qwenrt_dense12_pack(w.data(), &dense12) == QWENRT_OK, "pack");
+      inputs.resize(size_t(first.back())), halves.resize(size_t(first.back()));
+      dense12.inputs = inputs.data(), dense12.weights = halves.data();
+      CHECK(qwenrt_dense12_pack_others(w.data(), &dense12) == QWENRT_OK, "pack others");
+      linear.dense12 = &dense12;
+      return linear;
+    }
     if (bits == 16) {
       for (int64_t i = 0; i < n * k; ++i) halves.push_back(uint16_t((random.bits() & 0x807f) | 0x3d80));  // bfloat16
       linear.dense = halves.data(), linear.bias = bias.data();
@@ -45,7 +60,7 @@ struct Weight {
     owned.resize(rows.size());
     for (int64_t n : rows) {
       const size_t i = parts.size();
-      parts.push_back(owned[i].make(n, k, i % 2 ? 16 : 4, random, activations));
+      parts.push_back(owned[i].make(n, k, i % 3 == 0 ? 4 : i % 3 == 1 ? 16 : 12, random, activations));
       linear.out_features += n;
     }
     linear.in_features = k, linear.parts = parts.data(), linear.part_count = int64_t(parts.size());
@@ -65,7 +80,8 @@ std::vector<float> apply(const QwenrtLinear& w, const std::vector<float>& x, int
     }
     return y;
   }
-  const int status = w.quant ? qwenrt_quant_linear(w.quant, x.data(), y.data(), tokens, &w.activations)
+  const int status = w.dense12 ? qwenrt_dense12_linear(w.dense12, x.data(), y.data(), tokens)
+                     : w.quant ? qwenrt_quant_linear(w.quant, x.data(), y.data(), tokens, &w.activations)
                              : qwenrt_dense16_linear(w.dense, w.bias, x.data(), y.data(), tokens, w.out_features,
                                                      w.in_features, w.is_half);
   CHECK(status == QWENRT_OK, "a linear of %d rows", int(w.out_features));
@@ -141,7 +157,7 @@ struct Model {
       l.qkv = i == 2 ? next().make_parts({kHeads * kDim, kKvHeads * kDim, kKvHeads * kDim}, kHidden, random, how)
                      : next().make(qkv, kHidden, i ? 8 : 4, random, how);
       l.o = next().make(kHidden, kHeads * kDim, i ? 16 : 8, random, how);
-      l.gate_up = next().make(2 * kInner, kHidden, i ? 16 : 4, random, how);
+      l.gate_up = next().make(2 * kInner, kHidden, i == 0 ? 4 : i == 1 ? 12 : 16, random, how);
       l.down = next().make(kHidden, kInner, i ? 4 : 8, random, how);
       layers.push_back(l);
     }

@@ -256,6 +256,77 @@ void test_dense16(int count) {
   }
 }
 
+// A bfloat16 matrix in 12 bits, and all that the struct points at, on the heap so that a sanitizer sees a read past it.
+struct Short {
+  std::vector<uint8_t> chunks;
+  std::vector<int32_t> first, inputs;
+  std::vector<uint16_t> weights;
+  QwenrtDense12 matrix{};
+
+  Short(const std::vector<uint16_t>& w, const std::vector<float>& bias, int64_t n, int64_t k, int64_t smallest) {
+    chunks.resize(size_t(n * ((k + QWENRT_CHUNK - 1) / QWENRT_CHUNK) * QWENRT_CHUNK_BYTES));
+    first.resize(size_t(n + 1));
+    matrix = {chunks.data(), bias.empty() ? nullptr : bias.data(), first.data(), nullptr, nullptr, n, k, smallest};
+    CHECK(qwenrt_dense12_pack(w.data(), &matrix) == QWENRT_OK, "pack");
+    inputs.resize(size_t(first.back())), weights.resize(size_t(first.back()));
+    matrix.inputs = inputs.data(), matrix.weights = weights.data();
+    CHECK(qwenrt_dense12_pack_others(w.data(), &matrix) == QWENRT_OK, "pack others");
+  }
+};
+
+// Packed by any set, a matrix is the same, comes back as it was and gives what its 16 bits give, however many of its
+// weights have no code.
+void test_dense12(int count) {
+  Random random(6);
+  for (int i = 0; i < count; ++i) {
+    const int64_t n = 1 + random.below(60),
+                  k = random.coin() ? 1 + random.below(200) : random.one_of<int64_t>({64, 128, 192, 300});
+    const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 7, 9, 15, 16, 33});
+    const int64_t smallest = random.one_of<int64_t>({55, 56, 52, 0, 120});
+    const bool has_bias = random.coin(), some = random.coin();
+    std::vector<uint16_t> w(size_t(n * k));
+    for (uint16_t& value : w) {
+      value = random_bfloat(random);
+      if (some && random.below(9)) value = uint16_t((value & 0x80ff) | (56 + random.below(4)) << 8);
+    }
+    const std::vector<float> x = random.floats(tokens * k), bias = random.floats(has_bias ? n : 0);
+    std::vector<uint8_t> chunks;
+    for_each_isa([&](const char* isa) {
+      const Short m(w, bias, n, k, smallest);
+      CHECK(chunks.empty() || chunks == m.chunks, "%s packs otherwise", isa);
+      chunks = m.chunks;
+      const int64_t begin = random.below(n);
+      std::vector<uint16_t> back(size_t((n - begin) * k));
+      CHECK(qwenrt_dense12_unpack(&m.matrix, back.data(), begin, n) == QWENRT_OK, "unpack");
+      CHECK(memcmp(back.data(), w.data() + begin * k, back.size() * sizeof back[0]) == 0, "%s n=%d k=%d: not as it was",
+            isa, int(n), int(k));
+      std::vector<float> y(size_t(tokens * n), NAN);
+      CHECK(qwenrt_dense12_linear(&m.matrix, x.data(), y.data(), tokens) == QWENRT_OK, "%s", isa);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < n; ++r) {
+          double sum = has_bias ? bias[size_t(r)] : 0, size = fabs(sum) + 1e-12;
+          for (int64_t c = 0; c < k; ++c) {
+            const double weight = bfloat_to_float(w[size_t(r * k + c)]), product = weight * x[size_t(t * k + c)];
+            // A weight without a code is added to what stands in for it.
+            sum += product, size += fabs(product) + fabs(bfloat_to_float(uint16_t(smallest << 8)) * x[size_t(t * k + c)]);
+          }
+          CHECK(fabs(y[size_t(t * n + r)] - sum) <= size * kExactness, "%s n=%d k=%d tokens=%d: %g for %g", isa, int(n),
+                int(k), int(tokens), y[size_t(t * n + r)], sum);
+        }
+    });
+  }
+  QwenrtDense12 out_of_range{};
+  for (int64_t smallest : {-1, 121}) {
+    out_of_range.smallest = smallest;
+    CHECK(qwenrt_dense12_pack(nullptr, &out_of_range) == QWENRT_BAD_ARGUMENT, "smallest %d", int(smallest));
+  }
+  std::vector<uint16_t> every(1 << 16);
+  for (size_t i = 0; i < every.size(); ++i) every[i] = uint16_t(i);
+  std::vector<int64_t> counts(256, -1);
+  CHECK(qwenrt_dense12_count(every.data(), int64_t(every.size()), counts.data()) == QWENRT_OK, "count");
+  for (int64_t each : counts) CHECK(each == 256, "%d", int(each));
+}
+
 // All 65536 patterns of both formats, one product each: the conversion itself, infinities and NaN included.
 void test_every_16_bit_value() {
   std::vector<uint16_t> w(1 << 16);
@@ -303,6 +374,7 @@ int main(int count, char** arguments) {
   test_what_is_not_finite();
   test_nothing();
   test_dense16(shapes);
+  test_dense12(shapes);
   test_every_16_bit_value();
   printf("linears:");
   for (int i = 0; qwenrt_isa_at(i); ++i) printf(" %s", qwenrt_isa_at(i));

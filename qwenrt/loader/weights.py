@@ -188,7 +188,11 @@ class _Loader:
             packed = self._pack(spec, weights if merged is None else [merged])
         else:
             tensor = tied if isinstance(tied, torch.Tensor) else None
-            weight = self._dense(spec, parts, slots) if tensor is None else CanonicalWeight(dense=tensor)
+            weight = (
+                self._dense(spec, parts, slots)
+                if tensor is None
+                else CanonicalWeight(dense=tensor, shared=True)
+            )
             bits = bits_of(spec, self.bits, self.head_bits)
             if bits is not None:
                 assert weight.dense is not None

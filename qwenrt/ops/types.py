@@ -33,6 +33,7 @@ class CanonicalWeight:
     bias: torch.Tensor | None = None
     words: tuple[torch.Tensor, ...] = ()
     num_inputs: int = 0  # K beside ``words``, whose last rows may be half full
+    shared: bool = False  # ``dense`` has another use: in any other layout it would be there twice
 
     @property
     def in_features(self) -> int:

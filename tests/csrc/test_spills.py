@@ -22,6 +22,7 @@ from qwenrt.backends.cpu import kernels
 HOT: dict[str, tuple[str, Callable[..., int]]] = {
     "blocks_times_tile": ("vfmadd", lambda bits, tile, streams: 32 // bits * tile * streams),
     "dense_rows_times_tile": ("vfmadd", lambda half, tile, streams: tile * streams * (2 if tile == 1 else 1)),
+    "dense12_rows_times_tile": ("vfmadd", lambda tile, streams: 8 * tile * streams),
     "panel_times_tile": ("vfmadd", lambda tile: 2 * tile),
     "distant_rows": ("vpmadd", lambda bits, tile, streams, whole: (9 if bits == 4 else 2) * tile * streams),
     "neighbouring_rows": ("vpmadd", lambda bits, streams, whole: (9 if bits == 4 else 2) * 4 * streams),
@@ -85,6 +86,7 @@ def test_hot_loops_keep_their_sums_in_registers() -> None:
     for kernel in (
         "blocks_times_tile",
         "dense_rows_times_tile",
+        "dense12_rows_times_tile",
         "panel_times_tile",
         "distant_rows",
         "neighbouring_rows",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend, OpSpec, Stack, native
 from qwenrt.backends.cpu import attention as paged
-from qwenrt.backends.cpu import elementwise, resources
+from qwenrt.backends.cpu import dense12, elementwise, resources
 from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, rounded_to, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack, Linear
 from qwenrt.backends.cpu.kernels import (
@@ -41,6 +41,7 @@ _ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
 _SURELY_SUMMED = 1e29
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
 _QUANTIZED = (native_kind(4), native_kind(8))
+_WORTH_PACKING = 1 << 20  # weights of a dense linear from which on 12 bits save time
 _CHUNK_ELEMENTS = 1 << 22  # elements of a weight that exist in float32 at once
 _PADDING_WORTH = 1.25  # groups that do not fill their words may cost this factor of memory, not more
 
@@ -130,7 +131,7 @@ class CPUBackend(Backend):
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
         # Dense float32 linears are torch's own at its best: no kernel is missing there.
-        if op == "linear" and spec.kind in ("dense", _DENSE16, "parts"):
+        if op == "linear" and spec.kind in ("dense", _DENSE16, dense12.KIND, "parts"):
             return None
         if op == "linear" and spec.kind in ("w4a16", "w8a16") and self.kernels is not None:
             return self.demoted.get(op, "its groups do not fill the kernel's 32-bit words")
@@ -148,8 +149,8 @@ class CPUBackend(Backend):
                 y: torch.Tensor = _QuantLinear.apply(x, w, self.kernels)  # type: ignore[no-untyped-call]
                 return y
             return self._quantized(x, w)
-        if w.kind == _DENSE16:
-            return self._dense16(x, w)
+        if w.kind in (_DENSE16, dense12.KIND):
+            return self._dense(x, w)
         if w.kind == "parts":
             y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
             return y if w.bias is None else y + w.bias
@@ -169,14 +170,25 @@ class CPUBackend(Backend):
             y[~refused] = others
         return y.to(x.dtype)
 
-    def _dense16(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
-        weight: torch.Tensor = w.data["weight"]
+    def _dense(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        weight: torch.Tensor | None = w.data.get("weight")
         if self.kernels is not None and not x.requires_grad:
+            if weight is None:
+                return self.kernels.dense12_linear(x.contiguous(), w)
             return self.kernels.dense16_linear(x.contiguous(), weight, w.bias)
         rows = max(1, _CHUNK_ELEMENTS // max(1, w.in_features))
         starts = range(0, w.out_features, rows)
-        y = torch.cat([F.linear(x, weight[i : i + rows].to(x.dtype)) for i in starts], dim=-1)
+        parts = (self._dense_rows(w, i, min(i + rows, w.out_features)) for i in starts)
+        y = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
         return y if w.bias is None else y + w.bias
+
+    def _dense_rows(self, w: Packed, first: int, last: int) -> torch.Tensor:
+        """Rows of a dense weight as they were stored -> 16 bits [last - first, K]."""
+        if w.kind == _DENSE16:
+            weight: torch.Tensor = w.data["weight"]
+            return weight[first:last]
+        assert self.kernels is not None
+        return dense12.unpack(self.kernels, w, first, last)
 
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; in the kernels' layout where they serve."""
@@ -191,8 +203,12 @@ class CPUBackend(Backend):
         if dtype != torch.float32 or dense.dtype not in (torch.bfloat16, torch.float16):
             return super().pack_linear(weight, dtype)
         bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
-        shape = (weight.out_features, weight.in_features)
-        return Packed(_DENSE16, *shape, {"weight": dense.contiguous()}, bias)
+        dense = dense.contiguous()
+        if dense.dtype == torch.bfloat16 and dense.numel() >= _WORTH_PACKING and not weight.shared:
+            packed = dense12.pack(self.kernels, dense, bias) if self.kernels.serves12 else None
+            if packed is not None:
+                return packed
+        return Packed(_DENSE16, weight.out_features, weight.in_features, {"weight": dense}, bias)
 
     def quantize_dense(
         self, weight: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None, name: str
@@ -225,6 +241,8 @@ class CPUBackend(Backend):
     def restore_packed(self, packed: Packed) -> str | None:
         if packed.kind in _QUANTIZED and self.kernels is not None:
             return restore_quantized(packed)
+        if packed.kind == dense12.KIND and self.kernels is not None:
+            return dense12.restore(packed)
         if packed.kind == _DENSE16:
             weight, shape = packed.data.get("weight"), (packed.out_features, packed.in_features)
             if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.bfloat16, torch.float16):
@@ -301,11 +319,15 @@ class CPUBackend(Backend):
         shape = (w.out_features, w.in_features)
         if w.kind in _QUANTIZED:
             how = rule_of(self.activations, w)
-            return Linear(ctypes.addressof(w.data["native"]), None, None, None, 0, *shape, 0, how)
+            return Linear(ctypes.addressof(w.data["native"]), None, None, None, None, 0, *shape, 0, how)
+        if w.kind == dense12.KIND:
+            return Linear(None, ctypes.addressof(w.data["native"]), None, None, None, 0, *shape)
         if w.kind != _DENSE16:
             return None
         weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
-        return Linear(None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16))
+        return Linear(
+            None, None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16)
+        )
 
     # ---- a step around the layers
 

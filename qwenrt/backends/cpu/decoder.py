@@ -19,6 +19,7 @@ class Linear(ctypes.Structure):
 
     _fields_ = (
         ("quant", ctypes.c_void_p),
+        ("dense12", ctypes.c_void_p),
         ("dense", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("parts", ctypes.c_void_p),
@@ -126,7 +127,7 @@ class _Structs:
             raise _Unserved
         parts = w.data["parts"]
         shape = (w.out_features, w.in_features)
-        return Linear(None, None, None, self._array(parts), len(parts), *shape)
+        return Linear(None, None, None, None, self._array(parts), len(parts), *shape)
 
     def _array(self, weights: list[Packed]) -> int:
         return self._kept((Linear * len(weights))(*map(self._linear, weights)))

@@ -14,13 +14,14 @@ import torch
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.decoder import Layer, Step
+from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 9
+ABI = 10
 BLOCK = 8  # output rows stored together
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
@@ -94,7 +95,11 @@ class Kernels:
         lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_quantize.argtypes = [pointer]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
-
+        lib.qwenrt_dense12_count.argtypes = [pointer, size, pointer]
+        lib.qwenrt_dense12_pack.argtypes = [pointer, pointer]
+        lib.qwenrt_dense12_pack_others.argtypes = [pointer, pointer]
+        lib.qwenrt_dense12_linear.argtypes = [pointer, pointer, pointer, size]
+        lib.qwenrt_dense12_unpack.argtypes = [pointer, pointer, size, size]
         lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
         lib.qwenrt_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
         lib.qwenrt_silu_and_mul.argtypes = [pointer, pointer, size, size]
@@ -186,6 +191,38 @@ class Kernels:
             *weight.shape,
             int(weight.dtype == torch.float16),
         )
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+        return y
+
+    @property
+    def serves12(self) -> bool:
+        """Whether the instruction set in use gains from bfloat16 in 12 bits."""
+        return bool(self._library.qwenrt_dense12_serves())
+
+    def count_upper_bytes(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight bfloat16, contiguous -> int64 [256], how often each upper byte is there."""
+        counts = torch.empty(256, dtype=torch.int64)
+        self._library.qwenrt_dense12_count(weight.data_ptr(), weight.numel(), counts.data_ptr())
+        return counts
+
+    def pack12(self, weight: torch.Tensor, into: Dense12) -> None:
+        """weight bfloat16 [N, K], contiguous -> the chunks and rows' beginnings that ``into`` points at."""
+        self._library.qwenrt_dense12_pack(weight.data_ptr(), ctypes.addressof(into))
+
+    def pack12_others(self, weight: torch.Tensor, into: Dense12) -> None:
+        """Then the same weight -> the inputs and weights that ``into`` points at."""
+        self._library.qwenrt_dense12_pack_others(weight.data_ptr(), ctypes.addressof(into))
+
+    def unpack12(self, w: Dense12, out: torch.Tensor, first: int) -> None:
+        """Rows of w from ``first`` on -> out bfloat16 [rows, K], contiguous."""
+        last = first + out.shape[0]
+        self._library.qwenrt_dense12_unpack(ctypes.addressof(w), out.data_ptr(), first, last)
+
+    def dense12_linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        """x float32 [T, K] contiguous -> float32 [T, N]."""
+        y, at = torch.empty(x.shape[0], w.out_features), ctypes.addressof(w.data["native"])
+        status = self._library.qwenrt_dense12_linear(at, x.data_ptr(), y.data_ptr(), x.shape[0])
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
         return y

@@ -1,0 +1,146 @@
+// bfloat16 weights to 12 bits and back.
+#include "dense12.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace {
+
+constexpr int64_t kCountedAtOnce = 1 << 20;
+
+struct CountTask {
+  const uint16_t* w;
+  int64_t count;
+  std::atomic<int64_t>* counts;
+};
+
+void run_count_task(void* context, int64_t i) {
+  const CountTask& t = *static_cast<const CountTask*>(context);
+  const uint16_t* const begin = t.w + i * kCountedAtOnce;
+  const int64_t count = std::min(t.count - i * kCountedAtOnce, kCountedAtOnce);
+  uint32_t own[4][256] = {};  // neighbours are often equal, and would wait for each other
+  for (int64_t k = 0; k < count; ++k) ++own[k & 3][begin[k] >> 8];
+  for (int byte = 0; byte < 256; ++byte)
+    t.counts[byte].fetch_add(int64_t(own[0][byte]) + own[1][byte] + own[2][byte] + own[3][byte]);
+}
+
+struct PackTask {
+  const uint16_t* w;
+  const QwenrtDense12* to;
+  int32_t* first;
+};
+
+bool has_code(uint16_t weight, uint8_t smallest) { return uint8_t((weight >> 8 & 0x7f) - smallest) < 8; }
+
+// 64 weights to a chunk. Returns how many of them have no code. Loops in the order of the inputs, for the compiler's
+// vectors; four bytes that stay together move at last.
+int64_t pack_chunk(uint8_t smallest, const uint16_t* w, uint8_t* chunk) {
+  constexpr int64_t HALF = QWENRT_CHUNK / 2;
+  uint8_t codes[QWENRT_CHUNK], lower[QWENRT_CHUNK], both[HALF];
+  uint16_t rare = 0;
+  for (int64_t i = 0; i < QWENRT_CHUNK; ++i) {
+    const uint16_t above = uint16_t((w[i] >> 8 & 0x7f) - smallest), known = above < 8 ? 0xff : 0;
+    codes[i] = uint8_t((above | (w[i] >> 15) << 3) & known);
+    lower[i] = uint8_t(w[i] & known);
+    rare = uint16_t(rare + (known ^ 0xff));
+  }
+  for (int64_t i = 0; i < HALF; ++i) both[i] = uint8_t(codes[i] | codes[HALF + i] << 4);
+  for (int64_t i = 0; i < QWENRT_CHUNK; i += 4) memcpy(chunk + HALF + byte_of(i), lower + i, 4);
+  for (int64_t i = 0; i < HALF; i += 4) memcpy(chunk + byte_of(i), both + i, 4);
+  return rare / 0xff;
+}
+
+void run_pack_task(void* context, int64_t row) {
+  const PackTask& t = *static_cast<const PackTask*>(context);
+  const int64_t inputs = t.to->in_features, chunks = chunks_of(*t.to), whole = inputs / QWENRT_CHUNK;
+  const uint16_t* const w = t.w + row * inputs;
+  const uint8_t smallest = uint8_t(t.to->smallest);
+  uint8_t* const out = const_cast<uint8_t*>(t.to->chunks) + row * chunks * QWENRT_CHUNK_BYTES;
+  int64_t rare = 0;
+  for (int64_t c = 0; c < whole; ++c) rare += pack_chunk(smallest, w + c * QWENRT_CHUNK, out + c * QWENRT_CHUNK_BYTES);
+  if (whole < chunks) {
+    uint16_t last[QWENRT_CHUNK];
+    std::fill(last, last + QWENRT_CHUNK, uint16_t(smallest << 8));
+    memcpy(last, w + whole * QWENRT_CHUNK, size_t(inputs - whole * QWENRT_CHUNK) * sizeof *w);
+    rare += pack_chunk(smallest, last, out + whole * QWENRT_CHUNK_BYTES);
+  }
+  t.first[row + 1] = int32_t(rare);
+}
+
+// What has no code in one row, to where `first` says.
+void run_others_task(void* context, int64_t row) {
+  const PackTask& t = *static_cast<const PackTask*>(context);
+  int64_t at = t.first[row];
+  if (at == t.first[row + 1]) return;
+  const uint16_t* const w = t.w + row * t.to->in_features;
+  for (int64_t i = 0; i < t.to->in_features; ++i) {
+    if (has_code(w[i], uint8_t(t.to->smallest))) continue;
+    const_cast<int32_t*>(t.to->inputs)[at] = int32_t(i);
+    const_cast<uint16_t*>(t.to->weights)[at++] = w[i];
+  }
+}
+
+struct UnpackTask {
+  const Kernels* kernels;
+  const QwenrtDense12* w;
+  uint16_t* out;
+  int64_t begin;
+};
+
+void run_unpack_task(void* context, int64_t i) {
+  const UnpackTask& t = *static_cast<const UnpackTask*>(context);
+  unpack_row(*t.kernels, *t.w, t.begin + i, t.out + i * t.w->in_features);
+}
+
+}  // namespace
+
+void unpack_row(const Kernels& kernels, const QwenrtDense12& w, int64_t row, uint16_t* out) {
+  if (kernels.unpack12) {
+    kernels.unpack12(w, row, out);
+  } else {
+    const uint8_t* const chunks = w.chunks + row * chunks_of(w) * QWENRT_CHUNK_BYTES;
+    for (int64_t i = 0; i < w.in_features; ++i) {
+      const uint8_t* const chunk = chunks + i / QWENRT_CHUNK * QWENRT_CHUNK_BYTES;
+      const int64_t byte = byte_of(i % QWENRT_CHUNK), half = QWENRT_CHUNK / 2;
+      const int code = chunk[byte % half] >> (byte / half * 4) & 15;
+      out[i] = uint16_t((code & 8) << 12 | (w.smallest + (code & 7)) << 8 | chunk[half + byte]);
+    }
+  }
+  for (int64_t e = w.first[row]; e < w.first[row + 1]; ++e) out[w.inputs[e]] = w.weights[e];
+}
+
+int qwenrt_dense12_serves(void) { return linear_kernels().dense12_rows != nullptr; }
+
+int qwenrt_dense12_count(const uint16_t* w, int64_t count, int64_t* counts) {
+  std::atomic<int64_t> all[256] = {};
+  CountTask task{w, count, all};
+  parallel_for((count + kCountedAtOnce - 1) / kCountedAtOnce, run_count_task, &task);
+  for (int byte = 0; byte < 256; ++byte) counts[byte] = all[byte];
+  return QWENRT_OK;
+}
+
+int qwenrt_dense12_pack(const uint16_t* w, const QwenrtDense12* to) {
+  if (to->smallest < 0 || to->smallest > 120) return QWENRT_BAD_ARGUMENT;
+  PackTask task{w, to, const_cast<int32_t*>(to->first)};
+  task.first[0] = 0;
+  parallel_for(to->out_features, run_pack_task, &task);
+  for (int64_t row = 0; row < to->out_features; ++row) task.first[row + 1] += task.first[row];
+  return QWENRT_OK;
+}
+
+int qwenrt_dense12_pack_others(const uint16_t* w, const QwenrtDense12* to) {
+  PackTask task{w, to, const_cast<int32_t*>(to->first)};
+  parallel_for(to->out_features, run_others_task, &task);
+  return QWENRT_OK;
+}
+
+int qwenrt_dense12_unpack(const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end) {
+  UnpackTask task{&linear_kernels(), w, out, begin};
+  parallel_for(end - begin, run_unpack_task, &task);
+  return QWENRT_OK;
+}
