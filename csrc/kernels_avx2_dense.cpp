@@ -151,20 +151,32 @@ void convert_panel(const uint16_t* const* rows, int64_t count, float* panel) {
     for (int64_t r = 0; r < kPanel; ++r) panel[k * kPanel + r] = value16<HALF>(rows[r] + k);
 }
 
-// TILE tokens times a slab of a panel, added to sums [TILE][16]: each input costs two loads, TILE broadcasts and
-// 2 * TILE multiply-adds. A slab is a chain of its own: longer ones round more.
+// acc += a * b where it is written: left to itself, the compiler moves loads so far ahead that multiply-adds wait.
+INLINE void multiply_add(__m256 a, __m256 b, __m256& acc) { asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b)); }
+
+// TILE tokens times inputs [0, COUNT) of a slab of a panel: each costs two loads, TILE broadcasts and 2 * TILE
+// multiply-adds.
+template <int TILE, int COUNT>
+INLINE void add_inputs(const float* panel, const float* x, __m256 (&low)[TILE], __m256 (&high)[TILE]) {
+  UNROLL(COUNT, k, {
+    const __m256 first = _mm256_load_ps(panel + k * kPanel), second = _mm256_load_ps(panel + k * kPanel + 8);
+    UNROLL(TILE, t, {
+      const __m256 value = _mm256_broadcast_ss(x + k * TILE + t);
+      multiply_add(first, value, low[t]);
+      multiply_add(second, value, high[t]);
+    });
+  });
+}
+
+// Added to sums [TILE][16]. A slab is a chain of its own: longer ones round more.
 template <int TILE>
 void panel_times_tile(const float* panel, const float* x, float* sums, int64_t inputs) {
+  constexpr int AT_ONCE = 4;
   __m256 low[TILE], high[TILE];
   UNROLL(TILE, t, { low[t] = high[t] = _mm256_setzero_ps(); });
-  for (int64_t k = 0; k < inputs; ++k, panel += kPanel, x += TILE) {
-    const __m256 first = _mm256_load_ps(panel), second = _mm256_load_ps(panel + 8);
-    UNROLL(TILE, t, {
-      const __m256 value = _mm256_broadcast_ss(x + t);
-      low[t] = _mm256_fmadd_ps(first, value, low[t]);
-      high[t] = _mm256_fmadd_ps(second, value, high[t]);
-    });
-  }
+  for (; inputs >= AT_ONCE; inputs -= AT_ONCE, panel += AT_ONCE * kPanel, x += AT_ONCE * TILE)
+    add_inputs<TILE, AT_ONCE>(panel, x, low, high);
+  for (; inputs > 0; --inputs, panel += kPanel, x += TILE) add_inputs<TILE, 1>(panel, x, low, high);
   UNROLL(TILE, t, {
     float* to = sums + t * kPanel;
     _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), low[t]));
