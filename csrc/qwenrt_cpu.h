@@ -98,7 +98,7 @@ QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const
 // exponent, and 16 of these have nearly all weights of a matrix: `smallest` to `smallest` + 7, with either sign. A code of
 // 4 bits names them: its first three are what is above `smallest`, the last one is the sign. The lower byte stays.
 #define QWENRT_CHUNK 64        // inputs of a row that lie together, the last ones filled up with anything
-#define QWENRT_CHUNK_BYTES 96  // 32 bytes of codes, input i's place in them being that of lower byte i, halved; 64 lower bytes
+#define QWENRT_CHUNK_BYTES 96  // 32 of codes, byte b with those of lower bytes b and b + 32; then 64 lower bytes (dense12.h)
 typedef struct {
   const uint8_t* chunks;  // [out_features][in_features / QWENRT_CHUNK, rounded up][QWENRT_CHUNK_BYTES]
   const float* bias;      // [out_features] or NULL
