@@ -10,7 +10,7 @@ import torch
 from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.ops.types import Packed
 
-KIND = "bfloat16-in-12-bits"
+KIND = "dense12"  # beside "dense16": data as `pack` says
 CHUNK, CHUNK_BYTES = 64, 96  # of csrc/qwenrt_cpu.h
 _MOST_OTHERS = 1 / 256  # share of weights that may have no code: each takes 6 bytes and a product of its own
 _COUNTED_ROWS = 256  # at least, where there are so many, to find the commonest upper bytes
