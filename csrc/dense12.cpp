@@ -4,30 +4,11 @@
 #include <string.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "dispatch.h"
 #include "thread_pool.h"
 
 namespace {
-
-constexpr int64_t kCountedAtOnce = 1 << 20;
-
-struct CountTask {
-  const uint16_t* w;
-  int64_t count;
-  std::atomic<int64_t>* counts;
-};
-
-void run_count_task(void* context, int64_t i) {
-  const CountTask& t = *static_cast<const CountTask*>(context);
-  const uint16_t* const begin = t.w + i * kCountedAtOnce;
-  const int64_t count = std::min(t.count - i * kCountedAtOnce, kCountedAtOnce);
-  uint32_t own[4][256] = {};  // neighbours are often equal, and would wait for each other
-  for (int64_t k = 0; k < count; ++k) ++own[k & 3][begin[k] >> 8];
-  for (int byte = 0; byte < 256; ++byte)
-    t.counts[byte].fetch_add(int64_t(own[0][byte]) + own[1][byte] + own[2][byte] + own[3][byte]);
-}
 
 struct PackTask {
   const uint16_t* w;
@@ -38,7 +19,7 @@ struct PackTask {
 bool has_code(uint16_t weight, uint8_t smallest) { return uint8_t((weight >> 8 & 0x7f) - smallest) < 8; }
 
 // 64 weights to a chunk. Returns how many of them have no code. Loops in the order of the inputs, for the compiler's
-// vectors; four bytes that stay together move at last.
+// vectors; four bytes that stay together move last.
 int64_t pack_chunk(uint8_t smallest, const uint16_t* w, uint8_t* chunk) {
   constexpr int64_t HALF = QWENRT_CHUNK / 2;
   uint8_t codes[QWENRT_CHUNK], lower[QWENRT_CHUNK], both[HALF];
@@ -116,20 +97,17 @@ void unpack_row(const Kernels& kernels, const QwenrtDense12& w, int64_t row, uin
 
 int qwenrt_dense12_serves(void) { return linear_kernels().dense12_rows != nullptr; }
 
-int qwenrt_dense12_count(const uint16_t* w, int64_t count, int64_t* counts) {
-  std::atomic<int64_t> all[256] = {};
-  CountTask task{w, count, all};
-  parallel_for((count + kCountedAtOnce - 1) / kCountedAtOnce, run_count_task, &task);
-  for (int byte = 0; byte < 256; ++byte) counts[byte] = all[byte];
-  return QWENRT_OK;
-}
-
 int qwenrt_dense12_pack(const uint16_t* w, const QwenrtDense12* to) {
   if (to->smallest < 0 || to->smallest > 120) return QWENRT_BAD_ARGUMENT;
   PackTask task{w, to, const_cast<int32_t*>(to->first)};
   task.first[0] = 0;
   parallel_for(to->out_features, run_pack_task, &task);
-  for (int64_t row = 0; row < to->out_features; ++row) task.first[row + 1] += task.first[row];
+  int64_t before = 0;
+  for (int64_t row = 1; row <= to->out_features; ++row) {
+    before += task.first[row];
+    if (before > INT32_MAX) return QWENRT_BAD_ARGUMENT;
+    task.first[row] = int32_t(before);
+  }
   return QWENRT_OK;
 }
 

@@ -113,9 +113,8 @@ typedef struct {
 
 // Whether the instruction set in use gains from 12 bits.
 QWENRT_API int qwenrt_dense12_serves(void);
-// counts [256] = how often each upper byte is in w [count].
-QWENRT_API int qwenrt_dense12_count(const uint16_t* w, int64_t count, int64_t* counts);
 // w [out_features][in_features] -> the chunks and `first` of `to`, in place: `smallest`, sizes and memory are given.
+// Returns QWENRT_BAD_ARGUMENT where `smallest` is out of range or more than 2^31 - 1 weights have no code.
 QWENRT_API int qwenrt_dense12_pack(const uint16_t* w, const QwenrtDense12* to);
 // Then the same w -> the inputs and the weights of `to`, likewise.
 QWENRT_API int qwenrt_dense12_pack_others(const uint16_t* w, const QwenrtDense12* to);

@@ -17,3 +17,10 @@ def cpu() -> Iterator[CPUBackend]:
     made.configure(num_threads=2)
     yield made
     CPUBackend(torch.device("cpu")).configure()
+
+
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    """For tests that choose the kernels' threads themselves."""
+    yield
+    CPUBackend(torch.device("cpu")).configure()

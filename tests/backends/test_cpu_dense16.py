@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,18 +9,15 @@ import torch.nn.functional as F
 from qwenrt.backends.cpu import backend, kernels
 
 LOADED = backend._load()
-pytestmark = pytest.mark.skipif(isinstance(LOADED, kernels.KernelsUnavailable), reason="csrc was not built")
+pytestmark = [
+    pytest.mark.skipif(isinstance(LOADED, kernels.KernelsUnavailable), reason="csrc was not built"),
+    pytest.mark.usefixtures("threads_as_before"),
+]
 # Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
 EXACT = 2e-6
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 25, 31, 64)  # both sides of where another kernel takes over
 SHAPES = ((1, 1), (3, 7), (16, 8), (17, 9), (37, 300), (130, 515), (515, 1025), (40, 2051))
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    yield
-    linear_kernels().set_threads(torch.get_num_threads())
 
 
 def linear_kernels() -> kernels.Kernels:

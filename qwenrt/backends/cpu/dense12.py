@@ -13,7 +13,7 @@ from qwenrt.ops.types import Packed
 KIND = "dense12"  # beside "dense16": data as `pack` says
 CHUNK, CHUNK_BYTES = 64, 96  # of csrc/qwenrt_cpu.h
 _MOST_OTHERS = 1 / 256  # share of weights that may have no code: each takes 6 bytes and a product of its own
-_COUNTED_ROWS = 256  # at least, where there are so many, to find the commonest upper bytes
+_COUNTED_ROWS = 64  # at least, where there are so many, to find the commonest upper bytes
 
 
 class Dense12(ctypes.Structure):
@@ -32,9 +32,7 @@ class Dense12(ctypes.Structure):
 
 
 class Packs(Protocol):
-    def count_upper_bytes(self, weight: torch.Tensor) -> torch.Tensor: ...
-
-    def pack12(self, weight: torch.Tensor, into: Dense12) -> None: ...
+    def pack12(self, weight: torch.Tensor, into: Dense12) -> bool: ...
 
     def pack12_others(self, weight: torch.Tensor, into: Dense12) -> None: ...
 
@@ -50,18 +48,20 @@ def pack(kernels: Packs, weight: torch.Tensor, bias: torch.Tensor | None) -> Pac
     points at them.
     """
     rows, columns = weight.shape
-    some = weight[:: max(1, rows // _COUNTED_ROWS)].contiguous()
-    counts = kernels.count_upper_bytes(some).view(2, 128).sum(0)  # of either sign
+    some = weight[:: max(1, rows // _COUNTED_ROWS)].contiguous().view(torch.int16)
+    counts = torch.bincount((some.flatten() >> 8 & 0x7F).int(), minlength=128)  # upper bytes of either sign
+    with_codes = counts[:-1].unfold(0, 8, 1).sum(-1)  # the last one is that of infinities and NaN
     data: dict[str, Any] = {
         "chunks": huge_buffer(rows * -(-columns // CHUNK) * CHUNK_BYTES).view(rows, -1, CHUNK_BYTES),
-        "smallest": int(counts.unfold(0, 8, 1).sum(-1).argmax()),
+        "smallest": int(with_codes.argmax()),
         "first": torch.empty(rows + 1, dtype=torch.int32),
         "inputs": torch.empty(0, dtype=torch.int32),
         "others": torch.empty(0, dtype=torch.bfloat16),
     }
     packed = Packed(KIND, rows, columns, data, bias)
-    kernels.pack12(weight, _pointed_at(packed))
-    count = int(packed.data["first"][-1])
+    if not kernels.pack12(weight, _pointed_at(packed)):
+        return None
+    count = int(data["first"][-1])
     if count > weight.numel() * _MOST_OTHERS:
         return None
     data["inputs"], data["others"] = data["inputs"].new_empty(count), data["others"].new_empty(count)

@@ -95,7 +95,6 @@ class Kernels:
         lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_quantize.argtypes = [pointer]
         lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
-        lib.qwenrt_dense12_count.argtypes = [pointer, size, pointer]
         lib.qwenrt_dense12_pack.argtypes = [pointer, pointer]
         lib.qwenrt_dense12_pack_others.argtypes = [pointer, pointer]
         lib.qwenrt_dense12_linear.argtypes = [pointer, pointer, pointer, size]
@@ -200,15 +199,10 @@ class Kernels:
         """Whether the instruction set in use gains from bfloat16 in 12 bits."""
         return bool(self._library.qwenrt_dense12_serves())
 
-    def count_upper_bytes(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight bfloat16, contiguous -> int64 [256], how often each upper byte is there."""
-        counts = torch.empty(256, dtype=torch.int64)
-        self._library.qwenrt_dense12_count(weight.data_ptr(), weight.numel(), counts.data_ptr())
-        return counts
-
-    def pack12(self, weight: torch.Tensor, into: Dense12) -> None:
-        """weight bfloat16 [N, K], contiguous -> the chunks and rows' beginnings that ``into`` points at."""
-        self._library.qwenrt_dense12_pack(weight.data_ptr(), ctypes.addressof(into))
+    def pack12(self, weight: torch.Tensor, into: Dense12) -> bool:
+        """weight bfloat16 [N, K], contiguous -> the chunks and rows' beginnings that ``into`` points at; False where
+        2^31 weights or more have no code."""
+        return int(self._library.qwenrt_dense12_pack(weight.data_ptr(), ctypes.addressof(into))) == 0
 
     def pack12_others(self, weight: torch.Tensor, into: Dense12) -> None:
         """Then the same weight -> the inputs and weights that ``into`` points at."""
