@@ -1,4 +1,5 @@
-// Rounds activations, lays them out as IntegerInput says and shares the rows between the threads.
+// Rounds activations, lays them out as IntegerInput says and shares the rows between the threads. Where int16 would make
+// nothing of what is in a block beside a massive value, what rounding left is rounded and multiplied as well.
 #include "integer_linear.h"
 
 #include <math.h>
@@ -8,12 +9,13 @@
 #include <algorithm>
 #include <atomic>
 
+#include "integer_places.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
 namespace {
 
-Scratch scratch;
+Scratch scratch, rest_scratch;
 constexpr int64_t kTilesWorthWaking = 3;
 
 struct LayOutTask {
@@ -27,6 +29,7 @@ struct LayOutTask {
   float* sums;
   IntegerInput in;
   const QwenrtActivations* how;  // NULL: all blocks are wide
+  uint8_t* uneven;               // [tokens]: set where a token has an uneven block; NULL: nobody asks
   std::atomic<int> status;
 };
 
@@ -35,15 +38,52 @@ void scatter(const int32_t* words, int64_t count, int32_t* out, int64_t tile) {
   for (int64_t i = 0; i < count; ++i) out[i * tile] = words[i];
 }
 
-// What a narrow block's largest activation is at most; in float64 and in one order, so that it is the same everywhere.
-float narrow_limit(const float* x, int64_t n, float narrowest) {
-  double squares[8] = {};
+// The sum of f(x) over a token's activations; in float64 and in one order, so that it is the same everywhere.
+template <class Of>
+double total_of(const float* x, int64_t n, Of f) {
+  double totals[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; ++j) squares[j] += double(x[i + j]) * double(x[i + j]);
-  for (; i < n; ++i) squares[i % 8] += double(x[i]) * double(x[i]);
-  for (int j = 1; j < 8; ++j) squares[0] += squares[j];
-  return float(double(narrowest) * sqrt(squares[0] / double(n)));
+    for (int j = 0; j < 8; ++j) totals[j] += f(double(x[i + j]));
+  for (; i < n; ++i) totals[i % 8] += f(double(x[i]));
+  for (int j = 1; j < 8; ++j) totals[0] += totals[j];
+  return totals[0];
+}
+
+// A value so many times the token's mean is massive, and a block where a quarter of the inputs (zeros aside) are this
+// much smaller than its massive one is uneven: int16 leaves them six bits or fewer, and W may make much of them.
+constexpr double kMassive = 8;
+constexpr float kUneven = 512;
+
+// The bits of |x| are in its order, infinity and then NaN above all numbers.
+int32_t size_of(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & 0x7fffffff;
+}
+
+float largest_of(const float* x, int64_t n) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, size_of(x[i]));
+  float largest;
+  memcpy(&largest, &most, sizeof largest);
+  return largest;
+}
+
+// Above what a value is massive; infinity where none is.
+float massive_limit(const float* x, int64_t n) {
+  const float limit = float(kMassive / double(n) * total_of(x, n, [](double value) { return fabs(value); }));
+  return largest_of(x, n) > limit ? limit : INFINITY;
+}
+
+bool is_uneven(const float* x, int64_t n, float massive) {
+  if (massive == INFINITY) return false;
+  const float largest = largest_of(x, n);
+  if (!(largest > massive)) return false;
+  const int32_t much = size_of(largest / kUneven);
+  int32_t small = 0;
+  for (int64_t i = 0; i < n; ++i) small += (size_of(x[i]) > 0) & (size_of(x[i]) < much);
+  return small * 4 >= n;
 }
 
 // A block of a row and of a token's activations.
@@ -68,6 +108,9 @@ void each_block(const QwenrtQuantMatrix& w, const IntegerInput& in, Each f) {
   }
 }
 
+// The inputs that a block is rounded with: its words', and as many more as fill vectors.
+int64_t padded_of(const QwenrtQuantMatrix& w, const Block& block) { return (block.words * 32 / w.bits + 7) / 8 * 8; }
+
 // The inputs of a block where they lie, or in `values` where they lie apart or there are fewer than `padded`.
 const float* inputs_of(const QwenrtQuantMatrix& w, const float* x, const Block& block, int64_t padded, float* values) {
   if (!w.perm && block.inputs == padded) return x + block.first;
@@ -76,21 +119,59 @@ const float* inputs_of(const QwenrtQuantMatrix& w, const float* x, const Block& 
   return values;
 }
 
+// f(whether it is uneven, its inputs, how many these are) for every block of a token.
+template <class Each>
+void each_evenness(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float massive, Each f) {
+  each_block(w, in, [&](const Block& block) {
+    float values[kPairBlock];
+    const int64_t padded = padded_of(w, block);
+    const float* source = inputs_of(w, x, block, padded, values);
+    f(is_uneven(source, padded, massive), source, block.inputs);
+  });
+}
+
+// Above what a value makes a block uneven; infinity where no block is.
+float uneven_from(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x) {
+  const float massive = massive_limit(x, w.in_features);
+  if (massive == INFINITY) return massive;
+  bool some = false;
+  each_evenness(w, in, x, massive, [&](bool uneven, const float*, int64_t) { some |= uneven; });
+  return some ? massive : INFINITY;
+}
+
+// What a narrow block's largest activation is at most: relative to the root mean square outside of uneven blocks.
+float narrow_limit(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float massive, float narrowest) {
+  const auto square = [](double value) { return value * value; };
+  double squares = 0;
+  int64_t count = 0;
+  if (massive == INFINITY) squares = total_of(x, count = w.in_features, square);
+  else each_evenness(w, in, x, massive, [&](bool uneven, const float* source, int64_t inputs) {
+    if (uneven) return;
+    squares += total_of(source, inputs, square);
+    count += inputs;
+  });
+  return float(double(narrowest) * sqrt(squares / double(std::max(count, int64_t(1)))));
+}
+
 void lay_out_token(LayOutTask& task, int64_t token) {
   const QwenrtQuantMatrix& w = *task.w;
   const IntegerInput& in = task.in;
   const float* x = task.x + token * w.in_features;
   const int64_t places = places_of(w.bits, in.pairs), tile = token / in.tile, lane = token % in.tile;
   const int64_t row = w.groups * w.words_per_group * places, blocks = w.groups * in.blocks_per_group;
-  const float narrow = task.how ? narrow_limit(x, w.in_features, task.how->narrowest) : -1.0f;
+  const float massive = task.uneven ? uneven_from(w, in, x) : INFINITY;
+  const float narrow = task.how ? narrow_limit(w, in, x, massive, task.how->narrowest) : -1.0f;
   const float outlier = task.how ? task.how->outlier : 0;
   each_block(w, in, [&](const Block& block) {
     float values[kPairBlock];
     int32_t low[kPairBlock], high[kPairBlock], sum = 0;
-    const int64_t padded = (block.words * 32 / w.bits + 7) / 8 * 8, at = tile * blocks + block.at;
+    const int64_t padded = padded_of(w, block), at = tile * blocks + block.at;
     const float* source = inputs_of(w, x, block, padded, values);
     float& scale = task.scales[at * in.tile + lane];
-    const int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
+    const bool uneven = is_uneven(source, padded, massive);
+    if (uneven) task.uneven[token] = 1;
+    const float most = uneven ? -1.0f : narrow;
+    const int kind = task.kernels->round_block(source, padded, w.bits, most, outlier, low, high, &scale, &sum);
     if (!kind) {
       task.status.store(QWENRT_NOT_FINITE);
       return;
@@ -152,13 +233,13 @@ struct Sizes {
 
 // x in `memory` of Sizes.bytes(), as `in` then says.
 int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations* how, const Kernels& kernels,
-            char* memory, IntegerInput& in) {
+            char* memory, IntegerInput& in, uint8_t* uneven) {
   const Sizes sizes(w, in);
   int32_t* const low = reinterpret_cast<int32_t*>(memory);
   float* const scales = reinterpret_cast<float*>(low + sizes.low + sizes.high);
   float* const sums = scales + sizes.scales;
   uint8_t* const wide = reinterpret_cast<uint8_t*>(sums + sizes.sums);
-  LayOutTask task{&w, &kernels, x, low, low + sizes.low, wide, scales, sums, in, how, {QWENRT_OK}};
+  LayOutTask task{&w, &kernels, x, low, low + sizes.low, wide, scales, sums, in, how, uneven, {QWENRT_OK}};
   if (in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));  // lanes that nobody writes
   else memset(wide, 0, size_t(sizes.wide));
   if (in.tiles < kTilesWorthWaking)
@@ -185,25 +266,72 @@ void run_rows_task(void* context, int64_t i) {
   if (middle < end) t.kernels->integer_rows(*t.w, *t.wide, t.y, middle, end);
 }
 
-}  // namespace
-
-int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens,
-                         const QwenrtActivations& how, const Kernels& kernels) {
+// y [tokens][out_features] = W x, rounded as `how` says (NULL: all to int16); marks the tokens with an uneven block.
+int multiply(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens, const QwenrtActivations* how,
+             const Kernels& kernels, uint8_t* uneven) {
   IntegerInput narrow = shape_of(w, tokens, kernels), wide = narrow;
   const int64_t bytes = Sizes(w, narrow).bytes(), blocks = (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK;
   // int8 beside int8 would add more error than the weights' own
-  const bool some = how.kind == QWENRT_INT8 && w.bits == 4;
-  const int64_t whole = how.narrow_rows / QWENRT_BLOCK;
-  const int64_t narrow_blocks = !some ? 0 : how.narrow_rows >= w.out_features ? blocks : whole;
+  const bool some = how && how->kind == QWENRT_INT8 && w.bits == 4;
+  const int64_t narrow_blocks = !some                                  ? 0
+                                : how->narrow_rows >= w.out_features ? blocks
+                                                                     : how->narrow_rows / QWENRT_BLOCK;
   const bool both = narrow_blocks > 0 && narrow_blocks < blocks;
   char* memory = scratch.room(both ? 2 * bytes : bytes);
   if (!memory) return QWENRT_NO_MEMORY;
   if (narrow_blocks > 0)
-    if (const int status = lay_out(w, x, &how, kernels, memory, narrow)) return status;
+    if (const int status = lay_out(w, x, how, kernels, memory, narrow, uneven)) return status;
   if (narrow_blocks < blocks)
-    if (const int status = lay_out(w, x, nullptr, kernels, both ? memory + bytes : memory, wide)) return status;
+    if (const int status = lay_out(w, x, nullptr, kernels, both ? memory + bytes : memory, wide, uneven)) return status;
   const Shares shares = shares_of((blocks + 1) / 2, w.out_features * w.in_features * tokens);
   RowsTask rows{&w, &kernels, &narrow, &wide, y, narrow_blocks, blocks, shares};
   parallel_for(shares.count, run_rows_task, &rows);
   return QWENRT_OK;
+}
+
+// What rounding to int16 leaves of the uneven blocks of x to `rest`, zeros elsewhere. Of a product, float64 loses nothing.
+void leave_rest(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float* rest) {
+  const float massive = massive_limit(x, w.in_features);
+  std::fill(rest, rest + w.in_features, 0.0f);
+  each_block(w, in, [&](const Block& block) {
+    float values[kPairBlock];
+    const int64_t padded = padded_of(w, block);
+    const float* source = inputs_of(w, x, block, padded, values);
+    if (!is_uneven(source, padded, massive)) return;
+    const float largest = largest_of(source, padded), scale = largest / kWideLimit, inverse = kWideLimit / largest;
+    for (int64_t i = 0; i < block.inputs; ++i) {
+      const double rounded = double(scale) * double(nearbyintf(source[i] * inverse));
+      rest[w.perm ? w.perm[block.first + i] : block.first + i] = float(double(source[i]) - rounded);
+    }
+  });
+}
+
+// Adds W times that rest to y of the tokens that are marked.
+int add_rest(QwenrtQuantMatrix w, const float* x, float* y, int64_t tokens, const Kernels& kernels,
+             const uint8_t* uneven) {
+  const int64_t count = std::count(uneven, uneven + tokens, 1), columns = w.in_features, rows = w.out_features;
+  if (!count) return QWENRT_OK;
+  float* const rest = reinterpret_cast<float*>(rest_scratch.room(count * (columns + rows) * int64_t(sizeof(float))));
+  if (!rest) return QWENRT_NO_MEMORY;
+  float* const more = rest + count * columns;
+  const IntegerInput shape = shape_of(w, count, kernels);
+  for (int64_t t = 0, i = 0; t < tokens; ++t)
+    if (uneven[t]) leave_rest(w, shape, x + t * columns, rest + i++ * columns);
+  w.bias = nullptr;  // y has it
+  if (const int status = multiply(w, rest, more, count, nullptr, kernels, nullptr)) return status;
+  for (int64_t t = 0, i = 0; t < tokens; ++t) {
+    if (!uneven[t]) continue;
+    for (int64_t n = 0; n < rows; ++n) y[t * rows + n] += more[i * rows + n];
+    ++i;
+  }
+  return QWENRT_OK;
+}
+
+}  // namespace
+
+int integer_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens,
+                         const QwenrtActivations& how, const Kernels& kernels) {
+  uint8_t uneven[kIntegerTokens] = {};
+  if (const int status = multiply(w, x, y, tokens, &how, kernels, uneven)) return status;
+  return add_rest(w, x, y, tokens, kernels, uneven);
 }

@@ -1,23 +1,28 @@
 """The gate of the project: whatever activations are rounded to, a model's answers stay what plain torch gives.
 
-99.5 % of the likeliest tokens and a mean KL divergence of 1e-3 nats, for every setting, on texts that the model never
-saw and on activations with outliers as larger models have them.
+99.5 % of the likeliest tokens and a mean KL divergence of 1e-3 nats, on conversations that the model never saw, and on
+activations with massive outliers as larger models have them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from qwenrt.assembly import ACTIVATIONS, Settings, assemble
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
+from qwenrt.finetune.data import encode_entry
 from qwenrt.llm import LLM
+from qwenrt.loader.hub import DEMO
 from qwenrt.ops import packing, reference
 from qwenrt.ops.types import CanonicalWeight
 
@@ -26,7 +31,6 @@ pytestmark = pytest.mark.skipif(
     isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
 )
 LEAST_AGREEMENT, MOST_DIVERGENCE = 0.995, 1e-3
-LEAST_MISSED = 0.984  # below this even a setting that is known to miss the gate is broken
 
 
 def measure(got: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
@@ -41,16 +45,59 @@ def assert_passes(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert same >= LEAST_AGREEMENT and kl <= MOST_DIVERGENCE, f"{same:.2%} agree, KL {kl:.2e}"
 
 
-# ---- the demo model
+# ---- the demo model, as it is and with massive outliers in what every linear gets
+
+MASSIVE = 1024.0
+CHANNELS = {
+    "none": [],
+    "one channel": [7],
+    "a few channels": [20, 150, 240],
+    "a third of a block": list(range(64, 96, 3)),
+}
 
 
-@functools.cache
-def texts() -> tuple[str, ...]:
-    samples = held_out_samples(120, seed=5)
-    return tuple(s.text or "\n".join(f"{turn.user}\n{turn.answer}" for turn in s.turns) for s in samples)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo model, and the same function with some channels MASSIVE times as large: what makes a channel larger is
+    taken back by the weights that read it. Being powers of two, neither changes a digit of a dense weight."""
+    directories = {"none": DEMO}
+    for outliers, channels in CHANNELS.items():
+        if not channels:
+            continue
+        directory = directories[outliers] = tmp_path_factory.mktemp("massive")
+        for file in (*DEMO.glob("*.json"), *DEMO.glob("*.tiktoken")):
+            shutil.copy(file, directory)
+        tensors = load_file(DEMO / "model.safetensors")
+        save_file(with_massive(tensors, torch.tensor(channels)), directory / "model.safetensors")
+    return directories
 
 
-def demo_logits(bits: str, activations: str, kernels: str = "auto") -> torch.Tensor:
+def with_massive(tensors: dict[str, torch.Tensor], channels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs of a norm, values and the products that c_proj gets are made MASSIVE by rows, and read by columns."""
+    width = tensors["transformer.ln_f.weight"].numel()
+    rows = {
+        "ln_1.weight": 0, "ln_2.weight": 0, "ln_f.weight": 0, "mlp.w1.weight": 0,
+        "attn.c_attn.weight": 2 * width, "attn.c_attn.bias": 2 * width,
+    }  # fmt: skip
+    read = (
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "w1.weight",
+        "w2.weight",
+        "mlp.c_proj.weight",
+        "lm_head.weight",
+    )
+    for name, tensor in tensors.items():
+        for ending, first in rows.items():
+            if name.endswith(ending):
+                tensor[first + channels] *= MASSIVE
+        if name.endswith(read):
+            tensor[:, channels] /= MASSIVE
+    return tensors
+
+
+def demo_logits(model: Path, bits: str, activations: str, kernels: str = "auto") -> torch.Tensor:
+    """Logits of all positions of conversations that the model never saw, those before the answers included."""
     settings = Settings(
         device="cpu",
         dtype="float32",
@@ -60,25 +107,30 @@ def demo_logits(bits: str, activations: str, kernels: str = "auto") -> torch.Ten
         fallback="silent",
     )
     environment = dataclasses.replace(Environment.read({}), kernels=kernels)
-    with LLM(assemble("demo", settings, environment)) as llm:
+    with LLM(assemble(str(model), settings, environment)) as llm:
         assert llm.tokenizer is not None
-        return torch.cat([llm.logits(llm.tokenizer.encode(text)[:200]) for text in texts()])
+        entries = (sample.entry() for sample in held_out_samples(60, seed=5))
+        return torch.cat([llm.logits(encode_entry(llm.tokenizer, entry)[0][:200]) for entry in entries])
 
 
 @functools.cache
-def defined_logits(bits: str) -> torch.Tensor:
-    logits = demo_logits(bits, "auto", "off")
+def defined_logits(model: Path, bits: str) -> torch.Tensor:
+    logits = demo_logits(model, bits, "auto", "off")
     assert len(logits) >= 3000
     return logits
 
 
+@pytest.mark.parametrize("outliers", CHANNELS)
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_the_demo_model(cpu: CPUBackend, bits: str, activations: str) -> None:
-    assert_passes(demo_logits(bits, activations), defined_logits(bits))
+def test_the_demo_model(
+    cpu: CPUBackend, models: dict[str, Path], outliers: str, bits: str, activations: str
+) -> None:
+    model = models[outliers]
+    assert_passes(demo_logits(model, bits, activations), defined_logits(model, bits))
 
 
-# ---- activations with outliers, which the demo model is too small to have
+# ---- a random layer and a random head behind all kinds of outliers
 
 WIDTH, INNER, VOCABULARY, TOKENS = 1024, 512, 2000, 1000
 OUTLIERS = ("none", "a few channels", "one block", "many channels", "heavy tails", "a few tokens")
@@ -150,38 +202,22 @@ def beside_outliers(shape: str, bits: int, evened: bool, activations: str) -> tu
 LAYERS = [*((shape, 4) for shape in OUTLIERS), ("one block", 8)]
 outliers = pytest.mark.parametrize(("shape", "bits"), LAYERS)
 evened_or_not = pytest.mark.parametrize("evened", [False, True], ids=["plain", "evened"])
-# Where a random layer misses the gate's agreement, and by how much; its head has a rival close by more often than the
-# heads of models have.
-MISSED = {
-    "int8": "98.6 to 99.4 %, also without any outlier: int8 is for those who choose speed",
-    "int16": "98.6 to 99.5 % where a third of a block is 1000 times the rest and yet counts no more than it",
-}
-
-
-def missed(shape: str, evened: bool, activations: str) -> str:
-    if activations == "int8":
-        return MISSED["int8"]
-    few = evened and shape in ("one block", "a few channels")
-    return MISSED["int16"] if few and activations != "exact" else ""
+ROUNDS_LITTLE = [choice for choice in ACTIVATIONS if choice != "int8"]
 
 
 @outliers
 @evened_or_not
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_divergence_beside_outliers(
-    cpu: CPUBackend, shape: str, bits: int, evened: bool, activations: str
-) -> None:
-    assert beside_outliers(shape, bits, evened, activations)[1] <= MOST_DIVERGENCE
+@pytest.mark.parametrize("activations", ROUNDS_LITTLE)
+def test_a_random_layer(cpu: CPUBackend, shape: str, bits: int, evened: bool, activations: str) -> None:
+    same, kl = beside_outliers(shape, bits, evened, activations)
+    assert same >= LEAST_AGREEMENT and kl <= MOST_DIVERGENCE, f"{same:.2%} agree, KL {kl:.2e}"
 
 
 @outliers
 @evened_or_not
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_agreement_beside_outliers(
-    cpu: CPUBackend, shape: str, bits: int, evened: bool, activations: str
-) -> None:
-    same = beside_outliers(shape, bits, evened, activations)[0]
-    reason = missed(shape, evened, activations)
-    if LEAST_MISSED <= same < LEAST_AGREEMENT and reason:
-        pytest.xfail(f"{same:.1%}: {reason}")
-    assert same >= LEAST_AGREEMENT
+def test_outliers_cost_int8_nothing(cpu: CPUBackend, shape: str, bits: int, evened: bool) -> None:
+    """Bytes differ by half a percent, with outliers or without; a random head has a rival that close for every
+    hundredth token, the heads of models have one more rarely (test_the_demo_model)."""
+    same, kl = beside_outliers(shape, bits, evened, "int8")
+    without, _ = beside_outliers("none", bits, False, "int8")
+    assert same >= min(LEAST_AGREEMENT, without - 0.003) and kl <= MOST_DIVERGENCE, f"{same:.2%}, KL {kl:.2e}"

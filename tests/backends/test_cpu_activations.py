@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,31 +27,62 @@ BLOCK_INPUTS = {4: 32, 8: 128}  # by the bits of the codes
 ROUNDED = ("int16", "int8")
 
 
-def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -> torch.Tensor:
-    """The definition: x rounded block by block to a scale of its largest value, then the product in float64.
-
-    int8 beside 4-bit codes: blocks whose largest value is more than 4 times the mean are rounded to int16.
-    """
-    narrow = activations == "int8" and weight.bits == 4
-    columns = x if weight.perm is None else x[:, weight.perm.long()]
+def blocks_of(weight: CanonicalWeight) -> Iterator[tuple[slice, int]]:
+    """The inputs of each block, and how many it is rounded with: vectors are filled with zeros."""
     group = weight.in_features if weight.group_size == -1 else weight.group_size
-    used = torch.empty(x.shape, dtype=torch.float64)
     for start in range(0, weight.in_features, group):
         end = min(start + group, weight.in_features)
         for first in range(start, end, BLOCK_INPUTS[weight.bits]):
-            block = columns[:, first : min(first + BLOCK_INPUTS[weight.bits], end)]
-            largest = block.abs().amax(dim=1, keepdim=True)
-            whole = (
-                -(-min(BLOCK_INPUTS[weight.bits], start + group - first) // 8) * 8
-            )  # past the last input too
-            wide = largest > 4 * x.double().square().mean(1, keepdim=True).sqrt()
-            wide |= largest * whole > 5 * block.abs().sum(1, keepdim=True)
-            limit = torch.where(wide | (not narrow), 32639.0, 127.0)
-            small = largest < 2.0**-100
-            q = (block * (limit / largest.masked_fill(small, 1.0))).round()
-            assert bool((q.abs().amax(1, keepdim=True) <= limit).all())
-            scale = (largest / limit).masked_fill(small, 0.0)
-            used[:, first : first + block.shape[1]] = q.double() * scale.double()
+            whole = -(-min(BLOCK_INPUTS[weight.bits], start + group - first) // 8) * 8
+            yield slice(first, min(first + BLOCK_INPUTS[weight.bits], end)), whole
+
+
+def uneven_blocks(x: torch.Tensor, weight: CanonicalWeight) -> torch.Tensor:
+    """Inputs [T, K] that are in a block with a value of more than 8 times the token's mean, beside which a quarter of
+    the block, zeros aside, is more than 512 times smaller."""
+    limit = (8 / x.shape[1] * x.double().abs().sum(1, keepdim=True)).float()
+    uneven = torch.zeros(x.shape, dtype=torch.bool)
+    for inputs, whole in blocks_of(weight):
+        size = x[:, inputs].abs()
+        largest = size.amax(1, keepdim=True)
+        small = ((size > 0) & (size < largest / 512)).sum(1, keepdim=True)
+        uneven[:, inputs] = (largest > limit) & (small * 4 >= whole)
+    return uneven
+
+
+def rounded_to(x: torch.Tensor, weight: CanonicalWeight, narrow: torch.Tensor) -> torch.Tensor:
+    """x [T, K] with a scale of the largest value for each block, which is int8 where it is ``narrow``; in float64."""
+    used = torch.empty(x.shape, dtype=torch.float64)
+    for inputs, _ in blocks_of(weight):
+        block = x[:, inputs]
+        largest = block.abs().amax(dim=1, keepdim=True)
+        limit = torch.where(narrow[:, inputs.start, None], 127.0, 32639.0)
+        small = largest < 2.0**-100
+        q = (block * (limit / largest.masked_fill(small, 1.0))).round()
+        assert bool((q.abs().amax(1, keepdim=True) <= limit).all())
+        scale = (largest / limit).masked_fill(small, 0.0)
+        used[:, inputs] = q.double() * scale.double()
+    return used
+
+
+def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -> torch.Tensor:
+    """The definition: x rounded block by block to a scale of its largest value, then the product in float64.
+
+    int8 beside 4-bit codes: blocks whose largest value is more than 4 times the token's root mean square or 5 times
+    the block's mean are rounded to int16. In uneven blocks, what int16 leaves is rounded again.
+    """
+    columns = x if weight.perm is None else x[:, weight.perm.long()]
+    uneven = uneven_blocks(columns, weight)
+    even = columns.double().masked_fill(uneven, 0.0)
+    rms = (even.square().sum(1, keepdim=True) / (~uneven).sum(1, keepdim=True).clamp(1)).sqrt()
+    narrow = ~uneven & (activations == "int8" and weight.bits == 4)
+    for inputs, whole in blocks_of(weight):
+        block = columns[:, inputs].abs()
+        largest = block.amax(1, keepdim=True)
+        narrow[:, inputs] &= (largest <= 4 * rms) & (largest * whole <= 5 * block.sum(1, keepdim=True))
+    used = rounded_to(columns, weight, narrow)
+    rest = (columns.double() - used).float().masked_fill(~uneven, 0.0)
+    used += rounded_to(rest, weight, torch.zeros_like(uneven))
     w = packing.dequantize(dataclasses.replace(weight, perm=None), torch.float64)
     y = used @ w.t()
     return y if weight.bias is None else y + weight.bias.double()
@@ -92,6 +124,7 @@ def test_linears_of_any_shape_follow_the_definition(
     x = torch.randn(tokens, k) * torch.rand(tokens, 1).mul(20).sub(10).exp2()
     x[:, k // 2] *= 300  # some blocks are wide beside narrow ones
     x[1::2, k // 3] *= 300
+    x[::3, k // 4] *= 3000  # and some are uneven
     cpu.configure("auto", activations=activations)
     w = cpu.pack_linear(weight, torch.float32)
     if w.kind != kernels.native_kind(bits):
@@ -106,9 +139,31 @@ def test_linears_of_any_shape_follow_the_definition(
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("activations", ROUNDED)
+def test_what_is_beside_a_massive_value_keeps_its_digits(
+    cpu: CPUBackend, bits: int, activations: str
+) -> None:
+    """A value that W makes nothing of does not cost its block more than a digit of int16."""
+    weight = random_weight(64, 1024, bits, 128, sym=True, bias=True)
+    massive = torch.tensor([5, 64, 67, 70, 73, 900])
+    assert weight.codes is not None and weight.zeros is not None
+    weight.codes[massive] = int(weight.zeros[0, 0])
+    x = torch.randn(6, 1024)
+    alike = x.clone()
+    x[:, massive] = 1e3 * x[:, massive].sign()
+    cpu.configure(activations=activations)
+    w = cpu.pack_linear(weight, torch.float32)
+    with_, without = (cpu.linear(value, w) for value in (x, alike))
+    wanted = float64_linear(x, weight)[0]
+    errors = [float((y.double() - wanted).norm() / wanted.norm()) for y in (with_, without)]
+    assert errors[0] < max(1.5 * errors[1], 1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activations", ROUNDED)
 def test_batches_and_threads_change_no_bit(cpu: CPUBackend, bits: int, activations: str) -> None:
     weight = random_weight(1000, 1152, bits, 128, shuffle=True)
     x = torch.randn(300, 1152)
+    x[::7, 500] *= 5000
     cpu.configure(num_threads=2, activations=activations)
     w = cpu.pack_linear(weight, torch.float32)
     y = cpu.linear(x, w)
