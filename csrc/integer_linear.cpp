@@ -38,21 +38,21 @@ void scatter(const int32_t* words, int64_t count, int32_t* out, int64_t tile) {
   for (int64_t i = 0; i < count; ++i) out[i * tile] = words[i];
 }
 
-// The sum of f(x) over a token's activations; in float64 and in one order, so that it is the same everywhere.
-template <class Of>
-double total_of(const float* x, int64_t n, Of f) {
-  double totals[8] = {};
+// The sum of f(x) over activations, in one order, so that it is the same everywhere.
+template <class Number, class Of>
+Number total_of(const float* x, int64_t n, Of f) {
+  Number totals[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; ++j) totals[j] += f(double(x[i + j]));
-  for (; i < n; ++i) totals[i % 8] += f(double(x[i]));
+    for (int j = 0; j < 8; ++j) totals[j] += f(Number(x[i + j]));
+  for (; i < n; ++i) totals[i % 8] += f(Number(x[i]));
   for (int j = 1; j < 8; ++j) totals[0] += totals[j];
   return totals[0];
 }
 
 // A value so many times the token's mean is massive, and a block where a quarter of the inputs (zeros aside) are this
 // much smaller than its massive one is uneven: int16 leaves them six bits or fewer, and W may make much of them.
-constexpr double kMassive = 8;
+constexpr float kMassive = 8;
 constexpr float kUneven = 512;
 
 // The bits of |x| are in its order, infinity and then NaN above all numbers.
@@ -70,14 +70,12 @@ float largest_of(const float* x, int64_t n) {
   return largest;
 }
 
-// Above what a value is massive; infinity where none is.
-float massive_limit(const float* x, int64_t n) {
-  const float limit = float(kMassive / double(n) * total_of(x, n, [](double value) { return fabs(value); }));
-  return largest_of(x, n) > limit ? limit : INFINITY;
+// Above what a value is massive.
+float massive_from(const float* x, int64_t n) {
+  return total_of<float>(x, n, [](float value) { return fabsf(value); }) * (kMassive / float(n));
 }
 
 bool is_uneven(const float* x, int64_t n, float massive) {
-  if (massive == INFINITY) return false;
   const float largest = largest_of(x, n);
   if (!(largest > massive)) return false;
   const int32_t much = size_of(largest / kUneven);
@@ -119,72 +117,69 @@ const float* inputs_of(const QwenrtQuantMatrix& w, const float* x, const Block& 
   return values;
 }
 
-// f(whether it is uneven, its inputs, how many these are) for every block of a token.
-template <class Each>
-void each_evenness(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float massive, Each f) {
+// What a narrow block's largest activation is at most, relative to the token's root mean square; in float64.
+float narrow_limit(const float* x, int64_t n, float narrowest) {
+  const double squares = total_of<double>(x, n, [](double value) { return value * value; });
+  return float(double(narrowest) * sqrt(squares / double(n)));
+}
+
+// The same, relative to the root mean square outside of uneven blocks.
+float even_limit(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float massive, float narrowest) {
+  double squares = 0;
+  int64_t count = 0;
   each_block(w, in, [&](const Block& block) {
     float values[kPairBlock];
     const int64_t padded = padded_of(w, block);
     const float* source = inputs_of(w, x, block, padded, values);
-    f(is_uneven(source, padded, massive), source, block.inputs);
-  });
-}
-
-// Above what a value makes a block uneven; infinity where no block is.
-float uneven_from(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x) {
-  const float massive = massive_limit(x, w.in_features);
-  if (massive == INFINITY) return massive;
-  bool some = false;
-  each_evenness(w, in, x, massive, [&](bool uneven, const float*, int64_t) { some |= uneven; });
-  return some ? massive : INFINITY;
-}
-
-// What a narrow block's largest activation is at most: relative to the root mean square outside of uneven blocks.
-float narrow_limit(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float massive, float narrowest) {
-  const auto square = [](double value) { return value * value; };
-  double squares = 0;
-  int64_t count = 0;
-  if (massive == INFINITY) squares = total_of(x, count = w.in_features, square);
-  else each_evenness(w, in, x, massive, [&](bool uneven, const float* source, int64_t inputs) {
-    if (uneven) return;
-    squares += total_of(source, inputs, square);
-    count += inputs;
+    if (is_uneven(source, padded, massive)) return;
+    squares += total_of<double>(source, block.inputs, [](double value) { return value * value; });
+    count += block.inputs;
   });
   return float(double(narrowest) * sqrt(squares / double(std::max(count, int64_t(1)))));
 }
 
-void lay_out_token(LayOutTask& task, int64_t token) {
+// Rounds the blocks of a token: those with no value above `narrow` to int8, uneven ones to int16. Whether there are any.
+bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narrow, float massive) {
   const QwenrtQuantMatrix& w = *task.w;
   const IntegerInput& in = task.in;
-  const float* x = task.x + token * w.in_features;
   const int64_t places = places_of(w.bits, in.pairs), tile = token / in.tile, lane = token % in.tile;
   const int64_t row = w.groups * w.words_per_group * places, blocks = w.groups * in.blocks_per_group;
-  const float massive = task.uneven ? uneven_from(w, in, x) : INFINITY;
-  const float narrow = task.how ? narrow_limit(w, in, x, massive, task.how->narrowest) : -1.0f;
   const float outlier = task.how ? task.how->outlier : 0;
+  bool some = false;
   each_block(w, in, [&](const Block& block) {
     float values[kPairBlock];
     int32_t low[kPairBlock], high[kPairBlock], sum = 0;
     const int64_t padded = padded_of(w, block), at = tile * blocks + block.at;
     const float* source = inputs_of(w, x, block, padded, values);
     float& scale = task.scales[at * in.tile + lane];
-    const bool uneven = is_uneven(source, padded, massive);
-    if (uneven) task.uneven[token] = 1;
-    const float most = uneven ? -1.0f : narrow;
-    const int kind = task.kernels->round_block(source, padded, w.bits, most, outlier, low, high, &scale, &sum);
+    int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
+    const float largest = scale * (kind == 1 && w.bits == 4 ? kNarrowLimit : kWideLimit);  // but for the last digits
+    if (task.uneven && largest * 1.001f > massive && is_uneven(source, padded, massive)) {
+      some = true;
+      kind = task.kernels->round_block(source, padded, w.bits, -1.0f, outlier, low, high, &scale, &sum);
+    }
     if (!kind) {
       task.status.store(QWENRT_NOT_FINITE);
       return;
     }
     const int64_t out = (tile * row + block.word * places) * in.tile + lane;
     scatter(low, block.words * places, task.low + out, in.tile);
-    if (kind == 2) {
-      scatter(high, block.words * places, task.high + out, in.tile);
-      task.wide[at] = uint8_t(task.wide[at] | 1 << lane);
-    }
+    if (kind == 2) scatter(high, block.words * places, task.high + out, in.tile);
+    const int mask = 1 << lane;
+    task.wide[at] = uint8_t(kind == 2 ? task.wide[at] | mask : task.wide[at] & ~mask);
     float& group_sum = task.sums[(tile * w.groups + block.group) * in.tile + lane];
     group_sum = block.at % in.blocks_per_group ? group_sum + scale * float(sum) : scale * float(sum);
   });
+  return some;
+}
+
+void lay_out_token(LayOutTask& task, int64_t token) {
+  const int64_t n = task.w->in_features;
+  const float* x = task.x + token * n;
+  const float massive = task.uneven ? massive_from(x, n) : 0;
+  if (!lay_out_blocks(task, token, x, task.how ? narrow_limit(x, n, task.how->narrowest) : -1.0f, massive)) return;
+  task.uneven[token] = 1;
+  if (task.how) lay_out_blocks(task, token, x, even_limit(*task.w, task.in, x, massive, task.how->narrowest), massive);
 }
 
 // The tokens of a tile lie between each other: two threads would take the lines of the cache from one another.
@@ -291,7 +286,7 @@ int multiply(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t token
 
 // What rounding to int16 leaves of the uneven blocks of x to `rest`, zeros elsewhere. Of a product, float64 loses nothing.
 void leave_rest(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float* rest) {
-  const float massive = massive_limit(x, w.in_features);
+  const float massive = massive_from(x, w.in_features);
   std::fill(rest, rest + w.in_features, 0.0f);
   each_block(w, in, [&](const Block& block) {
     float values[kPairBlock];

@@ -40,7 +40,7 @@ def blocks_of(weight: CanonicalWeight) -> Iterator[tuple[slice, int]]:
 def uneven_blocks(x: torch.Tensor, weight: CanonicalWeight) -> torch.Tensor:
     """Inputs [T, K] that are in a block with a value of more than 8 times the token's mean, beside which a quarter of
     the block, zeros aside, is more than 512 times smaller."""
-    limit = (8 / x.shape[1] * x.double().abs().sum(1, keepdim=True)).float()
+    limit = 8 * x.abs().mean(1, keepdim=True)
     uneven = torch.zeros(x.shape, dtype=torch.bool)
     for inputs, whole in blocks_of(weight):
         size = x[:, inputs].abs()
