@@ -21,7 +21,7 @@ from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.finetune.data import encode_entry
-from qwenrt.llm import LLM
+from qwenrt.llm import LLM, load_tokenizer
 from qwenrt.loader.hub import DEMO
 from qwenrt.ops import packing, reference
 from qwenrt.ops.types import CanonicalWeight
@@ -96,8 +96,23 @@ def with_massive(tensors: dict[str, torch.Tensor], channels: torch.Tensor) -> di
     return tensors
 
 
+@functools.cache
+def conversations() -> list[tuple[list[int], torch.Tensor]]:
+    """Token ids of conversations that the model never saw, and of these the positions that no other one begins with:
+    what all share counts once."""
+    tokenizer, seen, found = load_tokenizer("demo"), set(), []
+    for sample in held_out_samples(80, seed=5):
+        ids = encode_entry(tokenizer, sample.entry())[0][:200]
+        beginnings = [tuple(ids[: i + 1]) for i in range(len(ids))]
+        found.append(
+            (ids, torch.tensor([i for i, start in enumerate(beginnings) if start not in seen]).long())
+        )
+        seen.update(beginnings)
+    return found
+
+
 def demo_logits(model: Path, bits: str, activations: str, kernels: str = "auto") -> torch.Tensor:
-    """Logits of all positions of conversations that the model never saw, those before the answers included."""
+    """Logits of all positions of conversations(), those before the answers included."""
     settings = Settings(
         device="cpu",
         dtype="float32",
@@ -108,9 +123,7 @@ def demo_logits(model: Path, bits: str, activations: str, kernels: str = "auto")
     )
     environment = dataclasses.replace(Environment.read({}), kernels=kernels)
     with LLM(assemble(str(model), settings, environment)) as llm:
-        assert llm.tokenizer is not None
-        entries = (sample.entry() for sample in held_out_samples(60, seed=5))
-        return torch.cat([llm.logits(encode_entry(llm.tokenizer, entry)[0][:200]) for entry in entries])
+        return torch.cat([llm.logits(ids)[positions] for ids, positions in conversations()])
 
 
 @functools.cache
