@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "scratch.h"
 #include "thread_pool.h"
+#include "uneven.h"
 
 namespace {
 
@@ -13,10 +14,24 @@ constexpr int64_t kFewTokens = 15;  // beside which 12 bits are multiplied as th
 
 Scratch scratch;
 
+// x as the kernels read it: as it is, or in tiles, and then, where that is asked for, in fixed point as well.
+struct Activations {
+  const float* x;
+  FixedInput fixed;
+};
+
+// Rows of 16-bit weights, all tokens; `begin` and `end` of `w`.
+void multiply_rows(const Kernels& kernels, const uint16_t* w, const float* bias, const Activations& in, float* y,
+                   int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end) {
+  if (in.fixed.pairs)
+    kernels.fixed_rows(w, bias, in.x, in.fixed, y, tokens, out_features, in_features, is_half, begin, end);
+  else kernels.dense16_rows(w, bias, in.x, y, tokens, out_features, in_features, is_half, begin, end);
+}
+
 struct DenseTask {
   const uint16_t* w;
   const float* bias;
-  const float* x;
+  Activations in;
   float* y;
   int64_t tokens, out_features, in_features;
   int is_half;
@@ -27,42 +42,102 @@ struct DenseTask {
 void run_dense_task(void* context, int64_t i) {
   const DenseTask& t = *static_cast<const DenseTask*>(context);
   const int64_t end = t.shares.begin(i + 1) * kDenseRows;
-  t.kernels->dense16_rows(t.w, t.bias, t.x, t.y, t.tokens, t.out_features, t.in_features, t.is_half,
-                          t.shares.begin(i) * kDenseRows, end < t.out_features ? end : t.out_features);
+  multiply_rows(*t.kernels, t.w, t.bias, t.in, t.y, t.tokens, t.out_features, t.in_features, t.is_half,
+                t.shares.begin(i) * kDenseRows, end < t.out_features ? end : t.out_features);
 }
 
-struct TileTask {
+// An uneven block leaves six bits of kFixedLimit or fewer to a quarter of its inputs.
+constexpr float kMassive = 64;
+constexpr float kFar = 128;
+constexpr float kLargestFixed = 1e29f;  // times kFixedLimit^2 * kFixedBlock and a slab's weights it still is finite
+constexpr int64_t kFixedTokens = 32;    // from so many on, putting a panel into fixed point pays
+
+struct LayOutTask {
   const float* x;
-  float* tiled;
   int64_t tokens, in_features;
+  float* tiled;
+  float* massive;  // [tokens]; NULL: no fixed point is wanted
+  int32_t* pairs;
+  float* scales;
+  uint8_t* uneven;
 };
 
+void run_massive_task(void* context, int64_t token) {
+  const LayOutTask& t = *static_cast<const LayOutTask*>(context);
+  t.massive[token] = massive_from(t.x + token * t.in_features, t.in_features, kMassive);
+}
+
+// One block of a token to its lane of a tile; false where fixed point is not for it.
+bool fix_block(const float* x, float massive, int64_t tile, int32_t* pairs, float* scale) {
+  const float largest = largest_of(x, kFixedBlock);
+  if (!(largest <= kLargestFixed) || (largest > massive && is_uneven(x, kFixedBlock, massive, kFar))) return false;
+  const bool zeros = largest < kSmallestActivation;
+  const float inverse = zeros ? 0.0f : kFixedLimit / largest;
+  *scale = zeros ? 0.0f : largest / kFixedLimit;
+  constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to integers, ties to even
+  int32_t q[kFixedBlock];
+  for (int64_t i = 0; i < kFixedBlock; ++i) {
+    const float shifted = x[i] * inverse + kRounds;
+    memcpy(&q[i], &shifted, sizeof shifted);
+    q[i] -= 0x4b400000;
+  }
+  for (int64_t i = 0; i < kFixedBlock; i += 2)
+    pairs[i / 2 * tile] = int32_t((uint32_t(q[i]) & 0xffff) | uint32_t(q[i + 1]) << 16);
+  return true;
+}
+
 // One slab of inputs, as kernels.h says of dense activations in tiles.
-void run_tile_task(void* context, int64_t slab) {
-  const TileTask& t = *static_cast<const TileTask*>(context);
+void run_lay_out_task(void* context, int64_t slab) {
+  const LayOutTask& t = *static_cast<const LayOutTask*>(context);
   const int64_t first = slab * kDenseSlab, rest = t.in_features - first, inputs = rest < kDenseSlab ? rest : kDenseSlab;
+  const int64_t blocks = inputs / kFixedBlock;
   float* out = t.tiled + first * t.tokens;
+  bool fixed = t.massive && inputs % kFixedBlock == 0;
   for (int64_t token = 0; token < t.tokens;) {
-    const int64_t tile = next_tile(t.tokens - token);
+    const int64_t tile = next_tile(t.tokens - token), at = first * t.tokens + token * inputs;
     for (int64_t lane = 0; lane < tile; ++lane) {
       const float* x = t.x + (token + lane) * t.in_features + first;
       for (int64_t k = 0; k < inputs; ++k) out[k * tile + lane] = x[k];
+      for (int64_t b = 0; fixed && b < blocks; ++b) {
+        int32_t* const pairs = t.pairs + at / 2 + b * kFixedBlock / 2 * tile + lane;
+        float* const scale = t.scales + at / kFixedBlock + b * tile + lane;
+        fixed = fix_block(x + b * kFixedBlock, t.massive[token + lane], tile, pairs, scale);
+      }
     }
     out += tile * inputs, token += tile;
   }
+  if (t.massive) t.uneven[slab] = !fixed;
 }
 
-// Floats that lay_out needs.
-int64_t tiled_floats(const Kernels& kernels, int64_t tokens, int64_t in_features) {
-  return kernels.dense_tiles_from && tokens >= kernels.dense_tiles_from ? tokens * in_features : 0;
-}
+// What lay_out needs, in floats.
+struct Sizes {
+  int64_t tiled = 0, pairs = 0, scales = 0, massive = 0, uneven = 0;
 
-// x in tiles where so many tokens want it, in `memory` of tiled_floats().
-const float* lay_out(const Kernels& kernels, const float* x, float* memory, int64_t tokens, int64_t in_features) {
-  if (!tiled_floats(kernels, tokens, in_features)) return x;
-  TileTask task{x, memory, tokens, in_features};
-  parallel_for((in_features + kDenseSlab - 1) / kDenseSlab, run_tile_task, &task);
-  return memory;
+  Sizes(const Kernels& kernels, int64_t tokens, int64_t in_features, bool rounded) {
+    if (!kernels.dense_tiles_from || tokens < kernels.dense_tiles_from) return;
+    tiled = tokens * in_features;
+    if (!rounded || !kernels.fixed_rows || tokens < kFixedTokens) return;
+    pairs = (tiled + 1) / 2, scales = tiled / kFixedBlock + 1, massive = tokens;
+    uneven = in_features / kDenseSlab / int64_t(sizeof(float)) + 1;
+  }
+  int64_t floats() const { return tiled + pairs + scales + massive + uneven; }
+};
+
+// x in tiles where so many tokens want it, in `memory` of Sizes.floats().
+Activations lay_out(const Kernels& kernels, const float* x, float* memory, int64_t tokens, int64_t in_features,
+                    bool rounded) {
+  const Sizes sizes(kernels, tokens, in_features, rounded);
+  if (!sizes.tiled) return {x, {}};
+  LayOutTask task{x, tokens, in_features, memory, nullptr, nullptr, nullptr, nullptr};
+  if (sizes.pairs) {
+    task.pairs = reinterpret_cast<int32_t*>(memory + sizes.tiled);
+    task.scales = memory + sizes.tiled + sizes.pairs;
+    task.massive = task.scales + sizes.scales;
+    task.uneven = reinterpret_cast<uint8_t*>(task.massive + sizes.massive);
+    parallel_for(tokens, run_massive_task, &task);
+  }
+  parallel_for((in_features + kDenseSlab - 1) / kDenseSlab, run_lay_out_task, &task);
+  return {memory, {task.pairs, task.scales, task.uneven}};
 }
 
 // Few tokens: the kernel reads 12 bits and multiplies what they stand for.
@@ -84,7 +159,7 @@ void run_few_task(void* context, int64_t i) {
 // Many tokens: rows become 16 bits again, in the thread's own memory, and are multiplied as such.
 struct ManyTask {
   const QwenrtDense12* w;
-  const float* x;
+  Activations in;
   float* y;
   int64_t tokens, units;
   const Kernels* kernels;
@@ -101,8 +176,8 @@ void run_many_task(void* context, int64_t thread) {
     if (begin >= w.out_features) return;
     const int64_t count = w.out_features - begin < kDenseRows ? w.out_features - begin : kDenseRows;
     for (int64_t r = 0; r < count; ++r) unpack_row(*t.kernels, w, begin + r, rows + r * w.in_features);
-    t.kernels->dense16_rows(rows, w.bias ? w.bias + begin : nullptr, t.x, t.y + begin, t.tokens, w.out_features,
-                            w.in_features, 0, 0, count);
+    multiply_rows(*t.kernels, rows, w.bias ? w.bias + begin : nullptr, t.in, t.y + begin, t.tokens, w.out_features,
+                  w.in_features, 0, 0, count);
   }
 }
 
@@ -122,15 +197,15 @@ int few_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens,
   return QWENRT_OK;
 }
 
-int many_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, const Kernels& kernels) {
+int many_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, const Kernels& kernels, bool rounded) {
   const int64_t units = (w.out_features + kDenseRows - 1) / kDenseRows;
   const int64_t threads = units < pool_threads() ? units : pool_threads();
-  const int64_t floats = tiled_floats(kernels, tokens, w.in_features);
+  const int64_t floats = Sizes(kernels, tokens, w.in_features, rounded).floats();
   const int64_t shorts = threads * kDenseRows * w.in_features;
   char* const memory = scratch.room(floats * int64_t(sizeof(float)) + shorts * int64_t(sizeof(uint16_t)));
   if (!memory) return QWENRT_NO_MEMORY;
   float* const tiled = reinterpret_cast<float*>(memory);
-  ManyTask task{&w, lay_out(kernels, x, tiled, tokens, w.in_features), y, tokens, units, &kernels,
+  ManyTask task{&w, lay_out(kernels, x, tiled, tokens, w.in_features, rounded), y, tokens, units, &kernels,
                 reinterpret_cast<uint16_t*>(tiled + floats)};
   parallel_for(threads, run_many_task, &task);
   return QWENRT_OK;
@@ -139,24 +214,26 @@ int many_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens
 }  // namespace
 
 int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
-                          int64_t out_features, int64_t in_features, int is_half) {
+                          int64_t out_features, int64_t in_features, int is_half, int rounded) {
   PoolLock lock;
   const int64_t units = (out_features + kDenseRows - 1) / kDenseRows;
   const Shares shares = shares_of(units, out_features * in_features * tokens);
   const Kernels& kernels = linear_kernels();
-  const int64_t floats = tiled_floats(kernels, tokens, in_features);
-  float* const tiled = reinterpret_cast<float*>(scratch.room(floats * int64_t(sizeof(float))));
-  if (floats && !tiled) return QWENRT_NO_MEMORY;
-  x = lay_out(kernels, x, tiled, tokens, in_features);
-  DenseTask task{w, bias, x, y, tokens, out_features, in_features, is_half, &kernels, shares};
+  const int64_t floats = Sizes(kernels, tokens, in_features, rounded).floats();
+  float* const memory = reinterpret_cast<float*>(scratch.room(floats * int64_t(sizeof(float))));
+  if (floats && !memory) return QWENRT_NO_MEMORY;
+  const Activations in = lay_out(kernels, x, memory, tokens, in_features, rounded);
+  DenseTask task{w, bias, in, y, tokens, out_features, in_features, is_half, &kernels, shares};
   parallel_for(shares.count, run_dense_task, &task);
   return QWENRT_OK;
 }
 
-int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int64_t tokens) {
+int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int64_t tokens, int rounded) {
   if (tokens < 1) return QWENRT_OK;
   PoolLock lock;
   const Kernels& kernels = linear_kernels();
   const bool few = kernels.dense12_rows && tokens <= kFewTokens;
-  return few ? few_tokens(*w, x, y, tokens, kernels) : many_tokens(*w, x, y, tokens, kernels);
+  return few ? few_tokens(*w, x, y, tokens, kernels) : many_tokens(*w, x, y, tokens, kernels, rounded);
 }
+
+int qwenrt_fixed_serves(void) { return linear_kernels().fixed_rows != nullptr; }

@@ -135,9 +135,10 @@ int add_expert(const QwenrtExperts& e, int64_t expert, const float* normed, floa
 
 int run_linear(const QwenrtLinear& w, const float* x, float* y, int64_t tokens, float* part) {
   if (w.quant) return qwenrt_quant_linear(w.quant, x, y, tokens, &w.activations);
-  if (w.dense12) return qwenrt_dense12_linear(w.dense12, x, y, tokens);
+  const int rounded = w.activations.kind != QWENRT_EXACT;
+  if (w.dense12) return qwenrt_dense12_linear(w.dense12, x, y, tokens, rounded);
   if (!w.part_count)
-    return qwenrt_dense16_linear(w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, w.is_half);
+    return qwenrt_dense16_linear(w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, int(w.is_half), rounded);
   for (int64_t i = 0; i < w.part_count; y += w.parts[i++].out_features) {
     const QwenrtLinear& one = w.parts[i];
     if (const int status = run_linear(one, x, tokens == 1 ? y : part, tokens, nullptr)) return status;

@@ -12,6 +12,7 @@
 #include "integer_places.h"
 #include "scratch.h"
 #include "thread_pool.h"
+#include "uneven.h"
 
 namespace {
 
@@ -38,51 +39,9 @@ void scatter(const int32_t* words, int64_t count, int32_t* out, int64_t tile) {
   for (int64_t i = 0; i < count; ++i) out[i * tile] = words[i];
 }
 
-// The sum of f(x) over activations, in one order, so that it is the same everywhere.
-template <class Number, class Of>
-Number total_of(const float* x, int64_t n, Of f) {
-  Number totals[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; ++j) totals[j] += f(Number(x[i + j]));
-  for (; i < n; ++i) totals[i % 8] += f(Number(x[i]));
-  for (int j = 1; j < 8; ++j) totals[0] += totals[j];
-  return totals[0];
-}
-
-// A value so many times the token's mean is massive, and a block where a quarter of the inputs (zeros aside) are this
-// much smaller than its massive one is uneven: int16 leaves them six bits or fewer, and W may make much of them.
+// An uneven block leaves six bits of int16 or fewer to a quarter of its inputs.
 constexpr float kMassive = 8;
-constexpr float kUneven = 512;
-
-// The bits of |x| are in its order, infinity and then NaN above all numbers.
-int32_t size_of(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits & 0x7fffffff;
-}
-
-float largest_of(const float* x, int64_t n) {
-  int32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, size_of(x[i]));
-  float largest;
-  memcpy(&largest, &most, sizeof largest);
-  return largest;
-}
-
-// Above what a value is massive.
-float massive_from(const float* x, int64_t n) {
-  return total_of<float>(x, n, [](float value) { return fabsf(value); }) * (kMassive / float(n));
-}
-
-bool is_uneven(const float* x, int64_t n, float massive) {
-  const float largest = largest_of(x, n);
-  if (!(largest > massive)) return false;
-  const int32_t much = size_of(largest / kUneven);
-  int32_t small = 0;
-  for (int64_t i = 0; i < n; ++i) small += (size_of(x[i]) > 0) & (size_of(x[i]) < much);
-  return small * 4 >= n;
-}
+constexpr float kFar = 512;
 
 // A block of a row and of a token's activations.
 struct Block {
@@ -131,7 +90,7 @@ float even_limit(const QwenrtQuantMatrix& w, const IntegerInput& in, const float
     float values[kPairBlock];
     const int64_t padded = padded_of(w, block);
     const float* source = inputs_of(w, x, block, padded, values);
-    if (is_uneven(source, padded, massive)) return;
+    if (is_uneven(source, padded, massive, kFar)) return;
     squares += total_of<double>(source, block.inputs, [](double value) { return value * value; });
     count += block.inputs;
   });
@@ -154,7 +113,7 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
     float& scale = task.scales[at * in.tile + lane];
     int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
     const float largest = scale * (kind == 1 && w.bits == 4 ? kNarrowLimit : kWideLimit);  // but for the last digits
-    if (task.uneven && largest * 1.001f > massive && is_uneven(source, padded, massive)) {
+    if (task.uneven && largest * 1.001f > massive && is_uneven(source, padded, massive, kFar)) {
       some = true;
       kind = task.kernels->round_block(source, padded, w.bits, -1.0f, outlier, low, high, &scale, &sum);
     }
@@ -176,7 +135,7 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
 void lay_out_token(LayOutTask& task, int64_t token) {
   const int64_t n = task.w->in_features;
   const float* x = task.x + token * n;
-  const float massive = task.uneven ? massive_from(x, n) : 0;
+  const float massive = task.uneven ? massive_from(x, n, kMassive) : 0;
   if (!lay_out_blocks(task, token, x, task.how ? narrow_limit(x, n, task.how->narrowest) : -1.0f, massive)) return;
   task.uneven[token] = 1;
   if (task.how) lay_out_blocks(task, token, x, even_limit(*task.w, task.in, x, massive, task.how->narrowest), massive);
@@ -286,13 +245,13 @@ int multiply(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t token
 
 // What rounding to int16 leaves of the uneven blocks of x to `rest`, zeros elsewhere. Of a product, float64 loses nothing.
 void leave_rest(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* x, float* rest) {
-  const float massive = massive_from(x, w.in_features);
+  const float massive = massive_from(x, w.in_features, kMassive);
   std::fill(rest, rest + w.in_features, 0.0f);
   each_block(w, in, [&](const Block& block) {
     float values[kPairBlock];
     const int64_t padded = padded_of(w, block);
     const float* source = inputs_of(w, x, block, padded, values);
-    if (!is_uneven(source, padded, massive)) return;
+    if (!is_uneven(source, padded, massive, kFar)) return;
     const float largest = largest_of(source, padded), scale = largest / kWideLimit, inverse = kWideLimit / largest;
     for (int64_t i = 0; i < block.inputs; ++i) {
       const double rounded = double(scale) * double(nearbyintf(source[i] * inverse));

@@ -48,6 +48,16 @@ constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller o
 constexpr int64_t kDenseSlab = 256;
 constexpr int64_t kDenseTile = 6;  // at most
 
+// The same in fixed point, for kernels that have fixed_rows: kFixedBlock inputs of a token share a scale. Two int16 of at
+// most kFixedLimit in 32 bits, the earlier input in the lower ones; kFixedBlock * kFixedLimit^2 < 2^31.
+constexpr int64_t kFixedBlock = 32;
+constexpr float kFixedLimit = 8191;
+struct FixedInput {
+  const int32_t* pairs;    // [slab][tile][pair of slab][token of tile]; NULL: float32 is asked for
+  const float* scales;     // [slab][tile][block of slab][token of tile]
+  const uint8_t* uneven;   // [slabs]: whether the slab is in float32 alone
+};
+
 // The tokens of the next tile: all as equal as can be, for small ones leave multiply-adds waiting for each other.
 inline int64_t next_tile(int64_t tokens) {
   const int64_t tiles = (tokens + kDenseTile - 1) / kDenseTile;
@@ -70,6 +80,9 @@ struct Kernels {
   // Rows [begin, end) of y [tokens][out_features]. x [tokens][in_features], from dense_tiles_from tokens on in tiles.
   void (*dense16_rows)(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
+  // The same with x in tiles and, for weights that bear it, in fixed point; NULL where float32 is no slower.
+  void (*fixed_rows)(const uint16_t* w, const float* bias, const float* x, const FixedInput& fixed, float* y,
+                     int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
   // n activations, a multiple of 8 and of a word's, to q = round(x / scale), ties to even, as IntegerInput's low (and,
   // of a wide block, high) for a tile of one token. |q| <= 127 will do where none of them is larger than `narrow`
   // (below 0: nowhere) or than `outlier` times their mean. Returns 0 where

@@ -71,6 +71,8 @@ int avx2_round_block(const float* x, int64_t n, int bits, float narrow, float ou
                      float* scale, int32_t* sum);
 void avx2_dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
+void avx2_fixed_rows(const uint16_t* w, const float* bias, const float* x, const FixedInput& fixed, float* y,
+                     int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
 void avx2_dense12_rows(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin, int64_t end);
 void avx2_unpack12(const QwenrtDense12& w, int64_t row, uint16_t* out);
 extern const int64_t avx2_dense_tiles_from;

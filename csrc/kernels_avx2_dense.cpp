@@ -5,23 +5,11 @@
 // Which of the two depends on the number of tokens alone, and a row's sums are added up in the same order wherever in
 // a task or a panel it is: results do not depend on how the rows are shared.
 #include "kernels_avx2.h"
+#include "kernels_avx2_fixed.h"
 
 #ifdef QWENRT_X86
 
 namespace {
-
-template <bool HALF>
-inline __m256 load16(const uint16_t* p) {
-  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  if (HALF) return _mm256_cvtph_ps(raw);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
-}
-
-template <bool HALF>
-inline float value16(const uint16_t* p) {
-  alignas(16) uint16_t lanes[8] = {*p};
-  return _mm256_cvtss_f32(load16<HALF>(lanes));
-}
 
 // 16 values as two vectors. Unpacking works within halves of a register, hence the permutation.
 template <bool HALF>
@@ -63,7 +51,7 @@ void dense_rows_times_tile(const uint16_t* w, const float* bias, const float* x,
       __m256 all = acc[0][s][t];
       for (int c = 1; c < CHAINS; ++c) all = _mm256_add_ps(all, acc[c][s][t]);
       float sum = sum8(all);
-      for (int64_t i = k; i < in_features; ++i) sum += value16<HALF>(rows[s] + i) * x[t * in_features + i];
+      for (int64_t i = k; i < in_features; ++i) sum += value_of<HALF>(*(rows[s] + i)) * x[t * in_features + i];
       y[t * out_features + n] = bias ? sum + bias[n] : sum;
     });
   });
@@ -102,7 +90,6 @@ void dense_rows(const uint16_t* w, const float* bias, const float* x, float* y, 
   }
 }
 
-constexpr int64_t kPanel = 16;          // rows of one panel: two vectors
 constexpr int64_t kPanelTokens = 16;    // from so many on, converting a panel pays
 constexpr int64_t kSumsInCache = 512;   // tokens whose sums with a panel are held while its slabs pass
 
@@ -148,7 +135,7 @@ void convert_panel(const uint16_t* const* rows, int64_t count, float* panel) {
   int64_t k = 0;
   for (; k + 8 <= count; k += 8) convert_block<HALF>(rows, k, panel + k * kPanel);
   for (; k < count; ++k)
-    for (int64_t r = 0; r < kPanel; ++r) panel[k * kPanel + r] = value16<HALF>(rows[r] + k);
+    for (int64_t r = 0; r < kPanel; ++r) panel[k * kPanel + r] = value_of<HALF>(*(rows[r] + k));
 }
 
 // acc += a * b where it is written: left to itself, the compiler moves loads so far ahead that multiply-adds wait.
@@ -212,25 +199,45 @@ void store_panel(const float* sums, const float* bias, float* y, int64_t tokens,
     for (int64_t r = 0; r < rows; ++r) y[r] = bias ? sums[r] + bias[r] : sums[r];
 }
 
+// A panel of rows and what tokens add to it, slab by slab of the inputs.
+struct Panel {
+  alignas(64) float floats[kDenseSlab * kPanel];
+  alignas(64) float sums[kSumsInCache * kPanel];
+  FixedPanel fixed;
+};
+
+// Inputs [k, k + inputs) of `rows`, times tokens [from, from + some) of `tokens`: in fixed point, if it is asked for, where
+// these weights bear it.
+template <bool HALF>
+void panel_times_slab(Panel& panel, const uint16_t* const* rows, const float* x, const FixedInput& fixed, int64_t tokens,
+                      int64_t from, int64_t some, int64_t k, int64_t inputs) {
+  const int64_t blocks = inputs / kFixedBlock, pair = k / 2 * tokens + from * inputs / 2;
+  if (fixed.pairs && !fixed.uneven[k / kDenseSlab] && fix_panel<HALF>(rows, inputs, panel.fixed)) {
+    const float* const scales = fixed.scales + (k * tokens + from * inputs) / kFixedBlock;
+    return fixed_times_tokens(panel.fixed, fixed.pairs + pair, scales, panel.sums, tokens - from, some, blocks);
+  }
+  convert_panel<HALF>(rows, inputs, panel.floats);
+  panel_times_tokens(panel.floats, x + k * tokens + from * inputs, panel.sums, tokens - from, some, inputs);
+}
+
 // x [slab][tile][input][token of tile], as kernels.h says.
 template <bool HALF>
-void panel_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
-                int64_t in_features, int64_t begin, int64_t end) {
-  alignas(64) float panel[kDenseSlab * kPanel], sums[kSumsInCache * kPanel];
+void panel_rows(const uint16_t* w, const float* bias, const float* x, const FixedInput& fixed, float* y, int64_t tokens,
+                int64_t out_features, int64_t in_features, int64_t begin, int64_t end) {
+  Panel panel;
   for (int64_t from = 0, some = 0; from < tokens; from += some) {
     some = tokens_at_once(tokens - from);
     for (int64_t n = begin; n < end; n += kPanel) {
       const int64_t there = end - n < kPanel ? end - n : kPanel;
-      for (int64_t i = 0; i < some * kPanel; ++i) sums[i] = 0;
+      for (int64_t i = 0; i < some * kPanel; ++i) panel.sums[i] = 0;
       for (int64_t k = 0; k < in_features; k += kDenseSlab) {
         const uint16_t* rows[kPanel];
         for (int64_t r = 0; r < kPanel; ++r)  // the last one stands in for those that there are not
           rows[r] = w + (n + (r < there ? r : there - 1)) * in_features + k;
         const int64_t inputs = in_features - k < kDenseSlab ? in_features - k : kDenseSlab;
-        convert_panel<HALF>(rows, inputs, panel);
-        panel_times_tokens(panel, x + k * tokens + from * inputs, sums, tokens - from, some, inputs);
+        panel_times_slab<HALF>(panel, rows, x, fixed, tokens, from, some, k, inputs);
       }
-      store_panel(sums, bias ? bias + n : nullptr, y + from * out_features + n, some, there, out_features);
+      store_panel(panel.sums, bias ? bias + n : nullptr, y + from * out_features + n, some, there, out_features);
     }
   }
 }
@@ -239,9 +246,16 @@ void panel_rows(const uint16_t* w, const float* bias, const float* x, float* y, 
 
 void avx2_dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                        int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end) {
+  if (tokens >= kPanelTokens)
+    return avx2_fixed_rows(w, bias, x, {}, y, tokens, out_features, in_features, is_half, begin, end);
   const auto few = is_half ? dense_rows<true> : dense_rows<false>;
+  few(w, bias, x, y, tokens, out_features, in_features, begin, end);
+}
+
+void avx2_fixed_rows(const uint16_t* w, const float* bias, const float* x, const FixedInput& fixed, float* y,
+                     int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end) {
   const auto many = is_half ? panel_rows<true> : panel_rows<false>;
-  return (tokens < kPanelTokens ? few : many)(w, bias, x, y, tokens, out_features, in_features, begin, end);
+  many(w, bias, x, fixed, y, tokens, out_features, in_features, begin, end);
 }
 
 const int64_t avx2_dense_tiles_from = kPanelTokens;

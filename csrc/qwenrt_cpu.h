@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 10
+#define QWENRT_ABI 11
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -90,9 +90,13 @@ typedef struct {
 // written, where a weight or a scale is not finite.
 QWENRT_API int qwenrt_quantize(const QwenrtRounding* a);
 // y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
-// Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
+// `rounded`: many tokens may be multiplied in fixed point of 14 bits, where that is faster; 256 inputs of a row of W share a
+// scale, and 32 of x. Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
 QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
-                                     int64_t out_features, int64_t in_features, int is_half);
+                                     int64_t out_features, int64_t in_features, int is_half, int rounded);
+
+// Whether the instruction set in use has that fixed point.
+QWENRT_API int qwenrt_fixed_serves(void);
 
 // A bfloat16 matrix in 12 bits a weight, without loss. A weight's upper byte is its sign and all but the last bit of its
 // exponent, and 16 of these have nearly all weights of a matrix: `smallest` to `smallest` + 7, with either sign. A code of
@@ -119,7 +123,7 @@ QWENRT_API int qwenrt_dense12_pack(const uint16_t* w, const QwenrtDense12* to);
 // Then the same w -> the inputs and the weights of `to`, likewise.
 QWENRT_API int qwenrt_dense12_pack_others(const uint16_t* w, const QwenrtDense12* to);
 // As qwenrt_dense16_linear.
-QWENRT_API int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int64_t tokens);
+QWENRT_API int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int64_t tokens, int rounded);
 // Rows [begin, end) as they were -> out [end - begin][in_features] bfloat16.
 QWENRT_API int qwenrt_dense12_unpack(const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end);
 // Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.

@@ -80,10 +80,10 @@ std::vector<float> apply(const QwenrtLinear& w, const std::vector<float>& x, int
     }
     return y;
   }
-  const int status = w.dense12 ? qwenrt_dense12_linear(w.dense12, x.data(), y.data(), tokens)
+  const int status = w.dense12 ? qwenrt_dense12_linear(w.dense12, x.data(), y.data(), tokens, 0)
                      : w.quant ? qwenrt_quant_linear(w.quant, x.data(), y.data(), tokens, &w.activations)
                              : qwenrt_dense16_linear(w.dense, w.bias, x.data(), y.data(), tokens, w.out_features,
-                                                     w.in_features, w.is_half);
+                                                     w.in_features, int(w.is_half), 0);
   CHECK(status == QWENRT_OK, "a linear of %d rows", int(w.out_features));
   return y;
 }

@@ -232,25 +232,31 @@ void test_dense16(int count) {
   Random random(5);
   for (int i = 0; i < count; ++i) {
     const int64_t n = 1 + random.below(30),
-                  k = random.coin() ? 1 + random.below(100) : random.one_of<int64_t>({64, 129, 300});
-    const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 9, 33});
+                  k = random.coin() ? 1 + random.below(100) : random.one_of<int64_t>({64, 129, 256, 288, 300, 512});
+    const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 9, 31, 33, 50});
+    const bool rounded = random.coin();
     const bool is_half = random.coin(), has_bias = random.coin();
     std::vector<uint16_t> w(size_t(n * k));
     for (uint16_t& value : w) value = is_half ? random_half(random) : random_bfloat(random);
     const std::vector<float> x = random.floats(tokens * k), bias = random.floats(n);
     for_each_isa([&](const char* isa) {
       std::vector<float> y(size_t(tokens * n), NAN);
-      qwenrt_dense16_linear(w.data(), has_bias ? bias.data() : nullptr, x.data(), y.data(), tokens, n, k, is_half);
+      const float* const b = has_bias ? bias.data() : nullptr;
+      CHECK(qwenrt_dense16_linear(w.data(), b, x.data(), y.data(), tokens, n, k, is_half, rounded) == QWENRT_OK, "%s", isa);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < n; ++r) {
-          double wanted = has_bias ? bias[size_t(r)] : 0, size = fabs(wanted) + 1e-12;
+          double wanted = b ? b[r] : 0, size = fabs(wanted) + 1e-12, sizes = 0, largest_w = 0, largest_x = 0;
           for (int64_t c = 0; c < k; ++c) {
             const uint16_t raw = w[size_t(r * k + c)];
-            const double product = double(is_half ? half_to_float(raw) : bfloat_to_float(raw)) * x[size_t(t * k + c)];
-            wanted += product, size += fabs(product);
+            const double weight = is_half ? half_to_float(raw) : bfloat_to_float(raw), value = x[size_t(t * k + c)];
+            wanted += weight * value, size += fabs(weight * value), sizes += fabs(weight) + fabs(value);
+            largest_w = fmax(largest_w, fabs(weight)), largest_x = fmax(largest_x, fabs(value));
           }
-          CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * kExactness, "%s n=%d k=%d tokens=%d half=%d: %g for %g",
-                isa, int(n), int(k), int(tokens), is_half, y[size_t(t * n + r)], wanted);
+          // Rounded, each is half a step off at most, of the 8191 up to the largest.
+          const double step = rounded && tokens >= 32 ? sizes * fmax(largest_w, largest_x) / 8191 : 0;
+          CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * kExactness + step,
+                "%s n=%d k=%d tokens=%d half=%d rounded=%d: %g for %g", isa, int(n), int(k), int(tokens), is_half, rounded,
+                y[size_t(t * n + r)], wanted);
         }
     });
   }
@@ -301,7 +307,7 @@ void test_dense12(int count) {
       CHECK(memcmp(back.data(), w.data() + begin * k, back.size() * sizeof back[0]) == 0, "%s n=%d k=%d: not as it was",
             isa, int(n), int(k));
       std::vector<float> y(size_t(tokens * n), NAN);
-      CHECK(qwenrt_dense12_linear(&m.matrix, x.data(), y.data(), tokens) == QWENRT_OK, "%s", isa);
+      CHECK(qwenrt_dense12_linear(&m.matrix, x.data(), y.data(), tokens, 0) == QWENRT_OK, "%s", isa);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < n; ++r) {
           double sum = has_bias ? bias[size_t(r)] : 0, size = fabs(sum) + 1e-12;
@@ -333,7 +339,7 @@ void test_every_16_bit_value() {
         for (int64_t place = 0; place < k; ++place) {
           std::vector<float> x(size_t(k), 0.0f), y(static_cast<size_t>(n));
           x[size_t(place)] = 1;
-          qwenrt_dense16_linear(w.data(), nullptr, x.data(), y.data(), 1, n, k, is_half);
+          qwenrt_dense16_linear(w.data(), nullptr, x.data(), y.data(), 1, n, k, is_half, 0);
           for (int64_t r = 0; r < n; ++r) {
             bool finite = true;
             for (int64_t c = 0; c < k; ++c) {

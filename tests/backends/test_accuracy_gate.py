@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from qwenrt.assembly import ACTIVATIONS, Settings, assemble
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend, activations, backend, kernels
 from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.finetune.data import encode_entry
@@ -111,7 +111,7 @@ def conversations() -> list[tuple[list[int], torch.Tensor]]:
     return found
 
 
-def demo_logits(model: Path, bits: str, activations: str, kernels: str = "auto") -> torch.Tensor:
+def demo_logits(model: Path, bits: str | None, activations: str, kernels: str = "auto") -> torch.Tensor:
     """Logits of all positions of conversations(), those before the answers included."""
     settings = Settings(
         device="cpu",
@@ -127,7 +127,7 @@ def demo_logits(model: Path, bits: str, activations: str, kernels: str = "auto")
 
 
 @functools.cache
-def defined_logits(model: Path, bits: str) -> torch.Tensor:
+def defined_logits(model: Path, bits: str | None) -> torch.Tensor:
     logits = demo_logits(model, bits, "auto", "off")
     assert len(logits) >= 3000
     return logits
@@ -141,6 +141,15 @@ def test_the_demo_model(
 ) -> None:
     model = models[outliers]
     assert_passes(demo_logits(model, bits, activations), defined_logits(model, bits))
+
+
+@pytest.mark.parametrize("outliers", CHANNELS)
+def test_the_demo_model_in_16_bits(
+    cpu: CPUBackend, models: dict[str, Path], outliers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "_LARGE", 1)  # else only larger linears are rounded beside 16 bits
+    model = models[outliers]
+    assert_passes(demo_logits(model, None, "auto"), defined_logits(model, None))
 
 
 # ---- a random layer and a random head behind all kinds of outliers

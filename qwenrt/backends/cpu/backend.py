@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend, OpSpec, Stack, native
 from qwenrt.backends.cpu import attention as paged
 from qwenrt.backends.cpu import dense12, elementwise, resources
-from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, rounded_to, rule_of
+from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, INT16, rounded_to, rounds_dense, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack, Linear
 from qwenrt.backends.cpu.kernels import (
     BLOCK,
@@ -71,7 +71,8 @@ class CPUBackend(Backend):
 
     ``activations`` says what the inputs of quantised linears are: "exact" (float32), rounded to "int16" (the result
     differs by about 3e-5 of its size), "auto" (int16 in linears of 2^20 weights or more, exact in smaller ones), or
-    "int8" (about 5e-3; of 4-bit weights where that is harmless, int16 elsewhere).
+    "int8" (about 5e-3; of 4-bit weights where that is harmless, int16 elsewhere). All but "exact" let 32 tokens and
+    more be multiplied with 16-bit weights of that size in fixed point (about 1e-4), where that is faster.
     Dense 16-bit weights of a float32 model stay in 16 bits, which loses nothing. ``kernels`` is None where
     plain torch serves instead, and ``unavailable`` says why.
     """
@@ -157,7 +158,13 @@ class CPUBackend(Backend):
         return reference.linear(x, w)
 
     def activations_of(self, w: Packed) -> str:
-        return rounded_to(self.activations, w) if w.kind in _QUANTIZED else ""
+        if w.kind in _QUANTIZED:
+            return rounded_to(self.activations, w)
+        return "int16" if self._rounds_dense(w) else ""
+
+    def _rounds_dense(self, w: Packed) -> bool:
+        serves = self.kernels is not None and self.kernels.serves_fixed_point
+        return serves and w.kind in (_DENSE16, dense12.KIND) and rounds_dense(self.activations, w)
 
     def _quantized(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         assert self.kernels is not None
@@ -173,9 +180,10 @@ class CPUBackend(Backend):
     def _dense(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         weight: torch.Tensor | None = w.data.get("weight")
         if self.kernels is not None and not x.requires_grad:
+            rounded = self._rounds_dense(w)
             if weight is None:
-                return self.kernels.dense12_linear(x.contiguous(), w)
-            return self.kernels.dense16_linear(x.contiguous(), weight, w.bias)
+                return self.kernels.dense12_linear(x.contiguous(), w, rounded)
+            return self.kernels.dense16_linear(x.contiguous(), weight, w.bias, rounded)
         rows = max(1, _CHUNK_ELEMENTS // max(1, w.in_features))
         starts = range(0, w.out_features, rows)
         parts = (self._dense_rows(w, i, min(i + rows, w.out_features)) for i in starts)
@@ -320,14 +328,14 @@ class CPUBackend(Backend):
         if w.kind in _QUANTIZED:
             how = rule_of(self.activations, w)
             return Linear(ctypes.addressof(w.data["native"]), None, None, None, None, 0, *shape, 0, how)
+        how = INT16 if self._rounds_dense(w) else EXACT
         if w.kind == dense12.KIND:
-            return Linear(None, ctypes.addressof(w.data["native"]), None, None, None, 0, *shape)
+            return Linear(None, ctypes.addressof(w.data["native"]), None, None, None, 0, *shape, 0, how)
         if w.kind != _DENSE16:
             return None
         weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
-        return Linear(
-            None, None, weight.data_ptr(), bias, None, 0, *shape, int(weight.dtype == torch.float16)
-        )
+        is_half = int(weight.dtype == torch.float16)
+        return Linear(None, None, weight.data_ptr(), bias, None, 0, *shape, is_half, how)
 
     # ---- a step around the layers
 

@@ -21,7 +21,7 @@ from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 10
+ABI = 11
 BLOCK = 8  # output rows stored together
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
@@ -94,10 +94,10 @@ class Kernels:
         lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
         lib.qwenrt_quantize.argtypes = [pointer]
-        lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
+        lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int] * 2
         lib.qwenrt_dense12_pack.argtypes = [pointer, pointer]
         lib.qwenrt_dense12_pack_others.argtypes = [pointer, pointer]
-        lib.qwenrt_dense12_linear.argtypes = [pointer, pointer, pointer, size]
+        lib.qwenrt_dense12_linear.argtypes = [pointer, pointer, pointer, size, ctypes.c_int]
         lib.qwenrt_dense12_unpack.argtypes = [pointer, pointer, size, size]
         lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
         lib.qwenrt_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
@@ -176,10 +176,16 @@ class Kernels:
         assert status in (0, _NOT_FINITE)
         return bool(status == 0)
 
+    @property
+    def serves_fixed_point(self) -> bool:
+        """Whether the instruction set in use multiplies ``rounded`` dense linears in fixed point."""
+        return bool(self._library.qwenrt_fixed_serves())
+
     def dense16_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounded: bool = False
     ) -> torch.Tensor:
-        """x float32 [T, K] contiguous, weight bfloat16 or float16 [N, K] -> float32 [T, N]."""
+        """x float32 [T, K] contiguous, weight bfloat16 or float16 [N, K] -> float32 [T, N]; ``rounded``: many tokens
+        may be multiplied in fixed point."""
         y = torch.empty(x.shape[0], weight.shape[0])
         status = self._library.qwenrt_dense16_linear(
             weight.data_ptr(),
@@ -189,6 +195,7 @@ class Kernels:
             x.shape[0],
             *weight.shape,
             int(weight.dtype == torch.float16),
+            int(rounded),
         )
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
@@ -213,10 +220,10 @@ class Kernels:
         last = first + out.shape[0]
         self._library.qwenrt_dense12_unpack(ctypes.addressof(w), out.data_ptr(), first, last)
 
-    def dense12_linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
-        """x float32 [T, K] contiguous -> float32 [T, N]."""
+    def dense12_linear(self, x: torch.Tensor, w: Packed, rounded: bool = False) -> torch.Tensor:
+        """x float32 [T, K] contiguous -> float32 [T, N]; ``rounded`` as of dense16_linear."""
         y, at = torch.empty(x.shape[0], w.out_features), ctypes.addressof(w.data["native"])
-        status = self._library.qwenrt_dense12_linear(at, x.data_ptr(), y.data_ptr(), x.shape[0])
+        status = self._library.qwenrt_dense12_linear(at, x.data_ptr(), y.data_ptr(), x.shape[0], rounded)
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
         return y
