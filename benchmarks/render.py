@@ -55,13 +55,15 @@ _METHOD = """## How it is measured
   `int4_accuracy_level=4`: inputs of linears in int8) by its own model builder, offline, from a random checkpoint. Its
   steps include its choice of a token. No floor or goal is set against it.
 - Random weights take as long as trained ones: no kernel looks at values, but for activations int8, which leave blocks
-  with large values at int16, and bfloat16 weights, which lie in 12 bits where 16 upper bytes have nearly all of them;
-  how many these are depends on the model. `benchmarks/` says nothing about quality.
+  with large values at int16; for massive activations, whose blocks are gone through twice; and for bfloat16 weights,
+  which lie in 12 bits where 16 upper bytes have nearly all of them. How many these are depends on the model.
+  `benchmarks/` says nothing about quality.
 - **Fraction of read** is the bytes of weights (and of the cache of keys and values) that a step has to read, by what
   qwenrt's own reading loop reads in the same time over 1 GiB with the same threads, in the same round; the larger of
   the two medians of five around qwenrt's turn. Of bfloat16 weights that is 12 bits each; llama.cpp and torch read 16.
 - **int8 head** means `quantize_head="int8"`; otherwise the head is bfloat16. Activations are what the inputs of
-  quantised linears are rounded to.
+  quantised linears are rounded to; beside bfloat16, int16 means that prompts are multiplied in fixed point of 14 bits
+  (the result differs by 1.4e-4, where activations in float16 make it 2.1e-4) and single tokens in float32.
 - **Start** is a fresh Python until it has loaded a checkpoint from disk and computed one token, pages and packed
   weights cached by an earlier start; more than half of it is `import torch`.
 - "Others" is the largest share of the cores that other processes, or other machines on the same host, had during a

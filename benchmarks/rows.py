@@ -90,7 +90,7 @@ def table() -> list[Row]:
     int4, q4 = _int4(SMALL, max_num_seqs=8, max_model_len=2048), llama(SMALL, "Q4_0")
     int16 = qwenrt(SMALL, quantize="int4", activations="int16", max_model_len=2048)
     int8 = qwenrt(SMALL, quantize="int8", activations="int16", quantize_head="int8", max_model_len=2048)
-    bf16 = qwenrt(SMALL, activations="exact", max_model_len=2048)
+    bf16 = qwenrt(SMALL, activations="int16", max_model_len=2048)
     long = _int4(SMALL, kv_cache_dtype="int8", max_num_seqs=1, max_model_len=8320)
     long_q4 = llama(SMALL, "Q4_0", cache="Q8_0", context=8320)
     short_step = Work("decode", SHORT, 24)

@@ -112,14 +112,14 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
     const float* source = inputs_of(w, x, block, padded, values);
     float& scale = task.scales[at * in.tile + lane];
     int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
+    if (!kind) {
+      task.status.store(QWENRT_NOT_FINITE);
+      return;
+    }
     const float largest = scale * (kind == 1 && w.bits == 4 ? kNarrowLimit : kWideLimit);  // but for the last digits
     if (task.uneven && largest * 1.001f > massive && is_uneven(source, padded, massive, kFar)) {
       some = true;
       kind = task.kernels->round_block(source, padded, w.bits, -1.0f, outlier, low, high, &scale, &sum);
-    }
-    if (!kind) {
-      task.status.store(QWENRT_NOT_FINITE);
-      return;
     }
     const int64_t out = (tile * row + block.word * places) * in.tile + lane;
     scatter(low, block.words * places, task.low + out, in.tile);

@@ -62,7 +62,8 @@ def load(
     source: "auto" | "huggingface" | "modelscope"; revision: a branch, tag or commit; offline: True opens no socket.
     quantize: None | "int8" | "int4": round dense weights at load; quantize_head: likewise, the output layer alone.
     kv_cache_dtype: "auto" | "int8".
-    activations: "auto" | "exact" | "int16" | "int8", what the CPU's kernels round the inputs of quantised linears to.
+    activations: "auto" | "exact" | "int16" | "int8", what the CPU's kernels round the inputs of quantised linears to;
+        all but "exact" also let prompts be multiplied with large 16-bit weights in fixed point (about 1e-4).
     max_model_len: longest prompt and answer together, in tokens; None takes what the model and the memory allow.
     max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
     fallback: "warn" | "error" | "silent", where a device's own kernel cannot serve.

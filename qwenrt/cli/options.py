@@ -51,7 +51,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--activations",
         choices=("auto", "exact", "int16", "int8"),
         default="auto",
-        help="what the CPU rounds the inputs of quantised layers to: int8 is the fastest",
+        help="what the CPU rounds the inputs of quantised layers to: int8 is the fastest; exact also keeps prompts "
+        "beside 16-bit layers in float32",
     )
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest context, in tokens")
     group.add_argument(
