@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--rows", default="all", help="keys separated by commas, all or none (default: all)")
     add("--curves", default="all", help="the same for the plots' measurements")
+    add(
+        "--bounds",
+        type=int,
+        help="how often what bounds a step is measured (default: 60 beside all rows, else 0)",
+    )
     add("--rounds", type=int, default=3, help="of every row (default: 3); curves take two")
     add("--quick", action="store_true", help="small works, to see that rows run; docs stay as they are")
     add("--tiny", action="store_true", help="a network of two small layers; docs stay as they are")
@@ -90,6 +95,7 @@ def measure(args: argparse.Namespace) -> Path:
 
     table = chosen(args.rows, rows.table(), "rows")
     curves = chosen(args.curves, rows.curves(args.longest, args.peer_longest), "curves")
+    samples = (60 if args.rows == "all" else 0) if args.bounds is None else args.bounds
     for name in ("rounds", "threads"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} {getattr(args, name)}: it must be at least 1.")
@@ -121,13 +127,18 @@ def measure(args: argparse.Namespace) -> Path:
                     workers.of([])
                 else:
                     _keep(results, out, kind, thing.key, result)
+    if samples > 0:
+        _keep(results, out, "bounds", None, run.bounds(2 if args.quick else samples))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}. The others are in {out}.")
     return out
 
 
-def _keep(results: dict[str, Any], out: Path, kind: str, key: str, result: dict[str, Any]) -> None:
-    results[kind][key] = result
+def _keep(results: dict[str, Any], out: Path, kind: str, key: str | None, result: dict[str, Any]) -> None:
+    if key is None:
+        results[kind] = result
+    else:
+        results[kind][key] = result
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
@@ -150,7 +161,7 @@ def render(results: dict[str, Any], docs: Path) -> Path:
     """performance.md and its pictures in ``docs``."""
     from benchmarks.plots import draw
 
-    names = draw(results["curves"], docs / "performance") if results["curves"] else {}
+    names = draw(results, docs / "performance") if results["curves"] or "bounds" in results else {}
     page = docs / "performance.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from benchmarks import rows
+from benchmarks import bounds, rows
 from benchmarks.rows import Curve, Engine, Row, Work
 from benchmarks.start import Starter
 from benchmarks.summary import disturbance, undisturbed
@@ -139,6 +139,15 @@ class Run:
             "work": work,
             "seconds": seconds,
         }
+
+    def bounds(self, samples: int) -> dict[str, Any]:
+        """What bounds the kernels of a decode step, ``samples`` times."""
+        measured, found = bounds.sample(self.bandwidth), []
+        for number in range(1, samples + 1):
+            found.append(measured())
+            if number % 20 == 0 or number == samples:
+                self.say(f"bounds: {number} of {samples}")
+        return {**self._circumstances(), "samples": found}
 
     def _circumstances(self) -> dict[str, Any]:
         return {

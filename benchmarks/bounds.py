@@ -1,0 +1,89 @@
+"""What memory and instructions allow: the kernels that a decode step consists of, out of memory and out of the cache.
+
+On a shared machine both change within seconds: what the memory delivers, and what a neighbour on the other half of a
+core leaves of its instructions. A kernel can be no faster than the lesser of the two.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Bandwidth
+
+FORMATS = {"int4": "int4, activations int8", "int8": "int8, activations int16", "bf16": "bf16 in 12 bits"}
+_COLUMNS, _ROWS, _CACHED_ROWS = (
+    2048,
+    11008,
+    4096,
+)  # gate_up_proj of Qwen-1.8B; 4 to 13 MB of it stay in the cache
+_MEMORY_BYTES = 2**28  # of matrices that are read one after the other, far more than any cache holds
+_CACHED_SECONDS = 0.02  # that a measurement out of the cache takes, about
+
+
+def sample(bandwidth: Bandwidth, formats: Sequence[str] = tuple(FORMATS)) -> Callable[[], dict[str, float]]:
+    """What measures once, in bytes per second: ``read``, plain reading, and by format ``..._cache`` and
+    ``..._memory``, the product of one token with weights that lie there."""
+    works = [
+        (f"{name}_{place}", _products(name, bandwidth.threads, place == "cache"))
+        for name in formats
+        for place in ("cache", "memory")
+    ]
+    return lambda: {"read": bandwidth.bytes_per_s(), **{key: work() for key, work in works}}
+
+
+def _products(name: str, threads: int, cached: bool) -> Callable[[], float]:
+    import torch
+
+    from qwenrt.assembly import _random_rows
+    from qwenrt.backends.cpu import CPUBackend
+
+    cpu = CPUBackend(torch.device("cpu"))
+    cpu.configure(num_threads=threads, activations="int8" if name == "int4" else "int16")
+    bits = {"int4": 4, "int8": 8, "bf16": 16}[name]
+    rows = _CACHED_ROWS if cached else _ROWS
+    weights = [cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32)]
+    while not cached and len(weights) * weights[0].nbytes < _MEMORY_BYTES:
+        weights.append(cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32))
+    x, nbytes = torch.randn(1, _COLUMNS), sum(weight.nbytes for weight in weights)
+    times = max(1, int(_CACHED_SECONDS * 4e10 / nbytes)) if cached else 1
+
+    def run() -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            for weight in weights:
+                cpu.linear(x, weight)
+        return times * nbytes / (time.perf_counter() - started)
+
+    run()
+    return run
+
+
+def lesser(found: Mapping[str, float], name: str) -> float:
+    """What a kernel could reach at most in a sample."""
+    return min(found["read"], found[f"{name}_cache"])
+
+
+def table(samples: Sequence[Mapping[str, float]]) -> str:
+    """GB/s: medians of the half of the samples in which the memory was slower, and of the other half."""
+    ordered = sorted(samples, key=lambda found: found["read"])
+    middle = (len(ordered) + 1) // 2
+    lines = [
+        "| memory, GB/s | weights | plain reading | kernel, cache | kernel, memory | of the lesser |",
+        "|---|---|---|---|---|---|",
+    ]
+    for half in filter(None, (ordered[:middle], ordered[middle:])):
+        for name, label in FORMATS.items():
+            spread = f"{half[0]['read'] / 1e9:.0f} to {half[-1]['read'] / 1e9:.0f}"
+            lines.append(f"| {spread} | {label} | {' | '.join(_figures(half, name))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(samples: Sequence[Mapping[str, float]], name: str) -> list[str]:
+    keys = ("read", f"{name}_cache", f"{name}_memory")
+    rates = [statistics.median(found[key] for found in samples) / 1e9 for key in keys]
+    share = statistics.median(found[f"{name}_memory"] / lesser(found, name) for found in samples)
+    return [*(f"{rate:.1f}" for rate in rates), f"{share:.2f}"]
