@@ -85,7 +85,8 @@ def _int4(shape: str, **more: Any) -> Engine:
 
 
 def table() -> list[Row]:
-    """All rows, in an order in which neighbours share what is loaded; nothing starts while a large model is given back."""
+    """All rows, in an order in which neighbours share what is loaded; the start is not measured while the memory of a
+    large model is given back."""
     decode, prefill = Work("decode", SHORT, 48), Work("prefill", 512)
     int4, q4 = _int4(SMALL, max_num_seqs=8, max_model_len=2048), llama(SMALL, "Q4_0")
     int16 = qwenrt(SMALL, quantize="int4", activations="int16", max_model_len=2048)
