@@ -33,11 +33,11 @@ INLINE void store_sum(const QwenrtDense12& w, float sum, const float* x, float* 
   y[n] = w.bias ? sum + w.bias[n] : sum;
 }
 
-// For the chunk after the next three: a core's own guesses do not keep enough lines on their way.
+// For the chunk after the next three: a core's own guesses do not keep enough lines on their way. It need not stay.
 INLINE void ask_ahead(const uint8_t* chunk) {
   const char* const at = reinterpret_cast<const char*>(chunk + 4 * QWENRT_CHUNK_BYTES);
-  _mm_prefetch(at, _MM_HINT_T0);
-  _mm_prefetch(at + 64, _MM_HINT_T0);
+  _mm_prefetch(at, _MM_HINT_NTA);
+  _mm_prefetch(at + 64, _MM_HINT_NTA);
 }
 
 // STREAMS rows, `stride` apart, times TILE tokens: vectors run along the inputs.

@@ -46,9 +46,10 @@ struct Streams {
     asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(first + s * apart)));
     return word;
   }
-  // Asks for the line `bytes` further on: a core's own guesses do not keep enough of them on their way.
+  // Asks for the line `bytes` further on: a core's own guesses do not keep enough of them on their way. A step reads it
+  // once: it need not stay, in the place of what the step's other parts use.
   INLINE void ask(int64_t bytes) const {
-    UNROLL(STREAMS, s, { _mm_prefetch(reinterpret_cast<const char*>(first + s * apart) + bytes, _MM_HINT_T0); });
+    UNROLL(STREAMS, s, { _mm_prefetch(reinterpret_cast<const char*>(first + s * apart) + bytes, _MM_HINT_NTA); });
   }
 };
 
