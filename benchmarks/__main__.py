@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.quick or args.tiny:
             print(f"results: {out}; a quick run writes no page (see --render)")
             return
-    print(f"results: {out}; page: {render(json.loads(out.read_text()), args.docs)}")
+    print(f"results: {out}; page: {render(out, args.docs)}")
 
 
 def chosen(keys: str, things: Sequence[Any], what: str) -> list[Any]:
@@ -126,19 +126,17 @@ def measure(args: argparse.Namespace) -> Path:
                     failed.append(thing.key)
                     workers.of([])
                 else:
-                    _keep(results, out, kind, thing.key, result)
+                    results[kind][thing.key] = result
+                    _keep(results, out)
     if samples > 0:
-        _keep(results, out, "bounds", None, run.bounds(2 if args.quick else samples))
+        results["bounds"] = run.bounds(2 if args.quick else samples)
+        _keep(results, out)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}. The others are in {out}.")
     return out
 
 
-def _keep(results: dict[str, Any], out: Path, kind: str, key: str | None, result: dict[str, Any]) -> None:
-    if key is None:
-        results[kind] = result
-    else:
-        results[kind][key] = result
+def _keep(results: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
@@ -157,15 +155,21 @@ def newest(directory: Path) -> Path:
     return found[-1]
 
 
-def render(results: dict[str, Any], docs: Path) -> Path:
-    """performance.md and its pictures in ``docs``."""
+def render(out: Path, docs: Path) -> Path:
+    """performance.md and its pictures in ``docs``, from a results file and the notes of its name, if there are any."""
     from benchmarks.plots import draw
 
+    results, notes = json.loads(out.read_text()), out.with_suffix(".md")
     names = draw(results, docs / "performance") if results["curves"] or "bounds" in results else {}
     page = docs / "performance.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(
-        document(results, {key: f"performance/{name}" for key, name in names.items()}), encoding="utf-8"
+        document(
+            results,
+            {key: f"performance/{name}" for key, name in names.items()},
+            notes.read_text() if notes.exists() else "",
+        ),
+        encoding="utf-8",
     )
     return page
 

@@ -6,7 +6,6 @@ core leaves of its instructions. A kernel can be no faster than the lesser of th
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,23 +13,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from benchmarks.measure import Bandwidth
+    from qwenrt.ops.types import Packed
 
-FORMATS = {"int4": "int4, activations int8", "int8": "int8, activations int16", "bf16": "bf16 in 12 bits"}
-_COLUMNS, _ROWS, _CACHED_ROWS = (
-    2048,
-    11008,
-    4096,
-)  # gate_up_proj of Qwen-1.8B; 4 to 13 MB of it stay in the cache
+FORMATS = {"int4": "int4, activations int8", "int8": "int8, activations int16", "bf16": "bf16"}
+_COLUMNS, _ROWS = 2048, 11008  # gate_up_proj of Qwen-1.8B
+_CACHED_ROWS = 4096  # of it, 4 to 13 MB
 _MEMORY_BYTES = 2**28  # of matrices that are read one after the other, far more than any cache holds
 _CACHED_SECONDS = 0.02  # that a measurement out of the cache takes, about
 
 
-def sample(bandwidth: Bandwidth, formats: Sequence[str] = tuple(FORMATS)) -> Callable[[], dict[str, float]]:
+def sample(bandwidth: Bandwidth) -> Callable[[], dict[str, float]]:
     """What measures once, in bytes per second: ``read``, plain reading, and by format ``..._cache`` and
     ``..._memory``, the product of one token with weights that lie there."""
     works = [
         (f"{name}_{place}", _products(name, bandwidth.threads, place == "cache"))
-        for name in formats
+        for name in FORMATS
         for place in ("cache", "memory")
     ]
     return lambda: {"read": bandwidth.bytes_per_s(), **{key: work() for key, work in works}}
@@ -46,21 +43,24 @@ def _products(name: str, threads: int, cached: bool) -> Callable[[], float]:
     cpu = CPUBackend(torch.device("cpu"))
     activations = "int8" if name == "int4" else "int16"
     cpu.configure(num_threads=threads, activations=activations)
-    assert cpu.kernels is not None
     bits = {"int4": 4, "int8": 8, "bf16": 16}[name]
     rows = _CACHED_ROWS if cached else _ROWS
     weights = [cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32)]
     while not cached and len(weights) * weights[0].nbytes < _MEMORY_BYTES:
         weights.append(cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32))
     x, nbytes = torch.randn(1, _COLUMNS), sum(weight.nbytes for weight in weights)
-    # The library's calls without what the backend does around them: a step makes one call for all its linears.
-    if weights[0].kind == "dense12":
-        multiply = functools.partial(cpu.kernels.dense12_linear, x)
-    elif name == "bf16":
-        multiply = lambda weight: cpu.linear(x, weight)  # noqa: E731  an instruction set without 12 bits
-    else:
-        how = rule_of(activations, weights[0])
-        multiply = lambda weight: cpu.kernels.quant_linear(x, weight, how)  # noqa: E731
+    how = rule_of(activations, weights[0])
+
+    def multiply(weight: Packed) -> None:
+        """The library's call without what the backend does around it: a step makes one for all its linears."""
+        assert cpu.kernels is not None
+        if name != "bf16":
+            cpu.kernels.quant_linear(x, weight, how)
+        elif weight.kind == "dense12":
+            cpu.kernels.dense12_linear(x, weight)
+        else:  # an instruction set that gains nothing from 12 bits
+            cpu.kernels.dense16_linear(x, weight.data["weight"], None)
+
     times = max(1, int(_CACHED_SECONDS * 4e10 / nbytes)) if cached else 1
 
     def run() -> float:

@@ -26,12 +26,16 @@ def draw(results: Mapping[str, Any], directory: Path) -> dict[str, str]:
 
     names, curves = {}, results["curves"]
     directory.mkdir(parents=True, exist_ok=True)
+
+    def keep(figure: Any, key: str) -> None:
+        names[key] = f"{key}.svg"
+        figure.savefig(directory / names[key], metadata={"Date": None})
+        pyplot.close(figure)
+
     if "bounds" in results:
-        names["bounds"] = "bounds.svg"
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
         _scatter(axes, results["bounds"]["samples"])
-        figure.savefig(directory / names["bounds"], metadata={"Date": None})
-        pyplot.close(figure)
+        keep(figure, "bounds")
     for key, (title, x_label, y_label) in PLOTS.items():
         mine = [curve for curve in curves.values() if curve["plot"] == key]
         if not mine:
@@ -48,9 +52,7 @@ def draw(results: Mapping[str, Any], directory: Path) -> dict[str, str]:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-        names[key] = f"{key}.svg"
-        figure.savefig(directory / names[key], metadata={"Date": None})
-        pyplot.close(figure)
+        keep(figure, key)
     return names
 
 

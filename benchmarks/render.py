@@ -45,25 +45,6 @@ One answer is bound by what the memory delivers and by how fast instructions tak
 change within seconds: neighbours use the same memory, and the other halves of the same cores. So plain reading was
 measured in turn with the kernels of a step: with weights that lie in the cache, where instructions alone bound them,
 and with weights in memory. A kernel can be no faster than the lesser of the two."""
-_BELOW = """What is below its floor, and why:
-
-- **One answer, int4 and int8.** In a step of 33 ms the kernels have 30, and these reach nearly all of the lesser
-  limit; Python (scheduler, sampler, tokens) has 1.1, and 2 go by between linears and at their ends, where threads wait
-  for the last one. While the memory is slow, both engines wait for it, and no ratio is larger than what the peer
-  leaves: in such rounds llama.cpp reads 0.55 to 0.80 of it with Q4_0 and 0.75 to 0.87 with Q8_0. While it is fast,
-  instructions bound: of 60 vector instructions for 256 bytes of int4 weights 24 take codes out of their words, 30
-  multiply and add, and 6 put a block's sums together.
-- **One answer, bfloat16.** 12 bits a weight make a step shorter while the memory is slow. While it is fast, the 25
-  vector instructions for 64 weights in 96 bytes bound it, where 16 bits need 20 for 128 bytes, and the fraction of
-  read falls.
-- **A prompt, int4.** 88 % of a profile's samples are in the multiplying loop, 4 % in attention, 4 % in rounding. Of
-  the loop, half are in blocks of int8 alone, a quarter in blocks that one or two of four tokens have at int16 (8 % of
-  random blocks in `o_proj`, 16 % in `down_proj`), an eighth in the rows that give values, all of them at int16, and an
-  eighth at the ends of groups.
-- **A prompt beside plain torch.** Eight times as fast is 93 tokens per second, 113 GMAC/s in the linears alone. A loop
-  of nothing but products of int16 pairs, out of the first cache, does 118 on these two cores beside neighbours and 146
-  without; in float32 it is 84 and 89.
-"""
 _METHOD = """## How it is measured
 
 - **qwenrt** is the whole engine: token ids in, sampled token ids out, scheduler and sampler included. Prefill is a new
@@ -103,8 +84,9 @@ _METHOD = """## How it is measured
 """
 
 
-def document(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
-    """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page."""
+def document(results: Mapping[str, Any], plots: Mapping[str, str], notes: str = "") -> str:
+    """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page. ``notes``: what somebody
+    found out about these results, a profile's figures say."""
     known = {row.key: row for row in rows.table()}
     found = [(known[key], value) for key, value in results["rows"].items() if key in known]
     found.sort(key=lambda pair: list(known).index(pair[0].key))
@@ -124,6 +106,8 @@ def document(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         parts.append("## How it grows\n\n" + "\n".join(pictures))
     if "bounds" in results:
         parts.append(_bounds(results["bounds"], plots.get("bounds")))
+    if notes:
+        parts.append(notes)
     return "\n".join([*parts, _METHOD])
 
 
@@ -133,7 +117,7 @@ def _bounds(found: Mapping[str, Any], picture: str | None) -> str:
     parts = ["## What bounds it", _BOUNDS_ARE, measured, bounds.table(samples).rstrip()]
     if picture:
         parts.append(f"![One token's product with weights in memory]({picture})")
-    return "\n\n".join([*parts, _BELOW])
+    return "\n\n".join(parts) + "\n"
 
 
 def _wrapped(text: str) -> str:

@@ -46,11 +46,8 @@ void run_dense_task(void* context, int64_t i) {
                 t.shares.begin(i) * kDenseRows, end < t.out_features ? end : t.out_features);
 }
 
-// An uneven block leaves six bits of kFixedLimit or fewer to a quarter of its inputs.
-constexpr float kMassive = 64;
-constexpr float kFar = 128;
-constexpr float kLargestFixed = 1e29f;  // times kFixedLimit^2 * kFixedBlock and a slab's weights it still is finite
-constexpr int64_t kFixedTokens = 32;    // from so many on, putting a panel into fixed point pays
+constexpr float kMassive = 64;        // times a token's mean; less, and what its block loses does not show
+constexpr int64_t kFixedTokens = 32;  // from so many on, putting a panel into fixed point pays
 
 struct LayOutTask {
   const float* x;
@@ -70,7 +67,7 @@ void run_massive_task(void* context, int64_t token) {
 // One block of a token to its lane of a tile; false where fixed point is not for it.
 bool fix_block(const float* x, float massive, int64_t tile, int32_t* pairs, float* scale) {
   const float largest = largest_of(x, kFixedBlock);
-  if (!(largest <= kLargestFixed) || (largest > massive && is_uneven(x, kFixedBlock, massive, kFar))) return false;
+  if (!(largest <= kLargestFixed) || (largest > massive && is_uneven(x, kFixedBlock, massive, kFixedFar))) return false;
   const bool zeros = largest < kSmallestActivation;
   const float inverse = zeros ? 0.0f : kFixedLimit / largest;
   *scale = zeros ? 0.0f : largest / kFixedLimit;

@@ -52,10 +52,12 @@ constexpr int64_t kDenseTile = 6;  // at most
 // most kFixedLimit in 32 bits, the earlier input in the lower ones; kFixedBlock * kFixedLimit^2 < 2^31.
 constexpr int64_t kFixedBlock = 32;
 constexpr float kFixedLimit = 8191;
+constexpr float kFixedFar = 128;       // times smaller than the largest beside it, a number has six bits or fewer
+constexpr float kLargestFixed = 1e29f;  // larger numbers stay in float32, which knows what is too large to sum
 struct FixedInput {
-  const int32_t* pairs;    // [slab][tile][pair of slab][token of tile]; NULL: float32 is asked for
-  const float* scales;     // [slab][tile][block of slab][token of tile]
-  const uint8_t* uneven;   // [slabs]: whether the slab is in float32 alone
+  const int32_t* pairs;   // [slab][tile][pair of slab][token of tile]; NULL: float32 is asked for
+  const float* scales;    // [slab][tile][block of slab][token of tile]
+  const uint8_t* uneven;  // [slabs]: whether the slab is in float32 alone
 };
 
 // The tokens of the next tile: all as equal as can be, for small ones leave multiply-adds waiting for each other.

@@ -51,7 +51,7 @@ void dense_rows_times_tile(const uint16_t* w, const float* bias, const float* x,
       __m256 all = acc[0][s][t];
       for (int c = 1; c < CHAINS; ++c) all = _mm256_add_ps(all, acc[c][s][t]);
       float sum = sum8(all);
-      for (int64_t i = k; i < in_features; ++i) sum += value_of<HALF>(*(rows[s] + i)) * x[t * in_features + i];
+      for (int64_t i = k; i < in_features; ++i) sum += value_of<HALF>(rows[s][i]) * x[t * in_features + i];
       y[t * out_features + n] = bias ? sum + bias[n] : sum;
     });
   });
@@ -135,7 +135,7 @@ void convert_panel(const uint16_t* const* rows, int64_t count, float* panel) {
   int64_t k = 0;
   for (; k + 8 <= count; k += 8) convert_block<HALF>(rows, k, panel + k * kPanel);
   for (; k < count; ++k)
-    for (int64_t r = 0; r < kPanel; ++r) panel[k * kPanel + r] = value_of<HALF>(*(rows[r] + k));
+    for (int64_t r = 0; r < kPanel; ++r) panel[k * kPanel + r] = value_of<HALF>(rows[r][k]);
 }
 
 // acc += a * b where it is written: left to itself, the compiler moves loads so far ahead that multiply-adds wait.
@@ -180,17 +180,9 @@ int64_t tokens_at_once(int64_t tokens) {
 
 // x is one slab's inputs of the next `tokens`, in tiles; of them the first `some` count.
 void panel_times_tokens(const float* panel, const float* x, float* sums, int64_t tokens, int64_t some, int64_t inputs) {
-  for (const int64_t last = tokens - some; tokens > last;) {
-    const int64_t tile = next_tile(tokens);
-    const auto run = tile == 6   ? panel_times_tile<6>
-                     : tile == 5 ? panel_times_tile<5>
-                     : tile == 4 ? panel_times_tile<4>
-                     : tile == 3 ? panel_times_tile<3>
-                     : tile == 2 ? panel_times_tile<2>
-                                 : panel_times_tile<1>;
-    run(panel, x, sums, inputs);
-    x += tile * inputs, sums += tile * kPanel, tokens -= tile;
-  }
+  each_tile(tokens, some, [&](auto tile, int64_t done) {
+    panel_times_tile<decltype(tile)::value>(panel, x + done * inputs, sums + done * kPanel, inputs);
+  });
 }
 
 // The first `rows` sums of each token to y, with the bias.

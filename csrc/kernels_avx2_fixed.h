@@ -8,10 +8,9 @@
 
 namespace {
 
-constexpr int64_t kPanel = 16;                     // rows of one panel: two vectors
-constexpr int64_t kSlabPairs = kDenseSlab / 2;     // of inputs
+constexpr int64_t kPanel = 16;                  // rows of one panel: two vectors
+constexpr int64_t kSlabPairs = kDenseSlab / 2;  // of inputs
 constexpr int64_t kBlockPairs = kFixedBlock / 2;
-constexpr int kUnevenWeights = 128;                // times smaller than the largest: they keep six bits or fewer
 
 template <bool HALF>
 inline __m256 load16(const uint16_t* p) {
@@ -25,6 +24,28 @@ struct FixedPanel {
   alignas(64) int32_t pairs[kSlabPairs * kPanel];  // [pair][row]: two weights each
   alignas(32) float scales[kPanel];
 };
+
+template <int TILE>
+struct Tile {
+  static constexpr int value = TILE;
+};
+
+// f(tile, tokens before it) for every tile of the next `some` of `tokens`.
+template <class Each>
+INLINE void each_tile(int64_t tokens, int64_t some, Each f) {
+  for (int64_t done = 0; done < some;) {
+    const int64_t tile = next_tile(tokens - done);
+    switch (tile) {
+      case 6: f(Tile<6>(), done); break;
+      case 5: f(Tile<5>(), done); break;
+      case 4: f(Tile<4>(), done); break;
+      case 3: f(Tile<3>(), done); break;
+      case 2: f(Tile<2>(), done); break;
+      default: f(Tile<1>(), done);
+    }
+    done += tile;
+  }
+}
 
 INLINE __m256i size_of(__m256i words) { return _mm256_and_si256(words, _mm256_set1_epi16(0x7fff)); }
 
@@ -65,10 +86,9 @@ inline float fixed_largest(const uint16_t* row, int64_t count) {
   const uint16_t bits = largest_bits(row, count);
   const float largest = value_of<HALF>(bits);
   if (largest == 0) return 0;
-  if (!(largest >= kSmallestActivation && largest < 1e30f)) return -1;
-  // A hundred and twenty-eight times smaller is an exponent smaller by seven.
+  if (!(largest >= kSmallestActivation && largest <= kLargestFixed)) return -1;
+  static_assert(kFixedFar == 1 << 7, "so many times smaller is an exponent smaller by seven");
   const int exponent = HALF ? 7 << 10 : 7 << 7;
-  static_assert(kUnevenWeights == 1 << 7, "as the exponent says");
   return bits > exponent && many_below(row, count, uint16_t(bits - exponent)) ? -1.0f : largest;
 }
 
@@ -169,17 +189,10 @@ void fixed_times_tile(const FixedPanel& panel, const int32_t* x, const float* sc
 // The next `some` of `tokens`, whose x and scales of a slab these are, in tiles.
 inline void fixed_times_tokens(const FixedPanel& panel, const int32_t* x, const float* scales, float* sums,
                                int64_t tokens, int64_t some, int64_t blocks) {
-  for (const int64_t last = tokens - some; tokens > last;) {
-    const int64_t tile = next_tile(tokens);
-    const auto run = tile == 6   ? fixed_times_tile<6>
-                     : tile == 5 ? fixed_times_tile<5>
-                     : tile == 4 ? fixed_times_tile<4>
-                     : tile == 3 ? fixed_times_tile<3>
-                     : tile == 2 ? fixed_times_tile<2>
-                                 : fixed_times_tile<1>;
-    run(panel, x, scales, sums, blocks);
-    x += tile * blocks * kBlockPairs, scales += tile * blocks, sums += tile * kPanel, tokens -= tile;
-  }
+  each_tile(tokens, some, [&](auto tile, int64_t done) {
+    constexpr int TILE = decltype(tile)::value;
+    fixed_times_tile<TILE>(panel, x + done * blocks * kBlockPairs, scales + done * blocks, sums + done * kPanel, blocks);
+  });
 }
 
 }  // namespace

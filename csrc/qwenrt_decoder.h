@@ -14,7 +14,7 @@ typedef struct QwenrtLinear {
   int64_t out_features;
   int64_t in_features;
   int64_t is_half;
-  QwenrtActivations activations;  // of a dense one: whether it is rounded
+  QwenrtActivations activations;  // of a dense one: whether it may be rounded
 } QwenrtLinear;
 
 // A mixture of experts, as `route` and `norm_moe_add` of the Python package define it: a token's result is the sum of

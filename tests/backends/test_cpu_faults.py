@@ -208,6 +208,26 @@ def test_a_child_of_a_process_that_loaded_computes_the_same(cpu: CPUBackend, che
         assert answer(llm, 4) == wanted
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_process_whose_torch_had_threads_loads_and_answers(checkpoint: Path) -> None:
+    """torch waits for ever for the threads that a fork took from it: in the child it must not ask for any."""
+    fork = """
+import os, signal, torch
+def of_many_threads(): return torch.ones(2000, 2000) @ torch.ones(2000, 2000)
+import qwenrt
+torch.set_num_threads(2)
+with qwenrt.load("demo", device="cpu", progress=False): of_many_threads()
+child = os.fork()
+if child:
+    raise SystemExit(os.waitpid(child, 0)[1])
+signal.alarm(60)
+of_many_threads()
+"""
+    wanted = in_a_process(GENERATE, checkpoint).split()
+    said = in_a_process(fork + GENERATE, checkpoint).split()
+    assert said[1:] == wanted[1:] and int(said[0]) == resources.usable_cores()
+
+
 def in_threads(count: int, task: Callable[[int], None]) -> None:
     errors: list[BaseException] = []
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenrt.assembly import Settings, assemble
-from qwenrt.backends.cpu import CPUBackend, backend, dense12, kernels
+from qwenrt.backends.cpu import CPUBackend, activations, backend, dense12, kernels
 from qwenrt.config import Environment
 from qwenrt.llm import LLM
 from qwenrt.ops.types import CanonicalWeight
@@ -164,8 +164,8 @@ def test_12_bits_threads_and_cuts_change_no_bit() -> None:
 def test_large_linears_are_rounded_unless_exact_is_asked_for(cpu: CPUBackend) -> None:
     x = torch.randn(40, 1024)
     weights = {rows: CanonicalWeight(dense=torch.randn(rows, 1024).bfloat16()) for rows in (1024, 1023)}
-    for activations, rounded in (("exact", set()), ("auto", {1024}), ("int16", {1024}), ("int8", {1024})):
-        cpu.configure(num_threads=2, activations=activations)
+    for choice, rounded in (("exact", set()), ("auto", {1024}), ("int16", {1024}), ("int8", {1024})):
+        cpu.configure(num_threads=2, activations=choice)
         for rows, weight in weights.items():
             w = cpu.pack_linear(weight, torch.float32)
             assert weight.dense is not None
@@ -174,8 +174,6 @@ def test_large_linears_are_rounded_unless_exact_is_asked_for(cpu: CPUBackend) ->
 
 
 def test_a_fused_stack_rounds_as_single_linears_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenrt.backends.cpu import activations
-
     ids = list(range(40, 90))
 
     def logits(choice: str) -> torch.Tensor:

@@ -44,6 +44,7 @@ def test_the_page_has_them_where_they_were_measured() -> None:
     assert "What bounds it" not in document(results, {})
     page = document(results | {"bounds": {**row, "samples": SAMPLES}}, {"bounds": "performance/bounds.svg"})
     assert "4 times, one after the other, 2026-01-02, commit abc:" in page
+    assert "because" in document(results, {}, "because") and "because" not in page
     assert "(performance/bounds.svg)" in page and page.index("What bounds it") < page.index(
         "How it is measured"
     )
@@ -54,7 +55,7 @@ def test_samples_can_be_drawn(tmp_path: Path) -> None:
     from benchmarks.plots import draw
 
     assert draw({"curves": {}, "bounds": {"samples": SAMPLES}}, tmp_path) == {"bounds": "bounds.svg"}
-    assert "bf16 in 12 bits" in (tmp_path / "bounds.svg").read_text()
+    assert "int4, activations int8" in (tmp_path / "bounds.svg").read_text()
 
 
 class _Memory:

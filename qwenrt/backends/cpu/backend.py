@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend, OpSpec, Stack, native
 from qwenrt.backends.cpu import attention as paged
-from qwenrt.backends.cpu import dense12, elementwise, resources
+from qwenrt.backends.cpu import dense12, elementwise, resources, torch_threads
 from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, INT16, rounded_to, rounds_dense, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack, Linear
 from qwenrt.backends.cpu.kernels import (
@@ -94,9 +94,9 @@ class CPUBackend(Backend):
         """Choose the kernels (one of KERNEL_CHOICES), the threads and what activations are rounded
         to ("auto", "exact", "int16", "int8"); before any weight is packed.
 
-        The number of threads holds for this process, torch included where it is given; by default it is
-        torch's own, and no more than the cores that affinity and cgroup leave us. Raises BackendError for
-        a choice that cannot be.
+        The number of threads holds for this process, torch included where it is given (not in a forked child, where
+        torch keeps to one); by default it is torch's own, and no more than the cores that affinity and cgroup
+        leave us. Raises BackendError for a choice that cannot be.
         """
         if kernels not in KERNEL_CHOICES:
             known = ", ".join(KERNEL_CHOICES)
@@ -105,9 +105,8 @@ class CPUBackend(Backend):
             known = ", ".join(("auto", *ACTIVATIONS))
             raise BackendError(f"activations {activations!r}", "no such choice", f"Use one of: {known}.")
         self.activations = activations
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
-        self.threads = num_threads or min(resources.usable_cores(), torch.get_num_threads())
+        stands_for = torch_threads.use(num_threads)
+        self.threads = num_threads or min(resources.usable_cores(), stands_for)
         self.kernels = None
         if kernels == "off":
             self.unavailable = "the kernels are switched off (QWENRT_KERNELS=off)"
