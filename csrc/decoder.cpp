@@ -63,27 +63,26 @@ bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers
 }
 
 struct AddTask {
-  const float *a, *b;
-  float* out;
+  float* x;
+  const float* y;
   int64_t count, tasks;
 };
 
 void add_task(void* context, int64_t i) {
   const AddTask& t = *static_cast<const AddTask*>(context);
-  for (int64_t at = t.count * i / t.tasks; at < t.count * (i + 1) / t.tasks; ++at) t.out[at] = t.a[at] + t.b[at];
+  for (int64_t at = t.count * i / t.tasks; at < t.count * (i + 1) / t.tasks; ++at) t.x[at] += t.y[at];
 }
 
 constexpr int64_t kManyFloats = 1 << 16;  // worth waking the workers for
 
-// out = a + b; out may be a.
-void add(const float* a, const float* b, float* out, int64_t count) {
-  AddTask task{a, b, out, count, count < kManyFloats ? 1 : pool_threads()};
+// x += y
+void add(float* x, const float* y, int64_t count) {
+  AddTask task{x, y, count, count < kManyFloats ? 1 : pool_threads()};
   parallel_for(task.tasks, add_task, &task);
 }
 
-// out = x + attention(norm(x))
-int attention_block(const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache, const Buffers& b,
-                    const float* x, float* out) {
+// x += attention(norm(x))
+int attention_block(const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache, const Buffers& b, float* x) {
   const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
   qwenrt_rms_norm(x, l.input_norm, b.normed, tokens, hidden, l.eps);
   if (const int status = run_linear(l.qkv, b.normed, b.qkv, tokens, b.mlp.part)) return status;
@@ -94,7 +93,7 @@ int attention_block(const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCa
   const int attended = qwenrt_attention(step.sequences, &cache, b.qk, stride, l.num_heads, b.attended, l.scale, l.window);
   if (attended) return attended;
   if (const int status = run_linear(l.o, b.attended, b.product, tokens, b.mlp.part)) return status;
-  add(x, b.product, out, tokens * hidden);
+  add(x, b.product, tokens * hidden);
   return QWENRT_OK;
 }
 
@@ -104,21 +103,30 @@ int mlp_block(const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) 
   qwenrt_rms_norm(x, l.post_norm, b.normed, tokens, hidden, l.eps);
   if (l.experts) return add_experts(*l.experts, b.normed, b.product, x, tokens, hidden, b.mlp);
   if (const int status = run_mlp(l.gate_up, l.down, b.normed, b.product, tokens, b.mlp)) return status;
-  add(x, b.product, x, tokens * hidden);
+  add(x, b.product, tokens * hidden);
   return QWENRT_OK;
+}
+
+// The logits of the tokens that are due.
+int logits_of(const QwenrtHead& head, const QwenrtStep& step, const Buffers& b, const float* x, float* logits) {
+  const int64_t hidden = head.linear.in_features;
+  for (int64_t i = 0; i < step.due_count; ++i)
+    qwenrt_rms_norm(x + step.due[i] * hidden, head.norm, b.normed + i * hidden, 1, hidden, head.eps);
+  return run_linear(head.linear, b.normed, logits, step.due_count, nullptr);
 }
 
 }  // namespace
 
-int qwenrt_decoder_layers(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtStep* step,
-                          const float* x, float* out) {
-  if (step->tokens < 1 || count < 1) return QWENRT_BAD_ARGUMENT;
+int qwenrt_decoder(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
+                   const QwenrtStep* step, float* x, float* logits) {
+  if (step->tokens < 1 || count < 1 || step->due_count > step->tokens) return QWENRT_BAD_ARGUMENT;
+  if (step->due_count && (!head || !logits || head->linear.part_count)) return QWENRT_BAD_ARGUMENT;
   PoolLock lock;
   Buffers buffers;
   if (!make_room(layers, count, step->tokens, buffers)) return QWENRT_NO_MEMORY;
   for (int64_t i = 0; i < count; ++i) {
-    if (const int status = attention_block(layers[i], *step, caches[i], buffers, i ? out : x, out)) return status;
-    if (const int status = mlp_block(layers[i], step->tokens, buffers, out)) return status;
+    if (const int status = attention_block(layers[i], *step, caches[i], buffers, x)) return status;
+    if (const int status = mlp_block(layers[i], step->tokens, buffers, x)) return status;
   }
-  return QWENRT_OK;
+  return step->due_count ? logits_of(*head, *step, buffers, x, logits) : QWENRT_OK;
 }

@@ -1,4 +1,4 @@
-// The C ABI of a whole stack of decoder layers: what a step does between the embedding and the final norm, in one call.
+// The C ABI of a whole stack of decoder layers: what a step does between the embedding and the sampler, in one call.
 #pragma once
 #include "qwenrt_layer.h"
 
@@ -56,9 +56,19 @@ typedef struct {
   const int64_t* slots;
   int64_t rotary_dim;
   int64_t tokens;
+  const int64_t* due;  // [due_count]: the tokens whose logits are asked for
+  int64_t due_count;
 } QwenrtStep;
 
-// x [tokens][hidden] -> out, likewise: layers [0, count) in turn, each with its cache. x and out may not overlap.
-// Returns what the first op that fails does; `out` and the slots of the step's tokens then hold anything.
-QWENRT_API int qwenrt_decoder_layers(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count,
-                                     const QwenrtStep* step, const float* x, float* out);
+// What follows the layers.
+typedef struct {
+  const float* norm;  // [hidden]
+  QwenrtLinear linear;
+  float eps;
+} QwenrtHead;
+
+// x [tokens][hidden]: layers [0, count) in turn, each with its cache, leave the residual stream in its place; then, of the
+// tokens that are due, logits [due_count][out_features of the head]; head and logits may be NULL where none is.
+// Returns what the first op that fails does; x, logits and the slots of the step's tokens then hold anything.
+QWENRT_API int qwenrt_decoder(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
+                              const QwenrtStep* step, float* x, float* logits);

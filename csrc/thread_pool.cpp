@@ -16,8 +16,9 @@
 
 namespace {
 
-// Long enough to bridge the Python between two linears of a token, short enough not to starve other threads.
-constexpr auto kSpin = std::chrono::microseconds(200);
+// Long enough to bridge the Python between two ops of a token, short enough not to starve other threads; and then, while
+// other threads come first, long enough for that between two tokens: waking up costs as much as an op.
+constexpr auto kSpin = std::chrono::microseconds(200), kYield = std::chrono::microseconds(1000);
 
 inline void pause_cpu() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -31,14 +32,16 @@ inline void pause_cpu() {
 
 template <class Done>
 bool spin_until(Done done) {
-  const auto end = std::chrono::steady_clock::now() + kSpin;
-  do {
+  const auto start = std::chrono::steady_clock::now();
+  for (;;) {
     for (int i = 0; i < 64; ++i) {
       if (done()) return true;
       pause_cpu();
     }
-  } while (std::chrono::steady_clock::now() < end);
-  return done();
+    const auto waited = std::chrono::steady_clock::now() - start;
+    if (waited > kYield) return done();
+    if (waited > kSpin) std::this_thread::yield();
+  }
 }
 
 // The tasks of a round and the next one to take, in one word, so that a late worker can neither take a task twice nor

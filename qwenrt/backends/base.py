@@ -6,17 +6,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
-from qwenrt.ops.types import CanonicalWeight, Experts, LayerKV, LayerWeights, Packed, StepInputs, StepPlan
+from qwenrt.ops.types import CanonicalWeight, Experts, Head, LayerKV, LayerWeights, Packed, StepInputs, StepPlan
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-Stack = Callable[[torch.Tensor, StepInputs, list[LayerKV]], "torch.Tensor | None"]
+
+
+class Stack(Protocol):
+    """A whole stack of layers over the cache as one function. ``has_head``: whether it knows the head as well."""
+
+    has_head: bool
+
+    def __call__(
+        self, x: torch.Tensor, step: StepInputs, kv: list[LayerKV], due: list[int] | None = None
+    ) -> torch.Tensor | None:
+        """x [T, D], which may be changed, one cache per layer -> the residual stream after the layers [T, D], or, where
+        ``due`` names tokens of the step, their logits [len(due), vocab_size]; None for a step it does not serve."""
+
 
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
@@ -244,10 +256,9 @@ class Backend:
 
     # ---- all layers at once
 
-    def fuse_layers(self, layers: list[LayerWeights], dtype: torch.dtype) -> Stack | None:
-        """One function for a whole stack of layers over the cache, where the device has one for these weights:
-        (x [T, D], step, one cache per layer) -> [T, D], or None for a step it does not serve. The seams serve
-        instead wherever there is None."""
+    def fuse_layers(self, layers: list[LayerWeights], head: Head, dtype: torch.dtype) -> Stack | None:
+        """One function for a whole stack of layers, where the device has one for these weights. The seams serve instead
+        wherever there is None, and the head's own ops where it has none."""
         return None
 
     # ---- choosing tokens
@@ -307,19 +318,18 @@ class Backend:
     ) -> list[LayerKV]:
         """An empty paged cache for each layer; what an unused slot holds must never matter."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-
-        def empty(*dims: int, of: torch.dtype) -> torch.Tensor:
-            return torch.empty(dims, dtype=of, device=self.device)
-
         layers = []
         for _ in range(num_layers):
             if quantized:
-                sides = [empty(*shape[:3], of=torch.float32) for _ in range(4)]
-                codes = (empty(*shape, of=torch.uint8), empty(*shape, of=torch.uint8))
-                layers.append(LayerKV(*codes, *sides))
+                sides = [self.empty_kv(shape[:3], torch.float32) for _ in range(4)]
+                layers.append(LayerKV(*(self.empty_kv(shape, torch.uint8) for _ in range(2)), *sides))
             else:
-                layers.append(LayerKV(empty(*shape, of=dtype), empty(*shape, of=dtype)))
+                layers.append(LayerKV(*(self.empty_kv(shape, dtype) for _ in range(2))))
         return layers
+
+    def empty_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory of a cache, on the device."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def kv_bytes_per_token(
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, quantized: bool

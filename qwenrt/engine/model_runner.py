@@ -25,13 +25,8 @@ class ModelRunner:
         -> float32 logits [R, vocab_size], a row for each sequence whose tokens are then all computed, in the
         batch's order; None where every sequence is still within its prompt.
         """
-        token_ids, plan, alphas, last = self._prepare(batch)
-        hidden = self.model.forward(token_ids, plan, alphas, self.cache.layers)
-        if not last:
-            return None
-        if len(last) < hidden.shape[0]:
-            hidden = hidden.index_select(0, torch.tensor(last, device=hidden.device))
-        return self.model.logits(hidden)
+        token_ids, plan, alphas, due = self._prepare(batch)
+        return self.model.next_logits(token_ids, plan, alphas, self.cache.layers, due)
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -66,13 +61,13 @@ class ModelRunner:
         size = self.cache.block_size
         ids: list[int] = []
         slots: list[int] = []
-        last: list[int] = []
+        due: list[int] = []
         for seq, count in batch:
             start, end, table = seq.num_computed, seq.num_computed + count, seq.block_table
             ids.extend(seq.token_ids[start:end])
             slots.extend(table[p // size] * size + p % size for p in range(start, end))
             if end == len(seq.token_ids):
-                last.append(len(ids) - 1)
+                due.append(len(ids) - 1)
         plan = self.backend.plan(
             [count for _, count in batch],
             [seq.num_computed + count for seq, count in batch],
@@ -80,4 +75,4 @@ class ModelRunner:
             slots,
         )
         token_ids = torch.tensor(ids, dtype=torch.int64, device=self.backend.device)
-        return token_ids, plan, [seq.alpha for seq, _ in batch], last
+        return token_ids, plan, [seq.alpha for seq, _ in batch], due

@@ -12,7 +12,7 @@ from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError
 from qwenrt.model.layers import DecoderLayer, LinearSpec, Weights, layer_linears, layer_tensors
 from qwenrt.model.rotary import RotaryTables, logn_scale
-from qwenrt.ops.types import Experts, LayerKV, Packed, StepInputs, StepPlan
+from qwenrt.ops.types import Experts, Head, LayerKV, Packed, StepInputs, StepPlan
 
 
 class Qwen:
@@ -92,7 +92,8 @@ class Qwen:
         self.backend.bindings.clear()
         for layer in self.layers:
             layer.bind(self.backend, self.dtype, self.weights)
-        self._stack = self.backend.fuse_layers([layer.weights for layer in self.layers], self.dtype)
+        head = Head(self.weights.tensor("norm"), self.config.rms_norm_eps, self.lm_head)
+        self._stack = self.backend.fuse_layers([layer.weights for layer in self.layers], head, self.dtype)
         self._final_norm = self.backend.resolve(OpSpec("rms_norm", "norm", self.dtype))
         self._head = self.backend.resolve(OpSpec("linear", "lm_head", self.dtype, kind=self.lm_head.kind))
 
@@ -141,6 +142,28 @@ class Qwen:
         for _, state in self.states(token_ids, plan, alphas, kv):
             hidden = state
         return hidden
+
+    def next_logits(
+        self,
+        token_ids: torch.Tensor,
+        plan: StepPlan,
+        alphas: list[int],
+        kv: list[LayerKV],
+        due: list[int],
+    ) -> torch.Tensor | None:
+        """As forward -> the logits after the tokens at the places ``due`` of the step, float32 [len(due), vocab_size];
+        None where there are none."""
+        if due and self._stack is not None and self._stack.has_head:
+            x, step = self._enter(token_ids, plan, alphas)
+            logits = self._stack(x, step, kv, due)
+            if logits is not None:
+                return logits
+        hidden = self.forward(token_ids, plan, alphas, kv)
+        if not due:
+            return None
+        if len(due) < hidden.shape[0]:
+            hidden = hidden.index_select(0, torch.tensor(due, device=hidden.device))
+        return self.logits(hidden)
 
     def states(
         self,

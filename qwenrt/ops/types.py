@@ -120,6 +120,15 @@ class LayerWeights:
 
 
 @dataclass
+class Head:
+    """What follows the layers: the final norm [D], and the linear that gives the logits."""
+
+    norm: torch.Tensor
+    eps: float
+    linear: Packed
+
+
+@dataclass
 class StepInputs:
     """What every layer of a step shares: each token's rows of cos and sin, LogN's factors, and the plan."""
 

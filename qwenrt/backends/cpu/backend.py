@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from qwenrt.backends.cpu import attention as paged
 from qwenrt.backends.cpu import dense12, elementwise, resources, torch_threads
 from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, INT16, rounded_to, rounds_dense, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack, Linear
+from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.kernels import (
     BLOCK,
     Kernels,
@@ -30,7 +32,7 @@ from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
 from qwenrt.ops.packing import with_codes
-from qwenrt.ops.types import CanonicalWeight, LayerKV, LayerWeights, Packed, StepPlan
+from qwenrt.ops.types import CanonicalWeight, Head, LayerKV, LayerWeights, Packed, StepPlan
 
 logger = logging.getLogger("qwenrt")
 
@@ -312,7 +314,7 @@ class CPUBackend(Backend):
 
     # ---- all layers at once
 
-    def fuse_layers(self, layers: list[LayerWeights], dtype: torch.dtype) -> Stack | None:
+    def fuse_layers(self, layers: list[LayerWeights], head: Head, dtype: torch.dtype) -> Stack | None:
         """As Backend.fuse_layers, where the kernels serve every op of every layer."""
         if self.kernels is None or dtype != torch.float32 or not layers:
             return None
@@ -320,7 +322,7 @@ class CPUBackend(Backend):
         ops = ("linear", "rms_norm", "silu_and_mul", "attention", "rotary_store_kv")
         if any(self.why_not(op, spec) is not None for op in ops):
             return None
-        return DecoderStack.of(layers, self._linear_struct, self.kernels.decoder_layers)
+        return DecoderStack.of(layers, head, self._linear_struct, self.kernels.decoder)
 
     def _linear_struct(self, w: Packed) -> Linear | None:
         shape = (w.out_features, w.in_features)
@@ -337,6 +339,11 @@ class CPUBackend(Backend):
         return Linear(None, None, weight.data_ptr(), bias, None, 0, *shape, is_half, how)
 
     # ---- a step around the layers
+
+    def empty_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As Backend.empty_kv, on huge pages: on small ones the first token of a slot takes a page fault for each half
+        of each layer."""
+        return huge_buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def plan(
         self, q_lens: list[int], kv_lens: list[int], block_table: list[list[int]], slots: list[int]

@@ -1,4 +1,4 @@
-"""A whole stack of decoder layers in one call of csrc/: between two ops of a step no Python runs."""
+"""A whole stack of decoder layers, and the head, in one call of csrc/: between two ops of a step no Python runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from qwenrt.backends.cpu import attention
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, cache_struct
-from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs
+from qwenrt.ops.types import Experts, Head, LayerKV, LayerWeights, Packed, StepInputs
 
 
 class Linear(ctypes.Structure):
@@ -78,11 +78,33 @@ class Step(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("rotary_dim", ctypes.c_int64),
         ("tokens", ctypes.c_int64),
+        ("due", ctypes.c_void_p),
+        ("due_count", ctypes.c_int64),
+    )
+
+
+class HeadStruct(ctypes.Structure):
+    """QwenrtHead of csrc/qwenrt_decoder.h."""
+
+    _fields_ = (
+        ("norm", ctypes.c_void_p),
+        ("linear", Linear),
+        ("eps", ctypes.c_float),
     )
 
 
 LinearOf = Callable[[Packed], "Linear | None"]
-Run = Callable[["ctypes.Array[Layer]", "ctypes.Array[Cache]", Step, torch.Tensor, torch.Tensor], bool]
+Run = Callable[
+    [
+        "ctypes.Array[Layer]",
+        "ctypes.Array[Cache]",
+        "HeadStruct | None",
+        Step,
+        torch.Tensor,
+        "torch.Tensor | None",
+    ],
+    bool,
+]
 
 
 class _Unserved(Exception):
@@ -118,6 +140,15 @@ class _Structs:
             mlp, experts = (self._linear(w.mlp[0]), self._linear(w.mlp[1])), None
         return Layer(*norms, qkv, o, *mlp, experts, *w.heads, w.window, w.eps, w.scale)
 
+    def head(self, head: Head) -> HeadStruct | None:
+        """None where the kernel knows nothing of one."""
+        if head.linear.kind == "parts":
+            return None
+        try:
+            return HeadStruct(_floats(head.norm), self._linear(head.linear), head.eps)
+        except _Unserved:
+            return None
+
     def _linear(self, w: Packed) -> Linear:
         if w.kind != "parts":
             if (linear := self._linear_of(w)) is None:
@@ -149,27 +180,37 @@ class _Structs:
 
 
 class DecoderStack:
-    """Layers as the kernel is told of them. Keeps what they point at alive."""
+    """Layers and head as the kernel is told of them. Keeps what they point at alive."""
 
     def __init__(
-        self, layers: list[LayerWeights], structs: list[Layer], memory: list[object], run: Run
+        self,
+        layers: list[LayerWeights],
+        head: Head,
+        structs: tuple[list[Layer], HeadStruct | None],
+        memory: list[object],
+        run: Run,
     ) -> None:
-        self._pointed_at, self._run = (layers, memory), run
-        self._layers = (Layer * len(structs))(*structs)
+        self._pointed_at, self._run = (layers, head, memory), run
+        self._layers, self._head = (Layer * len(structs[0]))(*structs[0]), structs[1]
+        self._vocabulary, self.has_head = head.linear.out_features, structs[1] is not None
         self._held: tuple[list[LayerKV], ctypes.Array[Cache]] = ([], (Cache * 0)())
 
     @classmethod
-    def of(cls, layers: list[LayerWeights], linear_of: LinearOf, run: Run) -> DecoderStack | None:
+    def of(
+        cls, layers: list[LayerWeights], head: Head, linear_of: LinearOf, run: Run
+    ) -> DecoderStack | None:
         """None where a layer has a part that the kernel knows nothing of."""
         made = _Structs(linear_of)
         try:
             structs = [made.layer(w) for w in layers]
         except _Unserved:
             return None
-        return cls(layers, structs, made.memory, run)
+        return cls(layers, head, (structs, made.head(head)), made.memory, run)
 
-    def __call__(self, x: torch.Tensor, step: StepInputs, kv: list[LayerKV]) -> torch.Tensor | None:
-        """x float32 [T, D] -> [T, D]; None for a step that the seams must serve."""
+    def __call__(
+        self, x: torch.Tensor, step: StepInputs, kv: list[LayerKV], due: list[int] | None = None
+    ) -> torch.Tensor | None:
+        """As Stack of x float32 [T, D], which is changed; None for a step that the seams must serve."""
         plan = step.plan
         division = attention.divide(plan)
         if division is None or not division.native.count or plan.slots is None:
@@ -180,7 +221,9 @@ class DecoderStack:
         if len(held) != len(kv) or not all(map(operator.is_, held, kv)):
             caches = (Cache * len(kv))(*(cache_struct(layer) for layer in kv))
             self._held = list(kv), caches
-        x, out = x.contiguous(), torch.empty(x.shape)
+        x, asked = x.contiguous(), due or []
+        wanted = (ctypes.c_int64 * len(asked))(*asked)
+        logits = torch.empty(len(asked), self._vocabulary) if asked else None
         struct = Step(
             ctypes.addressof(division.native),
             step.cos.data_ptr(),
@@ -189,5 +232,9 @@ class DecoderStack:
             plan.slots.data_ptr(),
             step.cos.shape[1],
             x.shape[0],
+            ctypes.addressof(wanted),
+            len(asked),
         )
-        return out if self._run(self._layers, caches, struct, x, out) else None
+        if not self._run(self._layers, caches, self._head, struct, x, logits):
+            return None
+        return x if logits is None else logits

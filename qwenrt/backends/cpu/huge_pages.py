@@ -1,4 +1,4 @@
-"""Memory for packed weights."""
+"""Memory for packed weights and for the cache of keys and values."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _MADV_HUGEPAGE = 14  # of linux/mman.h
 
 
 def huge_buffer(nbytes: int) -> torch.Tensor:
-    """Uninitialised bytes, on huge pages where the system gives them on request: weights are read from end to end for
-    every token, and the fewer pages they lie on, the fewer walks through the page tables that takes."""
+    """Uninitialised bytes, on huge pages where the system gives them on request: weights and cache are read from end to
+    end for every token, and the fewer pages they lie on, the fewer walks through the page tables that takes."""
     if sys.platform != "linux" or nbytes < 2 * _HUGE_PAGE:
         return torch.empty(nbytes, dtype=torch.uint8)
     memory = torch.empty(

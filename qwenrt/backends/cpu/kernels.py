@@ -13,7 +13,7 @@ import torch
 
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, Sequences
-from qwenrt.backends.cpu.decoder import Layer, Step
+from qwenrt.backends.cpu.decoder import HeadStruct, Layer, Step
 from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
@@ -21,7 +21,7 @@ from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 11
+ABI = 12
 BLOCK = 8  # output rows stored together
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
@@ -103,7 +103,7 @@ class Kernels:
         lib.qwenrt_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
         lib.qwenrt_silu_and_mul.argtypes = [pointer, pointer, size, size]
         lib.qwenrt_rotary_store.argtypes = [pointer, pointer, size]
-        lib.qwenrt_decoder_layers.argtypes = [pointer, pointer, size, pointer, pointer, pointer]
+        lib.qwenrt_decoder.argtypes = [pointer, pointer, size, pointer, pointer, pointer, pointer]
         real = ctypes.c_float
         lib.qwenrt_likeliest.argtypes = [pointer, size, pointer, pointer]
         lib.qwenrt_top.argtypes = [pointer, size, real, real, size, pointer, pointer, pointer]
@@ -265,18 +265,22 @@ class Kernels:
         status = self._library.qwenrt_rotary_store(ctypes.addressof(rotary), into, tokens)
         assert status == 0
 
-    def decoder_layers(
+    def decoder(
         self,
         layers: ctypes.Array[Layer],
         caches: ctypes.Array[Cache],
+        head: HeadStruct | None,
         step: Step,
         x: torch.Tensor,
-        out: torch.Tensor,
+        logits: torch.Tensor | None,
     ) -> bool:
-        """x float32 [T, D] -> ``out``, both contiguous, through all layers; False where x stops being finite."""
+        """x float32 [T, D], contiguous, through all layers in its place, and then the ``logits`` of the tokens that are
+        due; False where x stops being finite."""
         pointers = ctypes.addressof(layers), ctypes.addressof(caches)
-        status = self._library.qwenrt_decoder_layers(
-            *pointers, len(layers), ctypes.addressof(step), x.data_ptr(), out.data_ptr()
+        last = None if head is None else ctypes.addressof(head)
+        into = None if logits is None else logits.data_ptr()
+        status = self._library.qwenrt_decoder(
+            *pointers, len(layers), last, ctypes.addressof(step), x.data_ptr(), into
         )
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
