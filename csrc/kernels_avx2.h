@@ -59,6 +59,14 @@ inline float sum8(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+// Asks for a line of weights that a step reads once. AMD's cores then keep it out of the second cache, which leaves room
+// for the rest of the step (1 to 2 % of it); on Intel's the same hint takes two thirds of the speed.
+template <bool ONCE>
+INLINE void ask_for(const char* line) {
+  _mm_prefetch(line, ONCE ? _MM_HINT_NTA : _MM_HINT_T0);
+}
+INLINE bool hint_once() { return __builtin_cpu_is("amd"); }
+
 // Keeps the compiler from deriving addresses of its own, one for each load, which it would count up one by one.
 template <class A, class B>
 INLINE void stay(A& a, B& b) {

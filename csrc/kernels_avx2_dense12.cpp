@@ -33,15 +33,16 @@ INLINE void store_sum(const QwenrtDense12& w, float sum, const float* x, float* 
   y[n] = w.bias ? sum + w.bias[n] : sum;
 }
 
-// For the chunk after the next three: a core's own guesses do not keep enough lines on their way. It need not stay.
+// For the chunk after the next three: a core's own guesses do not keep enough lines on their way.
+template <bool ONCE>
 INLINE void ask_ahead(const uint8_t* chunk) {
   const char* const at = reinterpret_cast<const char*>(chunk + 4 * QWENRT_CHUNK_BYTES);
-  _mm_prefetch(at, _MM_HINT_NTA);
-  _mm_prefetch(at + 64, _MM_HINT_NTA);
+  ask_for<ONCE>(at);
+  ask_for<ONCE>(at + 64);
 }
 
 // STREAMS rows, `stride` apart, times TILE tokens: vectors run along the inputs.
-template <int TILE, int STREAMS>
+template <int TILE, int STREAMS, bool ONCE>
 void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, int64_t first, int64_t stride) {
   constexpr int CHAINS = TILE == 1 ? 2 : 1;
   const int64_t row_bytes = chunks_of(w) * QWENRT_CHUNK_BYTES, apart = stride * row_bytes, x_apart = apart12(w);
@@ -54,7 +55,7 @@ void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, i
   for (int64_t rest = chunks_of(w); rest > 0; --rest) {
     UNROLL(STREAMS, s, {
       const uint8_t* const own = chunk + s * apart;
-      if constexpr (TILE == 1) ask_ahead(own);
+      if constexpr (TILE == 1) ask_ahead<ONCE>(own);
       const __m256i codes = load256(own);
       UNROLL(2, h, {
         __m256i words[2];
@@ -79,11 +80,11 @@ void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, i
   });
 }
 
-template <int TILE, int STREAMS>
+template <int TILE, int STREAMS, bool ONCE = false>
 void dense12_tile(const QwenrtDense12& w, const float* x, float* y, int64_t begin, int64_t end) {
   const int64_t stride = (end - begin) / STREAMS;
-  for (int64_t n = begin; n < begin + stride; ++n) dense12_rows_times_tile<TILE, STREAMS>(w, x, y, n, stride);
-  for (int64_t n = begin + stride * STREAMS; n < end; ++n) dense12_rows_times_tile<TILE, 1>(w, x, y, n, 0);
+  for (int64_t n = begin; n < begin + stride; ++n) dense12_rows_times_tile<TILE, STREAMS, ONCE>(w, x, y, n, stride);
+  for (int64_t n = begin + stride * STREAMS; n < end; ++n) dense12_rows_times_tile<TILE, 1, ONCE>(w, x, y, n, 0);
 }
 
 constexpr int64_t kMostTokens = 4;    // of one tile
@@ -98,7 +99,7 @@ void avx2_dense12_rows(const QwenrtDense12& w, const float* x, float* y, int64_t
     int64_t tiles = (tokens + kMostTokens - 1) / kMostTokens;
     for (int64_t t = 0; t < tokens; --tiles) {
       const int64_t tile = (tokens - t + tiles - 1) / tiles;  // all as equal as can be
-      const auto run = tile == 1   ? dense12_tile<1, 4>
+      const auto run = tile == 1   ? (hint_once() ? dense12_tile<1, 4, true> : dense12_tile<1, 4>)
                        : tile == 2 ? dense12_tile<2, 4>
                        : tile == 3 ? dense12_tile<3, 4>
                                    : dense12_tile<4, 3>;

@@ -38,18 +38,22 @@ template <int STREAMS>
 struct Streams {
   const uint32_t* first;
   int64_t apart;
+  bool once;  // a constant where they are asked for: as of ask_for
 
-  INLINE Streams ahead(int64_t words) const { return {first + words, apart}; }
-  INLINE Streams<1> only(int s) const { return {first + s * apart, 0}; }
+  INLINE Streams ahead(int64_t words) const { return {first + words, apart, once}; }
+  INLINE Streams<1> only(int s) const { return {first + s * apart, 0, once}; }
   INLINE __m256i load(int s) const {
     __m256i word;
     asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(first + s * apart)));
     return word;
   }
-  // Asks for the line `bytes` further on: a core's own guesses do not keep enough of them on their way. A step reads it
-  // once: it need not stay, in the place of what the step's other parts use.
+  // Asks for the line `bytes` further on: a core's own guesses do not keep enough of them on their way.
   INLINE void ask(int64_t bytes) const {
-    UNROLL(STREAMS, s, { _mm_prefetch(reinterpret_cast<const char*>(first + s * apart) + bytes, _MM_HINT_NTA); });
+    UNROLL(STREAMS, s, {
+      const char* const line = reinterpret_cast<const char*>(first + s * apart) + bytes;
+      if (once) ask_for<true>(line);
+      else ask_for<false>(line);
+    });
   }
 };
 
@@ -267,13 +271,13 @@ INLINE void add_block(Cursor<STREAMS>& c, int64_t count, Sums<STREAMS, TILE>& su
 // Adds groups [first, last) of one tile to `totals` [STREAMS][TILE][8 rows]; row blocks are `stride` apart.
 template <int BITS, int TILE, int STREAMS, bool WHOLE>
 INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, float* totals, int64_t row_block,
-                       int64_t stride, int64_t tile, int64_t first, int64_t last) {
+                       int64_t stride, int64_t tile, int64_t first, int64_t last, bool once) {
   constexpr int64_t MOST = (BITS == 4 ? kByteBlock : kPairBlock) * BITS / 32;
   const int64_t row_words = w.groups * w.words_per_group, blocks = w.groups * in.blocks_per_group;
   const int64_t word = first * w.words_per_group, at = tile * blocks + first * in.blocks_per_group;
   const int64_t x = (tile * row_words + word) * kPlaces * TILE;
   const Streams<STREAMS> words{w.words + (row_block * row_words + word) * QWENRT_BLOCK,
-                               stride * row_words * QWENRT_BLOCK};
+                               stride * row_words * QWENRT_BLOCK, once};
   Cursor<STREAMS> c{words, in.low + x, in.high - in.low, in.scales + at * TILE, in.wide + at};
   GroupScales group(w, row_block * w.groups + first, stride * w.groups);
   const float* x_sums = in.sums + (tile * w.groups + first) * TILE;
@@ -313,19 +317,19 @@ INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const
 }
 
 // Few tokens: the weights are read once, from STREAMS distant places, and again from the cache for the next tile.
-template <int BITS, int TILE, int STREAMS, bool WHOLE>
+template <int BITS, int TILE, int STREAMS, bool WHOLE, bool ONCE = false>
 void distant_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
   const int64_t stride = (end - begin) / STREAMS;
   for (int64_t b = begin; b < begin + stride; ++b)
     for (int64_t tile = 0; tile < in.tiles; ++tile) {
       alignas(32) float totals[STREAMS * TILE * QWENRT_BLOCK] = {};
-      add_groups<BITS, TILE, STREAMS, WHOLE>(w, in, totals, b, stride, tile, 0, w.groups);
+      add_groups<BITS, TILE, STREAMS, WHOLE>(w, in, totals, b, stride, tile, 0, w.groups, ONCE);
       store_tile<TILE, STREAMS>(w, in, totals, y, b, stride, tile);
     }
   for (int64_t b = begin + stride * STREAMS; b < end; ++b)
     for (int64_t tile = 0; tile < in.tiles; ++tile) {
       alignas(32) float totals[TILE * QWENRT_BLOCK] = {};
-      add_groups<BITS, TILE, 1, WHOLE>(w, in, totals, b, 0, tile, 0, w.groups);
+      add_groups<BITS, TILE, 1, WHOLE>(w, in, totals, b, 0, tile, 0, w.groups, ONCE);
       store_tile<TILE, 1>(w, in, totals, y, b, 0, tile);
     }
 }
@@ -343,7 +347,7 @@ void neighbouring_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float
   for (int64_t first = 0; first < w.groups; first += slab) {
     const int64_t last = first + slab < w.groups ? first + slab : w.groups;
     for (int64_t tile = 0; tile < in.tiles; ++tile)
-      add_groups<BITS, TILE, STREAMS, WHOLE>(w, in, totals + tile * FLOATS, row_block, 1, tile, first, last);
+      add_groups<BITS, TILE, STREAMS, WHOLE>(w, in, totals + tile * FLOATS, row_block, 1, tile, first, last, false);
   }
   for (int64_t tile = 0; tile < in.tiles; ++tile)
     store_tile<TILE, STREAMS>(w, in, totals + tile * FLOATS, y, row_block, 1, tile);
@@ -351,6 +355,7 @@ void neighbouring_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float
 
 template <int BITS, bool WHOLE>
 void rows_of(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
+  if (in.tile == 1 && hint_once()) return distant_rows<BITS, 1, 2, WHOLE, true>(w, in, y, begin, end);
   if (in.tile == 1) return distant_rows<BITS, 1, 2, WHOLE>(w, in, y, begin, end);
   if (in.tile == 2) return distant_rows<BITS, 2, 2, WHOLE>(w, in, y, begin, end);
   if (in.tiles <= kFewTiles) return distant_rows<BITS, 4, 2, WHOLE>(w, in, y, begin, end);

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t kHidden = 40, kHeads = 4, kKvHeads = 2, kDim = 8, kInner = 24, kVocabularyOfSlots = 64;
+constexpr int64_t kHidden = 40, kHeads = 4, kKvHeads = 2, kDim = 8, kInner = 24, kVocabulary = 37, kVocabularyOfSlots = 64;
 
 // A linear and all that it points at, on the heap so that a sanitizer sees a read past it.
 struct Weight {
@@ -133,6 +133,7 @@ struct Model {
   std::vector<QwenrtLinear> gate_up, down;
   QwenrtExperts mixture{};
   std::vector<QwenrtLayer> layers;
+  QwenrtHead head{};
   int activations;
 
   const float* some(int64_t count, float size = 1) {
@@ -167,6 +168,8 @@ struct Model {
                               : next().make_parts({inner, inner}, kHidden, random, how));
       down.push_back(next().make(kHidden, inner, 4, random, how));
     }
+    head.norm = some(kHidden), head.eps = 1e-5f;
+    head.linear = next().make(kVocabulary, kHidden, count % 2 ? 8 : 16, random, how);
     mixture.router = some(count * kHidden, 0.2f), mixture.shared_gate = shared ? some(kHidden, 0.2f) : nullptr;
     mixture.gate_up = gate_up.data(), mixture.down = down.data();
     mixture.count = count, mixture.top_k = top_k, mixture.norm_topk_prob = norm;
@@ -186,17 +189,17 @@ struct Kv {
 // Two sequences that start: `tokens` and 2 of them.
 struct Step {
   int64_t tokens;
-  std::vector<int64_t> first, lens, tables{0, 8}, blocks, slots;
+  std::vector<int64_t> first, lens, tables{0, 8}, blocks, slots, due;
   std::vector<float> cos, sin;
   QwenrtSequences sequences{};
   QwenrtStep step{};
-  Step(int64_t longer, Random& random) : tokens(longer + 2), first{0, longer}, lens{longer, 2} {
+  Step(int64_t longer, Random& random) : tokens(longer + 2), first{0, longer}, lens{longer, 2}, due{longer - 1, longer + 1} {
     for (int64_t i = 0; i < 16; ++i) blocks.push_back(15 - i);
     for (int64_t s = 0; s < 2; ++s)
       for (int64_t p = 0; p < lens[size_t(s)]; ++p) slots.push_back(blocks[size_t(tables[size_t(s)] + p / 4)] * 4 + p % 4);
     cos = random.floats(tokens * kDim), sin = random.floats(tokens * kDim);
     sequences = {2, first.data(), lens.data(), lens.data(), tables.data(), blocks.data()};
-    step = {&sequences, cos.data(), sin.data(), nullptr, slots.data(), kDim, tokens};
+    step = {&sequences, cos.data(), sin.data(), nullptr, slots.data(), kDim, tokens, due.data(), 2};
   }
 };
 
@@ -213,6 +216,17 @@ void attention_by_ops(const QwenrtLayer& l, const Step& s, Kv& kv, std::vector<f
   for (size_t i = 0; i < x.size(); ++i) x[i] += o[i];
 }
 
+// The head's logits of the tokens that are due, from what the layers left.
+void check_head(const QwenrtHead& head, const Step& s, const std::vector<float>& x, const std::vector<float>& logits) {
+  std::vector<float> normed;
+  for (int64_t token : s.due) {
+    std::vector<float> row(size_t{kHidden});
+    qwenrt_rms_norm(x.data() + token * kHidden, head.norm, row.data(), 1, kHidden, head.eps);
+    normed.insert(normed.end(), row.begin(), row.end());
+  }
+  CHECK(apply(head.linear, normed, int64_t(s.due.size())) == logits, "%s: the head of %d tokens", qwenrt_isa(), int(s.tokens));
+}
+
 void test_stack(int64_t longer, int activations, bool with_experts) {
   Model m(uint64_t(longer) * 8 + uint64_t(activations), activations, 7, longer % 3 + 1, longer % 2 == 0, longer % 2 == 1);
   if (with_experts) m.layers[1].experts = &m.mixture, m.layers[1].gate_up = m.layers[1].down = QwenrtLinear{};
@@ -223,8 +237,9 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
     std::vector<Kv> fused(3), single(3);
     std::vector<QwenrtCache> caches;
     for (Kv& kv : fused) caches.push_back(kv.cache());
-    std::vector<float> out(x.size(), NAN), wanted = x;
-    CHECK(qwenrt_decoder_layers(m.layers.data(), caches.data(), 3, &s.step, x.data(), out.data()) == QWENRT_OK, "stack");
+    std::vector<float> out = x, wanted = x, logits(2 * kVocabulary, NAN);
+    CHECK(qwenrt_decoder(m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data()) == QWENRT_OK, "stack");
+    check_head(m.head, s, out, logits);
     for (size_t i = 0; i < 3; ++i) {
       const QwenrtLayer& l = m.layers[i];
       attention_by_ops(l, s, single[i], wanted);
@@ -257,8 +272,13 @@ void test_refusals() {
   std::vector<Kv> kv(3);
   std::vector<QwenrtCache> caches;
   for (Kv& one : kv) caches.push_back(one.cache());
-  std::vector<float> x = m.random.floats(s.tokens * kHidden), out(x.size());
-  const auto run = [&] { return qwenrt_decoder_layers(m.layers.data(), caches.data(), 3, &s.step, x.data(), out.data()); };
+  const std::vector<float> x = m.random.floats(s.tokens * kHidden);
+  std::vector<float> out, logits(2 * kVocabulary);
+  float bad = 0;
+  const auto run = [&] {
+    out = x, out[size_t(2 * kHidden + 1)] += bad;
+    return qwenrt_decoder(m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data());
+  };
   CHECK(run() == QWENRT_OK, "as it is");
   for (int64_t top_k : {0, 8}) {
     m.mixture.top_k = top_k;
@@ -266,8 +286,18 @@ void test_refusals() {
   }
   m.mixture.top_k = 7;
   CHECK(run() == QWENRT_OK, "all experts");
-  x[size_t(2 * kHidden + 1)] = NAN;
+  bad = NAN;
   CHECK(run() == QWENRT_NOT_FINITE, "NaN");
+  bad = 0;
+  CHECK(run() == QWENRT_OK, "finite again");
+  s.step.due_count = s.tokens + 1;
+  CHECK(run() == QWENRT_BAD_ARGUMENT, "more due than there are");
+  s.step.due_count = 0;
+  logits.assign(logits.size(), 7);
+  CHECK(run() == QWENRT_OK && logits[0] == 7, "none due");
+  s.step.due_count = 2, m.head.linear.part_count = 1;
+  CHECK(run() == QWENRT_BAD_ARGUMENT, "a head of parts");
+  m.head.linear.part_count = 0;
   m.layers[0].experts = &m.mixture;
   s.step.tokens = 0;
   CHECK(run() == QWENRT_BAD_ARGUMENT, "no tokens");

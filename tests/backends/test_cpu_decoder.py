@@ -104,14 +104,18 @@ class Cache:
                 tensor.fill_(float("nan"))
         self.tokens = [torch.randint(0, config.vocab_size, (length,)) for length in lengths]
 
-    def step(self, spans: list[tuple[int, int]]) -> torch.Tensor:
-        """Hidden states of tokens [start, end) of each sequence."""
+    def step(self, spans: list[tuple[int, int]], due: list[int] | None = None) -> torch.Tensor:
+        """Hidden states of tokens [start, end) of each sequence, or the logits of those that are ``due``."""
         numbered = list(zip(spans, self.tables, strict=True))
         slots = [t[p // SIZE] * SIZE + p % SIZE for (a, b), t in numbered for p in range(a, b)]
         ids = torch.cat([x[a:b] for x, (a, b) in zip(self.tokens, spans, strict=True)])
         plan = self.model.backend.plan([b - a for a, b in spans], [b for _, b in spans], self.tables, slots)
         with torch.no_grad():
-            return self.model.forward(ids, plan, [1] * len(spans), self.layers)
+            if due is None:
+                return self.model.forward(ids, plan, [1] * len(spans), self.layers)
+            logits = self.model.next_logits(ids, plan, [1] * len(spans), self.layers, due)
+        assert logits is not None
+        return logits
 
 
 def both_ways(
@@ -216,6 +220,29 @@ def test_threads_and_batches_change_no_bit(cpu: CPUBackend, threads: int) -> Non
     whole = cache.step([(0, 12)])
     alone = torch.cat([cache.step([(i, i + 1)]) for i in range(12)])
     assert torch.equal(alone, whole)
+
+
+# ---- the head
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "bfloat16", "float32", "parts"])
+@pytest.mark.parametrize("due", [[11], [0, 3, 11], [9, 2], list(range(12))])
+def test_logits_of_the_tokens_that_are_due(cpu: CPUBackend, form: str, due: list[int]) -> None:
+    model = build(cpu, DENSE)
+    if form == "parts":
+        head = parts(cpu, [60, 40], DENSE.hidden_size, None)
+    else:
+        head = cpu.pack_linear(weight(100, DENSE.hidden_size, form, None), torch.float32)
+    model.set_linear("lm_head", head)
+    model.bind()
+    assert model._stack is not None and model._stack.has_head == (form not in ("float32", "parts"))
+    fused = Cache(model, [9, 3])
+    logits = fused.step([(0, 9), (0, 3)], due)
+    model._stack = None
+    seams = Cache(model, [9, 3])
+    seams.tokens = fused.tokens
+    assert torch.equal(logits, seams.step([(0, 9), (0, 3)], due))
+    assert torch.equal(fused.step([(8, 9), (2, 3)]), seams.step([(8, 9), (2, 3)]))  # the caches hold the same
 
 
 # ---- what the stack does not serve

@@ -1,4 +1,4 @@
-"""Memory for packed weights: of the size that was asked for, aligned where it is large, and as good without advice."""
+"""Memory for packed weights and for the cache: of the size that was asked for, aligned where it is large, and as good without advice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from qwenrt.backends.cpu import huge_pages
+from qwenrt.backends.cpu import CPUBackend, huge_pages
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4096, (4 << 20) - 1, 4 << 20, (6 << 20) + 12])
@@ -25,3 +25,14 @@ def test_a_system_without_the_advice_gives_plain_memory(monkeypatch: pytest.Monk
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     buffer = huge_pages.huge_buffer(5 << 20).fill_(1)
     assert int(buffer.sum()) == 5 << 20
+
+
+def test_a_cache_lies_on_huge_pages() -> None:
+    cpu = CPUBackend(torch.device("cpu"))
+    for layer in cpu.alloc_kv(2, 64, 16, 8, 128, torch.float32, False):
+        for side in (layer.k, layer.v):
+            assert side.shape == (64, 16, 8, 128) and side.dtype == torch.float32 and side.is_contiguous()
+            assert sys.platform != "linux" or side.data_ptr() % (2 << 20) == 0
+    codes = cpu.alloc_kv(1, 3, 4, 2, 8, torch.float32, True)[0]
+    assert codes.quantized and codes.k.dtype == torch.uint8 and codes.k.shape == (3, 4, 2, 8)
+    assert codes.v_zero is not None and codes.v_zero.shape == (3, 4, 2)

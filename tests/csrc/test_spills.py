@@ -22,9 +22,12 @@ from qwenrt.backends.cpu import kernels
 HOT: dict[str, tuple[str, Callable[..., int]]] = {
     "blocks_times_tile": ("vfmadd", lambda bits, tile, streams: 32 // bits * tile * streams),
     "dense_rows_times_tile": ("vfmadd", lambda half, tile, streams: tile * streams * (2 if tile == 1 else 1)),
-    "dense12_rows_times_tile": ("vfmadd", lambda tile, streams: 8 * tile * streams),
+    "dense12_rows_times_tile": ("vfmadd", lambda tile, streams, once: 8 * tile * streams),
     "panel_times_tile": ("vfmadd", lambda tile: 8 * tile),
-    "distant_rows": ("vpmadd", lambda bits, tile, streams, whole: (9 if bits == 4 else 2) * tile * streams),
+    "distant_rows": (
+        "vpmadd",
+        lambda bits, tile, streams, whole, once: (9 if bits == 4 else 2) * tile * streams,
+    ),
     "neighbouring_rows": ("vpmadd", lambda bits, streams, whole: (9 if bits == 4 else 2) * 4 * streams),
     "one_tile": ("vpdpbusd", lambda bits, tile, streams: 8 // bits * tile * streams),
     "integer_rows_of": ("vpdpbusd", lambda bits, tile, streams: 8 // bits * tile * streams),
