@@ -25,10 +25,11 @@ from setuptools.command.develop import develop
 ROOT = Path(__file__).resolve().parent
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 NEON = ["-fno-schedule-insns"]  # gcc's first scheduling has more values alive than there are registers
 # Machine -> its instruction sets and their flags, each for CPUs that run those before it as well.
 SETS = {
-    "x86_64": {"avx2": AVX2, "avx512vnni": AVX512},
+    "x86_64": {"avx2": AVX2, "avx512vnni": AVX512, "amx": AMX},
     "aarch64": {"neon": NEON, "neondot": [*NEON, "-march=armv8.2-a+dotprod"]},
 }
 SOURCES = {  # file -> its instruction set, if any: no flag may reach code that is run before the CPU was asked
@@ -55,6 +56,7 @@ SOURCES = {  # file -> its instruction set, if any: no flag may reach code that 
     "layer_avx2.cpp": "avx2",
     "quantize_avx2.cpp": "avx2",
     "kernels_avx512.cpp": "avx512vnni",
+    "kernels_amx.cpp": "amx",
     "kernels_neon.cpp": "neon",
     "layer_neon.cpp": "neon",
     "quantize_neon.cpp": "neon",

@@ -14,16 +14,19 @@ constexpr int64_t kFewTokens = 15;  // beside which 12 bits are multiplied as th
 
 Scratch scratch;
 
-// x as the kernels read it: as it is, or in tiles, and then, where that is asked for, in fixed point as well.
+// x as the kernels read it: as it is, or in tiles; and then, where that is asked for, in fixed point or split as well.
 struct Activations {
   const float* x;
   FixedInput fixed;
+  SplitInput split;
 };
 
 // Rows of 16-bit weights, all tokens; `begin` and `end` of `w`.
 void multiply_rows(const Kernels& kernels, const uint16_t* w, const float* bias, const Activations& in, float* y,
                    int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end) {
-  if (in.fixed.pairs)
+  if (in.split.high && !is_half)
+    kernels.split_rows(w, bias, in.x, in.split, y, tokens, out_features, in_features, begin, end);
+  else if (in.fixed.pairs)
     kernels.fixed_rows(w, bias, in.x, in.fixed, y, tokens, out_features, in_features, is_half, begin, end);
   else kernels.dense16_rows(w, bias, in.x, y, tokens, out_features, in_features, is_half, begin, end);
 }
@@ -106,25 +109,62 @@ void run_lay_out_task(void* context, int64_t slab) {
   if (t.massive) t.uneven[slab] = !fixed;
 }
 
+struct SplitTask {
+  const float* x;
+  int64_t tokens, in_features;
+  uint16_t *high, *low;
+};
+
+// kTokenTile tokens. The upper half of a float32's bits is a bfloat16; what it leaves out is rounded to another, but
+// infinity and NaN have no rest.
+void run_split_task(void* context, int64_t tile) {
+  const SplitTask& t = *static_cast<const SplitTask*>(context);
+  const int64_t first = tile * kTokenTile, at = first * t.in_features;
+  const int64_t count = t.tokens - first < kTokenTile ? t.tokens - first : kTokenTile;
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const float* x = t.x + (first + lane) * t.in_features;
+    for (int64_t k = 0; k < t.in_features; ++k) {
+      uint32_t bits, rest;
+      memcpy(&bits, x + k, sizeof bits);
+      const uint32_t upper = bits & 0xffff0000;
+      float whole;
+      memcpy(&whole, &upper, sizeof whole);
+      const float difference = (bits & 0x7f800000) == 0x7f800000 ? 0.0f : x[k] - whole;
+      memcpy(&rest, &difference, sizeof rest);
+      const int64_t to = at + (k / 2 * kTokenTile + lane) * 2 + k % 2;
+      t.high[to] = uint16_t(bits >> 16 | ((bits & 0x7fffffff) > 0x7f800000 ? 0x40 : 0));  // NaN stays one
+      t.low[to] = uint16_t((rest + 0x7fff + (rest >> 16 & 1)) >> 16);
+    }
+  }
+}
+
 // What lay_out needs, in floats.
 struct Sizes {
-  int64_t tiled = 0, pairs = 0, scales = 0, massive = 0, uneven = 0;
+  int64_t tiled = 0, pairs = 0, scales = 0, massive = 0, uneven = 0, split = 0;
 
   Sizes(const Kernels& kernels, int64_t tokens, int64_t in_features, bool rounded) {
+    if (rounded && kernels.split_rows && tokens >= kernels.by_token_from && in_features % kSplitInputs == 0)
+      split = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile * in_features;
     if (!kernels.dense_tiles_from || tokens < kernels.dense_tiles_from) return;
     tiled = tokens * in_features;
     if (!rounded || !kernels.fixed_rows || tokens < kFixedTokens) return;
     pairs = (tiled + 1) / 2, scales = tiled / kFixedBlock + 1, massive = tokens;
     uneven = in_features / kDenseSlab / int64_t(sizeof(float)) + 1;
   }
-  int64_t floats() const { return tiled + pairs + scales + massive + uneven; }
+  int64_t floats() const { return tiled + pairs + scales + massive + uneven + split; }
 };
 
 // x in tiles where so many tokens want it, in `memory` of Sizes.floats().
 Activations lay_out(const Kernels& kernels, const float* x, float* memory, int64_t tokens, int64_t in_features,
                     bool rounded) {
   const Sizes sizes(kernels, tokens, in_features, rounded);
-  if (!sizes.tiled) return {x, {}};
+  if (sizes.split) {
+    uint16_t* const high = reinterpret_cast<uint16_t*>(memory);
+    SplitTask task{x, tokens, in_features, high, high + sizes.split};
+    parallel_for((tokens + kTokenTile - 1) / kTokenTile, run_split_task, &task);
+    return {x, {}, {task.high, task.low}};
+  }
+  if (!sizes.tiled) return {x, {}, {}};
   LayOutTask task{x, tokens, in_features, memory, nullptr, nullptr, nullptr, nullptr};
   if (sizes.pairs) {
     task.pairs = reinterpret_cast<int32_t*>(memory + sizes.tiled);
@@ -134,7 +174,7 @@ Activations lay_out(const Kernels& kernels, const float* x, float* memory, int64
     parallel_for(tokens, run_massive_task, &task);
   }
   parallel_for((in_features + kDenseSlab - 1) / kDenseSlab, run_lay_out_task, &task);
-  return {memory, {task.pairs, task.scales, task.uneven}};
+  return {memory, {task.pairs, task.scales, task.uneven}, {}};
 }
 
 // Few tokens: the kernel reads 12 bits and multiplies what they stand for.
@@ -158,20 +198,20 @@ struct ManyTask {
   const QwenrtDense12* w;
   Activations in;
   float* y;
-  int64_t tokens, units;
+  int64_t tokens, together;  // rows
   const Kernels* kernels;
-  uint16_t* rows;  // [threads][kDenseRows][in_features]
+  uint16_t* rows;  // [threads][together][in_features]
   std::atomic<int64_t> next{0};
 };
 
 void run_many_task(void* context, int64_t thread) {
   ManyTask& t = *static_cast<ManyTask*>(context);
   const QwenrtDense12& w = *t.w;
-  uint16_t* const rows = t.rows + thread * kDenseRows * w.in_features;
+  uint16_t* const rows = t.rows + thread * t.together * w.in_features;
   for (;;) {
-    const int64_t begin = t.next.fetch_add(1, std::memory_order_relaxed) * kDenseRows;
+    const int64_t begin = t.next.fetch_add(1, std::memory_order_relaxed) * t.together;
     if (begin >= w.out_features) return;
-    const int64_t count = w.out_features - begin < kDenseRows ? w.out_features - begin : kDenseRows;
+    const int64_t count = w.out_features - begin < t.together ? w.out_features - begin : t.together;
     for (int64_t r = 0; r < count; ++r) unpack_row(*t.kernels, w, begin + r, rows + r * w.in_features);
     multiply_rows(*t.kernels, rows, w.bias ? w.bias + begin : nullptr, t.in, t.y + begin, t.tokens, w.out_features,
                   w.in_features, 0, 0, count);
@@ -195,14 +235,14 @@ int few_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens,
 }
 
 int many_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, const Kernels& kernels, bool rounded) {
-  const int64_t units = (w.out_features + kDenseRows - 1) / kDenseRows;
-  const int64_t threads = units < pool_threads() ? units : pool_threads();
-  const int64_t floats = Sizes(kernels, tokens, w.in_features, rounded).floats();
-  const int64_t shorts = threads * kDenseRows * w.in_features;
+  const Sizes sizes(kernels, tokens, w.in_features, rounded);
+  const int64_t together = sizes.split ? kSplitRows : kDenseRows, units = (w.out_features + together - 1) / together;
+  const int64_t threads = units < pool_threads() ? units : pool_threads(), floats = sizes.floats();
+  const int64_t shorts = threads * together * w.in_features;
   char* const memory = scratch.room(floats * int64_t(sizeof(float)) + shorts * int64_t(sizeof(uint16_t)));
   if (!memory) return QWENRT_NO_MEMORY;
   float* const tiled = reinterpret_cast<float*>(memory);
-  ManyTask task{&w, lay_out(kernels, x, tiled, tokens, w.in_features, rounded), y, tokens, units, &kernels,
+  ManyTask task{&w, lay_out(kernels, x, tiled, tokens, w.in_features, rounded), y, tokens, together, &kernels,
                 reinterpret_cast<uint16_t*>(tiled + floats)};
   parallel_for(threads, run_many_task, &task);
   return QWENRT_OK;
@@ -233,4 +273,4 @@ int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int6
   return few ? few_tokens(*w, x, y, tokens, kernels) : many_tokens(*w, x, y, tokens, kernels, rounded);
 }
 
-int qwenrt_fixed_serves(void) { return linear_kernels().fixed_rows != nullptr; }
+int qwenrt_fixed_serves(void) { return linear_kernels().fixed_rows || linear_kernels().split_rows; }

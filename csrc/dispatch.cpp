@@ -8,6 +8,10 @@
 
 #ifdef QWENRT_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
@@ -32,6 +36,23 @@ bool has_avx512vnni() {
 }
 #endif
 
+#ifdef QWENRT_WITH_AMX
+// The system keeps the tiles' registers only for processes that ask it to; Linux alone is asked here.
+bool has_amx() {
+#if defined(QWENRT_EMULATED_AMX)
+  return has_avx512vnni();
+#elif defined(__linux__)
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBfloat = 1u << 22, kAll = kTiles | kInt8 | kBfloat;
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 #ifdef QWENRT_WITH_NEONDOT
 bool has_dot_products() {
 #if defined(__linux__)
@@ -47,12 +68,15 @@ bool has_dot_products() {
 #endif
 
 struct Found {
-  InstructionSet sets[5] = {};
+  InstructionSet sets[6] = {};
   int count = 0;
   void add(const InstructionSet& set) {
     if (set.runs()) sets[count++] = set;
   }
   Found() {
+#ifdef QWENRT_WITH_AMX
+    add({"amx", has_amx, amx_kernels, avx2_layer_kernels, avx2_quantize_group});
+#endif
 #ifdef QWENRT_WITH_AVX512VNNI
     add({"avx512vnni", has_avx512vnni, avx512vnni_kernels, avx2_layer_kernels, avx2_quantize_group});
 #endif

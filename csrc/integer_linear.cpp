@@ -108,7 +108,7 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
   each_block(w, in, [&](const Block& block) {
     float values[kPairBlock];
     int32_t low[kPairBlock], high[kPairBlock], sum = 0;
-    const int64_t padded = padded_of(w, block), at = tile * blocks + block.at;
+    const int64_t padded = padded_of(w, block), at = tile * blocks + block.at, words = block.words * places;
     const float* source = inputs_of(w, x, block, padded, values);
     float& scale = task.scales[at * in.tile + lane];
     int kind = task.kernels->round_block(source, padded, w.bits, narrow, outlier, low, high, &scale, &sum);
@@ -121,11 +121,19 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
       some = true;
       kind = task.kernels->round_block(source, padded, w.bits, -1.0f, outlier, low, high, &scale, &sum);
     }
-    const int64_t out = (tile * row + block.word * places) * in.tile + lane;
-    scatter(low, block.words * places, task.low + out, in.tile);
-    if (kind == 2) scatter(high, block.words * places, task.high + out, in.tile);
-    const int mask = 1 << lane;
-    task.wide[at] = uint8_t(kind == 2 ? task.wide[at] | mask : task.wide[at] & ~mask);
+    if (in.by_token) {
+      const int64_t out = token * row + block.word * places;
+      memcpy(task.low + out, low, size_t(words) * 4);
+      if (kind == 2) memcpy(task.high + out, high, size_t(words) * 4);
+      else if (!in.pairs) memset(task.high + out, 0, size_t(words) * 4);
+      task.wide[at * in.tile + lane] = kind == 2;
+    } else {
+      const int64_t out = (tile * row + block.word * places) * in.tile + lane;
+      scatter(low, words, task.low + out, in.tile);
+      if (kind == 2) scatter(high, words, task.high + out, in.tile);
+      const int mask = 1 << lane;
+      task.wide[at] = uint8_t(kind == 2 ? task.wide[at] | mask : task.wide[at] & ~mask);
+    }
     float& group_sum = task.sums[(tile * w.groups + block.group) * in.tile + lane];
     group_sum = block.at % in.blocks_per_group ? group_sum + scale * float(sum) : scale * float(sum);
   });
@@ -182,12 +190,22 @@ void lay_out_tile(void* context, int64_t tile) {
   });
 }
 
+constexpr int64_t kTokensOfTask = 8;  // by token
+
+void lay_out_tokens(void* context, int64_t i) {
+  LayOutTask& task = *static_cast<LayOutTask*>(context);
+  const int64_t last = std::min((i + 1) * kTokensOfTask, task.in.tokens);
+  for (int64_t token = i * kTokensOfTask; token < last; ++token) lay_out_token(task, token);
+}
+
 // What the activations of a chunk are once laid out, less their places.
 IntegerInput shape_of(const QwenrtQuantMatrix& w, int64_t tokens, const Kernels& kernels) {
   IntegerInput in{};
   in.pairs = kernels.pairs && w.bits == 8;
   in.tokens = tokens;
-  in.tile = tokens >= 3 ? 4 : tokens;
+  in.by_token = kernels.by_token_from && tokens >= kernels.by_token_from;
+  if (in.by_token) in.tile = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile;
+  else in.tile = tokens >= 3 ? 4 : tokens;
   in.tiles = (tokens + in.tile - 1) / in.tile;
   in.words_per_block = (w.bits == 4 ? kByteBlock : kPairBlock) * w.bits / 32;
   if (in.words_per_block > w.words_per_group) in.words_per_block = w.words_per_group;
@@ -203,7 +221,7 @@ struct Sizes {
     const int64_t lanes = in.tiles * in.tile, blocks = w.groups * in.blocks_per_group;
     low = lanes * w.groups * w.words_per_group * places_of(w.bits, in.pairs);
     high = in.pairs ? 0 : low;
-    scales = lanes * blocks, sums = lanes * w.groups, wide = in.tiles * blocks;
+    scales = lanes * blocks, sums = lanes * w.groups, wide = (in.by_token ? lanes : in.tiles) * blocks;
   }
   int64_t bytes() const { return ((low + high + scales + sums) * 4 + wide + 63) / 64 * 64; }
 };
@@ -217,9 +235,10 @@ int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations*
   float* const sums = scales + sizes.scales;
   uint8_t* const wide = reinterpret_cast<uint8_t*>(sums + sizes.sums);
   LayOutTask task{&w, &kernels, x, low, low + sizes.low, wide, scales, sums, in, how, uneven, {QWENRT_OK}};
-  if (in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));  // lanes that nobody writes
+  if (!in.by_token && in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));  // lanes that nobody writes
   else memset(wide, 0, size_t(sizes.wide));
-  if (in.tiles < kTilesWorthWaking)
+  if (in.by_token) parallel_for((in.tokens + kTokensOfTask - 1) / kTokensOfTask, lay_out_tokens, &task);
+  else if (in.tiles < kTilesWorthWaking)
     for (int64_t tile = 0; tile < in.tiles; ++tile) lay_out_tile(&task, tile);
   else parallel_for(in.tiles, lay_out_tile, &task);
   in.low = task.low, in.high = task.high, in.scales = scales, in.sums = sums, in.wide = wide;

@@ -24,6 +24,8 @@ struct QuantInput {
 // [tile][word][place][token of tile] holds, in 32 bits, the inputs that a kernel multiplies with one register of codes:
 //   bytes, 4-bit codes: place p has inputs p, p + 2, p + 4 and p + 6 of its word; bytes, 8-bit codes: all four;
 //   pairs, 8-bit codes: place p has inputs p and p + 2.
+// By token, all tokens are one tile of a multiple of kTokenTile, whose words lie as [token][word][place], and `wide` is
+// [block][token], a byte each; the upper bytes of a narrow block are zeros.
 struct IntegerInput {
   const int32_t* low;
   const int32_t* high;  // of wide blocks; elsewhere anything
@@ -36,7 +38,10 @@ struct IntegerInput {
   int64_t words_per_block;  // the last block of a group may have fewer
   int64_t blocks_per_group;
   int32_t pairs;
+  int32_t by_token;
 };
+
+constexpr int64_t kTokenTile = 16;  // of a kernel that wants them by token
 
 constexpr int64_t kByteBlock = 32;
 constexpr int64_t kPairBlock = 128;
@@ -59,6 +64,16 @@ struct FixedInput {
   const float* scales;    // [slab][tile][block of slab][token of tile]
   const uint8_t* uneven;  // [slabs]: whether the slab is in float32 alone
 };
+
+// Activations as sums of two bfloat16, high and low, which keep 16 bits of each: [kTokenTile tokens][pair of inputs]
+// [token][2]; what is past the last token is anything.
+struct SplitInput {
+  const uint16_t* high;  // NULL: float32 is asked for
+  const uint16_t* low;
+};
+
+constexpr int64_t kSplitRows = 64;    // that such a kernel wants together
+constexpr int64_t kSplitInputs = 32;  // a row must have a multiple of these
 
 // The tokens of the next tile: all as equal as can be, for small ones leave multiply-adds waiting for each other.
 inline int64_t next_tile(int64_t tokens) {
@@ -85,6 +100,9 @@ struct Kernels {
   // The same with x in tiles and, for weights that bear it, in fixed point; NULL where float32 is no slower.
   void (*fixed_rows)(const uint16_t* w, const float* bias, const float* x, const FixedInput& fixed, float* y,
                      int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
+  // Rows [begin, end) of bfloat16 weights with x split, which also lies at `x` as it is; NULL as fixed_rows.
+  void (*split_rows)(const uint16_t* w, const float* bias, const float* x, const SplitInput& split, float* y,
+                     int64_t tokens, int64_t out_features, int64_t in_features, int64_t begin, int64_t end);
   // n activations, a multiple of 8 and of a word's, to q = round(x / scale), ties to even, as IntegerInput's low (and,
   // of a wide block, high) for a tile of one token. |q| <= 127 will do where none of them is larger than `narrow`
   // (below 0: nowhere) or than `outlier` times their mean. Returns 0 where
@@ -102,12 +120,14 @@ struct Kernels {
   void (*unpack12)(const QwenrtDense12& w, int64_t row, uint16_t* out);
   int pairs;                 // whether 8-bit codes want pairs
   int64_t dense_tiles_from;  // 0: never
+  int64_t by_token_from;     // so many tokens lie by token in an IntegerInput, and split; 0: never
 };
 
 const Kernels* scalar_kernels();
 // Defined where the build has them: see dispatch.cpp.
 const Kernels* avx2_kernels();
 const Kernels* avx512vnni_kernels();
+const Kernels* amx_kernels();
 const Kernels* neon_kernels();
 const Kernels* neondot_kernels();
 

@@ -94,9 +94,9 @@ void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int6
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2",           quant_rows,        avx2_dense16_rows, avx2_fixed_rows,
+  static const Kernels kernels = {"avx2",           quant_rows,        avx2_dense16_rows, avx2_fixed_rows,   nullptr,
                                   avx2_round_block, avx2_integer_rows, avx2_dense12_rows, avx2_unpack12,
-                                  1,                avx2_dense_tiles_from};
+                                  1,                avx2_dense_tiles_from, 0};
   return &kernels;
 }
 #endif

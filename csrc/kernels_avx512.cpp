@@ -19,8 +19,8 @@ int round_for_bytes(const float* x, int64_t n, int bits, float narrow, float out
 
 const Kernels* avx512vnni_kernels() {
   static const Kernels kernels = {
-      "avx512vnni", quant_rows, dense16_rows, nullptr, round_for_bytes, integer_rows, avx2_kernels()->dense12_rows,
-      avx2_kernels()->unpack12, 0, 0};
+      "avx512vnni", quant_rows, dense16_rows, nullptr, nullptr, round_for_bytes, integer_rows,
+      avx2_kernels()->dense12_rows, avx2_kernels()->unpack12, 0, 0, 0};
   return &kernels;
 }
 #endif

@@ -131,6 +131,6 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 }  // namespace
 
 const Kernels* scalar_kernels() {
-  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, nullptr, round_block, integer_rows, nullptr, nullptr, 0, 0};
+  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, nullptr, nullptr, round_block, integer_rows, nullptr, nullptr, 0, 0, 0};
   return &kernels;
 }

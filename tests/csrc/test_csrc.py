@@ -99,21 +99,21 @@ def test_neon_under_emulation(tmp_path: Path, all_objects: Objects) -> None:
 @x86
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_avx512_through_portable_intrinsics(
+def test_avx512_and_amx_through_portable_intrinsics(
     compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
 ) -> None:
-    """The AVX-512 unit compiled with SIMDe's intrinsics: its arithmetic, not the instructions themselves.
-
-    Where the CPU has AVX-512 VNNI, test_the_built_library runs these.
+    """The AVX-512 unit compiled with SIMDe's intrinsics, AMX's with plain C++ in their place: their arithmetic, not the
+    instructions themselves. Where the CPU has these, test_the_built_library runs them.
     """
     if not any(Path(header).exists() for header in SIMDE):
         pytest.skip("needs SIMDe (Debian: libsimde-dev)")
     if "avx2" not in kernels.Kernels().isas:
         pytest.skip("the AVX-512 set shares AVX2's kernels, which this CPU lacks")
-    setup_module.SETS["x86_64"]["avx512vnni"] = [f"-I{TESTS / 'simde'}"]
-    command = [*compiler, "-O1", "-D__builtin_cpu_supports(name)=1"]
+    for name in ("avx512vnni", "amx"):
+        setup_module.SETS["x86_64"][name] = [f"-I{TESTS / 'simde'}"]
+    command = [*compiler, "-O1", "-D__builtin_cpu_supports(name)=1", "-DQWENRT_EMULATED_AMX"]
     program = link(command, "linear", all_objects(command, "x86_64"), tmp_path)
-    assert run([str(program), "60"]) == "linears: avx512vnni avx2 scalar: ok\n"
+    assert run([str(program), "60"]) == "linears: amx avx512vnni avx2 scalar: ok\n"
 
 
 def sanitized_or_skip(command: list[str], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from qwenrt.ops.types import CanonicalWeight, Head, LayerKV, LayerWeights, Packe
 
 logger = logging.getLogger("qwenrt")
 
-KERNEL_CHOICES = ("auto", "off", "avx512vnni", "avx2", "neondot", "neon", "scalar")
+KERNEL_CHOICES = ("auto", "off", "amx", "avx512vnni", "avx2", "neondot", "neon", "scalar")
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
 _ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
 # Activations below are never too large for the kernels to sum, whatever the group's size.
