@@ -121,8 +121,8 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
       some = true;
       kind = task.kernels->round_block(source, padded, w.bits, -1.0f, outlier, low, high, &scale, &sum);
     }
-    if (in.by_token) {
-      const int64_t out = token * row + block.word * places;
+    if (in.apart) {
+      const int64_t out = token * in.apart + block.word * places;
       memcpy(task.low + out, low, size_t(words) * 4);
       if (kind == 2) memcpy(task.high + out, high, size_t(words) * 4);
       else if (!in.pairs) memset(task.high + out, 0, size_t(words) * 4);
@@ -203,8 +203,10 @@ IntegerInput shape_of(const QwenrtQuantMatrix& w, int64_t tokens, const Kernels&
   IntegerInput in{};
   in.pairs = kernels.pairs && w.bits == 8;
   in.tokens = tokens;
-  in.by_token = kernels.by_token_from && tokens >= kernels.by_token_from;
-  if (in.by_token) in.tile = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile;
+  const bool by_token = kernels.by_token_from && tokens >= kernels.by_token_from;
+  // A line more than they need: tokens that are a power of two apart would take each other's places in the first cache.
+  in.apart = by_token ? (w.groups * w.words_per_group * places_of(w.bits, in.pairs) + 15) / 16 * 16 + 16 : 0;
+  if (by_token) in.tile = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile;
   else in.tile = tokens >= 3 ? 4 : tokens;
   in.tiles = (tokens + in.tile - 1) / in.tile;
   in.words_per_block = (w.bits == 4 ? kByteBlock : kPairBlock) * w.bits / 32;
@@ -219,9 +221,9 @@ struct Sizes {
 
   Sizes(const QwenrtQuantMatrix& w, const IntegerInput& in) {
     const int64_t lanes = in.tiles * in.tile, blocks = w.groups * in.blocks_per_group;
-    low = lanes * w.groups * w.words_per_group * places_of(w.bits, in.pairs);
+    low = lanes * (in.apart ? in.apart : w.groups * w.words_per_group * places_of(w.bits, in.pairs));
     high = in.pairs ? 0 : low;
-    scales = lanes * blocks, sums = lanes * w.groups, wide = (in.by_token ? lanes : in.tiles) * blocks;
+    scales = lanes * blocks, sums = lanes * w.groups, wide = (in.apart ? lanes : in.tiles) * blocks;
   }
   int64_t bytes() const { return ((low + high + scales + sums) * 4 + wide + 63) / 64 * 64; }
 };
@@ -235,9 +237,9 @@ int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations*
   float* const sums = scales + sizes.scales;
   uint8_t* const wide = reinterpret_cast<uint8_t*>(sums + sizes.sums);
   LayOutTask task{&w, &kernels, x, low, low + sizes.low, wide, scales, sums, in, how, uneven, {QWENRT_OK}};
-  if (!in.by_token && in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));  // lanes that nobody writes
+  if (!in.apart && in.tiles * in.tile != in.tokens) memset(memory, 0, size_t(sizes.bytes()));  // lanes that nobody writes
   else memset(wide, 0, size_t(sizes.wide));
-  if (in.by_token) parallel_for((in.tokens + kTokensOfTask - 1) / kTokensOfTask, lay_out_tokens, &task);
+  if (in.apart) parallel_for((in.tokens + kTokensOfTask - 1) / kTokensOfTask, lay_out_tokens, &task);
   else if (in.tiles < kTilesWorthWaking)
     for (int64_t tile = 0; tile < in.tiles; ++tile) lay_out_tile(&task, tile);
   else parallel_for(in.tiles, lay_out_tile, &task);

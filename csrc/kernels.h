@@ -37,8 +37,8 @@ struct IntegerInput {
   int64_t tokens;
   int64_t words_per_block;  // the last block of a group may have fewer
   int64_t blocks_per_group;
+  int64_t apart;  // by token: 32-bit words from one to the next; 0: in tiles
   int32_t pairs;
-  int32_t by_token;
 };
 
 constexpr int64_t kTokenTile = 16;  // of a kernel that wants them by token

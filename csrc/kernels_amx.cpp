@@ -55,7 +55,7 @@ struct Dots {
   alignas(64) int32_t high[kAtOnce][kPanels][kTile][kTile];
 };
 struct Totals {
-  alignas(64) float sums[kIntegerTokens][kPanels][kTile];  // of the group that has begun
+  alignas(64) float sums[kIntegerTokens][kPanels][kTile];  // of a group that has begun and not ended
   alignas(64) float totals[kIntegerTokens][kPanels][kTile];
 };
 
@@ -116,67 +116,90 @@ INLINE bool any_of_tile(const uint8_t* flags) {
 }
 
 // One block: kTile tokens with both panels. Numbers of registers are written out, as the intrinsics want them.
-#define QWENRT_MULTIPLY_BLOCK(sum0, sum1, left, x, into)                           \
-  _tile_zero(sum0);                                                                \
-  _tile_zero(sum1);                                                                \
-  for (int64_t step = 0; step < steps; ++step) {                                   \
-    _tile_loadd(left, (x) + step * kWords<BITS>, row_bytes);                       \
+#define QWENRT_MULTIPLY_BLOCK(sum0, sum1, left, x, into)                              \
+  _tile_zero(sum0);                                                                   \
+  _tile_zero(sum1);                                                                   \
+  for (int64_t step = 0; step < steps; ++step) {                                      \
+    _tile_loadd(left, (x) + step * kWords<BITS>, row_bytes);                          \
     _tile_loadd(6, codes.words[i][step * kWords<BITS>][0], sizeof codes.words[0][0]); \
     _tile_loadd(7, codes.words[i][step * kWords<BITS>][1], sizeof codes.words[0][0]); \
-    _tile_dpbsud(sum0, left, 6);                                                   \
-    _tile_dpbsud(sum1, left, 7);                                                   \
-  }                                                                                \
-  _tile_stored(sum0, (into)[0], 4 * kTile);                                        \
+    _tile_dpbsud(sum0, left, 6);                                                      \
+    _tile_dpbsud(sum1, left, 7);                                                      \
+  }                                                                                   \
+  _tile_stored(sum0, (into)[0], 4 * kTile);                                           \
   _tile_stored(sum1, (into)[1], 4 * kTile)
 
-// The dot products of a batch's blocks; `wide`: which of them have upper bytes.
+// The dot products of a batch's blocks; of upper bytes as well where one of them has some.
 template <int BITS>
-void multiply(const Codes& codes, const Batch& batch, const IntegerInput& in, int64_t row_words, int64_t token,
-              Dots& dots, bool (&wide)[kAtOnce]) {
-  const int64_t row = row_words * kPlaces<BITS>, row_bytes = 4 * row;
+bool multiply(const Codes& codes, const Batch& batch, const IntegerInput& in, int64_t token, Dots& dots) {
+  const int64_t row_bytes = 4 * in.apart;
+  bool wide = false;
+  for (int i = 0; i < batch.count; ++i) wide |= any_of_tile(in.wide + (batch.first + i) * in.tile + token);
   for (int i = 0; i < batch.count; ++i) {
-    const int64_t x = token * row + batch.word[i] * kPlaces<BITS>, steps = steps_of<BITS>(batch.words[i]);
-    wide[i] = any_of_tile(in.wide + (batch.first + i) * in.tile + token);
+    const int64_t x = token * in.apart + batch.word[i] * kPlaces<BITS>, steps = steps_of<BITS>(batch.words[i]);
     QWENRT_MULTIPLY_BLOCK(0, 1, 4, in.low + x, dots.low[i]);
-    if (!wide[i]) continue;
+    if (!wide) continue;
     QWENRT_MULTIPLY_BLOCK(2, 3, 5, in.high + x, dots.high[i]);
   }
+  return wide;
 }
 #undef QWENRT_MULTIPLY_BLOCK
 
+// How a batch's blocks lie in groups: kAtOnce of them are one group, or each is one; or anything.
+enum Shape { kOneGroup, kOneBlockEach, kAnyShape };
+
 // Adds a batch's dot products of up to kTile tokens, as Kernels::integer_rows says.
-void add_batch(const QwenrtQuantMatrix& w, const IntegerInput& in, const Batch& batch, const Rows& blocks,
-               int64_t token, const Dots& dots, const bool (&wide)[kAtOnce], Totals& totals) {
-  const int64_t left = in.tokens - token, count = left < kTile ? left : kTile;
+template <Shape SHAPE, bool WIDE>
+void add_batch(const QwenrtQuantMatrix& w, const IntegerInput& in, const Batch& batch, const Rows& blocks, int64_t token,
+               const Dots& dots, Totals& totals) {
+  const int64_t left = in.tokens - token, tokens = left < kTile ? left : kTile;
+  const int count = SHAPE == kAnyShape ? batch.count : kAtOnce;
+  const bool begins = SHAPE != kAnyShape || batch.first % in.blocks_per_group == 0;
+  const auto ends = [&](int i) {
+    return SHAPE == kOneBlockEach || (SHAPE == kOneGroup ? i == kAtOnce - 1 : batch.ends[i]);
+  };
+  const float* const x_scales = in.scales + batch.first * in.tile + token;
   for (int p = 0; p < kPanels; ++p) {
     Floats scale[kAtOnce], zero[kAtOnce];
-    for (int i = 0; i < batch.count; ++i) {
-      if (!batch.ends[i]) continue;
-      int64_t at[kBlocks];
-      for (int b = 0; b < kBlocks; ++b) at[b] = (blocks.at[p][b] * w.groups + batch.group[i]) * QWENRT_BLOCK;
-      scale[i] = load_scales(w, at), zero[i] = load_zeros(w, at);
-    }
-    const bool begins = batch.first % in.blocks_per_group == 0;
-    for (int64_t t = 0; t < count; ++t) {
-      Floats sum = begins ? all(0.0f) : load(totals.sums[token + t][p]), total = load(totals.totals[token + t][p]);
-      for (int i = 0; i < batch.count; ++i) {
-        Ints dot = _mm512_load_si512(dots.low[i][p][t]);
-        if (wide[i]) dot = add(dot, times_256(_mm512_load_si512(dots.high[i][p][t])));
-        sum = multiply_add(all(in.scales[(batch.first + i) * in.tile + token + t]), to_floats(dot), sum);
-        if (!batch.ends[i]) continue;
-        const Floats x_sum = all(in.sums[batch.group[i] * in.tile + token + t]);
-        total = multiply_add(scale[i], subtract_product(sum, zero[i], x_sum), total);
-        sum = all(0.0f);
+    UNROLL(kAtOnce, i, {
+      if (i < count && ends(i)) {
+        int64_t at[kBlocks];
+        for (int b = 0; b < kBlocks; ++b) at[b] = (blocks.at[p][b] * w.groups + batch.group[i]) * QWENRT_BLOCK;
+        scale[i] = load_scales(w, at), zero[i] = load_zeros(w, at);
       }
-      _mm512_store_ps(totals.sums[token + t][p], sum);
+    });
+    for (int64_t t = 0; t < tokens; ++t) {
+      Floats sum = begins ? all(0.0f) : load(totals.sums[token + t][p]), total = load(totals.totals[token + t][p]);
+      UNROLL(kAtOnce, i, {
+        if (i < count) {
+          Ints dot = _mm512_load_si512(dots.low[i][p][t]);
+          if (WIDE) dot = add(dot, times_256(_mm512_load_si512(dots.high[i][p][t])));
+          sum = multiply_add(all(x_scales[i * in.tile + t]), to_floats(dot), sum);
+          if (ends(i)) {
+            const Floats x_sum = all(in.sums[batch.group[i] * in.tile + token + t]);
+            total = multiply_add(scale[i], subtract_product(sum, zero[i], x_sum), total);
+            sum = all(0.0f);
+          }
+        }
+      });
+      if (SHAPE == kAnyShape) _mm512_store_ps(totals.sums[token + t][p], sum);
       _mm512_store_ps(totals.totals[token + t][p], total);
     }
   }
 }
 
+using AddBatch = decltype(&add_batch<kAnyShape, false>);
+
+AddBatch adder_of(const Batch& batch, const IntegerInput& in, bool wide) {
+  const int64_t parts = in.blocks_per_group;
+  if (batch.count == kAtOnce && parts == 1) return wide ? add_batch<kOneBlockEach, true> : add_batch<kOneBlockEach, false>;
+  if (batch.count == kAtOnce && parts == kAtOnce) return wide ? add_batch<kOneGroup, true> : add_batch<kOneGroup, false>;
+  return wide ? add_batch<kAnyShape, true> : add_batch<kAnyShape, false>;
+}
+
 template <int BITS>
 void rows_by_token(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  const int64_t parts = w.groups * in.blocks_per_group, row_words = w.groups * w.words_per_group;
+  const int64_t parts = w.groups * in.blocks_per_group;
   Totals totals;
   Codes codes;
   Dots dots;
@@ -190,11 +213,10 @@ void rows_by_token(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y,
       const Batch batch = batch_at(w, in, first);
       unpack<BITS>(w, batch, blocks, codes);
       for (int64_t token = 0; token < in.tokens; token += kTile) {
-        bool wide[kAtOnce];
         settle();
-        multiply<BITS>(codes, batch, in, row_words, token, dots, wide);
+        const bool wide = multiply<BITS>(codes, batch, in, token, dots);
         settle();
-        add_batch(w, in, batch, blocks, token, dots, wide, totals);
+        adder_of(batch, in, wide)(w, in, batch, blocks, token, dots, totals);
       }
     }
     for (int64_t token = 0; token < in.tokens; ++token)
@@ -205,7 +227,7 @@ void rows_by_token(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y,
 }
 
 void amx_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  if (!in.by_token) return avx512vnni_kernels()->integer_rows(w, in, y, begin, end);
+  if (!in.apart) return avx512vnni_kernels()->integer_rows(w, in, y, begin, end);
   if (w.bits == 4) return rows_by_token<4>(w, in, y, begin, end);
   return rows_by_token<8>(w, in, y, begin, end);
 }

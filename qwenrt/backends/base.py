@@ -13,7 +13,16 @@ import torch.nn.functional as F
 
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
-from qwenrt.ops.types import CanonicalWeight, Experts, Head, LayerKV, LayerWeights, Packed, StepInputs, StepPlan
+from qwenrt.ops.types import (
+    CanonicalWeight,
+    Experts,
+    Head,
+    LayerKV,
+    LayerWeights,
+    Packed,
+    StepInputs,
+    StepPlan,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

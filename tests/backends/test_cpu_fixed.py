@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,14 +18,22 @@ from qwenrt.ops.types import CanonicalWeight
 LOADED = backend._load()
 pytestmark = [
     pytest.mark.skipif(
-        isinstance(LOADED, kernels.KernelsUnavailable) or not LOADED.serves_fixed_point,
-        reason="the instruction set in use has no fixed point",
+        isinstance(LOADED, kernels.KernelsUnavailable) or "avx2" not in LOADED.isas,
+        reason="AVX2's kernels alone have fixed point",
     ),
-    pytest.mark.usefixtures("threads_as_before"),
+    pytest.mark.usefixtures("avx2", "threads_as_before"),
 ]
 SLAB, BLOCK, PANEL, LIMIT, FROM = 256, 32, 16, 8191.0, 32  # FROM: tokens from which on it serves
 EXACT = 2e-6  # as test_cpu_dense16.py
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def avx2() -> Iterator[None]:
+    assert isinstance(LOADED, kernels.Kernels)
+    LOADED.set_isa("avx2")
+    yield
+    LOADED.set_isa("auto")
 
 
 def linear(
@@ -165,7 +175,7 @@ def test_large_linears_are_rounded_unless_exact_is_asked_for(cpu: CPUBackend) ->
     x = torch.randn(40, 1024)
     weights = {rows: CanonicalWeight(dense=torch.randn(rows, 1024).bfloat16()) for rows in (1024, 1023)}
     for choice, rounded in (("exact", set()), ("auto", {1024}), ("int16", {1024}), ("int8", {1024})):
-        cpu.configure(num_threads=2, activations=choice)
+        cpu.configure("avx2", num_threads=2, activations=choice)
         for rows, weight in weights.items():
             w = cpu.pack_linear(weight, torch.float32)
             assert weight.dense is not None
@@ -178,7 +188,7 @@ def test_a_fused_stack_rounds_as_single_linears_do(monkeypatch: pytest.MonkeyPat
 
     def logits(choice: str) -> torch.Tensor:
         settings = Settings(device="cpu", dtype="float32", activations=choice, progress=False)
-        with LLM(assemble("demo", settings, Environment.read({}))) as llm:
+        with LLM(assemble("demo", settings, Environment.read({"QWENRT_KERNELS": "avx2"}))) as llm:
             return llm.logits(ids)
 
     exact = logits("exact")

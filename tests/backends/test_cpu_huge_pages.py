@@ -1,4 +1,4 @@
-"""Memory for packed weights and for the cache: of the size that was asked for, aligned where it is large, and as good without advice."""
+"""Memory for weights and cache: of the size asked for, aligned where it is large, as good where advice is refused."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_kernels_can_be_chosen_and_switched_off(cpu: CPUBackend) -> None:
     assert cpu.pack_linear(weight, torch.float32).kind == "w4a16"
     assert cpu.why_not("linear", OpSpec("linear", "o", torch.float32, kind="w4a16")) is not None
     with pytest.raises(
-        BackendError, match=r"'avx512': no such choice. Use one of: auto, off, avx512vnni, avx2"
+        BackendError, match=r"'avx512': no such choice. Use one of: auto, off, amx, avx512vnni, avx2"
     ):
         cpu.configure("avx512")
 

@@ -196,9 +196,7 @@ class DecoderStack:
         self._held: tuple[list[LayerKV], ctypes.Array[Cache]] = ([], (Cache * 0)())
 
     @classmethod
-    def of(
-        cls, layers: list[LayerWeights], head: Head, linear_of: LinearOf, run: Run
-    ) -> DecoderStack | None:
+    def of(cls, layers: list[LayerWeights], head: Head, linear_of: LinearOf, run: Run) -> DecoderStack | None:
         """None where a layer has a part that the kernel knows nothing of."""
         made = _Structs(linear_of)
         try:
