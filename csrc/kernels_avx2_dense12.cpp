@@ -14,8 +14,8 @@ INLINE __m256i palette_of(const QwenrtDense12& w) {
   return _mm256_broadcastsi128_si256(_mm_add_epi8(above, _mm_set1_epi8(char(w.smallest))));
 }
 
-// Half H of a chunk, whose codes are `codes`: 32 weights as two registers of bfloat16, inputs 0 to 3, 8 to 11 and, in the
-// upper halves, 4 to 7, 12 to 15; then the same of the next 16.
+// Half H of a chunk, whose codes are `codes`: 32 weights as two registers of bfloat16: inputs 0 to 7 are every other one
+// of the first, 8 to 15 those between; then the same of the next 16.
 template <int H>
 INLINE void join_bytes(const uint8_t* chunk, __m256i codes, __m256i palette, __m256i (&words)[2]) {
   const __m256i code = _mm256_and_si256(H ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
@@ -46,7 +46,7 @@ template <int TILE, int STREAMS, bool ONCE>
 void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, int64_t first, int64_t stride) {
   constexpr int CHAINS = TILE == 1 ? 2 : 1;
   const int64_t row_bytes = chunks_of(w) * QWENRT_CHUNK_BYTES, apart = stride * row_bytes, x_apart = apart12(w);
-  const __m256i palette = palette_of(w), none = _mm256_setzero_si256();
+  const __m256i palette = palette_of(w), upper_halves = _mm256_set1_epi32(int(0xffff0000));
   __m256 acc[CHAINS][STREAMS][TILE];
   UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = _mm256_setzero_ps(); }); }); });
   const uint8_t* chunk = w.chunks + first * row_bytes;
@@ -61,7 +61,7 @@ void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, i
         __m256i words[2];
         join_bytes<h>(own, codes, palette, words);
         UNROLL(4, j, {
-          const __m256i one = j % 2 ? _mm256_unpackhi_epi16(none, words[j / 2]) : _mm256_unpacklo_epi16(none, words[j / 2]);
+          const __m256i one = j % 2 ? _mm256_and_si256(words[j / 2], upper_halves) : _mm256_slli_epi32(words[j / 2], 16);
           UNROLL(TILE, t, {
             const __m256 xs = _mm256_loadu_ps(in[t] + 32 * h + 8 * j);
             acc[j % CHAINS][s][t] = _mm256_fmadd_ps(_mm256_castsi256_ps(one), xs, acc[j % CHAINS][s][t]);
@@ -111,6 +111,7 @@ void avx2_dense12_rows(const QwenrtDense12& w, const float* x, float* y, int64_t
 
 void avx2_unpack12(const QwenrtDense12& w, int64_t row, uint16_t* out) {
   const __m256i palette = palette_of(w);
+  const __m128i every_other = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
   const uint8_t* chunk = w.chunks + row * chunks_of(w) * QWENRT_CHUNK_BYTES;
   for (int64_t i = 0; i < w.in_features; i += QWENRT_CHUNK, chunk += QWENRT_CHUNK_BYTES) {
     uint16_t last[QWENRT_CHUNK];
@@ -120,7 +121,8 @@ void avx2_unpack12(const QwenrtDense12& w, int64_t row, uint16_t* out) {
       __m256i words[2];
       join_bytes<h>(chunk, codes, palette, words);
       UNROLL(2, j, {
-        const __m256i in_order = _mm256_permute4x64_epi64(words[j], 0xd8);
+        const __m256i apart = _mm256_shuffle_epi8(words[j], _mm256_broadcastsi128_si256(every_other));
+        const __m256i in_order = _mm256_permute4x64_epi64(apart, 0xd8);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h + 16 * j), in_order);
       });
     });
