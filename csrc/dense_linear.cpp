@@ -24,7 +24,7 @@ struct Activations {
 // Rows of 16-bit weights, all tokens; `begin` and `end` of `w`.
 void multiply_rows(const Kernels& kernels, const uint16_t* w, const float* bias, const Activations& in, float* y,
                    int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end) {
-  if (in.split.high && !is_half)
+  if (in.split.high)
     kernels.split_rows(w, bias, in.x, in.split, y, tokens, out_features, in_features, begin, end);
   else if (in.fixed.pairs)
     kernels.fixed_rows(w, bias, in.x, in.fixed, y, tokens, out_features, in_features, is_half, begin, end);
@@ -142,8 +142,8 @@ void run_split_task(void* context, int64_t tile) {
 struct Sizes {
   int64_t tiled = 0, pairs = 0, scales = 0, massive = 0, uneven = 0, split = 0;
 
-  Sizes(const Kernels& kernels, int64_t tokens, int64_t in_features, bool rounded) {
-    if (rounded && kernels.split_rows && tokens >= kernels.by_token_from && in_features % kSplitInputs == 0)
+  Sizes(const Kernels& kernels, int64_t tokens, int64_t in_features, bool rounded, bool is_half) {
+    if (rounded && !is_half && kernels.split_rows && tokens >= kernels.by_token_from && in_features % kSplitInputs == 0)
       split = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile * in_features;
     if (!kernels.dense_tiles_from || tokens < kernels.dense_tiles_from) return;
     tiled = tokens * in_features;
@@ -156,8 +156,8 @@ struct Sizes {
 
 // x in tiles where so many tokens want it, in `memory` of Sizes.floats().
 Activations lay_out(const Kernels& kernels, const float* x, float* memory, int64_t tokens, int64_t in_features,
-                    bool rounded) {
-  const Sizes sizes(kernels, tokens, in_features, rounded);
+                    bool rounded, bool is_half) {
+  const Sizes sizes(kernels, tokens, in_features, rounded, is_half);
   if (sizes.split) {
     uint16_t* const high = reinterpret_cast<uint16_t*>(memory);
     SplitTask task{x, tokens, in_features, high, high + sizes.split};
@@ -235,14 +235,14 @@ int few_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens,
 }
 
 int many_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, const Kernels& kernels, bool rounded) {
-  const Sizes sizes(kernels, tokens, w.in_features, rounded);
+  const Sizes sizes(kernels, tokens, w.in_features, rounded, false);
   const int64_t together = sizes.split ? kSplitRows : kDenseRows, units = (w.out_features + together - 1) / together;
   const int64_t threads = units < pool_threads() ? units : pool_threads(), floats = sizes.floats();
   const int64_t shorts = threads * together * w.in_features;
   char* const memory = scratch.room(floats * int64_t(sizeof(float)) + shorts * int64_t(sizeof(uint16_t)));
   if (!memory) return QWENRT_NO_MEMORY;
   float* const tiled = reinterpret_cast<float*>(memory);
-  ManyTask task{&w, lay_out(kernels, x, tiled, tokens, w.in_features, rounded), y, tokens, together, &kernels,
+  ManyTask task{&w, lay_out(kernels, x, tiled, tokens, w.in_features, rounded, false), y, tokens, together, &kernels,
                 reinterpret_cast<uint16_t*>(tiled + floats)};
   parallel_for(threads, run_many_task, &task);
   return QWENRT_OK;
@@ -256,10 +256,10 @@ int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, 
   const int64_t units = (out_features + kDenseRows - 1) / kDenseRows;
   const Shares shares = shares_of(units, out_features * in_features * tokens);
   const Kernels& kernels = linear_kernels();
-  const int64_t floats = Sizes(kernels, tokens, in_features, rounded).floats();
+  const int64_t floats = Sizes(kernels, tokens, in_features, rounded, is_half).floats();
   float* const memory = reinterpret_cast<float*>(scratch.room(floats * int64_t(sizeof(float))));
   if (floats && !memory) return QWENRT_NO_MEMORY;
-  const Activations in = lay_out(kernels, x, memory, tokens, in_features, rounded);
+  const Activations in = lay_out(kernels, x, memory, tokens, in_features, rounded, is_half);
   DenseTask task{w, bias, in, y, tokens, out_features, in_features, is_half, &kernels, shares};
   parallel_for(shares.count, run_dense_task, &task);
   return QWENRT_OK;
@@ -273,4 +273,6 @@ int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int6
   return few ? few_tokens(*w, x, y, tokens, kernels) : many_tokens(*w, x, y, tokens, kernels, rounded);
 }
 
-int qwenrt_fixed_serves(void) { return linear_kernels().fixed_rows || linear_kernels().split_rows; }
+int qwenrt_rounds_dense(int is_half) {
+  return linear_kernels().fixed_rows || (linear_kernels().split_rows && !is_half);
+}

@@ -239,35 +239,34 @@ struct Quarters {
   alignas(64) float sums[2][2][kTile][kTile];
 };
 
-void multiply_split(const uint16_t* const (&w)[2], const SplitInput& x, const int64_t (&tokens)[2], int64_t in_features,
-                    Quarters& out) {
+// One tile of tokens, beginning at `x` of both parts, with both tiles of rows.
+#define QWENRT_MULTIPLY_TOKENS(sum0, sum1, x)       \
+  _tile_loadd(6, split.low + (x), 4 * kTile);       \
+  _tile_loadd(7, split.high + (x), 4 * kTile);      \
+  _tile_dpbf16ps(sum0, 4, 6);                       \
+  _tile_dpbf16ps(sum1, 5, 6);                       \
+  _tile_dpbf16ps(sum0, 4, 7);                       \
+  _tile_dpbf16ps(sum1, 5, 7)
+
+void multiply_split(const uint16_t* const (&w)[2], const SplitInput& split, const int64_t (&tokens)[2],
+                    int64_t in_features, Quarters& out) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   const int64_t row_bytes = in_features * 2;
   for (int64_t k = 0; k < in_features; k += kSplitInputs) {
-    const int64_t first = tokens[0] * in_features + k * kTile, second = tokens[1] * in_features + k * kTile;
     _tile_loadd(4, w[0] + k, row_bytes);
     _tile_loadd(5, w[1] + k, row_bytes);
-    _tile_loadd(6, x.low + first, 4 * kTile);
-    _tile_loadd(7, x.high + first, 4 * kTile);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(0, 4, 7);
-    _tile_dpbf16ps(2, 5, 7);
-    _tile_loadd(6, x.low + second, 4 * kTile);
-    _tile_loadd(7, x.high + second, 4 * kTile);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_dpbf16ps(3, 5, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    QWENRT_MULTIPLY_TOKENS(0, 2, tokens[0] * in_features + k * kTile);
+    QWENRT_MULTIPLY_TOKENS(1, 3, tokens[1] * in_features + k * kTile);
   }
   _tile_stored(0, out.sums[0][0], 4 * kTile);
   _tile_stored(1, out.sums[0][1], 4 * kTile);
   _tile_stored(2, out.sums[1][0], 4 * kTile);
   _tile_stored(3, out.sums[1][1], 4 * kTile);
 }
+#undef QWENRT_MULTIPLY_TOKENS
 
 // A tile of sums to rows [row, row + kTile) of y, turned.
 void store_turned(const float (&sums)[kTile][kTile], const float* bias, float* y, int64_t count, int64_t out_features,

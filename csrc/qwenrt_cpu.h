@@ -91,12 +91,12 @@ typedef struct {
 QWENRT_API int qwenrt_quantize(const QwenrtRounding* a);
 // y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
 // `rounded`: many tokens may be multiplied in fixed point of 14 bits, where that is faster; 256 inputs of a row of W share a
-// scale, and 32 of x. Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
+// scale, and 32 of x. With AMX, x may become the sum of two bfloat16 instead, beside W of bfloat16. Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
 QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                                      int64_t out_features, int64_t in_features, int is_half, int rounded);
 
-// Whether the instruction set in use has that fixed point.
-QWENRT_API int qwenrt_fixed_serves(void);
+// Whether the instruction set in use rounds activations beside float16 (is_half) or bfloat16 weights where it may.
+QWENRT_API int qwenrt_rounds_dense(int is_half);
 
 // A bfloat16 matrix in 12 bits a weight, without loss. A weight's upper byte is its sign and all but the last bit of its
 // exponent, and 16 of these have nearly all weights of a matrix: `smallest` to `smallest` + 7, with either sign. A code of

@@ -255,7 +255,8 @@ void test_dense16(int count) {
           }
           // In fixed point each is half a step off at most, of the 8191 up to the largest; split, each x keeps 16 bits.
           const bool splits = strcmp(isa, "amx") == 0;
-          const double step = !rounded ? 0 : splits ? size * ldexp(1, -16) : tokens >= 32 ? sizes * fmax(largest_w, largest_x) / 8191 : 0;
+          const double fixed = tokens >= 32 ? sizes * fmax(largest_w, largest_x) / 8191 : 0;
+          const double step = !rounded ? 0 : splits ? (is_half ? 0 : size * ldexp(1, -16)) : fixed;
           CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * kExactness + step,
                 "%s n=%d k=%d tokens=%d half=%d rounded=%d: %g for %g", isa, int(n), int(k), int(tokens), is_half, rounded,
                 y[size_t(t * n + r)], wanted);

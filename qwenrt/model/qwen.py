@@ -138,6 +138,15 @@ class Qwen:
             y = self._stack(x, step, kv)
             if y is not None:
                 return self._leave(y)
+        return self._by_seams(token_ids, plan, alphas, kv)
+
+    def _by_seams(
+        self,
+        token_ids: torch.Tensor,
+        plan: StepPlan,
+        alphas: list[int],
+        kv: list[LayerKV] | None,
+    ) -> torch.Tensor:
         hidden = torch.empty(0)
         for _, state in self.states(token_ids, plan, alphas, kv):
             hidden = state
@@ -158,7 +167,9 @@ class Qwen:
             logits = self._stack(x, step, kv, due)
             if logits is not None:
                 return logits
-        hidden = self.forward(token_ids, plan, alphas, kv)
+            hidden = self._by_seams(token_ids, plan, alphas, kv)
+        else:
+            hidden = self.forward(token_ids, plan, alphas, kv)
         if not due:
             return None
         if len(due) < hidden.shape[0]:

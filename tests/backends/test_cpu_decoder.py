@@ -245,6 +245,26 @@ def test_logits_of_the_tokens_that_are_due(cpu: CPUBackend, form: str, due: list
     assert torch.equal(fused.step([(8, 9), (2, 3)]), seams.step([(8, 9), (2, 3)]))  # the caches hold the same
 
 
+def test_what_the_stack_refuses_is_computed_by_the_seams_without_asking_again(cpu: CPUBackend) -> None:
+    model = build(cpu, DENSE)
+    model.embed_tokens[9, 3] = float("nan")
+    stack, answers = model._stack, []
+    assert stack is not None
+
+    class Counted:
+        has_head = True
+
+        def __call__(self, *args: object) -> torch.Tensor | None:
+            answers.append(stack(*args))  # type: ignore[arg-type]
+            return answers[-1]
+
+    model._stack = Counted()  # type: ignore[assignment]
+    cache = Cache(model, [4, 4])
+    cache.tokens = [torch.tensor([1, 2, 9, 4]), torch.tensor([5, 6, 7, 8])]
+    bad, good = cache.step([(0, 4), (0, 4)], [3, 7])
+    assert answers == [None] and bool(good.isfinite().all()) and not bool(bad.isfinite().any())
+
+
 # ---- what the stack does not serve
 
 

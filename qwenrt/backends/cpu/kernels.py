@@ -176,10 +176,9 @@ class Kernels:
         assert status in (0, _NOT_FINITE)
         return bool(status == 0)
 
-    @property
-    def serves_fixed_point(self) -> bool:
-        """Whether the instruction set in use multiplies ``rounded`` dense linears in fixed point."""
-        return bool(self._library.qwenrt_fixed_serves())
+    def rounds_dense(self, dtype: torch.dtype) -> bool:
+        """Whether the instruction set in use rounds the inputs of ``rounded`` linears with 16-bit weights of a kind."""
+        return bool(self._library.qwenrt_rounds_dense(int(dtype == torch.float16)))
 
     def dense16_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounded: bool = False
