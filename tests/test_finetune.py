@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
+import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from safetensors.torch import load_file
 
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.finetune import finetune
+from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus, encode_entry, read_entries
 from qwenrt.finetune.trainer import STATE_FILE, Trainer
 from qwenrt.text.tokenizer import load_tokenizer
@@ -168,7 +173,7 @@ def test_the_same_seed_gives_the_same_weights(base, tmp_path):
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
-    finetune(base, ENTRIES, tmp_path / "whole", epochs=8, **QUICK)
+    whole = finetune(base, ENTRIES, tmp_path / "whole", epochs=8, **QUICK)
     step = Trainer.train_step
 
     def cut(self, batch):
@@ -187,7 +192,37 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(base, tmp_path, monkeypa
     report = finetune(base, ENTRIES, tmp_path / "cut", epochs=8, save_every=2, **QUICK)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert not (tmp_path / "cut" / STATE_FILE).exists()
-    assert report.steps == 8 * 3 or report.steps > 5
+    assert report.steps == whole.steps > 5
+
+
+def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(base, tmp_path, monkeypatch, capsys):
+    whole = finetune(base, ENTRIES, tmp_path / "whole", epochs=8, **QUICK)
+    loss = Trainer.loss
+
+    def press(self, batch):
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, batch)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Trainer, "loss", press)
+    with pytest.raises(KeyboardInterrupt, match=rf"after step 3 of {whole.steps}; they are kept.*goes on"):
+        finetune(base, ENTRIES, tmp_path / "cut", epochs=8, **QUICK)
+    assert "Ctrl-C again stops at once" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    finetune(base, ENTRIES, tmp_path / "cut", epochs=8, **QUICK)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_the_second_ctrl_c_stops_within_the_step(base, tmp_path, monkeypatch):
+    def press(self, batch):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "loss", press)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        finetune(base, ENTRIES, tmp_path / "out", **QUICK)
+    assert stopped.value.args == () and not (tmp_path / "out" / STATE_FILE).exists()
 
 
 def test_a_damaged_state_is_named(base, tmp_path):
@@ -207,6 +242,62 @@ def test_it_goes_on_from_given_weights_and_leaves_them_alone(base, tmp_path):
     finetune(tmp_path / "first", ENTRIES, tmp_path / "third", epochs=1, **settings)
     assert not same(weights(tmp_path / "first"), weights(tmp_path / "third"))
     assert (tmp_path / "first" / "model.safetensors").read_bytes() == before
+
+
+# ---- where it is written
+
+
+def test_nothing_of_the_users_is_overwritten_unless_asked(base, tmp_path):
+    out = tmp_path / "out"
+    finetune(base, ENTRIES, out, epochs=1, **QUICK)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(RequestError, match=r"holds 5 files already \(config.json, .*overwrite=True"):
+        finetune(base, ENTRIES, out, epochs=2, **QUICK)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    with pytest.raises(RequestError, match=r"holds 1 files already \(todo.txt\)"):
+        finetune(base, ENTRIES, tmp_path / "notes", **QUICK)
+    assert (out / "model.safetensors").read_bytes() == before
+    finetune(base, ENTRIES, out, epochs=2, overwrite=True, **QUICK)
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+def test_the_models_own_directory_is_refused_unless_asked(base, tmp_path):
+    finetune(base, ENTRIES, tmp_path / "model", epochs=1, **QUICK)
+    settings = {**QUICK, "from_scratch": False}
+    before = weights(tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with pytest.raises(RequestError, match="the model's own directory"):
+        finetune(tmp_path / "model", ENTRIES, tmp_path / "link", epochs=1, **settings)
+    assert same(before, weights(tmp_path / "model"))
+    finetune(tmp_path / "model", ENTRIES, tmp_path / "model", epochs=1, overwrite=True, **settings)
+    assert not same(before, weights(tmp_path / "model"))
+
+
+def test_a_place_that_cannot_be_written_to(base, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(RequestError, match=r"writing the new checkpoint to .*file.*written to"):
+            finetune(base, ENTRIES, place, **QUICK)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RequestError, match=r"GB are needed there, 0\.0 GB are free"):
+        finetune(base, ENTRIES, tmp_path / "full", **QUICK)
+
+
+def test_a_write_that_fails_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"writing .*\(4\.0 MB were to be written\)"):
+        save_atomically({"x": torch.zeros(1_000_000)}, tmp_path / "file" / "model.safetensors", {})
+
+
+def test_a_run_too_short_to_change_anything_says_so(base, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "qwenrt"):
+        finetune(base, ENTRIES, tmp_path / "short", epochs=3, **{**QUICK, "learning_rate": 1e-5})
+        (said,) = caplog.messages
+        assert said.startswith("6 steps with a learning_rate of 1e-05 change a weight by about")
+        assert "now 2 steps an epoch" in said
+        finetune(base, ENTRIES, tmp_path / "long", epochs=3, **QUICK)
+    assert len(caplog.messages) == 1
 
 
 # ---- bad input

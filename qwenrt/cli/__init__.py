@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from qwenrt import __version__
 from qwenrt.cli import bench, chat, doctor, estimate, evaluation, finetuning, pull, run
 from qwenrt.cli.options import example
-from qwenrt.cli.terminal import Terminal, forgive_encoding
+from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
 from qwenrt.errors import QwenrtError
 
 COMMANDS = (chat, run, pull, doctor, bench, estimate, evaluation, finetuning)
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Wrong usage raises SystemExit(2), as argparse does.
     """
+    if not stand_in_for_closed_streams():
+        sys.stderr.write(
+            "qwenrt: error: stdout is closed, and results go there. Use > /dev/null to drop them.\n"
+        )
+        return EXIT_ERROR
     forgive_encoding()
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -49,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QwenrtError as error:
         Terminal().fail(str(error))
         return EXIT_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if stopped.args:  # what became of the work
+            Terminal().remark(str(stopped))
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our pipe has gone, e.g. `qwenrt run ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

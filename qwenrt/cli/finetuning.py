@@ -48,6 +48,9 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--no-resume", action="store_true", help="begin anew even if OUT holds a cut run's state"
     )
+    group.add_argument(
+        "--overwrite", action="store_true", help="even if OUT holds a model, or is the model's own directory"
+    )
     add_source_options(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=finetune)
@@ -65,6 +68,7 @@ def finetune(args: argparse.Namespace) -> int:
         args.data,
         args.out,
         resume=not args.no_resume,
+        overwrite=args.overwrite,
         from_scratch=args.from_scratch,
         **settings,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from typing import IO, Any
 
@@ -19,6 +20,19 @@ def is_tty(stream: IO[str] | None) -> bool:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
         return False
+
+
+def stand_in_for_closed_streams() -> bool:
+    """Where a shell closed stdin (``<&-``) or stderr, Python has None: an empty input and a sink take their place, and
+    their numbers, which the next file to be opened would get. Whether stdout is open."""
+    is_open = sys.stdout is not None
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
+    if not is_open:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return is_open
 
 
 def forgive_encoding() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +16,12 @@ import torch
 
 from qwenrt.config import ModelConfig
 from qwenrt.errors import ConfigError, RequestError
-from qwenrt.finetune.checkpoint import write_checkpoint
+from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
 from qwenrt.finetune.data import Corpus, read_entries
-from qwenrt.finetune.trainer import STATE_FILE, Trainer, TrainingSettings
+from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings
 from qwenrt.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger("qwenrt")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def finetune(
     progress: bool | None = None,
     save_every: int | None = None,
     resume: bool = True,
+    overwrite: bool = False,
     **settings: Any,
 ) -> FinetuneReport:
     """Train all parameters of the checkpoint in ``model_dir`` and write a new checkpoint to ``output_dir``.
@@ -62,9 +68,11 @@ def finetune(
     cosine decay over ``decay_steps`` (None: all) after ``warmup_ratio`` of them, ``batch_tokens`` per step,
     ``max_length`` (longer entries are cut on the right), ``weight_decay``, ``adam_beta2``, ``max_grad_norm``,
     ``seed``; ``from_scratch`` begins with random weights of the shape in config.json. ``threads``: of torch, on
-    the CPU. Every ``save_every`` steps the state is kept in ``output_dir``, and the same call goes on from there
-    after a cut (``resume``). The same seed and number of threads give the same weights. Raises RequestError for
-    settings and data, CheckpointError and ConfigError for the model's files.
+    the CPU. Every ``save_every`` steps, and at Ctrl-C (which raises KeyboardInterrupt after the step), the state is
+    kept in ``output_dir``, and the same call goes on from there (``resume``). The same seed and number of threads give
+    the same weights. An ``output_dir`` that holds anything else is refused unless ``overwrite``, and so is the model's
+    own. Raises RequestError for settings, data and ``output_dir``, CheckpointError and ConfigError for the model's
+    files.
     """
     options = TrainingSettings(**settings)
     source, target = Path(model_dir), Path(output_dir)
@@ -80,9 +88,12 @@ def finetune(
             f"the tokenizer has {tokenizer.vocab_size} tokens, config.json vocab_size {config.vocab_size}",
             "The files do not belong together: fetch them again.",
         )
-    target.mkdir(parents=True, exist_ok=True)
+    _claim(target, source, overwrite)
+    _check_room(target, config, bool(save_every))
     with _threads(threads):
         trainer = Trainer(source, config, corpus, options, pad_id=tokenizer.eod_id)
+        if (short := trainer.too_short_to_learn()) is not None:
+            logger.warning("%s", short)
         state = target / STATE_FILE
         if resume and state.exists():
             trainer.load_state(state)
@@ -94,6 +105,41 @@ def finetune(
     return FinetuneReport(
         target, trainer.step, len(corpus), trainer.tokens, trainer.seconds, final, tuple(trainer.losses)
     )
+
+
+def _claim(target: Path, source: Path, overwrite: bool) -> None:
+    """Make the output directory. RequestError where something of the user's lies in it, or nothing can be written."""
+    asked = f"writing the new checkpoint to {target}"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+        names = sorted(file.name for file in target.iterdir())
+    except OSError as error:
+        remedy = "Give a directory that can be made and written to."
+        raise RequestError(asked, str(error.strerror), remedy) from error
+    if overwrite:
+        return
+    if target.resolve() == source.resolve():
+        found = "it is the model's own directory: its weights would be replaced"
+        raise RequestError(asked, found, "Give another one, or overwrite=True (--overwrite).")
+    ours = {STATE_FILE, CURVE_FILE}
+    if STATE_FILE not in names and not ours.issuperset(names):
+        found = f"it holds {len(names)} files already ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        raise RequestError(asked, found, "Give a new directory, or overwrite=True (--overwrite).")
+
+
+def _check_room(target: Path, config: ModelConfig, keeps_state: bool) -> None:
+    """RequestError where the disk is too full for what training writes: a run of hours must not end in that."""
+    weights = config.num_parameters * dtype_of(config).itemsize
+    state = config.num_parameters * 3 * 4 if keeps_state else 0  # weights and two moments in float32
+    free = shutil.disk_usage(target).free
+    if free < weights + state:
+        raise RequestError(
+            f"writing the new checkpoint to {target}",
+            f"{(weights + state) / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free",
+            "Make room, or give a directory on another disk.",
+        )
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from qwenrt.config import ModelConfig
+from qwenrt.errors import CheckpointError
 from qwenrt.loader.names import table_for
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed
@@ -17,10 +21,15 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _COPIED = ("config.json", "generation_config.json", "tokenizer_config.json", "*.tiktoken")
 
 
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """What a new checkpoint is stored in: the dtype config.json names, else bfloat16."""
+    return _DTYPES[config.dtype or "bfloat16"]
+
+
 def write_checkpoint(model: Qwen, source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """``model`` as a complete Qwen-1 directory: its weights in ``dtype`` (None: the one config.json asks for, else
-    bfloat16) under the checkpoint's names, and the configuration and tokenizer files of ``source``."""
-    stored = dtype or _DTYPES[model.config.dtype or "bfloat16"]
+    """``model`` as a complete Qwen-1 directory: its weights in ``dtype`` (None: as `dtype_of`
+    says) under the checkpoint's names, and the configuration and tokenizer files of ``source``."""
+    stored = dtype or dtype_of(model.config)
     names = table_for(model.config.model_type)
     tensors: dict[str, torch.Tensor] = {}
     for param in model.tensor_specs:
@@ -44,10 +53,18 @@ def write_checkpoint(model: Qwen, source: Path, target: Path, dtype: torch.dtype
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A file that is either the old one or the new one, never half of one."""
+    """A file that is either the old one or the new one, never half of one. CheckpointError where that fails."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata)
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+        raise CheckpointError(
+            f"writing {path}",
+            f"{str(error)[:120]} ({size:.1f} MB were to be written)",
+            "See that the disk has room and the directory can be written to, then train again.",
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be the directory that is gone
+            partial.unlink()

@@ -20,12 +20,16 @@ from qwenrt.config import ModelConfig, read_json
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus
+from qwenrt.finetune.interrupt import held_interrupt
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed, StepPlan
 
 STATE_FILE = "training_state.safetensors"  # in the output directory while training goes on
 CURVE_FILE = "loss_curve.json"
+LEAST_CHANGE = (
+    0.01  # of a weight's usual size; a run that can change less leaves what the model says as it was
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,20 @@ class Trainer:
         low = self.settings.min_learning_rate_ratio
         return self.settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
+    def too_short_to_learn(self) -> str | None:
+        """A sentence where all steps together can hardly change the model, else None. AdamW moves a weight by about the
+        learning rate in a step, whatever the gradient."""
+        change = sum(map(self.learning_rate, range(self.total_steps)))
+        matrices = [p.detach() for p in self.parameters.values() if p.dim() > 1]
+        usual = math.sqrt(sum(float(p.square().sum()) for p in matrices) / sum(p.numel() for p in matrices))
+        if change >= LEAST_CHANGE * usual:
+            return None
+        return (
+            f"{self.total_steps} steps with a learning_rate of {self.settings.learning_rate:g} change a weight by "
+            f"about {change:.1g} at most, where {usual:.1g} is usual: the model will say what it said before. Use more "
+            f"epochs, a smaller batch_tokens (now {len(self.schedule[0])} steps an epoch) or a larger learning_rate."
+        )
+
     def loss(self, batch: list[int]) -> tuple[torch.Tensor, int]:
         """Mean next-token cross-entropy over the labelled tokens of a batch, and the batch's real tokens."""
         ids, labels = self.corpus.take(batch, self.pad_id)
@@ -182,7 +200,7 @@ class Trainer:
         disable = None if progress is None else not progress
         began, before = time.monotonic(), self.seconds
         bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=disable)
-        with bar:
+        with bar, held_interrupt() as interrupt:
             for batch in self.remaining():
                 pending.append(self.train_step(batch))
                 self.seconds = before + time.monotonic() - began
@@ -192,9 +210,15 @@ class Trainer:
                     pending.clear()
                     speed = self.tokens / max(self.seconds, 1e-9)
                     bar.set_postfix_str(f"loss {self.losses[-1][1]:.3f}, {speed:.0f} tokens/s")
-                if save_every and self.step % save_every == 0 and self.step < self.total_steps:
+                keep = interrupt.pressed or (save_every and self.step % save_every == 0)
+                if keep and self.step < self.total_steps:
                     self.save_state(target / STATE_FILE)
                     self.save_curve(target)
+                    if interrupt.pressed:
+                        raise KeyboardInterrupt(
+                            f"stopped after step {self.step} of {self.total_steps}; they are kept in "
+                            f"{target / STATE_FILE}, and the same call goes on from there"
+                        )
 
     def save_curve(self, target: Path) -> None:
         """The losses so far, for a plot."""

@@ -53,6 +53,23 @@ def test_a_typed_error_is_one_message(fake: SimpleNamespace, qwenrt: Qwenrt) -> 
     assert done.err == "qwenrt: error: model 'nowhere': no such model. Known are: demo.\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("chat <&-", 0, ""),
+        ("run demo - <&-", 1, "qwenrt: error: the prompt: it is empty"),
+        ("run demo hello >&-", 1, "qwenrt: error: stdout is closed"),
+        ("chat <&- >&-", 1, "qwenrt: error: stdout is closed"),
+        ("run nowhere-at-all hello --offline 2>&-", 1, ""),
+    ],
+)
+def test_a_stream_that_the_shell_closed(command: str, code: int, said: str) -> None:
+    line = f"'{sys.executable}' -m qwenrt {command}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert done.stderr.startswith(said) and "Traceback" not in done.stderr
+
+
 def test_the_parser_imports_nothing_heavy() -> None:
     code = (
         "import sys, qwenrt.cli; qwenrt.cli.build_parser()\n"

@@ -1,0 +1,44 @@
+"""Ctrl-C during training: the step under way is finished, so that nothing learned is lost."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed."""
+
+    pressed = False
+
+
+@contextmanager
+def held_interrupt() -> Iterator[Interrupt]:
+    """Within the block the first Ctrl-C is only noted: an update that stops half way would leave weights of two steps.
+    The second one raises KeyboardInterrupt at once.
+
+    Outside the main thread, where Python delivers no signals, this does nothing.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        if interrupt.pressed:
+            raise KeyboardInterrupt
+        interrupt.pressed = True
+        if sys.stderr is not None:
+            sys.stderr.write(
+                "\nCtrl-C: this step is finished and kept; Ctrl-C again stops at once and loses it.\n"
+            )
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
