@@ -1,16 +1,19 @@
 """Bytes a model takes, from its config alone: weights, cache, and what loading and computing need besides.
 
-Needs no torch. What a layer is made of is said once more here, in numbers; a test holds it against the network's own
-list of weights.
+Needs no torch.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from qwenrt.config import ModelConfig, QuantConfig
+from qwenrt.config.layers import layer_linears, layer_tensors
 from qwenrt.errors import ConfigError
 
 GIB = 2**30
@@ -69,31 +72,32 @@ class Linear(NamedTuple):
     part: int
 
 
-def linears(config: ModelConfig) -> Iterator[Linear]:
+@cache
+def linears(config: ModelConfig) -> tuple[Linear, ...]:
     """Every linear of the layers; the head is not among them."""
-    d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layers, sparse = config.num_layers, config.num_moe_layers
-    yield Linear(layers, q + 2 * kv, d, config.qkv_bias, q)
-    yield Linear(layers, d, q, config.o_bias, 0)
-    mlps = [(layers - sparse, config.intermediate_size, config.mlp_bias)]
-    if config.moe is not None:
-        shared = config.moe.shared_intermediate_size
-        mlps += [(sparse if shared else 0, shared, False)]
-        mlps += [(sparse * config.moe.num_experts, config.moe.intermediate_size, False)]
-    for count, width, bias in mlps:
-        if count:
-            yield Linear(count, 2 * width, d, bias, width)
-            yield Linear(count, d, width, bias, 0)
+    found: Counter[tuple[int, int, bool, int]] = Counter()
+    for layer, layers in _kinds_of_layers(config):
+        for spec in layer_linears(config, layer):
+            part = max(rows for _, rows in spec.parts) if len(spec.parts) > 1 else 0
+            found[spec.out_features, spec.in_features, spec.bias, part] += layers
+    return tuple(Linear(number, *shape) for shape, number in found.items())
 
 
 def other_elements(config: ModelConfig) -> int:
     """Elements of all norms, routers and gates of shared experts."""
-    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
-    routers = 0
-    if config.moe is not None:
-        scores = config.moe.num_experts + (1 if config.moe.shared_intermediate_size else 0)
-        routers = config.num_moe_layers * scores * config.hidden_size
-    return config.num_layers * norms + routers + config.hidden_size
+    layers = (
+        layers * sum(map(math.prod, layer_tensors(config, layer).values()))
+        for layer, layers in _kinds_of_layers(config)
+    )
+    return sum(layers) + config.hidden_size
+
+
+def _kinds_of_layers(config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """(a layer, how many are like it): those with one MLP, and those with experts."""
+    sparse = config.num_moe_layers
+    for is_moe, number in ((False, config.num_layers - sparse), (True, sparse)):
+        if number:
+            yield next(n for n in range(config.num_layers) if config.is_moe(n) == is_moe), number
 
 
 def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:

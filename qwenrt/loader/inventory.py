@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 
 from qwenrt.config import ModelConfig, QuantConfig
+from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.checkpoint import Checkpoint
 from qwenrt.loader.header import TensorEntry
 from qwenrt.loader.names import NameTable
-from qwenrt.model.layers import LinearSpec
 from qwenrt.ops.types import Packed
 
 FLOATS = ("F16", "BF16", "F32", "F64")

@@ -12,13 +12,13 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError
 from qwenrt.loader.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from qwenrt.loader.inventory import Loadable, parts_of, take_inventory, unstacked
 from qwenrt.loader.names import table_for
 from qwenrt.loader.packed_cache import PackedCache
 from qwenrt.loader.progress import ByteBar
-from qwenrt.model.layers import LinearSpec
 from qwenrt.ops import awq, fp8, packing
 from qwenrt.ops.types import CanonicalWeight, Packed
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import LinearSpec, layer_linears, layer_tensors
 from qwenrt.errors import CheckpointError
-from qwenrt.model.layers import DecoderLayer, LinearSpec, Weights, layer_linears, layer_tensors
+from qwenrt.model.layers import DecoderLayer, Weights
 from qwenrt.model.rotary import RotaryTables, logn_scale
 from qwenrt.ops.types import Experts, Head, LayerKV, Packed, StepInputs, StepPlan
 
