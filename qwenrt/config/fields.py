@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenrt.errors import ConfigError
 
+logger = logging.getLogger("qwenrt")
 MAX_JSON_BYTES = 64 * 2**20
 LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged or hostile file
     "vocab_size": 2**22,
@@ -53,10 +55,14 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            asked, f"not valid JSON ({str(error)[:120]})", "Fetch the file again; it may be cut off."
+            asked,
+            f"not valid JSON ({str(error)[:120]}) in {len(raw)} bytes",
+            "Mend it there if it was edited; if it ends too early, the copy was cut off (`qwenrt pull` fetches it).",
         ) from error
     if not isinstance(value, dict):
-        raise ConfigError(asked, f"a JSON {type(value).__name__}, not an object", "Fetch the file again.")
+        raise ConfigError(
+            asked, f"a JSON {type(value).__name__}, not an object", "Put the model's own file in its place."
+        )
     return value
 
 
@@ -96,8 +102,13 @@ def integer(
     if value is None:
         if name in config and default is not None:
             return default
-        raise ConfigError(f"reading {where}", f"no {name}", "The file is incomplete: fetch it again.")
+        raise ConfigError(
+            f"reading {where}",
+            f"no {name}",
+            f"A config.json of this kind has one: add it, or check that {where} is this model's own file.",
+        )
     high = LIMITS.get(name, 2**31) if high is None else high
+    value = whole(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise bad(where, name, value, f"an integer from {low} to {high}")
     return value
@@ -124,6 +135,38 @@ def number(
 def boolean(config: Mapping[str, Any], name: str, where: str, default: bool) -> bool:
     value = config.get(name)
     value = default if value is None else value
+    if type(value) is int and value in (0, 1):
+        value = bool(value)
     if not isinstance(value, bool):
         raise bad(where, name, value, "true or false")
     return value
+
+
+def whole(value: object) -> object:
+    """A float without a fraction, as tools write sizes that they computed (131072.0), as the integer it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def first_given(
+    config: Mapping[str, Any], names: Sequence[str], where: str, default: Any = None, *, strict: bool = True
+) -> Any:
+    """The value of one setting that has several names, the first that is given (null: not given), or ``default``.
+
+    Two names with different values: a ConfigError that names both or, unless ``strict``, a warning.
+    """
+    given = [(name, config[name]) for name in names if config.get(name) is not None]
+    if not given:
+        return default
+    name, value = given[0]
+    for other, second in given[1:]:
+        if second != value:
+            contradiction(where, f"{name} {value!r:.60}", f"{other} {second!r:.60}", strict=strict)
+    return value
+
+
+def contradiction(where: str, used: str, other: str, *, strict: bool) -> None:
+    """One setting in two places that say different things: an error or, unless ``strict``, a warning; both named."""
+    if strict:
+        remedy = "They are one setting: keep the value that the model was made with."
+        raise ConfigError(f"reading {where}", f"it says {used} and {other}", remedy)
+    logger.warning("%s says %s and %s: the first is used", where, used, other)

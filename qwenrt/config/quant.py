@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from qwenrt.config.fields import bad, boolean, integer
+from qwenrt.config.fields import bad, boolean, first_given, integer
 from qwenrt.errors import ConfigError
 
 Method = Literal["gptq", "awq", "fp8"]
@@ -14,12 +14,27 @@ _SUPPORTED = "gptq (4 and 8 bits), awq (4 bits, gemm), fp8 (e4m3), compressed-te
 _DENSE = "Load the dense release of the model, with quantize= if it is too large."
 
 
+class Correction(NamedTuple):
+    """``number`` more (or, below zero, fewer) matrices [rows, columns] of ``bits`` (16: dense) in groups of
+    ``group_size`` than a config says."""
+
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    number: int
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """``method`` "gptq" and "awq" store codes of ``bits`` in groups of ``group_size`` inputs (-1: one group for
     all); ``zero_offset`` is added to stored zeros (1 in the v1 format of AutoGPTQ, 0 in v2 and in AWQ).
     "fp8" stores float8_e4m3fn values and what to multiply them by: one number for each ``block`` (rows, columns),
-    or, without ``block``, for each row or for the whole matrix."""
+    or, without ``block``, for each row or for the whole matrix.
+
+    This is what a config says of all linears; which form each one has is told by the file (loader/forms.py).
+    ``other_groups``: group sizes that a config names for some of them (GPTQ's ``dynamic``). ``corrections``: what the
+    file's headers, once they were read, show to lie in another form."""
 
     bits: int
     group_size: int
@@ -28,6 +43,8 @@ class QuantConfig:
     zero_offset: int = 1
     method: Method = "gptq"
     block: tuple[int, int] | None = None
+    other_groups: tuple[int, ...] = ()
+    corrections: tuple[Correction, ...] = ()
 
     @property
     def has_codes(self) -> bool:
@@ -37,7 +54,8 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, quant: Mapping[str, Any], where: str) -> QuantConfig:
         """From quantization_config of config.json or from quantize_config.json. ConfigError for other methods."""
-        method = quant.get("quant_method", "gptq")
+        method = quant.get("quant_method") or "gptq"
+        method = method.lower() if isinstance(method, str) else method
         readers = {
             "gptq": _gptq,
             "awq": _awq,
@@ -51,25 +69,43 @@ class QuantConfig:
         return readers[method](quant, where)
 
 
-def _group_size(quant: Mapping[str, Any], where: str) -> int:
-    group = quant.get("group_size", 128)
+def _group_size(quant: Mapping[str, Any], where: str, default: int = 128) -> int:
+    group = first_given(quant, ("group_size", "q_group_size"), where, default)
     if not isinstance(group, int) or isinstance(group, bool) or (group != -1 and not 1 <= group <= 2**20):
         raise bad(where, "group_size", group, "-1 or a positive integer")
     return group
+
+
+def _other_groups(quant: Mapping[str, Any], group_size: int, where: str) -> tuple[int, ...]:
+    """The group sizes that ``dynamic`` gives to some modules.
+
+    Its patterns are not read: which module is left dense, and the bits of the others, show in the file itself, and a
+    pattern from a file could take for ever to match.
+    """
+    rules = quant.get("dynamic")
+    if rules is None or rules is False:
+        return ()
+    if not isinstance(rules, Mapping):
+        raise bad(where, "dynamic", rules, "an object: pattern -> settings of the modules it matches")
+    settings = [rule for rule in rules.values() if isinstance(rule, Mapping)]
+    named = {_group_size(rule, where, group_size) for rule in settings}
+    return tuple(sorted(named - {group_size}))
 
 
 def _gptq(quant: Mapping[str, Any], where: str) -> QuantConfig:
     bits = integer(quant, "bits", where, 1, 64)
     if bits not in (4, 8):
         raise ConfigError(f"reading {where}", f"{bits}-bit GPTQ weights", "Supported are 4 and 8 bits.")
-    form = quant.get("checkpoint_format", "gptq")
+    form = first_given(quant, ("checkpoint_format", "format"), where, "gptq")
     if form not in ("gptq", "gptq_v2"):
         raise ConfigError(
             f"reading {where}", f"checkpoint_format is {form!r:.80}", "Supported are: gptq, gptq_v2."
         )
+    group_size = _group_size(quant, where)
     return QuantConfig(
         bits=bits,
-        group_size=_group_size(quant, where),
+        group_size=group_size,
+        other_groups=_other_groups(quant, group_size, where),
         desc_act=boolean(quant, "desc_act", where, False),
         sym=boolean(quant, "sym", where, True),
         zero_offset=0 if form == "gptq_v2" else 1,
@@ -77,10 +113,10 @@ def _gptq(quant: Mapping[str, Any], where: str) -> QuantConfig:
 
 
 def _awq(quant: Mapping[str, Any], where: str) -> QuantConfig:
-    bits = integer(quant, "bits", where, 1, 64, 4)
+    bits = integer({"bits": first_given(quant, ("bits", "w_bit"), where, 4)}, "bits", where, 1, 64)
     if bits != 4:
         raise ConfigError(f"reading {where}", f"{bits}-bit AWQ weights", f"Supported are 4 bits. {_DENSE}")
-    version = quant.get("version", "gemm")
+    version = quant.get("version") or "gemm"
     if not isinstance(version, str) or version.lower() != "gemm":
         found = f"the AWQ layout is {version!r:.80}"
         raise ConfigError(f"reading {where}", found, f"Supported is 'gemm'. {_DENSE}")
@@ -92,38 +128,45 @@ def _awq(quant: Mapping[str, Any], where: str) -> QuantConfig:
 
 
 def _fp8(quant: Mapping[str, Any], where: str) -> QuantConfig:
-    form = quant.get("fmt", "e4m3")
-    if form != "e4m3":
+    form = quant.get("fmt") or "e4m3"
+    if form not in ("e4m3", "float8_e4m3fn"):
         raise ConfigError(
             f"reading {where}", f"FP8 of the form {form!r:.40}", f"Supported is 'e4m3'. {_DENSE}"
         )
-    block = quant.get("weight_block_size")
-    if block is not None:
-        sizes = isinstance(block, list) and len(block) == 2
-        if not sizes or not all(type(n) is int and 1 <= n <= 2**16 for n in block):
-            raise bad(where, "weight_block_size", block, "two positive integers, [rows, columns]")
-        block = (block[0], block[1])
+    block = _block(quant, "weight_block_size", where)
     return QuantConfig(8, -1, zero_offset=0, method="fp8", block=block)
 
 
+def _block(quant: Mapping[str, Any], name: str, where: str) -> tuple[int, int] | None:
+    block = quant.get(name)
+    if block is None:
+        return None
+    sizes = isinstance(block, list) and len(block) == 2
+    if not sizes or not all(type(n) is int and 1 <= n <= 2**16 for n in block):
+        raise bad(where, name, block, "two positive integers, [rows, columns]")
+    return block[0], block[1]
+
+
 def _compressed_tensors(quant: Mapping[str, Any], where: str) -> QuantConfig:
-    """Of this container only FP8 weights with one scale a row or a matrix are read."""
+    """Of this container only FP8 weights with one scale a block, a row or a matrix are read."""
     groups = quant.get("config_groups")
     weights = [
         group.get("weights")
         for group in (groups.values() if isinstance(groups, Mapping) else ())
         if isinstance(group, Mapping)
     ]
+    block = None
     for kind in weights:
         kind = kind if isinstance(kind, Mapping) else {}
+        block = _block(kind, "block_structure", where) or block
         is_fp8 = (kind.get("type"), kind.get("num_bits")) == ("float", 8)
-        if not is_fp8 or kind.get("strategy") not in ("channel", "tensor"):
+        if not is_fp8 or kind.get("strategy") not in ("channel", "tensor", "block"):
             found = (
                 f"compressed-tensors weights of {kind.get('num_bits')!r:.20} bits, type {kind.get('type')!r:.20}, "
                 f"strategy {kind.get('strategy')!r:.20}"
             )
-            remedy = f"Of this form only 8-bit floats per channel or tensor are read. {_DENSE}"
+            remedy = f"Of this form only 8-bit floats per block, channel or tensor are read. {_DENSE}"
             raise ConfigError(f"reading {where}", found, remedy)
     if not weights:
         raise ConfigError(f"reading {where}", "compressed-tensors without config_groups", _DENSE)
-    return QuantConfig(8, -1, zero_offset=0, method="fp8")
+    return QuantConfig(8, -1, zero_offset=0, method="fp8", block=block)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from qwenrt.config import ModelConfig, QuantConfig
+from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.checkpoint import Checkpoint
+from qwenrt.loader.forms import FLOATS, Form, Module, form_of
 from qwenrt.loader.header import TensorEntry
 from qwenrt.loader.names import NameTable
 from qwenrt.ops.types import Packed
 
-FLOATS = ("F16", "BF16", "F32", "F64")
-FP8 = "F8_E4M3"
-_SCALES = ("F16", "BF16", "F32")
-_Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # kind -> (shape, dtypes)
+_REMEDY = (
+    "Compare config.json and the files with the model's page. If they are one revision, complete, and as their author "
+    "wrote them, this version does not read a model of this form."
+)
 
 
 class Loadable(Protocol):
@@ -40,15 +40,18 @@ class Loadable(Protocol):
 class Inventory:
     """Which checkpoint tensor fills which slot, and everything that is wrong with that.
 
-    ``slots``: parameter -> (part, kind) -> checkpoint name.
+    ``slots``: parameter -> (part, kind) -> checkpoint name. ``forms``: (parameter, part) -> the module in the file and
+    the form it has there.
     """
 
     slots: dict[str, dict[tuple[str, str], str]] = field(default_factory=dict)
+    forms: dict[tuple[str, str], tuple[Module, Form]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def raise_problems(self, checkpoint: Checkpoint) -> None:
         """One CheckpointError for all that was found, if anything was."""
@@ -59,6 +62,7 @@ class Inventory:
                 ("unexpected", self.unexpected),
                 ("incomplete", self.incomplete),
                 ("of the wrong shape or dtype", self.misshaped),
+                ("in a form that is not read", self.unread),
             )
             if names
         ]
@@ -67,8 +71,7 @@ class Inventory:
                 f"the {len(checkpoint.tensors)} tensors in {checkpoint.directory} are not the model that "
                 "config.json describes",
                 "; ".join(found),
-                "Check that config.json and the weights come from the same repository and revision, then download "
-                "the model again.",
+                _REMEDY,
             )
 
 
@@ -82,15 +85,15 @@ def take_inventory(
         place = table.locate(name)
         if place is None or (not place.ignored and place.param not in wanted):
             inventory.unexpected.append(name)
-        elif place.ignored or (config.tie_word_embeddings and place.param == "lm_head"):
+        elif place.ignored:
             inventory.ignored.append(name)
         else:
             slots = inventory.slots.setdefault(place.param, {})
             if (place.part, place.kind) in slots:
                 inventory.unexpected.append(f"{name} (the same as {slots[place.part, place.kind]})")
             slots[place.part, place.kind] = name
-    if config.tie_word_embeddings and "embed_tokens" in inventory.slots:
-        inventory.slots["lm_head"] = inventory.slots["embed_tokens"]
+    if config.tie_word_embeddings:
+        _tie(inventory)
     check = _SlotCheck(checkpoint, config, table, inventory)
     for param, shape in model.tensor_specs.items():
         check.tensor(param, shape)
@@ -114,11 +117,13 @@ class _SlotCheck:
         self.entries, self.config, self.table, self.inventory = checkpoint.tensors, config, table, inventory
 
     def tensor(self, param: str, shape: tuple[int, ...]) -> None:
-        name = self.inventory.slots.get(param, {}).get(("", "weight"))
-        if name is None:
+        slots = self.inventory.slots.get(param, {})
+        if len(shape) == 2 and param != "embed_tokens":  # routers and gates may be in any form of a linear
+            self._part(param, "", shape, {kind: name for (_, kind), name in slots.items()}, bias=False)
+        elif ("", "weight") not in slots:
             self.inventory.missing.append(self.table.source(param))
         else:
-            self._shape(name, shape, FLOATS)
+            self._shape(slots["", "weight"], (shape,), FLOATS)
 
     def linear(self, spec: LinearSpec) -> None:
         slots = self.inventory.slots.get(spec.name, {})
@@ -129,39 +134,36 @@ class _SlotCheck:
             self.inventory.incomplete.append(f"{spec.name} lacks {absent}")
             return
         for part, rows in parts:
-            self._part(spec, part, rows, {kind: name for (p, kind), name in slots.items() if p == part})
+            kinds = {kind: name for (p, kind), name in slots.items() if p == part}
+            self._part(spec.name, part, (rows, spec.in_features), kinds, bias=spec.bias)
 
-    def _part(self, spec: LinearSpec, part: str, rows: int, kinds: dict[str, str]) -> None:
-        quant = self.config.quant
-        packed = {kind: name for kind, name in kinds.items() if kind not in ("weight", "bias")}
-        if packed and quant is None:
-            self.inventory.unexpected += [
-                f"{n} (config.json has no quantization_config)" for n in packed.values()
-            ]
+    def _part(
+        self, param: str, part: str, shape: tuple[int, int], kinds: dict[str, str], *, bias: bool
+    ) -> None:
+        module = self._module(param, part, shape, kinds)
+        form = form_of(module, self.config.quant)
+        if isinstance(form, str):
+            first = next(iter(module.kinds))
+            self.inventory.unread.append(f"{kinds[first].removesuffix(f'.{first}')} ({form})")
             return
-        expected: _Expected = {"weight": ((rows, spec.in_features), FLOATS)}
-        if quant is not None and self._is_quantised(quant, kinds):
-            expected = _quantised(quant, rows, spec.in_features, kinds)
-        if spec.bias or (quant is not None and "bias" in kinds):
-            expected["bias"] = ((rows,), FLOATS)
-        for kind, (shape, dtypes) in expected.items():
+        self.inventory.forms[param, part] = module, form
+        expected = form.expected(module)
+        if bias or (self.config.quant is not None and "bias" in kinds):
+            expected["bias"] = ((shape[:1],), FLOATS)
+        for kind, (shapes, dtypes) in expected.items():
             if kind in kinds:
-                self._shape(kinds[kind], shape, dtypes)
+                self._shape(kinds[kind], shapes, dtypes)
             else:
-                self.inventory.missing.append(self.table.source(spec.name, part, kind))
+                self.inventory.missing.append(self.table.source(param, part, kind))
         self.inventory.unexpected += [name for kind, name in kinds.items() if kind not in expected]
 
-    def _is_quantised(self, quant: QuantConfig, kinds: dict[str, str]) -> bool:
-        """Modules may be left dense: by what the file holds, not by the names a config lists."""
-        if quant.method == "fp8":
-            return "weight" in kinds and self.entries[kinds["weight"]].dtype == FP8
-        return bool(kinds.keys() - {"weight", "bias"})
+    def _module(self, param: str, part: str, shape: tuple[int, int], kinds: dict[str, str]) -> Module:
+        name = f"{param}.{part}" if part and part != param else param
+        return Module(name, *shape, {k: self.entries[n] for k, n in kinds.items() if k != "bias"})
 
-    def _shape(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-        entry = self.entries[name]
-        if name.endswith(".weight_scale") and entry.shape in ((), (1,), (*shape, 1)):
-            return  # one number for the whole matrix, or a column
-        if entry.shape != shape:
+    def _shape(self, name: str, shapes: Sequence[tuple[int, ...]], dtypes: tuple[str, ...]) -> None:
+        entry, shape = self.entries[name], shapes[0]
+        if entry.shape not in shapes:
             note = ""
             if shape == (self.config.vocab_size, self.config.hidden_size) and entry.shape[1:] == shape[1:]:
                 note = f" (config.json says vocab_size {self.config.vocab_size})"
@@ -170,26 +172,14 @@ class _SlotCheck:
             self.inventory.misshaped.append(f"{name} {entry.dtype}, expected {' or '.join(dtypes)}")
 
 
-def _quantised(quant: QuantConfig, rows: int, columns: int, kinds: dict[str, str]) -> _Expected:
-    """What a quantised module [rows, columns] consists of on disk."""
-    if quant.method == "fp8":
-        weight: _Expected = {"weight": ((rows, columns), (FP8,))}
-        if quant.block is None:
-            return weight | {"weight_scale": ((rows,), _SCALES)}
-        blocks = (math.ceil(rows / quant.block[0]), math.ceil(columns / quant.block[1]))
-        return weight | {"weight_scale_inv": (blocks, _SCALES)}
-    group = columns if quant.group_size == -1 else min(quant.group_size, columns)
-    groups, word = math.ceil(columns / group), 32 // quant.bits
-    expected: _Expected = {
-        "qweight": ((math.ceil(columns / word), rows), ("I32",)),
-        "qzeros": ((groups, math.ceil(rows / word)), ("I32",)),
-        "scales": ((groups, rows), _SCALES),
-    }
-    if quant.method == "awq":  # packed along the outputs
-        expected["qweight"] = ((columns, math.ceil(rows / word)), ("I32",))
-    elif "g_idx" in kinds:
-        expected["g_idx"] = ((columns,), ("I32", "I64"))
-    return expected
+def _tie(inventory: Inventory) -> None:
+    """Embedding and head are one matrix, under whichever of the two names the file has it."""
+    slots = inventory.slots
+    if "embed_tokens" not in slots and "lm_head" in slots:
+        slots["embed_tokens"] = slots["lm_head"]
+    elif "embed_tokens" in slots:
+        inventory.ignored += slots.get("lm_head", {}).values()
+        slots["lm_head"] = slots["embed_tokens"]
 
 
 def unstacked(checkpoint: Checkpoint, config: ModelConfig, table: NameTable) -> Checkpoint:

@@ -167,6 +167,9 @@ QWEN2 = NameTable(
         **_mlp("experts.{e}.", "experts.{e}."),
         "model.layers.{n}.mlp.experts.{e}.gate_up_proj": ("layers.{n}.experts.{e}.gate_up_proj", ""),
         **_mlp("shared_expert.", "shared_expert."),
+        # dense in the network, in whatever form a quantising tool left them in the file
+        "model.layers.{n}.mlp.gate": ("layers.{n}.router", ""),
+        "model.layers.{n}.mlp.shared_expert_gate": ("layers.{n}.shared_expert_gate", ""),
         "lm_head": ("lm_head", ""),
     },
     tensors={
@@ -175,14 +178,13 @@ QWEN2 = NameTable(
         "model.layers.{n}.post_attention_layernorm.weight": "layers.{n}.post_norm",
         "model.layers.{n}.self_attn.q_norm.weight": "layers.{n}.q_norm",
         "model.layers.{n}.self_attn.k_norm.weight": "layers.{n}.k_norm",
-        "model.layers.{n}.mlp.gate.weight": "layers.{n}.router",
-        "model.layers.{n}.mlp.shared_expert_gate.weight": "layers.{n}.shared_expert_gate",
         "model.norm.weight": "norm",
     },
     # Vision towers and extra prediction heads are whole networks beside the text's.
     ignored=(
         r"(?:layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq",
-        r"layers\..+\.input_scale",  # of activations, which are computed in more than 8 bits here
+        # of activations and of a cache in FP8, which have more than 8 bits here or find their own scales
+        r"(?:layers\..+|lm_head)\.(?:input|output|q|k|v|kv|kv_cache|prob)_(?:scale|zero_point)",
         r"visual\..+",
         r"mtp\..+",
     ),

@@ -14,18 +14,20 @@ from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError
-from qwenrt.loader.checkpoint import Checkpoint, TensorReader, open_checkpoint
-from qwenrt.loader.inventory import Loadable, parts_of, take_inventory, unstacked
+from qwenrt.loader.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
+from qwenrt.loader.forms import Fp8, Target
+from qwenrt.loader.inventory import Inventory, Loadable, parts_of, take_inventory, unstacked
 from qwenrt.loader.names import table_for
 from qwenrt.loader.packed_cache import PackedCache
 from qwenrt.loader.progress import ByteBar
-from qwenrt.ops import awq, fp8, packing
+from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 QUANTIZE_BITS = {"int8": 8, "int4": 4}
 QUANTIZE_GROUP = 128
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words, CPU and devices
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_FLOAT16_END = 65520.0  # from here on values become infinite in float16
 _CHECKED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
 _CHECKED_PART = 2**20  # bytes at its begin, middle and end that are searched in a larger one
 logger = logging.getLogger("qwenrt")
@@ -78,18 +80,18 @@ def load_weights(
         if cache.fill(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
     head_bits = QUANTIZE_BITS.get(quantize_head or "")
-    loader = _Loader(TensorReader(checkpoint), config, backend, dtype, bits, head_bits)
+    loader = _Loader(TensorReader(checkpoint), inventory, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
         served = f"int{bits}" if bits else _DTYPE_NAMES[loader.kept(torch.bfloat16)]
         logger.info("FP8 weights are turned into %s at load: no FP8 kernel serves here", served)
     try:
         with ByteBar("loading weights", checkpoint.nbytes, progress) as bar:
             for name in model.tensor_specs:
-                model.set_tensor(name, loader.tensor(name, inventory.slots[name]["", "weight"]))
+                model.set_tensor(name, loader.tensor(name))
                 bar.add(loader.take_bytes())
             for name, spec in model.linear_specs.items():
                 tied = model.get("embed_tokens") if name == "lm_head" and config.tie_word_embeddings else None
-                model.set_linear(name, loader.linear(spec, inventory.slots[name], tied))
+                model.set_linear(name, loader.linear(spec, tied))
                 bar.add(loader.take_bytes())
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
@@ -137,13 +139,13 @@ class _Loader:
     def __init__(
         self,
         reader: TensorReader,
-        config: ModelConfig,
+        inventory: Inventory,
         backend: Backend,
         dtype: torch.dtype,
         bits: int | None,
         head_bits: int | None,
     ) -> None:
-        self.reader, self.config, self.backend, self.dtype = reader, config, backend, dtype
+        self.reader, self.inventory, self.backend, self.dtype = reader, inventory, backend, dtype
         self.bits, self.head_bits = bits, head_bits
         self._bytes = 0
 
@@ -156,9 +158,7 @@ class _Loader:
             return None
         tensor = self.reader.tensor(name)
         self._bytes += tensor.nbytes
-        if (
-            tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn
-        ):  # fp8 is checked as it is converted
+        if tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn:  # checked as it is converted
             _check_finite(name, tensor)
         return tensor
 
@@ -166,67 +166,80 @@ class _Loader:
         """What dense weights of a dtype are kept in beside the model's activations."""
         return self.backend.weight_dtype(_DTYPE_NAMES.get(stored), self.dtype)
 
-    def tensor(self, param: str, name: str) -> torch.Tensor:
+    def tensor(self, param: str) -> torch.Tensor:
         """A norm, a router or the embedding on the model's device; the embedding, of which only rows are read, as
         dense weights are kept."""
-        tensor = self._read(name)
-        assert tensor is not None
-        dtype = self.kept(tensor.dtype) if param == "embed_tokens" else self.dtype
-        result = tensor.to(self.backend.device, dtype)
-        self.reader.release(name)
+        slots = self.inventory.slots[param]
+        if (param, "") in self.inventory.forms:  # a router or a gate, in whatever form the file has it
+            weight = self._canonical(param, "", Target(keep_words=False, fp8_dtype=torch.float32))
+            tensor = packing.dequantize(weight, None if weight.dense is not None else torch.float32)
+            if weight.bias is not None and bool(weight.bias.any()):
+                remedy = "No Qwen has one there: this version does not read such a model."
+                raise CheckpointError(f"reading {param}", f"it has a bias, {slots['', 'bias']}", remedy)
+        else:
+            read = self._read(slots["", "weight"])
+            assert read is not None
+            tensor = read
+        name = slots.get(("", "weight"), param)
+        result = _converted(name, tensor, self.kept(tensor.dtype) if param == "embed_tokens" else self.dtype)
+        result = result.to(self.backend.device)
+        self._release(slots)
         return result
 
-    def linear(
-        self, spec: LinearSpec, slots: dict[tuple[str, str], str], tied: Packed | torch.Tensor | None = None
-    ) -> Packed:
-        """One packed linear from its slots, or from the embedding it is ``tied`` to."""
+    def linear(self, spec: LinearSpec, tied: Packed | torch.Tensor | None = None) -> Packed:
+        """One packed linear from its parts, each in its own form, or from the embedding it is ``tied`` to."""
+        slots = self.inventory.slots[spec.name]
         parts = parts_of(spec, slots)
-        fp8_to_codes = self.bits == 8 and self._is_fp8(slots)
-        if fp8_to_codes or any(kind == "qweight" for _, kind in slots):
-            weights = [self._coded_or_dense(spec, part, rows, slots) for part, rows in parts]
+        bits = bits_of(spec, self.bits, self.head_bits)
+        if isinstance(tied, torch.Tensor):
+            packed = self._pack(spec, [self._rounded(spec, CanonicalWeight(dense=tied, shared=True), bits)])
+        elif any(self._gives_codes(spec, part) for part, _ in parts):
+            target = Target(self.backend.packs_words(), None if self.bits == 8 else self._fp8_dtype())
+            weights = [self._canonical(spec.name, part, target, spec.bias) for part, _ in parts]
+            weights = [w if w.dense is None else self._rounded(spec, w, bits) for w in weights]
             merged = packing.merge(weights)
             packed = self._pack(spec, weights if merged is None else [merged])
         else:
-            tensor = tied if isinstance(tied, torch.Tensor) else None
-            weight = (
-                self._dense(spec, parts, slots)
-                if tensor is None
-                else CanonicalWeight(dense=tensor, shared=True)
-            )
-            bits = bits_of(spec, self.bits, self.head_bits)
-            if bits is not None:
-                assert weight.dense is not None
-                weight = self.backend.quantize_dense(
-                    weight.dense, bits, QUANTIZE_GROUP, weight.bias, spec.name
-                )
-            packed = self._pack(spec, [weight])
+            packed = self._pack(spec, [self._rounded(spec, self._dense(spec, parts), bits)])
+        self._release(slots)
+        return packed
+
+    def _release(self, slots: dict[tuple[str, str], str]) -> None:
         for name in slots.values():
             self.reader.release(name)
-        return packed
+
+    def _rounded(self, spec: LinearSpec, weight: CanonicalWeight, bits: int | None) -> CanonicalWeight:
+        """A dense weight as it is, or rounded to ``bits``."""
+        if bits is None:
+            return weight
+        assert weight.dense is not None
+        return self.backend.quantize_dense(weight.dense, bits, QUANTIZE_GROUP, weight.bias, spec.name)
 
     def _pack(self, spec: LinearSpec, weights: list[CanonicalWeight]) -> Packed:
         """One weight as the backend wants it; several that share no form, side by side."""
+        for weight in weights:
+            if weight.dense is not None:
+                _check_range(spec.name, weight.dense, self.kept(weight.dense.dtype))
         packed = [self.backend.pack_linear(weight, self.dtype) for weight in weights]
         if len(packed) == 1:
             return packed[0]
         return Packed("parts", spec.out_features, spec.in_features, {"parts": packed})
 
-    def _dense(
-        self, spec: LinearSpec, parts: Sequence[tuple[str, int]], slots: dict[tuple[str, str], str]
-    ) -> CanonicalWeight:
+    def _dense(self, spec: LinearSpec, parts: Sequence[tuple[str, int]]) -> CanonicalWeight:
         """The whole linear as one matrix: the file's own memory for a single part, else one merge buffer."""
-        biases = [self._bias(spec, slots, part) for part, _ in parts]
+        target = Target(keep_words=False, fp8_dtype=self._fp8_dtype())
         if len(parts) == 1:
-            return CanonicalWeight(dense=self._matrix(spec, slots, parts[0][0]), bias=biases[0])
-        buffer: torch.Tensor | None = None
+            return self._canonical(spec.name, parts[0][0], target, spec.bias)
+        dtype = self._merged_dtype(spec, parts)
+        buffer = torch.empty(spec.out_features, spec.in_features, dtype=dtype)
+        biases: list[torch.Tensor | None] = []
         row = 0
         for part, rows in parts:
-            tensor = self._matrix(spec, slots, part)
-            if buffer is None:
-                kept = self.kept(tensor.dtype) if self.bits is None else tensor.dtype
-                buffer = torch.empty(spec.out_features, spec.in_features, dtype=kept)
-            buffer[row : row + rows] = tensor
-            self.reader.release(slots[part, "weight"])
+            weight = self._canonical(spec.name, part, target, spec.bias)
+            assert weight.dense is not None
+            buffer[row : row + rows] = _converted(spec.name, weight.dense, dtype)
+            biases.append(weight.bias)
+            self.reader.release(self.inventory.slots[spec.name][part, "weight"])
             row += rows
         bias: torch.Tensor | None = None
         if any(part is not None for part in biases):
@@ -236,67 +249,34 @@ class _Loader:
             )
         return CanonicalWeight(dense=buffer, bias=bias)
 
-    def _is_fp8(self, slots: dict[tuple[str, str], str]) -> bool:
-        return any(kind.startswith("weight_scale") for _, kind in slots)
+    def _merged_dtype(self, spec: LinearSpec, parts: Sequence[tuple[str, int]]) -> torch.dtype:
+        """The dtype that holds every part: of a float32 part beside bfloat16 ones nothing is rounded away."""
+        found: torch.dtype | None = None
+        for part, _ in parts:
+            module, form = self.inventory.forms[spec.name, part]
+            stored = getattr(torch, TORCH_DTYPES[module.kinds["weight"].dtype])
+            own = self._fp8_dtype() if isinstance(form, Fp8) else stored
+            own = own if self.bits is not None else self.kept(own)
+            found = own if found is None else torch.promote_types(found, own)
+        assert found is not None
+        return found
 
-    def _matrix(self, spec: LinearSpec, slots: dict[tuple[str, str], str], part: str) -> torch.Tensor:
-        """A part's dense matrix: as it is in the file, or FP8 values times their scales."""
-        name = slots[part, "weight"]
-        weight = self._read(name)
-        assert weight is not None
-        if weight.dtype != torch.float8_e4m3fn:
-            return weight
-        dtype = self.kept(torch.bfloat16) if self.bits is None else torch.float32
-        scale, block = self._fp8_scale(slots, part)
-        if block is None:
-            return fp8.dequantize_fp8_channel(weight, scale, dtype, name=name)
-        return fp8.dequantize_fp8_block(weight, scale, block, dtype, name=name)
+    def _fp8_dtype(self) -> torch.dtype:
+        """What FP8 values become: what dense weights are kept in, or float32 where they are rounded to codes next."""
+        return self.kept(torch.bfloat16) if self.bits is None else torch.float32
 
-    def _fp8_scale(
-        self, slots: dict[tuple[str, str], str], part: str
-    ) -> tuple[torch.Tensor, tuple[int, int] | None]:
-        assert self.config.quant is not None
-        block = self.config.quant.block
-        scale = self._read(slots[part, "weight_scale" if block is None else "weight_scale_inv"])
-        assert scale is not None
-        return scale, block
+    def _gives_codes(self, spec: LinearSpec, part: str) -> bool:
+        _, form = self.inventory.forms[spec.name, part]
+        return form.bits < 16 or (isinstance(form, Fp8) and self.bits == 8)
 
-    def _coded_or_dense(
-        self, spec: LinearSpec, part: str, rows: int, slots: dict[tuple[str, str], str]
-    ) -> CanonicalWeight:
-        """A part in the integer codes of GPTQ or AWQ, one of FP8 rounded to such, or one that was left dense."""
-        bias = self._bias(spec, slots, part)
-        name = f"{spec.name}.{part}" if part else spec.name
-        if (part, "weight") in slots:
-            weight = self._read(slots[part, "weight"])
-            assert weight is not None
-            if weight.dtype == torch.float8_e4m3fn:
-                return fp8.fp8_to_int8(weight, *self._fp8_scale(slots, part), bias, name=name)
-            return CanonicalWeight(dense=weight, bias=bias)
-        assert self.config.quant is not None
-        qweight, qzeros, scales = (self._read(slots[part, kind]) for kind in ("qweight", "qzeros", "scales"))
-        assert qweight is not None and qzeros is not None and scales is not None
-        shape = {"in_features": spec.in_features, "out_features": rows}
-        if self.config.quant.method == "awq":
-            group = self.config.quant.group_size
-            return awq.unpack_awq(qweight, qzeros, scales, bias, group_size=group, name=name, **shape)
-        g_idx = self._read(slots.get((part, "g_idx")))
-        return packing.unpack_gptq(
-            qweight,
-            qzeros,
-            scales,
-            g_idx,
-            bias,
-            quant=self.config.quant,
-            name=name,
-            keep_words=self.backend.packs_words(),
-            **shape,
-        )
-
-    def _bias(self, spec: LinearSpec, slots: dict[tuple[str, str], str], part: str) -> torch.Tensor | None:
-        """The bias of a part; zeros where the network has no bias (AutoGPTQ wrote them everywhere) count as none."""
-        bias = self._read(slots.get((part, "bias")))
-        return bias if bias is not None and (spec.bias or bool(bias.any())) else None
+    def _canonical(self, param: str, part: str, target: Target, bias: bool = False) -> CanonicalWeight:
+        """One part in its own form. Its bias; zeros where the network has none (AutoGPTQ wrote them everywhere)
+        count as none."""
+        slots = self.inventory.slots[param]
+        module, form = self.inventory.forms[param, part]
+        given = self._read(slots.get((part, "bias")))
+        kept = given if given is not None and (bias or bool(given.any())) else None
+        return form.read(module, lambda kind: self._read(slots.get((part, kind))), kept, target)
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -313,5 +293,25 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(
             f"tensor {name!r} is damaged",
             f"{bad} of {sum(sample.numel() for sample in samples)} values that were looked at are NaN or infinite",
-            "Download the model again; if it was trained here, an earlier step of it may be sound.",
+            "If its author's copy has the same sha256, training or conversion broke it: use an earlier step of it, or "
+            "another release.",
+        )
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    _check_range(name, tensor, dtype)
+    return tensor.to(dtype)
+
+
+def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise CheckpointError where float16 would make infinities of a tensor's values."""
+    if dtype != torch.float16 or tensor.dtype == torch.float16:
+        return
+    parts = (tensor[start : start + 4096] for start in range(0, len(tensor), 4096))
+    largest = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
+    if largest >= _FLOAT16_END:
+        raise CheckpointError(
+            f"loading {name!r} in float16",
+            f"it has values of up to {largest:.3g}, and float16 ends at {torch.finfo(dtype).max:g}",
+            'Load the model with dtype="bfloat16" or "float32".',
         )
