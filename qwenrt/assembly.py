@@ -22,6 +22,7 @@ from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.loader import hub
+from qwenrt.loader.as_stored import as_stored
 from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.preflight import preflight
 from qwenrt.loader.weights import QUANTIZE_BITS, QUANTIZE_GROUP, bits_of, load_weights, quantize_bits
@@ -142,6 +143,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
     )
     config, generation = ModelConfig.from_dir(directory), GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
+    config = as_stored(config, checkpoint)
     tokenizer = _tokenizer(directory, config)
     text = _Text(generation, tokenizer, _chat_format(directory, config, generation, tokenizer))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenrt.config import qwen1, qwen2
-from qwenrt.config.fields import bad
+from qwenrt.config.fields import LIMITS, bad, contradiction, token_ids
 from qwenrt.config.model import ModelConfig
 from qwenrt.config.quant import QuantConfig
 from qwenrt.errors import ConfigError
@@ -39,25 +39,74 @@ def read_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | N
     """The config of any supported generation; ConfigError with a sentence for the others."""
     where = "config.json"
     model_type = config.get("model_type", "qwen")  # the first uploads of Qwen-1 named none
-    quant = config.get("quantization_config") or quantize
+    quant = config.get("quantization_config")
     text = config
     if isinstance(model_type, str) and model_type in _WRAPPERS:
-        text = config.get("text_config", config)
+        text = config if config.get("text_config") is None else config["text_config"]
         if not isinstance(text, Mapping):
             raise bad(where, "text_config", text, "an object")
-        # What the outer level says of the whole model holds for its text as well.
-        outer = {k: config[k] for k in ("tie_word_embeddings", "torch_dtype", "dtype") if k in config}
-        text = {**outer, **text}
+        text = _with_outer(config, text, where)
         model_type = _WRAPPERS[model_type]
-        quant = text.get("quantization_config") or quant
+        quant = text.get("quantization_config")
     if quant is not None and not isinstance(quant, Mapping):
         raise bad(where, "quantization_config", quant, "an object")
+    quant = _with_sidecar(quant or {}, quantize or {})
     parsed = QuantConfig.from_dict(quant, "the quantisation config") if quant else None
     if model_type == "qwen":
         return qwen1.read(text, parsed, where)
     if isinstance(model_type, str) and model_type in qwen2.MODEL_TYPES:
         return qwen2.read(model_type, text, parsed, where)
     raise _unsupported(model_type, where)
+
+
+# What a wrapper and its text_config may both say: of the first kind the text's own word counts, of the second what
+# says more.
+_READ = (
+    *LIMITS,
+    *("rms_norm_eps", "hidden_act", "attention_bias", "qkv_bias", "norm_topk_prob", "decoder_sparse_step"),
+    *("mlp_only_layers", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+)
+_JOINED = ("rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings")
+
+
+def _with_outer(outer: Mapping[str, Any], text: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The text's own entries, and from the level around it what they leave open.
+
+    Where both say something else the text's own serves and a warning names both, but for what says more on one of the
+    levels: tied is what either calls so (a saved text_config carries the class's default), and of positions every
+    statement is kept under ``outer_rope`` for the reader.
+    """
+    if text is outer:
+        return dict(text)
+    joined = {k: v for k, v in outer.items() if v is not None and k not in ("text_config", "model_type")}
+    for name, value in text.items():
+        if value is None:
+            continue
+        if name in _READ and name in joined and joined[name] != value:
+            shown = f"{name} {value!r:.60} in text_config"
+            contradiction(where, shown, f"{joined[name]!r:.60} beside it", strict=False)
+        joined[name] = value
+    ends = [i for level in (text, outer) for i in token_ids(level, "eos_token_id", where)]
+    joined["eos_token_id"] = list(dict.fromkeys(ends))
+    flags = [level.get("tie_word_embeddings") for level in (outer, text)]
+    if True in flags:
+        joined["tie_word_embeddings"] = True
+    joined["outer_rope"] = {name: outer[name] for name in _JOINED[:3] if outer.get(name) is not None}
+    return joined
+
+
+def _with_sidecar(quant: Mapping[str, Any], sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """quantization_config of config.json, and from quantize_config.json what it leaves open; where both say something
+    else of one method, config.json's serves and a warning names both."""
+    methods = [level.get("quant_method") or "gptq" for level in (quant, sidecar) if level]
+    if methods[1:] and methods[0] != methods[1]:
+        return dict(quant)
+    for name in ("bits", "group_size", "desc_act", "sym", "checkpoint_format"):
+        ours, theirs = quant.get(name), sidecar.get(name)
+        if ours is not None and theirs is not None and ours != theirs:
+            used = f"{name} {ours!r:.40} in quantization_config"
+            contradiction("config.json", used, f"{theirs!r:.40} in quantize_config.json", strict=False)
+    return {**sidecar, **{name: value for name, value in quant.items() if value is not None}}
 
 
 def text_model_type(config: Mapping[str, Any]) -> str:

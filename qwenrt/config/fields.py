@@ -170,3 +170,15 @@ def contradiction(where: str, used: str, other: str, *, strict: bool) -> None:
         remedy = "They are one setting: keep the value that the model was made with."
         raise ConfigError(f"reading {where}", f"it says {used} and {other}", remedy)
     logger.warning("%s says %s and %s: the first is used", where, used, other)
+
+
+def token_ids(config: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:
+    """One token id or a list of them; null, and what is below zero, as some tools write for none, are none."""
+    value = config.get(name)
+    ids = [whole(i) for i in value] if isinstance(value, list) else [] if value is None else [whole(value)]
+    checked = [i for i in ids if type(i) is int and i < 2**31]
+    if len(checked) < len(ids):
+        raise bad(where, name, value, "a token id or a list of them")
+    if any(i < 0 for i in checked):
+        logger.warning("%s says %s %r: an id below zero counts as none", where, name, value)
+    return tuple(i for i in checked if i >= 0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenrt.config.fields import bad, boolean, integer, read_json
+from qwenrt.config.fields import bad, boolean, integer, read_json, token_ids, whole
 from qwenrt.errors import ConfigError, RequestError
 from qwenrt.sampling_params import SamplingParams
 
+logger = logging.getLogger("qwenrt")
 DEFAULT_MAX_WINDOW_SIZE = 6144  # what Qwen-1's first chat code used where none was given
 
 
@@ -31,19 +33,17 @@ class GenerationConfig:
         chat_format = generation.get("chat_format")
         if chat_format not in (None, "chatml", "raw"):
             raise bad(where, "chat_format", chat_format, "'chatml' or 'raw'")
-        eos = generation.get("eos_token_id")
-        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         stops = generation.get("stop_words_ids") or []
         if not isinstance(stops, list) or not all(isinstance(s, list) and s for s in stops):
             raise bad(where, "stop_words_ids", stops, "a list of non-empty lists of token ids")
-        pad = generation.get("pad_token_id")
-        for token in [*eos_ids, *([] if pad is None else [pad]), *(t for s in stops for t in s)]:
+        for token in (t for s in stops for t in s):
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
                 raise bad(where, "a token id", token, "an integer >= 0")
+        pad = token_ids(generation, "pad_token_id", where)
         return cls(
             chat_format=chat_format,
-            eos_token_ids=tuple(eos_ids),
-            pad_token_id=pad,
+            eos_token_ids=token_ids(generation, "eos_token_id", where),
+            pad_token_id=pad[0] if pad else None,
             max_window_size=integer(generation, "max_window_size", where, 1, 2**31, DEFAULT_MAX_WINDOW_SIZE),
             stop_words_ids=tuple(tuple(s) for s in stops),
             sampling=_sampling(generation, where),
@@ -51,22 +51,48 @@ class GenerationConfig:
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> GenerationConfig:
-        """Read generation_config.json; a directory without one gets the defaults."""
-        path = Path(directory) / "generation_config.json"
-        return cls.from_dict(read_json(path)) if path.exists() else cls()
+        """Read generation_config.json; without one, what config.json says of sampling, as old files do; else the
+        defaults."""
+        path, fallback = Path(directory) / "generation_config.json", Path(directory) / "config.json"
+        if path.exists():
+            return cls.from_dict(read_json(path))
+        return cls.from_dict(_own_words(read_json(fallback))) if fallback.exists() else cls()
+
+
+_RENAMED = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+# What writers of old config.json files filled in where nobody had said anything.
+_FILLED_IN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "do_sample": False}
+
+
+def _own_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of sampling, without what its writer filled in."""
+    said = {name: config[name] for name in (*_RENAMED, "do_sample") if config.get(name) is not None}
+    return {name: value for name, value in said.items() if _FILLED_IN.get(name) != value}
 
 
 def _sampling(generation: Mapping[str, Any], where: str) -> SamplingParams:
-    """The checkpoint's own sampling; `top_k` 0 or null is off, do_sample false is greedy."""
-    renamed = {
-        "temperature": "temperature",
-        "top_k": "top_k",
-        "top_p": "top_p",
-        "min_p": "min_p",
-        "repetition_penalty": "repetition_penalty",
-        "max_new_tokens": "max_tokens",
+    """The checkpoint's own sampling. Off are null everywhere, `top_k` and `max_new_tokens` 0 and below; do_sample false
+    is greedy, and so is `top_p` 0, which keeps the likeliest token alone."""
+    given: dict[str, Any] = {
+        ours: whole(generation[key]) for key, ours in _RENAMED.items() if generation.get(key) is not None
     }
-    given = {ours: generation[key] for key, ours in renamed.items() if generation.get(key) is not None}
+    for name in ("top_k", "max_tokens"):
+        value = given.get(name)
+        if type(value) is int and value <= 0:
+            del given[name]
+            if (name, value) != ("top_k", 0):
+                logger.warning("%s says %s %r, which counts as not given", where, name, value)
+    if given.get("top_p") in (0, 0.0) and type(given["top_p"]) in (int, float):
+        logger.warning("%s says top_p 0, which keeps the likeliest token alone: it is greedy", where)
+        del given["top_p"]
+        given["top_k"] = 1
     if not boolean(generation, "do_sample", where, True):
         given["temperature"] = 0.0
     try:

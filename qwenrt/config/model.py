@@ -51,7 +51,9 @@ class ModelConfig:
     ``qkv_bias``, ``o_bias``, ``mlp_bias``: which linears have biases. ``qk_norm``: queries and keys are normalised
     head by head. ``windows``: for each layer how many tokens a query sees, itself included (0: all); empty where no
     layer is limited. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the checkpoint leaves
-    the choice open.
+    the choice open. ``tie_word_embeddings``: the head is the embedding. Files decide: loader.as_stored.as_stored
+    gives the config of what was found in them; ``has_head`` is False where that is no head at all, which is enough for
+    embeddings.
     """
 
     model_type: str
@@ -70,6 +72,7 @@ class ModelConfig:
     use_dynamic_ntk: bool = False
     use_logn_attn: bool = False
     tie_word_embeddings: bool = False
+    has_head: bool = True
     qkv_bias: bool = True
     o_bias: bool = False
     mlp_bias: bool = False

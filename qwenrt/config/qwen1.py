@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwenrt.config.fields import bad, boolean, integer, number
+from qwenrt.config.fields import bad, boolean, first_given, integer, number
 from qwenrt.config.model import ModelConfig
 from qwenrt.config.quant import QuantConfig
 from qwenrt.errors import ConfigError
@@ -23,7 +23,11 @@ _EARLY_KEYS = {
 
 def read(config: Mapping[str, Any], quant: QuantConfig | None, where: str) -> ModelConfig:
     """Qwen-1: multi-head attention with biases on q, k and v, dynamic NTK, LogN, and a doubled MLP width."""
-    config = {**config, **{late: config[early] for early, late in _EARLY_KEYS.items() if early in config}}
+    spelled = {  # vocab_size may be told without the padding of padded_vocab_size
+        late: first_given(config, (early, late), where, strict=late != "vocab_size")
+        for early, late in _EARLY_KEYS.items()
+    }
+    config = {**config, **{name: value for name, value in spelled.items() if value is not None}}
     hidden = integer(config, "hidden_size", where)
     heads = integer(config, "num_attention_heads", where)
     if hidden % heads:

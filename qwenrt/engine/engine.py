@@ -156,6 +156,7 @@ class Engine:
             raise RequestError(
                 "sampling_params", f"got {type(params).__name__}", "Pass a qwenrt.SamplingParams."
             )
+        self.runner.model.needs_head("generating")
         prompt = self._check_prompt(prompt_token_ids)
         if params.stop and self._tokenizer is None:
             raise RequestError(
@@ -239,6 +240,7 @@ class Engine:
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """The logits after each token of a text -> float32 [num_tokens, vocab_size] on the CPU; leaves no trace."""
+        self.runner.model.needs_head("logits")
         ids = self._check_ids(token_ids)
         if len(ids) > self.max_model_len:
             raise RequestError(
@@ -257,6 +259,7 @@ class Engine:
 
     def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
         """The logits of ``token_ids`` after each prompt -> float32 [len(prompts), len(token_ids)] on the CPU."""
+        self.runner.model.needs_head("logits")
         ids = self._check_ids(token_ids)
         return self._prefilled(prompts, lambda hidden: self.runner.model.logits(hidden)[:, ids].cpu())
 

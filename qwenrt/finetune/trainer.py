@@ -21,6 +21,8 @@ from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestErro
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus
 from qwenrt.finetune.interrupt import held_interrupt
+from qwenrt.loader.as_stored import as_stored
+from qwenrt.loader.checkpoint import open_checkpoint
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed, StepPlan
@@ -99,7 +101,9 @@ class Trainer:
         if settings.from_scratch:
             initialise(self.model, settings.seed, _initializer_range(source))
         else:
-            load_weights(self.model, source, config, backend, torch.float32, progress=False)
+            checkpoint = open_checkpoint(source)
+            stored = as_stored(config, checkpoint)
+            load_weights(self.model, checkpoint, stored, backend, torch.float32, progress=False)
             self._own_weights()
         self.model.bind()
         self.parameters = dict(self.model.tensors())

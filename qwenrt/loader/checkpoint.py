@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import re
@@ -18,6 +19,7 @@ from qwenrt.loader.header import DOWNLOAD_AGAIN, Shard, TensorEntry, read_shard
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger("qwenrt")
 INDEX = "model.safetensors.index.json"
 MAX_SHARDS = 4096
 _NUMBERED = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
@@ -43,7 +45,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Find the safetensors files of a model directory and check them as one.
 
     Reads headers only. Raises CheckpointError when files are missing, extra, named outside the directory, not what
-    they seem, or when the index, the headers and the sizes disagree; and for pickled weights, which are refused.
+    they seem, or when headers and sizes disagree; and for pickled weights, which are refused. An index that tells of the
+    tensors other than the headers do is warned of.
     """
     directory = Path(directory)
     index = _read_index(directory)
@@ -66,7 +69,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             tensors[entry.name] = entry
     checkpoint = Checkpoint(directory, shards, tensors)
     if index is not None:
-        _check_index(checkpoint, index)
+        _compare_index(checkpoint, index)
     return checkpoint
 
 
@@ -380,25 +383,30 @@ def _check_extra(directory: Path, wanted: list[str]) -> None:
         )
 
 
-def _check_index(checkpoint: Checkpoint, index: _Index) -> None:
-    """The index and the headers must name the same tensors in the same files, and their bytes must add up."""
-    asked = f"{INDEX} and the files in {checkpoint.directory} disagree"
-    remedy = "The files may belong to two versions of the model: download it again into an empty directory."
+def _compare_index(checkpoint: Checkpoint, index: _Index) -> None:
+    """Warn where the index tells of the tensors other than the files do. Only the names of the files are taken from
+    it: each tensor is found by the header that holds it, and what a model lacks is missed when they are compared."""
     where = {name: entry.shard.name for name, entry in checkpoint.tensors.items()}
-    absent = [name for name, file in index.weight_map.items() if where.get(name) != file]
+    absent = [name for name in index.weight_map if name not in where]
+    moved = [name for name, file in index.weight_map.items() if where.get(name, file) != file]
     unlisted = [name for name in where if name not in index.weight_map]
-    if absent or unlisted:
-        parts = []
-        if absent:
-            parts.append(f"{len(absent)} tensors are not in the file the index names: {_some(absent)}")
-        if unlisted:
-            parts.append(f"{len(unlisted)} tensors are not in the index: {_some(unlisted)}")
-        raise CheckpointError(asked, "; ".join(parts), remedy)
+    found = [
+        f"{len(names)} tensors {what}: {_some(names)}"
+        for what, names in (
+            ("that it names are in no file", absent),
+            ("are in another file than it says", moved),
+            ("are not in it", unlisted),
+        )
+        if names
+    ]
     total = index.total_size
     if total is not None and total != checkpoint.nbytes:
         said = f"{total:.0f}" if isinstance(total, float) else str(total)[:80]
-        raise CheckpointError(
-            asked,
-            f"the index says {said} bytes of tensors, the files hold {checkpoint.nbytes}",
-            remedy + " If you trust these files, delete metadata.total_size from the index.",
+        found.append(f"its total_size is {said}, and they hold {checkpoint.nbytes} bytes")
+    if found:
+        logger.warning(
+            "%s and the files in %s disagree (%s): the files count",
+            INDEX,
+            checkpoint.directory,
+            "; ".join(found),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -138,9 +138,13 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
 
 
 def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = None) -> int:
-    """All weights once they are packed. Routers, norms, the embedding and the head are never in codes."""
+    """All weights once they are packed. Routers, norms and the embedding are never in codes, the head where the file
+    has it so."""
     quant = codes_of(config, quantize)
     layers = sum(linear.number * linear_bytes(linear, storage, quant) for linear in linears(config))
+    for rows, columns, bits, group_size, number in quant.corrections if quant is not None else ():
+        form = replace(quant, bits=bits, group_size=group_size) if quant is not None and bits < 16 else None
+        layers += number * linear_bytes(Linear(number, rows, columns, False, 0), storage, form)
     vocabulary = config.vocab_size * config.hidden_size * storage.dense
     copies = 1 if config.tie_word_embeddings else 2
     return layers + copies * vocabulary + other_elements(config) * storage.activation

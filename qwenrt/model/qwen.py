@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, layer_linears, layer_tensors
-from qwenrt.errors import CheckpointError
+from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.model.layers import DecoderLayer, Weights
 from qwenrt.model.rotary import RotaryTables, logn_scale
 from qwenrt.ops.types import Experts, Head, LayerKV, Packed, StepInputs, StepPlan
@@ -72,6 +72,13 @@ class Qwen:
     @property
     def lm_head(self) -> Packed:
         return self.weights.packed("lm_head")
+
+    def needs_head(self, asked: str) -> None:
+        """Raise RequestError where the checkpoint has no head to give logits."""
+        if not self.config.has_head:
+            found = "this checkpoint has no lm_head, and config.json says that it is not the embedding"
+            remedy = "It makes embeddings (embed). If it should write texts, its lm_head.weight was left out."
+            raise RequestError(asked, found, remedy)
 
     def linears(self) -> Iterator[Packed]:
         """Every packed linear, in the order of ``linear_specs``."""

@@ -44,9 +44,9 @@ def unpack_gptq(
     [K*b/32, N], ``qzeros`` int32 [G, N*b/32], ``scales`` float [G, N], ``g_idx`` int [K] (absent or empty:
     arange(K) // group_size), ``bias`` [N] or None; a bias of zeros, which AutoGPTQ adds to every linear,
     is dropped. W[n, k] = scales[g_idx[k], n] * (q[k, n] - (stored_zero[g_idx[k], n] + quant.zero_offset)),
-    without masking the sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. Zeros are
-    always read, whatever ``quant.sym`` says. ``keep_words`` leaves the codes in ``qweight``, as the result's
-    ``words``. Raises CheckpointError that names the module when a shape, dtype or index is wrong.
+    without masking the sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. A ``quant.sym`` is
+    taken at its word where all zeros are one number (_true_zeros). ``keep_words`` leaves the codes in ``qweight``, as
+    the result's ``words``. Raises CheckpointError that names the module when a shape, dtype or index is wrong.
     """
     _check_bits(quant.bits, name)
     group_size = _group_size(quant.group_size, in_features, name)
@@ -60,7 +60,7 @@ def unpack_gptq(
         scales=(scales, (groups, out_features), SCALE_DTYPES),
         bias=(bias, (out_features,), SCALE_DTYPES),
     )
-    zeros = _unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16) + quant.zero_offset
+    zeros = _true_zeros(_unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16), quant, name)
     perm = None
     if g_idx is not None and g_idx.numel() > 0:
         g_idx = _checked_g_idx(g_idx, in_features, scales.shape[0], quant, name)
@@ -85,6 +85,26 @@ def unpack_gptq(
         num_inputs=in_features,
     )
     return weight if keep_words and qweight.dtype == torch.int32 else with_codes(weight)
+
+
+def _true_zeros(stored: torch.Tensor, quant: QuantConfig, name: str) -> torch.Tensor:
+    """Stored zeros, int16, as what codes are measured from.
+
+    Of a symmetric weight that is the middle code m, whatever number a tool wrote for it: m - 1, as v1 of the format
+    has it, or m itself, as v2 does, which some tools write under the name of v1 (kernels for symmetric weights do not
+    look at zeros). Zeros of several values show that the flag is wrong, and are taken as they stand.
+    """
+    low, high = int(stored.min()), int(stored.max())
+    middle = 2 ** (quant.bits - 1)
+    if not quant.sym or low != high or low + quant.zero_offset == middle:
+        return stored + quant.zero_offset
+    if low in (middle - 1, middle):
+        return torch.full_like(stored, middle)
+    raise CheckpointError(
+        f"{name}: reading a symmetric GPTQ linear of {quant.bits} bits",
+        f"every stored zero is {low}, and sym: true means {middle}, which is stored as {middle - 1} or {middle}",
+        "Set sym to false in the quantisation config if the zeros are meant as they are stored.",
+    )
 
 
 def with_codes(weight: CanonicalWeight) -> CanonicalWeight:

@@ -1,0 +1,120 @@
+"""What a checkpoint's files say about the network where config.json leaves it open or says otherwise; no torch."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from qwenrt.config import ModelConfig
+from qwenrt.config.layers import LinearSpec, layer_linears
+from qwenrt.config.quant import Correction, QuantConfig
+from qwenrt.errors import CheckpointError
+from qwenrt.loader.checkpoint import Checkpoint
+from qwenrt.loader.forms import Module, form_of
+from qwenrt.loader.header import TensorEntry
+from qwenrt.loader.names import table_for
+
+_CHUNK = 2**20  # bytes of two matrices compared at once
+logger = logging.getLogger("qwenrt")
+
+
+def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """``config`` with what the files decide: whether the head is the embedding, and which linears lie in another form
+    than its quantisation says. Every figure of memory, and loading itself, follows the result.
+
+    Reads headers and, where a config says that head and embedding are one and the file has both, those two.
+    """
+    modules = _modules(config, checkpoint)
+    config = _with_head(config, checkpoint, modules)
+    if config.quant is None or not config.quant.has_codes:
+        return config
+    corrections = tuple(_corrections(config, config.quant, modules))
+    return replace(config, quant=replace(config.quant, corrections=corrections))
+
+
+_Modules = dict[tuple[str, str], dict[str, TensorEntry]]  # (parameter, part) -> kind -> tensor
+
+
+def _modules(config: ModelConfig, checkpoint: Checkpoint) -> _Modules:
+    table, found = table_for(config.model_type), _Modules()
+    for name, entry in checkpoint.tensors.items():
+        place = table.locate(name)
+        if place is not None and not place.ignored:
+            found.setdefault((place.param, place.part), {})[place.kind] = entry
+    return found
+
+
+# ---- the head
+
+
+def _with_head(config: ModelConfig, checkpoint: Checkpoint, modules: _Modules) -> ModelConfig:
+    """Tied or not by what is there. A head in the file serves, whatever the flag says, unless it is the embedding's
+    own copy; without one the embedding serves where the config says that it does; else there is no head."""
+    embedding = modules.get(("embed_tokens", ""), {}).get("weight")
+    head = modules.get(("lm_head", ""), {})
+    if not head and embedding is not None and not config.tie_word_embeddings:
+        logger.warning(
+            "%s has no lm_head, and config.json says that it is not the embedding: texts can be embedded, not written",
+            checkpoint.directory,
+        )
+        return replace(config, tie_word_embeddings=True, has_head=False)
+    if not config.tie_word_embeddings or not head or embedding is None:
+        return config
+    dense = head.get("weight")
+    if dense is not None and len(head) == 1 and (not dense.nbytes or same_bytes(dense, embedding)):
+        return config
+    logger.warning(
+        "config.json says that head and embedding are one (tie_word_embeddings), and lm_head of %s is another "
+        "matrix than embed_tokens: the file's own head serves",
+        checkpoint.directory,
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors are equal bit for bit, dtype and shape included."""
+    if (one.dtype, one.shape, one.transposed) != (other.dtype, other.shape, other.transposed):
+        return False
+    try:
+        with one.shard.open("rb") as first, other.shard.open("rb") as second:
+            first.seek(one.begin)
+            second.seek(other.begin)
+            for start in range(0, one.nbytes, _CHUNK):
+                count = min(_CHUNK, one.nbytes - start)
+                if first.read(count) != second.read(count):
+                    return False
+    except OSError as error:
+        raise CheckpointError(
+            f"comparing {one.name} with {other.name}",
+            f"{error.strerror or error} ({one.shard.parent})",
+            "Check the files and their permissions.",
+        ) from error
+    return True
+
+
+# ---- forms
+
+
+def _corrections(config: ModelConfig, quant: QuantConfig, modules: _Modules) -> Iterator[Correction]:
+    """How many matrices more or fewer of which form there are than ``quant`` says: of those left dense, and of those
+    with other bits or groups; the head, which it counts as dense."""
+    stated = (quant.bits, quant.group_size)
+    found: Counter[tuple[int, int, int, int]] = Counter()
+
+    def count(spec: LinearSpec, stated: tuple[int, int]) -> None:
+        parts = {part: modules.get((spec.name, part)) for part, _ in (*spec.parts, ("", 0))}
+        for part, rows in (("", spec.out_features),) if parts[""] else spec.parts:
+            kinds = {kind: entry for kind, entry in (parts[part] or {}).items() if kind != "bias"}
+            form = form_of(Module(spec.name, rows, spec.in_features, kinds), quant) if kinds else "missing"
+            own = stated if isinstance(form, str) else (form.bits, form.group_size)
+            if own != stated:
+                found[(rows, spec.in_features, *own)] += 1
+                found[(rows, spec.in_features, *stated)] -= 1
+
+    for layer in range(config.num_layers):
+        for spec in layer_linears(config, layer):
+            count(spec, stated)
+    count(LinearSpec("lm_head", config.hidden_size, (("", config.vocab_size),), False), (16, 0))
+    return (Correction(*shape, number) for shape, number in found.items() if number)
