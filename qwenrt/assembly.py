@@ -342,7 +342,7 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
         raise ConfigError(
             f"loading {directory}",
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model has {config.vocab_size} rows",
-            "The vocabulary and config.json come from different models: fetch them again.",
+            "The vocabulary is of another model, or tokens were added to it and the model was not resized.",
         )
     return tokenizer
 

@@ -144,7 +144,18 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
             "it is no file, no directory, not in the cache, and no released shape",
             f"Did you mean {' or '.join(close)}?" if close else f"Known shapes are: {', '.join(RELEASED)}.",
         ) from missing
-    return ModelConfig.from_dir(directory), str(directory)
+    return _as_stored(ModelConfig.from_dir(directory), directory), str(directory)
+
+
+def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
+    """With what the weights say where they are here and whole; else as config.json says."""
+    from qwenrt.loader.as_stored import as_stored
+    from qwenrt.loader.checkpoint import open_checkpoint
+
+    try:
+        return as_stored(config, open_checkpoint(directory))
+    except CheckpointError:
+        return config
 
 
 def _device(wanted: str, memory: float | None) -> tuple[str, int | None, int | None]:

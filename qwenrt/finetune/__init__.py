@@ -86,7 +86,7 @@ def finetune(
         raise ConfigError(
             f"fine-tuning {source}",
             f"the tokenizer has {tokenizer.vocab_size} tokens, config.json vocab_size {config.vocab_size}",
-            "The files do not belong together: fetch them again.",
+            "The vocabulary is of another model, or tokens were added to it and the model was not resized.",
         )
     _claim(target, source, overwrite)
     _check_room(target, config, bool(save_every))

@@ -10,13 +10,11 @@ from dataclasses import replace
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, layer_linears
 from qwenrt.config.quant import Correction, QuantConfig
-from qwenrt.errors import CheckpointError
-from qwenrt.loader.checkpoint import Checkpoint
+from qwenrt.loader.checkpoint import Checkpoint, same_bytes
 from qwenrt.loader.forms import Module, form_of
 from qwenrt.loader.header import TensorEntry
 from qwenrt.loader.names import table_for
 
-_CHUNK = 2**20  # bytes of two matrices compared at once
 logger = logging.getLogger("qwenrt")
 
 
@@ -71,27 +69,6 @@ def _with_head(config: ModelConfig, checkpoint: Checkpoint, modules: _Modules) -
         checkpoint.directory,
     )
     return replace(config, tie_word_embeddings=False)
-
-
-def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two tensors are equal bit for bit, dtype and shape included."""
-    if (one.dtype, one.shape, one.transposed) != (other.dtype, other.shape, other.transposed):
-        return False
-    try:
-        with one.shard.open("rb") as first, other.shard.open("rb") as second:
-            first.seek(one.begin)
-            second.seek(other.begin)
-            for start in range(0, one.nbytes, _CHUNK):
-                count = min(_CHUNK, one.nbytes - start)
-                if first.read(count) != second.read(count):
-                    return False
-    except OSError as error:
-        raise CheckpointError(
-            f"comparing {one.name} with {other.name}",
-            f"{error.strerror or error} ({one.shard.parent})",
-            "Check the files and their permissions.",
-        ) from error
-    return True
 
 
 # ---- forms

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.loader.header import DOWNLOAD_AGAIN, Shard, TensorEntry, read_shard
+from qwenrt.loader.header import AS_WRITTEN, Shard, TensorEntry, read_shard
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qwenrt")
 INDEX = "model.safetensors.index.json"
 MAX_SHARDS = 4096
+_NO_INDEX = "Put the model's own index in its place; without any, numbered files are found by their names."
+_CHUNK = 2**20  # bytes of two tensors compared at once
 _NUMBERED = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Directories that download clients fill with links into a store of files beside them.
@@ -45,8 +47,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Find the safetensors files of a model directory and check them as one.
 
     Reads headers only. Raises CheckpointError when files are missing, extra, named outside the directory, not what
-    they seem, or when headers and sizes disagree; and for pickled weights, which are refused. An index that tells of the
-    tensors other than the headers do is warned of.
+    they seem, or when headers and sizes disagree; and for pickled weights, which are refused. Where an index tells of
+    the tensors other than the headers do, it is a warning.
     """
     directory = Path(directory)
     index = _read_index(directory)
@@ -60,10 +62,15 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
         for entry in shard.tensors:
-            if entry.name in tensors:
+            first = tensors.get(entry.name)
+            if first is not None and same_bytes(first, entry):
+                logger.warning(
+                    "%s is in %s and, the same, in %s", entry.name[:80], first.shard.name, entry.shard.name
+                )
+            elif first is not None:
                 raise CheckpointError(
                     f"cannot read the checkpoint in {directory}",
-                    f"tensor {entry.name[:80]!r} is in {tensors[entry.name].shard.name} and in {entry.shard.name}",
+                    f"tensor {entry.name[:80]!r} is in {first.shard.name} and, different, in {entry.shard.name}",
                     "The files belong to two versions of the model: keep one set and delete the other.",
                 )
             tensors[entry.name] = entry
@@ -71,6 +78,27 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if index is not None:
         _compare_index(checkpoint, index)
     return checkpoint
+
+
+def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors are equal bit for bit, dtype and shape included."""
+    if (one.dtype, one.shape, one.transposed) != (other.dtype, other.shape, other.transposed):
+        return False
+    try:
+        with one.shard.open("rb") as first, other.shard.open("rb") as second:
+            first.seek(one.begin)
+            second.seek(other.begin)
+            for start in range(0, one.nbytes, _CHUNK):
+                count = min(_CHUNK, one.nbytes - start)
+                if first.read(count) != second.read(count):
+                    return False
+    except OSError as error:
+        raise CheckpointError(
+            f"comparing {one.name} with {other.name}",
+            f"{error.strerror or error} ({one.shard.parent})",
+            "Check the files and their permissions.",
+        ) from error
+    return True
 
 
 def iter_tensors(directory: str | Path | Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
@@ -115,7 +143,7 @@ class TensorReader:
                 raise CheckpointError(
                     f"cannot read tensor {name[:80]!r} of {entry.shard.name}",
                     f"it is empty and has the shape {list(entry.shape)}",
-                    DOWNLOAD_AGAIN,
+                    AS_WRITTEN,
                 ) from error
         mapped = self._map(entry.shard)
         with warnings.catch_warnings():
@@ -170,7 +198,9 @@ class TensorReader:
                     self._maps[path] = map_file(file.fileno())
             info = path.stat()
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path.name}", str(error), DOWNLOAD_AGAIN) from error
+            raise CheckpointError(
+                f"cannot read {path.name}", str(error), "Check the file, its permissions and its disk."
+            ) from error
         if (info.st_size, info.st_mtime_ns) != (shard.size, shard.mtime_ns):
             raise CheckpointError(
                 f"cannot read {path.name}",
@@ -218,16 +248,14 @@ def _read_index(directory: Path) -> _Index | None:
         raise CheckpointError(error.asked, error.found, error.remedy) from error
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"cannot read {INDEX}", "it has no weight_map", DOWNLOAD_AGAIN)
+        raise CheckpointError(f"cannot read {INDEX}", "it has no weight_map", _NO_INDEX)
     for name in weight_map.values():
         check_file_name(name)
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     result = _Index(weight_map, total if isinstance(total, (int, float)) else None)
     if len(result.files) > MAX_SHARDS:
-        raise CheckpointError(
-            f"cannot read {INDEX}", f"it names more than {MAX_SHARDS} files", DOWNLOAD_AGAIN
-        )
+        raise CheckpointError(f"cannot read {INDEX}", f"it names more than {MAX_SHARDS} files", _NO_INDEX)
     return result
 
 
@@ -235,7 +263,7 @@ def check_file_name(name: object) -> None:
     """Raise CheckpointError unless ``name``, from an index, is the plain name of a safetensors file."""
     asked = f"{INDEX} names the file {str(name)[:120]!r}"
     if not isinstance(name, str) or not name or len(name) > 255 or not name.isprintable():
-        raise CheckpointError(asked, "that is not a file name", DOWNLOAD_AGAIN)
+        raise CheckpointError(asked, "that is not a file name", _NO_INDEX)
     if "/" in name or "\\" in name or ":" in name or name.startswith("."):
         raise CheckpointError(
             asked,
@@ -251,7 +279,7 @@ def check_file_name(name: object) -> None:
     if name.endswith(_PICKLES):
         raise _pickled([name])
     if not name.endswith(".safetensors"):
-        raise CheckpointError(asked, "it does not end in .safetensors", DOWNLOAD_AGAIN)
+        raise CheckpointError(asked, "it does not end in .safetensors", _NO_INDEX)
 
 
 def _listing(directory: Path) -> list[str]:
@@ -297,7 +325,7 @@ def _no_checkpoint(directory: Path, listing: list[str], files: list[str]) -> Che
         return CheckpointError(
             asked,
             f"{len(files)} safetensors files and no {INDEX} to say which belong together: {_some(files)}",
-            "Keep one model in the directory, or download the index file.",
+            "Keep one model in the directory, or add its index.",
         )
     with_query = [name for name in listing if ".safetensors?" in name]
     if with_query:
@@ -338,7 +366,11 @@ def _check_link(directory: Path, name: str) -> None:
     try:
         target, home = path.resolve(strict=True), directory.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: links that form a loop
-        raise CheckpointError(f"{name} is a link that leads nowhere", str(error), DOWNLOAD_AGAIN) from error
+        raise CheckpointError(
+            f"{name} is a link that leads nowhere",
+            str(error),
+            "Put the file where it leads, or into the directory itself (`qwenrt pull` fetches what is missing).",
+        ) from error
     allowed = [home]
     store = _STORES.get(home.parent.name)
     if store is not None:
@@ -362,9 +394,7 @@ def _check_present(directory: Path, wanted: list[str]) -> None:
     likely = [name for name in listing if name.startswith(tuple(missing))]
     if likely:
         found += f"; there is {_some(likely)}"
-        remedy = (
-            "If that download is complete, rename it to the name that is missing; else download it again."
-        )
+        remedy = "If that download is complete, rename it to the name that is missing; if not, `qwenrt pull` goes on."
     raise CheckpointError(f"the checkpoint in {directory} is incomplete", found, remedy)
 
 
@@ -379,7 +409,7 @@ def _check_extra(directory: Path, wanted: list[str]) -> None:
         raise CheckpointError(
             f"the checkpoint in {directory} holds files of another version",
             f"{INDEX} names {len(wanted)} files, and {_some(extra)} is there as well",
-            "Delete the files that do not belong to this version, or download the model into an empty directory.",
+            "Delete the files that do not belong to this version, or move them elsewhere.",
         )
 
 

@@ -23,7 +23,13 @@ DTYPE_BITS = {
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
-DOWNLOAD_AGAIN = "Download the file again (qwenrt pull resumes) and compare its size with the model page."
+DOWNLOAD_AGAIN = (
+    "Download the file again (qwenrt pull resumes) and compare its size with the model page."  # it was cut
+)
+AS_WRITTEN = (
+    "Compare its sha256 with the model page's: where they agree it was written so, and only whoever made it can mend "
+    "it; where they differ this copy was damaged on its way."
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, info.st_size, info.st_mtime_ns, entries)
 
 
-def _fail(path: Path, found: str, remedy: str = DOWNLOAD_AGAIN) -> NoReturn:
+def _fail(path: Path, found: str, remedy: str = AS_WRITTEN) -> NoReturn:
     raise CheckpointError(f"{path.name} is not a valid safetensors file", found, remedy)
 
 
@@ -107,18 +113,24 @@ def _read_entries(path: Path, file: BinaryIO, size: int) -> tuple[TensorEntry, .
     if unlike := sniff(head):
         _fail(path, f"it is {unlike[0]} ({size} bytes)", unlike[1])
     if size < 8:
-        _fail(path, f"it has {size} bytes; the header length alone takes 8")
+        _fail(path, f"it has {size} bytes; the header length alone takes 8", DOWNLOAD_AGAIN)
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
         _fail(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
     if length < 2 or 8 + length > size:
         _fail(
-            path, f"its header claims {length} bytes, but {size - 8} follow: the file is truncated or damaged"
+            path,
+            f"its header claims {length} bytes, but {size - 8} follow: the file is truncated or damaged",
+            DOWNLOAD_AGAIN,
         )
     file.seek(8)
     raw = file.read(length)
     if len(raw) != length:
-        _fail(path, f"its header ended after {len(raw)} of {length} bytes: the file was cut while being read")
+        _fail(
+            path,
+            f"its header ended after {len(raw)} of {length} bytes: the file was cut while being read",
+            DOWNLOAD_AGAIN,
+        )
     return parse_header(path, raw, size)
 
 
@@ -212,6 +224,7 @@ def _check_layout(path: Path, entries: list[TensorEntry], start: int, size: int)
         _fail(
             path,
             f"it is truncated: its header describes {at} bytes, the file has {size} ({at - size} missing)",
+            DOWNLOAD_AGAIN,
         )
     if at < size:
         _fail(

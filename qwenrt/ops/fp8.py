@@ -139,7 +139,7 @@ def _check_values(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype,
         zero, negative = int((scale == 0).sum()), int((scale < 0).sum())
         found = f"of {scale.numel()} scales {zero} are zero and {negative} negative"
         raise CheckpointError(
-            asked, found, "The file is damaged or its quantisation failed: download it again."
+            asked, found, "Its quantisation failed, unless the file's sha256 is not its author's."
         )
     if high > min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / _LARGEST:
         raise CheckpointError(
@@ -151,5 +151,7 @@ def _check_values(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype,
     if int(codes.max()) == _NAN or int(weight.view(torch.uint8).max()) == 0xFF:
         bad = int((codes == _NAN).sum()) + int((codes == -1).sum())
         raise CheckpointError(
-            asked, f"{bad} of {weight.numel()} values are NaN", "The file is damaged: download it again."
+            asked,
+            f"{bad} of {weight.numel()} values are NaN",
+            "Its quantisation failed, unless the file's sha256 is not its author's.",
         )

@@ -72,7 +72,7 @@ def unpack_gptq(
         raise CheckpointError(
             f"{name}: reading a GPTQ linear quantised in activation order (desc_act true)",
             "the checkpoint holds no g_idx, so the group of each input is unknown",
-            "Download the checkpoint again, or set desc_act to false if it was quantised without.",
+            "Set desc_act to false in its config if it was quantised without; else only its author has the order.",
         )
     weight = CanonicalWeight(
         scales=scales.contiguous(),
@@ -146,7 +146,7 @@ def _checked_g_idx(
 ) -> torch.Tensor:
     """``g_idx`` as int64 on the CPU, or CheckpointError."""
     asked = f"{name}: reading g_idx, the group of each of {in_features} inputs"
-    remedy = "The file is damaged or of another model: download it again."
+    remedy = "Scales and g_idx are not of one quantisation: whoever made the file must write it anew."
     if g_idx.is_floating_point() or tuple(g_idx.shape) != (in_features,):
         found = f"it has shape {list(g_idx.shape)} and dtype {dtype_name(g_idx.dtype)}"
         raise CheckpointError(asked, f"{found}, expected integers [{in_features}]", remedy)

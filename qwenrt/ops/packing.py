@@ -155,7 +155,9 @@ def quantize_rows(
         if not bool(torch.isfinite(block).all()):
             bad = sum(int((~torch.isfinite(read(each))).sum()) for each in row_blocks(rows, columns))
             raise CheckpointError(
-                asked, f"{bad} values are not finite", "The file is damaged: download it again."
+                asked,
+                f"{bad} values are not finite",
+                "Training or conversion broke it: use an earlier step of it.",
             )
         padded = torch.nn.functional.pad(block, (0, groups * group_size - columns))
         q, scale, zero = _quantize_groups(padded.view(-1, groups, group_size), bits, sym)

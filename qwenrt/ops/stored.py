@@ -33,7 +33,7 @@ def check_stored(asked: str, tool: str, **wanted: Wanted) -> None:
             raise CheckpointError(
                 asked,
                 f"{label} has dtype {dtype_name(tensor.dtype)}, expected {' or '.join(map(dtype_name, dtypes))}",
-                f"The file was not written by {tool}, or was converted: download it again.",
+                f"{tool[0].upper()}{tool[1:]} writes it so: the file is of another tool, or was converted.",
             )
     for label, (tensor, _, _) in wanted.items():
         if tensor is None or tensor.dtype not in SCALE_DTYPES:
@@ -43,7 +43,7 @@ def check_stored(asked: str, tool: str, **wanted: Wanted) -> None:
             raise CheckpointError(
                 asked,
                 f"{bad} of {tensor.numel()} values of {label} are not finite",
-                "The file is damaged or its quantisation failed: download or quantise it again.",
+                "Its quantisation failed: quantise the model again, or use another release.",
             )
 
 

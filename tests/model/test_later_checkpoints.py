@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError
-from qwenrt.ops import gptq, packing
 from qwenrt.sampling_params import SamplingParams
-from tests.model.tiny_models import MOE, QWEN2_MOE, build, greedy, load
-from tests.ops.quantised_checkpoints import awq_config, awq_state, fp8_config, fp8_state
+from tests.model.tiny_models import (
+    MOE,
+    PROMPT,
+    QWEN2_MOE,
+    build,
+    error_against,
+    greedy,
+    linears,
+    load,
+    reloaded,
+    rewrite,
+    set_weights,
+    weights,
+)
+from tests.ops.quantised_checkpoints import awq_config, awq_state, fp8_config, fp8_state, gptq_state
 
-PROMPT = [5, 17, 3, 99, 42, 8, 120]
 MOE_SHAPE = {**MOE, "head_dim": 16, "norm_topk_prob": True}
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
-def rewrite(directory: Path, tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> None:
-    """Other tensors, other keys of config.json (None: removed)."""
-    if tensors is not None:
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"}
-        )
-    path = directory / "config.json"
-    merged = {**json.loads(path.read_text()), **config}
-    path.write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
-
-
-def error_against(oracle: Any, directory: Path, **settings: Any) -> float:
-    with torch.no_grad():
-        wanted = oracle(torch.tensor([PROMPT])).logits[0]
-    with load(directory, **settings) as llm:
-        return float((llm.logits(PROMPT) - wanted).abs().max())
 
 
 def stacked(tensors: dict[str, torch.Tensor], transposed: bool) -> dict[str, torch.Tensor]:
@@ -94,22 +81,6 @@ def test_mixtures_of_experts_are_quantised_at_load(tmp_path: Path, quantize: str
     )  # a token may go to another expert
 
 
-def test_a_tied_head_follows_the_flag_and_shares_memory(tmp_path: Path) -> None:
-    oracle = build("Qwen2", {"tie_word_embeddings": True}, tmp_path)
-    tensors = weights(tmp_path)
-    assert "lm_head.weight" not in tensors
-    assert error_against(oracle, tmp_path) <= 1e-4
-    # A head that is stored beside the flag is not read.
-    rewrite(tmp_path, {**tensors, "lm_head.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])})
-    assert error_against(oracle, tmp_path) <= 1e-4
-    with load(tmp_path) as llm:
-        model = llm._assembled.model
-        assert model.lm_head.data["weight"].data_ptr() == model.embed_tokens.data_ptr()
-    rewrite(tmp_path, tensors, tie_word_embeddings=False)
-    with pytest.raises(CheckpointError, match=r"1 missing: lm_head.weight"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen2_5_vl"])
 def test_the_text_of_a_vision_language_checkpoint(tmp_path: Path, model_type: str) -> None:
     kind = "Qwen3" if model_type == "qwen3_vl" else "Qwen2"
@@ -122,19 +93,6 @@ def test_the_text_of_a_vision_language_checkpoint(tmp_path: Path, model_type: st
     (tmp_path / "config.json").write_text(json.dumps(nested))
     rewrite(tmp_path, tensors)
     assert error_against(oracle, tmp_path) <= 1e-4
-
-
-def linears(tensors: dict[str, torch.Tensor]) -> list[str]:
-    names = [
-        k.removesuffix(".weight") for k, v in tensors.items() if v.dim() == 2 and k.endswith("_proj.weight")
-    ]
-    assert names
-    return names
-
-
-def set_weights(oracle: Any, dense: dict[str, torch.Tensor]) -> None:
-    missing = oracle.load_state_dict(dense, strict=False)
-    assert not missing.unexpected_keys
 
 
 @pytest.mark.parametrize("method", ["awq", "fp8 block", "fp8 channel"])
@@ -166,22 +124,6 @@ def test_quantised_checkpoints(tmp_path: Path, method: str, kind: str) -> None:
         assert llm.generate(prompt_token_ids=PROMPT, sampling_params=params).token_ids == wanted
 
 
-def gptq_state(
-    dense: dict[str, torch.Tensor], names: list[str], bits: int, group_size: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tensors AutoGPTQ writes, biases in every module, and the matrices they stand for."""
-    state, exact = dict(dense), dict(dense)
-    for name in names:
-        bias = dense.get(f"{name}.bias")
-        weight = packing.quantize_dense(state.pop(f"{name}.weight"), bits, group_size, bias, sym=True)
-        state |= {f"{name}.{kind}": tensor for kind, tensor in gptq.pack_gptq(weight).items()}
-        stored = state[f"{name}.scales"]
-        exact[f"{name}.weight"] = packing.dequantize(replace(weight, scales=stored), torch.float32)
-        if bias is not None:
-            exact[f"{name}.bias"] = bias.half().float()
-    return state, exact
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("kind", "width"), [("Qwen2", 96), ("Qwen2", 80), ("Qwen3", 96), ("Qwen3Moe", 96)])
 def test_gptq_checkpoints_of_later_generations(tmp_path: Path, bits: int, kind: str, width: int) -> None:
@@ -200,14 +142,6 @@ def test_gptq_checkpoints_of_later_generations(tmp_path: Path, bits: int, kind: 
     with torch.no_grad():
         size = float(oracle(torch.tensor([PROMPT])).logits.abs().max())
     assert error_against(oracle, tmp_path) <= 1e-5 * size
-
-
-def reloaded(oracle: Any, exact: dict[str, torch.Tensor], directory: Path) -> Any:
-    """The oracle from other weights on disk, which its own loader stacks."""
-    place = directory / "exact"
-    oracle.save_pretrained(place)
-    save_file({k: v.contiguous() for k, v in exact.items()}, place / "model.safetensors", {"format": "pt"})
-    return type(oracle).from_pretrained(place, dtype=torch.float32).eval()
 
 
 def test_fp8_says_what_serves_and_rounds_to_int8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,13 +1,14 @@
-"""Tiny AWQ and FP8 state dicts made from a dense one, and the matrices they stand for."""
+"""Tiny GPTQ, AWQ and FP8 state dicts made from a dense one, and the matrices they stand for."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwenrt.ops import awq, packing
+from qwenrt.ops import awq, gptq, packing
 
 State = dict[str, torch.Tensor]
 
@@ -31,6 +32,11 @@ def awq_state(dense: State, names: list[str], group_size: int) -> tuple[State, S
     return state, dequantised
 
 
+def gptq_config(bits: int, group_size: int) -> dict[str, Any]:
+    """quantization_config of such a checkpoint's config.json."""
+    return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": True}
+
+
 def awq_config(group_size: int) -> dict[str, Any]:
     """quantization_config of such a checkpoint's config.json."""
     return {
@@ -41,6 +47,22 @@ def awq_config(group_size: int) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": None,
     }
+
+
+def gptq_state(
+    dense: dict[str, torch.Tensor], names: list[str], bits: int, group_size: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors AutoGPTQ writes, biases in every module, and the matrices they stand for."""
+    state, exact = dict(dense), dict(dense)
+    for name in names:
+        bias = dense.get(f"{name}.bias")
+        weight = packing.quantize_dense(state.pop(f"{name}.weight"), bits, group_size, bias, sym=True)
+        state |= {f"{name}.{kind}": tensor for kind, tensor in gptq.pack_gptq(weight).items()}
+        stored = state[f"{name}.scales"]
+        exact[f"{name}.weight"] = packing.dequantize(replace(weight, scales=stored), torch.float32)
+        if bias is not None:
+            exact[f"{name}.bias"] = bias.half().float()
+    return state, exact
 
 
 def fp8_state(
