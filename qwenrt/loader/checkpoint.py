@@ -65,7 +65,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             first = tensors.get(entry.name)
             if first is not None and same_bytes(first, entry):
                 logger.warning(
-                    "%s is in %s and, the same, in %s", entry.name[:80], first.shard.name, entry.shard.name
+                    "%r is in %s and, the same, in %s", entry.name[:80], first.shard.name, entry.shard.name
                 )
             elif first is not None:
                 raise CheckpointError(

@@ -63,7 +63,7 @@ def load_weights(
     file. ``progress`` None shows a bar on a terminal only. ``packed_cache``: a directory where packed weights are
     kept, from which the next load maps them. Before any data is read every tensor is accounted for: one
     CheckpointError lists what is missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no
-    sense. CapacityError: memory ran out. Values are searched for NaN and infinity in full in small tensors, in
+    sense. CapacityError: memory ran out. ``config``: as as_stored() left it. Values are searched for NaN and infinity in full in small tensors, in
     samples of large ones.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -79,7 +79,7 @@ def load_weights(
         cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, way)
         if cache.fill(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
-    head_bits = QUANTIZE_BITS.get(quantize_head or "")
+    head_bits = QUANTIZE_BITS.get(quantize_head or "") if config.has_head else None
     loader = _Loader(TensorReader(checkpoint), inventory, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
         served = f"int{bits}" if bits else _DTYPE_NAMES[loader.kept(torch.bfloat16)]
@@ -220,6 +220,8 @@ class _Loader:
         for weight in weights:
             if weight.dense is not None:
                 _check_range(spec.name, weight.dense, self.kept(weight.dense.dtype))
+            if weight.bias is not None:
+                _check_range(f"{spec.name}.bias", weight.bias, self.dtype)
         packed = [self.backend.pack_linear(weight, self.dtype) for weight in weights]
         if len(packed) == 1:
             return packed[0]

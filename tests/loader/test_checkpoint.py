@@ -280,7 +280,7 @@ def test_two_sets_without_an_index(tmp_path: Path) -> None:
 def test_a_tensor_in_two_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file({"a": A, "b": B}, sharded(tmp_path) / ONE)
     assert torch.equal(dict(iter_tensors(tmp_path))["b"], B)
-    assert f"b is in {ONE} and, the same, in {TWO}" in caplog.text
+    assert f"'b' is in {ONE} and, the same, in {TWO}" in caplog.text
     for other in (B + 1, B.float(), B[:2]):
         save_file({"a": A, "b": other}, sharded(tmp_path) / ONE)
         refused(tmp_path, f"tensor 'b' is in {ONE} and, different, in {TWO}")
@@ -311,10 +311,11 @@ def test_an_index_that_agrees_is_not(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-def test_names_that_would_steer_the_terminal_or_fill_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError) as error:
-        open_checkpoint(sharded(tmp_path, weight_map={"\x1b[2J\ud800": ONE, "x" * 10_000: TWO}))
-    text = str(error.value)
+def test_names_that_would_steer_the_terminal_or_fill_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_checkpoint(sharded(tmp_path, weight_map={"\x1b[2J\ud800": ONE, "x" * 10_000: TWO}))
+    text = caplog.text
     assert "\x1b" not in text and r"\x1b[2J" in text and len(text) < 2000
     text.encode()
 
