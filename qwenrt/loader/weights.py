@@ -63,8 +63,8 @@ def load_weights(
     file. ``progress`` None shows a bar on a terminal only. ``packed_cache``: a directory where packed weights are
     kept, from which the next load maps them. Before any data is read every tensor is accounted for: one
     CheckpointError lists what is missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no
-    sense. CapacityError: memory ran out. ``config``: as as_stored() left it. Values are searched for NaN and infinity in full in small tensors, in
-    samples of large ones.
+    sense. CapacityError: memory ran out. ``config`` is what as_stored() made of it. Values are searched for NaN and
+    infinity in full in small tensors, in samples of large ones.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     bits = quantize_bits(quantize, config)
