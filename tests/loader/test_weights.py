@@ -424,7 +424,7 @@ def test_peak_memory(tmp_path: Path) -> None:
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
     half_figures, full = json.loads(done.stdout).values()
-    largest, merged, slack = v * d * 2, 2 * i * d * 2, 16 * 2**20
+    largest, merged, slack = v * d * 2, 2 * i * d * 2, 24 * 2**20  # the allocator keeps up to 16 MiB
     assert half_figures["anonymous"] < layers * merged + slack  # the rest are pages of the file
     assert half_figures["peak"] < half_figures["weights"] + largest + slack
     assert full["weights"] * 0.9 < full["anonymous"] < full["weights"] + slack
