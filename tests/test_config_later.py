@@ -97,6 +97,7 @@ def test_what_says_less_is_named_in_a_warning(
             ({"rope_parameters": YARN, "rope_scaling": {**YARN, "factor": 2.0}},),
             ("rope_parameters", "factor=4.0", "rope_scaling", "factor=2.0"),
         ),
+        (({"rope_parameters": {"partial_rotary_factor": 0.25}},), ("partial_rotary_factor", "0.25")),
         (({"rope_scaling": {"factor": 4.0}},), ("a factor 4.0 and no rope_type",)),
         (({"rope_parameters": {"rope_theta": 5e6}},), ("rope_parameters.rope_theta 5e+06", "rope_theta 1e+06")),
         (({"rope_theta": 5e6}, {}), ("rope_theta 1e+06", "rope_theta of the outer level 5e+06")),

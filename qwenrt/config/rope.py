@@ -30,6 +30,10 @@ def read_rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[fl
     names both. Two that contradict each other are a ConfigError.
     """
     stated = list(_statements(config, where))
+    for label, level in (*stated, ("config.json", config)):
+        if level.get("partial_rotary_factor") not in (None, 1, 1.0):
+            found = f"partial_rotary_factor in {label} is {level['partial_rotary_factor']!r:.40}"
+            raise ConfigError(f"reading {where}", found, "Heads of this family are rotated as a whole.")
     yarns = [(label, _yarn(rope, config, positions, where)) for label, rope in stated]
     scaled = [(label, yarn) for label, yarn in yarns if yarn is not None]
     for label, yarn in scaled[1:]:

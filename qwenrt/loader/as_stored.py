@@ -11,7 +11,7 @@ from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, layer_linears
 from qwenrt.config.quant import Correction, QuantConfig
 from qwenrt.loader.checkpoint import Checkpoint, same_bytes
-from qwenrt.loader.forms import Module, form_of
+from qwenrt.loader.forms import FP8, Module, form_of
 from qwenrt.loader.header import TensorEntry
 from qwenrt.loader.names import table_for
 
@@ -26,7 +26,16 @@ def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """
     modules = _modules(config, checkpoint)
     config = _with_head(config, checkpoint, modules)
-    if config.quant is None or not config.quant.has_codes:
+    if config.quant is None:
+        return config
+    if not any(map(_is_quantised, modules.values())):
+        logger.warning(
+            "config.json says that %s is quantised (%s), and all of its weights are dense: it is loaded as dense",
+            checkpoint.directory,
+            config.quant.method,
+        )
+        return replace(config, quant=None)
+    if not config.quant.has_codes:
         return config
     corrections = tuple(_corrections(config, config.quant, modules))
     return replace(config, quant=replace(config.quant, corrections=corrections))
@@ -72,6 +81,10 @@ def _with_head(config: ModelConfig, checkpoint: Checkpoint, modules: _Modules) -
 
 
 # ---- forms
+
+
+def _is_quantised(kinds: dict[str, TensorEntry]) -> bool:
+    return bool(kinds.keys() - {"weight", "bias"}) or ("weight" in kinds and kinds["weight"].dtype == FP8)
 
 
 def _corrections(config: ModelConfig, quant: QuantConfig, modules: _Modules) -> Iterator[Correction]:

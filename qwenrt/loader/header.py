@@ -137,8 +137,8 @@ def _read_entries(path: Path, file: BinaryIO, size: int) -> tuple[TensorEntry, .
 def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorEntry, ...]:
     """The tensors of a header ``raw`` (the JSON after the 8 length bytes) in a file of ``size`` bytes."""
     header = _parse_json(path, raw)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not isinstance(metadata, dict):
         _fail(path, "its __metadata__ is not an object")
     if len(header) > MAX_TENSORS:
         _fail(path, f"it names {len(header)} tensors; at most {MAX_TENSORS} are allowed in one file")
@@ -151,8 +151,8 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorEntry, ...]:
 
 def metadata_of(raw: bytes) -> dict[str, Any]:
     """The free texts of a header that parse_header accepted."""
-    metadata: dict[str, Any] = json.loads(raw).get("__metadata__", {})
-    return metadata
+    metadata: dict[str, Any] | None = json.loads(raw).get("__metadata__")
+    return metadata or {}
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:

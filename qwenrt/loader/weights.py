@@ -173,16 +173,16 @@ class _Loader:
         if (param, "") in self.inventory.forms:  # a router or a gate, in whatever form the file has it
             weight = self._canonical(param, "", Target(keep_words=False, fp8_dtype=torch.float32))
             tensor = packing.dequantize(weight, None if weight.dense is not None else torch.float32)
-            if weight.bias is not None and bool(weight.bias.any()):
+            if weight.bias is not None:
                 remedy = "No Qwen has one there: this version does not read such a model."
                 raise CheckpointError(f"reading {param}", f"it has a bias, {slots['', 'bias']}", remedy)
         else:
             read = self._read(slots["", "weight"])
             assert read is not None
             tensor = read
-        name = slots.get(("", "weight"), param)
-        result = _converted(name, tensor, self.kept(tensor.dtype) if param == "embed_tokens" else self.dtype)
-        result = result.to(self.backend.device)
+        dtype = self.kept(tensor.dtype) if param == "embed_tokens" else self.dtype
+        _check_range(param, tensor, dtype)
+        result = tensor.to(self.backend.device, dtype)
         self._release(slots)
         return result
 
@@ -239,7 +239,8 @@ class _Loader:
         for part, rows in parts:
             weight = self._canonical(spec.name, part, target, spec.bias)
             assert weight.dense is not None
-            buffer[row : row + rows] = _converted(spec.name, weight.dense, dtype)
+            _check_range(spec.name, weight.dense, dtype)
+            buffer[row : row + rows] = weight.dense
             biases.append(weight.bias)
             self.reader.release(self.inventory.slots[spec.name][part, "weight"])
             row += rows
@@ -298,11 +299,6 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
             "If its author's copy has the same sha256, training or conversion broke it: use an earlier step of it, or "
             "another release.",
         )
-
-
-def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    _check_range(name, tensor, dtype)
-    return tensor.to(dtype)
 
 
 def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

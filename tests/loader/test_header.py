@@ -64,6 +64,7 @@ def test_the_good_header_is_good(tmp_path: Path) -> None:
     assert (
         len(read_shard(write(tmp_path / "n.safetensors", {"__metadata__": {"k": "v"}, **GOOD})).tensors) == 3
     )
+    assert len(read_shard(write(tmp_path / "null.safetensors", {"__metadata__": None, **GOOD})).tensors) == 3
 
 
 BAD: list[tuple[str, Any, dict[str, Any], str]] = [

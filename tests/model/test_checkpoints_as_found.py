@@ -343,6 +343,17 @@ def test_a_float32_part_beside_16_bits_keeps_its_values(tmp_path: Path, others: 
         load(tmp_path, dtype="float16")
 
 
+def test_a_dequantised_file_under_a_config_that_says_quantised_is_dense(
+    tied: tuple[Any, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    oracle, source = tied
+    copy_of(source, tmp_path, quantization_config=gptq_config(4, 32))
+    assert error_against(oracle, tmp_path) <= 1e-4
+    assert "all of its weights are dense" in caplog.text
+    with load(tmp_path, quantize="int8") as llm:
+        assert llm._assembled.model.get("layers.0.qkv_proj").bits == 8
+
+
 # ---- what an index says
 
 
