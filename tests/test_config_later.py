@@ -277,7 +277,9 @@ _json = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["factor", "rope_type", "type", "rope_theta", "bits", "dynamic"]), inner
+            st.sampled_from(["factor", "rope_type", "type", "rope_theta", "bits", "dynamic"]),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=6,

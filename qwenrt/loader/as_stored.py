@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from qwenrt.loader.forms import FP8, Module, form_of
 from qwenrt.loader.header import TensorEntry
 from qwenrt.loader.names import table_for
 
+_NUMBER = re.compile(r"\.[0-9]+")
 logger = logging.getLogger("qwenrt")
 
 
@@ -90,21 +92,28 @@ def _is_quantised(kinds: dict[str, TensorEntry]) -> bool:
 def _corrections(config: ModelConfig, quant: QuantConfig, modules: _Modules) -> Iterator[Correction]:
     """How many matrices more or fewer of which form there are than ``quant`` says: of those left dense, and of those
     with other bits or groups; the head, which it counts as dense."""
-    stated = (quant.bits, quant.group_size)
-    found: Counter[tuple[int, int, int, int]] = Counter()
-
-    def count(spec: LinearSpec, stated: tuple[int, int]) -> None:
-        parts = {part: modules.get((spec.name, part)) for part, _ in (*spec.parts, ("", 0))}
-        for part, rows in (("", spec.out_features),) if parts[""] else spec.parts:
-            kinds = {kind: entry for kind, entry in (parts[part] or {}).items() if kind != "bias"}
-            form = form_of(Module(spec.name, rows, spec.in_features, kinds), quant) if kinds else "missing"
-            own = stated if isinstance(form, str) else (form.bits, form.group_size)
-            if own != stated:
-                found[(rows, spec.in_features, *own)] += 1
-                found[(rows, spec.in_features, *stated)] -= 1
-
-    for layer in range(config.num_layers):
-        for spec in layer_linears(config, layer):
-            count(spec, stated)
-    count(LinearSpec("lm_head", config.hidden_size, (("", config.vocab_size),), False), (16, 0))
+    specs, found = _specs(config), Counter[tuple[int, int, int, int]]()
+    for (param, part), kinds in modules.items():
+        spec = specs.get(_NUMBER.sub("", param))
+        if spec is None:
+            continue
+        stated = (quant.bits, quant.group_size) if spec.quantizable else (16, 0)
+        rows = dict(spec.parts).get(part, spec.out_features)
+        form = form_of(
+            Module(param, rows, spec.in_features, {k: kinds[k] for k in kinds if k != "bias"}), quant
+        )
+        own = stated if isinstance(form, str) else (form.bits, form.group_size)
+        if own != stated:
+            found[(rows, spec.in_features, *own)] += 1
+            found[(rows, spec.in_features, *stated)] -= 1
     return (Correction(*shape, number) for shape, number in found.items() if number)
+
+
+def _specs(config: ModelConfig) -> dict[str, LinearSpec]:
+    """The linears by name without the numbers of layer and expert, in which they do not differ."""
+    one = config if config.moe is None else replace(config, moe=replace(config.moe, num_experts=1, top_k=1))
+    head = LinearSpec("lm_head", config.hidden_size, (("", config.vocab_size),), False, quantizable=False)
+    specs = [head]
+    for layer in {config.is_moe(n): n for n in range(config.num_layers)}.values():
+        specs += layer_linears(one, layer)
+    return {_NUMBER.sub("", spec.name): spec for spec in specs}
