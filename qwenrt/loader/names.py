@@ -11,8 +11,6 @@ from qwenrt.errors import ConfigError
 # What a module's tensors are called: dense, GPTQ and AWQ, FP8 with what its values are multiplied by.
 KINDS = ("weight", "bias", "qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "weight_scale")
 _NUMBER = "(?:0|[1-9][0-9]{0,5})"
-_WHOLE_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-_MOST_KEYS = 4096  # remembered; names of untrusted files may be anything
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,6 @@ class NameTable:
         ]
 
     @cached_property
-    def _likely(self) -> dict[str, list[tuple[re.Pattern[str], str, str]]]:
-        return {}
-
-    @cached_property
     def _stacked(self) -> list[tuple[re.Pattern[str], str]]:
         return [(re.compile(self._pattern(name)), path) for name, path in self.stacked.items()]
 
@@ -89,20 +83,11 @@ class NameTable:
 
     def locate(self, name: str) -> Place | None:
         """The place of the checkpoint tensor ``name``; IGNORED for a known buffer; None if it is unknown."""
-        for pattern, param, part in self._rules_for(_WHOLE_NUMBER.sub("0", name)):
+        for pattern, param, part in self._rules:
             if match := pattern.fullmatch(name):
                 groups = match.groupdict()
-                numbers = {letter: groups.get(letter) for letter in ("n", "e")}
-                return Place(param.format(**numbers), part, groups.get("kind") or "weight")
+                return Place(param.format(**groups), part, groups.get("kind") or "weight")
         return IGNORED if self._ignored.fullmatch(name) else None
-
-    def _rules_for(self, key: str) -> list[tuple[re.Pattern[str], str, str]]:
-        """The rules for names that differ from ``key`` in their numbers alone: of 10,000 experts' tensors a dozen."""
-        if len(self._likely) > _MOST_KEYS:
-            self._likely.clear()
-        if key not in self._likely:
-            self._likely[key] = [rule for rule in self._rules if rule[0].fullmatch(key)]
-        return self._likely[key]
 
     def expert_of(self, name: str) -> str | None:
         """For a tensor that holds a module of all experts: the name of one expert's, with ``{e}`` in it; else None."""
