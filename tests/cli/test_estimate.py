@@ -14,6 +14,7 @@ import pytest
 from qwenrt.config import ModelConfig
 from qwenrt.loader import device_memory
 from qwenrt.loader.footprint import Storage, weight_bytes
+from tests.conftest import write_tiny_checkpoint
 
 Qwenrt = Callable[..., Any]
 GIB = 2**30
@@ -47,6 +48,15 @@ def test_a_released_shape(qwenrt: Qwenrt) -> None:
     ):
         assert line in done.out
     assert max(map(len, done.out.splitlines())) <= 110
+
+
+def test_files_that_are_here_decide_whether_the_head_is_the_embedding(qwenrt: Qwenrt, tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    with_files = as_json(qwenrt, str(directory))
+    (directory / "model.safetensors").unlink()
+    alone = as_json(qwenrt, str(directory))
+    assert with_files["parameters"] - alone["parameters"] == 512 * 64
+    assert with_files["weight_bytes"] > alone["weight_bytes"]
 
 
 def test_what_does_not_fit_exits_with_1(qwenrt: Qwenrt) -> None:
