@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from qwenrt.config import QuantConfig
 
 
+_NEARLY_ALL = 0.9  # of the zeros; groups of padding or of nothing but zeros may have others
+
+
 def unpack_gptq(
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -41,12 +44,13 @@ def unpack_gptq(
     """One GPTQ linear, as AutoGPTQ wrote it, in the canonical form.
 
     With K = in_features, N = out_features, b = quant.bits, G = ceil(K / group_size): ``qweight`` int32
-    [K*b/32, N], ``qzeros`` int32 [G, N*b/32], ``scales`` float [G, N], ``g_idx`` int [K] (absent or empty:
-    arange(K) // group_size), ``bias`` [N] or None; a bias of zeros, which AutoGPTQ adds to every linear,
-    is dropped. W[n, k] = scales[g_idx[k], n] * (q[k, n] - (stored_zero[g_idx[k], n] + quant.zero_offset)),
-    without masking the sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. A ``quant.sym`` is
-    taken at its word where all zeros are one number (_true_zeros). ``keep_words`` leaves the codes in ``qweight``, as
-    the result's ``words``. Raises CheckpointError that names the module when a shape, dtype or index is wrong.
+    [K*b/32, N], ``qzeros`` int32 [G, N*b/32], ``scales`` float [G, N], ``g_idx`` int [K] (arange(K) // group_size
+    where it is absent, empty or, without desc_act, a placeholder of zeros), ``bias`` [N] or None; a bias of zeros,
+    which AutoGPTQ adds to every linear, is dropped.
+    W[n, k] = scales[g_idx[k], n] * (q[k, n] - (stored_zero[g_idx[k], n] + quant.zero_offset)), without masking the
+    sum to b bits: a stored 15 is a true zero of 16, as AutoGPTQ computes it. A ``quant.sym`` is taken at its word
+    where nearly all zeros are one number (_true_zeros). ``keep_words`` leaves the codes in ``qweight``, as the
+    result's ``words``. Raises CheckpointError that names the module when a shape, dtype or index is wrong.
     """
     _check_bits(quant.bits, name)
     group_size = _group_size(quant.group_size, in_features, name)
@@ -63,12 +67,12 @@ def unpack_gptq(
     zeros = _true_zeros(_unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16), quant, name)
     perm = None
     if g_idx is not None and g_idx.numel() > 0:
-        g_idx = _checked_g_idx(g_idx, in_features, scales.shape[0], quant, name)
+        g_idx = _checked_g_idx(g_idx, in_features, group_size, scales.shape[0], quant, name)
         if not torch.equal(g_idx, torch.arange(in_features) // group_size):
             perm, group_size, order = _sort_groups(g_idx, group_size)
             if order is not None:
                 scales, zeros = scales.index_select(0, order), zeros.index_select(0, order)
-    elif quant.desc_act:
+    elif quant.desc_act and groups > 1:
         raise CheckpointError(
             f"{name}: reading a GPTQ linear quantised in activation order (desc_act true)",
             "the checkpoint holds no g_idx, so the group of each input is unknown",
@@ -90,21 +94,22 @@ def unpack_gptq(
 def _true_zeros(stored: torch.Tensor, quant: QuantConfig, name: str) -> torch.Tensor:
     """Stored zeros, int16, as what codes are measured from.
 
-    Of a symmetric weight that is the middle code m, whatever number a tool wrote for it: m - 1, as v1 of the format
-    has it, or m itself, as v2 does, which some tools write under the name of v1 (kernels for symmetric weights do not
-    look at zeros). Zeros of several values show that the flag is wrong, and are taken as they stand.
+    Of a symmetric weight that is the middle code m. Version 1 of the format stores m - 1 for it and version 2 m, and
+    some tools write one under the name of the other, which kernels for symmetric weights, as they look at no zeros,
+    never show: what nearly all zeros are tells. Zeros of many values show that the flag is wrong, and are taken as
+    they stand.
     """
+    middle, stated = 2 ** (quant.bits - 1), quant.zero_offset
+    if quant.sym and float((stored == middle - (1 - stated)).float().mean()) > _NEARLY_ALL:
+        return stored + (1 - stated)
     low, high = int(stored.min()), int(stored.max())
-    middle = 2 ** (quant.bits - 1)
-    if not quant.sym or low != high or low + quant.zero_offset == middle:
-        return stored + quant.zero_offset
-    if low in (middle - 1, middle):
-        return torch.full_like(stored, middle)
-    raise CheckpointError(
-        f"{name}: reading a symmetric GPTQ linear of {quant.bits} bits",
-        f"every stored zero is {low}, and sym: true means {middle}, which is stored as {middle - 1} or {middle}",
-        "Set sym to false in the quantisation config if the zeros are meant as they are stored.",
-    )
+    if quant.sym and low == high != middle - stated:
+        raise CheckpointError(
+            f"{name}: reading a symmetric GPTQ linear of {quant.bits} bits",
+            f"every stored zero is {low}, and sym: true means {middle}, which is stored as {middle - 1} or {middle}",
+            "Set sym to false in the quantisation config if the zeros are meant as they are stored.",
+        )
+    return stored + stated
 
 
 def with_codes(weight: CanonicalWeight) -> CanonicalWeight:
@@ -142,9 +147,9 @@ def _group_size(group_size: int, in_features: int, name: str) -> int:
 
 
 def _checked_g_idx(
-    g_idx: torch.Tensor, in_features: int, groups: int, quant: QuantConfig, name: str
+    g_idx: torch.Tensor, in_features: int, group_size: int, groups: int, quant: QuantConfig, name: str
 ) -> torch.Tensor:
-    """``g_idx`` as int64 on the CPU, or CheckpointError."""
+    """``g_idx`` as int64 on the CPU, what it stands for where it is a placeholder, or CheckpointError."""
     asked = f"{name}: reading g_idx, the group of each of {in_features} inputs"
     remedy = "Scales and g_idx are not of one quantisation: whoever made the file must write it anew."
     if g_idx.is_floating_point() or tuple(g_idx.shape) != (in_features,):
@@ -155,11 +160,7 @@ def _checked_g_idx(
     if low < 0 or high >= groups:
         raise CheckpointError(asked, f"groups {low} to {high}, but scales hold 0 to {groups - 1}", remedy)
     if groups > 1 and high == 0 and not quant.desc_act:
-        raise CheckpointError(
-            asked,
-            f"all zeros, which leaves {groups - 1} of {groups} groups of scales unused: a placeholder",
-            "Remove g_idx from the file if the checkpoint was quantised without desc_act.",
-        )
+        return torch.arange(in_features) // group_size
     return g_idx
 
 
