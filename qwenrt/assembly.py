@@ -369,7 +369,7 @@ def _eos(config: ModelConfig, text: _Text) -> tuple[int, ...]:
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if text.generation.chat_format == "chatml":
-            ids += [tokenizer.im_end_id, tokenizer.im_start_id]
+            ids += [i for i in (tokenizer.im_end_id, tokenizer.im_start_id) if i is not None]
     return tuple(dict.fromkeys(ids))
 
 

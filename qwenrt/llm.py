@@ -409,7 +409,7 @@ class LLM:
                 raise RequestError(
                     "prompt", f"got {type(text).__name__}", "Pass a string or a list of strings."
                 )
-        return [tokenizer.encode(text) for text in texts], isinstance(prompt, str)
+        return [[*tokenizer.prefix_ids, *tokenizer.encode(text)] for text in texts], isinstance(prompt, str)
 
     def _submit(self, ids: list[int], params: SamplingParams, stop: Sequence[str] = ()) -> Handle:
         if stop:

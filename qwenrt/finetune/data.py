@@ -75,7 +75,8 @@ def encode_entry(tokenizer: Tokenizer, entry: object, number: int = 1) -> tuple[
         return ids, list(ids)
     turns = _turns(entry, number)
     newline = tokenizer.encode("\n")
-    start, end = [tokenizer.im_start_id], [tokenizer.im_end_id, *newline]
+    im_start, im_end = tokenizer.turn_ids()
+    start, end = [im_start], [im_end, *newline]
     ids, labels = [], []
     system = _text(entry.get("system", DEFAULT_SYSTEM), number, "system")
     for role, text in [("system", system), *turns]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError
@@ -20,6 +22,7 @@ from qwenrt.text.vocabulary import (
 )
 
 REQUIRED = (END_OF_TEXT, IM_START, IM_END)
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # The control tokens of the generations after the first, for files that list forms and ids only. All other added
 # tokens (<think>, <tool_call>, <|fim_prefix|>, ...) are text that a reader wants to see.
 CONTROL_TOKENS = frozenset(REQUIRED) | {
@@ -33,7 +36,14 @@ CONTROL_TOKENS = frozenset(REQUIRED) | {
         "<|video_pad|>",
     ),
 }
+# What every generation writes around thoughts and calls. No file calls these special.
+_TAGS = frozenset(("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"))
+_CONTROL_SHAPE = re.compile("<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|im_start|>; DeepSeek's bars are wide
 MAX_FORM_CHARS = 256
+# As \w and \s of the tokenizers library, which has Unicode's definitions; Python's differ in these.
+_WORD_CATEGORIES = ("L", "M", "Nd", "Nl", "Pc")
+_MORE_WORD = re.compile("[\u200c\u200d\u24b6-\u24e9]")
+_BLANK = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 
 Listed = Iterator[tuple[str, AddedToken]]  # (where it is listed, what)
 
@@ -44,12 +54,19 @@ def read_added_tokens(
     tokenizer_config: Mapping[str, Any],
     vocab: Mapping[str, int],
     first_free_id: int,
+    templates: str = "",
 ) -> tuple[AddedToken, ...]:
     """The added tokens of a directory, by id.
 
     They are those of tokenizer.json (``tokenizer_json`` is its added_tokens, None without the file) and of
     tokenizer_config.json; where neither lists any, those of added_tokens.json; where none does, the three that
-    every Qwen has, from ``first_free_id``. Those three are also looked for in ``vocab`` (form -> id).
+    every Qwen has, from ``first_free_id``. Those three are also looked for in ``vocab`` (form -> id). A model with
+    none of the three, but with an eos_token of its own among its added tokens, is one that was trained with other
+    control tokens.
+
+    Which of them are control tokens: those that a file calls special, those that tokenizer_config.json names as ends
+    and beginnings, those written `<|...|>`, the family's tags of thoughts and calls, and those that stand in
+    ``templates``, the directory's chat templates. All others are words.
     Raises ConfigError naming the entry, or which of the three is missing.
     """
     found: dict[str, AddedToken] = {}
@@ -77,14 +94,45 @@ def read_added_tokens(
     if not found and not in_vocab:
         in_vocab = {form: first_free_id + i for i, form in enumerate(REQUIRED)}
     add(_from_forms(in_vocab, str(directory)))
+    named = _named_tokens(tokenizer_config) & set(found)
     missing = [form for form in REQUIRED if form not in found]
-    if missing:
+    if missing and (len(missing) < len(REQUIRED) or token_form(tokenizer_config.get("eos_token")) not in found):
         raise ConfigError(
             f"reading {directory}",
-            f"its {len(found)} added tokens do not include {' and '.join(missing)}",
-            "Every Qwen has these: this is another model's tokenizer, or a file is missing.",
+            f"its {len(found)} added tokens do not include {' and '.join(missing)}, and it names no end of text "
+            "of its own (eos_token in tokenizer_config.json)",
+            "Every Qwen has these: a file is missing or damaged, or this is the tokenizer of another family.",
         )
-    return tuple(sorted(found.values(), key=lambda token: token.id))
+    return tuple(
+        replace(token, special=token.special or token.form in named, control=_is_control(token, named, templates))
+        for token in sorted(found.values(), key=lambda token: token.id)
+    )
+
+
+def _named_tokens(tokenizer_config: Mapping[str, Any]) -> set[str]:
+    """The forms that tokenizer_config.json itself calls special."""
+    values = [tokenizer_config.get(name) for name in NAMED_TOKENS]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = tokenizer_config.get(name)
+        values += more if isinstance(more, list) else more.values() if isinstance(more, dict) else []
+    return {form for value in values if (form := token_form(value)) is not None}
+
+
+def token_form(value: object) -> str | None:
+    """The form of a token that tokenizer_config.json names: a text, or an object with its content."""
+    form = value.get("content") if isinstance(value, dict) else value
+    return form if isinstance(form, str) else None
+
+
+def _is_control(token: AddedToken, named: Collection[str], templates: str) -> bool:
+    form = token.form
+    return (
+        token.special
+        or form in named
+        or form in _TAGS
+        or _CONTROL_SHAPE.fullmatch(form) is not None
+        or form in templates
+    )
 
 
 def _from_tokenizer_json(entries: object, where: str) -> Listed:
@@ -129,37 +177,58 @@ def _added_token(entry: object, token_id: object, where: str) -> AddedToken:
         value = entry.get(name, False)
         if not isinstance(value, bool):
             raise ConfigError(f"reading {where}", f"{name} is {value!r:.40}", "It must be true or false.")
-        if value and name in ("lstrip", "rstrip", "single_word"):
-            raise ConfigError(
-                f"reading {where}",
-                f"{form!r:.60} has {name} true",
-                "No Qwen's token takes the text around it along: set it to false if you made this tokenizer.",
-            )
     # The ends of texts and turns are control tokens whatever a file says: they must never show in an answer.
     special = entry.get("special", False) or form in REQUIRED
     normalized = entry.get("normalized", not special)
-    return AddedToken(nfc(form) if normalized else form, token_id, special, normalized)
+    around = {name: entry.get(name, False) for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(nfc(form) if normalized else form, token_id, special, normalized, **around)
+
+
+class Found(NamedTuple):
+    """Where a token stands in a text, with the white space that it takes along."""
+
+    start: int
+    end: int
+    id: int
 
 
 class FormFinder:
     """Finds the forms of tokens in a text, leftmost and longest first, in time linear in the text."""
 
-    def __init__(self, ids: Mapping[str, int]) -> None:
-        self._ids = ids
-        self._lengths = sorted({len(form) for form in ids}, reverse=True)
-        starts = {form[0] for form in ids}
-        self._start = re.compile(f"[{''.join(map(re.escape, sorted(starts)))}]") if ids else None
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        self._tokens = {token.form: token for token in tokens}
+        self._lengths = sorted({len(form) for form in self._tokens}, reverse=True)
+        starts = "".join(map(re.escape, sorted({form[0] for form in self._tokens})))
+        self._start = re.compile(f"[{starts}]") if starts else None
 
-    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """(text before a form, the form's id) for each occurrence, then (the rest, None)."""
+    def find(self, text: str, words_only: bool = False) -> Iterator[Found]:
+        """The tokens in the text, in their order. ``words_only``: control tokens are passed over, and what is
+        inside them too."""
         end = position = 0
-        while self._start is not None and (found := self._start.search(text, position)):
-            start = found.start()
+        while self._start is not None and (start_at := self._start.search(text, position)):
+            start = start_at.start()
+            token = self._at(text, start)
             position = start + 1
-            for length in self._lengths:
-                form = text[start : start + length]
-                if form in self._ids:
-                    yield text[end:start], self._ids[form]
-                    end = position = start + len(form)
-                    break
-        yield text[end:], None
+            if token is None:
+                continue
+            position = stop = start + len(token.form)
+            if (words_only and token.control) or (token.single_word and _goes_on(text, start, stop)):
+                continue
+            while token.lstrip and start > end and text[start - 1] in _BLANK:
+                start -= 1
+            while token.rstrip and stop < len(text) and text[stop] in _BLANK:
+                stop += 1
+            yield Found(start, stop, token.id)
+            end = position = stop
+
+    def _at(self, text: str, start: int) -> AddedToken | None:
+        return next((t for n in self._lengths if (t := self._tokens.get(text[start : start + n]))), None)
+
+
+def _goes_on(text: str, start: int, end: int) -> bool:
+    """Whether a word goes on before or behind a place in the text."""
+    return any(
+        unicodedata.category(character).startswith(_WORD_CATEGORIES) or _MORE_WORD.match(character)
+        for character in (text[start - 1 : start], text[end : end + 1])
+        if character
+    )

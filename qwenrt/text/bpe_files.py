@@ -12,9 +12,10 @@ from typing import Any
 
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.text.added_tokens import read_added_tokens
+from qwenrt.text.added_tokens import read_added_tokens, token_form
 from qwenrt.text.bpe_merges import check_forms, check_ids, is_byte_level, merged_ranks, split_merges
 from qwenrt.text.qwen1_vocabulary import QWEN1_FILE, is_cut_off
+from qwenrt.text.template_files import template_sources
 from qwenrt.text.tokenizer_json import read_tokenizer_json
 from qwenrt.text.vocabulary import FETCH_ALL_AGAIN, AddedToken, Vocabulary, read_base_vocab, read_limited
 
@@ -30,22 +31,31 @@ def read_bpe(directory: Path) -> Vocabulary:
     """
     config_path = directory / "tokenizer_config.json"
     config = read_json(config_path) if config_path.exists() else {}
+    written = _templates(directory, config)
     if (directory / TOKENIZER_FILE).exists():
-        vocabulary = _from_tokenizer_json(directory, config)
+        vocabulary = _from_tokenizer_json(directory, config, written)
     elif (directory / VOCAB_FILE).exists() or (directory / MERGES_FILE).exists():
-        vocabulary = _from_vocab_and_merges(directory, config)
+        vocabulary = _from_vocab_and_merges(directory, config, written)
     else:
-        vocabulary = _from_ranks(directory, config)
+        vocabulary = _from_ranks(directory, config, written)
     _check_collisions(vocabulary, directory)
     return replace(vocabulary, eos_token_id=_eos_token_id(config, config_path, vocabulary))
 
 
-def _from_tokenizer_json(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
+def _templates(directory: Path, config: Mapping[str, Any]) -> str:
+    """What the directory's chat templates say. One that cannot be read is refused where somebody wants to chat."""
+    try:
+        return "\n".join(source.text for source in template_sources(directory, config).values())
+    except ConfigError:
+        return ""
+
+
+def _from_tokenizer_json(directory: Path, config: Mapping[str, Any], templates: str) -> Vocabulary:
     path = directory / TOKENIZER_FILE
     file = read_tokenizer_json(path)
     vocab = check_ids(file.vocab, f"{path}, model.vocab")
     added = read_added_tokens(
-        directory, file.added_tokens, config, vocab, max(vocab.values(), default=-1) + 1
+        directory, file.added_tokens, config, vocab, max(vocab.values(), default=-1) + 1, templates
     )
     ordinary = _ordinary(vocab, added, f"{path}, model.vocab")
     merges = split_merges(file.merges, where := lambda number: f"{path}, model.merges[{number}]")
@@ -56,14 +66,14 @@ def _from_tokenizer_json(directory: Path, config: Mapping[str, Any]) -> Vocabula
             f"true, but no merge makes {next(iter(unmerged))!r:.60}",
             "With ignore_merges only vocabularies are supported whose tokens are all made by merges.",
         )
-    return Vocabulary(ranks, added, unmerged, file.pattern, file.nfc)
+    return Vocabulary(ranks, added, unmerged, file.pattern, file.nfc, prefix_ids=file.prefix_ids)
 
 
-def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
+def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any], templates: str) -> Vocabulary:
     """These two files name no pattern and no normaliser: they are Qwen's own."""
     path, merges_path = directory / VOCAB_FILE, directory / MERGES_FILE
     vocab = check_ids(read_json(path), str(path))
-    added = read_added_tokens(directory, None, config, vocab, max(vocab.values(), default=-1) + 1)
+    added = read_added_tokens(directory, None, config, vocab, max(vocab.values(), default=-1) + 1, templates)
     ordinary = _ordinary(vocab, added, str(path))
     merges, where = _read_merges(merges_path)
     ranks, unmerged = _merged(ordinary, merges, where, added, str(merges_path))
@@ -77,9 +87,9 @@ def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any]) -> Vocabu
     return Vocabulary(ranks, added, unmerged)
 
 
-def _from_ranks(directory: Path, config: Mapping[str, Any]) -> Vocabulary:
+def _from_ranks(directory: Path, config: Mapping[str, Any], templates: str) -> Vocabulary:
     ranks = read_base_vocab(directory / QWEN1_FILE)
-    added = read_added_tokens(directory, None, config, {}, len(ranks))
+    added = read_added_tokens(directory, None, config, {}, len(ranks), templates)
     if is_cut_off(ranks) or added[0].id > len(ranks):
         raise CheckpointError(
             f"reading {directory / QWEN1_FILE}",
@@ -149,7 +159,7 @@ def _check_collisions(vocabulary: Vocabulary, directory: Path) -> None:
         other = by_id.get(token.id, form)
         if other != form:
             found = f"id {token.id} of the added token {token.form!r:.60} is that of the ordinary token {other!r:.60}"
-        elif spelled is not None and (spelled != token.id or token.special):
+        elif spelled is not None and (spelled != token.id or token.control):
             found = (
                 f"ordinary token {spelled} is spelled like the added token {token.form!r:.60} ({token.id})"
             )
@@ -161,10 +171,10 @@ def _check_collisions(vocabulary: Vocabulary, directory: Path) -> None:
 def _eos_token_id(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary) -> int | None:
     """The id of tokenizer_config.json's eos_token: <|im_end|> in chat models, <|endoftext|> in base models."""
     eos = config.get("eos_token")
-    form = eos.get("content") if isinstance(eos, dict) else eos
+    form = token_form(eos)
     if eos is None:
         return None
-    if not isinstance(form, str):
+    if form is None:
         raise ConfigError(
             f"reading {path}, eos_token", f"it is {eos!r:.80}", "It must be the form of a token."
         )

@@ -86,7 +86,8 @@ def stop_ids(tokenizer: Tokenizer, chat_format: str | None) -> list[list[int]]:
     A raw model has no turns; it is stopped where it would start to play the human.
     """
     if chat_format == "chatml":
-        return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
+        start, end = tokenizer.turn_ids()
+        return [[end], [start]]
     if chat_format in ("raw", None):
         return [tokenizer.encode("Human:"), [tokenizer.eod_id]]
     raise RequestError(f"chat format {chat_format!r:.80}", "unknown", "Known are: 'chatml', 'raw'.")
@@ -105,7 +106,7 @@ def _render(
     """Each piece is encoded by itself: a newline of the template never merges with one of the content."""
     window = check_window(max_window_size)
     encode, newline = tokenizer.encode, tokenizer.encode("\n")
-    start, end = [tokenizer.im_start_id], [tokenizer.im_end_id]
+    start, end = ([token_id] for token_id in tokenizer.turn_ids())
     user = [*newline, *start, *encode("user"), *newline]
     assistant = [*newline, *start, *encode("assistant"), *newline]
     _require_text("system", turns.system)

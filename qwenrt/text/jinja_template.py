@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, cast
@@ -18,19 +19,12 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from qwenrt.errors import ConfigError, QwenrtError, RequestError
-from qwenrt.text.template_budget import MAX_INT_BITS, Budget, LimitError, current
-from qwenrt.text.template_library import (
-    ATTRIBUTES,
-    FILTERS,
-    FUNCTIONS,
-    TESTS,
-    check_method,
-    concat,
-    percent,
-    text,
-)
+from qwenrt.text.template_budget import CONTAINER, ITEM, MAX_INT_BITS, Budget, LimitError, current
+from qwenrt.text.template_files import MAX_SOURCE_CHARS
+from qwenrt.text.template_library import ATTRIBUTES, FILTERS, FUNCTIONS, TESTS
+from qwenrt.text.template_strings import METHODS, braces, concat, percent, text
+from qwenrt.text.template_text import TemplateText, joined
 
-MAX_SOURCE_CHARS = 2**20
 MAX_TOKENS = 30_000  # the longest released template has a tenth; compiling takes seconds beyond
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
@@ -41,6 +35,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "**": operator.pow,
     "%": operator.mod,
 }
+_JINJAS = frozenset(("_loop_vars", "_block_vars"))  # what it passes to every call
 _ALLOWED = frozenset(
     {
         *("Template", "Output", "TemplateData", "For", "If", "Macro", "CallBlock", "FilterBlock", "With"),
@@ -86,8 +81,9 @@ class JinjaTemplate:
             found = f"{type(error).__name__}: {str(words)[:200]}" + (f" (line {line})" if line else "")
             raise self._unfit(found) from error
 
-    def render(self, variables: Mapping[str, Any], mark: str = "") -> str:
-        """The text. ``variables`` hold str, numbers, None, lists and dicts only, with ``mark`` in outside text.
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The text, a TemplateText where the template wrote some of it. ``variables`` hold str, numbers, None, lists
+        and dicts only; a plain str is text from outside.
 
         Raises RequestError with the template's own words where it refuses the conversation, and wherever it
         fails or goes over a limit.
@@ -95,25 +91,28 @@ class JinjaTemplate:
         asked = f"rendering {self.where}"
         token = None
         try:
-            token = current.set(Budget(dict(variables), mark))
+            token = current.set(Budget(dict(variables)))
             return self._template.render(variables)
         except LimitError as error:
             raise RequestError(asked, error.found, error.remedy or _BROKEN) from error
         except QwenrtError:
             raise
         except Exception as error:  # the template is a program: it may fail in any way
-            raise RequestError(asked, f"{type(error).__name__}: {str(error)[:300]}", _BROKEN) from error
+            remedy = _UNSUPPORTED if _NO_SUCH.match(str(error)) else _BROKEN
+            raise RequestError(asked, f"{type(error).__name__}: {str(error)[:300]}", remedy) from error
         finally:
             if token is not None:
                 current.reset(token)
 
     def _unfit(self, found: str) -> ConfigError:
-        return ConfigError(
-            f"reading {self.where}", found, "It is no chat template of a Qwen: fetch the file again."
-        )
+        remedy = _UNSUPPORTED if _NO_SUCH.search(found) else _NOT_READ
+        return ConfigError(f"reading {self.where}", found, remedy)
 
 
 _BROKEN = "The template does not fit this conversation, or the file is damaged."
+_NOT_READ = "Mend the template, or take it away: then a built-in one serves."
+_NO_SUCH = re.compile("No (?:filter|test) named")
+_UNSUPPORTED = "The template uses what is not supported here: write that part of it in another way."
 
 
 class _Generation(Extension):
@@ -165,7 +164,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
 
     def wrap_str_format(self, value: Any) -> None:
-        """str.format is not among the attributes; the filter `format` and the operator % are checked."""
+        """`call` has str.format done by `braces`."""
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = current.get()
@@ -174,6 +173,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return percent(left, right)
         if operator == "+" and isinstance(left, (str, list, tuple)):
             budget.reserve(budget.size(left) + budget.size(right))
+            if isinstance(left, str) and isinstance(right, str):
+                return budget.made(joined((left, right)))
         elif operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, (str, list, tuple)) and isinstance(times, int):
@@ -189,17 +190,31 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **named: Any) -> Any:
         budget = current.get()
         budget.step()
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str):
+            named = {key: value for key, value in named.items() if key not in _JINJAS}
+            if name == "format":
+                return braces(owner, args, named, __self)
+            if name == "format_map":
+                return braces(owner, (), *args, __self)
+            return METHODS[name](owner, *args, **named)
+        if isinstance(owner, (list, tuple)):
+            budget.read(owner, deep=True)  # it looks through its items
         if isinstance(__obj, LoopContext):
             args = tuple(_Counted(arg) for arg in args)  # a recursive loop goes over these
         else:
+            budget.spend(CONTAINER + ITEM * len(args))  # a macro may keep its arguments as a tuple
             for arg in (*args, *named.values()):
                 if isinstance(arg, (list, tuple, dict)):
-                    budget.size(arg)  # a macro may keep its arguments as a tuple
-            check_method(__obj, args, named)
+                    budget.size(arg)
         result = super().call(__context, __obj, *args, **named)
         if isinstance(result, (type({}.items()), type({}.keys()), type({}.values()))):
             result = budget.listed(result)
         return budget.made(result)
+
+    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+        """What a template, a macro or a block wrote."""
+        return str(current.get().made(joined(pieces)))
 
     # What _Metering puts into the template's code.
 
@@ -208,15 +223,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return _Counted(values)
 
     @staticmethod
+    def own(text: str) -> str:
+        return TemplateText(text)
+
+    @staticmethod
     def made(value: Any) -> Any:
         return value  # `call` accounts for every result
 
     @staticmethod
-    def ticked(value: Any) -> Any:
+    def compared(value: Any) -> Any:
         budget = current.get()
         budget.step(16)
-        if isinstance(value, (list, tuple, dict)):
-            budget.size(value)
+        budget.read(value, deep=True)
         return value
 
     @staticmethod
@@ -234,7 +252,10 @@ class _Metering(NodeTransformer):
     """Puts the sandbox's hooks around what Jinja would do without asking the environment."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.Const(node.data, lineno=node.lineno)  # so that it is written through _output
+        return _hook("own", nodes.Const(node.data, lineno=node.lineno))  # so that it is written through _output
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Expr:
+        return _hook("own", node) if isinstance(node.value, str) else node
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -247,9 +268,9 @@ class _Metering(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = _hook("ticked", node.expr)
+        node.expr = _hook("compared", node.expr)
         for operand in node.ops:
-            operand.expr = _hook("ticked", operand.expr)
+            operand.expr = _hook("compared", operand.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:

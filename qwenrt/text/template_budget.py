@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from functools import wraps
 from itertools import chain
 from typing import Any
 
@@ -14,14 +15,20 @@ from qwenrt.errors import RequestError
 
 STEPS = 200_000  # loop rounds, calls, filters, outputs and comparisons; the longest released template needs hundreds
 STEPS_PER_VALUE = 200  # more for each value in the data: a template may look at every message many times
+MOST_STEPS = 2_000_000  # and never more, however long the conversation
 CHARS = 4 * 2**20  # characters that a template may make in all, of which the output is one part
 CHARS_PER_CHAR = 64  # more for each character in the data
+MOST_CHARS = 64 * 2**20  # and never more: ten times the text of a million tokens, in at most five bytes each
 STEPS_PER_SECOND = 200_000  # of processor time: far below what is usual
+READ_PER_STEP = 256  # characters
+ITEMS_PER_STEP = 16
 MAX_DEPTH = 100  # of lists and objects in one another
 MAX_INT_BITS = 4096
-ITEM = 16  # what an item of a list or object counts as, in characters
+ITEM = 32  # what an item of a list or object counts as, in characters
+CONTAINER = 3 * ITEM  # and what the list or object itself does
 
 current: ContextVar[Budget] = ContextVar("current")
+Cost = Callable[..., None]  # (budget, the template's arguments): draws for what is out of proportion to them
 
 
 class LimitError(RequestError):
@@ -29,19 +36,17 @@ class LimitError(RequestError):
 
 
 class Budget:
-    """The account of one rendering. Every hook of the sandbox draws on it; LimitError where it is used up.
+    """The account of one rendering. Every operation of a template draws on it; LimitError where it is used up.
 
     Nothing is ever credited, so what was made and dropped counts too: `chars` bounds memory. An operation that
-    can make much out of little reserves its result before it begins.
+    can make much out of little reserves its result before it begins. Both grow with the data, up to bounds that
+    do not.
 
     Sizes are those of a value written out, so that lists which share their items cannot grow unseen. They are
     known by identity: containers never change inside the sandbox, and the account keeps those it has measured.
-
-    ``mark``: the character that stands in outside text (see outside_text); it is to come out as it went in.
     """
 
-    def __init__(self, data: Any, mark: str = "") -> None:
-        self.mark = mark
+    def __init__(self, data: Any) -> None:
         self.chars = CHARS
         self._steps = STEPS
         self._known: dict[int, tuple[Any, int, int]] = {}  # id -> (the container, its size, its depth)
@@ -49,8 +54,8 @@ class Budget:
         self._deadline = float("inf")
         self._largest = 2**62
         size, _ = self._measure(data, 0)
-        self.chars += CHARS_PER_CHAR * size
-        self._steps = STEPS + STEPS_PER_VALUE * len(self._known) + size // 4
+        self.chars = min(CHARS + CHARS_PER_CHAR * size, MOST_CHARS)
+        self._steps = min(STEPS + STEPS_PER_VALUE * len(self._known) + size // 2, MOST_STEPS)
         self._largest = self.chars
         self._deadline = time.thread_time() + self._steps / STEPS_PER_SECOND
 
@@ -65,20 +70,33 @@ class Budget:
             if time.thread_time() > self._deadline:
                 raise LimitError("rendering", "it takes too long")
 
+    def read(self, value: Any, deep: bool = False) -> None:
+        """An operation is about to look at all of a text, or at the items of a list (``deep``: and into them)."""
+        if isinstance(value, str):
+            self.step(len(value) // READ_PER_STEP)
+        elif isinstance(value, (list, tuple, dict)):
+            self.step(len(value) // ITEMS_PER_STEP)
+            if deep:
+                self.step(self.size(value) // READ_PER_STEP)
+
     def reserve(self, chars: int) -> None:
         """Refuse what would make so many characters, before it is made."""
         self.step(1 + min(chars, 2**40) // 4096)
         if chars > self.chars:
             raise LimitError("rendering", f"it makes more than {self._largest} characters")
 
+    def spend(self, chars: int) -> None:
+        """So many characters are about to be made."""
+        self.reserve(chars)
+        self.chars -= chars
+
     def made(self, value: Any) -> Any:
-        """Account for a value that was made, and pass it on."""
+        """Account for a value that was made, and pass it on. An iterator becomes a list."""
+        if isinstance(value, Iterator):
+            value = self.listed(value)
         if isinstance(value, str):
-            self.reserve(len(value))
-            self.chars -= len(value)
-        elif isinstance(value, (list, tuple, dict)) and id(value) not in self._known:
-            self.reserve(ITEM * len(value))
-            self.chars -= ITEM * len(value)
+            self.spend(len(value))
+        elif isinstance(value, (list, tuple, dict)):
             self._measure(value, 0)
         elif isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise LimitError("rendering", f"a number of {value.bit_length()} bits")
@@ -119,8 +137,8 @@ class Budget:
             return known[1], known[2]
         if level > MAX_DEPTH:
             raise LimitError("rendering", f"values more than {MAX_DEPTH} deep in one another")
-        if level and self._deadline != float("inf"):
-            self.step(1 + len(value) // 64)
+        if self._deadline != float("inf"):  # no data: the template made it
+            self.spend(CONTAINER + ITEM * len(value))
         size = depth = 0
         for item in chain(value, value.values()) if isinstance(value, dict) else value:
             item_size, item_depth = self._measure(item, level + 1)
@@ -130,3 +148,25 @@ class Budget:
                 raise LimitError("rendering", "it builds lists that are too large")
         self._known[id(value)] = (value, size, depth)
         return size, depth
+
+
+def metered(function: Callable[..., Any], cost: Cost | None = None) -> Callable[..., Any]:
+    """The one way from a template to an operation: filters, tests, methods, operators and functions come by it.
+
+    The arguments are charged as what is read, ``cost`` draws for what is more than that, and the result is charged
+    as what was made. What an iterator would yield later it yields at once.
+    """
+
+    jinjas = 0 if getattr(function, "jinja_pass_arg", None) is None else 1  # the environment or a context
+
+    @wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        budget = current.get()
+        budget.step(2)
+        for value in (*args, *named.values()):
+            budget.read(value)
+        if cost is not None:
+            cost(budget, *args[jinjas:], **named)
+        return budget.made(function(*args, **named))
+
+    return run

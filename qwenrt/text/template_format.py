@@ -1,4 +1,4 @@
-"""Prompts through a Jinja chat template: rendered around marked text, tokenised once, trimmed by exchanges."""
+"""Prompts through a Jinja chat template: rendered, tokenised once, trimmed by exchanges."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from qwenrt.errors import RequestError
 from qwenrt.text.chat_template import Prompt, check_window
 from qwenrt.text.jinja_template import JinjaTemplate
 from qwenrt.text.message_checks import Message, check_messages, check_tools
-from qwenrt.text.outside_text import OutsideText
+from qwenrt.text.outside_text import outside, segments
 from qwenrt.text.reply_style import ReplyStyle
 from qwenrt.text.template_library import FUNCTIONS
 from qwenrt.text.template_messages import prepared, template_messages
+from qwenrt.text.template_text import TemplateText, own_view, plain
 from qwenrt.text.vocabulary import IM_END, IM_START
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ class _Request:
 
     tokenizer: Tokenizer
     template: JinjaTemplate
-    outside: OutsideText
     variables: Mapping[str, Any]  # for the template, but for the messages
     answer: bool  # whether an answer is to follow
 
@@ -53,7 +53,7 @@ class TemplateFormat:
     ) -> None:
         self._default = default
         self._for_tools = for_tools or default
-        self._token_texts = dict(token_texts or {})
+        self._token_texts = {name: TemplateText(text) for name, text in (token_texts or {}).items()}
         self.style = self._read_style()
 
     def prompt(
@@ -87,15 +87,12 @@ class TemplateFormat:
         checked = prepared(check_messages(messages), allow_text)
         if not checked:
             raise RequestError("messages", "an empty list", "Add a message with role 'user'.")
-        texts = [(m.text, m.reasoning, m.name, m.tool_call_id) for m in checked]
-        calls = [(call.name, call.arguments, call.id) for m in checked for call in m.calls]
-        outside = OutsideText(tokenizer.added_tokens, [template.source, texts, calls, tools, extra])
         variables = {
             **self._token_texts,
-            **{name: _variable(template, outside, name, value) for name, value in extra.items()},
-            "tools": outside.data(list(tools), "tools") if tools else None,
+            **{name: outside(value, f"template_kwargs: {name}") for name, value in extra.items()},
+            "tools": outside(list(tools), "tools") if tools else None,
         }
-        request = _Request(tokenizer, template, outside, variables, add_generation_prompt)
+        request = _Request(tokenizer, template, variables, add_generation_prompt)
         if window is None:
             return self._prompt(request, checked)
         remaining = _trimmings(checked)
@@ -107,29 +104,23 @@ class TemplateFormat:
         return replace(self._prompt(request, remaining[dropped]), dropped_turns=dropped)
 
     def _prompt(self, request: _Request, messages: Sequence[Message]) -> Prompt:
+        tokenizer = request.tokenizer
         continues = request.answer and messages[-1].role == "assistant"
         rendered = request.template.render(
             {
                 **request.variables,
-                "messages": template_messages(messages, request.outside),
+                "messages": template_messages(messages),
                 "add_generation_prompt": request.answer and not continues,
-            },
-            request.outside.mark,
+            }
         )
         if continues:
-            rendered, _, rest = rendered.rpartition(IM_END)
-            if rest.strip() or not rendered:
-                raise RequestError(
-                    "continuing the last assistant message",
-                    f"the chat template ends it with {request.outside.unmarked(rest)!r:.60}, not with {IM_END}",
-                    "Send a conversation that ends with a user message.",
-                )
+            rendered = _without_end(rendered, _end_of_turn(tokenizer))
         ids: list[int] = []
-        for text, token_id in request.outside.segments(rendered):
-            ids += request.tokenizer.encode(text)
+        for text, token_id in segments(rendered, tokenizer.control_tokens):
+            ids += tokenizer.encode(text)
             if token_id is not None:
                 ids.append(token_id)
-        turn = rendered.rpartition(IM_START)[2]
+        turn = own_view(rendered).rpartition(IM_START)[2]
         in_thought = request.answer and turn.rfind(OPEN) > turn.rfind(CLOSE)
         begun = continues and bool(messages[-1].text or messages[-1].calls)
         may_think = request.answer and self.style.thinking == "hybrid" and CLOSE not in turn and not begun
@@ -188,11 +179,24 @@ class TemplateFormat:
         return ReplyStyle(calls, thinking)  # type: ignore[arg-type]
 
 
-def _variable(template: JinjaTemplate, outside: OutsideText, name: str, value: Any) -> Any:
-    """A variable's value. A word that the template itself holds is to be compared with it: it keeps its shape."""
-    if isinstance(value, str) and value in template.words:
-        return outside.text(value)
-    return outside.data(value, f"template_kwargs: {name}")
+def _end_of_turn(tokenizer: Tokenizer) -> str:
+    """The token that ends turns: <|im_end|>, or the end of text of a model with other control tokens."""
+    if tokenizer.im_end_id is not None:
+        return IM_END
+    return tokenizer.decode([tokenizer.eod_id])
+
+
+def _without_end(rendered: str, end: str) -> str:
+    """A conversation without the end of its last turn, so that the answer goes on from there."""
+    at = own_view(rendered).rfind(end)
+    rest = plain(rendered[at + len(end) :] if at >= 0 else rendered)
+    if at <= 0 or rest.strip():
+        raise RequestError(
+            "continuing the last assistant message",
+            f"the chat template ends it with {rest!r:.60}, not with {end}",
+            "Send a conversation that ends with a user message.",
+        )
+    return rendered[:at]
 
 
 def _trimmings(messages: Sequence[Message]) -> list[list[Message]]:

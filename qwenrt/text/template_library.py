@@ -1,92 +1,62 @@
-"""What a chat template may call: filters, tests, functions and methods, each drawing on the rendering's budget."""
+"""What a chat template may call: filters, tests, functions and attributes, each drawing on the rendering's budget.
+
+They are those of jinja2 and transformers, with the results they have there, but for what makes no prompt: `random` and
+`lipsum`, which give another one each time, and `urlize`.
+"""
 
 from __future__ import annotations
 
+import html
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import wraps
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
+from urllib.parse import quote
 
-from jinja2 import filters, tests
+from jinja2 import filters, pass_environment, tests
 from jinja2.runtime import LoopContext, Undefined
-from jinja2.utils import Namespace
+from jinja2.utils import Cycler, Joiner, Namespace
 
 from qwenrt.errors import RequestError
-from qwenrt.text.template_budget import ITEM, LimitError, current
-
-_STR_METHODS = (
-    *("startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "partition"),
-    *("rpartition", "replace", "join", "upper", "lower", "title", "capitalize", "casefold", "swapcase"),
-    *("find", "rfind", "index", "rindex", "count", "removeprefix", "removesuffix", "isalpha", "isalnum"),
-    *("isdigit", "isdecimal", "isnumeric", "isspace", "isupper", "islower", "istitle"),
+from qwenrt.text.template_budget import CONTAINER, ITEM, Budget, Cost, LimitError, current, metered
+from qwenrt.text.template_strings import (
+    METHODS,
+    cost_of_case,
+    cost_of_join,
+    cost_of_replace,
+    cost_of_trim,
+    cost_of_width,
+    percent,
+    text,
 )
+from qwenrt.text.template_text import TemplateText
+
 _LOOP = ("index", "index0", "revindex", "revindex0", "first", "last", "length", "depth", "depth0")
 ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
-    (str, frozenset(_STR_METHODS)),
-    (dict, frozenset(("get", "items", "keys", "values"))),
-    (list, frozenset(("index", "count"))),
-    (tuple, frozenset(("index", "count"))),
+    (str, frozenset((*METHODS, "format", "format_map"))),
+    (dict, frozenset(("get", "items", "keys", "values", "copy"))),
+    (list, frozenset(("index", "count", "copy"))),
+    (tuple, frozenset(("index", "count", "grouper", "list"))),  # the last two: of groupby
+    (int, frozenset(("bit_length", "real", "imag"))),
+    (float, frozenset(("is_integer", "real", "imag"))),
     (LoopContext, frozenset((*_LOOP, "previtem", "nextitem", "cycle", "changed"))),
+    (Cycler, frozenset(("next", "current", "reset"))),
 )
-_LONG_NEEDLE = 64  # above it, a search may be quadratic
 _MAX_INDENT = 16
+_MOST_KEY = 2**60
 
 
-def text(value: Any) -> str:
-    """A value as the text that a template writes for it. Objects of the renderer itself are never shown."""
-    budget = current.get()
-    if isinstance(value, str):
-        budget.step()
-        return value
-    if isinstance(value, (list, tuple, dict)):
-        budget.reserve(10 * budget.size(value))  # repr escapes a character by up to ten
-    else:
-        budget.size(value)
-    return str(value)
+class _Sandbox(Protocol):
+    """What filters need of it."""
 
+    def getattr(self, obj: Any, attribute: str) -> Any: ...
 
-def concat(*values: Any) -> str:
-    """The operator ~"""
-    texts = [text(value) for value in values]
-    current.get().reserve(sum(map(len, texts)))
-    return str(current.get().made("".join(texts)))
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any: ...
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool: ...
 
-def percent(form: str, values: Any) -> str:
-    """The operator % of a str, without widths that make much out of nothing."""
-    budget = current.get()
-    if re.search(r"%[^a-zA-Z%]*(\*|[0-9]{3})", form):
-        raise LimitError("rendering", "a format with a width above 99")
-    budget.reserve(len(form) + form.count("%") * (100 + 10 * budget.size(values)))
-    return str(budget.made(form % values))
-
-
-def check_method(method: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-    """Refuse a call of a str's method whose result or work would be out of proportion."""
-    owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-    if not isinstance(owner, str):
-        return
-    budget = current.get()
-    budget.step(1 + len(owner) // 4096)
-    needle = args[0] if args and isinstance(args[0], str) else ""
-    if len(needle) > _LONG_NEEDLE and name not in ("join", "startswith", "endswith"):
-        budget.step(min(len(needle) * len(owner) // 2**16, 2**40))
-    if name == "replace" and len(args) > 1:
-        check_replace(owner, args[0], args[1])
-    elif name == "join" and args:
-        budget.reserve(len(owner) * len(args[0]) + budget.size(args[0]))
-    elif name in ("split", "rsplit", "splitlines"):
-        separator = named.get("sep", needle)
-        pieces = owner.count(separator) + 1 if isinstance(separator, str) and separator else len(owner)
-        limit = named.get("maxsplit", args[1] if len(args) > 1 else -1)
-        budget.reserve(ITEM * (min(pieces, limit + 1) if isinstance(limit, int) and limit >= 0 else pieces))
-
-
-def check_replace(value: str, old: Any, new: Any) -> None:
-    if isinstance(old, str) and isinstance(new, str):
-        current.get().reserve(len(value) + (value.count(old) if old else len(value) + 1) * len(new))
+    def undefined(self, *, obj: Any, name: str) -> Undefined: ...
 
 
 # ---- functions
@@ -113,43 +83,72 @@ def bounded_range(*args: int) -> list[int]:
     return list(numbers)
 
 
+def _dict(pairs: Any = (), **named: Any) -> dict[Any, Any]:
+    """dict(...), but for keys that could all be made to fall into one place of its table."""
+    found: dict[Any, Any] = {}
+    for key, value in current.get().counted(pairs.items() if isinstance(pairs, Mapping) else pairs):
+        if not isinstance(key, (str, type(None))) and not (
+            isinstance(key, (int, float)) and abs(key) < _MOST_KEY
+        ):
+            raise LimitError("rendering", f"dict() with the key {key!r:.40}")
+        found[key] = value
+    return {**found, **named}
+
+
 # ---- filters
+
+
+def _string_filter(name: str, cost: Cost | None) -> Callable[..., str]:
+    """The filter that is a method of str, for whatever is written out."""
+    method = getattr(TemplateText, name)
+
+    def apply(value: Any, *args: Any, **named: Any) -> str:
+        value, budget = text(value), current.get()
+        budget.read(value)
+        if cost is not None:
+            cost(budget, value, *args, **named)
+        return str(method(value, *args, **named))
+
+    return apply
 
 
 def to_json(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """JSON as the models were trained on it: nothing escaped for HTML, keys in their order."""
     budget = current.get()
-    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= _MAX_INDENT):
+    margin = indent if isinstance(indent, str) else " " * min(max(indent or 0, 0), _MAX_INDENT + 1)
+    if len(margin) > _MAX_INDENT:
         raise LimitError("rendering", f"tojson(indent={indent!r:.40})")
     if separators is not None and sum(map(len, separators)) > _MAX_INDENT:
         raise LimitError("rendering", "tojson with long separators")
-    # Per item 16 are counted already; an escape is of six characters, of twelve beyond the basic plane.
-    per_item = (indent or 0) * budget.depth(value) // ITEM + 1
+    budget.read(value, deep=True)
+    # Per item 32 are counted already; an escape is of six characters, of twelve beyond the basic plane.
+    per_item = len(margin) * budget.depth(value) // ITEM + 1
     budget.reserve(budget.size(value) * ((12 if ensure_ascii else 6) + per_item))
-    written = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    if not ensure_ascii:
-        return written
-    return re.sub("[^\0-\x7f]", lambda c: c[0] if c[0] == budget.mark else json.dumps(c[0])[1:-1], written)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
-def _join(values: Any, d: str = "", attribute: Any = None) -> str:
+@pass_environment
+def _join(environment: Any, values: Any, d: Any = "", attribute: Any = None) -> str:
+    values = current.get().listed(values)
     if attribute is not None:
-        raise LimitError("rendering", "join(attribute=...)", "Use map(attribute=...) | join.")
-    texts = [text(value) for value in values]
-    current.get().reserve(sum(map(len, texts)) + len(texts) * len(d))
-    return d.join(texts)
+        values = [filters.make_attrgetter(environment, attribute)(value) for value in values]
+    texts, d = [text(value) for value in values], text(d)
+    cost_of_join(current.get(), d, texts)
+    return TemplateText.join(cast(TemplateText, d), texts)
 
 
-def _replace(value: Any, old: str, new: str, count: int = -1) -> str:
-    value = text(value)
-    check_method(value.replace, (old, new), {})
-    return str(value.replace(old, new, -1 if count is None else count))
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    value, old, new = text(value), text(old), text(new)
+    cost_of_replace(current.get(), value, old, new)
+    return TemplateText.replace(value, old, new, -1 if count is None else count)
 
 
 def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
@@ -157,84 +156,179 @@ def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool =
     margin = " " * min(width, _MAX_INDENT + 1) if isinstance(width, int) else width
     if len(margin) > _MAX_INDENT:
         raise LimitError("rendering", f"indent by more than {_MAX_INDENT}")
-    value = text(value)
-    current.get().reserve(len(value) + ITEM * len(value.splitlines(True)))
-    lines = value.splitlines()
+    lines = METHODS["splitlines"](text(value) + "\n")
     moved = [margin + line if line or blank else line for line in lines[1:]]
     head = (margin if first else "") + (lines[0] if lines else "")
-    return "\n".join([head, *moved])
+    return TemplateText.join(cast(TemplateText, "\n"), [head, *moved])
 
 
 def _list(values: Any) -> list[Any]:
-    if isinstance(values, str):
-        current.get().reserve(ITEM * len(values))
     return current.get().listed(values)
 
 
-def _round(value: float, precision: int = 0, method: str = "common") -> float:
-    if method != "common" or not -20 <= precision <= 20:
+def _round(value: float, precision: int = 0, method: str = "common") -> Any:
+    if not -20 <= precision <= 20:
         raise LimitError("rendering", f"round({precision!r:.40}, {method!r:.40})")
-    return round(value, precision)
+    return filters.do_round(value, precision, cast(Any, method))
 
 
-_OWN: dict[str, Callable[..., Any]] = {
-    "format": lambda form, *values, **named: percent(text(form), named or values),
-    "indent": _indent,
-    "join": _join,
-    "list": _list,
-    "replace": _replace,
-    "round": _round,
-    "safe": text,  # nothing is escaped here, so nothing needs to be exempt
-    "string": text,
-    "tojson": to_json,
+def _escape(value: Any) -> str:
+    return html.escape(text(value)).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+
+
+def _striptags(value: Any) -> str:
+    """Without tags and comments, as far as these are closed, and with single blanks."""
+    value = text(value)
+    kept, end = [], 0
+    while (start := value.find("<", end)) >= 0:
+        closing = "-->" if value.startswith("<!--", start) else ">"
+        stop = value.find(closing, start + len(closing))
+        if stop < 0:
+            break
+        kept.append(value[end:start])
+        end = stop + len(closing)
+        current.get().spend(ITEM)
+    return html.unescape(" ".join(METHODS["split"]("".join([*kept, value[end:]]))))
+
+
+def _urlencode(value: Any) -> str:
+    """Quoted for a URL: a text, or the pairs of an object."""
+    budget = current.get()
+    budget.read(value, deep=True)
+    budget.reserve(12 * budget.size(value))
+    if isinstance(value, str) or not isinstance(value, (list, tuple, dict)):
+        return quote(text(value), safe="/")
+    pairs = value.items() if isinstance(value, dict) else value
+    return "&".join("=".join(quote(text(part), safe="").replace("%20", "+") for part in pair) for pair in pairs)
+
+
+@pass_environment
+def _attr(environment: _Sandbox, value: Any, name: Any) -> Any:
+    """An attribute, never an item."""
+    name = str(name)
+    found = getattr(value, name, None)
+    if found is not None and environment.is_safe_attribute(value, name, found):
+        return environment.getattr(value, name)
+    return environment.undefined(obj=value, name=name)
+
+
+@pass_environment
+def _sum(environment: _Sandbox, values: Any, attribute: Any = None, start: Any = 0) -> Any:
+    if isinstance(start, str):
+        raise TypeError("sum() can't sum strings [use join instead]")
+    get = filters.make_attrgetter(cast(Any, environment), attribute) if attribute is not None else None
+    for value in current.get().counted(values):
+        start = environment.call_binop(None, "+", start, value if get is None else get(value))
+    return start
+
+
+@pass_environment
+def _unique(environment: Any, values: Any, *args: Any, **named: Any) -> list[Any]:
+    # Counted as they go in: equal values come out once, whatever it takes to find them equal.
+    return list(filters.do_unique(environment, current.get().counted(values), *args, **named))
+
+
+# ---- what some of jinja's own cost beyond their arguments
+
+
+def _deep(budget: Budget, *args: Any, **named: Any) -> None:
+    """Values are compared, each with a few others, down to their last parts."""
+    for value in (*args, *named.values()):
+        if isinstance(value, (list, tuple, dict)):
+            budget.read(value, deep=True)
+            budget.step(len(value) * len(value).bit_length() // 8)
+
+
+def _cost_of_batch(budget: Budget, values: Any, linecount: Any, fill_with: Any = None) -> None:
+    rows = len(values) // max(int(linecount), 1) + 1
+    budget.spend(ITEM * (len(values) + max(int(linecount), 0)) + CONTAINER * rows)
+
+
+def _cost_of_slice(budget: Budget, values: Any, slices: Any, fill_with: Any = None) -> None:
+    budget.spend(ITEM * len(values) + (CONTAINER + ITEM) * max(int(slices), 0))
+
+
+def _cost_of_truncate(
+    budget: Budget, s: Any, length: Any = 255, killwords: Any = False, end: Any = "...", *_: Any
+) -> None:
+    budget.reserve(len(s) + len(end))
+
+
+def _cost_of_pprint(budget: Budget, value: Any) -> None:
+    budget.step(budget.size(value) // 16)
+    budget.reserve(budget.size(value) * (11 + budget.depth(value)))
+
+
+def _cost_of_wrap(budget: Budget, s: str, *args: Any, **named: Any) -> None:
+    """The expression that finds where to break looks through a word once for each of its characters."""
+    longest = max(map(len, METHODS["split"](s)), default=0)
+    budget.step(len(s) * longest // 1024 + len(s) // 16)
+    budget.reserve(len(s) * 2 + len(s) * max((len(v) for v in (*args, *named.values()) if isinstance(v, str)), default=1))
+
+
+def _cost_of_attributes(budget: Budget, d: Any, *args: Any) -> None:
+    budget.read(d, deep=True)
+    budget.reserve(6 * budget.size(d))
+
+
+def _cost_of_escape(budget: Budget, value: Any) -> None:
+    budget.reserve(6 * budget.size(value))
+
+
+_OWN: dict[str, tuple[Callable[..., Any], Cost | None]] = {
+    "attr": (_attr, None),
+    "e": (_escape, _cost_of_escape),
+    "escape": (_escape, _cost_of_escape),
+    "forceescape": (_escape, _cost_of_escape),
+    "format": (lambda form, *values, **named: percent(text(form), named or values), None),
+    "indent": (_indent, None),
+    "join": (_join, None),
+    "list": (_list, None),
+    "replace": (_replace, None),
+    "round": (_round, None),
+    "safe": (text, None),  # nothing is escaped here unless the template asks, so nothing needs to be exempt
+    "string": (text, None),
+    "striptags": (_striptags, None),
+    "sum": (_sum, None),
+    "tojson": (to_json, None),
+    "trim": (_string_filter("strip", cost_of_trim), None),
+    "unique": (_unique, _deep),
+    "urlencode": (_urlencode, None),
+    "upper": (_string_filter("upper", cost_of_case), None),
+    "lower": (_string_filter("lower", cost_of_case), None),
+    "capitalize": (_string_filter("capitalize", cost_of_case), None),
+    "center": (_string_filter("center", cost_of_width), None),
 }
-_JINJA = (
-    *("abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items", "last"),
-    *("length", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr"),
-    *("sort", "title", "trim", "truncate", "unique", "upper", "wordcount"),
-)
-_TESTS = (
-    *("boolean", "callable", "defined", "divisibleby", "eq", "equalto", "even", "false", "float", "ge"),
-    *("greaterthan", "gt", "in", "integer", "iterable", "le", "lessthan", "lower", "lt", "mapping", "ne"),
-    *("none", "number", "odd", "sameas", "sequence", "string", "true", "undefined", "upper"),
-    *("==", "!=", ">", ">=", "<", "<="),
-)
+_JINJA: dict[str, Cost | None] = {
+    **dict.fromkeys(("abs", "count", "d", "default", "filesizeformat", "first", "float", "int", "items")),
+    **dict.fromkeys(("last", "length", "map", "reject", "rejectattr", "reverse", "select", "selectattr")),
+    **dict.fromkeys(("title", "wordcount")),
+    **dict.fromkeys(("dictsort", "groupby", "max", "min", "sort"), _deep),
+    "batch": _cost_of_batch,
+    "pprint": _cost_of_pprint,
+    "slice": _cost_of_slice,
+    "truncate": _cost_of_truncate,
+    "wordwrap": _cost_of_wrap,
+    "xmlattr": _cost_of_attributes,
+}
 
 
-def _metered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, its arguments and its result accounted for. What it would yield later it yields at once."""
-
-    @wraps(function)
-    def metered(*args: Any, **named: Any) -> Any:
-        budget = current.get()
-        budget.step(2 + sum(len(arg) for arg in args if isinstance(arg, (str, list, tuple, dict))) // 64)
-        result = function(*args, **named)
-        if isinstance(result, Iterator):
-            result = budget.listed(result)
-        return budget.made(result)
-
-    return metered
-
-
-def _ticked(test: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(test)
-    def ticked(*args: Any, **named: Any) -> Any:
-        current.get().step(16)
-        return test(*args, **named)
-
-    return ticked
+def _cost_of_test(budget: Budget, *args: Any, **named: Any) -> None:
+    budget.step(16)
+    _deep(budget, *args, **named)
 
 
 FILTERS = {
-    **{name: _metered(filters.FILTERS[name]) for name in _JINJA},
-    **{name: _metered(function) for name, function in _OWN.items()},
+    **{name: metered(filters.FILTERS[name], cost) for name, cost in _JINJA.items()},
+    **{name: metered(function, cost) for name, (function, cost) in _OWN.items()},
 }
-TESTS: dict[str, Callable[..., Any]] = {name: _ticked(cast(Any, tests.TESTS[name])) for name in _TESTS}
+TESTS = {name: metered(cast(Any, test), _cost_of_test) for name, test in tests.TESTS.items()}
 FUNCTIONS: dict[str, Any] = {
-    "dict": dict,
+    "cycler": Cycler,
+    "dict": _dict,
+    "joiner": Joiner,
     "namespace": Namespace,
     "raise_exception": raise_exception,
     "range": bounded_range,
     "strftime_now": strftime_now,
 }
-SHOWN = (str, bool, int, float, list, tuple, dict, Undefined, type(None))

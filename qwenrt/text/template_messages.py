@@ -1,4 +1,4 @@
-"""Checked messages as the data that a chat template is rendered with, everything from outside marked."""
+"""Checked messages as the data that a chat template is rendered with, everything from outside as plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from qwenrt.errors import RequestError
 from qwenrt.text.message_checks import Call, Message, out_of_place, unmatched
-from qwenrt.text.outside_text import OutsideText
+from qwenrt.text.outside_text import outside, speech
+from qwenrt.text.template_text import TemplateText, plain
 
 
 def prepared(messages: Sequence[Message], allow_text_arguments: bool) -> list[Message]:
@@ -25,9 +26,9 @@ def prepared(messages: Sequence[Message], allow_text_arguments: bool) -> list[Me
     return _in_order(parsed)
 
 
-def template_messages(messages: Sequence[Message], outside: OutsideText) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages in the shape that templates know: role, content, tool_calls, reasoning_content."""
-    return [_template_message(f"messages[{index}]", m, outside) for index, m in enumerate(messages)]
+    return [_template_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 
 def _in_order(messages: Sequence[Message]) -> list[Message]:
@@ -72,28 +73,27 @@ def _parsed(index: int, call: Call, allow_text_arguments: bool) -> Call:
     return call if value is None else replace(call, arguments=value)
 
 
-def _template_message(where: str, message: Message, outside: OutsideText) -> dict[str, Any]:
-    speaks = message.role == "assistant"
-    role = "tool" if message.role == "function" else message.role
-    content = outside.speech(message.text) if speaks else outside.text(message.text)
-    entry: dict[str, Any] = {"role": role, "content": content}
+def _template_message(where: str, message: Message) -> dict[str, Any]:
+    role = "tool" if message.role == "function" else message.role  # one of five words, so it is nobody's text
+    content = speech(message.text) if role == "assistant" else plain(message.text)
+    entry: dict[str, Any] = {"role": TemplateText(role), "content": content}
     if message.reasoning is not None:
-        entry["reasoning_content"] = outside.text(message.reasoning)
+        entry["reasoning_content"] = plain(message.reasoning)
     if message.name is not None:
-        entry["name"] = outside.data(message.name, where)
+        entry["name"] = outside(message.name, where)
     if message.tool_call_id is not None:
-        entry["tool_call_id"] = outside.data(message.tool_call_id, f"{where}: tool_call_id")
+        entry["tool_call_id"] = outside(message.tool_call_id, f"{where}: tool_call_id")
     if message.calls:
-        entry["tool_calls"] = [_template_call(where, call, outside) for call in message.calls]
+        entry["tool_calls"] = [_template_call(where, call) for call in message.calls]
     return entry
 
 
-def _template_call(where: str, call: Call, outside: OutsideText) -> dict[str, Any]:
-    arguments = outside.data(call.arguments, f"{where}: arguments of {call.name!r:.80}")
-    function = {"name": outside.data(call.name, where), "arguments": arguments}
+def _template_call(where: str, call: Call) -> dict[str, Any]:
+    arguments = outside(call.arguments, f"{where}: arguments of {call.name!r:.80}")
+    function = {"name": outside(call.name, where), "arguments": arguments}
     entry: dict[str, Any] = {"type": "function", "function": function}
     if call.id is not None:
-        entry["id"] = outside.data(call.id, f"{where}: id of a call")
+        entry["id"] = outside(call.id, f"{where}: id of a call")
     return entry
 
 

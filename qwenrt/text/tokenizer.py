@@ -39,10 +39,12 @@ _LONG_BLANKS = 4096
 class Tokenizer:
     """Text to token ids and back. One object may be used by any number of threads.
 
-    added_tokens: all tokens that no merge produces, form -> id; special_tokens: the control tokens among them,
-    which skip_special_tokens drops; special_ids: their ids as a set. eod_id, im_start_id, im_end_id: the three
-    that every Qwen has. eos_token_id: what tokenizer_config.json names, None where it names none. No Qwen has a
-    token for the beginning of a text. vocab_size: largest id + 1; some ids below may have no token.
+    added_tokens: all tokens that no merge produces, form -> id; special_tokens: those among them that
+    skip_special_tokens drops; special_ids: their ids as a set; control_tokens: finds those that build prompts (see
+    vocabulary.AddedToken). eod_id, im_start_id, im_end_id: the three that every Qwen has; a model with other control
+    tokens has its own end of text and None for the two of turns. eos_token_id: what tokenizer_config.json names, None
+    where it names none. prefix_ids: what stands before a text that is to be continued; empty in every Qwen.
+    vocab_size: largest id + 1; some ids below may have no token.
     """
 
     def __init__(
@@ -57,9 +59,12 @@ class Tokenizer:
         self.added_tokens = {token.form: token.id for token in vocabulary.added}
         self.special_tokens = {token.form: token.id for token in vocabulary.added if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
-        self.eod_id, self.im_start_id, self.im_end_id = (
-            self.special_tokens[form] for form in (END_OF_TEXT, IM_START, IM_END)
-        )
+        self.control_tokens = FormFinder(token for token in vocabulary.added if token.control)
+        self.prefix_ids = list(vocabulary.prefix_ids)
+        eod_id = self.special_tokens.get(END_OF_TEXT, vocabulary.eos_token_id)
+        assert eod_id is not None  # read_added_tokens saw to it
+        self.eod_id = eod_id
+        self.im_start_id, self.im_end_id = map(self.special_tokens.get, (IM_START, IM_END))
         ordinary = {**vocabulary.unmerged, **vocabulary.ranks}
         self.vocab_size = max(max(ordinary.values()), *self.added_tokens.values()) + 1
         self._bytes: list[bytes | None] = [None] * self.vocab_size
@@ -69,9 +74,10 @@ class Tokenizer:
             self._bytes[token_id] = form.encode()
         self._nfc = nfc if vocabulary.nfc else str
         self._as_written, self._composed = (
-            FormFinder({token.form: token.id for token in vocabulary.added if token.normalized is normalized})
+            FormFinder(token for token in vocabulary.added if token.normalized is normalized)
             for normalized in (False, True)
         )
+        self._has_words = not all(token.control for token in vocabulary.added)
         self._encoding = _encoding(name, dict(vocabulary.ranks), vocabulary.pattern)
 
     @classmethod
@@ -102,17 +108,18 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The token ids of the text (of its NFC form, where the vocabulary asks for it). Linear in its length.
 
-        Added tokens spelled in the text stay ordinary text unless ``allow_special``: only for text that no
-        user wrote. Nothing is put before or after the text. Lone surrogates count as U+FFFD.
+        Words added to the vocabulary are found in every text. Control tokens spelled in it stay ordinary text unless
+        ``allow_special``: only for text that no user wrote. Nothing is put before or after the text. Lone surrogates
+        count as U+FFFD.
         """
         if not isinstance(text, str):
             raise RequestError("encoding text", f"got {type(text).__name__}", "Pass a str.")
         text = without_surrogates(text)
-        if not allow_special:
+        if not allow_special and not self._has_words:
             return self._encode_ordinary(self._nfc(text))
         ids: list[int] = []
-        for written, added in self._as_written.split(text):
-            for composed, inner in self._composed.split(self._nfc(written)):
+        for written, added in _cut(self._as_written, text, not allow_special):
+            for composed, inner in _cut(self._composed, self._nfc(written), not allow_special):
                 ids += self._encode_ordinary(composed)
                 if inner is not None:
                     ids.append(inner)
@@ -163,6 +170,16 @@ class Tokenizer:
                 "Embedding rows past the vocabulary have no text and are never sampled.",
             )
         return token
+
+    def turn_ids(self) -> tuple[int, int]:
+        """The ids of <|im_start|> and <|im_end|>. RequestError where this model's turns are made of other tokens."""
+        if self.im_start_id is None or self.im_end_id is None:
+            raise RequestError(
+                "building ChatML turns",
+                f"the vocabulary of {self.name} has no {IM_START} and {IM_END}",
+                "Let the model's own chat template build the prompt.",
+            )
+        return self.im_start_id, self.im_end_id
 
     def has_token(self, token_id: int) -> bool:
         """Whether the id has a token (rows past the vocabulary, and gaps in it, have none)."""
@@ -216,6 +233,15 @@ class Tokenizer:
             ids += self._encoding._encode_single_piece(text[blanks])
             start = blanks.stop
         return ids + self._encoding.encode_ordinary(text[start:])
+
+
+def _cut(finder: FormFinder, text: str, words_only: bool) -> Iterator[tuple[str, int | None]]:
+    """(text before a token, the token's id) for each one found, then (the rest, None)."""
+    end = 0
+    for found in finder.find(text, words_only):
+        yield text[end : found.start], found.id
+        end = found.end
+    yield text[end:], None
 
 
 def _index(token_id: object) -> int:

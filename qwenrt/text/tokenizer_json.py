@@ -9,20 +9,21 @@ from typing import Any
 
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError
-from qwenrt.text.vocabulary import SPLIT_PATTERN
+from qwenrt.text.vocabulary import MAX_TOKEN_ID, SPLIT_PATTERN
 
 # Qwen3.5 keeps combining marks with their word.
 _WITH_MARKS = SPLIT_PATTERN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
     r" ?[^\s\p{L}", r" ?[^\s\p{L}\p{M}"
 )
 KNOWN_PATTERNS = (SPLIT_PATTERN, _WITH_MARKS)
-_REMEDY = "Qwen's tokenizers are byte-level BPE with a known split pattern: this file is another model's."
+_REMEDY = "Only byte-level BPE with one of Qwen's split patterns is supported: this is another kind of tokenizer."
 
 
 @dataclass(frozen=True)
 class TokenizerJson:
-    """vocab, merges, added_tokens: as the file has them, unchecked. pattern, nfc, ignore_merges: checked.
+    """vocab, merges, added_tokens: as the file has them, unchecked. pattern, nfc, ignore_merges, prefix_ids: checked.
 
+    prefix_ids: what the post-processor puts before a text.
     ignore_merges: a piece that is a token is that token, whatever the merges make of it.
     """
 
@@ -33,6 +34,7 @@ class TokenizerJson:
     pattern: str
     nfc: bool
     ignore_merges: bool
+    prefix_ids: tuple[int, ...]
 
 
 def read_tokenizer_json(path: Path) -> TokenizerJson:
@@ -44,7 +46,6 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
     if not isinstance(merges, list):
         raise _bad(path, "model.merges", f"a JSON {type(merges).__name__}, not a list")
     _check_byte_level(file.get("decoder"), path, "decoder")
-    _check_post_processor(file.get("post_processor"), path)
     return TokenizerJson(
         path,
         vocab,
@@ -53,6 +54,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
         pattern=_pattern(file.get("pre_tokenizer"), path),
         nfc=_composes(file.get("normalizer"), path),
         ignore_merges=model.get("ignore_merges") is True,
+        prefix_ids=_prefix_ids(file.get("post_processor"), path),
     )
 
 
@@ -108,22 +110,33 @@ def _pattern(pre_tokenizer: object, path: Path) -> str:
     return str(regex)
 
 
-def _check_post_processor(processor: object, path: Path) -> None:
-    """Nothing may come before a text. What a template adds after it (embedding models) is not the encoder's."""
+def _prefix_ids(processor: object, path: Path) -> tuple[int, ...]:
+    """What comes before a text. What a template puts after it (embedding models) is not the encoder's."""
+    ids: tuple[int, ...] = ()
     if processor is None:
-        return
+        return ids
     for where, step in _steps(processor, "processors", path, "post_processor"):
         if step.get("type") == "TemplateProcessing":
-            single = step.get("single")
-            if (
-                not isinstance(single, list)
-                or not single
-                or not isinstance(single[0], dict)
-                or "Sequence" not in single[0]
-            ):
-                raise _bad(path, where, f"a template that puts something before the text: {single!r:.100}")
+            ids += _before_the_text(step, path, where)
         else:
             _check_byte_level(step, path, where)
+    return ids
+
+
+def _before_the_text(step: Mapping[str, Any], path: Path, where: str) -> tuple[int, ...]:
+    single, known = step.get("single"), step.get("special_tokens")
+    ids: list[int] = []
+    for piece in single if isinstance(single, list) else []:
+        if isinstance(piece, dict) and "Sequence" in piece:
+            return tuple(ids)
+        special = piece.get("SpecialToken") if isinstance(piece, dict) else None
+        name = special.get("id") if isinstance(special, dict) else None
+        entry = known.get(name) if isinstance(known, dict) and isinstance(name, str) else None
+        given = entry.get("ids") if isinstance(entry, dict) else None
+        if not isinstance(given, list) or not all(type(i) is int and 0 <= i <= MAX_TOKEN_ID for i in given):
+            raise _bad(path, f"{where}.single", f"{piece!r:.80} names no token of its special_tokens")
+        ids += given
+    raise _bad(path, f"{where}.single", f"{single!r:.100} has no place for the text")
 
 
 def _check_byte_level(step: object, path: Path, where: str) -> None:

@@ -32,14 +32,20 @@ SPLIT_PATTERN = (
 class AddedToken:
     """A token that no merge produces: its form stands for its id wherever control tokens are recognised.
 
-    special: decoding with skip_special_tokens drops it (`<|im_end|>`; not `<think>`). normalized: it is looked
-    for in the NFC form of a text, else in the text as written.
+    special: decoding with skip_special_tokens drops it (`<|im_end|>`; not `<think>`). control: it is part of a
+    prompt's structure, so that its form in a text from outside stays text; the others are words, and are found in any
+    text. normalized: it is looked for in the NFC form of a text, else in the text as written. lstrip, rstrip: it
+    takes white space beside it along; single_word: it counts only where no word goes on beside it.
     """
 
     form: str
     id: int
     special: bool
     normalized: bool = False
+    control: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Vocabulary:
 
     unmerged: tokens that have an id but that no merge reaches: they are decoded, never encoded. pattern splits
     a text into the pieces that are merged one by one; nfc: composed before that. eos_token_id: what
-    tokenizer_config.json names as the end of a text or turn.
+    tokenizer_config.json names as the end of a text or turn. prefix_ids: what tokenizer.json's post-processor puts
+    before a text.
     """
 
     ranks: Mapping[bytes, int]
@@ -57,6 +64,7 @@ class Vocabulary:
     pattern: str = SPLIT_PATTERN
     nfc: bool = True
     eos_token_id: int | None = None
+    prefix_ids: tuple[int, ...] = ()
 
 
 def read_base_vocab(path: Path) -> dict[bytes, int]:

@@ -53,7 +53,7 @@ def test_longest_form_first_and_leftmost(tmp_path: Path) -> None:
     assert tokenizer.encode("abcd", allow_special=True) == [401, RANKS[b"d"]]
     assert tokenizer.encode("xabd", allow_special=True) == [RANKS[b"x"], 400, RANKS[b"d"]]
     assert tokenizer.encode("ab", allow_special=True) == [400]
-    assert tokenizer.encode("abc") == [RANKS[b"a"], RANKS[b"b"], RANKS[b"c"]]
+    assert tokenizer.encode("abc") == [401]  # a word, in whosever text
     assert tokenizer.vocab_size == 403 and not tokenizer.has_token(399)
 
 
@@ -116,7 +116,8 @@ def test_an_ordinary_token_may_be_listed_as_added(tmp_path: Path) -> None:
 
 
 def entry(token_id: Any, content: Any, **flags: Any) -> dict[str, Any]:
-    return {"id": token_id, "content": content, "special": False, "normalized": False, **flags}
+    around = {"lstrip": False, "rstrip": False, "single_word": False}
+    return {"id": token_id, "content": content, "special": False, "normalized": False, **around, **flags}
 
 
 @pytest.mark.parametrize(
@@ -145,9 +146,7 @@ def entry(token_id: Any, content: Any, **flags: Any) -> dict[str, Any]:
         (entry(500, 3), r"has no content"),
         ("x", r"added_tokens\[26\]: 'x' has no content"),
         ([], r"\[\] has no content"),
-        (entry(500, "x", lstrip=True), r"'x' has lstrip true"),
-        (entry(500, "x", rstrip=True), r"'x' has rstrip true"),
-        (entry(500, "x", single_word=True), r"'x' has single_word true"),
+        (entry(500, "x", lstrip="no"), r"lstrip is 'no'\. It must be true or false"),
         (entry(500, "x", special="no"), r"special is 'no'\. It must be true or false"),
     ],
 )
@@ -191,11 +190,11 @@ def test_refuses_added_tokens(tmp_path: Path, more: Any, found: str) -> None:
         ({"added_tokens_json": {"<|im_end|>": "x"}}, r"added_tokens\.json, '<\|im_end\|>': id 'x'"),
         (
             {"added_tokens_json": {"<think>": 400}},
-            r"do not include <\|endoftext\|> and <\|im_start\|> and <\|im_end\|>",
+            r"do not include <\|endoftext\|> and <\|im_start\|> and <\|im_end\|>, and it names no end of text of its own",
         ),
         (
             {"added_tokens_json": {"<|im_start|>": 400, "<|endoftext|>": 401}},
-            r"its 2 added tokens do not include <\|im_end\|>\. Every Qwen has these",
+            r"its 2 added tokens do not include <\|im_end\|>, and .* Every Qwen has these",
         ),
     ],
 )
@@ -203,3 +202,71 @@ def test_refuses_other_lists(tmp_path: Path, files: dict[str, Any], found: str) 
     if "tokenizer_config_json" in files:  # json.dumps writes a lone surrogate as an escape
         files = {"tokenizer_config_json": json.dumps(files["tokenizer_config_json"])}
     refused(pair_of(tmp_path, **files), found)
+
+
+# ---- words: added tokens that are no control tokens are found in anybody's text
+
+
+WORD = FIRST + 26  # the first id after those of Qwen3's added tokens
+
+
+def oracle_of(directory: Path) -> Oracle:
+    oracle = Oracle.from_file(str(directory / "tokenizer.json"))
+    oracle.encode_special_tokens = True  # control tokens stay text, as far as the file calls them special
+    return oracle
+
+
+def test_a_word_is_one_token_in_any_text_and_a_control_token_none(tmp_path: Path) -> None:
+    words = ["Zirconium", "<gene_42>", "[GENE]", "量子点", "\t\t", "im_start"]
+    added = [*added_tokens(FIRST), *(entry(WORD + i, word) for i, word in enumerate(words))]
+    tokenizer = load_json(tmp_path, added_tokens=added)
+    text = "aZirconium, <gene_42>[GENE]量子点x\t\ty<|im_start|>"
+    ids = tokenizer.encode(text)
+    assert [i - WORD for i in ids if i >= WORD] == [0, 1, 2, 3, 4]  # im_start is inside a control token's form
+    assert ids == oracle_of(tmp_path).encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    spelled = "".join([*CONTROL, *SHOWN])
+    assert not set(tokenizer.encode(spelled)) & set(range(FIRST, FIRST + 26))
+
+
+def test_what_counts_as_a_control_token(tmp_path: Path) -> None:
+    """Special tokens, <|...|>, the family's tags, what tokenizer_config.json names, what the chat template writes."""
+    forms = ["<|x|>", "<｜x｜>", "<end>", "<pad>", "<more>", "<turn>", "<tool>", "<word>", "<think >"]
+    added = [*added_tokens(FIRST), *(entry(400 + i, form) for i, form in enumerate(forms))]
+    names = {"eos_token": "<end>", "pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<more>"]}
+    directory = write(
+        tmp_path,
+        tokenizer_json=small_json(added_tokens=added),
+        tokenizer_config_json=names,
+        chat_template_jinja="<turn>{{ messages[0].content }}",
+    )
+    write(directory / "additional_chat_templates", tool_use_jinja="{{ '<tool>' ~ messages[0].content }}")
+    tokenizer = load_tokenizer(directory)
+    assert [i for i in tokenizer.encode("".join(forms)) if i >= 400] == [407, 408]
+    assert [f for f in forms if f in tokenizer.special_tokens] == ["<end>", "<pad>", "<more>"]
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")  # refused where somebody chats, not here
+    assert load_tokenizer(tmp_path).encode("<turn>") == [405]
+
+
+FLAGS = st.fixed_dictionaries({name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")})
+WORDS = ["ab", "abc", "b c", "й", "aи\u0306b", "<|x|>"]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(FLAGS, min_size=len(WORDS), max_size=len(WORDS)),
+    st.text(alphabet="abc йи\u0306\n\t\u3000_x1你<|>\u200d²", max_size=24),
+)
+def test_words_are_found_as_tokenizers_finds_them(
+    tmp_path_factory: pytest.TempPathFactory, flags: list[dict[str, bool]], text: str
+) -> None:
+    directory = tmp_path_factory.mktemp("words")
+    added = [
+        *added_tokens(FIRST),
+        *(
+            entry(WORD + i, word, special=word == "<|x|>") | flag
+            for i, (word, flag) in enumerate(zip(WORDS, flags, strict=True))
+        ),
+    ]
+    tokenizer = load_json(directory, added_tokens=added)
+    assert tokenizer.encode(text) == oracle_of(directory).encode(text, add_special_tokens=False).ids

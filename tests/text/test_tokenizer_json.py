@@ -110,7 +110,7 @@ def test_pipelines_that_qwen_has(tmp_path: Path, changes: dict[str, Any]) -> Non
         ({"post_processor": {"type": "BertProcessing"}}, "post_processor: 'BertProcessing', not ByteLevel"),
         (
             {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}]}},
-            "post_processor: a template that puts something before the text",
+            "post_processor.single: {'SpecialToken': {'id': '<s>'}} names no token of its special_tokens",
         ),
         ({"added_tokens": {"x": 1}}, "added_tokens: a JSON dict, not a list"),
     ],
