@@ -116,6 +116,9 @@ def _deltas(llm: LLM, prompt: str, as_chat: dict[str, Any] | None, params: Sampl
     if as_chat is not None:
         yield from llm.stream(prompt, sampling_params=params, **as_chat)
     elif llm.tokenizer is not None:
-        yield from llm.stream(prompt_token_ids=[*llm.tokenizer.prefix_ids, *llm.tokenizer.encode(prompt)], sampling_params=params)
+        yield from llm.stream(
+            prompt_token_ids=[*llm.tokenizer.prefix_ids, *llm.tokenizer.encode(prompt)],
+            sampling_params=params,
+        )
     else:
         yield Delta(llm.generate(prompt, params).text)  # says what is missing

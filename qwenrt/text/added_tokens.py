@@ -37,13 +37,17 @@ CONTROL_TOKENS = frozenset(REQUIRED) | {
     ),
 }
 # What every generation writes around thoughts and calls. No file calls these special.
-_TAGS = frozenset(("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"))
+_TAGS = frozenset(
+    ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+)
 _CONTROL_SHAPE = re.compile("<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|im_start|>; DeepSeek's bars are wide
 MAX_FORM_CHARS = 256
 # As \w and \s of the tokenizers library, which has Unicode's definitions; Python's differ in these.
 _WORD_CATEGORIES = ("L", "M", "Nd", "Nl", "Pc")
 _MORE_WORD = re.compile("[\u200c\u200d\u24b6-\u24e9]")
-_BLANK = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+_BLANK = (
+    "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+)
 
 Listed = Iterator[tuple[str, AddedToken]]  # (where it is listed, what)
 
@@ -96,7 +100,9 @@ def read_added_tokens(
     add(_from_forms(in_vocab, str(directory)))
     named = _named_tokens(tokenizer_config) & set(found)
     missing = [form for form in REQUIRED if form not in found]
-    if missing and (len(missing) < len(REQUIRED) or token_form(tokenizer_config.get("eos_token")) not in found):
+    if missing and (
+        len(missing) < len(REQUIRED) or token_form(tokenizer_config.get("eos_token")) not in found
+    ):
         raise ConfigError(
             f"reading {directory}",
             f"its {len(found)} added tokens do not include {' and '.join(missing)}, and it names no end of text "
@@ -104,7 +110,9 @@ def read_added_tokens(
             "Every Qwen has these: a file is missing or damaged, or this is the tokenizer of another family.",
         )
     return tuple(
-        replace(token, special=token.special or token.form in named, control=_is_control(token, named, templates))
+        replace(
+            token, special=token.special or token.form in named, control=_is_control(token, named, templates)
+        )
         for token in sorted(found.values(), key=lambda token: token.id)
     )
 

@@ -106,9 +106,7 @@ def _template_format(directory: Path, model_type: str) -> ChatFormat:
     config = read_json(config_file) if config_file.exists() else {}
     tokens = {name: token_form(config.get(name)) for name in NAMED_TOKENS}
     token_texts = {name: text for name, text in tokens.items() if text is not None}
-    templates = {
-        name: JinjaTemplate(*source) for name, source in template_sources(directory, config).items()
-    }
+    templates = {name: JinjaTemplate(*source) for name, source in template_sources(directory, config).items()}
     if not templates:
         name = family(directory, model_type)
         return TemplateFormat(JinjaTemplate(TEMPLATES[name], f"the built-in chat template of {name}"))

@@ -94,7 +94,7 @@ class JinjaTemplate:
             token = current.set(Budget(dict(variables)))
             return self._template.render(variables)
         except LimitError as error:
-            raise RequestError(asked, error.found, error.remedy or _BROKEN) from error
+            raise RequestError(asked, error.found, error.remedy or _TOO_MUCH) from error
         except QwenrtError:
             raise
         except Exception as error:  # the template is a program: it may fail in any way
@@ -110,6 +110,9 @@ class JinjaTemplate:
 
 
 _BROKEN = "The template does not fit this conversation, or the file is damaged."
+_TOO_MUCH = (
+    "A template may do so much for a conversation of this size and no more: shorten it, or mend the template."
+)
 _NOT_READ = "Mend the template, or take it away: then a built-in one serves."
 _NO_SUCH = re.compile("No (?:filter|test) named")
 _UNSUPPORTED = "The template uses what is not supported here: write that part of it in another way."
@@ -196,7 +199,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if name == "format":
                 return braces(owner, args, named, __self)
             if name == "format_map":
-                return braces(owner, (), *args, __self)
+                return braces(owner, (), args[0], __self)
             return METHODS[name](owner, *args, **named)
         if isinstance(owner, (list, tuple)):
             budget.read(owner, deep=True)  # it looks through its items
@@ -252,7 +255,9 @@ class _Metering(NodeTransformer):
     """Puts the sandbox's hooks around what Jinja would do without asking the environment."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return _hook("own", nodes.Const(node.data, lineno=node.lineno))  # so that it is written through _output
+        return _hook(
+            "own", nodes.Const(node.data, lineno=node.lineno)
+        )  # so that it is written through _output
 
     def visit_Const(self, node: nodes.Const) -> nodes.Expr:
         return _hook("own", node) if isinstance(node.value, str) else node

@@ -39,7 +39,9 @@ def template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, Te
         return found
     where = f"{directory / CONFIG_FILE}, chat_template"
     named = _named(config.get("chat_template"), where)
-    found = {n: TemplateSource(source, f"{where} {n!r:.40}") for n, source in named.items() if n in _USED} | found
+    found = {
+        n: TemplateSource(source, f"{where} {n!r:.40}") for n, source in named.items() if n in _USED
+    } | found
     if "default" not in found and (found or named):
         raise ConfigError(
             f"reading {where}",

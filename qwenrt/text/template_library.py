@@ -199,7 +199,9 @@ def _urlencode(value: Any) -> str:
     if isinstance(value, str) or not isinstance(value, (list, tuple, dict)):
         return quote(text(value), safe="/")
     pairs = value.items() if isinstance(value, dict) else value
-    return "&".join("=".join(quote(text(part), safe="").replace("%20", "+") for part in pair) for pair in pairs)
+    return "&".join(
+        "=".join(quote(text(part), safe="").replace("%20", "+") for part in pair) for pair in pairs
+    )
 
 
 @pass_environment
@@ -263,7 +265,8 @@ def _cost_of_wrap(budget: Budget, s: str, *args: Any, **named: Any) -> None:
     """The expression that finds where to break looks through a word once for each of its characters."""
     longest = max(map(len, METHODS["split"](s)), default=0)
     budget.step(len(s) * longest // 1024 + len(s) // 16)
-    budget.reserve(len(s) * 2 + len(s) * max((len(v) for v in (*args, *named.values()) if isinstance(v, str)), default=1))
+    ends = [len(value) for value in (*args, *named.values()) if isinstance(value, str)]
+    budget.reserve(len(s) * (2 + max(ends, default=1)))
 
 
 def _cost_of_attributes(budget: Budget, d: Any, *args: Any) -> None:

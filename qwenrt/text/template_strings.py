@@ -16,6 +16,7 @@ _CONVERSION = re.compile(
     r"%(?:\((?P<key>[^()]*)\))?(?P<flags>[-#0 +]*)(?P<width>\*|[0-9]*)"
     r"(?:\.(?P<precision>\*|[0-9]*))?[hlL]?(?P<kind>[diouxXeEfFgGcrsa%])"
 )
+_WRITERS: dict[str, Callable[[Any], str]] = {"r": repr, "a": ascii, "s": str}
 _NUMBER = 400  # characters that a number takes without a width: 1e308 as %f
 _MAX_NESTED = 3
 
@@ -110,27 +111,27 @@ def _converted(conversion: re.Match[str], arguments: _Arguments, budget: Budget)
     flags, kind = conversion["flags"], conversion["kind"]
     width, precision = (
         _count(arguments.next() if given == "*" else given)
-        for given in (conversion["width"], conversion["precision"])
+        for given in (conversion["width"] or None, conversion["precision"])
     )
     if width is not None and width < 0:
         flags, width = flags + "-", -width
     budget.reserve((width or 0) + (precision or 0) + _NUMBER)
     value = arguments.next() if conversion["key"] is None else arguments.by_key(conversion["key"])
     if kind in "sra":
-        written = text(value) if kind == "s" else _written(repr if kind == "r" else ascii, value, budget)
+        written = text(value) if kind == "s" else _written(_WRITERS[kind], value, budget)
         written = written if precision is None else written[: max(precision, 0)]
-        return (TemplateText.ljust if "-" in flags else TemplateText.rjust)(written, width or 0)
+        return str(METHODS["ljust" if "-" in flags else "rjust"](written, width or 0))
     budget.reserve(_NUMBER + budget.size(value))
     form = f"%{flags}{'' if width is None else width}"
     return str(form + ("" if precision is None else f".{precision}") + kind) % (value,)
 
 
 def _count(given: Any) -> int | None:
-    """A width or a precision; None where there is none."""
-    if given is None or given == "":
+    """A width or a precision; None where there is none. A point with nothing behind it is a precision of 0."""
+    if given is None:
         return None
     if isinstance(given, str) and len(given) <= 9:
-        return int(given)
+        return int(given or "0")
     if isinstance(given, int) and abs(given) < 10**9:
         return int(given)
     raise LimitError("rendering", f"a width or precision of {given!r:.20}")
@@ -153,7 +154,7 @@ def braces(form: str, args: Sequence[Any], named: Mapping[str, Any], lookup: Loo
             field, numbered = f"{numbered}{field}", numbered + 1
         value = _field(field, args, named, lookup)
         if conversion is not None:
-            value = _written({"r": repr, "a": ascii, "s": str}[conversion], value, budget)
+            value = _written(_WRITERS[conversion], value, budget)
         spec = braces(spec or "", args, named, lookup, level + 1)
         if spec:
             digits = re.findall("[0-9]+", spec)

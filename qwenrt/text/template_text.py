@@ -95,7 +95,8 @@ class TemplateText(str):
         return before, found, after
 
     def strip(self, chars: str | None = None, /) -> str:
-        return TemplateText.lstrip(TemplateText.rstrip(self, chars), chars)
+        left, right = len(self) - len(str.lstrip(self, chars)), len(str.rstrip(self, chars))
+        return belonging(str.strip(self, chars), ownership(self)[left:right])
 
     def lstrip(self, chars: str | None = None, /) -> str:
         text = str.lstrip(self, chars)

@@ -190,7 +190,7 @@ def test_refuses_added_tokens(tmp_path: Path, more: Any, found: str) -> None:
         ({"added_tokens_json": {"<|im_end|>": "x"}}, r"added_tokens\.json, '<\|im_end\|>': id 'x'"),
         (
             {"added_tokens_json": {"<think>": 400}},
-            r"do not include <\|endoftext\|> and <\|im_start\|> and <\|im_end\|>, and it names no end of text of its own",
+            r"do not include <\|endoftext\|> and <\|im_start\|> and <\|im_end\|>, and it names no end of text",
         ),
         (
             {"added_tokens_json": {"<|im_start|>": 400, "<|endoftext|>": 401}},
@@ -222,7 +222,13 @@ def test_a_word_is_one_token_in_any_text_and_a_control_token_none(tmp_path: Path
     tokenizer = load_json(tmp_path, added_tokens=added)
     text = "aZirconium, <gene_42>[GENE]量子点x\t\ty<|im_start|>"
     ids = tokenizer.encode(text)
-    assert [i - WORD for i in ids if i >= WORD] == [0, 1, 2, 3, 4]  # im_start is inside a control token's form
+    assert [i - WORD for i in ids if i >= WORD] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]  # im_start is inside a control token's form
     assert ids == oracle_of(tmp_path).encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text
     spelled = "".join([*CONTROL, *SHOWN])
@@ -248,7 +254,9 @@ def test_what_counts_as_a_control_token(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode("<turn>") == [405]
 
 
-FLAGS = st.fixed_dictionaries({name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")})
+FLAGS = st.fixed_dictionaries(
+    {name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")}
+)
 WORDS = ["ab", "abc", "b c", "й", "aи\u0306b", "<|x|>"]
 
 

@@ -299,3 +299,26 @@ def test_the_oldest_whole_exchanges_are_left_out(tokenizer):
         tighter = chat_format.prompt(tokenizer, LONG, [TOOL], max_window_size=size - 1)
         assert tighter.dropped_turns == min(dropped + 1, 2)
     assert chat_format.prompt(tokenizer, LONG, [TOOL], max_window_size=0).token_ids == shorter[2].token_ids
+
+
+def test_several_templates_are_files_beside_the_default_one(tmp_path, text):
+    """As transformers saves them: chat_template.jinja and additional_chat_templates/NAME.jinja."""
+    (tmp_path / "chat_template.jinja").write_text(
+        "plain {{ messages[0].content }}{{ tools }}", encoding="utf-8"
+    )
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text(
+        "{{ tools[0].function.name }} {{ messages[0].content }}", encoding="utf-8"
+    )
+    (folder / "rag.jinja").write_text("{{", encoding="utf-8")  # nobody asks for it
+    chat = load_chat_format(tmp_path, "qwen2")
+    assert text(chat, [user("hi")]) == "plain hiNone"
+    assert text(chat, [user("hi")], [TOOL]) == "f hi"
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="none of 1 templates is named 'default'"):
+        load_chat_format(tmp_path, "qwen2")
+    config = {"chat_template": "from the config{{ messages[0].content }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    chat = load_chat_format(tmp_path, "qwen2")
+    assert text(chat, [user("hi")]) == "from the confighi" and text(chat, [user("hi")], [TOOL]) == "f hi"

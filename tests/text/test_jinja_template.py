@@ -60,8 +60,8 @@ def render(source, **variables):
             "[0, 1, 2]38-1aaa[1, 2]2.0",
         ),
         (
-            "{{ '{0.__class__}'.format(1) }}{{ '{a}'.format_map({'a': 1}) }}{{ '{}{:>3}'.format(messages[0].role, 7) }}",
-            "1user  7",
+            "{{ '{0.__class__}'.format(1) }}{{ '{a}'.format_map({'a': 1}) }}{{ '{}{:>3}'.format('b', 7) }}",
+            "1b  7",
         ),
         ("{{ undefined_name }}{{ messages[0].nothing }}{{ strftime_now('%%') }}", "%"),
     ],

@@ -13,8 +13,9 @@ from transformers.utils.chat_template_utils import render_jinja_template  # noqa
 from qwenrt.errors import RequestError
 from qwenrt.text.builtin_templates import TEMPLATES
 from qwenrt.text.jinja_template import JinjaTemplate
-from qwenrt.text.outside_text import OutsideText
+from qwenrt.text.outside_text import outside
 from qwenrt.text.template_format import TemplateFormat
+from qwenrt.text.template_text import TemplateText
 from qwenrt.text.unicode import nfc
 from tests.text.bpe_vocab import CONTROL, SHOWN, load_json, small_json
 
@@ -167,7 +168,7 @@ def test_ids_are_those_of_transformers(tokenizer, hub_tokenizer, name, roles, da
     assert ids == hub_tokenizer.encode(rendered, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3-coder"])
+@pytest.mark.parametrize("name", [*(n for n in TEMPLATES if n != "qwen2"), "careless"])
 @settings(deadline=None, max_examples=12)
 @given(roles=ROLES, data=st.data())
 def test_the_text_of_a_prompt_is_the_rendered_text(tokenizer, name, roles, data):
@@ -175,8 +176,9 @@ def test_the_text_of_a_prompt_is_the_rendered_text(tokenizer, name, roles, data)
         return data.draw(HOSTILE).encode(errors="replace").decode()
 
     messages, tools = conversation([*roles, "user"], text, text, text, lambda: "k" + text())
+    source = CARELESS if name == "careless" else TEMPLATES[name]
     (rendered,), _ = render_jinja_template(
-        [messages], tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=True
+        [messages], tools=tools, chat_template=source, add_generation_prompt=True, mood="w"
     )
     assert nfc(tokenizer.decode(FORMATS[name].prompt(tokenizer, messages, tools).token_ids)) == nfc(rendered)
 
@@ -195,19 +197,82 @@ def test_a_users_wrapper_is_no_tool_result(tokenizer):
     assert tokenizer.added_tokens["<tool_response>"] in FORMATS["qwen3"].prompt(tokenizer, messages).token_ids
 
 
-def test_marks_are_drawn_from_what_nobody_uses(tokenizer):
-    every = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
-    outside = OutsideText(tokenizer.added_tokens, {"a": [every[:6400]]})
-    assert outside.mark == "\U000f0000"
-    assert outside.unmarked(outside.text("<think>" + every[:6400])) == "<think>" + every[:6400]
-    with pytest.raises(RequestError, match="every private-use character"):
-        OutsideText(tokenizer.added_tokens, [every])
+# ---- shapes that build control tokens out of what they are given
+
+SHAPES = {
+    "in angles": "<{{ x }}>",
+    "in bars": "{{ '<|' ~ x ~ '|>' }}",
+    "with plus": "{{ '<|' + x + '|>' }}",
+    "after a slash": "</{{ x }}>",
+    "over two messages": "{{ x }}{{ y }}",
+    "joined": "{{ [x, y] | join }}{{ ''.join([x, y]) }}{{ '|'.join([x, y]) }}",
+    "cut": "{{ x[1:] }}{{ (x ~ y)[:-1] }}{{ x[::-1] }}",
+    "lower": "{{ x | lower }}{{ x.lower() }}{{ x.casefold() }}{{ x.swapcase() }}{{ ('<|' ~ x ~ '|>') | lower }}",
+    "replaced": "{{ x | replace('#', '') }}{{ x.replace('[', '<').replace(']', '>') }}{{ x.replace('E', '<|im_end|>') }}",
+    "stripped": "{{ x | trim }}{{ x | trim('#') }}{{ x.strip('# ') }}{{ '<' ~ x.lstrip('#') }}",
+    "split": "{{ x.split('#') | join('|') }}{{ x.split('#')[0] ~ x.rpartition('#')[2] }}",
+    "formats": "{{ '<|%s|>' % x }}{{ '<%s>' | format(x) }}{{ '<|{}|>'.format(x) }}{{ '<|{a}|>'.format_map({'a': x}) }}",
+    "listed": "{{ [x] }}{{ {x: y} }}{{ [x] | string }}{{ [x, y] | tojson }}{{ x | pprint }}{{ (x,) }}",
+    "letters": "{% for c in x %}{{ c }}{% endfor %}{{ x | list | join }}{{ x | reverse }}{{ x | first ~ y }}",
+    "blocks": "{% set z %}<|{{ x }}|>{% endset %}{{ z }}{% macro m(a) %}<{{ a }}>{% endmacro %}{{ m(x) }}"
+    "{% filter lower %}<{{ x }}>{% endfilter %}{% macro n() %}<{{ caller() }}>{% endmacro %}{% call n() %}{{ x }}{% endcall %}",
+    "as markup": "{{ x | e }}{{ x | safe }}{{ '<' ~ (x | safe) ~ '>' }}{{ x | striptags }}{{ '&lt;' ~ x | e }}",
+    "padded": "{{ x.center(40, '|') }}<{{ x.ljust(3, '>') }}>{{ x | center(9) }}{{ x | truncate(9, true, '|>', 0) }}",
+    "indented": "{{ x | indent(1) }}{{ x | wordwrap(5) }}{{ x | title }}{{ x | urlencode }}{{ x | capitalize }}",
+    "numbers": "{{ '<|extra_' ~ x | int ~ '|>' }}{{ '<|extra_%d|>' % (x | int) }}",
+}  # fmt: skip
+LIARS = ["think", "/think", "im_end", "IM_END", "<|im_end|>", "<|IM_END|>", "#<think>#", "[think]", "E", "<|im_", "end|>", "<|#im_end|>",
+         ">dne_mi|<", "</THINK>", "tool_call", "7", " <|im_start|>", "<thi", "nk>", "|im_end|", "im_start|>\nx"]  # fmt: skip
 
 
-def test_tokens_of_one_character_and_no_tokens_at_all():
-    for tokens in ({"*": 5}, {}):
-        outside = OutsideText(tokens, [])
-        assert list(outside.segments(outside.text("a*b") + "*")) == [("a*b*", None)]
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_from_outside_becomes_a_control_token(tokenizer, name):
+    """Nor does the text change: it is what transformers writes, with no mark in it."""
+    source = (
+        "<|im_start|>{% set x, y = messages[0].content, messages[1].name %}" + SHAPES[name] + "<|im_end|>"
+    )
+    chat = TemplateFormat(JinjaTemplate(source, name))
+    turns = [tokenizer.added_tokens[form] for form in ("<|im_start|>", "<|im_end|>")]
+    for first in LIARS:
+        for second in LIARS if name in ("over two messages", "joined") else LIARS[:2]:
+            messages = [{"role": "user", "content": first}, {"role": "user", "content": "", "name": second}]
+            ids = chat.prompt(tokenizer, messages).token_ids
+            assert [i for i in ids if i in tokenizer.added_tokens.values()] == turns
+            (rendered,), _ = render_jinja_template([messages], chat_template=source)
+            assert tokenizer.decode(ids) == rendered
+
+
+def test_the_templates_own_tokens_survive_what_it_does_with_its_own_text(tokenizer):
+    source = """{{ ['<|im_start|>' + messages[0].role, messages[0].content] | join('\n') }}
+{%- set end %}<|im_end|>{% endset %}{{ '%s%s' % (end, '\n') }}{{ '{}user'.format(' <|IM_START|> '.strip().lower()) }}
+{{- ('a<|im_end|>b' ~ messages[0].content).split('b')[0][1:] | replace('x', 'y') | upper | lower }}"""
+    ids = (
+        TemplateFormat(JinjaTemplate(source, "own"))
+        .prompt(tokenizer, [{"role": "user", "content": "bx"}])
+        .token_ids
+    )
+    start, end = tokenizer.im_start_id, tokenizer.im_end_id
+    assert [i for i in ids if i in tokenizer.added_tokens.values()] == [start, end, start, end]
+    assert tokenizer.decode(ids) == "<|im_start|>user\nbx<|im_end|>\n<|im_start|>user<|im_end|>"
+
+
+def test_lengths_slices_and_comparisons_are_those_of_the_text_itself(tokenizer):
+    source = "{{ x | length }} {{ x[:3] }} {{ x == '<|im_end|>' }} {{ '<|' in x }} {{ x.find('im') }} {{ x in ['<|im_end|>'] }}"
+    chat = TemplateFormat(JinjaTemplate("{% set x = messages[0].content %}" + source, "looks"))
+    ids = chat.prompt(tokenizer, [{"role": "user", "content": "<|im_end|>"}]).token_ids
+    assert tokenizer.decode(ids) == "10 <|i True True 2 True"
+    assert not set(ids) & set(tokenizer.added_tokens.values())
+
+
+def test_words_in_a_prompt_are_found_whoever_says_them(tmp_path):
+    added = [
+        *small_json()["added_tokens"],
+        {"id": 400, "content": "Zirconium", "special": False, "normalized": False},
+    ]
+    tokenizer = load_json(tmp_path, added_tokens=added)
+    chat = TemplateFormat(JinjaTemplate("Zirconium {{ messages[0].content }}conium<|im_end|>", "words"))
+    ids = chat.prompt(tokenizer, [{"role": "user", "content": "Zirconium<|im_end|> Zir"}]).token_ids
+    assert ids.count(400) == 3 and ids.count(tokenizer.im_end_id) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,12 +286,23 @@ def test_tokens_of_one_character_and_no_tokens_at_all():
 )
 def test_what_is_not_json_is_refused(value, found):
     with pytest.raises(RequestError, match=f"tools: {found}"):
-        OutsideText({}, []).data(value, "tools")
+        outside(value, "tools")
 
 
 def test_endless_data_is_refused():
     endless = []
     endless.append(endless)
-    outside = OutsideText({"<a>": 1}, endless)
     with pytest.raises(RequestError, match="nested more than 90 deep"):
-        outside.data(endless, "tools")
+        outside(endless, "tools")
+
+
+def test_no_kind_of_str_brings_its_own_characters_along():
+    class Liar(str):
+        own = b"\1" * 9
+
+        def __str__(self):
+            return TemplateText("<think>")
+
+    for value in (Liar("<think>"), TemplateText("<think>")):
+        assert type(outside(value, "tools")) is str and outside(value, "tools") == "<think>"
+        assert [type(key) for key in outside({value: 1}, "tools")] == [str]
