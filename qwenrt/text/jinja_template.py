@@ -21,9 +21,9 @@ from jinja2.visitor import NodeTransformer
 from qwenrt.errors import ConfigError, QwenrtError, RequestError
 from qwenrt.text.template_budget import CONTAINER, ITEM, MAX_INT_BITS, Budget, LimitError, current
 from qwenrt.text.template_files import MAX_SOURCE_CHARS
-from qwenrt.text.template_library import ATTRIBUTES, FILTERS, FUNCTIONS, TESTS
+from qwenrt.text.template_library import ATTRIBUTES, FILTERS, FUNCTIONS, TESTS, escaped
 from qwenrt.text.template_strings import METHODS, braces, concat, percent, text
-from qwenrt.text.template_text import TemplateText, joined
+from qwenrt.text.template_text import Escaped, TemplateText, joined, ownership
 
 MAX_TOKENS = 30_000  # the longest released template has a tenth; compiling takes seconds beyond
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -177,7 +177,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "+" and isinstance(left, (str, list, tuple)):
             budget.reserve(budget.size(left) + budget.size(right))
             if isinstance(left, str) and isinstance(right, str):
-                return budget.made(joined((left, right)))
+                return budget.made(_added(left, right))
         elif operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, (str, list, tuple)) and isinstance(times, int):
@@ -243,6 +243,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     @staticmethod
     def joined(*values: Any) -> str:
         return concat(*values)
+
+
+def _added(left: str, right: str) -> str:
+    if not (isinstance(left, Escaped) or isinstance(right, Escaped)):
+        return joined((left, right))
+    current.get().reserve(6 * (len(left) + len(right)))
+    both = joined((escaped(left), escaped(right)))
+    return Escaped(both, ownership(both))
 
 
 @pass_context

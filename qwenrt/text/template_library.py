@@ -30,7 +30,7 @@ from qwenrt.text.template_strings import (
     percent,
     text,
 )
-from qwenrt.text.template_text import TemplateText
+from qwenrt.text.template_text import Escaped, TemplateText, ownership
 
 _LOOP = ("index", "index0", "revindex", "revindex0", "first", "last", "length", "depth", "depth0")
 ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
@@ -172,8 +172,19 @@ def _round(value: float, precision: int = 0, method: str = "common") -> Any:
     return filters.do_round(value, precision, cast(Any, method))
 
 
-def _escape(value: Any) -> str:
-    return html.escape(text(value)).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+def escaped(value: Any) -> Escaped:
+    """The text with what HTML reads as markup escaped, once."""
+    return value if isinstance(value, Escaped) else _forceescape(value)
+
+
+def _forceescape(value: Any) -> Escaped:
+    written = html.escape(text(value)).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+    return Escaped(written, bytes(len(written)))
+
+
+def _safe(value: Any) -> Escaped:
+    value = text(value)
+    return Escaped(value, ownership(value))
 
 
 def _striptags(value: Any) -> str:
@@ -280,16 +291,16 @@ def _cost_of_escape(budget: Budget, value: Any) -> None:
 
 _OWN: dict[str, tuple[Callable[..., Any], Cost | None]] = {
     "attr": (_attr, None),
-    "e": (_escape, _cost_of_escape),
-    "escape": (_escape, _cost_of_escape),
-    "forceescape": (_escape, _cost_of_escape),
+    "e": (escaped, _cost_of_escape),
+    "escape": (escaped, _cost_of_escape),
+    "forceescape": (_forceescape, _cost_of_escape),
     "format": (lambda form, *values, **named: percent(text(form), named or values), None),
     "indent": (_indent, None),
     "join": (_join, None),
     "list": (_list, None),
     "replace": (_replace, None),
     "round": (_round, None),
-    "safe": (text, None),  # nothing is escaped here unless the template asks, so nothing needs to be exempt
+    "safe": (_safe, None),
     "string": (text, None),
     "striptags": (_striptags, None),
     "sum": (_sum, None),

@@ -125,6 +125,12 @@ class TemplateText(str):
         return _padded(self, text, len(text) - len(self))
 
 
+class Escaped(TemplateText):
+    """What the filters `e` and `safe` give: text that + adds other text to only when that is escaped as well."""
+
+    __slots__ = ()
+
+
 def ownership(text: str) -> bytes:
     """1 for each character that the template wrote, 0 for each other one."""
     return text.own if isinstance(text, TemplateText) else bytes(len(text))

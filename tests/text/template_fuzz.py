@@ -38,7 +38,7 @@ UNARY = [
 ]  # fmt: skip
 WIDE = ["center", "ljust", "rjust", "zfill", "expandtabs"]
 FILTERS = [
-    *("abs", "capitalize", "count", "dictsort", "e", "escape", "first", "float", "forceescape", "int", "items", "last"),
+    *("abs", "capitalize", "count", "dictsort", "first", "float", "int", "items", "last"),
     *("length", "list", "lower", "max", "min", "pprint", "reject", "reverse", "round", "select", "sort", "string"),
     *("striptags", "sum", "title", "tojson", "trim", "unique", "upper", "urlencode", "wordcount", "filesizeformat"),
     *("d", "default", "xmlattr", "wordwrap", "truncate", "indent", "center"),
@@ -83,9 +83,10 @@ class Writer:
 
     def _statement(self) -> str:
         self._depth += 1
-        most = 2 if self._depth > 3 else 10 if self._tame else 11  # growing in a loop is no work for a peer
+        most = 3 if self._depth > 3 else 11 if self._tame else 12  # growing in a loop is no work for a peer
         kind = self._chance.randint(0, most)
         shape = [
+            "{{ T | " + self._pick("e", "escape | e", "safe", "e | forceescape", "e + T") + " }}",
             "{{ T }}", "{{ V }}", self._chance.choice(LITERALS), "{% set ns.s = T %}_", "{% set ns.l = [ns.l, V] %}_",
             "{% for x in L %}{{ loop.index }}_{{ x }}{% endfor %}",
             "{% if V is " + self._chance.choice(TESTS) + " %}_{% else %}b{% endif %}",

@@ -52,7 +52,7 @@ def render(source, **variables):
             "a12bc",
         ),
         ("{% generation %}a{{ 1 }}{% endgeneration %}", "a1"),
-        ("{{ '<' ~ ({'a': '<'} | tojson | safe) ~ '>' }}{{ '<' + ('<' | safe) }}", '<{"a": "<"}><<'),
+        ("{{ '<' ~ ({'a': '<'} | tojson | safe) ~ '>' }}{{ '<' + ('<' | safe) }}", '<{"a": "<"}>&lt;<'),
         ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ 'a\nb' | indent(2) }}", "1a\n  b"),
         ("{% for x in [[1, [2]]] recursive %}{{ x if x is number else loop(x) }}{% endfor %}", "12"),
         (

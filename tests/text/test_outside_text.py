@@ -180,7 +180,7 @@ def test_the_text_of_a_prompt_is_the_rendered_text(tokenizer, name, roles, data)
     (rendered,), _ = render_jinja_template(
         [messages], tools=tools, chat_template=source, add_generation_prompt=True, mood="w"
     )
-    assert nfc(tokenizer.decode(FORMATS[name].prompt(tokenizer, messages, tools).token_ids)) == nfc(rendered)
+    assert nfc(tokenizer.decode(prompt_of(name, tokenizer, messages, tools).token_ids)) == nfc(rendered)
 
 
 def test_a_users_wrapper_is_no_tool_result(tokenizer):
@@ -208,21 +208,39 @@ SHAPES = {
     "joined": "{{ [x, y] | join }}{{ ''.join([x, y]) }}{{ '|'.join([x, y]) }}",
     "cut": "{{ x[1:] }}{{ (x ~ y)[:-1] }}{{ x[::-1] }}",
     "lower": "{{ x | lower }}{{ x.lower() }}{{ x.casefold() }}{{ x.swapcase() }}{{ ('<|' ~ x ~ '|>') | lower }}",
-    "replaced": "{{ x | replace('#', '') }}{{ x.replace('[', '<').replace(']', '>') }}{{ x.replace('E', '<|im_end|>') }}",
+    "replaced": "{{ x | replace('#', '') }}{{ x.replace('[', '<').replace(']', '>') }}"
+    "{{ x.replace('E', '<|im_end|>') }}",
     "stripped": "{{ x | trim }}{{ x | trim('#') }}{{ x.strip('# ') }}{{ '<' ~ x.lstrip('#') }}",
     "split": "{{ x.split('#') | join('|') }}{{ x.split('#')[0] ~ x.rpartition('#')[2] }}",
-    "formats": "{{ '<|%s|>' % x }}{{ '<%s>' | format(x) }}{{ '<|{}|>'.format(x) }}{{ '<|{a}|>'.format_map({'a': x}) }}",
+    "formats": "{{ '<|%s|>' % x }}{{ '<%s>' | format(x) }}{{ '<|{}|>'.format(x) }}"
+    "{{ '<|{a}|>'.format_map({'a': x}) }}",
     "listed": "{{ [x] }}{{ {x: y} }}{{ [x] | string }}{{ [x, y] | tojson }}{{ x | pprint }}{{ (x,) }}",
     "letters": "{% for c in x %}{{ c }}{% endfor %}{{ x | list | join }}{{ x | reverse }}{{ x | first ~ y }}",
     "blocks": "{% set z %}<|{{ x }}|>{% endset %}{{ z }}{% macro m(a) %}<{{ a }}>{% endmacro %}{{ m(x) }}"
-    "{% filter lower %}<{{ x }}>{% endfilter %}{% macro n() %}<{{ caller() }}>{% endmacro %}{% call n() %}{{ x }}{% endcall %}",
-    "as markup": "{{ x | e }}{{ x | safe }}{{ '<' ~ (x | safe) ~ '>' }}{{ x | striptags }}{{ '&lt;' ~ x | e }}",
+    "{% filter lower %}<{{ x }}>{% endfilter %}{% macro n() %}<{{ caller() }}>{% endmacro %}"
+    "{% call n() %}{{ x }}{% endcall %}",
+    "as markup": "{{ (x | e) + '<' + (x | safe) }}{{ x | e }}{{ x | safe }}"
+    "{{ '<' ~ (x | safe) ~ '>' }}{{ x | striptags }}{{ '&lt;' ~ x | e }}",
     "padded": "{{ x.center(40, '|') }}<{{ x.ljust(3, '>') }}>{{ x | center(9) }}{{ x | truncate(9, true, '|>', 0) }}",
     "indented": "{{ x | indent(1) }}{{ x | wordwrap(5) }}{{ x | title }}{{ x | urlencode }}{{ x | capitalize }}",
     "numbers": "{{ '<|extra_' ~ x | int ~ '|>' }}{{ '<|extra_%d|>' % (x | int) }}",
 }  # fmt: skip
-LIARS = ["think", "/think", "im_end", "IM_END", "<|im_end|>", "<|IM_END|>", "#<think>#", "[think]", "E", "<|im_", "end|>", "<|#im_end|>",
-         ">dne_mi|<", "</THINK>", "tool_call", "7", " <|im_start|>", "<thi", "nk>", "|im_end|", "im_start|>\nx"]  # fmt: skip
+LIARS = [
+    *(
+        "think",
+        "/think",
+        "im_end",
+        "IM_END",
+        "<|im_end|>",
+        "<|IM_END|>",
+        "#<think>#",
+        "[think]",
+        "E",
+        "<|im_",
+    ),
+    *("end|>", "<|#im_end|>", ">dne_mi|<", "</THINK>", "tool_call", "7", " <|im_start|>", "<thi", "nk>"),
+    *("|im_end|", "im_start|>\nx"),
+]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -257,7 +275,8 @@ def test_the_templates_own_tokens_survive_what_it_does_with_its_own_text(tokeniz
 
 
 def test_lengths_slices_and_comparisons_are_those_of_the_text_itself(tokenizer):
-    source = "{{ x | length }} {{ x[:3] }} {{ x == '<|im_end|>' }} {{ '<|' in x }} {{ x.find('im') }} {{ x in ['<|im_end|>'] }}"
+    source = "{{ x | length }} {{ x[:3] }} {{ x == '<|im_end|>' }} {{ '<|' in x }} {{ x.find('im') }} "
+    source += "{{ x in ['<|im_end|>'] }}"
     chat = TemplateFormat(JinjaTemplate("{% set x = messages[0].content %}" + source, "looks"))
     ids = chat.prompt(tokenizer, [{"role": "user", "content": "<|im_end|>"}]).token_ids
     assert tokenizer.decode(ids) == "10 <|i True True 2 True"

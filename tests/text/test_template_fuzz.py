@@ -1,4 +1,4 @@
-"""Templates made at random: the text of transformers where they are tame, bounded work and memory where they are not."""
+"""Templates made at random: tame ones write what transformers writes, all others stay within their bounds."""
 
 from __future__ import annotations
 
