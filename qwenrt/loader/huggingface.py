@@ -38,7 +38,7 @@ def fetch(pull: Pull) -> Path:
             token=pull.token or False,
             local_files_only=pull.offline,
             allow_patterns=list(pull.patterns),
-            ignore_patterns=SUBDIRECTORIES,
+            ignore_patterns=list(SUBDIRECTORIES),
             max_workers=4,
             tqdm_class=quiet_tqdm(pull.show),
             library_name="qwenrt",

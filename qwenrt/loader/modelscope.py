@@ -38,7 +38,7 @@ def fetch(pull: Pull) -> Path:
                 "model",
                 revision=pull.revision,
                 allow_patterns=list(pull.patterns),
-                ignore_patterns=[SUBDIRECTORIES],
+                ignore_patterns=list(SUBDIRECTORIES),
                 local_files_only=pull.offline,
             )
         )

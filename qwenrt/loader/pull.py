@@ -9,10 +9,11 @@ from typing import NoReturn
 
 from qwenrt.errors import CheckpointError
 
-# Never fetched: *.py (code), *.bin (pickles), and what lies in subdirectories (other formats of the weights).
+# Never fetched: *.py (code), *.bin (pickles), and what lies in subdirectories (other formats of the weights), but for
+# additional_chat_templates/*.jinja and the settings of numbered folders (1_Pooling/config.json).
 SMALL_FILES = ("*.json", "*.tiktoken", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 WEIGHT_FILES = ("*.safetensors",)
-SUBDIRECTORIES = "*/*"
+SUBDIRECTORIES = ("[!a0-9]*/*", "*/*/*", "*/*.safetensors", "*/*.tiktoken", "*/*.txt", "*/*.model")
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "socket", "ssl")
 

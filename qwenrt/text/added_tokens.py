@@ -205,8 +205,11 @@ class FormFinder:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self._tokens = {token.form: token for token in tokens}
-        self._lengths = sorted({len(form) for form in self._tokens}, reverse=True)
-        starts = "".join(map(re.escape, sorted({form[0] for form in self._tokens})))
+        lengths: dict[str, set[int]] = {}
+        for form in self._tokens:
+            lengths.setdefault(form[0], set()).add(len(form))
+        self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+        starts = "".join(map(re.escape, sorted(lengths)))
         self._start = re.compile(f"[{starts}]") if starts else None
 
     def find(self, text: str, words_only: bool = False) -> Iterator[Found]:
@@ -230,7 +233,8 @@ class FormFinder:
             end = position = stop
 
     def _at(self, text: str, start: int) -> AddedToken | None:
-        return next((t for n in self._lengths if (t := self._tokens.get(text[start : start + n]))), None)
+        lengths = self._lengths[text[start]]
+        return next((t for n in lengths if (t := self._tokens.get(text[start : start + n]))), None)
 
 
 def _goes_on(text: str, start: int, end: int) -> bool:

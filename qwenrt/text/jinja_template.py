@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import Any, cast
 
 from jinja2 import TemplateError, nodes, pass_context
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
@@ -141,10 +143,21 @@ class _Counted:
         return len(self._values)  # type: ignore[arg-type]
 
 
+class _Generator(CodeGenerator):
+    """Has the texts in a template written as the template's own."""
+
+    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
+        if isinstance(node.value, str):
+            self.write(f"environment.own({node.value!r})")
+        else:
+            super().visit_Const(node, frame)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja with everything replaced that makes values, so that each is accounted for in the current Budget."""
 
     intercepted_binops = frozenset(_OPERATORS)
+    code_generator_class = _Generator
 
     def __init__(self) -> None:
         super().__init__(
@@ -158,6 +171,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters, self.tests = dict(FILTERS), dict(TESTS)
         self.globals.clear()
         self.globals.update(FUNCTIONS)
+        self.own = lru_cache(maxsize=1024)(TemplateText)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not isinstance(attr, str) or attr.startswith("_"):
@@ -226,10 +240,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return _Counted(values)
 
     @staticmethod
-    def own(text: str) -> str:
-        return TemplateText(text)
-
-    @staticmethod
     def made(value: Any) -> Any:
         return value  # `call` accounts for every result
 
@@ -263,12 +273,7 @@ class _Metering(NodeTransformer):
     """Puts the sandbox's hooks around what Jinja would do without asking the environment."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return _hook(
-            "own", nodes.Const(node.data, lineno=node.lineno)
-        )  # so that it is written through _output
-
-    def visit_Const(self, node: nodes.Const) -> nodes.Expr:
-        return _hook("own", node) if isinstance(node.value, str) else node
+        return nodes.Const(node.data, lineno=node.lineno)  # so that it is written through _output
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)

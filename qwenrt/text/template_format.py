@@ -88,6 +88,7 @@ class TemplateFormat:
         if not checked:
             raise RequestError("messages", "an empty list", "Add a message with role 'user'.")
         variables = {
+            "documents": None,  # as transformers passes it
             **self._token_texts,
             **{name: outside(value, f"template_kwargs: {name}") for name, value in extra.items()},
             "tools": outside(list(tools), "tools") if tools else None,

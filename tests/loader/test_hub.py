@@ -48,6 +48,10 @@ def files() -> dict[str, bytes]:
         "modeling_qwen.py": code,
         "pytorch_model.bin": b"\x80\x02.",
         "onnx/model.safetensors": b"another format of the weights",
+        "1_Pooling/config.json": b"{}",
+        "1_Pooling/model.safetensors": b"another model's weights",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+        "assets/vocab.txt": b"another model's words",
     }
 
 
@@ -181,8 +185,9 @@ def test_fetch_and_again_and_offline(
 ) -> None:
     hub = start()
     directory = fetch(tmp_path, hub, source, name="qwen-7b-chat")
-    assert sorted(p.name for p in directory.iterdir()) == [
-        "config.json", "generation_config.json", WEIGHTS, "qwen.tiktoken"
+    assert sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if not p.is_dir()) == [
+        "1_Pooling/config.json", "additional_chat_templates/tool_use.jinja",
+        "config.json", "generation_config.json", WEIGHTS, "qwen.tiktoken",
     ]  # fmt: skip
     assert (directory / WEIGHTS).read_bytes() == files[WEIGHTS]
     assert len(open_checkpoint(directory).tensors) == 27
