@@ -91,10 +91,12 @@ def _template_message(where: str, message: Message) -> dict[str, Any]:
 def _template_call(where: str, call: Call) -> dict[str, Any]:
     arguments = outside(call.arguments, f"{where}: arguments of {call.name!r:.80}")
     function = {"name": outside(call.name, where), "arguments": arguments}
-    entry: dict[str, Any] = {"type": "function", "function": function}
-    if call.id is not None:
-        entry["id"] = outside(call.id, f"{where}: id of a call")
-    return entry
+    entry = {} if call.id is None else {"id": outside(call.id, f"{where}: id of a call")}
+    return {
+        **entry,
+        "type": "function",
+        "function": function,
+    }  # in OpenAI's order: a template may print it whole
 
 
 def _object(text: str) -> dict[str, Any] | None:

@@ -143,9 +143,9 @@ def test_messages_in_the_templates_shape(tokenizer, text):
         assistant("c", reasoning_content="hm"),
         user("z"),
     ]
-    shape = '{{"type": "function", "function": {{"name": "f", "arguments": {}}}{}}}'
-    calls = [shape.format('{"b": [1, null], "a": "é"}', ', "id": "1"'), shape.format("{}", ', "id": "2"')]
-    calls.append(shape.format('"not JSON"', ""))
+    shape = '{{{}"type": "function", "function": {{"name": "f", "arguments": {}}}}}'
+    calls = [shape.format('"id": "1", ', '{"b": [1, null], "a": "é"}'), shape.format('"id": "2", ', "{}")]
+    calls.append(shape.format("", '"not JSON"'))
     assert text(echo, messages) == (
         '{"role": "system", "content": "ab"}{"role": "user", "content": "q"}'
         f'{{"role": "assistant", "content": "", "tool_calls": [{", ".join(calls)}]}}'

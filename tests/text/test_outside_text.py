@@ -74,7 +74,7 @@ def conversation(roles, text, speech, word, key):
             )
             continue
         function = {"name": "f" + word(), "arguments": {key(): word(), "b": [word(), {key(): 1}]}}
-        called = {"type": "function", "id": "1" + word(), "function": function}
+        called = {"id": "1" + word(), "type": "function", "function": function}
         messages.append(
             {"role": "assistant", "content": speech(), "tool_calls": [called], "reasoning_content": text()}
         )
