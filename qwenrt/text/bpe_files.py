@@ -66,7 +66,15 @@ def _from_tokenizer_json(directory: Path, config: Mapping[str, Any], templates: 
             f"true, but no merge makes {next(iter(unmerged))!r:.60}",
             "With ignore_merges only vocabularies are supported whose tokens are all made by merges.",
         )
-    return Vocabulary(ranks, added, unmerged, file.pattern, file.nfc, prefix_ids=file.prefix_ids)
+    return Vocabulary(
+        ranks,
+        added,
+        unmerged,
+        file.pattern,
+        file.nfc,
+        prefix_ids=file.prefix_ids,
+        suffix_ids=file.suffix_ids,
+    )
 
 
 def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any], templates: str) -> Vocabulary:

@@ -56,11 +56,12 @@ class Tokenizer:
         self.name, self._directory = name, directory
         self._format: ChatFormat | None = None
         self.eos_token_id = vocabulary.eos_token_id
+        self.prefix_ids = list(vocabulary.prefix_ids)
+        self.suffix_ids = None if vocabulary.suffix_ids is None else list(vocabulary.suffix_ids)
         self.added_tokens = {token.form: token.id for token in vocabulary.added}
         self.special_tokens = {token.form: token.id for token in vocabulary.added if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
         self.control_tokens = FormFinder(token for token in vocabulary.added if token.control)
-        self.prefix_ids = list(vocabulary.prefix_ids)
         eod_id = self.special_tokens.get(END_OF_TEXT, vocabulary.eos_token_id)
         assert eod_id is not None  # read_added_tokens saw to it
         self.eod_id = eod_id

@@ -16,16 +16,13 @@ _WITH_MARKS = SPLIT_PATTERN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
     r" ?[^\s\p{L}", r" ?[^\s\p{L}\p{M}"
 )
 KNOWN_PATTERNS = (SPLIT_PATTERN, _WITH_MARKS)
-_REMEDY = (
-    "Only byte-level BPE with one of Qwen's split patterns is supported: this is another kind of tokenizer."
-)
+_REMEDY = "Only byte-level BPE with one of Qwen's split patterns is supported: this is another kind of tokenizer."
 
 
 @dataclass(frozen=True)
 class TokenizerJson:
-    """vocab, merges, added_tokens: as the file has them, unchecked. pattern, nfc, ignore_merges, prefix_ids: checked.
+    """vocab, merges, added_tokens: as the file has them, unchecked. pattern, nfc, ignore_merges: checked.
 
-    prefix_ids: what the post-processor puts before a text.
     ignore_merges: a piece that is a token is that token, whatever the merges make of it.
     """
 
@@ -37,6 +34,7 @@ class TokenizerJson:
     nfc: bool
     ignore_merges: bool
     prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...] | None
 
 
 def read_tokenizer_json(path: Path) -> TokenizerJson:
@@ -48,6 +46,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
     if not isinstance(merges, list):
         raise _bad(path, "model.merges", f"a JSON {type(merges).__name__}, not a list")
     _check_byte_level(file.get("decoder"), path, "decoder")
+    before, after = _around_a_text(file.get("post_processor"), path)
     return TokenizerJson(
         path,
         vocab,
@@ -56,7 +55,8 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
         pattern=_pattern(file.get("pre_tokenizer"), path),
         nfc=_composes(file.get("normalizer"), path),
         ignore_merges=model.get("ignore_merges") is True,
-        prefix_ids=_prefix_ids(file.get("post_processor"), path),
+        prefix_ids=before,
+        suffix_ids=after,
     )
 
 
@@ -112,33 +112,38 @@ def _pattern(pre_tokenizer: object, path: Path) -> str:
     return str(regex)
 
 
-def _prefix_ids(processor: object, path: Path) -> tuple[int, ...]:
-    """What comes before a text. What a template puts after it (embedding models) is not the encoder's."""
-    ids: tuple[int, ...] = ()
+def _around_a_text(processor: object, path: Path) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The ids that the post-processor puts before and after a text; None for the latter where it has no template."""
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] | None = None
     if processor is None:
-        return ids
+        return before, after
     for where, step in _steps(processor, "processors", path, "post_processor"):
         if step.get("type") == "TemplateProcessing":
-            ids += _before_the_text(step, path, where)
+            outer, inner = _template_ids(step, path, where)
+            before, after = outer + before, (after or ()) + inner
         else:
             _check_byte_level(step, path, where)
-    return ids
+    return before, after
 
 
-def _before_the_text(step: Mapping[str, Any], path: Path, where: str) -> tuple[int, ...]:
+def _template_ids(step: Mapping[str, Any], path: Path, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     single, known = step.get("single"), step.get("special_tokens")
-    ids: list[int] = []
+    sides: list[list[int]] = [[]]
     for piece in single if isinstance(single, list) else []:
         if isinstance(piece, dict) and "Sequence" in piece:
-            return tuple(ids)
+            sides.append([])
+            continue
         special = piece.get("SpecialToken") if isinstance(piece, dict) else None
         name = special.get("id") if isinstance(special, dict) else None
-        entry = known.get(name) if isinstance(known, dict) and isinstance(name, str) else None
-        given = entry.get("ids") if isinstance(entry, dict) else None
-        if not isinstance(given, list) or not all(type(i) is int and 0 <= i <= MAX_TOKEN_ID for i in given):
-            raise _bad(path, f"{where}.single", f"{piece!r:.80} names no token of its special_tokens")
-        ids += given
-    raise _bad(path, f"{where}.single", f"{single!r:.100} has no place for the text")
+        token = known.get(name) if isinstance(known, dict) and isinstance(name, str) else None
+        ids = token.get("ids") if isinstance(token, dict) else None
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i <= MAX_TOKEN_ID for i in ids):
+            raise _bad(path, where, f"a template with the unknown piece {piece!r:.100}")
+        sides[-1] += ids
+    if len(sides) != 2:
+        raise _bad(path, where, f"a template with the text {len(sides) - 1} times, not once: {single!r:.100}")
+    return tuple(sides[0]), tuple(sides[1])
 
 
 def _check_byte_level(step: object, path: Path, where: str) -> None:

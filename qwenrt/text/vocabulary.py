@@ -54,8 +54,8 @@ class Vocabulary:
 
     unmerged: tokens that have an id but that no merge reaches: they are decoded, never encoded. pattern splits
     a text into the pieces that are merged one by one; nfc: composed before that. eos_token_id: what
-    tokenizer_config.json names as the end of a text or turn. prefix_ids: what tokenizer.json's post-processor puts
-    before a text.
+    tokenizer_config.json names as the end of a text or turn. prefix_ids, suffix_ids: what tokenizer.json puts before
+    and after a text that is to be embedded; suffix_ids is None where it has no template that says so.
     """
 
     ranks: Mapping[bytes, int]
@@ -65,6 +65,7 @@ class Vocabulary:
     nfc: bool = True
     eos_token_id: int | None = None
     prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] | None = None
 
 
 def read_base_vocab(path: Path) -> dict[bytes, int]:

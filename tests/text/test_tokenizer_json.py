@@ -110,7 +110,15 @@ def test_pipelines_that_qwen_has(tmp_path: Path, changes: dict[str, Any]) -> Non
         ({"post_processor": {"type": "BertProcessing"}}, "post_processor: 'BertProcessing', not ByteLevel"),
         (
             {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}]}},
-            "post_processor.single: {'SpecialToken': {'id': '<s>'}} names no token of its special_tokens",
+            "post_processor: a template with the unknown piece",
+        ),
+        (
+            {"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}] * 2}},
+            "post_processor: a template with the text 2 times, not once",
+        ),
+        (
+            {"post_processor": {"type": "TemplateProcessing", "single": [], "special_tokens": {}}},
+            "post_processor: a template with the text 0 times, not once",
         ),
         ({"added_tokens": {"x": 1}}, "added_tokens: a JSON dict, not a list"),
     ],
