@@ -16,7 +16,9 @@ _WITH_MARKS = SPLIT_PATTERN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
     r" ?[^\s\p{L}", r" ?[^\s\p{L}\p{M}"
 )
 KNOWN_PATTERNS = (SPLIT_PATTERN, _WITH_MARKS)
-_REMEDY = "Only byte-level BPE with one of Qwen's split patterns is supported: this is another kind of tokenizer."
+_REMEDY = (
+    "Only byte-level BPE with one of Qwen's split patterns is supported: this is another kind of tokenizer."
+)
 
 
 @dataclass(frozen=True)
