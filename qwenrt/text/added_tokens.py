@@ -41,6 +41,7 @@ _TAGS = frozenset(
     ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 )
 _CONTROL_SHAPE = re.compile("<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|im_start|>; DeepSeek's bars are wide
+_TAG_SHAPE = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")  # <answer>, [INST]; a template's prose is no structure
 MAX_FORM_CHARS = 256
 # As \w and \s of the tokenizers library, which has Unicode's definitions; Python's differ in these.
 _WORD_CATEGORIES = ("L", "M", "Nd", "Nl", "Pc")
@@ -69,8 +70,8 @@ def read_added_tokens(
     control tokens.
 
     Which of them are control tokens: those that a file calls special, those that tokenizer_config.json names as ends
-    and beginnings, those written `<|...|>`, the family's tags of thoughts and calls, and those that stand in
-    ``templates``, the directory's chat templates. All others are words.
+    and beginnings, those written `<|...|>`, the family's tags of thoughts and calls, and the tags (`<...>`, `[...]`)
+    that stand in ``templates``, the directory's chat templates. All others are words.
     Raises ConfigError naming the entry, or which of the three is missing.
     """
     found: dict[str, AddedToken] = {}
@@ -139,7 +140,7 @@ def _is_control(token: AddedToken, named: Collection[str], templates: str) -> bo
         or form in named
         or form in _TAGS
         or _CONTROL_SHAPE.fullmatch(form) is not None
-        or form in templates
+        or (form in templates and _TAG_SHAPE.fullmatch(form) is not None)
     )
 
 

@@ -21,6 +21,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from qwenrt.errors import RequestError
 from qwenrt.text.template_budget import CONTAINER, ITEM, Budget, Cost, LimitError, current, metered
 from qwenrt.text.template_strings import (
+    BLANKS,
     METHODS,
     cost_of_case,
     cost_of_join,
@@ -215,6 +216,12 @@ def _urlencode(value: Any) -> str:
     )
 
 
+def _wordcount(value: Any) -> int:
+    value = text(value)
+    current.get().step(len(value) // 32)
+    return sum(1 for _ in re.finditer(r"\w+", value))
+
+
 @pass_environment
 def _attr(environment: _Sandbox, value: Any, name: Any) -> Any:
     """An attribute, never an item."""
@@ -259,6 +266,13 @@ def _cost_of_batch(budget: Budget, values: Any, linecount: Any, fill_with: Any =
 
 def _cost_of_slice(budget: Budget, values: Any, slices: Any, fill_with: Any = None) -> None:
     budget.spend(ITEM * len(values) + (CONTAINER + ITEM) * max(int(slices), 0))
+
+
+def _cost_of_title(budget: Budget, s: Any) -> None:
+    """The text is taken apart at each blank, hyphen and opening bracket."""
+    s = text(s)
+    budget.step(len(s) // 64)
+    budget.spend(3 * len(s) + 2 * ITEM * sum(map(s.count, BLANKS + "-([{<")))
 
 
 def _cost_of_truncate(
@@ -308,6 +322,7 @@ _OWN: dict[str, tuple[Callable[..., Any], Cost | None]] = {
     "trim": (_string_filter("strip", cost_of_trim), None),
     "unique": (_unique, _deep),
     "urlencode": (_urlencode, None),
+    "wordcount": (_wordcount, None),
     "upper": (_string_filter("upper", cost_of_case), None),
     "lower": (_string_filter("lower", cost_of_case), None),
     "capitalize": (_string_filter("capitalize", cost_of_case), None),
@@ -316,7 +331,7 @@ _OWN: dict[str, tuple[Callable[..., Any], Cost | None]] = {
 _JINJA: dict[str, Cost | None] = {
     **dict.fromkeys(("abs", "count", "d", "default", "filesizeformat", "first", "float", "int", "items")),
     **dict.fromkeys(("last", "length", "map", "reject", "rejectattr", "reverse", "select", "selectattr")),
-    **dict.fromkeys(("title", "wordcount")),
+    "title": _cost_of_title,
     **dict.fromkeys(("dictsort", "groupby", "max", "min", "sort"), _deep),
     "batch": _cost_of_batch,
     "pprint": _cost_of_pprint,

@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex
 
 _OWN, _OUTSIDE = b"\1", b"\0"
 _OWN_RUN = re.compile(rb"\x01+")
+_MOST_STRETCHED = 2**16  # characters that are looked at one by one when a text grows as its case changes
 NOBODYS = "\ud800"  # stands for an outside character in `own_view`: no form of a token holds a lone surrogate
 
 
@@ -193,7 +194,7 @@ def _in_case(name: str, by_character: bool) -> Callable[[str], str]:
         text, own = change(self), ownership(self)
         if len(text) == len(self):  # no character ever becomes none, so each became one
             return belonging(text, own)
-        if not by_character or _OWN not in own:
+        if not by_character or _OWN not in own or len(self) > _MOST_STRETCHED:
             return plain(text)
         lengths = [len(change(character)) for character in plain(self)]
         stretched = b"".join(own[i : i + 1] * length for i, length in enumerate(lengths))

@@ -237,7 +237,18 @@ def test_a_word_is_one_token_in_any_text_and_a_control_token_none(tmp_path: Path
 
 def test_what_counts_as_a_control_token(tmp_path: Path) -> None:
     """Special tokens, <|...|>, the family's tags, what tokenizer_config.json names, what the chat template writes."""
-    forms = ["<|x|>", "<｜x｜>", "<end>", "<pad>", "<more>", "<turn>", "<tool>", "<word>", "<think >"]
+    forms = [
+        "<|x|>",
+        "<｜x｜>",
+        "<end>",
+        "<pad>",
+        "<more>",
+        "<turn>",
+        "<tool>",
+        "<word>",
+        "<think >",
+        "content",
+    ]
     added = [*added_tokens(FIRST), *(entry(400 + i, form) for i, form in enumerate(forms))]
     names = {"eos_token": "<end>", "pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<more>"]}
     directory = write(
@@ -248,7 +259,7 @@ def test_what_counts_as_a_control_token(tmp_path: Path) -> None:
     )
     write(directory / "additional_chat_templates", tool_use_jinja="{{ '<tool>' ~ messages[0].content }}")
     tokenizer = load_tokenizer(directory)
-    assert [i for i in tokenizer.encode("".join(forms)) if i >= 400] == [407, 408]
+    assert [i for i in tokenizer.encode("".join(forms)) if i >= 400] == [407, 408, 409]
     assert [f for f in forms if f in tokenizer.special_tokens] == ["<end>", "<pad>", "<more>"]
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")  # refused where somebody chats, not here
     assert load_tokenizer(tmp_path).encode("<turn>") == [405]
