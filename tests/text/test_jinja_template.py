@@ -225,6 +225,25 @@ HOSTILE = {
     "round": "{{ 1.5 | round(10 ** 9, 'ceil') }}",
     "batch": "{{ [1] | batch(10 ** 9, 1) | list }}",
     "slice": "{{ [1] | slice(10 ** 9) | list }}",
+    "width of a named %": "{{ '%(a)999999999d' % {'a': 1} }}",
+    "precision of a named %": "{{ '%(a).999999999d' % {'a': 1} }}",
+    "precision of the filter format": "{{ '%.999999999d' | format(1) }}",
+    "width of braces": "{{ '{:>999999999}'.format('a') }}{{ '{:{}}'.format('a', 10 ** 9) }}",
+    "many widths": "{{ ('%99999d' * 900) % ((1,) * 900) }}",
+    "rsplit by keyword":
+        "{% set s = 'a' * 1000000 %}{% for i in range(999) %}{{ s.rsplit(sep='b' ~ s[9:]) }}{% endfor %}",
+    "trim of many": "{{ ('a' * 2000000) | trim('b' * 1000000 ~ 'a') }}",
+    "strip of many": "{{ ('a' * 2000000).strip('b' * 1000000 ~ 'a') }}",
+    "splits kept": "{% set s = 'a' * 1000000 %}" + GROW + "{% set ns.l = [ns.l, s.split('b')] %}{% endfor %}",
+    "sum of lists": "{{ [[1]] * 40000 | sum(start=[]) }}{{ ([[1]] * 40000) | sum(start=[]) | length }}",
+    "keys in one place": "{{ dict([[2 ** 61 - 1, 1]]) }}",
+    "numbers in one place": "{{ range(0, 10 ** 24, 2 ** 61 - 1) | list | unique | list }}",
+    "wordwrap": "{{ ('a' * 1000000) | wordwrap(9) }}",
+    "comments": "{% for i in range(9999) %}{{ ('<!--' * 200000) | striptags }}{% endfor %}",
+    "tabs": "{{ '\t'.expandtabs(10 ** 9) }}",
+    "empty lists":
+        GROW + "{% for j in range(9999) %}{% set ns.l = [ns.l, []] %}{% set ns.l = [] %}{% endfor %}{% endfor %}",
+    "pprint": GROW + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | pprint }}",
     "number in a range": "{{ 1.5 in range(10 ** 9) }}",
 }  # fmt: skip
 
