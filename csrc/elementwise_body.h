@@ -102,6 +102,20 @@ void store_rows(const float* x, int64_t slot, const QwenrtCache& cache, void* ta
     quantize_row(x + h * dim, dim, static_cast<uint8_t*>(target) + (cell + h) * dim, scale + cell + h, zero + cell + h);
 }
 
+// Rotated heads -> what a cache with factors takes of them: queries times the factor, keys less the offset over it.
+void fit_to_codes(const QwenrtRotary& a, const QwenrtCache& cache, float* rotated) {
+  const int64_t dim = a.head_dim, queries = a.num_heads * dim, shared = a.num_heads / a.num_kv_heads;
+  for (int64_t h = 0; h < a.num_heads; ++h)
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      float* x = rotated + h * dim + c;
+      store(x, mul(load(x), load(cache.k_factor + h / shared * dim + c)));
+    }
+  for (int64_t c = 0; c < a.num_kv_heads * dim; c += kLanes) {
+    float* x = rotated + queries + c;
+    store(x, div(sub(load(x), load(cache.k_offset + c)), load(cache.k_factor + c)));
+  }
+}
+
 void rotary_store(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token) {
   const int64_t dim = a.head_dim, heads = a.num_heads + a.num_kv_heads;
   const float* row = a.qkv + token * (heads + a.num_kv_heads) * dim;
@@ -119,6 +133,7 @@ void rotary_store(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token
     if (!is_query || !a.q_scale) continue;
     for (int64_t c = 0; c < dim; c += kLanes) store(out + c, mul(load(out + c), all(a.q_scale[token])));
   }
+  if (cache && cache->k_factor) fit_to_codes(a, *cache, rotated);
   if (!cache || !a.slots || a.slots[token] < 0) return;
   store_rows(rotated + a.num_heads * dim, a.slots[token], *cache, cache->k, cache->k_scale, cache->k_zero);
   store_rows(row + heads * dim, a.slots[token], *cache, cache->v, cache->v_scale, cache->v_zero);

@@ -14,7 +14,8 @@ typedef struct {
   const int64_t* blocks;
 } QwenrtSequences;
 
-// One layer's cache, contiguous: slot s is row s. Codes where the scales are given: x = scale * code + zero.
+// One layer's cache, contiguous: slot s is row s. Codes where the scales are given: x = scale * code + zero. Where there
+// are factors x is (key - k_offset) / k_factor, and qwenrt_rotary_store multiplies queries by k_factor.
 typedef struct {
   void* k;  // [slots][num_kv_heads][head_dim] float32 or uint8
   void* v;
@@ -25,6 +26,8 @@ typedef struct {
   int64_t block_size;
   int64_t num_kv_heads;
   int64_t head_dim;
+  const float* k_offset;  // [num_kv_heads][head_dim], both or none, beside codes only
+  const float* k_factor;
 } QwenrtCache;
 
 // out [tokens][num_heads][head_dim] = causal attention over the cache, where this step's keys and values are already;

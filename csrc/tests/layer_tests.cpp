@@ -153,14 +153,18 @@ void test_norm_and_silu() {
   });
 }
 
-void test_rotary(bool codes) {
+void test_rotary(bool codes, bool fitted) {
   Random random(13);
-  const int64_t heads = 3, kv_heads = 2, dim = 16, rotary = 12, tokens = 4, all = heads + 2 * kv_heads;
+  const int64_t heads = 4, kv_heads = 2, dim = 16, rotary = 12, tokens = 4, all = heads + 2 * kv_heads;
   Cache cache(4, 2, kv_heads, dim, codes, random);
   const std::vector<float> qkv = random.floats(tokens * all * dim), cos = random.floats(tokens * rotary),
                            sin = random.floats(tokens * rotary);
   const std::vector<float> scale = random.floats(tokens), norm = random.floats(dim);
   const std::vector<int64_t> slots = {5, -1, 0, 7};
+  const std::vector<float> offset = random.floats(kv_heads * dim);
+  std::vector<float> factor = random.floats(kv_heads * dim);
+  for (float& x : factor) x = fabsf(x) + 0.5f;
+  if (fitted) cache.c.k_offset = offset.data(), cache.c.k_factor = factor.data();
   for_each_isa([&](const char* isa) {
     std::vector<float> qk(size_t(tokens * (heads + kv_heads) * dim), NAN);
     QwenrtRotary a{};
@@ -178,13 +182,15 @@ void test_rotary(bool codes) {
           const double other = i < rotary / 2 ? -x[i + rotary / 2] : (i < rotary ? x[i - rotary / 2] : 0);
           double wanted = i < rotary ? x[i] * cos[size_t(t * rotary + i)] + other * sin[size_t(t * rotary + i)] : x[i];
           if (h < heads) wanted *= scale[size_t(t)];
+          const size_t place = size_t((h < heads ? h / (heads / kv_heads) : h - heads) * dim + i);
+          if (fitted) wanted = h < heads ? wanted * factor[place] : (wanted - offset[place]) / factor[place];
           check_near(qk[size_t((t * (heads + kv_heads) + h) * dim + i)], wanted, 5e-6, isa, "rotary");
         }
       }
       for (int64_t h = 0; slots[size_t(t)] >= 0 && h < kv_heads; ++h)
         for (int64_t i = 0; i < dim; ++i) {
           const int64_t cell = slots[size_t(t)] * kv_heads + h;
-          check_near(cache.key(cell, i), qk[size_t((t * (heads + kv_heads) + heads + h) * dim + i)], codes ? 0.02 : 0,
+          check_near(cache.key(cell, i), qk[size_t((t * (heads + kv_heads) + heads + h) * dim + i)], fitted ? 0.06 : codes ? 0.02 : 0,
                      isa, "stored key");
           check_near(cache.value(cell, i), qkv[size_t((t * all + heads + kv_heads + h) * dim + i)], codes ? 0.005 : 0,
                      isa, "stored value");
@@ -199,8 +205,9 @@ int main(int count, char** arguments) {
   qwenrt_set_threads(2);
   test_attention(count > 1 ? atoi(arguments[1]) : 12);
   test_norm_and_silu();
-  test_rotary(false);
-  test_rotary(true);
+  test_rotary(false, false);
+  test_rotary(true, false);
+  test_rotary(true, true);
   printf("layers:");
   for (int i = 0; qwenrt_isa_at(i); ++i) printf(" %s", qwenrt_isa_at(i));
   printf(": ok\n");

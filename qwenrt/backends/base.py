@@ -211,7 +211,8 @@ class Backend:
         """qkv [T, (H + 2 KVH) hd] -> rotated q [T, H, hd] and k, v [T, KVH, hd], k and v stored as well.
 
         ``heads``: (H, KVH, hd). ``qk_norms``: weights [hd] of the norms of each query and each key head before they
-        are rotated, and their eps. ``q_scale`` [T] multiplies each token's rotated query (LogN), in q's dtype.
+        are rotated, and their eps. ``q_scale`` [T] multiplies each token's rotated query (LogN), in q's dtype. q and
+        k are those that the cache takes, where it codes keys channel by channel (reference.fit_to_codes).
         """
         num_heads, num_kv_heads, head_dim = heads
         rows = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
@@ -223,6 +224,7 @@ class Backend:
         q, k = self.rotary(qk, cos, sin).split_with_sizes([num_heads, num_kv_heads], dim=1)
         if q_scale is not None:
             q = q * q_scale.to(q.dtype)[:, None, None]
+        q, k = reference.fit_to_codes(q, k, kv)
         if kv is not None and plan.slots is not None:
             self.store_kv(k, v, kv, plan.slots)
         return q, k, v

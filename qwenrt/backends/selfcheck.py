@@ -170,11 +170,14 @@ def _rotary_store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int
     qkv = normal(3, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
     norms = (normal(head_dim).to(dtype), normal(head_dim).to(dtype), 1e-6)
     angles, q_scale = normal(3, head_dim // 2).repeat(1, 2), normal(3).abs() + 0.5
+    offset, factor = normal(num_kv_heads, head_dim), normal(num_kv_heads, head_dim).abs().exp2()
     worst = 0.0
     for quantized in (False, True):
         plan, results = backend.plan([3], [3], [[1]], [16, 17, 18]), []
         for rotary_store_kv in (backend.rotary_store_kv, Backend(backend.device).rotary_store_kv):
             kv = backend.alloc_kv(1, 2, 16, num_kv_heads, head_dim, dtype, quantized)[0]
+            if quantized:
+                kv.k_offset, kv.k_factor = offset, factor
             turned = rotary_store_kv(qkv, heads, norms, angles.cos(), angles.sin(), q_scale, kv, plan)
             stored = reference.load_kv(kv, [1], 3, dtype)
             results.append(torch.cat([part.flatten() for part in (*turned, *stored)]))

@@ -107,6 +107,8 @@ class Engine:
             block_size=block_size,
             num_blocks=num_blocks,
         )
+        if kv_cache_dtype == "int8":
+            model.fit_key_codes(cache.layers)
         self.cache_bytes = cache.nbytes
         self.runner = ModelRunner(model, backend, cache)
         self.blocks = BlockManager(num_blocks, block_size, prefix_caching)

@@ -8,7 +8,7 @@ import torch
 
 from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig, MoeConfig
-from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs
+from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs, StepPlan
 
 
 class Weights(dict[str, "Packed | torch.Tensor"]):
@@ -89,6 +89,18 @@ class DecoderLayer:
         else:
             self._norm_gate_up_silu = bound("norm_gate_up_silu", w.mlp[0].kind)
             self._down_add = bound("linear_add", w.mlp[1].kind)
+
+    def keys(self, x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+        """x [T, D], a residual stream -> its keys [T, KVH, hd] before they are rotated."""
+        w, tokens = self.weights, x.shape[0]
+        qkv = self._norm_linear(x, w.input_norm, w.eps, w.qkv_proj)
+        still = (
+            torch.ones(tokens, rotary_dim, device=x.device),
+            torch.zeros(tokens, rotary_dim, device=x.device),
+        )
+        plan = StepPlan([tokens], [tokens])
+        keys: torch.Tensor = self._rotary_store_kv(qkv, w.heads, w.qk_norms, *still, None, None, plan)[1]
+        return keys
 
     def forward(self, x: torch.Tensor, step: StepInputs, kv: LayerKV | None) -> torch.Tensor:
         """x [T, D] -> [T, D]; this step's keys and values go to ``kv``."""

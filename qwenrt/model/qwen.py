@@ -11,6 +11,7 @@ from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, layer_linears, layer_tensors
 from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.model.key_codes import fit_key_codes, random_tokens
 from qwenrt.model.layers import DecoderLayer, Weights
 from qwenrt.model.rotary import RotaryTables, logn_scale
 from qwenrt.ops.types import Experts, Head, LayerKV, Packed, StepInputs, StepPlan
@@ -130,6 +131,11 @@ class Qwen:
         weight = self.lm_head.data.get("weight")
         return isinstance(weight, torch.Tensor) and weight.data_ptr() == self.embed_tokens.data_ptr()
 
+    def fit_key_codes(self, kv: list[LayerKV]) -> None:
+        """Lay the codes of an int8 cache over this model's keys, before anything is stored in it."""
+        tokens = random_tokens(self.config.hidden_size).to(self.backend.device, self._stream_dtype)
+        fit_key_codes(self.layers, kv, self._rotary, tokens, self.config.max_position_embeddings)
+
     # ---- the network
 
     def forward(
@@ -216,8 +222,13 @@ class Qwen:
             q_scale = logn_scale(positions, self.config)
             q_scale = None if q_scale is None else q_scale.to(token_ids.device)
         cos, sin = self._rotary.rows(spans)
-        x = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
-        return (x.float() if self.dtype == torch.float16 else x), StepInputs(cos, sin, q_scale, plan)
+        x = F.embedding(token_ids, self.embed_tokens).to(self.dtype).to(self._stream_dtype)
+        return x, StepInputs(cos, sin, q_scale, plan)
+
+    @property
+    def _stream_dtype(self) -> torch.dtype:
+        """Of the residual stream, which in some models leaves float16's range."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     def _leave(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._final_norm(x, self.weights.tensor("norm"), self.config.rms_norm_eps)

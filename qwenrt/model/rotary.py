@@ -50,20 +50,24 @@ class RotaryTables:
         return torch.cat([c for c, _ in parts]), torch.cat([s for _, s in parts])
 
     def _table(self, alpha: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """base' = base * alpha ** (dim / (dim - 2)); inverse frequencies, angles, cos and sin in float32."""
         table = self._tables.get(alpha)
         if table is None or table[0].shape[0] < length:
             length = max(256, 1 << (length - 1).bit_length())
-            base = self._theta * alpha ** (self._dim / (self._dim - 2))
-            exponent = torch.arange(0, self._dim, 2, dtype=torch.float32) / self._dim
-            inv_freq, factor = 1.0 / base**exponent, 1.0
-            if self._yarn is not None:
-                inv_freq, factor = yarn_frequencies(inv_freq, base, self._yarn), self._yarn.attention_factor
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), inv_freq)
-            angles = torch.cat((angles, angles), dim=-1)
-            table = (angles.cos() * factor).to(self._device), (angles.sin() * factor).to(self._device)
-            self._tables[alpha] = table
+            self._tables[alpha] = table = self.turns(torch.arange(length), alpha)
         return table
+
+    def turns(self, positions: torch.Tensor, alpha: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [P, rotary_dim] of any positions [P], made anew.
+
+        base' = base * alpha ** (dim / (dim - 2)); inverse frequencies, angles, cos and sin in float32."""
+        base = self._theta * alpha ** (self._dim / (self._dim - 2))
+        exponent = torch.arange(0, self._dim, 2, dtype=torch.float32) / self._dim
+        inv_freq, factor = 1.0 / base**exponent, 1.0
+        if self._yarn is not None:
+            inv_freq, factor = yarn_frequencies(inv_freq, base, self._yarn), self._yarn.attention_factor
+        angles = torch.outer(positions.float(), inv_freq)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * factor).to(self._device), (angles.sin() * factor).to(self._device)
 
 
 def yarn_frequencies(inv_freq: torch.Tensor, theta: float, yarn: YarnConfig) -> torch.Tensor:

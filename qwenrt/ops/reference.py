@@ -126,6 +126,20 @@ def dequantize_kv(
     return (codes.float() * scale.unsqueeze(-1) + zero.unsqueeze(-1)).to(dtype)
 
 
+def fit_to_codes(q: torch.Tensor, k: torch.Tensor, kv: LayerKV | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated q [T, H, hd] and k [T, KVH, hd] -> q * factor in q's dtype, and (k - offset) / factor, which is what the
+    codes of ``kv`` are made of, in float32; both as they are where it has no factors.
+
+    One range of codes serves all channels of a key, so a channel that is large at every token costs the others their
+    digits. The factor takes its size and moves to the query; the offset takes its middle. A score loses q · offset
+    by that, which is the same for all keys that the query sees: softmax does not notice.
+    """
+    if kv is None or kv.k_offset is None or kv.k_factor is None:
+        return q, k
+    by_query = kv.k_factor.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+    return q * by_query.to(q.dtype), (k.float() - kv.k_offset) / kv.k_factor
+
+
 def store_kv(k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
     """Write k, v [T, KVH, hd] of this step to their slots (int64 [T]; -1 writes nowhere). Changes ``kv``."""
     if (slots < 0).any():

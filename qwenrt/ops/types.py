@@ -145,6 +145,8 @@ class LayerKV:
     ``k``, ``v`` [num_blocks, block_size, num_kv_heads, head_dim] in the activation dtype, or uint8 codes with
     ``k_scale``, ``k_zero``, ``v_scale``, ``v_zero`` float32 [num_blocks, block_size, num_kv_heads]:
     x = scale * code + zero (zero is the smallest value of that token and head).
+    ``k_offset``, ``k_factor`` float32 [num_kv_heads, head_dim], beside codes only: x then is (k - k_offset) / k_factor
+    of a rotated key k, and the query that reads it is multiplied by k_factor (reference.fit_to_codes).
     """
 
     k: torch.Tensor
@@ -153,6 +155,8 @@ class LayerKV:
     k_zero: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
     v_zero: torch.Tensor | None = None
+    k_offset: torch.Tensor | None = None
+    k_factor: torch.Tensor | None = None
 
     @property
     def quantized(self) -> bool:

@@ -1,7 +1,7 @@
 """The gate of the project: whatever activations are rounded to, a model's answers stay what plain torch gives.
 
 99.5 % of the likeliest tokens and a mean KL divergence of 1e-3 nats, on conversations that the model never saw, and on
-activations with massive outliers as larger models have them.
+activations and keys with massive outliers as larger models have them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwenrt.finetune.data import encode_entry
 from qwenrt.llm import LLM, load_tokenizer
 from qwenrt.loader.hub import DEMO
 from qwenrt.ops import packing, reference
-from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.types import CanonicalWeight, LayerKV
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -150,6 +150,75 @@ def test_the_demo_model_in_16_bits(
     monkeypatch.setattr(activations, "_LARGE", 1)  # else only larger linears are rounded beside 16 bits
     model = models[outliers]
     assert_passes(demo_logits(model, None, "auto"), defined_logits(model, None))
+
+
+# ---- an int8 cache, and keys with channels that are huge at every token
+
+HUGE = {
+    "none": {},
+    "biases of what turns slowly": {15: 200.0, 14: -150.0, 13: 100.0},  # pair -> what its first channel gets
+    "biases of what turns": {8: 20.0, 2: -20.0},
+    "wide channels": {
+        5: None,
+        12: None,
+    },  # None: MASSIVE ** 0.5 times as large, and its query as much smaller
+}
+CACHED = 12  # of conversations()
+
+
+def with_huge_keys(
+    tensors: dict[str, torch.Tensor], pairs: dict[int, float | None]
+) -> dict[str, torch.Tensor]:
+    """Some pairs of channels of every key are made huge: by a bias, or by their weights. The demo's heads are 32 wide,
+    channel j turns with channel j + 16."""
+    width = tensors["transformer.ln_f.weight"].numel()
+    for name, tensor in tensors.items():
+        if "attn.c_attn" not in name:
+            continue
+        queries, keys, _ = (rows.unflatten(0, (-1, 32)) for rows in tensor.split(width))  # views
+        for pair, size in pairs.items():
+            both = [pair, pair + 16]
+            if size is None:
+                keys[:, both] *= MASSIVE**0.5
+                queries[:, both] /= MASSIVE**0.5
+            elif name.endswith("bias"):
+                keys[:, pair] += size
+    return tensors
+
+
+def cached_logits(llm: LLM, kv: list[LayerKV]) -> torch.Tensor:
+    """Logits of all positions of some conversations, their keys and values in ``kv``, each prompt in two cuts."""
+    model, found = llm._assembled.model, []
+    for ids, positions in conversations()[:CACHED]:
+        hidden = []
+        blocks = list(range(-(-len(ids) // kv[0].block_size)))
+        for cut in (slice(0, len(ids) // 2), slice(len(ids) // 2, len(ids))):
+            slots = list(range(cut.start, cut.stop))
+            plan = model.backend.plan([len(slots)], [cut.stop], [blocks], slots)
+            hidden.append(model.forward(torch.tensor(ids[cut]), plan, [1], kv))
+        found.append(model.logits(torch.cat(hidden))[positions])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("huge", HUGE)
+def test_an_int8_cache(cpu: CPUBackend, tmp_path: Path, huge: str) -> None:
+    for file in (*DEMO.glob("*.json"), *DEMO.glob("*.tiktoken")):
+        shutil.copy(file, tmp_path)
+    save_file(
+        with_huge_keys(load_file(DEMO / "model.safetensors"), HUGE[huge]), tmp_path / "model.safetensors"
+    )
+    settings = Settings(device="cpu", dtype="float32", activations="exact", progress=False, fallback="silent")
+    with LLM(assemble(str(tmp_path), settings, Environment.read({}))) as llm, torch.no_grad():
+        model = llm._assembled.model
+        c = model.config
+        shape = (c.num_layers, 13, 16, c.num_kv_heads, c.head_dim, torch.float32)
+        plain, unfitted, fitted = (model.backend.alloc_kv(*shape, coded) for coded in (False, True, True))
+        model.fit_key_codes(fitted)
+        wanted = cached_logits(llm, plain)
+        assert len(wanted) >= 400
+        assert_passes(cached_logits(llm, fitted), wanted)
+        if huge != "none":  # the gate can tell
+            assert measure(cached_logits(llm, unfitted), wanted)[1] > MOST_DIVERGENCE
 
 
 # ---- a random layer and a random head behind all kinds of outliers

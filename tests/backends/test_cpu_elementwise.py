@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -89,7 +91,7 @@ def kv_pair(
     normed=st.booleans(),
     partial=st.booleans(),
     scaled=st.booleans(),
-    cache=st.sampled_from(["none", "float", "int8"]),
+    cache=st.sampled_from(["none", "float", "int8", "fitted int8"]),
     isa=st.sampled_from(ISAS),
 )
 def test_rotary_and_its_store(
@@ -112,7 +114,13 @@ def test_rotary_and_its_store(
     if tokens > 1:
         slots[1] = -1
     plan = StepPlan([tokens], [tokens], slots if cache != "none" else None, [list(range(tokens + 1))])
-    ours, defined = kv_pair(cpu, kv_heads, head_dim, cache == "int8", tokens + 1)
+    ours, defined = kv_pair(cpu, kv_heads, head_dim, "int8" in cache, tokens + 1)
+    if "fitted" in cache:
+        fit = {
+            "k_offset": torch.randn(kv_heads, head_dim),
+            "k_factor": 2.0 ** -torch.rand(kv_heads, head_dim),
+        }
+        ours, defined = (dataclasses.replace(kv, **fit) for kv in (ours, defined))
     args = (qkv, heads, norms, angles.cos(), angles.sin(), q_scale)
     got = cpu.rotary_store_kv(*args, ours if cache != "none" else None, plan)
     wanted = DEFINED.rotary_store_kv(*args, defined if cache != "none" else None, plan)

@@ -44,6 +44,31 @@ def test_silu_is_on_the_first_half() -> None:
     torch.testing.assert_close(reference.silu_and_mul(x), gate / (1 + (-gate).exp()) * up)
 
 
+@pytest.mark.parametrize("window", [0, 5])
+def test_keys_fitted_to_codes_give_the_same_attention(window: int) -> None:
+    """Three queries to each key: of two heads of keys each channel has its own offset and factor."""
+    q, k, v = torch.randn(9, 6, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    kv = CPU.alloc_kv(1, 1, 16, 2, 8, torch.float32, True)[0]
+    kv.k_offset, kv.k_factor = torch.randn(2, 8) * 3, 2.0 ** torch.randint(-4, 1, (2, 8))
+    fitted_q, fitted_k = reference.fit_to_codes(q, k, kv)
+    for head in range(6):
+        assert torch.equal(fitted_q[:, head], q[:, head] * kv.k_factor[head // 3])
+    assert torch.equal(fitted_k[4, 1], (k[4, 1] - kv.k_offset[1]) / kv.k_factor[1])
+    plan = CPU.plan([9], [9], [], [])
+    got = reference.attention(fitted_q, fitted_k, v, None, plan, 0.35, window)
+    torch.testing.assert_close(got, reference.attention(q, k, v, None, plan, 0.35, window))
+
+
+def test_what_is_fitted_to_codes_keeps_its_digits_in_16_bits() -> None:
+    """What an offset leaves of a key is not rounded once more."""
+    q, k = torch.randn(3, 2, 8).bfloat16(), (torch.randn(3, 1, 8) + 150).bfloat16()
+    kv = CPU.alloc_kv(1, 1, 16, 1, 8, torch.bfloat16, True)[0]
+    kv.k_offset, kv.k_factor = torch.full((1, 8), 150.123), 2.0 ** torch.randint(-4, 1, (1, 8))
+    fitted_q, fitted_k = reference.fit_to_codes(q, k, kv)
+    assert fitted_q.dtype == torch.bfloat16
+    torch.testing.assert_close(fitted_k * kv.k_factor + kv.k_offset, k.float(), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("op", ["rms_norm", "rotary", "silu", "linear", "attention", "store"])
 def test_zero_tokens_in_zero_tokens_out(op: str) -> None:
     x = torch.empty(0, 2, 8)

@@ -42,6 +42,8 @@ class Cache(ctypes.Structure):
         ("block_size", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
+        ("k_offset", ctypes.c_void_p),
+        ("k_factor", ctypes.c_void_p),
     )
 
 
@@ -60,8 +62,19 @@ def cache_struct(kv: LayerKV) -> Cache:
     """Where a layer's cache lies, as the kernels are told."""
     _, block_size, num_kv_heads, head_dim = kv.k.shape
     sides = (kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero)
-    pointers = (None if side is None else side.data_ptr() for side in sides)
-    return Cache(kv.k.data_ptr(), kv.v.data_ptr(), *pointers, block_size, num_kv_heads, head_dim)
+    sizes = (block_size, num_kv_heads, head_dim)
+    return Cache(
+        kv.k.data_ptr(),
+        kv.v.data_ptr(),
+        *map(address, sides),
+        *sizes,
+        *map(address, (kv.k_offset, kv.k_factor)),
+    )
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor lies, as ctypes wants it."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def divide(plan: StepPlan, in_cache: bool | None = None) -> Division | None:

@@ -10,7 +10,7 @@ import torch
 
 from qwenrt.backends.cpu import attention
 from qwenrt.backends.cpu.activations import Activations
-from qwenrt.backends.cpu.attention import Cache, cache_struct
+from qwenrt.backends.cpu.attention import Cache, address, cache_struct
 from qwenrt.ops.types import Experts, Head, LayerKV, LayerWeights, Packed, StepInputs
 
 
@@ -111,15 +111,11 @@ class _Unserved(Exception):
     """A part of a layer is of a kind that the kernel knows nothing of."""
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _floats(tensor: torch.Tensor | None) -> int | None:
     """The address of float32 numbers as they lie; _Unserved for others."""
     if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
         raise _Unserved
-    return _address(tensor)
+    return address(tensor)
 
 
 class _Structs:
@@ -226,7 +222,7 @@ class DecoderStack:
             ctypes.addressof(division.native),
             step.cos.data_ptr(),
             step.sin.data_ptr(),
-            _address(step.q_scale),
+            address(step.q_scale),
             plan.slots.data_ptr(),
             step.cos.shape[1],
             x.shape[0],
