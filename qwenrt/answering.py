@@ -1,13 +1,15 @@
-"""From the deltas of a request to what a caller reads: content, thought and calls apart, whole or as a stream."""
+"""From a chat prompt to its answers: content, thought and calls apart, whole or as a stream; thinking budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qwenrt.errors import RequestError
 from qwenrt.outputs import Delta, FinishReason, Generation, TokenLogprob, Usage
-from qwenrt.text.replies import ReplyStream, parse_reply
+from qwenrt.text.detokenizer import Detokenizer
+from qwenrt.text.replies import Reply, ReplyStream, parse_reply
 from qwenrt.text.reply_style import ReplyStyle
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ _OUT_OF_TIME = (
 _OPENS_WITHIN = 4  # tokens in which an answer that begins with a thought has opened it
 _ANSWER_SHARE = 4  # one token in so many of max_tokens is kept for the answer when a thinking budget is set
 
-Submit = Callable[[list[int], "SamplingParams"], "Handle"]
+Submit = Callable[[list[int], "SamplingParams", Sequence[ReplyStream]], "Handle"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,119 @@ class Reading:
     in_thought: bool = False
     tools: Any = None
 
-    @property
-    def is_plain(self) -> bool:
-        return self.style == PLAIN and not self.in_thought
+    def replies(self, params: SamplingParams) -> tuple[list[ReplyStream], SamplingParams]:
+        """What reads each of the n completions, nothing where all of an answer is content; and the parameters without
+        the stop strings that it searches for.
 
-    def stream(self) -> ReplyStream:
-        return ReplyStream(self.style, self.in_thought, self.tools)
+        Stop strings are about the content that a reader gets, unless ``include_reasoning_in_stop``: then they are
+        searched for in all that is written. So they are for Qwen-1, whose thoughts and actions are lines of one text.
+        """
+        if self.style == PLAIN and not self.in_thought:
+            return [], params
+        stop: Sequence[str] = ()
+        if self.style.calls != "react" and not params.include_reasoning_in_stop:
+            stop, params = params.stop, replace(params, stop=())
+        return [ReplyStream(self.style, self.in_thought, self.tools, stop) for _ in range(params.n)], params
+
+
+class Answer:
+    """The answers to one chat prompt.
+
+    Iterating gives their Deltas, once: text is content, thoughts are apart, calls come whole with the last one. Whoever
+    stops reading cancels the request. ``thinking_budget``: how many tokens a thought may have before it is closed.
+    """
+
+    def __init__(
+        self,
+        submit: Submit,
+        prompt: list[int],
+        params: SamplingParams,
+        reading: Reading,
+        thinking_budget: int | None,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._submit, self._prompt, self._asked, self._reading = submit, prompt, params, reading
+        self._replies, self._params = reading.replies(params)
+        if thinking_budget is None or reading.style.thinking == "none":
+            self._deltas = deltas_of(submit(prompt, self._params, self._replies))
+            return
+        whole = isinstance(thinking_budget, int) and not isinstance(thinking_budget, bool)
+        if not whole or thinking_budget < 1 or params.n != 1:
+            raise RequestError(
+                f"thinking_budget={thinking_budget!r:.40}",
+                f"with n={params.n}" if whole and thinking_budget >= 1 else "not a number of tokens",
+                "Use at least 1 and n=1; enable_thinking=False answers at once.",
+            )
+        self._deltas = self._within_budget(thinking_budget, tokenizer)
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self._deltas
+
+    def generation(self) -> Generation:
+        """The whole answer, the first of n with all of them in ``choices``."""
+        if self._reading.style.calls != "react":
+            return generation_of(self._deltas)
+        each = zip(_joined_by_index(self._deltas), self._replies, strict=True)
+        return _with_choices([self._transcript(streamed, reply) for streamed, reply in each])
+
+    def _transcript(self, streamed: Generation, reply: ReplyStream) -> Generation:
+        """ReAct's text is all that was written, thoughts and calls included, and so the message is read from it."""
+        cut_off = streamed.finish_reason in ("length", "abort")
+        whole = parse_reply(reply.written, self._reading.style, cut_off=cut_off)
+        calls = streamed.message.get("tool_calls", [])
+        return replace(streamed, text=reply.written, message=replace(whole, tool_calls=calls).message())
+
+    def _within_budget(self, budget: int, tokenizer: Tokenizer) -> Iterator[Delta]:
+        """The Deltas of one answer whose thought ends after ``budget`` tokens.
+
+        A thought that is longer is cut there, closed with the words the model was taught, and the answer goes on from
+        that: a second request, whose prompt is still in the cache. Of ``max_tokens`` a share is kept for the answer.
+        """
+        opening, closing = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+        limit = self._params.max_tokens
+        if limit is not None:
+            budget = min(budget, limit - max(1, limit // _ANSWER_SHARE))
+        written: list[int] = []
+        shown = [0, 0]  # characters of content and of thought
+        handle = self._submit(self._prompt, self._params, self._replies)
+        try:
+            for delta in handle:
+                written += delta.token_ids
+                shown = [shown[0] + len(delta.text), shown[1] + len(delta.reasoning)]
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+                thinking = self._reading.in_thought or opening in written[:_OPENS_WITHIN]
+                if closing in delta.token_ids or (not thinking and len(written) >= _OPENS_WITHIN):
+                    yield from handle
+                    return
+                if thinking and len(written) >= budget:
+                    break
+        finally:
+            handle.cancel()
+        yield from self._out_of_time(written, shown, tokenizer)
+
+    def _out_of_time(self, written: list[int], shown: list[int], tokenizer: Tokenizer) -> Iterator[Delta]:
+        """The end of a thought that was cut, and the answer behind it. It is read by another ReplyStream, since the
+        engine may have gone on with the first one; what that one held back is shown now."""
+        end = tokenizer.encode(_OUT_OF_TIME, allow_special=True)
+        self._replies, _ = self._reading.replies(self._asked)
+        detokenizer = Detokenizer(tokenizer)
+        thought = "".join(map(detokenizer.add, written))
+        piece = self._replies[0].push(thought + _OUT_OF_TIME)
+        yield Delta(piece.content[shown[0] :], end, reasoning=piece.reasoning[shown[1] :])
+        limit, done = self._params.max_tokens, len(written)
+        rest = replace(
+            self._params,
+            max_tokens=None if limit is None else max(1, limit - done),
+            min_tokens=max(0, self._params.min_tokens - done - len(end)),
+        )
+        for delta in deltas_of(self._submit([*self._prompt, *written, *end], rest, self._replies)):
+            usage = delta.usage
+            if usage is not None:
+                total = done + len(end) + usage.completion_tokens
+                usage = replace(usage, prompt_tokens=len(self._prompt), completion_tokens=total)
+            yield replace(delta, usage=usage)
 
 
 def deltas_of(handle: Handle) -> Iterator[Delta]:
@@ -51,100 +160,38 @@ def deltas_of(handle: Handle) -> Iterator[Delta]:
         handle.cancel()
 
 
-def readable(deltas: Iterable[Delta], reading: Reading) -> Iterator[Delta]:
-    """Raw deltas -> those for a reader: text is content, thoughts are apart, calls come whole with the last one."""
-    if reading.is_plain:
-        yield from deltas
-        return
-    replies: dict[int, ReplyStream] = {}
-    for delta in deltas:
-        reply = replies.setdefault(delta.index, reading.stream())
-        piece = reply.push(delta.text)
-        if delta.finish_reason is None:
-            yield replace(delta, text=piece.content, reasoning=piece.reasoning)
-            continue
-        rest, whole = reply.finish()
-        reason: FinishReason = "tool_calls" if whole.tool_calls else delta.finish_reason
-        yield replace(
-            delta,
-            text=piece.content + rest.content,
-            reasoning=piece.reasoning + rest.reasoning,
-            finish_reason=reason,
-            tool_calls=whole.tool_calls or None,
-        )
+def generation_of(deltas: Iterable[Delta]) -> Generation:
+    """All deltas of one request as its first completion, with all of them in ``choices`` where there are several."""
+    return _with_choices(_joined_by_index(deltas))
 
 
-def generations(deltas: Iterable[Delta], reading: Reading) -> list[Generation]:
-    """All raw deltas of one request, joined per completion, in the order of their index."""
+def _with_choices(choices: list[Generation]) -> Generation:
+    return choices[0] if len(choices) == 1 else replace(choices[0], choices=tuple(choices))
+
+
+def _joined_by_index(deltas: Iterable[Delta]) -> list[Generation]:
     pieces: dict[int, list[Delta]] = {}
     for delta in deltas:
         pieces.setdefault(delta.index, []).append(delta)
-    return [_joined(pieces[index], reading) for index in sorted(pieces)]
+    return [_joined(pieces[index]) for index in sorted(pieces)]
 
 
-def _joined(deltas: list[Delta], reading: Reading) -> Generation:
-    text = "".join(delta.text for delta in deltas)
+def _joined(deltas: list[Delta]) -> Generation:
     logprobs: list[TokenLogprob] | None = None
     if any(delta.logprobs is not None for delta in deltas):
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    reply = Reply(
+        "".join(delta.text for delta in deltas),
+        "".join(delta.reasoning for delta in deltas),
+        deltas[-1].tool_calls or [],
+    )
     reason: FinishReason = deltas[-1].finish_reason or "abort"
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    reasoning = ""
-    if not reading.is_plain:
-        reply = parse_reply(text, reading.style, in_thought=reading.in_thought, tools=reading.tools)
-        message, reasoning = reply.message(), reply.reasoning
-        reason = "tool_calls" if reply.tool_calls else reason
-        if (
-            reading.style.calls != "react"
-        ):  # whose text stays the whole transcript, thoughts and calls included
-            text = reply.content
     return Generation(
-        text=text,
+        text=reply.content,
         token_ids=[token for delta in deltas for token in delta.token_ids],
         finish_reason=reason,
         usage=deltas[-1].usage or Usage(),
         logprobs=logprobs,
-        message=message,
-        reasoning=reasoning,
+        message=reply.message(),
+        reasoning=reply.reasoning,
     )
-
-
-def within_budget(
-    submit: Submit, prompt: list[int], params: SamplingParams, budget: int, tokenizer: Tokenizer, inside: bool
-) -> Iterator[Delta]:
-    """The raw deltas of one answer whose thought ends after ``budget`` tokens.
-
-    A thought that is longer is cut there, closed with the words the model was taught, and the answer goes on from
-    that: a second request, whose prompt is still in the cache. Of ``max_tokens`` a share is kept for the answer.
-    ``inside``: the prompt opened the thought.
-    """
-    opening, closing = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
-    limit = params.max_tokens
-    if limit is not None:
-        budget = min(budget, limit - max(1, limit // _ANSWER_SHARE))
-    written: list[int] = []
-    handle = submit(prompt, params)
-    try:
-        for delta in handle:
-            written += delta.token_ids
-            yield delta
-            if delta.finish_reason is not None:
-                return
-            thinking = inside or opening in written[:_OPENS_WITHIN]
-            if closing in delta.token_ids or (not thinking and len(written) >= _OPENS_WITHIN):
-                yield from handle
-                return
-            if thinking and len(written) >= budget:
-                break
-    finally:
-        handle.cancel()
-    end = tokenizer.encode(_OUT_OF_TIME, allow_special=True)
-    yield Delta(_OUT_OF_TIME, end)
-    left = None if limit is None else max(1, limit - len(written))
-    rest = submit([*prompt, *written, *end], replace(params, max_tokens=left))
-    for delta in deltas_of(rest):
-        usage = delta.usage
-        if usage is not None:
-            done = len(written) + len(end) + usage.completion_tokens
-            usage = replace(usage, prompt_tokens=len(prompt), completion_tokens=done)
-        yield replace(delta, usage=usage)

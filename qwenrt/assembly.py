@@ -18,6 +18,7 @@ from qwenrt.backends.base import Backend, Binding
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
 from qwenrt.config.environment import packed_cache_in
 from qwenrt.config.released import RELEASED, released_config
+from qwenrt.embedding import Embedder
 from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine
 from qwenrt.errors import BackendError, ConfigError
@@ -96,6 +97,7 @@ class Assembled:
     generation: GenerationConfig
     tokenizer: Tokenizer | None
     chat_format: ChatFormat | ConfigError | None  # an error: why nobody can chat with it
+    embedder: Embedder
     model: Qwen
     backend: Backend
     engine: AsyncEngine
@@ -145,7 +147,8 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
     checkpoint = open_checkpoint(directory)
     config = as_stored(config, checkpoint)
     tokenizer = _tokenizer(directory, config)
-    text = _Text(generation, tokenizer, _chat_format(directory, config, generation, tokenizer))
+    chat_format = _chat_format(directory, config, generation, tokenizer)
+    text = _Text(generation, tokenizer, chat_format, Embedder.load(directory, config))
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
         load_weights(
@@ -198,7 +201,7 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
             model.set_linear(name, backend.pack_linear(dataclasses.replace(weight, bias=bias), dtype))
 
     name = shape if isinstance(shape, str) else "random weights"
-    text = _Text(GenerationConfig(), None, None)
+    text = _Text(GenerationConfig(), None, None, Embedder())
     return _build(name, config, text, backend, settings, fill, "bfloat16", started)
 
 
@@ -244,6 +247,7 @@ class _Text:
     generation: GenerationConfig
     tokenizer: Tokenizer | None
     chat_format: ChatFormat | ConfigError | None
+    embedder: Embedder
 
 
 def _build(
@@ -296,6 +300,7 @@ def _build(
         text.generation,
         text.tokenizer,
         text.chat_format,
+        text.embedder,
         model,
         backend,
         AsyncEngine(engine),

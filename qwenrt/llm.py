@@ -14,22 +14,23 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.answering import Reading, deltas_of, generations, readable, within_budget
+from qwenrt.answering import Answer, Reading, deltas_of, generation_of
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
 from qwenrt.errors import ConfigError, RequestError
-from qwenrt.outputs import Delta, Generation
+from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat_template import Prompt, build_chat
 from qwenrt.text.conversations import as_history
 from qwenrt.text.messages import DEFAULT_SYSTEM
 from qwenrt.text.reply_style import ReplyStyle
-from qwenrt.text.retrieval import DEFAULT_TASK, embedding_prompt, rerank_prompt, verdict_ids
+from qwenrt.text.retrieval import DEFAULT_TASK, rerank_prompt, verdict_ids
 
 if TYPE_CHECKING:
     import torch
 
     from qwenrt.assembly import Assembled
     from qwenrt.engine.async_engine import Handle
+    from qwenrt.text.replies import ReplyStream
     from qwenrt.text.tokenizer import Tokenizer
 
 History = list[tuple[str, str]]
@@ -145,8 +146,8 @@ class LLM:
         pair = messages is None and not tools
         if pair and params.n != 1:
             raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
-        deltas = self._answer(prompt, params, reading, thinking_budget)
-        generation = _with_choices(generations(deltas, reading))
+        answer = self._answer(prompt, params, reading, thinking_budget)
+        generation = answer.generation()
         if not pair:
             return generation
         response = generation.text.strip()
@@ -181,7 +182,7 @@ class LLM:
         prompt, reading = self._chat_prompt(
             query, as_history(history), system, messages, tools, enable_thinking
         )
-        return readable(self._answer(prompt, params, reading, thinking_budget), reading)
+        return iter(self._answer(prompt, params, reading, thinking_budget))
 
     # ---- completion
 
@@ -211,7 +212,7 @@ class LLM:
         try:
             for ids, params in zip(prompts, each, strict=True):
                 handles.append(self._submit(ids, params))
-            done = [_with_choices(generations(handle, Reading())) for handle in handles]
+            done = [generation_of(handle) for handle in handles]
         except BaseException:  # one bad prompt, or Ctrl-C: nothing of the others goes on in the background
             for handle in handles:
                 handle.cancel()
@@ -226,22 +227,26 @@ class LLM:
     # ---- retrieval
 
     def embed(
-        self, texts: str | Sequence[str], *, instruction: str | None = None, normalize: bool = True
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
     ) -> torch.Tensor:
-        """Embeddings of texts -> float32 [len(texts), hidden_size] on the CPU, or [hidden_size] of a single text.
+        """Embeddings of texts -> float32 [len(texts), D] on the CPU, or [D] of a single text.
 
-        As Qwen3-Embedding does it: the final state of the last token, of length 1 unless ``normalize`` is False.
-        Queries are embedded with an ``instruction`` ("Given a question, retrieve passages that answer it"), documents
-        without.
+        By the checkpoint's own recipe (modules.json and what it names, as sentence-transformers writes them); without
+        one as Qwen3-Embedding does it: the final state of the last token, of length 1. ``normalize``: whether the
+        length is 1, None as the recipe says. Queries have an ``instruction`` ("Given a question, retrieve passages that
+        answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
         """
         tokenizer = self._needs_tokenizer("embed")
         listed = [texts] if isinstance(texts, str) else _as_list("texts", texts)
         if not listed:
             raise RequestError("embed", "an empty list", "Pass at least one text.")
-        prompts = [embedding_prompt(tokenizer, text, instruction) for text in listed]
-        vectors: torch.Tensor = self._alive().engine.last_hidden(prompts)
-        if normalize:
-            vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        alive = self._alive()
+        vectors = alive.embedder.embed(alive.engine, tokenizer, listed, instruction, prompt_name, normalize)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def rerank(self, query: str, documents: Sequence[str], *, instruction: str = DEFAULT_TASK) -> list[float]:
@@ -262,10 +267,11 @@ class LLM:
 
     @property
     def can_chat(self) -> bool:
-        """Whether it knows conversations: a Qwen-1 base model does not, of later ones all with a tokenizer do."""
+        """Whether it knows conversations: a Qwen-1 base model does not, of later ones all with a tokenizer do that
+        generate."""
         if self.config.model_type == "qwen":
             return self.generation_config.chat_format == "chatml"
-        return self.tokenizer is not None
+        return self.tokenizer is not None and self.config.is_causal and self.config.has_head
 
     def explain(self) -> str:
         """Which code serves which op of which layers, bytes of the weights, and why not the fast one."""
@@ -354,25 +360,19 @@ class LLM:
             thinking == "open" and not prompt.in_thought
         ):  # the template can also leave the thought to the model
             thinking = "hybrid"
-        style = ReplyStyle(chat_format.style.calls if tools else "none", thinking)
+        calls = chat_format.style.calls
+        if tools and calls == "none":  # the template has a place for tools and names no tags: the common form
+            calls = "hermes"
+        style = ReplyStyle(calls if tools else "none", thinking)
         return prompt, Reading(style, prompt.in_thought, tools)
 
     def _answer(
         self, prompt: Prompt, params: SamplingParams, reading: Reading, thinking_budget: int | None
-    ) -> Iterator[Delta]:
-        """The raw deltas of the answer to a chat prompt."""
-        if thinking_budget is None or reading.style.thinking == "none":
-            return deltas_of(self._submit(prompt.token_ids, params, prompt.stop))
-        whole = isinstance(thinking_budget, int) and not isinstance(thinking_budget, bool)
-        if not whole or thinking_budget < 1 or params.n != 1:
-            raise RequestError(
-                f"thinking_budget={thinking_budget!r:.40}",
-                f"with n={params.n}" if whole and thinking_budget >= 1 else "not a number of tokens",
-                "Use at least 1 and n=1; enable_thinking=False answers at once.",
-            )
+    ) -> Answer:
+        """The answers to a chat prompt, asked for."""
         submit = partial(self._submit, stop=prompt.stop)
-        tokenizer = self._needs_tokenizer("think")
-        return within_budget(submit, prompt.token_ids, params, thinking_budget, tokenizer, reading.in_thought)
+        tokenizer = self._needs_tokenizer("chat")
+        return Answer(submit, prompt.token_ids, params, reading, thinking_budget, tokenizer)
 
     def _needs_tokenizer(self, asked: str) -> Tokenizer:
         self._alive()
@@ -411,15 +411,18 @@ class LLM:
                 )
         return [[*tokenizer.prefix_ids, *tokenizer.encode(text)] for text in texts], isinstance(prompt, str)
 
-    def _submit(self, ids: list[int], params: SamplingParams, stop: Sequence[str] = ()) -> Handle:
+    def _submit(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        replies: Sequence[ReplyStream] = (),
+        *,
+        stop: Sequence[str] = (),
+    ) -> Handle:
         if stop:
             params = replace(params, stop=(*params.stop, *stop))
-        return self._alive().engine.submit(ids, params, stop_sequences=self.generation_config.stop_words_ids)
-
-
-def _with_choices(choices: list[Generation]) -> Generation:
-    """The first of a request's completions, with all of them in ``choices`` where there are several."""
-    return choices[0] if len(choices) == 1 else replace(choices[0], choices=tuple(choices))
+        sequences = self.generation_config.stop_words_ids
+        return self._alive().engine.submit(ids, params, stop_sequences=sequences, replies=replies)
 
 
 def _name(model: object) -> str:

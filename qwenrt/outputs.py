@@ -35,7 +35,7 @@ class Delta:
     """The next piece of one completion.
 
     Joined over a stream, ``text`` is the content and ``reasoning`` the thought before it: exactly Generation.text
-    and Generation.reasoning.
+    and Generation.reasoning (but for Qwen-1's ReAct, where Generation.text is all that was written).
     """
 
     text: str

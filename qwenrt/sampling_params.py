@@ -29,7 +29,9 @@ class SamplingParams:
     occurrence. logit_bias: token id -> added to its logit.
     seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
     n: how many completions. logprobs: how many alternatives to report per token (None reports none).
-    stop: strings that end the text and are cut from it. stop_token_ids: ids that end it.
+    stop: strings that end the text and are cut from it. In a chat that is the answer: what a thought or a call of a
+    tool says ends nothing, unless include_reasoning_in_stop searches in all that is written, tags included (as it
+    always is in a completion, and for Qwen-1's ReAct). stop_token_ids: ids that end it, wherever they are drawn.
     max_tokens: None lets the text run to the end of the context. min_tokens: no stop before that many.
     ignore_eos: go on past the end-of-text tokens.
     """
@@ -50,6 +52,7 @@ class SamplingParams:
     max_tokens: int | None = 512
     min_tokens: int = 0
     ignore_eos: bool = False
+    include_reasoning_in_stop: bool = False
 
     def __post_init__(self) -> None:
         self._number("temperature", 0, 100)
@@ -69,8 +72,9 @@ class SamplingParams:
             self._integer("max_tokens", 1, _INT64)
             if self.min_tokens > self.max_tokens:
                 raise _bad("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
-        if not isinstance(self.ignore_eos, bool):
-            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+        for name in ("ignore_eos", "include_reasoning_in_stop"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))

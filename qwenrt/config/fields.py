@@ -33,6 +33,29 @@ LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that nobody has vouched for. Raises ConfigError that names what it really is."""
+    value = _read_value(path)
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"reading {path}",
+            f"a JSON {type(value).__name__}, not an object",
+            "Put the model's own file in its place.",
+        )
+    return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The same for a file that holds a list."""
+    value = _read_value(path)
+    if not isinstance(value, list):
+        raise ConfigError(
+            f"reading {path}",
+            f"a JSON {type(value).__name__}, not a list",
+            "Put the model's own file in its place.",
+        )
+    return value
+
+
+def _read_value(path: Path) -> Any:
     asked = f"reading {path}"
     try:
         with path.open("rb") as file:
@@ -52,18 +75,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if unlike:
         raise ConfigError(asked, *unlike)
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             asked,
             f"not valid JSON ({str(error)[:120]}) in {len(raw)} bytes",
             "Mend it there if it was edited; if it ends too early, the copy was cut off (`qwenrt pull` fetches it).",
         ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            asked, f"a JSON {type(value).__name__}, not an object", "Put the model's own file in its place."
-        )
-    return value
 
 
 def not_the_file(head: bytes) -> tuple[str, str] | None:

@@ -50,10 +50,11 @@ class ModelConfig:
     ``train_length`` is Qwen-1's seq_length: the length NTK and LogN are relative to, not the longest context.
     ``qkv_bias``, ``o_bias``, ``mlp_bias``: which linears have biases. ``qk_norm``: queries and keys are normalised
     head by head. ``windows``: for each layer how many tokens a query sees, itself included (0: all); empty where no
-    layer is limited. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the checkpoint leaves
-    the choice open. ``tie_word_embeddings``: the head is the embedding. Files decide: loader.as_stored.as_stored
-    gives the config of what was found in them; ``has_head`` is False where that is no head at all, which is enough for
-    embeddings.
+    layer is limited. ``is_causal``: whether a token sees only what stands before it; models for embeddings may have it
+    otherwise, and generate nothing. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the
+    checkpoint leaves the choice open. ``tie_word_embeddings``: the head is the embedding. Files decide:
+    loader.as_stored.as_stored gives the config of what was found in them; ``has_head`` is False where that is no head
+    at all, which is enough for embeddings.
     """
 
     model_type: str
@@ -78,6 +79,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
+    is_causal: bool = True
     yarn: YarnConfig | None = None
     moe: MoeConfig | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -20,6 +20,7 @@ from qwenrt.engine.output_processor import RequestOutput
 from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
+from qwenrt.text.replies import ReplyStream
 
 _SHARE_TOKENS = 2048  # of texts that are read between two steps
 _CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed
@@ -221,6 +222,7 @@ class AsyncEngine:
         *,
         stop_sequences: List[List[int]] = (),
         skip_special_tokens: bool = True,
+        replies: List[ReplyStream] = (),
     ) -> Handle:
         """Queue a request; what is wrong with it is raised here and now, as by Engine.add."""
         request = self._alive().check(
@@ -228,6 +230,7 @@ class AsyncEngine:
             params,
             stop_sequences=stop_sequences,
             skip_special_tokens=skip_special_tokens,
+            replies=replies,
         )
         sink: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         self._loop.put(_Add(request, sink))
@@ -238,9 +241,9 @@ class AsyncEngine:
         ids = list(token_ids)
         return self._between_steps(lambda engine: engine.logits(ids))
 
-    def last_hidden(self, prompts: List[List[int]]) -> torch.Tensor:
-        """Engine.last_hidden, a share of the prompts between any two steps -> float32 [len(prompts), D] on the CPU."""
-        works = [partial(Engine.last_hidden, prompts=share) for share in _shares(prompts)]
+    def pooled(self, prompts: List[List[int]], pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Engine.pooled, a share of the prompts between any two steps -> float32 [len(prompts), ...] on the CPU."""
+        works = [partial(Engine.pooled, prompts=share, pool=pool) for share in _shares(prompts)]
         return torch.cat([self._between_steps(work) for work in works])
 
     def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:

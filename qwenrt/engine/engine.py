@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
+from qwenrt.text.replies import ReplyStream
 from qwenrt.text.tokenizer import Tokenizer
 
 MAX_STOP_SEQUENCES = 256
@@ -37,6 +39,7 @@ class Request:
     params: SamplingParams
     rules: StopRules
     skip_special_tokens: bool
+    replies: tuple[ReplyStream, ...] = ()
 
 
 @dataclass
@@ -123,24 +126,9 @@ class Engine:
 
     # ---- requests
 
-    def add(
-        self,
-        prompt_token_ids: List[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        stop_sequences: List[List[int]] = (),
-        skip_special_tokens: bool = True,
-    ) -> str:
-        """Queue a request -> its id. ``stop_sequences``: token sequences that end the output when it ends with
-        one; they are cut from the text. Raises RequestError, or CapacityError where the cache can never hold it."""
-        request = self.check(
-            prompt_token_ids,
-            params,
-            request_id=request_id,
-            stop_sequences=stop_sequences,
-            skip_special_tokens=skip_special_tokens,
-        )
+    def add(self, prompt_token_ids: List[int], params: SamplingParams, **options: Any) -> str:
+        """Queue a request, checked as `check` does -> its id."""
+        request = self.check(prompt_token_ids, params, **options)
         self.enqueue(request)
         return request.request_id
 
@@ -152,13 +140,20 @@ class Engine:
         request_id: str | None = None,
         stop_sequences: List[List[int]] = (),
         skip_special_tokens: bool = True,
+        replies: List[ReplyStream] = (),
     ) -> Request:
-        """Everything that can be wrong with a request is found here; changes nothing."""
+        """Everything that can be wrong with a request is found here; changes nothing.
+
+        ``stop_sequences``: token sequences that end the output when it ends with one; they are cut from the text.
+        ``replies``: what reads each of the n completions, where they are answers with thoughts or calls. Raises
+        RequestError, or CapacityError where the cache can never hold it.
+        """
         if not isinstance(params, SamplingParams):
             raise RequestError(
                 "sampling_params", f"got {type(params).__name__}", "Pass a qwenrt.SamplingParams."
             )
         self.runner.model.needs_head("generating")
+        self.runner.model.needs_causal("generating")
         prompt = self._check_prompt(prompt_token_ids)
         if params.stop and self._tokenizer is None:
             raise RequestError(
@@ -183,7 +178,7 @@ class Engine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos))
         rules = StopRules.build(ends, sequences, self.context_limit)
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        return Request(request_id, prompt, params, rules, skip_special_tokens)
+        return Request(request_id, prompt, params, rules, skip_special_tokens, tuple(replies))
 
     def enqueue(self, request: Request) -> None:
         """Queue a checked request: n sequences, the others waiting to share what the first computes."""
@@ -205,8 +200,9 @@ class Engine:
                 banned_until_min=tuple(request.rules.ids) if request.params.min_tokens else (),
             )
             leader = leader or seq
+            reply = request.replies[index] if request.replies else None
             running.open[index] = OutputProcessor(
-                seq, request.rules, self._tokenizer, request.skip_special_tokens
+                seq, request.rules, self._tokenizer, request.skip_special_tokens, reply
             )
             self.scheduler.add(seq)
 
@@ -255,18 +251,23 @@ class Engine:
         except Exception as error:
             raise _typed(error, f"computing the logits of {len(ids)} tokens") from error
 
-    def last_hidden(self, prompts: List[List[int]]) -> torch.Tensor:
-        """The final hidden state of each prompt's last token -> float32 [len(prompts), D] on the CPU; no trace."""
-        return self._prefilled(prompts, lambda hidden: hidden.float().cpu())
+    def pooled(self, prompts: List[List[int]], pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``pool`` of each prompt's final states [n, D] -> float32 [len(prompts), ...] on the CPU; leaves no trace."""
+        return self._prefilled(prompts, lambda states: torch.stack(list(map(pool, states))).float().cpu())
 
     def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
         """The logits of ``token_ids`` after each prompt -> float32 [len(prompts), len(token_ids)] on the CPU."""
         self.runner.model.needs_head("logits")
         ids = self._check_ids(token_ids)
-        return self._prefilled(prompts, lambda hidden: self.runner.model.logits(hidden)[:, ids].cpu())
+        self.runner.model.needs_causal("scoring what comes next")
+
+        def read(states: list[torch.Tensor]) -> torch.Tensor:
+            return self.runner.model.logits(torch.stack([s[-1] for s in states]))[:, ids].cpu()
+
+        return self._prefilled(prompts, read)
 
     def _prefilled(
-        self, prompts: List[List[int]], read: Callable[[torch.Tensor], torch.Tensor]
+        self, prompts: List[List[int]], read: Callable[[list[torch.Tensor]], torch.Tensor]
     ) -> torch.Tensor:
         if not prompts:
             raise RequestError("reading texts", "an empty list", "Pass at least one text.")
@@ -279,7 +280,7 @@ class Engine:
                 "Shorten the text, or load with a larger max_model_len.",
             )
         try:
-            return read(self.runner.last_hidden(checked))
+            return read(self.runner.hidden(checked))
         except Exception as error:
             raise _typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
 
@@ -296,13 +297,6 @@ class Engine:
             "preemptions": self.scheduler.num_preemptions,
             "generated_tokens": self.num_generated,
         }
-
-    def fail_all(self, error: QwenrtError) -> list[RequestOutput]:
-        """End every request with an error -> the ends."""
-        for request_id in list(self._requests):
-            self._end_request(request_id, error)
-        outputs, self._outbox = self._outbox, []
-        return outputs
 
     # ---- inside
 

@@ -33,27 +33,29 @@ class ModelRunner:
         """One prefill of a whole text without the cache -> float32 [num_tokens, vocab_size] on the CPU."""
         n = len(token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.backend.device)
-        hidden = self.model.forward(ids, StepPlan([n], [n]), [ntk_alpha(n, self.model.config)])
+        hidden = self.model.forward(ids, self._cacheless([n]), [ntk_alpha(n, self.model.config)])
         return self.model.logits(hidden).cpu()
 
     @torch.no_grad()
-    def last_hidden(self, prompts: list[list[int]]) -> torch.Tensor:
-        """One prefill of several texts without the cache -> hidden states [len(prompts), D] of their last tokens."""
+    def hidden(self, prompts: list[list[int]]) -> list[torch.Tensor]:
+        """One prefill of several texts without the cache -> the final states of each, [its tokens, D]."""
         lens = [len(prompt) for prompt in prompts]
         ids = torch.tensor([i for p in prompts for i in p], dtype=torch.int64, device=self.backend.device)
         alphas = [ntk_alpha(n, self.model.config) for n in lens]
-        hidden = self.model.forward(ids, StepPlan(lens, lens), alphas)
-        return hidden[torch.tensor(lens, device=hidden.device).cumsum(0) - 1]
+        return list(torch.split(self.model.forward(ids, self._cacheless(lens), alphas), lens))
 
     @torch.no_grad()
     def first_overflow(self, token_ids: list[int], alpha: int) -> str:
         """The part of the network after which the numbers of a text stop being finite, found by computing it again."""
         n = len(token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.backend.device)
-        for name, hidden in self.model.states(ids, StepPlan([n], [n]), [alpha]):
+        for name, hidden in self.model.states(ids, self._cacheless([n]), [alpha]):
             if not bool(torch.isfinite(hidden).all()):
                 return name
         return "lm_head"
+
+    def _cacheless(self, lens: list[int]) -> StepPlan:
+        return StepPlan(lens, lens, causal=self.model.config.is_causal)
 
     def _prepare(
         self, batch: list[tuple[Sequence, int]]

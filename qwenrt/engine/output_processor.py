@@ -9,6 +9,7 @@ from qwenrt.engine.sequence import Sequence
 from qwenrt.errors import QwenrtError
 from qwenrt.outputs import Delta, FinishReason, TokenLogprob, Usage
 from qwenrt.text.detokenizer import Detokenizer
+from qwenrt.text.replies import Piece, ReplyStream
 from qwenrt.text.tokenizer import Tokenizer
 
 
@@ -43,13 +44,19 @@ class OutputProcessor:
     """Watches one completion: decides after each token whether it ends, and detokenises what is not a stop.
 
     Tokens that may yet turn out to begin a stop sequence are held back from the text. Without a tokenizer the
-    text stays empty.
+    text stays empty. ``reply``: takes thoughts and calls out of the text, and knows stop strings of its own, which are
+    about what is left of it.
     """
 
     def __init__(
-        self, seq: Sequence, rules: StopRules, tokenizer: Tokenizer | None, skip_special_tokens: bool
+        self,
+        seq: Sequence,
+        rules: StopRules,
+        tokenizer: Tokenizer | None,
+        skip_special_tokens: bool,
+        reply: ReplyStream | None = None,
     ) -> None:
-        self.seq, self._rules = seq, rules
+        self.seq, self._rules, self._reply = seq, rules, reply
         params = seq.params
         self._detokenizer = (
             None
@@ -134,7 +141,18 @@ class OutputProcessor:
         self, text: str, tokens: list[int], reason: FinishReason | None, logprobs: list[TokenLogprob] | None
     ) -> Delta:
         seq = self.seq
+        piece, calls = Piece(text), None
+        if self._reply is not None:
+            piece = self._reply.push(text, searched=seq.num_output > seq.params.min_tokens)
+            if self._reply.stopped:
+                reason = "stop"
+            if reason is not None:
+                rest, whole = self._reply.finish(cut_off=reason != "stop")
+                piece = Piece(piece.content + rest.content, piece.reasoning + rest.reasoning)
+                calls = whole.tool_calls or None
+                reason = "stop" if self._reply.stopped else reason
+                reason = "tool_calls" if calls else reason
         usage = None
         if reason is not None:
             usage = Usage(seq.prompt_len, seq.num_output, seq.num_cached or 0)
-        return Delta(text, tokens, reason, seq.index, logprobs, usage)
+        return Delta(piece.content, tokens, reason, seq.index, logprobs, usage, calls, piece.reasoning)

@@ -74,6 +74,14 @@ class Qwen:
     def lm_head(self) -> Packed:
         return self.weights.packed("lm_head")
 
+    def needs_causal(self, asked: str) -> None:
+        """RequestError where tokens see what follows them: such a model cannot say what comes next."""
+        if not self.config.is_causal:
+            found = (
+                "its tokens see what follows them (is_causal is false in config.json): it embeds texts only"
+            )
+            raise RequestError(asked, found, "Use embed(), or load a model that generates.")
+
     def needs_head(self, asked: str) -> None:
         """Raise RequestError where the checkpoint has no head to give logits."""
         if not self.config.has_head:

@@ -198,12 +198,15 @@ def attention(
     Query j of a sequence sees its keys 0 .. kv_len - q_len + j, of these the last ``window``
     if it is not 0. Without history the step's own k and v serve;
     a quantised cache is always read back, so that a token sees the same values however the prompt was cut.
+    Where the plan is not causal, each query sees all keys of its sequence, or those at most ``window`` tokens away.
     """
     fresh = kv is None or not (plan.has_history or kv.quantized)
+    if not plan.causal and kv is not None:
+        raise ValueError("attention that is not causal has no cache")
     lens = plan.q_lens
     if fresh and len(lens) > 1 and len(set(lens)) == 1 and lens[0] > 0:
         qs, ks, vs = (x.view(len(lens), lens[0], *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        return _causal(qs, ks, vs, scale, window).transpose(1, 2).flatten(0, 1)
+        return _attend(qs, ks, vs, scale, window, plan.causal).transpose(1, 2).flatten(0, 1)
     out, start = [], 0
     for i, (q_len, kv_len) in enumerate(zip(lens, plan.kv_lens, strict=True)):
         here = slice(start, start + q_len)
@@ -216,13 +219,15 @@ def attention(
             assert kv is not None
             keys, values = load_kv(kv, plan.block_table[i], kv_len, q.dtype)
         qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in (q[here], keys, values))
-        out.append(_causal(qs, ks, vs, scale, window)[0].transpose(0, 1))
+        out.append(_attend(qs, ks, vs, scale, window, plan.causal)[0].transpose(0, 1))
     return torch.cat(out) if out else q.new_empty(q.shape)
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, causal: bool
+) -> torch.Tensor:
     """q [B, H, n, hd], k, v [B, KVH, m, hd], n <= m; the last query sees all keys (bottom-right aligned), or the
-    last ``window`` of them."""
+    last ``window`` of them. Not causal (n = m): every query sees all keys, or those at most ``window`` away."""
     n, m = q.shape[2], k.shape[2]
     if window and m > window + n - 1:  # keys that no query sees
         k, v = k[:, :, m - window - n + 1 :], v[:, :, m - window - n + 1 :]
@@ -234,6 +239,10 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, win
         weights = ((q.float() * scale) @ k.float().transpose(-1, -2)).softmax(-1)
         return (weights @ v.float()).to(q.dtype)
     mask = None
+    if not causal:
+        if window:
+            mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril(window).triu(-window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if n < m or 0 < window < n:
         mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         if window:

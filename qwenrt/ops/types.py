@@ -175,13 +175,14 @@ class StepPlan:
     included); sum(q_lens) == T. Token j of sequence b has position kv_lens[b] - q_lens[b] + j.
     ``slots`` int64 [T]: where each token's key and value go (-1: nowhere). ``block_table``: per sequence, its
     block ids. A plan without a cache (``slots is None``) attends over the step's own tokens only: training,
-    and `logits()`.
+    `logits()` and embeddings; there ``causal`` may be False, and each token sees all of its sequence.
     """
 
     q_lens: list[int]
     kv_lens: list[int]
     slots: torch.Tensor | None = None
     block_table: list[list[int]] = field(default_factory=list)
+    causal: bool = True
     extra: dict[str, Any] = field(default_factory=dict)  # what the backend's plan() adds for itself
 
     @property

@@ -13,6 +13,7 @@ from qwenrt.text.tool_calls import read_json, tool_call, unique_keys, write_json
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
+FENCE = "```"
 
 Verdict = Literal["more", "end", "broken"]
 
@@ -27,8 +28,8 @@ class Body(Protocol):
     def take(self, text: str, is_tag: bool) -> Verdict:
         """The next run or tag. "end": it is the last tag of the call; "broken": this cannot be a call."""
 
-    def read(self, closed: bool) -> tuple[dict[str, Any], str]:
-        """The call, and the text that stands behind it where its closing tag is missing. ValueError: no call."""
+    def read(self, closed: bool) -> tuple[list[dict[str, Any]], str]:
+        """The calls, and the text that stands behind them where the closing tag is missing. ValueError: no call."""
 
 
 class JsonBody:
@@ -57,22 +58,29 @@ class JsonBody:
         self._quotes += _ESCAPED.sub("", before).count('"')
         return self._quotes % 2 == 0 or before.rstrip(" \t").endswith("\n")
 
-    def read(self, closed: bool) -> tuple[dict[str, Any], str]:
+    def read(self, closed: bool) -> tuple[list[dict[str, Any]], str]:
         text = "".join(self._text)
         body, end = read_json(text)
         rest = text[end:]
         if closed and rest.strip():
             raise ValueError("more than one JSON object")
-        name, arguments = body.get("name"), body.get("arguments", body.get("parameters"))
-        if isinstance(arguments, str) and arguments.strip():
-            inner = arguments.strip()
-            arguments, end = read_json(inner)
-            if inner[end:]:
-                raise ValueError("arguments are a text that is not JSON")
-        if not isinstance(name, str) or not name or not isinstance(arguments or {}, dict):
-            raise ValueError("no name, or arguments that are no object")
-        name.encode()  # a half surrogate pair could never be sent on; UnicodeEncodeError is a ValueError
-        return tool_call(name, write_json(arguments or {})), rest
+        return [call_of(body)], rest
+
+
+def call_of(body: Any) -> dict[str, Any]:
+    """The call that ``{"name": ..., "arguments": ...}`` means. ValueError: none."""
+    if not isinstance(body, dict):
+        raise ValueError("no object")
+    name, arguments = body.get("name"), body.get("arguments", body.get("parameters"))
+    if isinstance(arguments, str) and arguments.strip():
+        inner = arguments.strip()
+        arguments, end = read_json(inner)
+        if inner[end:]:
+            raise ValueError("arguments are a text that is not JSON")
+    if not isinstance(name, str) or not name or not isinstance(arguments or {}, dict):
+        raise ValueError("no name, or arguments that are no object")
+    name.encode()  # a half surrogate pair could never be sent on; UnicodeEncodeError is a ValueError
+    return tool_call(name, write_json(arguments or {}))
 
 
 class FunctionBody:
@@ -86,7 +94,7 @@ class FunctionBody:
     ``known_only``: the name must be one of the tools (where there are any).
     """
 
-    _BETWEEN = Tags(PARAMETER, END_FUNCTION, END_CALL, CALL, FUNCTION)
+    _BETWEEN = Tags(PARAMETER, END_FUNCTION, END_CALL, CALL, FUNCTION, FENCE)
     _IN_VALUE = Tags(END_PARAMETER, "\n" + PARAMETER, "\n" + END_FUNCTION)
 
     def __init__(self, tools: Mapping[str, ParameterSchema], known_only: bool) -> None:
@@ -119,7 +127,7 @@ class FunctionBody:
         self._in_value = tag == PARAMETER
         if self._in_value:
             self._parameters.append([])
-        if tag in (CALL, FUNCTION):
+        if tag in (CALL, FUNCTION, FENCE):
             return "broken"
         return "end" if tag in (END_FUNCTION, END_CALL) else "more"
 
@@ -135,7 +143,7 @@ class FunctionBody:
             self._name = name
         return not text.strip()
 
-    def read(self, closed: bool) -> tuple[dict[str, Any], str]:
+    def read(self, closed: bool) -> tuple[list[dict[str, Any]], str]:
         if not closed:
             raise ValueError("cut off: a parameter may be missing")
         schema = self._tools.get(self._name, ParameterSchema({}))
@@ -145,7 +153,7 @@ class FunctionBody:
             if not bracket or not _KEY.fullmatch(key):
                 raise ValueError("no parameter's name")
             pairs.append((key, schema.value(key, value.removeprefix("\n").removesuffix("\n"))))
-        return tool_call(self._name, write_json(unique_keys(pairs))), ""
+        return [tool_call(self._name, write_json(unique_keys(pairs)))], ""
 
 
 _ESCAPED = re.compile(r"\\.", re.DOTALL)

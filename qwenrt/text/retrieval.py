@@ -1,4 +1,4 @@
-"""The prompts of Qwen3-Embedding and Qwen3-Reranker."""
+"""The prompt of Qwen3-Reranker."""
 
 from __future__ import annotations
 
@@ -15,18 +15,6 @@ _JUDGE = (
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 _VERDICT = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-
-
-def embedding_prompt(tokenizer: Tokenizer, text: str, instruction: str | None = None) -> list[int]:
-    """The ids of a text to embed, which is what the state of its last token, <|endoftext|>, is.
-
-    ``instruction``: the task, for queries; documents have none.
-    """
-    _require_text("a text to embed", text)
-    if instruction is not None:
-        _require_text("instruction", instruction)
-        text = f"Instruct: {instruction}\nQuery:{text}"
-    return [*tokenizer.encode(text), tokenizer.eod_id]
 
 
 def rerank_prompt(tokenizer: Tokenizer, query: str, document: str, instruction: str) -> list[int]:

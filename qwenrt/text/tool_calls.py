@@ -39,6 +39,9 @@ class Piece:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
+Part = str | dict[str, Any]  # of an answer, in its order: content, or a whole call
+
+
 def tool_call(name: str, arguments: str) -> dict[str, Any]:
     """One call in OpenAI's shape."""
     # Random: ids must differ over a whole conversation, which no single reply can see.

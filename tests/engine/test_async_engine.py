@@ -216,7 +216,7 @@ def test_what_fails_between_two_steps_is_raised_to_its_asker_alone(
         ask(lambda: served.last_logits([[1, 2]], [3])).result(10)
     monkeypatch.undo()
     with pytest.raises(RequestError, match="reading texts: an empty list"):
-        ask(lambda: served.last_hidden([])).result(10)
+        ask(lambda: served.pooled([], len)).result(10)
     with pytest.raises(BackendError, match="between two steps: ZeroDivisionError: a fault of ours"):
         ask(lambda: served._between_steps(fault_of_ours)).result(10)
     assert served.last_logits([[1, 2], [5]], [3, 4]).shape == (2, 2)

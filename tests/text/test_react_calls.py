@@ -52,7 +52,9 @@ def called(reply: Reply) -> list[tuple[str, str]]:
         ("Thought: t\nAction: f\nAction Input: x\nObservation: made up", "t", [("f", "x")]),
         ("\nAction: f\nAction Input: x", "", [("f", "x")]),
         ("Action: f\nAction Input: x", "", [("f", "x")]),
-        (" Action: f\nAction Input:", "", [("f", "")]),
+        (" Action: f\nAction Input:", "", [("f", "{}")]),
+        ("Action: f\nAction Input: \nObservation: x", "", [("f", "{}")]),
+        ('Action: f\nAction Input: {"q": ', "", [("f", '{"q":')]),
         ("Thought:\nAction: f\nAction Input: x", "", [("f", "x")]),
         ("Sure. Thought: a Thought: b\nAction: f\nAction Input: x", "a Thought: b", [("f", "x")]),
         ("prose first\nAction: f\nAction Input: a\nb\n\nc", "prose first", [("f", "a\nb\n\nc")]),
@@ -65,6 +67,9 @@ def called(reply: Reply) -> list[tuple[str, str]]:
         ("Thought: a\nAction: f", "Thought: a\nAction: f", []),
         ("x\nAction:  \nAction Input: y", "x\nAction:  \nAction Input: y", []),
         ("x\nAction Input: y\nAction: f", "x\nAction Input: y\nAction: f", []),
+        ("x\nAction Input: y\nAction: f\nAction Input: z", "x\nAction Input: y", [("f", "z")]),
+        ("Thought: t\nAction Input: y\nAction: f\nAction Input: z", "t\nAction Input: y", [("f", "z")]),
+        ("Thought: t\nFinal Answer: 1\nAction: f\nAction Input: z", "1\nAction: f\nAction Input: z", []),
         ("just prose, Action: none", "just prose, Action: none", []),
         ("", "", []),
     ],
@@ -147,6 +152,32 @@ def test_what_is_streamed_is_what_is_reported(
     out = [stream.push(text[i : i + size]).content for i in range(0, len(text), size)]
     rest, reply = stream.finish()
     assert "".join([*out, rest.content]) == reply.content
+    at_once = ReplyStream(in_thought=in_thought)
+    at_once.push(text)
+    again = at_once.finish()[1]
+    whole = parse_reply(text)
+    assert (again.content, called(again)) == (reply.content, called(reply))
+    assert called(whole) == called(reply)
     if not any(label in "\n" + text for label in ("Action:", "Thought:", "Final Answer:")):
         assert reply == Reply(text)
     assert parse_reply(text).finish_reason in ("stop", "tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_call"),
+    [
+        ('{"q": 1}', True),
+        ('{"q": ', False),
+        ("", False),
+        ("plain text", False),
+        ('{"q": 1}\nObservation:', True),
+    ],
+)
+def test_arguments_that_were_cut_off_are_no_call(arguments: str, is_call: bool) -> None:
+    text = f"Thought: t\nAction: f\nAction Input: {arguments}"
+    stream = ReplyStream()
+    shown = "".join(stream.push(char).content for char in text)
+    rest, reply = stream.finish(cut_off=True)
+    for found in (reply, parse_reply(text, cut_off=True)):
+        assert called(found) == ([("f", '{"q": 1}')] if is_call else [])
+        assert found.content == ("t" if is_call else text) == shown + rest.content

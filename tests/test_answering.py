@@ -1,0 +1,114 @@
+"""Answers of Qwen-1 with tools, token by token as the engine reads them: whole and as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenrt.answering import Answer, Reading
+from qwenrt.engine.output_processor import OutputProcessor, StopRules
+from qwenrt.engine.sequence import Sequence as Completion
+from qwenrt.outputs import Delta, Generation
+from qwenrt.sampling_params import SamplingParams
+from qwenrt.text.replies import REACT, ReplyStream
+from qwenrt.text.tokenizer import Tokenizer
+from tests.text.small_vocab import small_ranks
+from tests.text.test_react_calls import PARTS
+
+TOKENIZER = Tokenizer(small_ranks(), name="small")
+
+
+class Written(Iterator[Delta]):
+    """A request whose tokens are known: those of a text, then the end of the turn."""
+
+    def __init__(self, text: str, params: SamplingParams, reply: ReplyStream) -> None:
+        self._tokens = [*TOKENIZER.encode(text), TOKENIZER.im_end_id]
+        self._seq = Completion(0, [1], params)
+        rules = StopRules(frozenset([TOKENIZER.im_end_id]))
+        self._processor = OutputProcessor(self._seq, rules, TOKENIZER, True, reply)
+        self._done = False
+
+    def __next__(self) -> Delta:
+        if self._done:
+            raise StopIteration
+        token = self._tokens.pop(0)
+        self._seq.token_ids.append(token)
+        delta = self._processor.push(token, None)
+        self._done = delta.finish_reason is not None
+        return delta
+
+    def cancel(self) -> None:
+        self._done = True
+
+
+def answer(text: str, **sampling: Any) -> Answer:
+    def submit(prompt: list[int], params: SamplingParams, replies: Sequence[ReplyStream]) -> Any:
+        params = SamplingParams(**{**sampling, "stop": (*params.stop, "Observation:")})
+        return Written(text, params, replies[0])
+
+    return Answer(submit, [1], SamplingParams(**sampling), Reading(REACT), None, TOKENIZER)
+
+
+def both(text: str, **sampling: Any) -> tuple[Generation, list[Delta]]:
+    whole, deltas = answer(text, **sampling).generation(), list(answer(text, **sampling))
+    assert deltas[-1].finish_reason == whole.finish_reason
+    functions = [call["function"] for call in whole.message.get("tool_calls", [])]
+    assert [call["function"] for call in deltas[-1].tool_calls or []] == functions
+    assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+    return whole, deltas
+
+
+CALL = 'Thought: t\nAction: f\nAction Input: {"q": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "content", "arguments"),
+    [
+        (CALL + "Observation: made up", "t", "t", '{"q": 1}'),
+        ("Let me see.\nAction Input: x\n" + CALL, "Let me see.\nAction Input: x", "t", '{"q": 1}'),
+        ("Thought: t\nAction: f\nAction Input:", "t", "t", "{}"),
+        ("Thought: t\nAction: f\nAction Input: plain words", "t", "t", "plain words"),
+        ('Thought: t\nAction: f\nAction Input: {"q": ', "t", "t", '{"q":'),
+        ("Thought: t\nFinal Answer: 42", "42", "42", None),
+        ("hello", "hello", "hello", None),
+    ],
+)
+def test_whole_and_streamed_calls_agree(text: str, shown: str, content: str, arguments: str | None) -> None:
+    whole, deltas = both(text)
+    assert whole.text == text.partition("Observation:")[0]
+    assert "".join(delta.text for delta in deltas) == shown
+    assert whole.message["content"] == content
+    assert whole.finish_reason == ("stop" if arguments is None else "tool_calls")
+    if arguments is not None:
+        assert whole.message["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
+
+
+def test_arguments_that_max_tokens_cut_off_are_text() -> None:
+    length = len(TOKENIZER.encode(CALL))
+    ends = set()
+    for limit in range(1, length + 1):
+        whole, deltas = both(CALL, max_tokens=limit)
+        ends.add(whole.finish_reason)
+        if whole.finish_reason == "length":
+            assert "tool_calls" not in whole.message and whole.message["content"] == whole.text
+            assert "".join(delta.text for delta in deltas) == whole.text
+        else:
+            assert whole.message["tool_calls"][0]["function"]["arguments"] == '{"q": 1}'
+    assert ends == {"length", "tool_calls"}
+
+
+@settings(deadline=None, max_examples=100)
+@given(PARTS, st.integers(1, 60))
+def test_any_text_and_any_length(parts: list[str], limit: int) -> None:
+    whole, _ = both("".join(parts), max_tokens=limit)
+    assert whole.finish_reason in ("stop", "length", "tool_calls")
+    assert (whole.finish_reason == "tool_calls") is ("tool_calls" in whole.message)
+
+
+def test_a_stop_of_the_caller_cuts_the_one_text_of_react() -> None:
+    whole, _ = both("Thought: the Question\nFinal Answer: 1", stop=["Question"])
+    assert (whole.text, whole.finish_reason) == ("Thought: the ", "stop")
