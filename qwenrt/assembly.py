@@ -27,6 +27,7 @@ from qwenrt.loader.as_stored import as_stored
 from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.preflight import preflight
 from qwenrt.loader.weights import QUANTIZE_BITS, QUANTIZE_GROUP, bits_of, load_weights, quantize_bits
+from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.text.chat_format import ChatFormat, load_chat_format
@@ -275,7 +276,7 @@ def _build(
         stored=stored,
         batch_tokens=settings.max_num_batched_tokens,
     )
-    _selfcheck(config, backend, dtype, settings)
+    _selfcheck(config, backend, dtype, settings, stored)
     model = Qwen(config, backend, dtype)
     fill(model, dtype)
     backend.empty_cache()  # of what loading needed besides
@@ -402,15 +403,19 @@ def _num_blocks(
     return -(-max(one, min(all_of_them, affordable)) // BLOCK_SIZE)
 
 
-def _selfcheck(config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings) -> None:
+def _selfcheck(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, settings: Settings, stored: str | None
+) -> None:
     coded = config.quant if config.quant is not None and config.quant.has_codes else None
     bits = coded.bits if coded else quantize_bits(settings.quantize, config)
     head_bits = QUANTIZE_BITS.get(settings.quantize_head or "")
     group = coded.group_size if coded else QUANTIZE_GROUP
-    specs = Qwen(config, backend, dtype).linear_specs.values()
-    shapes = {(s.out_features, s.in_features, bits_of(s, bits, head_bits) or 16, group) for s in specs}
-    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    for op, why in selfcheck.check(backend, dtype, heads, sorted(shapes)).items():
+    kinds = trial.Kinds(
+        form_of=lambda spec: (bits_of(spec, bits, head_bits) or 16, group),
+        stored=DTYPES[stored or "bfloat16"],
+        int8_cache=settings.kv_cache_dtype == "int8",
+    )
+    for op, why in trial.check(config, backend, dtype, kinds).items():
         logger.error("the %s kernel of %s is not used: %s", op, backend.name, why)
         if settings.fallback == "error":
             raise BackendError(

@@ -42,7 +42,8 @@ class Stack(Protocol):
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
 )
-# The primitive ops a backend may override, and the seams of a decoder layer that compose them.
+# What a backend may override: the primitive ops; the seams of a decoder layer that compose them; and what a whole step
+# is asked for, where None stands for a device that has no way of its own.
 PRIMITIVES = ("rms_norm", "linear", "rotary", "store_kv", "attention", "silu_and_mul")
 SEAMS = {
     "norm_linear": ("rms_norm", "linear"),
@@ -51,6 +52,7 @@ SEAMS = {
     "norm_gate_up_silu": ("rms_norm", "linear", "silu_and_mul"),
     "norm_moe_add": ("rms_norm", "linear", "silu_and_mul"),
 }
+WHOLES = ("fuse_layers", "likeliest", "top")
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,24 @@ class Backend:
 
     def _native(self, op: str) -> Limits | None:
         return getattr(getattr(type(self), op), "native", None)
+
+    def overrides(self, op: str) -> bool:
+        """Whether this backend has code of its own for one of PRIMITIVES, SEAMS or WHOLES."""
+        if op in WHOLES:
+            return getattr(type(self), op) is not getattr(Backend, op)
+        return self._native(op) is not None
+
+    def demote(self, op: str, why: str) -> None:
+        """From now on the definition serves in place of this backend's own ``op``; ``bindings`` say why."""
+        self.demoted[op] = why
+        if op in WHOLES:  # called as they are; the others are bound by `resolve`
+            setattr(self, op, getattr(Backend, op).__get__(self))
+
+    def note_wholes(self, fused: bool) -> None:
+        """Say in ``bindings`` which of WHOLES serve; ``fused``: whether the layers have one function."""
+        for op in filter(self.overrides, WHOLES):
+            serves = op not in self.demoted and (fused or op != "fuse_layers")
+            self.bindings.append(Binding(op, "model", "", serves, self.demoted.get(op, "")))
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
         """The reason this backend's override of ``op`` does not serve a use; None where it does or there is none."""

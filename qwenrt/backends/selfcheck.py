@@ -1,23 +1,28 @@
-"""At load, every override of a primitive runs once at the model's shapes against its definition; a wrong one goes.
+"""At load, every override runs against its definition at the model's shapes; a wrong one goes.
 
-Nobody in the field notices a silently wrong kernel, so this takes about a tenth of a second of every load to do so.
+Nobody in the field notices a silently wrong kernel, so a part of a second of every load goes into this. Here ops are
+looked at one by one, in each regime that their code has; ``qwenrt.model.trial`` looks at whole steps of a small model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from qwenrt.backends.base import PRIMITIVES, SEAMS, Backend, OpSpec
-from qwenrt.ops import reference
-from qwenrt.ops.types import CanonicalWeight, StepPlan
+from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.ops import packing, reference
+from qwenrt.ops.types import CanonicalWeight, LayerKV, StepPlan
 
 # Largest error allowed, relative to the largest value of the definition's result.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+# Tokens of a step: what multiplies one, a few, a tile or many of them is other code, and the last ones end a tile.
+REGIMES = (1, 2, 3, 8, 16, 33, 130)
 
-_LARGE = 1 << 20  # weights
+_LARGE = 1 << 20  # weights of a linear, from which on backends may choose other code
+_BLOCK = 16  # slots
 
 
 def check(
@@ -25,54 +30,81 @@ def check(
     dtype: torch.dtype,
     heads: tuple[int, int, int],
     linears: Iterable[tuple[int, int, int, int]],
+    stored: torch.dtype = torch.bfloat16,
 ) -> dict[str, str]:
-    """Run each native primitive, and the seam around rotary, against its definition and demote those that differ
-    -> what was demoted and why.
+    """Run each override of an op against its definition and demote those that differ -> what was demoted and why.
 
-    ``heads``: (H, KVH, hd). ``linears``: the distinct (out_features, in_features, bits, group_size) of the model.
+    ``heads``: (H, KVH, hd). ``linears``: the distinct (out_features, in_features, bits, group_size) of the model;
+    those of 16 bits are ``stored`` in that dtype.
     """
     checks: dict[str, Callable[[], float]] = {
-        "linear": lambda: max((_linear(backend, dtype, *shape) for shape in _samples(linears)), default=0.0),
-        "store_kv": lambda: _store_kv(backend, dtype, heads),
-        "attention": lambda: _attention(backend, dtype, heads),
-        "rms_norm": lambda: _elementwise(backend, dtype, "rms_norm"),
-        "silu_and_mul": lambda: _elementwise(backend, dtype, "silu_and_mul"),
-        "rotary": lambda: _rotary(backend, dtype, heads),
-        "rotary_store_kv": lambda: _rotary_store_kv(backend, dtype, heads),
+        "linear": lambda: _worst(_linears(backend, dtype, linears, stored)),
+        "store_kv": lambda: _worst(_store_kv(backend, dtype, heads)),
+        "attention": lambda: _worst(_attention(backend, dtype, heads)),
+        "rms_norm": lambda: _worst(_rms_norm(backend, dtype)),
+        "silu_and_mul": lambda: _worst(_silu_and_mul(backend, dtype)),
+        "rotary": lambda: _worst(_rotary(backend, dtype, heads)),
+        "rotary_store_kv": lambda: _worst(_rotary_store_kv(backend, dtype, heads)),
+        "likeliest": lambda: _worst(_likeliest(backend)),
+        "top": lambda: _worst(_top(backend)),
     }
     bad = {}
-    for op in (*PRIMITIVES, *SEAMS):
-        spec = OpSpec(op, "self-check", dtype, heads[2])
-        if getattr(getattr(type(backend), op), "native", None) is None or op not in checks:
+    for op, run in checks.items():
+        if not backend.overrides(op) or backend.why_not(op, OpSpec(op, "", dtype, heads[2])) is not None:
             continue
-        if backend.why_not(op, spec) is not None:
-            continue
-        try:
-            error = checks[op]()
-            wrong = not error <= TOLERANCE[dtype] + backend.rounding(op)  # NaN is wrong as well
-            why = f"self-check: differs from its definition by {error:.2g} (relative)"
-        except Exception as failure:  # a kernel that cannot even run must not stop the load
-            wrong, why = True, f"self-check: {type(failure).__name__}: {str(failure)[:160]}"
-        if wrong:
-            bad[op] = backend.demoted[op] = why
+        why = complaint(run, TOLERANCE[dtype] + backend.rounding(op))
+        if why is not None:
+            bad[op] = why
+            backend.demote(op, why)
     return bad
 
 
-def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+def complaint(run: Callable[[], float], allowed: float) -> str | None:
+    """What is wrong with code whose largest relative error ``run`` finds, or None."""
+    try:
+        error = run()
+    except Exception as failure:  # a kernel that cannot even run must not stop the load
+        return f"self-check: {type(failure).__name__}: {str(failure)[:160]}"
+    if error <= allowed:
+        return None
+    return f"self-check: differs from its definition by {error:.2g} (relative)"
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value of ``wanted``; infinite where one is NaN, or where dtype
+    or shape differ."""
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return float("inf")
+        return math.inf
+    if not got.numel():
+        return 0.0
     scale = wanted.float().abs().max().clamp_min(1e-6)
     error = float((got.float() - wanted.float()).abs().max() / scale)
-    return float("inf") if math.isnan(error) else error  # a NaN would be lost in the max() of several
+    return math.inf if math.isnan(error) else error  # a NaN would be lost in the max() of several
 
 
-def _generator(backend: Backend) -> Callable[..., torch.Tensor]:
-    source = torch.Generator().manual_seed(0)
+def cache_error(got: LayerKV, wanted: LayerKV) -> float:
+    """As `relative`, of all that two caches hold. A value halfway between two codes may have either."""
+    worst = 0.0
+    for side in ("k", "v"):
+        codes = getattr(got, side), getattr(wanted, side)
+        if not wanted.quantized:
+            worst = max(worst, relative(*codes))
+            continue
+        for part in ("scale", "zero"):
+            worst = max(worst, relative(getattr(got, f"{side}_{part}"), getattr(wanted, f"{side}_{part}")))
+        apart = (codes[0].int() - codes[1].int()).abs()
+        beside = (
+            float((apart == 1).float().mean()) * 0.01
+        )  # one in a hundred is as much as float32 is allowed
+        worst = max(worst, beside, (int(apart.max()) - 1) / 255)
+    return worst
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=source).to(backend.device)
 
-    return normal
+def fill_cache(kv: LayerKV, value: float) -> None:
+    """Make every slot hold ``value``, which a code is too, with that scale and zero."""
+    for tensor in (kv.k, kv.v, kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero):
+        if tensor is not None:
+            tensor.fill_(value if tensor.is_floating_point() else 1)
 
 
 def random_weight(
@@ -91,96 +123,262 @@ def random_weight(
     return CanonicalWeight(codes=codes, scales=scales.half(), zeros=zeros, bits=bits, group_size=group)
 
 
-def _samples(linears: Iterable[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Whole inputs, and rows enough to meet every code path: several threads, and what a backend does in large linears.
-
-    Of many linears of a model the same rows are left."""
-    return sorted({(min(n, max(256, -(-_LARGE // k))), k, bits, group) for n, k, bits, group in linears})
+def _worst(errors: Iterator[float]) -> float:
+    return max(errors, default=0.0)
 
 
-def _linear(backend: Backend, dtype: torch.dtype, rows: int, k: int, bits: int, group_size: int) -> float:
-    weight = random_weight(rows, k, bits, group_size)
-    native, defined = backend.pack_linear(weight, dtype), reference.pack(weight, dtype, backend.device)
-    x = _generator(backend)(4, k).to(dtype)
-    wanted = reference.linear(x, defined)  # once: the definition takes most of the time
-    parts = (slice(0, 1), slice(1, 4))  # of one token and of several
-    return max(_relative(backend.linear(x[part], native), wanted[part]) for part in parts)
+def _generator(backend: Backend) -> Callable[..., torch.Tensor]:
+    source = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=source).to(backend.device)
+
+    return normal
 
 
-def _store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
-    """Four tokens to slots of two blocks, out of order and one nowhere; the other slots must keep what they hold."""
+# ---- linears
+
+
+def _linears(
+    backend: Backend,
+    dtype: torch.dtype,
+    linears: Iterable[tuple[int, int, int, int]],
+    stored: torch.dtype,
+) -> Iterator[float]:
+    """Every shape, and of each kind of weight one in all the forms that files give it. Whole inputs, and rows enough to
+    meet every code path: several threads, a last block that is not full, and what a backend does in large linears."""
+    seen = set()
+    shapes = sorted(
+        {(min(n, max(128, -(-_LARGE // k)) + 5), k, bits, group) for n, k, bits, group in linears}
+    )
+    tokens = _generator(backend)(max(REGIMES), max((k for _, k, _, _ in shapes), default=1))
+    tokens[2::7, 0] *= 1000
+    for n, k, bits, group in shapes:
+        weight = random_weight(n, k, bits, group)
+        forms = [_with_quiet_input(weight, stored) if bits == 16 else weight]
+        if (bits, group) not in seen:
+            seen.add((bits, group))
+            forms += _other_forms(random_weight(n, k, bits, group, seed=1), forms[0])
+        for form in forms:
+            yield from _linear(backend, dtype, form, tokens[:, :k].to(dtype).contiguous())
+
+
+def _with_quiet_input(weight: CanonicalWeight, stored: torch.dtype) -> CanonicalWeight:
+    """A dense weight whose first input counts for nothing, and with a few values far above the others."""
+    dense = weight.dense
+    assert dense is not None
+    dense[::7, dense.shape[1] // 2] = 0.5
+    dense[:, 0] = 0
+    return CanonicalWeight(dense=dense.to(stored), bias=_bias(weight))
+
+
+def _bias(weight: CanonicalWeight) -> torch.Tensor:
+    return torch.linspace(-1, 1, weight.out_features)
+
+
+def _other_forms(weight: CanonicalWeight, dense: CanonicalWeight) -> list[CanonicalWeight]:
+    """Of a dense weight: with another use. Of codes: words of a GPTQ file with act-order, one zero for all and a bias;
+    and a few rows of them with scales that need float32."""
+    if weight.codes is None or weight.scales is None or weight.zeros is None:
+        return [dataclasses.replace(dense, shared=True)]
+    rows, inputs, bits = weight.out_features, weight.in_features, weight.bits
+    source = torch.Generator().manual_seed(2)
+    words = torch.randint(-(2**31), 2**31 - 1, (-(-inputs * bits // 32), rows), generator=source)
+    part = rows // 16 * 8
+    sym = dataclasses.replace(
+        weight,
+        codes=None,
+        words=(words[:, :part].int(), words[:, part:].int()),
+        num_inputs=inputs,
+        zeros=torch.full_like(weight.zeros, 1 << bits - 1),
+        perm=torch.randperm(inputs, generator=source).int(),
+        bias=_bias(weight),
+    )
+    few = slice(0, 43)
+    fine = dataclasses.replace(
+        weight,
+        codes=weight.codes[:, few].contiguous(),
+        scales=weight.scales[:, few].float() * (1 + 2.0**-15),
+        zeros=weight.zeros[:, few].contiguous(),
+    )
+    return [sym, fine]
+
+
+def _linear(
+    backend: Backend, dtype: torch.dtype, weight: CanonicalWeight, x: torch.Tensor
+) -> Iterator[float]:
+    """Every number of tokens of x [T, K], some of which have a massive value in the first input."""
+    codes = packing.with_codes(weight)
+    native = backend.pack_linear(weight if backend.packs_words() else codes, dtype)
+    plain = reference.pack(codes, dtype, backend.device)
+    wanted = reference.linear(x, plain)  # once: the definition takes most of the time
+    for tokens in REGIMES:
+        yield relative(backend.linear(x[-tokens:], native), wanted[-tokens:])
+
+
+# ---- attention and its cache
+
+
+def _store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
+    """Tokens to slots of several blocks, out of order and one nowhere; other slots must keep what they hold."""
     _, num_kv_heads, head_dim = heads
     normal = _generator(backend)
-    k, v = (normal(4, num_kv_heads, head_dim).to(dtype) for _ in range(2))
-    slots = torch.tensor([17, 5, -1, 2], device=backend.device)
-    native, defined = (backend.alloc_kv(1, 2, 16, num_kv_heads, head_dim, dtype, False)[0] for _ in range(2))
-    for tensor in (native.k, native.v, defined.k, defined.v):
-        tensor.fill_(1)
-    backend.store_kv(k, v, native, slots)
-    reference.store_kv(k, v, defined, slots)
-    return max(_relative(native.k, defined.k), _relative(native.v, defined.v))
+    slots = _slots(backend)
+    k, v = (normal(len(slots), num_kv_heads, head_dim).to(dtype) for _ in range(2))
+    for quantized in (False, True):
+        native, defined = _two_caches(backend, dtype, heads, quantized)
+        backend.store_kv(k, v, native, slots)
+        reference.store_kv(k, v, defined, slots)
+        yield cache_error(native, defined)
 
 
-def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
-    """A ragged batch of a decode step over 513 tokens and a cut prompt, with NaN in every unused slot."""
-    num_heads, num_kv_heads, head_dim = heads
-    normal, size, lens = _generator(backend), 16, [(1, 513), (5, 21)]
-    blocks = [
-        list(range(40, 40 - -(-kv // size), -1)) if i == 0 else [50, 51] for i, (_, kv) in enumerate(lens)
-    ]
-    kv = backend.alloc_kv(1, 64, size, num_kv_heads, head_dim, dtype, False)[0]
-    kv.k.fill_(float("nan"))
-    kv.v.fill_(float("nan"))
-    every = [table[p // size] * size + p % size for (_, n), table in zip(lens, blocks) for p in range(n)]
-    history_k, history_v = (normal(len(every), num_kv_heads, head_dim).to(dtype) for _ in range(2))
-    reference.store_kv(history_k, history_v, kv, torch.tensor(every, device=backend.device))
-    ends, start = [], 0
-    for q_len, kv_len in lens:
-        ends += list(range(start + kv_len - q_len, start + kv_len))
-        start += kv_len
-    index = torch.tensor(ends, device=backend.device)
-    plan = backend.plan([q for q, _ in lens], [n for _, n in lens], blocks, [every[i] for i in ends])
-    q = normal(len(ends), num_heads, head_dim).to(dtype)
-    args = (q, history_k[index], history_v[index], kv)
-    scale = head_dim**-0.5
-    plain = StepPlan(plan.q_lens, plan.kv_lens, plan.slots, blocks)
-    return _relative(backend.attention(*args, plan, scale), reference.attention(*args, plain, scale))
+def _slots(backend: Backend) -> torch.Tensor:
+    """Where 33 tokens go in a cache of four blocks: late ones first, the second token nowhere."""
+    slots = list(range(60, 27, -1))
+    slots[1] = -1
+    return torch.tensor(slots, device=backend.device)
 
 
-def _elementwise(backend: Backend, dtype: torch.dtype, op: str) -> float:
-    x = _generator(backend)(3, 512).to(dtype)
-    if op == "silu_and_mul":
-        return _relative(backend.silu_and_mul(x), reference.silu_and_mul(x))
-    weight = _generator(backend)(512).to(dtype)
-    return _relative(backend.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+def _two_caches(
+    backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int], quantized: bool, blocks: int = 4
+) -> list[LayerKV]:
+    made = [backend.alloc_kv(1, blocks, _BLOCK, *heads[1:], dtype, quantized)[0] for _ in range(2)]
+    for kv in made:
+        fill_cache(kv, 1.0)
+    return made
 
 
-def _rotary(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
-    x = _generator(backend)(3, heads[0], heads[2]).to(dtype)
-    angles = _generator(backend)(3, heads[2] // 2).repeat(1, 2)
-    return _relative(
+def _rotary(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
+    x = _generator(backend)(33, heads[0], heads[2]).to(dtype)
+    angles = _generator(backend)(33, heads[2] // 2).repeat(1, 2)
+    yield relative(
         backend.rotary(x, angles.cos(), angles.sin()), reference.rotary(x, angles.cos(), angles.sin())
     )
 
 
-def _rotary_store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> float:
-    """Three tokens through norms, rotation, LogN and both kinds of cache; what is stored is compared as well."""
+def _rotary_store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
+    """33 tokens with and without norms and LogN into both kinds of cache; what is stored is compared as well."""
     num_heads, num_kv_heads, head_dim = heads
-    normal = _generator(backend)
-    qkv = normal(3, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    normal, slots = _generator(backend), _slots(backend)
+    tokens = len(slots)
+    qkv = normal(tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    qkv[1] *= 1e-3  # as small as eps
     norms = (normal(head_dim).to(dtype), normal(head_dim).to(dtype), 1e-6)
-    angles, q_scale = normal(3, head_dim // 2).repeat(1, 2), normal(3).abs() + 0.5
+    angles, q_scale = normal(tokens, head_dim // 2).repeat(1, 2), normal(tokens).abs() + 0.5
+    plan = backend.plan([tokens], [61], [[0, 1, 2, 3]], slots.tolist())
     offset, factor = normal(num_kv_heads, head_dim), normal(num_kv_heads, head_dim).abs().exp2()
-    worst = 0.0
+    defined = Backend(backend.device)
+    for qk_norms, scale, quantized in ((norms, q_scale, False), (None, None, False), (None, q_scale, True)):
+        args = (qkv, heads, qk_norms, angles.cos(), angles.sin(), scale)
+        ours, theirs = _two_caches(backend, dtype, heads, quantized)
+        for kv in (ours, theirs) if quantized else ():
+            kv.k_offset, kv.k_factor = offset, factor
+        got = backend.rotary_store_kv(*args, ours, plan)
+        wanted = defined.rotary_store_kv(*args, theirs, plan)
+        yield from map(relative, got, wanted)
+        yield cache_error(ours, theirs)
+
+
+# Of each sequence of a step: how many tokens it has now, and in the cache.
+_LENGTHS = ((1, 513), (5, 300), (33, 290), (16, 21), (1, 16), (70, 70))
+
+
+def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
+    """Long and short, decoded and cut prompts in one step, over both kinds of cache, with NaN in every unused slot; all
+    keys, and a window that begins inside of a block."""
+    head_dim, num_kv_heads = heads[2], min(heads[1], 2)
+    num_heads = num_kv_heads * (heads[0] // heads[1])
+    normal = _generator(backend)
+    sizes = [-(-kv_len // _BLOCK) for _, kv_len in _LENGTHS]
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(1)).tolist()
+    tables = [[order.pop() for _ in range(size)] for size in sizes]
+    every = [
+        [table[p // _BLOCK] * _BLOCK + p % _BLOCK for p in range(n)]
+        for (_, n), table in zip(_LENGTHS, tables, strict=True)
+    ]
+    q_lens, kv_lens = [q for q, _ in _LENGTHS], [n for _, n in _LENGTHS]
+    now = [slots[-q:] for q, slots in zip(q_lens, every, strict=True)]
+    keys, values = (normal(sum(kv_lens), num_kv_heads, head_dim).to(dtype) for _ in range(2))
+    index = torch.tensor([slot for slots in every for slot in slots], device=backend.device)
+    plan = backend.plan(q_lens, kv_lens, tables, [slot for slots in now for slot in slots])
+    plain = StepPlan(plan.q_lens, plan.kv_lens, plan.slots, tables)
+    q = normal(plan.num_tokens, num_heads, head_dim).to(dtype)
+    assert plan.slots is not None
+    places = {slot: i for i, slot in enumerate(index.tolist())}
+    step = torch.tensor([places[slot] for slot in plan.slots.tolist()], device=backend.device)
     for quantized in (False, True):
-        plan, results = backend.plan([3], [3], [[1]], [16, 17, 18]), []
-        for rotary_store_kv in (backend.rotary_store_kv, Backend(backend.device).rotary_store_kv):
-            kv = backend.alloc_kv(1, 2, 16, num_kv_heads, head_dim, dtype, quantized)[0]
-            if quantized:
-                kv.k_offset, kv.k_factor = offset, factor
-            turned = rotary_store_kv(qkv, heads, norms, angles.cos(), angles.sin(), q_scale, kv, plan)
-            stored = reference.load_kv(kv, [1], 3, dtype)
-            results.append(torch.cat([part.flatten() for part in (*turned, *stored)]))
-        # a code that falls between two may be rounded either way: half a step, which is looked at more kindly
-        worst = max(worst, _relative(*results) / (100 if quantized else 1))
-    return worst
+        kv = backend.alloc_kv(1, sum(sizes), _BLOCK, num_kv_heads, head_dim, dtype, quantized)[0]
+        fill_cache(kv, math.nan)
+        reference.store_kv(keys, values, kv, index)
+        for window in (0, 20):
+            args = (q, keys[step], values[step], kv)
+            scale = head_dim**-0.5
+            got = backend.attention(*args, plan, scale, window)
+            yield relative(got, reference.attention(*args, plain, scale, window))
+
+
+# ---- between the linears
+
+
+def _rows(backend: Backend, dtype: torch.dtype) -> torch.Tensor:
+    """Rows from nearly nothing to very large, longer than whatever a kernel takes at once, and not a multiple of it."""
+    x = _generator(backend)(max(REGIMES), 1004)
+    return (x * torch.logspace(-3, 1.5, len(x), device=x.device)[:, None]).to(dtype)
+
+
+def _each_row(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """As `relative`, each row by itself."""
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return math.inf
+    return max(map(relative, got, wanted))
+
+
+def _rms_norm(backend: Backend, dtype: torch.dtype) -> Iterator[float]:
+    x = _rows(backend, dtype)
+    weight = _generator(backend)(x.shape[1]).to(dtype)
+    for part in (x[-1:], x):
+        yield _each_row(backend.rms_norm(part, weight, 1e-6), reference.rms_norm(part, weight, 1e-6))
+
+
+def _silu_and_mul(backend: Backend, dtype: torch.dtype) -> Iterator[float]:
+    x = _rows(backend, dtype)
+    for part in (x[-1:], x):
+        yield _each_row(backend.silu_and_mul(part), reference.silu_and_mul(part))
+
+
+# ---- choosing tokens
+
+
+def _logits(backend: Backend) -> torch.Tensor:
+    """Rows of logits: the largest is the first, the last, twice there; infinity, NaN and its opposite."""
+    logits = _generator(backend)(6, 2011)
+    size = logits.shape[1]
+    for row, places in enumerate([(0,), (size - 1,), (700, 1500)]):
+        logits[row, list(places)] = 9.0
+    logits[3, 1234], logits[4, size - 1], logits[5, 3] = math.inf, math.nan, -math.inf
+    return logits
+
+
+def _likeliest(backend: Backend) -> Iterator[float]:
+    logits = _logits(backend)
+    found = backend.likeliest(logits)
+    for (token, largest, finite), row in zip(found or (), logits, strict=found is not None):
+        numbers = row.nan_to_num(-math.inf, math.inf, -math.inf)
+        wanted = (int(numbers.argmax()), float(numbers.max()), bool(row.isfinite().all()))
+        yield 0.0 if (token, largest, finite) == wanted else math.inf
+
+
+def _top(backend: Backend) -> Iterator[float]:
+    row, heat, k = _logits(backend)[1], 0.7, 65
+    row[-1] = 4.5  # or nothing else counts
+    largest = float(row.max())
+    scaled = (row - largest) / heat
+    wanted, _ = scaled.topk(k)
+    for with_whole in (True, False):
+        found = backend.top(row, largest, heat, k, with_whole)
+        if found is None:
+            continue
+        values, ids, whole = found
+        yield relative(values[0], wanted)
+        yield relative(scaled[ids[0]], wanted) if len(set(ids[0].tolist())) == k else math.inf
+        yield abs(whole - (float(scaled.logsumexp(0)) if with_whole else 0.0))

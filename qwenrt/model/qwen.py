@@ -113,6 +113,7 @@ class Qwen:
         self._stack = self.backend.fuse_layers([layer.weights for layer in self.layers], head, self.dtype)
         self._final_norm = self.backend.resolve(OpSpec("rms_norm", "norm", self.dtype))
         self._head = self.backend.resolve(OpSpec("linear", "lm_head", self.dtype, kind=self.lm_head.kind))
+        self.backend.note_wholes(fused=self.fused)
 
     @property
     def weight_bytes(self) -> int:
@@ -155,20 +156,46 @@ class Qwen:
     ) -> torch.Tensor:
         """token_ids int64 [T], ``alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
         final norm. ``kv``: one cache per layer, or None to attend over this step's tokens alone."""
-        if self._stack is not None and kv is not None:
-            x, step = self._enter(token_ids, plan, alphas)
-            y = self._stack(x, step, kv)
-            if y is not None:
-                return self._leave(y)
-        return self._by_seams(token_ids, plan, alphas, kv)
+        if kv is not None:
+            x = self.at_once(token_ids, plan, alphas, kv)
+            if x is not None:
+                return x
+        return self.by_seams(token_ids, plan, alphas, kv)
 
-    def _by_seams(
+    @property
+    def fused(self) -> bool:
+        """Whether the backend has one function for all layers."""
+        return self._stack is not None
+
+    def at_once(
+        self,
+        token_ids: torch.Tensor,
+        plan: StepPlan,
+        alphas: list[int],
+        kv: list[LayerKV],
+        due: list[int] | None = None,
+    ) -> torch.Tensor | None:
+        """As forward, or as next_logits where tokens are ``due``, in one call for all layers; None where there is none
+        or where it does not serve this step."""
+        if self._stack is None:
+            return None
+        x, step = self._enter(token_ids, plan, alphas)
+        if due and self._stack.has_head:
+            return self._stack(x, step, kv, due)
+        y = self._stack(x, step, kv)
+        if y is None:
+            return None
+        hidden = self._leave(y)
+        return self.logits(_rows(hidden, due)) if due else hidden
+
+    def by_seams(
         self,
         token_ids: torch.Tensor,
         plan: StepPlan,
         alphas: list[int],
         kv: list[LayerKV] | None,
     ) -> torch.Tensor:
+        """As forward, op by op."""
         hidden = torch.empty(0)
         for _, state in self.states(token_ids, plan, alphas, kv):
             hidden = state
@@ -184,19 +211,13 @@ class Qwen:
     ) -> torch.Tensor | None:
         """As forward -> the logits after the tokens at the places ``due`` of the step, float32 [len(due), vocab_size];
         None where there are none."""
-        if due and self._stack is not None and self._stack.has_head:
-            x, step = self._enter(token_ids, plan, alphas)
-            logits = self._stack(x, step, kv, due)
-            if logits is not None:
-                return logits
-            hidden = self._by_seams(token_ids, plan, alphas, kv)
-        else:
-            hidden = self.forward(token_ids, plan, alphas, kv)
         if not due:
+            self.forward(token_ids, plan, alphas, kv)
             return None
-        if len(due) < hidden.shape[0]:
-            hidden = hidden.index_select(0, torch.tensor(due, device=hidden.device))
-        return self.logits(hidden)
+        logits = self.at_once(token_ids, plan, alphas, kv, due)
+        return (
+            self.logits(_rows(self.by_seams(token_ids, plan, alphas, kv), due)) if logits is None else logits
+        )
 
     def states(
         self,
@@ -246,6 +267,13 @@ class Qwen:
         """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""
         logits: torch.Tensor = self._head(hidden, self.lm_head)
         return logits.float()
+
+
+def _rows(hidden: torch.Tensor, due: list[int]) -> torch.Tensor:
+    """The rows ``due`` of hidden [T, D], which are in order."""
+    if len(due) == hidden.shape[0]:
+        return hidden
+    return hidden.index_select(0, torch.tensor(due, device=hidden.device))
 
 
 def _name_parts(packed: Packed, spec: LinearSpec) -> None:

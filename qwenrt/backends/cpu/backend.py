@@ -133,11 +133,13 @@ class CPUBackend(Backend):
         return (self.unavailable or None) if need == "csrc" else super().provides(need)
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
+        if op in self.demoted:
+            return self.demoted[op]
         # Dense float32 linears are torch's own at its best: no kernel is missing there.
         if op == "linear" and spec.kind in ("dense", _DENSE16, dense12.KIND, "parts"):
             return None
         if op == "linear" and spec.kind in ("w4a16", "w8a16") and self.kernels is not None:
-            return self.demoted.get(op, "its groups do not fill the kernel's 32-bit words")
+            return "its groups do not fill the kernel's 32-bit words"
         return super().why_not(op, spec)
 
     def rounding(self, op: str) -> float:
