@@ -154,21 +154,24 @@ def _linears(
     tokens = _generator(backend)(max(REGIMES), max((k for _, k, _, _ in shapes), default=1))
     tokens[2::7, 0] *= 1000
     for n, k, bits, group in shapes:
-        weight = random_weight(n, k, bits, group)
-        forms = [_with_quiet_input(weight, stored) if bits == 16 else weight]
+        forms = [_with_quiet_input(random_weight(n, k, bits, group), stored)]
         if (bits, group) not in seen:
             seen.add((bits, group))
-            forms += _other_forms(random_weight(n, k, bits, group, seed=1), forms[0])
+            forms += _other_forms(forms[0])
         for form in forms:
             yield from _linear(backend, dtype, form, tokens[:, :k].to(dtype).contiguous())
 
 
 def _with_quiet_input(weight: CanonicalWeight, stored: torch.dtype) -> CanonicalWeight:
-    """A dense weight whose first input counts for nothing, and with a few values far above the others."""
+    """The first input counts for next to nothing, so that a massive value there shows what its neighbours lose. A dense
+    weight has also a few values far above the others."""
+    if weight.codes is not None and weight.zeros is not None:
+        weight.codes[0] = weight.zeros[0].to(torch.uint8)
+        return weight
     dense = weight.dense
     assert dense is not None
-    dense[::7, dense.shape[1] // 2] = 0.5
-    dense[:, 0] = 0
+    dense[::7, dense.shape[1] // 2] = 32 * dense.shape[1] ** -0.5
+    dense[:, 0] *= 2.0**-10
     return CanonicalWeight(dense=dense.to(stored), bias=_bias(weight))
 
 
@@ -176,21 +179,22 @@ def _bias(weight: CanonicalWeight) -> torch.Tensor:
     return torch.linspace(-1, 1, weight.out_features)
 
 
-def _other_forms(weight: CanonicalWeight, dense: CanonicalWeight) -> list[CanonicalWeight]:
+def _other_forms(weight: CanonicalWeight) -> list[CanonicalWeight]:
     """Of a dense weight: with another use. Of codes: words of a GPTQ file with act-order, one zero for all and a bias;
     and a few rows of them with scales that need float32."""
     if weight.codes is None or weight.scales is None or weight.zeros is None:
-        return [dataclasses.replace(dense, shared=True)]
+        return [dataclasses.replace(weight, shared=True)]
     rows, inputs, bits = weight.out_features, weight.in_features, weight.bits
     source = torch.Generator().manual_seed(2)
     words = torch.randint(-(2**31), 2**31 - 1, (-(-inputs * bits // 32), rows), generator=source)
-    part = rows // 16 * 8
+    part, middle = rows // 16 * 8, 1 << bits - 1
+    words[0] = (words[0] >> bits << bits) + middle  # the first input, as above
     sym = dataclasses.replace(
         weight,
         codes=None,
         words=(words[:, :part].int(), words[:, part:].int()),
         num_inputs=inputs,
-        zeros=torch.full_like(weight.zeros, 1 << bits - 1),
+        zeros=torch.full_like(weight.zeros, middle),
         perm=torch.randperm(inputs, generator=source).int(),
         bias=_bias(weight),
     )

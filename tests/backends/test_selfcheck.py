@@ -1,0 +1,111 @@
+"""The self-check at load finds every kernel of the list that is wrong, names it alone, and demotes no healthy one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu.kernels import Kernels
+from qwenrt.config.model import ModelConfig, MoeConfig
+from qwenrt.model import trial
+from tests.backends.mutants import MUTANTS, Mutant
+
+LIBRARY = backend._load()
+pytestmark = pytest.mark.skipif(isinstance(LIBRARY, kernels.KernelsUnavailable), reason="csrc was not built")
+SETS = LIBRARY.isas if isinstance(LIBRARY, Kernels) else ()
+
+PLAIN = ModelConfig(
+    model_type="qwen2",
+    vocab_size=100,
+    hidden_size=96,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=136,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rotary_dim=16,
+    train_length=2048,
+    max_position_embeddings=4096,
+)
+EXPERTS = MoeConfig(8, 4, 40, shared_intermediate_size=48, dense_layers=frozenset({0}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    config: ModelConfig = PLAIN
+    form: tuple[int, int] = (16, 128)
+    stored: torch.dtype = torch.bfloat16
+    int8_cache: bool = False
+    large: bool = False  # its matrices are treated as the large ones of real models
+
+
+MODELS = {
+    "plain": Model(),
+    "half": Model(stored=torch.float16),
+    "large": Model(large=True),
+    "codes": Model(form=(4, 32)),
+    "large codes": Model(form=(4, 32), large=True),
+    "bytes": Model(form=(8, 32), large=True),
+    "one group": Model(form=(4, -1)),
+    "logn": Model(dataclasses.replace(PLAIN, use_logn_attn=True, use_dynamic_ntk=True)),
+    "window": Model(dataclasses.replace(PLAIN, windows=(0, 64, 64))),
+    "qk-norm": Model(dataclasses.replace(PLAIN, qkv_bias=False, qk_norm=True)),
+    "int8-cache": Model(int8_cache=True),
+    "experts": Model(dataclasses.replace(PLAIN, moe=EXPERTS)),
+    "experts, int8": Model(dataclasses.replace(PLAIN, moe=EXPERTS), form=(8, 32), int8_cache=True),
+    "tied": Model(dataclasses.replace(PLAIN, tie_word_embeddings=True)),
+    "all biases": Model(dataclasses.replace(PLAIN, o_bias=True, mlp_bias=True), form=(4, 32)),
+}
+
+
+def check(
+    cpu: CPUBackend, model: Model, patch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
+    if model.large:
+        patch.setattr(backend, "_WORTH_PACKING", 1 << 12)
+        patch.setattr("qwenrt.backends.cpu.activations._LARGE", 1 << 12)
+    form = model.form
+    kinds = trial.Kinds(lambda spec: form if spec.quantizable else (16, 128), model.stored, model.int8_cache)
+    return trial.check(model.config, cpu, dtype, kinds)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_healthy_is_demoted(
+    cpu: CPUBackend, name: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu.configure(isa, num_threads=2)
+    assert check(cpu, MODELS[name], monkeypatch) == {}
+
+
+@pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["codes", "large", "bytes", "experts, int8"])
+def test_nothing_healthy_is_demoted_by_choice(
+    cpu: CPUBackend, name: str, dtype: torch.dtype, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu.configure(num_threads=2, activations=activations)
+    assert check(cpu, MODELS[name], monkeypatch, dtype) == {}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_wrong_kernel_is_found_and_no_other_is_blamed(
+    cpu: CPUBackend, mutant: Mutant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, met = getattr(Kernels, mutant.method), []
+
+    def wrong(self: Kernels, *args: Any) -> Any:
+        met.append(self)
+        return mutant.wrong(right.__get__(self), *args)
+
+    monkeypatch.setattr(Kernels, mutant.method, wrong)
+    demoted = check(cpu, MODELS[mutant.model], monkeypatch)
+    assert met, "the self-check does not call this kernel"
+    assert list(demoted) == [mutant.op]
+    assert cpu.demoted == demoted and demoted[mutant.op].startswith("self-check: ")
