@@ -152,7 +152,7 @@ def _linears(
         {(min(n, max(128, -(-_LARGE // k)) + 5), k, bits, group) for n, k, bits, group in linears}
     )
     tokens = _generator(backend)(max(REGIMES), max((k for _, k, _, _ in shapes), default=1))
-    tokens[2::7, 0] *= 1000
+    tokens[2::7, 0] = 700
     for n, k, bits, group in shapes:
         forms = [_with_quiet_input(random_weight(n, k, bits, group), stored)]
         if (bits, group) not in seen:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend, backend
+from qwenrt.backends.cpu.activations import ACTIVATIONS
 from qwenrt.backends.cpu.kernels import Kernels
+from qwenrt.backends.selfcheck import REGIMES
 from qwenrt.config.model import ModelConfig, MoeConfig
+from qwenrt.config.released import released_config
 from qwenrt.model import trial
 from tests.backends.mutants import MUTANTS, Mutant
+from tests.backends.step_mutants import STEP_MUTANTS
 
 LIBRARY = backend._load()
-pytestmark = pytest.mark.skipif(isinstance(LIBRARY, kernels.KernelsUnavailable), reason="csrc was not built")
+pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Kernels), reason="csrc was not built")
 SETS = LIBRARY.isas if isinstance(LIBRARY, Kernels) else ()
 
 PLAIN = ModelConfig(
@@ -49,7 +54,7 @@ MODELS = {
     "plain": Model(),
     "half": Model(stored=torch.float16),
     "large": Model(large=True),
-    "codes": Model(form=(4, 32)),
+    "codes": Model(form=(4, 128)),
     "large codes": Model(form=(4, 32), large=True),
     "bytes": Model(form=(8, 32), large=True),
     "one group": Model(form=(4, -1)),
@@ -62,6 +67,15 @@ MODELS = {
     "tied": Model(dataclasses.replace(PLAIN, tie_word_embeddings=True)),
     "all biases": Model(dataclasses.replace(PLAIN, o_bias=True, mlp_bias=True), form=(4, 32)),
 }
+
+
+@pytest.fixture
+def cpu() -> Iterator[CPUBackend]:
+    """One thread: many small calls, on machines that have other work to do."""
+    made = CPUBackend(torch.device("cpu"))
+    made.configure(num_threads=1)
+    yield made
+    CPUBackend(torch.device("cpu")).configure()
 
 
 def check(
@@ -80,7 +94,7 @@ def check(
 def test_nothing_healthy_is_demoted(
     cpu: CPUBackend, name: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu.configure(isa, num_threads=2)
+    cpu.configure(isa, num_threads=1)
     assert check(cpu, MODELS[name], monkeypatch) == {}
 
 
@@ -90,11 +104,11 @@ def test_nothing_healthy_is_demoted(
 def test_nothing_healthy_is_demoted_by_choice(
     cpu: CPUBackend, name: str, dtype: torch.dtype, activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu.configure(num_threads=2, activations=activations)
+    cpu.configure(num_threads=1, activations=activations)
     assert check(cpu, MODELS[name], monkeypatch, dtype) == {}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *STEP_MUTANTS], ids=lambda mutant: mutant.name)
 def test_a_wrong_kernel_is_found_and_no_other_is_blamed(
     cpu: CPUBackend, mutant: Mutant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +120,52 @@ def test_a_wrong_kernel_is_found_and_no_other_is_blamed(
 
     monkeypatch.setattr(Kernels, mutant.method, wrong)
     demoted = check(cpu, MODELS[mutant.model], monkeypatch)
+    if mutant.op == "quantize_dense":  # looked at by the first weight that is rounded
+        cpu.quantize_dense(torch.randn(24, 256), 4, 128, None, "a weight")
+    else:
+        assert cpu.demoted == demoted and demoted[mutant.op].startswith("self-check: ")
     assert met, "the self-check does not call this kernel"
-    assert list(demoted) == [mutant.op]
-    assert cpu.demoted == demoted and demoted[mutant.op].startswith("self-check: ")
+    assert list(cpu.demoted) == [mutant.op]
+
+
+@pytest.mark.parametrize(
+    ("bits", "method"), [(16, "dense12_linear"), (16, "dense16_linear"), (4, "quant_linear")]
+)
+def test_what_serves_a_real_model_is_what_was_looked_at(
+    cpu: CPUBackend, bits: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are chosen by sizes: at those of Qwen-1.8B the check must reach the kernels of large matrices, with every
+    number of tokens and in the one call."""
+    assert cpu.kernels is not None
+    if method == "dense12_linear" and not cpu.kernels.serves12:
+        pytest.skip(f"{cpu.kernels.isa} has no kernel for 12 bits")
+    config = released_config("Qwen-1_8B")
+    assert config is not None
+    tokens, layers, steps = set(), [], []
+    linear, decoder = getattr(Kernels, method), Kernels.decoder
+
+    def rounds(x: torch.Tensor, w: Any, *rest: Any) -> bool:
+        if bits < 16:
+            return bool(rest[0].kind == ACTIVATIONS.index("int16"))
+        return bool(rest[-1]) or not cpu.kernels.rounds_dense(torch.bfloat16)
+
+    def seen(self: Kernels, x: torch.Tensor, *args: Any) -> Any:
+        if rounds(x, *args):
+            tokens.add(len(x))
+        return linear(self, x, *args)
+
+    def step(self: Kernels, given: Any, caches: Any, head: Any, struct: Any, *rest: Any) -> bool:
+        layers[:] = list(given)
+        steps.append(struct.tokens)
+        return bool(decoder(self, given, caches, head, struct, *rest))
+
+    monkeypatch.setattr(Kernels, method, seen)
+    monkeypatch.setattr(Kernels, "decoder", step)
+    kinds = trial.Kinds(lambda spec: (bits if spec.quantizable else 16, 128), torch.bfloat16, False)
+    assert trial.check(config, cpu, torch.float32, kinds) == {}
+    assert tokens >= set(REGIMES)
+    assert max(steps) >= 33 and min(steps) == 1 and len(layers) == 2
+    pointer = {"dense12_linear": "dense12", "dense16_linear": "dense", "quant_linear": "quant"}[method]
+    assert any(getattr(linear, pointer) for layer in layers for linear in (layer.qkv, layer.gate_up))
+    if bits < 16:
+        assert layers[0].gate_up.activations.kind == ACTIVATIONS.index("int16")

@@ -75,10 +75,14 @@ def quantize(
 
 
 def rounds_alike(kernels: Rounds, bits: int) -> bool:
-    """Whether the kernel gives the definition's bits for a small matrix, two whole groups and a part of one a row."""
-    weight = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    got = quantize(kernels, weight, bits, 128, None, "self-check")
-    return got is not None and same_bits(got, packing.quantize_dense(weight, bits))
+    """Whether the kernel gives the definition's bits for small matrices of each dtype, two whole groups and a part of
+    one a row."""
+    normal = torch.randn(13, 300, generator=torch.Generator().manual_seed(0))
+    for weight in map(normal.to, _DTYPES):
+        got = quantize(kernels, weight, bits, 128, None, "self-check")
+        if got is None or not same_bits(got, packing.quantize_dense(weight, bits)):
+            return False
+    return True
 
 
 def same_bits(a: CanonicalWeight, b: CanonicalWeight) -> bool:
