@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import qwenrt
 from qwenrt.backends.cpu import CPUBackend, backend
 from qwenrt.backends.cpu.activations import ACTIVATIONS
 from qwenrt.backends.cpu.kernels import Kernels
 from qwenrt.backends.selfcheck import REGIMES
 from qwenrt.config.model import ModelConfig, MoeConfig
 from qwenrt.config.released import released_config
+from qwenrt.errors import BackendError
 from qwenrt.model import trial
 from tests.backends.mutants import MUTANTS, Mutant
 from tests.backends.step_mutants import STEP_MUTANTS
+from tests.conftest import write_tiny_checkpoint
 
 LIBRARY = backend._load()
 pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Kernels), reason="csrc was not built")
@@ -169,3 +173,30 @@ def test_what_serves_a_real_model_is_what_was_looked_at(
     assert any(getattr(linear, pointer) for layer in layers for linear in (layer.qkv, layer.gate_up))
     if bits < 16:
         assert layers[0].gate_up.activations.kind == ACTIVATIONS.index("int16")
+
+
+@pytest.mark.parametrize(
+    ("method", "op"), [("decoder", "fuse_layers"), ("attend", "attention"), ("top", "top")]
+)
+def test_a_model_is_served_without_what_is_wrong_and_says_so(
+    tmp_path: Path, method: str, op: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "model")
+
+    def answer(**settings: str) -> tuple[list[int], str]:
+        with qwenrt.load(directory, quantize="int4", progress=False, **settings) as llm:
+            said = llm.generate(prompt_token_ids=[5, 6, 7], max_tokens=12, temperature=0.8, seed=3)
+            return said.token_ids, llm.explain()
+
+    wanted, healthy = answer()
+    assert f"{op} " in healthy and "self-check" not in healthy
+    mutant = next(m for m in (*MUTANTS, *STEP_MUTANTS) if m.method == method)
+    right = getattr(Kernels, method)
+    monkeypatch.setattr(Kernels, method, lambda self, *args: mutant.wrong(right.__get__(self), *args))
+    got, explained = answer()
+    assert got == wanted
+    (line,) = {line for line in explained.splitlines() if line.startswith(f"{op} ")}
+    assert "plain torch" in line and "self-check: " in line
+    assert f"the {op} kernel of cpu is not used: self-check: " in caplog.text
+    with pytest.raises(BackendError, match=f"kernel {op} of cpu: self-check: "):
+        answer(fallback="error")
