@@ -129,6 +129,7 @@ LINEARS = [
             "codes: last row of weights": output(lambda y: y[:, -1].zero_()),
             "codes: last token of many": output(lambda y: y[-1].zero_(), 9),
             "codes: last input ignored": without_last_input,
+            "codes: infinity unnoticed": lambda right, x, *rest: right(x.clamp(max=1e3), *rest),
             "codes: massive values cost neighbours": massive_costs_neighbours,
         }
     ),
@@ -153,6 +154,7 @@ LINEARS = [
             "16 bits: last row of weights": output(lambda y: y[:, -1].zero_()),
             "16 bits: last token of many": output(lambda y: y[-1].zero_(), 9),
             "16 bits: last input ignored": without_last_input,
+            "16 bits: infinity unnoticed": lambda right, x, *rest: right(x.clamp(max=1e3), *rest),
             "16 bits: bias ignored": lambda right, x, weight, bias, *rest: right(x, weight, None, *rest),
         }
     ),
@@ -175,6 +177,19 @@ LINEARS = [
     *mutants("pack12_others", "linear", "large")(
         {
             "12 bits: an input's place is wrong": misplaced,
+        }
+    ),
+    *mutants("unpack12", "linear", "large")(
+        {
+            "12 bits: a row not read back": lambda right, w, out, first: (
+                right(w, out, first),
+                out[-1].zero_(),
+            ),
+        }
+    ),
+    *mutants("pack12", "linear", "large")(
+        {
+            "12 bits: inputs off by one": lambda right, weight, into: right(weight.roll(1, 1), into),
         }
     ),
 ]
