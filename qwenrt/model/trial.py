@@ -15,7 +15,7 @@ import torch
 from qwenrt.backends import selfcheck
 from qwenrt.backends.base import PRIMITIVES, SEAMS, Backend
 from qwenrt.config import ModelConfig
-from qwenrt.model.layers import LinearSpec
+from qwenrt.config.layers import LinearSpec
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops import packing
