@@ -26,8 +26,8 @@ FormOf = Callable[[LinearSpec], tuple[int, int]]
 # Ops by themselves are within the self-check's tolerance; a few layers make more of what is left.
 _LAYERS_ADD = 5.0
 _SAME_KERNELS = 1e-4  # the one call beside the seams
-# A code that falls between two may be either; attention makes this of it.
-_CODES_ADD = 5e-3
+# A token between two experts, or a value between two codes, may go either way by the last digit of what is before.
+_EITHER_WAY = 0.3
 
 _BLOCK = 16
 # Three sequences by their block ids, and how many tokens of each a step has: prompts in chunks, of which one is longer
@@ -59,14 +59,18 @@ def check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kind
 
 
 def _check_steps(weights: _Weights, backend: Backend, dtype: torch.dtype, int8_cache: bool) -> dict[str, str]:
+    """Seams beside definitions over a plain cache, as reading and storing codes was looked at; the one call beside the
+    seams over the cache that serves."""
     bad: dict[str, str] = {}
-    wanted = _run(weights.model(Backend(backend.device), dtype), int8_cache, _by_seams)
+    has_experts = weights.config.moe is not None
+    wanted = _run(weights.model(Backend(backend.device), dtype), False, _by_seams)
     allowed = _LAYERS_ADD * (selfcheck.TOLERANCE[dtype] + backend.rounding("linear"))
-    allowed += _CODES_ADD * int8_cache
+    if has_experts and (dtype != torch.float32 or backend.rounding("linear")):
+        allowed += _EITHER_WAY
 
     def by_seams() -> tuple[Qwen, _Outcome]:
         model = weights.model(backend, dtype)
-        return model, _run(model, int8_cache, _by_seams)
+        return model, _run(model, False, _by_seams)
 
     made: list[tuple[Qwen, _Outcome]] = []
 
@@ -80,8 +84,11 @@ def _check_steps(weights: _Weights, backend: Backend, dtype: torch.dtype, int8_c
             bad |= _blame(backend, seams, allowed, f"{why} in steps of a small model")
     model, beside = made[0] if made else by_seams()
     if model.fused:
-        cautious = _SAME_KERNELS + (_CODES_ADD if int8_cache and weights.config.moe is not None else 0)
-        why = selfcheck.complaint(lambda: _difference(_run(model, int8_cache, _at_once), beside), cautious)
+        expected = _run(model, True, _by_seams) if int8_cache else beside
+        why = selfcheck.complaint(
+            lambda: _difference(_run(model, int8_cache, _at_once), expected),
+            _SAME_KERNELS + _EITHER_WAY * (int8_cache and has_experts),
+        )
         if why is not None:
             bad["fuse_layers"] = why
             backend.demote("fuse_layers", why)
