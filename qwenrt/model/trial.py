@@ -269,6 +269,8 @@ def _run(model: Qwen, int8_cache: bool, way: Way) -> _Outcome:
     kv = backend.alloc_kv(*shape, model.dtype, int8_cache)
     for layer in kv:
         selfcheck.fill_cache(layer, 1.0)
+    if int8_cache:
+        model.fit_key_codes(kv)
     alphas = [ntk_alpha(tokens, config) for tokens in _TOKENS]
     states, done = [], [0] * len(_TABLES)
     for lens, due in zip(_STEPS, _DUE, strict=True):

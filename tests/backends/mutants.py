@@ -341,6 +341,8 @@ ROTARY = [
             "stale slot": rotary(slots=stored(lambda slot: slot % 16)),
             "nowhere is a slot": rotary(slots=stored(lambda slot: max(slot, 0))),
             "next slot": rotary(slots=stored(lambda slot: slot + 1)),
+            "int8: middle of keys ignored": rotary(cache=lambda c: but(c, k_offset=_zeros(4096))),
+            "int8: factor of keys ignored": rotary(cache=lambda c: but(c, k_offset=None, k_factor=None)),
             "nothing stored": rotary(cache=lambda c: None),
             "keys and values swapped": rotary(cache=lambda c: but(c, k=c.v, v=c.k)),
             "int8: zeros swapped": rotary(cache=lambda c: but(c, k_zero=c.v_zero, v_zero=c.k_zero)),

@@ -171,6 +171,9 @@ STEP_MUTANTS = [
     ),
     *mutants("decoder", "fuse_layers", "int8-cache")(
         {
+            "int8: fit of keys ignored": step(
+                caches=lambda c: [but(a, k_offset=None, k_factor=None) for a in c]
+            ),
             "int8: scale of keys for values": step(caches=lambda c: [but(a, v_scale=a.k_scale) for a in c]),
             "int8: zeros swapped": step(
                 caches=lambda c: [but(a, v_zero=a.k_zero, k_zero=a.v_zero) for a in c]
