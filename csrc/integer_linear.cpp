@@ -47,7 +47,7 @@ constexpr float kFar = 512;
 struct Block {
   int64_t group, at;      // among the groups and the blocks
   int64_t word, words;    // its first word of a row, and how many it has
-  int64_t first, inputs;  // its first input, and how many there are
+  int64_t first, inputs;  // its first input, and how many there are: none past the row's end
 };
 
 // f(block) for every block of a row, in order.
@@ -60,7 +60,8 @@ void each_block(const QwenrtQuantMatrix& w, const IntegerInput& in, Each f) {
     for (int64_t skipped = 0; skipped < w.words_per_group; skipped += in.words_per_block, ++at) {
       const int64_t words = std::min(in.words_per_block, w.words_per_group - skipped);
       const int64_t first = g * w.group_size + skipped * per_word;
-      f(Block{g, at, g * w.words_per_group + skipped, words, first, std::min(end - first, words * per_word)});
+      const int64_t inputs = std::max(std::min(end - first, words * per_word), int64_t(0));
+      f(Block{g, at, g * w.words_per_group + skipped, words, first, inputs});
     }
   }
 }

@@ -8,13 +8,36 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests import kernel_sets
+
 GOLDEN = Path(__file__).parent / "golden"
 DENSE_GOLDENS = ("plain", "ntk_only", "logn_only", "ntk_logn", "big_base")
 GPTQ_GOLDENS = ("gptq_int4", "gptq_int8", "gptq_int4_act_order")
+
+
+class _TorchRandom:
+    """torch's generator, which hypothesis resets before each example: a function of its arguments alone."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()  # hypothesis holds it weakly
+hypothesis.register_random(_TORCH_RANDOM)
+# The same examples in every run and on every machine; `--hypothesis-profile=search` looks for others.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("search", derandomize=False)
+hypothesis.settings.load_profile("same")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(kernel_sets.report())
 
 
 @pytest.fixture(autouse=True)

@@ -27,18 +27,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert loaded == "[]"
 
 
-def test_importing_the_package_is_quick() -> None:
-    code = (
-        "import subprocess, sys, time\n"
-        "def took(c):\n"
-        "    best = 9.0\n"
-        "    for _ in range(3):\n"
-        "        t = time.perf_counter(); subprocess.run([sys.executable, '-c', c], check=True)\n"
-        "        best = min(best, time.perf_counter() - t)\n"
-        "    return best\n"
-        "print(took('import qwenrt') - took('pass'))"
-    )
-    assert float(in_fresh_python(code)) < 0.150
+def test_importing_the_package_imports_little() -> None:
+    code = "import sys\nbefore = len(sys.modules)\nimport qwenrt\nprint(len(sys.modules) - before)"
+    assert int(in_fresh_python(code)) < 20  # 6; what it is made of is imported when it is asked for
 
 
 def test_text_and_config_import_no_torch() -> None:

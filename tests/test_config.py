@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +153,9 @@ def test_quantisation_of_config_json_comes_before_the_sidecar() -> None:
 def test_files_that_are_something_else(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    started = time.perf_counter()
     with pytest.raises(ConfigError, match=message) as caught:
         read_json(path)
     assert str(path) in str(caught.value)
-    assert time.perf_counter() - started < 2
 
 
 def test_a_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:

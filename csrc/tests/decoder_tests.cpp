@@ -80,10 +80,11 @@ std::vector<float> apply(const QwenrtLinear& w, const std::vector<float>& x, int
     }
     return y;
   }
-  const int status = w.dense12 ? qwenrt_dense12_linear(w.dense12, x.data(), y.data(), tokens, 0)
+  const int round = w.activations.kind != QWENRT_EXACT;  // as the stack lets its 16-bit linears
+  const int status = w.dense12 ? qwenrt_dense12_linear(w.dense12, x.data(), y.data(), tokens, round)
                      : w.quant ? qwenrt_quant_linear(w.quant, x.data(), y.data(), tokens, &w.activations)
                              : qwenrt_dense16_linear(w.dense, w.bias, x.data(), y.data(), tokens, w.out_features,
-                                                     w.in_features, int(w.is_half), 0);
+                                                     w.in_features, int(w.is_half), round);
   CHECK(status == QWENRT_OK, "a linear of %d rows", int(w.out_features));
   return y;
 }

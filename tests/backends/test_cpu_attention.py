@@ -13,6 +13,7 @@ from qwenrt.backends.base import OpSpec
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.ops import reference
 from qwenrt.ops.types import LayerKV, StepPlan
+from tests.kernel_sets import SETS
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(
@@ -95,7 +96,7 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, atol: float = 5e-6) ->
     window=st.sampled_from([0, 0, 1, 7, 100, 300]),
     size=st.sampled_from([1, 5, 16, 24]),
     quantized=st.booleans(),
-    isa=st.sampled_from(["auto", "scalar"]),
+    isa=st.sampled_from(SETS),
     seed=st.integers(0, 99),
 )
 def test_ragged_steps_are_as_defined_and_the_same_alone(
@@ -125,7 +126,7 @@ def test_ragged_steps_are_as_defined_and_the_same_alone(
 
 @needs_kernels
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("isa", SETS)
 def test_a_token_is_the_same_in_a_chunk_and_alone_and_with_any_threads(
     cpu: CPUBackend, isa: str, quantized: bool
 ) -> None:
@@ -159,7 +160,7 @@ def test_long_queries_are_as_defined_with_any_threads(
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("isa", SETS)
 def test_a_long_prompt_in_pieces_is_the_same_as_whole(cpu: CPUBackend, isa: str) -> None:
     cpu.configure(isa)
     step = Step(cpu, [(240, 300)], (4, 2, 32))
@@ -206,7 +207,7 @@ def test_long_contexts(cpu: CPUBackend, quantized: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("isa", SETS)
 def test_what_is_not_finite_spreads_to_its_own_sequence_only(cpu: CPUBackend, isa: str) -> None:
     cpu.configure(isa)
     for bad in (float("nan"), float("inf"), -float("inf")):

@@ -20,6 +20,7 @@ from qwenrt.config.model import ModelConfig
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed
 from tests.conftest import write_tiny_checkpoint
+from tests.kernel_sets import SETS
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -174,7 +175,7 @@ def check(model: Qwen, *, int8: bool = False, most: float = 0.0) -> None:
     logn=st.booleans(),
     activations=st.sampled_from(["exact", "int16", "int8"]),
     int8=st.booleans(),
-    isa=st.sampled_from(["auto", "scalar"]),
+    isa=st.sampled_from(SETS),
 )
 def test_every_kind_of_layer(
     cpu: CPUBackend,

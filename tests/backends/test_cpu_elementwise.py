@@ -14,13 +14,13 @@ from qwenrt.backends.base import Backend, OpSpec
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.ops import reference
 from qwenrt.ops.types import LayerKV, StepPlan
+from tests.kernel_sets import SETS
 
 CPU = torch.device("cpu")
 DEFINED = Backend(CPU)
 pytestmark = pytest.mark.skipif(
     isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
 )
-ISAS = ["auto", "scalar"]
 quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -29,7 +29,7 @@ quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCh
     rows=st.sampled_from([0, 1, 3, 50]),
     dim=st.sampled_from([1, 7, 8, 16, 31, 128, 2048]),
     size=st.sampled_from([1e-18, 1e-3, 1.0, 1e15]),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(SETS),
 )
 def test_rms_norm(cpu: CPUBackend, rows: int, dim: int, size: float, isa: str) -> None:
     cpu.configure(isa)
@@ -46,7 +46,7 @@ def test_rms_norm(cpu: CPUBackend, rows: int, dim: int, size: float, isa: str) -
     tokens=st.sampled_from([0, 1, 3, 40]),
     inner=st.sampled_from([1, 7, 8, 100, 5504]),
     size=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(SETS),
 )
 def test_silu_and_mul(cpu: CPUBackend, tokens: int, inner: int, size: float, isa: str) -> None:
     cpu.configure(isa)
@@ -57,7 +57,7 @@ def test_silu_and_mul(cpu: CPUBackend, tokens: int, inner: int, size: float, isa
         assert torch.equal(cpu.silu_and_mul(x[i : i + 1]), got[i : i + 1])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", SETS)
 def test_what_is_not_finite_stays_so(cpu: CPUBackend, isa: str) -> None:
     cpu.configure(isa)
     inf, nan = float("inf"), float("nan")
@@ -92,7 +92,7 @@ def kv_pair(
     partial=st.booleans(),
     scaled=st.booleans(),
     cache=st.sampled_from(["none", "float", "int8", "fitted int8"]),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(SETS),
 )
 def test_rotary_and_its_store(
     cpu: CPUBackend,
@@ -137,7 +137,7 @@ def test_rotary_and_its_store(
             assert torch.allclose(x, y, rtol=3e-6, atol=3e-6)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", SETS)
 def test_int8_rows_that_are_constant_or_not_finite(cpu: CPUBackend, isa: str) -> None:
     cpu.configure(isa)
     qkv = torch.randn(1, 6, 16)

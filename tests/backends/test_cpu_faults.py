@@ -22,6 +22,7 @@ from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.backends.test_cpu_kernels import float64_linear, random_weight
 from tests.conftest import write_tiny_checkpoint
+from tests.kernel_sets import SETS
 
 CPU = torch.device("cpu")
 BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
@@ -46,7 +47,7 @@ def answer(llm: qwenrt.LLM, count: int = 16) -> list[int]:
 # ---- shapes and numbers
 
 
-@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("activations", list(ROUNDING))
 @pytest.mark.parametrize("bits", [4, 8])
 def test_inputs_that_fill_neither_group_nor_vector(

@@ -15,13 +15,14 @@ from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.types import Packed
 from tests.conftest import GPTQ_GOLDENS
+from tests.kernel_sets import SETS
 
 BLOCK_SIZE = 16
 
 
-@pytest.fixture(params=["auto", "scalar"])
+@pytest.fixture(params=SETS)
 def cpu(request: pytest.FixtureRequest) -> CPUBackend:
-    """The backend with the best kernels, and with the portable ones."""
+    """The backend with the kernels of each instruction set."""
     backend = CPUBackend(torch.device("cpu"))
     if backend.kernels is None:
         pytest.skip("csrc was not built")

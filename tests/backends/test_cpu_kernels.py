@@ -24,6 +24,7 @@ from qwenrt.backends.cpu.activations import Activations
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
 from qwenrt.ops.types import CanonicalWeight, Packed
+from tests.kernel_sets import SETS
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,16 @@ def float64_linear(x: torch.Tensor, weight: CanonicalWeight) -> tuple[torch.Tens
     return (y, size) if weight.bias is None else (y + weight.bias, size + weight.bias.abs())
 
 
+def summed(x: torch.Tensor, weight: CanonicalWeight) -> torch.Tensor:
+    """What the kernels add up for y = x W^T + bias, in sizes: codes and zeros are summed apart, so that it is
+    sum |x| (code + zero) |scale| + |bias|, which may be far more than sum |x| |W| where they cancel."""
+    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
+    columns = x if weight.perm is None else x[:, weight.perm.long()]
+    group = torch.arange(weight.in_features) // weight.group_size
+    reach = (weight.codes + weight.zeros[group]).double() * weight.scales[group].double().abs()
+    return columns.double().abs() @ reach + (0.0 if weight.bias is None else weight.bias.double().abs())
+
+
 def assert_exact(y: torch.Tensor, x: torch.Tensor, weight: CanonicalWeight) -> None:
     wanted, size = float64_linear(x, weight)
     assert y.shape == wanted.shape and y.dtype == x.dtype
@@ -69,7 +80,7 @@ def assert_exact(y: torch.Tensor, x: torch.Tensor, weight: CanonicalWeight) -> N
     bits=st.sampled_from([4, 8]),
     group_size=st.sampled_from([-1, 8, 16, 20, 24, 31, 64, 128]),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    isa=st.sampled_from(["auto", "scalar"]),
+    isa=st.sampled_from(SETS),
 )
 def test_quantised_linears_of_any_shape(
     cpu: CPUBackend,
@@ -91,6 +102,30 @@ def test_quantised_linears_of_any_shape(
     if w.kind == kernels.native_kind(bits):
         rows = kernels.dequantize_blocks(w, 0, -(-n // kernels.BLOCK))
         assert torch.equal(rows, packing.dequantize(weight, torch.float32))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_sums_that_cancel_part_between_sets_by_no_more_than_is_said(cpu: CPUBackend, bits: int) -> None:
+    """Activations far from zero and massive ones. A float32 sum of n terms in any order is off by n 2^-24 of the sum of
+    their sizes at most; sets sum in different orders, so two of them part by at most twice that."""
+    x = torch.randn(9, 1300) + 50
+    x[:, 650] *= 300
+    x[::3, 325] *= 3000
+    dense = torch.randn(24, 1300)
+    if bits == 16:
+        weight = CanonicalWeight(dense=dense.bfloat16())
+        wanted, most = x.double() @ dense.bfloat16().double().t(), (1300 + 2) * 2.0**-24
+        most = most * (x.double().abs() @ dense.bfloat16().double().abs().t())
+    else:
+        weight = packing.quantize_dense(dense, bits, 128, bias=torch.randn(24))
+        wanted, most = float64_linear(x, weight)[0], (128 + 11 + 4) * 2.0**-24 * summed(x, weight)
+    results = []
+    for isa in SETS:
+        cpu.configure(isa, activations="exact")
+        results.append(cpu.linear(x, cpu.pack_linear(weight, torch.float32)).double())
+        assert bool(((results[-1] - wanted).abs() <= most).all()), isa
+        assert bool(((results[-1] - results[0]).abs() <= 2 * most).all()), f"{isa} and {SETS[0]}"
 
 
 @needs_kernels
@@ -119,7 +154,7 @@ def test_scales_outside_float16_keep_their_float32(cpu: CPUBackend) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("isa", SETS)
 def test_subnormal_and_extreme_float16_scales(cpu: CPUBackend, isa: str) -> None:
     cpu.configure(isa)
     weight = random_weight(8, 16, 4, 16, bias=False)
@@ -194,7 +229,7 @@ def test_gradients_reach_the_input_of_a_frozen_weight(cpu: CPUBackend, bits: int
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["auto", "scalar"])
+@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("large", [(3e38,), (1e38, -1e38), (3e38, -3e38)])
 def test_finite_activations_too_large_to_sum_follow_torch(
     cpu: CPUBackend, isa: str, large: tuple[float, ...]

@@ -135,10 +135,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(talk: Talk) -> None:
     talk.until("(0 turns", PROMPT)
     talk.type("/slow" + ENTER)
     talk.until("word word")
-    started = time.monotonic()
     talk.type(CTRL_C)
     talk.until("Answer stopped; the history is unchanged.", PROMPT)
-    assert time.monotonic() - started < 30
     talk.type("again" + ENTER)
     talk.until("echo again (1 turns", PROMPT)
     talk.type(":q" + ENTER)

@@ -477,18 +477,14 @@ def test_a_hub_that_redirects_in_circles(tmp_path: Path, start: Start, source: s
 
 @BOTH
 def test_a_hub_whose_encryption_fails(tmp_path: Path, start: Start, source: str) -> None:
-    began = time.monotonic()
     error = failure(tmp_path, start().url.replace("http://", "https://"), source)
     assert isinstance(error, Unreachable) and error.remedy
-    assert time.monotonic() - began < 10
 
 
 @BOTH
 def test_nobody_answers(tmp_path: Path, source: str) -> None:
-    began = time.monotonic()
     error = failure(tmp_path, NOWHERE, source)
     assert isinstance(error, Unreachable) and NOWHERE in error.found and "_ENDPOINT" in error.remedy
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("weights", [True, False])
