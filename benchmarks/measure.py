@@ -38,8 +38,8 @@ class Bandwidth:
 
         from qwenrt.backends.cpu.kernels import Kernels
 
-        self._kernels = Kernels()
-        self.threads = self._kernels.set_threads(threads)
+        self._kernels = Kernels(threads=threads)
+        self.threads = self._kernels.threads
         self._buffer = torch.ones(nbytes // 8, dtype=torch.int64)
 
     def bytes_per_s(self) -> float:

@@ -62,7 +62,7 @@ void run_quant_task(void* context, int64_t i) {
   t.kernels->quant_rows(*t.w, t.in, t.y, t.shares.begin(i), t.shares.begin(i + 1));
 }
 
-int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens) {
+int quant_linear_chunk(const QwenrtHandle* with, const QwenrtQuantMatrix& w, const float* x, float* y, int64_t tokens) {
   const int64_t per_word = 32 / w.bits;
   QuantInput in;
   in.tokens = tokens;
@@ -83,7 +83,7 @@ int quant_linear_chunk(const QwenrtQuantMatrix& w, const float* x, float* y, int
   in.x = memory;
   in.sums = sums;
   const int64_t blocks = (w.out_features + QWENRT_BLOCK - 1) / QWENRT_BLOCK;
-  QuantTask task{&w, in, y, shares_of(blocks, w.out_features * w.in_features * tokens), &linear_kernels()};
+  QuantTask task{&w, in, y, shares_of(blocks, w.out_features * w.in_features * tokens), &linear_kernels(*with)};
   parallel_for(task.shares.count, run_quant_task, &task);
   return QWENRT_OK;
 }
@@ -117,27 +117,26 @@ void run_read_task(void* context, int64_t i) {
 
 int qwenrt_abi(void) { return QWENRT_ABI; }
 
-int qwenrt_set_threads(int threads) { return set_pool_threads(threads); }
-
-int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens,
+int qwenrt_quant_linear(const QwenrtHandle* with, const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens,
                         const QwenrtActivations* activations) {
   if (w->bits != 4 && w->bits != 8) return QWENRT_BAD_ARGUMENT;
   if (activations->kind < QWENRT_EXACT || activations->kind > QWENRT_INT8) return QWENRT_BAD_ARGUMENT;
   const bool exact = activations->kind == QWENRT_EXACT;
   const int64_t most = exact ? kTokensAtOnce : kIntegerTokens;
-  PoolLock lock;
+  PoolLock lock(with->threads);
   for (int64_t t = 0; t < tokens; t += most) {
     const int64_t chunk = tokens - t < most ? tokens - t : most;
     const float* in = x + t * w->in_features;
     float* out = y + t * w->out_features;
-    const int status = exact ? quant_linear_chunk(*w, in, out, chunk)
-                             : integer_linear_chunk(*w, in, out, chunk, *activations, linear_kernels());
+    const int status = exact ? quant_linear_chunk(with, *w, in, out, chunk)
+                             : integer_linear_chunk(*w, in, out, chunk, *activations, linear_kernels(*with));
     if (status != QWENRT_OK) return status;
   }
   return QWENRT_OK;
 }
 
-uint64_t qwenrt_read(const uint64_t* memory, int64_t words) {
+uint64_t qwenrt_read(const QwenrtHandle* with, const uint64_t* memory, int64_t words) {
+  PoolLock lock(with->threads);
   ReadTask task{memory, words, pool_threads() * kTasksPerThread, {0}};
   parallel_for(task.tasks, run_read_task, &task);
   return task.sum;

@@ -2,6 +2,7 @@
 // memory, so that nothing but they costs time.
 #include "qwenrt_decoder.h"
 
+#include "dispatch.h"
 #include "experts.h"
 #include "scratch.h"
 #include "thread_pool.h"
@@ -82,51 +83,55 @@ void add(float* x, const float* y, int64_t count) {
 }
 
 // x += attention(norm(x))
-int attention_block(const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache, const Buffers& b, float* x) {
+int attention_block(const QwenrtHandle* with, const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache,
+                    const Buffers& b, float* x) {
   const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
-  qwenrt_rms_norm(x, l.input_norm, b.normed, tokens, hidden, l.eps);
-  if (const int status = run_linear(l.qkv, b.normed, b.qkv, tokens, b.mlp.part)) return status;
+  if (const int status = qwenrt_rms_norm(with, x, l.input_norm, b.normed, tokens, hidden, l.eps)) return status;
+  if (const int status = run_linear(with, l.qkv, b.normed, b.qkv, tokens, b.mlp.part)) return status;
   const QwenrtRotary rotary{b.qkv,       b.qk,           l.q_norm,   l.k_norm,        step.cos, step.sin, step.q_scale, step.slots,
                             l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim, l.eps,    0};
-  if (const int status = qwenrt_rotary_store(&rotary, &cache, tokens)) return status;
+  if (const int status = qwenrt_rotary_store(with, &rotary, &cache, tokens)) return status;
   const int64_t stride = (l.num_heads + l.num_kv_heads) * l.head_dim;
-  const int attended = qwenrt_attention(step.sequences, &cache, b.qk, stride, l.num_heads, b.attended, l.scale, l.window);
+  const int attended = qwenrt_attention(with, step.sequences, &cache, b.qk, stride, l.num_heads, b.attended,
+                                        l.scale, l.window);
   if (attended) return attended;
-  if (const int status = run_linear(l.o, b.attended, b.product, tokens, b.mlp.part)) return status;
+  if (const int status = run_linear(with, l.o, b.attended, b.product, tokens, b.mlp.part)) return status;
   add(x, b.product, tokens * hidden);
   return QWENRT_OK;
 }
 
 // x += mlp(norm(x))
-int mlp_block(const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) {
+int mlp_block(const QwenrtHandle* with, const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) {
   const int64_t hidden = l.qkv.in_features;
-  qwenrt_rms_norm(x, l.post_norm, b.normed, tokens, hidden, l.eps);
-  if (l.experts) return add_experts(*l.experts, b.normed, b.product, x, tokens, hidden, b.mlp);
-  if (const int status = run_mlp(l.gate_up, l.down, b.normed, b.product, tokens, b.mlp)) return status;
+  if (const int status = qwenrt_rms_norm(with, x, l.post_norm, b.normed, tokens, hidden, l.eps)) return status;
+  if (l.experts) return add_experts(with, *l.experts, b.normed, b.product, x, tokens, hidden, b.mlp);
+  if (const int status = run_mlp(with, l.gate_up, l.down, b.normed, b.product, tokens, b.mlp)) return status;
   add(x, b.product, tokens * hidden);
   return QWENRT_OK;
 }
 
 // The logits of the tokens that are due.
-int logits_of(const QwenrtHead& head, const QwenrtStep& step, const Buffers& b, const float* x, float* logits) {
+int logits_of(const QwenrtHandle* with, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b, const float* x, float* logits) {
   const int64_t hidden = head.linear.in_features;
-  for (int64_t i = 0; i < step.due_count; ++i)
-    qwenrt_rms_norm(x + step.due[i] * hidden, head.norm, b.normed + i * hidden, 1, hidden, head.eps);
-  return run_linear(head.linear, b.normed, logits, step.due_count, nullptr);
+  for (int64_t i = 0; i < step.due_count; ++i) {
+    const float* const row = x + step.due[i] * hidden;
+    if (const int status = qwenrt_rms_norm(with, row, head.norm, b.normed + i * hidden, 1, hidden, head.eps)) return status;
+  }
+  return run_linear(with, head.linear, b.normed, logits, step.due_count, nullptr);
 }
 
 }  // namespace
 
-int qwenrt_decoder(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
+int qwenrt_decoder(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
                    const QwenrtStep* step, float* x, float* logits) {
   if (step->tokens < 1 || count < 1 || step->due_count > step->tokens) return QWENRT_BAD_ARGUMENT;
   if (step->due_count && (!head || !logits || head->linear.part_count)) return QWENRT_BAD_ARGUMENT;
-  PoolLock lock;
+  PoolLock lock(with->threads);
   Buffers buffers;
   if (!make_room(layers, count, step->tokens, buffers)) return QWENRT_NO_MEMORY;
   for (int64_t i = 0; i < count; ++i) {
-    if (const int status = attention_block(layers[i], *step, caches[i], buffers, x)) return status;
-    if (const int status = mlp_block(layers[i], step->tokens, buffers, x)) return status;
+    if (const int status = attention_block(with, layers[i], *step, caches[i], buffers, x)) return status;
+    if (const int status = mlp_block(with, layers[i], step->tokens, buffers, x)) return status;
   }
-  return step->due_count ? logits_of(*head, *step, buffers, x, logits) : QWENRT_OK;
+  return step->due_count ? logits_of(with, *head, *step, buffers, x, logits) : QWENRT_OK;
 }

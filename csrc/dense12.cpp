@@ -112,30 +112,33 @@ void unpack_row(const Kernels& kernels, const QwenrtDense12& w, int64_t row, uin
   for (int64_t e = w.first[row]; e < w.first[row + 1]; ++e) out[w.inputs[e]] = w.weights[e];
 }
 
-int qwenrt_dense12_serves(void) { return linear_kernels().dense12_rows != nullptr; }
+int qwenrt_dense12_serves(const QwenrtHandle* with) { return linear_kernels(*with).dense12_rows != nullptr; }
 
-int qwenrt_dense12_pack(const uint16_t* w, const QwenrtDense12* to) {
+int qwenrt_dense12_pack(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to) {
   if (to->smallest < 0 || to->smallest > 120) return QWENRT_BAD_ARGUMENT;
+  PoolLock lock(with->threads);
   PackTask task{w, to, const_cast<int32_t*>(to->first)};
   task.first[0] = 0;
   parallel_for(to->out_features, run_pack_task, &task);
   int64_t before = 0;
   for (int64_t row = 1; row <= to->out_features; ++row) {
     before += task.first[row];
-    if (before > INT32_MAX) return QWENRT_BAD_ARGUMENT;
+    if (before > INT32_MAX) return QWENRT_NOT_SERVED;
     task.first[row] = int32_t(before);
   }
   return QWENRT_OK;
 }
 
-int qwenrt_dense12_pack_others(const uint16_t* w, const QwenrtDense12* to) {
+int qwenrt_dense12_pack_others(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to) {
+  PoolLock lock(with->threads);
   PackTask task{w, to, const_cast<int32_t*>(to->first)};
   parallel_for(to->out_features, run_others_task, &task);
   return QWENRT_OK;
 }
 
-int qwenrt_dense12_unpack(const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end) {
-  UnpackTask task{&linear_kernels(), w, out, begin};
+int qwenrt_dense12_unpack(const QwenrtHandle* with, const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end) {
+  PoolLock lock(with->threads);
+  UnpackTask task{&linear_kernels(*with), w, out, begin};
   parallel_for(end - begin, run_unpack_task, &task);
   return QWENRT_OK;
 }

@@ -250,12 +250,12 @@ int many_tokens(const QwenrtDense12& w, const float* x, float* y, int64_t tokens
 
 }  // namespace
 
-int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
+int qwenrt_dense16_linear(const QwenrtHandle* with, const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                           int64_t out_features, int64_t in_features, int is_half, int rounded) {
-  PoolLock lock;
+  PoolLock lock(with->threads);
   const int64_t units = (out_features + kDenseRows - 1) / kDenseRows;
   const Shares shares = shares_of(units, out_features * in_features * tokens);
-  const Kernels& kernels = linear_kernels();
+  const Kernels& kernels = linear_kernels(*with);
   const int64_t floats = Sizes(kernels, tokens, in_features, rounded, is_half).floats();
   float* const memory = reinterpret_cast<float*>(scratch.room(floats * int64_t(sizeof(float))));
   if (floats && !memory) return QWENRT_NO_MEMORY;
@@ -265,14 +265,14 @@ int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, 
   return QWENRT_OK;
 }
 
-int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int64_t tokens, int rounded) {
+int qwenrt_dense12_linear(const QwenrtHandle* with, const QwenrtDense12* w, const float* x, float* y, int64_t tokens, int rounded) {
   if (tokens < 1) return QWENRT_OK;
-  PoolLock lock;
-  const Kernels& kernels = linear_kernels();
+  PoolLock lock(with->threads);
+  const Kernels& kernels = linear_kernels(*with);
   const bool few = kernels.dense12_rows && tokens <= kFewTokens;
   return few ? few_tokens(*w, x, y, tokens, kernels) : many_tokens(*w, x, y, tokens, kernels, rounded);
 }
 
-int qwenrt_rounds_dense(int is_half) {
-  return linear_kernels().fixed_rows || (linear_kernels().split_rows && !is_half);
+int qwenrt_rounds_dense(const QwenrtHandle* with, int is_half) {
+  return linear_kernels(*with).fixed_rows || (linear_kernels(*with).split_rows && !is_half);
 }

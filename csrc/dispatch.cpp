@@ -4,7 +4,9 @@
 
 #include <string.h>
 
-#include <atomic>
+#include <forward_list>
+
+#include "thread_pool.h"
 
 #ifdef QWENRT_X86
 #include <cpuid.h>
@@ -93,10 +95,8 @@ struct Found {
   }
 };
 
-std::atomic<const InstructionSet*>& chosen() {
-  static std::atomic<const InstructionSet*> set{instruction_sets()};
-  return set;
-}
+// One for each set and number of threads that was ever asked for; under PoolLock.
+std::forward_list<QwenrtHandle> opened;
 
 }  // namespace
 
@@ -105,21 +105,22 @@ const InstructionSet* instruction_sets() {
   return found.sets;
 }
 
-const InstructionSet& chosen_set() { return *chosen().load(); }
-
-const LayerKernels* layer_kernels() { return chosen_set().layers(); }
-
-const char* qwenrt_isa(void) { return chosen_set().name; }
-
-int qwenrt_set_isa(const char* name) {
+const QwenrtHandle* qwenrt_open(const char* name, int threads) {
   const bool best = strcmp(name, "auto") == 0;
-  for (const InstructionSet* set = instruction_sets(); set->name; ++set)
-    if (best || strcmp(name, set->name) == 0) {
-      chosen() = set;
-      return 0;
-    }
-  return -1;
+  const InstructionSet* set = instruction_sets();
+  while (set->name && !best && strcmp(name, set->name) != 0) ++set;
+  if (!set->name) return nullptr;
+  const PoolLock lock;
+  const int here = start_pool_threads(threads);
+  for (const QwenrtHandle& handle : opened)
+    if (handle.set == set && handle.threads == here) return &handle;
+  opened.push_front({set, here});
+  return &opened.front();
 }
+
+const char* qwenrt_isa(const QwenrtHandle* with) { return with->set->name; }
+
+int qwenrt_threads(const QwenrtHandle* with) { return with->threads; }
 
 const char* qwenrt_isa_at(int index) {
   for (const InstructionSet* set = instruction_sets(); set->name; ++set)

@@ -1,4 +1,4 @@
-// Which instruction set's kernels serve: asked by the C ABI at each call.
+// What a handle of the C ABI stands for: the kernels of one instruction set, and threads.
 #pragma once
 #include "kernels.h"
 #include "layer_kernels.h"
@@ -14,6 +14,11 @@ struct InstructionSet {
 
 // Those of this build that this CPU runs, best first; ends with one whose name is NULL.
 const InstructionSet* instruction_sets();
-const InstructionSet& chosen_set();
 
-inline const Kernels& linear_kernels() { return *chosen_set().linears(); }
+struct QwenrtHandle {
+  const InstructionSet* set;
+  int threads;  // that share a call, the caller included
+};
+
+inline const Kernels& linear_kernels(const QwenrtHandle& with) { return *with.set->linears(); }
+inline const LayerKernels* layer_kernels(const QwenrtHandle& with) { return with.set->layers(); }

@@ -1,5 +1,5 @@
 // Norm, rotary with its store, and silu: shares their rows between the threads.
-#include "layer_kernels.h"
+#include "dispatch.h"
 #include "thread_pool.h"
 
 namespace {
@@ -55,28 +55,28 @@ void rotary_task(void* context, int64_t i) {
 
 }  // namespace
 
-int qwenrt_rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t dim, float eps) {
-  PoolLock lock;
-  NormTask t{x, weight, out, rows, dim, 1, eps, layer_kernels()};
+int qwenrt_rms_norm(const QwenrtHandle* with, const float* x, const float* weight, float* out, int64_t rows, int64_t dim, float eps) {
+  PoolLock lock(with->threads);
+  NormTask t{x, weight, out, rows, dim, 1, eps, layer_kernels(*with)};
   t.tasks = layer_tasks(rows, rows * dim * kRowWork);
   parallel_for(t.tasks, norm_task, &t);
   return QWENRT_OK;
 }
 
-int qwenrt_silu_and_mul(const float* gate_up, float* out, int64_t tokens, int64_t inner) {
+int qwenrt_silu_and_mul(const QwenrtHandle* with, const float* gate_up, float* out, int64_t tokens, int64_t inner) {
   if (tokens < 1 || inner < 1) return QWENRT_OK;
-  PoolLock lock;
-  SiluTask t{gate_up, out, tokens * inner, inner, 1, layer_kernels()};
+  PoolLock lock(with->threads);
+  SiluTask t{gate_up, out, tokens * inner, inner, 1, layer_kernels(*with)};
   t.tasks = layer_tasks(t.count / 1024, t.count * kSiluWork);
   parallel_for(t.tasks, silu_task, &t);
   return QWENRT_OK;
 }
 
-int qwenrt_rotary_store(const QwenrtRotary* a, const QwenrtCache* cache, int64_t tokens) {
+int qwenrt_rotary_store(const QwenrtHandle* with, const QwenrtRotary* a, const QwenrtCache* cache, int64_t tokens) {
   if (a->head_dim < 8 || a->head_dim > 256 || a->head_dim % 8 || a->rotary_dim % 2 || a->rotary_dim > a->head_dim)
     return QWENRT_BAD_ARGUMENT;
-  PoolLock lock;
-  RotaryTask t{a, cache, tokens, 1, layer_kernels()};
+  PoolLock lock(with->threads);
+  RotaryTask t{a, cache, tokens, 1, layer_kernels(*with)};
   t.tasks = layer_tasks(tokens, tokens * (a->num_heads + 2 * a->num_kv_heads) * a->head_dim * kRowWork);
   parallel_for(t.tasks, rotary_task, &t);
   return QWENRT_OK;

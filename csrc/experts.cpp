@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "dispatch.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
@@ -110,8 +111,8 @@ void add_weighted(const float* y, float weight, float* total, int64_t count) {
 }
 
 // One expert over the tokens that chose it.
-int add_expert(const QwenrtExperts& e, int64_t expert, const float* normed, float* y, const Buffers& b, int64_t tokens,
-               int64_t hidden, const MlpBuffers& mlp) {
+int add_expert(const QwenrtHandle* with, const QwenrtExperts& e, int64_t expert, const float* normed, float* y,
+               const Buffers& b, int64_t tokens, int64_t hidden, const MlpBuffers& mlp) {
   int64_t n = 0;
   for (int64_t token = 0; token < tokens; ++token)
     for (int64_t rank = 0; rank < e.top_k; ++rank)
@@ -126,46 +127,47 @@ int add_expert(const QwenrtExperts& e, int64_t expert, const float* normed, floa
     for (int64_t i = 0; i < n; ++i)
       memcpy(b.gathered + i * hidden, normed + b.tokens[i] * hidden, size_t(hidden) * sizeof(float));
   }
-  if (const int status = run_mlp(e.gate_up[expert], e.down[expert], rows, y, n, mlp)) return status;
+  if (const int status = run_mlp(with, e.gate_up[expert], e.down[expert], rows, y, n, mlp)) return status;
   for (int64_t i = 0; i < n; ++i) add_weighted(y + i * hidden, b.weights[i], b.total + b.tokens[i] * hidden, hidden);
   return QWENRT_OK;
 }
 
 }  // namespace
 
-int run_linear(const QwenrtLinear& w, const float* x, float* y, int64_t tokens, float* part) {
-  if (w.quant) return qwenrt_quant_linear(w.quant, x, y, tokens, &w.activations);
+int run_linear(const QwenrtHandle* with, const QwenrtLinear& w, const float* x, float* y, int64_t tokens, float* part) {
+  if (w.quant) return qwenrt_quant_linear(with, w.quant, x, y, tokens, &w.activations);
   const int rounded = w.activations.kind != QWENRT_EXACT;
-  if (w.dense12) return qwenrt_dense12_linear(w.dense12, x, y, tokens, rounded);
+  if (w.dense12) return qwenrt_dense12_linear(with, w.dense12, x, y, tokens, rounded);
   if (!w.part_count)
-    return qwenrt_dense16_linear(w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, int(w.is_half), rounded);
+    return qwenrt_dense16_linear(with, w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, int(w.is_half),
+                                 rounded);
   for (int64_t i = 0; i < w.part_count; y += w.parts[i++].out_features) {
     const QwenrtLinear& one = w.parts[i];
-    if (const int status = run_linear(one, x, tokens == 1 ? y : part, tokens, nullptr)) return status;
+    if (const int status = run_linear(with, one, x, tokens == 1 ? y : part, tokens, nullptr)) return status;
     for (int64_t t = 0; tokens > 1 && t < tokens; ++t)
       memcpy(y + t * w.out_features, part + t * one.out_features, size_t(one.out_features) * sizeof(float));
   }
   return QWENRT_OK;
 }
 
-int run_mlp(const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y, int64_t tokens,
-            const MlpBuffers& b) {
-  if (const int status = run_linear(gate_up, x, b.gate_up, tokens, b.part)) return status;
-  qwenrt_silu_and_mul(b.gate_up, b.inner, tokens, gate_up.out_features / 2);
-  return run_linear(down, b.inner, y, tokens, b.part);
+int run_mlp(const QwenrtHandle* with, const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y,
+            int64_t tokens, const MlpBuffers& b) {
+  if (const int status = run_linear(with, gate_up, x, b.gate_up, tokens, b.part)) return status;
+  if (const int status = qwenrt_silu_and_mul(with, b.gate_up, b.inner, tokens, gate_up.out_features / 2)) return status;
+  return run_linear(with, down, b.inner, y, tokens, b.part);
 }
 
-int add_experts(const QwenrtExperts& e, const float* normed, float* y, float* out, int64_t tokens, int64_t hidden,
-                const MlpBuffers& mlp) {
+int add_experts(const QwenrtHandle* with, const QwenrtExperts& e, const float* normed, float* y, float* out,
+                int64_t tokens, int64_t hidden, const MlpBuffers& mlp) {
   if (e.top_k < 1 || e.top_k > e.count || e.count > INT32_MAX || tokens > INT32_MAX) return QWENRT_BAD_ARGUMENT;
   Buffers b;
   if (!make_room(tokens, hidden, e.count, b)) return QWENRT_NO_MEMORY;
   route(e, normed, b.scores, tokens, hidden);
   memset(b.total, 0, size_t(tokens * hidden) * sizeof(float));
   for (int64_t expert = 0; expert < e.count; ++expert)
-    if (const int status = add_expert(e, expert, normed, y, b, tokens, hidden, mlp)) return status;
+    if (const int status = add_expert(with, e, expert, normed, y, b, tokens, hidden, mlp)) return status;
   if (e.shared_gate) {
-    if (const int status = run_mlp(e.gate_up[e.count], e.down[e.count], normed, y, tokens, mlp)) return status;
+    if (const int status = run_mlp(with, e.gate_up[e.count], e.down[e.count], normed, y, tokens, mlp)) return status;
     for (int64_t t = 0; t < tokens; ++t) {
       const float gate = 1 / (1 + expf(-dot(normed + t * hidden, e.shared_gate, hidden)));
       add_weighted(y + t * hidden, gate, b.total + t * hidden, hidden);

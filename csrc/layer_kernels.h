@@ -59,7 +59,5 @@ struct LayerKernels {
 const LayerKernels* scalar_layer_kernels();
 const LayerKernels* avx2_layer_kernels();
 const LayerKernels* neon_layer_kernels();
-// Those of the instruction set that qwenrt_isa() names.
-const LayerKernels* layer_kernels();
 // How many tasks to make of `most` equal ones with `work` multiply-adds in all.
 int64_t layer_tasks(int64_t most, int64_t work);

@@ -1,7 +1,7 @@
 // Codes, one a byte or in the words of a GPTQ file, into the words of QwenrtQuantMatrix.
 #include <string.h>
 
-#include "kernels.h"
+#include "dispatch.h"
 #include "thread_pool.h"
 
 namespace {
@@ -103,19 +103,21 @@ void run_repack_task(void* context, int64_t i) {
 
 }  // namespace
 
-int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features, int64_t group_size,
+int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features, int64_t group_size,
                 int bits) {
   if ((bits != 4 && bits != 8) || group_size < 1) return QWENRT_BAD_ARGUMENT;
+  PoolLock lock(with->threads);
   PackTask task{codes, words, in_features, out_features, group_size, (in_features + group_size - 1) / group_size, bits};
   const int64_t rows = kPackBlocks * QWENRT_BLOCK;
   parallel_for((out_features + rows - 1) / rows, run_pack_task, &task);
   return QWENRT_OK;
 }
 
-int qwenrt_repack(const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
+int qwenrt_repack(const QwenrtHandle* with, const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
                   int64_t out_features, int64_t group_size, int bits) {
   if ((bits != 4 && bits != 8) || group_size < 1) return QWENRT_BAD_ARGUMENT;
   const int64_t groups = (in_features + group_size - 1) / group_size;
+  PoolLock lock(with->threads);
   RepackTask task{stored, perm, words, in_features, out_features, group_size, groups, bits};
   parallel_for((out_features + kRepackRows - 1) / kRepackRows, run_repack_task, &task);
   return QWENRT_OK;

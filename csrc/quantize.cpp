@@ -81,10 +81,11 @@ void run_rounding_task(void* context, int64_t i) {
 
 }  // namespace
 
-int qwenrt_quantize(const QwenrtRounding* a) {
+int qwenrt_quantize(const QwenrtHandle* with, const QwenrtRounding* a) {
   if ((a->bits != 4 && a->bits != 8) || a->group_size < 1 || a->num_clips < 1) return QWENRT_BAD_ARGUMENT;
   if (a->dtype < QWENRT_BFLOAT16 || a->dtype > QWENRT_FLOAT32) return QWENRT_BAD_ARGUMENT;
-  RoundingTask task{*a, chosen_set().quantize, {QWENRT_OK}};
+  PoolLock lock(with->threads);
+  RoundingTask task{*a, with->set->quantize, {QWENRT_OK}};
   parallel_for((a->out_features + kRoundedRows - 1) / kRoundedRows, run_rounding_task, &task);
   return task.status;
 }

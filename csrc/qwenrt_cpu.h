@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 12
+#define QWENRT_ABI 13
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -13,7 +13,8 @@
 // one row, lowest bits first. Each group of inputs starts a new word; inputs past its end have code 0 and activation 0.
 #define QWENRT_BLOCK 8
 
-enum { QWENRT_OK = 0, QWENRT_NOT_FINITE = 1, QWENRT_NO_MEMORY = 2, QWENRT_BAD_ARGUMENT = 3 };
+// QWENRT_NOT_SERVED: the arguments are right, but these numbers are nothing for this function.
+enum { QWENRT_OK = 0, QWENRT_NOT_FINITE = 1, QWENRT_NO_MEMORY = 2, QWENRT_BAD_ARGUMENT = 3, QWENRT_NOT_SERVED = 4 };
 
 // What a quantised linear multiplies its codes with: activations as they are; rounded to int16; rounded to int8 beside
 // 4-bit codes and to int16 beside 8-bit ones. Rounded ones share a scale by 128 inputs at most of one group.
@@ -49,24 +50,28 @@ typedef struct {
 
 // Version of this ABI; the loader refuses a library of another.
 QWENRT_API int qwenrt_abi(void);
-// Name of the instruction set in use: "avx512vnni", "avx2", "neondot", "neon" or "scalar".
-QWENRT_API const char* qwenrt_isa(void);
-// The sets that this CPU and build run, best first: index 0, 1, ... until NULL.
+// The sets that this CPU and build run, best first: index 0, 1, ... until NULL. Any of "amx", "avx512vnni", "avx2",
+// "neondot", "neon" and "scalar".
 QWENRT_API const char* qwenrt_isa_at(int index);
-// Chooses one of these, or "auto": the best. Returns 0, or -1 where this CPU or build lacks it.
-QWENRT_API int qwenrt_set_isa(const char* name);
-// Threads that share one call, the caller included. Returns the number in use.
-QWENRT_API int qwenrt_set_threads(int threads);
+
+// With which of these sets a call is computed, and by how many threads, the caller included. Each call is given one, and
+// nothing else decides it: models with different ones serve beside each other.
+typedef struct QwenrtHandle QwenrtHandle;
+// A set by its name, or "auto": the best one -> a handle, which lasts as long as the process; NULL where this CPU or build
+// lacks it. Where the system starts fewer threads, it has these.
+QWENRT_API const QwenrtHandle* qwenrt_open(const char* set, int threads);
+QWENRT_API const char* qwenrt_isa(const QwenrtHandle* with);
+QWENRT_API int qwenrt_threads(const QwenrtHandle* with);
 // y[tokens][out_features] = x[tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
 // Returns QWENRT_NOT_FINITE, and leaves y half written, where x holds infinities, NaN or numbers too large to sum.
-QWENRT_API int qwenrt_quant_linear(const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens,
+QWENRT_API int qwenrt_quant_linear(const QwenrtHandle* with, const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens,
                                    const QwenrtActivations* activations);
 // codes [in_features][out_features], one a byte and below 2^bits -> words as in QwenrtQuantMatrix.
-QWENRT_API int qwenrt_pack(const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,
+QWENRT_API int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,
                            int64_t group_size, int bits);
 // stored [in_features * bits / 32, rounded up][out_features], inputs in order along it, lowest bits first, as GPTQ files
 // have them -> words as in QwenrtQuantMatrix. perm [in_features]: input k of words is input perm[k] of stored, or NULL.
-QWENRT_API int qwenrt_repack(const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
+QWENRT_API int qwenrt_repack(const QwenrtHandle* with, const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
                              int64_t out_features, int64_t group_size, int bits);
 
 // A dense matrix to be rounded in groups of inputs, and where its codes go.
@@ -88,15 +93,15 @@ typedef struct {
 
 // The same bits as qwenrt/ops/packing.py's quantize_rows on every CPU. Returns QWENRT_NOT_FINITE, with the results half
 // written, where a weight or a scale is not finite.
-QWENRT_API int qwenrt_quantize(const QwenrtRounding* a);
+QWENRT_API int qwenrt_quantize(const QwenrtHandle* with, const QwenrtRounding* a);
 // y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
 // `rounded`: many tokens may be multiplied in fixed point of 14 bits, where that is faster; 256 inputs of a row of W share a
 // scale, and 32 of x. With AMX, x may become the sum of two bfloat16 instead, beside W of bfloat16. Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
-QWENRT_API int qwenrt_dense16_linear(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
+QWENRT_API int qwenrt_dense16_linear(const QwenrtHandle* with, const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
                                      int64_t out_features, int64_t in_features, int is_half, int rounded);
 
-// Whether the instruction set in use rounds activations beside float16 (is_half) or bfloat16 weights where it may.
-QWENRT_API int qwenrt_rounds_dense(int is_half);
+// Whether the handle's instruction set rounds activations beside float16 (is_half) or bfloat16 weights where it may.
+QWENRT_API int qwenrt_rounds_dense(const QwenrtHandle* with, int is_half);
 
 // A bfloat16 matrix in 12 bits a weight, without loss. A weight's upper byte is its sign and all but the last bit of its
 // exponent, and 16 of these have nearly all weights of a matrix: `smallest` to `smallest` + 7, with either sign. A code of
@@ -115,16 +120,17 @@ typedef struct {
   int64_t smallest;  // 0 to 120
 } QwenrtDense12;
 
-// Whether the instruction set in use gains from 12 bits.
-QWENRT_API int qwenrt_dense12_serves(void);
+// Whether the handle's instruction set gains from 12 bits.
+QWENRT_API int qwenrt_dense12_serves(const QwenrtHandle* with);
 // w [out_features][in_features] -> the chunks and `first` of `to`, in place: `smallest`, sizes and memory are given.
-// Returns QWENRT_BAD_ARGUMENT where `smallest` is out of range or more than 2^31 - 1 weights have no code.
-QWENRT_API int qwenrt_dense12_pack(const uint16_t* w, const QwenrtDense12* to);
+// Returns QWENRT_BAD_ARGUMENT where `smallest` is out of range, QWENRT_NOT_SERVED where more than 2^31 - 1 weights have no
+// code.
+QWENRT_API int qwenrt_dense12_pack(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to);
 // Then the same w -> the inputs and the weights of `to`, likewise.
-QWENRT_API int qwenrt_dense12_pack_others(const uint16_t* w, const QwenrtDense12* to);
+QWENRT_API int qwenrt_dense12_pack_others(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to);
 // As qwenrt_dense16_linear.
-QWENRT_API int qwenrt_dense12_linear(const QwenrtDense12* w, const float* x, float* y, int64_t tokens, int rounded);
+QWENRT_API int qwenrt_dense12_linear(const QwenrtHandle* with, const QwenrtDense12* w, const float* x, float* y, int64_t tokens, int rounded);
 // Rows [begin, end) as they were -> out [end - begin][in_features] bfloat16.
-QWENRT_API int qwenrt_dense12_unpack(const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end);
+QWENRT_API int qwenrt_dense12_unpack(const QwenrtHandle* with, const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end);
 // Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.
-QWENRT_API uint64_t qwenrt_read(const uint64_t* memory, int64_t words);
+QWENRT_API uint64_t qwenrt_read(const QwenrtHandle* with, const uint64_t* memory, int64_t words);

@@ -70,5 +70,5 @@ typedef struct {
 // x [tokens][hidden]: layers [0, count) in turn, each with its cache, leave the residual stream in its place; then, of the
 // tokens that are due, logits [due_count][out_features of the head]; head and logits may be NULL where none is.
 // Returns what the first op that fails does; x, logits and the slots of the step's tokens then hold anything.
-QWENRT_API int qwenrt_decoder(const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
+QWENRT_API int qwenrt_decoder(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
                               const QwenrtStep* step, float* x, float* logits);

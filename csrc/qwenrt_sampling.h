@@ -8,6 +8,6 @@ QWENRT_API int qwenrt_likeliest(const float* logits, int64_t count, int64_t* tok
 
 // The k largest of logits [count], falling, equal ones by their place: ids [k], and values [k] = (logit - largest) /
 // heat, each of the two operations rounded. Where `whole` is given: log(sum(exp((logit - largest) / heat))) of all.
-// Returns QWENRT_BAD_ARGUMENT where fewer than k are not NaN.
-QWENRT_API int qwenrt_top(const float* logits, int64_t count, float largest, float heat, int64_t k, float* values,
+// Returns QWENRT_NOT_SERVED where fewer than k are not NaN.
+QWENRT_API int qwenrt_top(const QwenrtHandle* with, const float* logits, int64_t count, float largest, float heat, int64_t k, float* values,
                           int64_t* ids, float* whole);

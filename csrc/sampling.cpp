@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "layer_kernels.h"
+#include "dispatch.h"
 
 namespace {
 
@@ -94,16 +94,17 @@ int qwenrt_likeliest(const float* logits, int64_t count, int64_t* token, float* 
   return finite ? QWENRT_OK : QWENRT_NOT_FINITE;
 }
 
-int qwenrt_top(const float* logits, int64_t count, float largest, float heat, int64_t k, float* values, int64_t* ids,
+int qwenrt_top(const QwenrtHandle* with, const float* logits, int64_t count, float largest, float heat, int64_t k, float* values, int64_t* ids,
                float* whole) {
-  if (k < 1 || k > count || count > UINT32_MAX) return QWENRT_BAD_ARGUMENT;
+  if (k < 1 || count > UINT32_MAX) return QWENRT_BAD_ARGUMENT;
+  if (k > count) return QWENRT_NOT_SERVED;
   uint64_t* ranks = static_cast<uint64_t*>(malloc(size_t(count) * sizeof(uint64_t)));
   float* most = static_cast<float*>(malloc(size_t(lanes_of(count)) * sizeof(float)));
   int status = ranks && most ? QWENRT_OK : QWENRT_NO_MEMORY;
   if (status == QWENRT_OK) {
     const int64_t found = collect(logits, count, reached_by(logits, count, k, most), ranks);
     if (found < k) {
-      status = QWENRT_BAD_ARGUMENT;
+      status = QWENRT_NOT_SERVED;
     } else {
       if (found > k) std::nth_element(ranks, ranks + k - 1, ranks + found);
       std::sort(ranks, ranks + k);
@@ -117,6 +118,6 @@ int qwenrt_top(const float* logits, int64_t count, float largest, float heat, in
   free(ranks);
   free(most);
   if (status == QWENRT_OK && whole)
-    *whole = float(log(layer_kernels()->sum_exponentials(logits, count, largest, heat)));
+    *whole = float(log(layer_kernels(*with)->sum_exponentials(logits, count, largest, heat)));
   return status;
 }

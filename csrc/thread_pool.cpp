@@ -58,7 +58,7 @@ struct Pool {
   std::atomic<uint64_t> tasks{0};  // count << 32 | next
   std::atomic<int64_t> left{0};    // tasks not finished
   std::atomic<int> sleeping{0};
-  std::atomic<int> wanted{1};  // threads of a round, the caller included
+  std::atomic<int> wanted{1};  // threads of a round, the caller included; set by who holds `turn`
   int workers = 0;             // threads started
   // Set before `tasks` and left alone until the round's last task is finished.
   void (*task)(void*, int64_t) = nullptr;
@@ -66,6 +66,8 @@ struct Pool {
 };
 
 Pool* pool = new Pool;
+
+constexpr int kMostThreads = 1024;
 
 thread_local bool in_task = false;  // then the pool is in use, by the caller that waits for this task
 
@@ -132,6 +134,10 @@ const int registered = pthread_atfork(before_fork, after_fork_in_parent, after_f
 PoolLock::PoolLock() {
   if (!in_task) pool->turn.lock();
 }
+PoolLock::PoolLock(int threads) : PoolLock() {
+  const int wanted = threads < 1 ? 1 : (threads > kMostThreads ? kMostThreads : threads);
+  if (!in_task && pool->wanted.load() != wanted) pool->wanted.store(wanted);  // waiting workers read it all the time
+}
 PoolLock::~PoolLock() {
   if (!in_task) pool->turn.unlock();
 }
@@ -158,9 +164,8 @@ void parallel_for(int64_t count, void (*task)(void*, int64_t), void* context) {
   while (!spin_until(done)) std::this_thread::yield();
 }
 
-int set_pool_threads(int threads) {
-  PoolLock lock;
-  pool->wanted.store(threads < 1 ? 1 : (threads > 1024 ? 1024 : threads));
+int start_pool_threads(int threads) {
+  PoolLock lock(threads);
   start_workers(*pool);
   return pool->wanted.load();
 }

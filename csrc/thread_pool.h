@@ -7,17 +7,19 @@
 // the workers are started anew.
 void parallel_for(int64_t count, void (*task)(void* context, int64_t i), void* context);
 
-// Holds the pool for a caller that runs several parallel_for over shared scratch memory.
+// Holds the pool for a caller that runs several parallel_for over shared scratch memory, and says with how many threads.
 class PoolLock {
  public:
-  PoolLock();
+  explicit PoolLock(int threads);
+  PoolLock();  // as many as the last one
   ~PoolLock();
   PoolLock(const PoolLock&) = delete;
   PoolLock& operator=(const PoolLock&) = delete;
 };
 
-// Threads of one call, the caller included. Returns the number in use: fewer where the system starts no more.
-int set_pool_threads(int threads);
+// Starts what so many threads need, the caller included. Returns how many there are: fewer where the system starts no more.
+int start_pool_threads(int threads);
+// Of the caller that holds the pool.
 int pool_threads();
 
 constexpr int64_t kTasksPerThread = 4;  // so that a thread that is held up leaves its share to the others

@@ -11,4 +11,6 @@ SETS: tuple[str, ...] = ("auto",) if isinstance(_LOADED, kernels.KernelsUnavaila
 
 def report() -> str:
     """One line at the end of a run."""
-    return f"CPU kernels: {WHY_NOT}" if WHY_NOT else f"CPU kernels, each set forced in turn: {', '.join(SETS)}"
+    return (
+        f"CPU kernels: {WHY_NOT}" if WHY_NOT else f"CPU kernels, each set forced in turn: {', '.join(SETS)}"
+    )

@@ -22,6 +22,13 @@
     }                                                                 \
   } while (0)
 
+// What calls are computed with.
+inline const QwenrtHandle* with = nullptr;
+inline void use(const char* set) {
+  with = qwenrt_open(set, 2);
+  CHECK(with, "%s", set);
+}
+
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}

@@ -29,10 +29,10 @@ struct Weight {
       for (int64_t i = 0; i < n * k; ++i) w.push_back(uint16_t((random.bits() & 0x80ff) | (58 + random.below(4)) << 8));
       chunks.resize(size_t(n * ((k + QWENRT_CHUNK - 1) / QWENRT_CHUNK) * QWENRT_CHUNK_BYTES)), first.resize(size_t(n + 1));
       dense12 = {chunks.data(), bias.data(), first.data(), nullptr, nullptr, n, k, 59};
-      CHECK(qwenrt_dense12_pack(w.data(), &dense12) == QWENRT_OK, "pack");
+      CHECK(qwenrt_dense12_pack(with, w.data(), &dense12) == QWENRT_OK, "pack");
       inputs.resize(size_t(first.back())), halves.resize(size_t(first.back()));
       dense12.inputs = inputs.data(), dense12.weights = halves.data();
-      CHECK(qwenrt_dense12_pack_others(w.data(), &dense12) == QWENRT_OK, "pack others");
+      CHECK(qwenrt_dense12_pack_others(with, w.data(), &dense12) == QWENRT_OK, "pack others");
       linear.dense12 = &dense12;
       return linear;
     }
@@ -45,7 +45,7 @@ struct Weight {
     for (int64_t i = 0; i < n * k; ++i) codes.push_back(uint8_t(random.below(int64_t(1) << bits)));
     matrix.words_per_group = (group * bits + 31) / 32;
     words.assign(size_t(blocks * groups * matrix.words_per_group * QWENRT_BLOCK), 0);
-    CHECK(qwenrt_pack(codes.data(), words.data(), k, n, group, bits) == QWENRT_OK, "pack");
+    CHECK(qwenrt_pack(with, codes.data(), words.data(), k, n, group, bits) == QWENRT_OK, "pack");
     for (int64_t i = 0; i < blocks * groups * QWENRT_BLOCK; ++i)
       halves.push_back(uint16_t((bits == 4 ? 0x2400 : 0x1400) | (random.bits() & 0x3ff)));  // 2^-6 or 2^-10
     matrix.words = words.data(), matrix.scales = halves.data(), matrix.bias = bias.data();
@@ -81,9 +81,9 @@ std::vector<float> apply(const QwenrtLinear& w, const std::vector<float>& x, int
     return y;
   }
   const int round = w.activations.kind != QWENRT_EXACT;  // as the stack lets its 16-bit linears
-  const int status = w.dense12 ? qwenrt_dense12_linear(w.dense12, x.data(), y.data(), tokens, round)
-                     : w.quant ? qwenrt_quant_linear(w.quant, x.data(), y.data(), tokens, &w.activations)
-                             : qwenrt_dense16_linear(w.dense, w.bias, x.data(), y.data(), tokens, w.out_features,
+  const int status = w.dense12 ? qwenrt_dense12_linear(with, w.dense12, x.data(), y.data(), tokens, round)
+                     : w.quant ? qwenrt_quant_linear(with, w.quant, x.data(), y.data(), tokens, &w.activations)
+                             : qwenrt_dense16_linear(with, w.dense, w.bias, x.data(), y.data(), tokens, w.out_features,
                                                      w.in_features, int(w.is_half), round);
   CHECK(status == QWENRT_OK, "a linear of %d rows", int(w.out_features));
   return y;
@@ -92,7 +92,7 @@ std::vector<float> apply(const QwenrtLinear& w, const std::vector<float>& x, int
 std::vector<float> mlp(const QwenrtLinear& up, const QwenrtLinear& down, const std::vector<float>& x, int64_t tokens) {
   const std::vector<float> gate_up = apply(up, x, tokens);
   std::vector<float> inner(size_t(tokens * up.out_features / 2));
-  qwenrt_silu_and_mul(gate_up.data(), inner.data(), tokens, up.out_features / 2);
+  qwenrt_silu_and_mul(with, gate_up.data(), inner.data(), tokens, up.out_features / 2);
   return apply(down, inner, tokens);
 }
 
@@ -207,12 +207,12 @@ struct Step {
 void attention_by_ops(const QwenrtLayer& l, const Step& s, Kv& kv, std::vector<float>& x) {
   const QwenrtCache cache = kv.cache();
   std::vector<float> normed(x.size()), qk(size_t(s.tokens * (kHeads + kKvHeads) * kDim)), out(size_t(s.tokens * kHeads * kDim));
-  qwenrt_rms_norm(x.data(), l.input_norm, normed.data(), s.tokens, kHidden, l.eps);
+  qwenrt_rms_norm(with, x.data(), l.input_norm, normed.data(), s.tokens, kHidden, l.eps);
   const std::vector<float> qkv = apply(l.qkv, normed, s.tokens);
   const QwenrtRotary rotary{qkv.data(),     qk.data(), l.q_norm, l.k_norm, s.cos.data(), s.sin.data(), nullptr,
                             s.slots.data(), kHeads,    kKvHeads, kDim,     kDim,         l.eps,        0};
-  CHECK(qwenrt_rotary_store(&rotary, &cache, s.tokens) == QWENRT_OK, "rotary");
-  CHECK(qwenrt_attention(&s.sequences, &cache, qk.data(), (kHeads + kKvHeads) * kDim, kHeads, out.data(), l.scale, l.window) == QWENRT_OK, "attention");
+  CHECK(qwenrt_rotary_store(with, &rotary, &cache, s.tokens) == QWENRT_OK, "rotary");
+  CHECK(qwenrt_attention(with, &s.sequences, &cache, qk.data(), (kHeads + kKvHeads) * kDim, kHeads, out.data(), l.scale, l.window) == QWENRT_OK, "attention");
   const std::vector<float> o = apply(l.o, out, s.tokens);
   for (size_t i = 0; i < x.size(); ++i) x[i] += o[i];
 }
@@ -222,10 +222,10 @@ void check_head(const QwenrtHead& head, const Step& s, const std::vector<float>&
   std::vector<float> normed;
   for (int64_t token : s.due) {
     std::vector<float> row(size_t{kHidden});
-    qwenrt_rms_norm(x.data() + token * kHidden, head.norm, row.data(), 1, kHidden, head.eps);
+    qwenrt_rms_norm(with, x.data() + token * kHidden, head.norm, row.data(), 1, kHidden, head.eps);
     normed.insert(normed.end(), row.begin(), row.end());
   }
-  CHECK(apply(head.linear, normed, int64_t(s.due.size())) == logits, "%s: the head of %d tokens", qwenrt_isa(), int(s.tokens));
+  CHECK(apply(head.linear, normed, int64_t(s.due.size())) == logits, "%s: the head of %d tokens", qwenrt_isa(with), int(s.tokens));
 }
 
 void test_stack(int64_t longer, int activations, bool with_experts) {
@@ -234,18 +234,18 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
   Step s(longer, m.random);
   const std::vector<float> x = m.random.floats(s.tokens * kHidden);
   for (int isa = 0; qwenrt_isa_at(isa); ++isa) {
-    CHECK(qwenrt_set_isa(qwenrt_isa_at(isa)) == 0, "%s", qwenrt_isa_at(isa));
+    use(qwenrt_isa_at(isa));
     std::vector<Kv> fused(3), single(3);
     std::vector<QwenrtCache> caches;
     for (Kv& kv : fused) caches.push_back(kv.cache());
     std::vector<float> out = x, wanted = x, logits(2 * kVocabulary, NAN);
-    CHECK(qwenrt_decoder(m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data()) == QWENRT_OK, "stack");
+    CHECK(qwenrt_decoder(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data()) == QWENRT_OK, "stack");
     check_head(m.head, s, out, logits);
     for (size_t i = 0; i < 3; ++i) {
       const QwenrtLayer& l = m.layers[i];
       attention_by_ops(l, s, single[i], wanted);
       std::vector<float> normed(x.size());
-      qwenrt_rms_norm(wanted.data(), l.post_norm, normed.data(), s.tokens, kHidden, l.eps);
+      qwenrt_rms_norm(with, wanted.data(), l.post_norm, normed.data(), s.tokens, kHidden, l.eps);
       if (!l.experts) {
         const std::vector<float> y = mlp(l.gate_up, l.down, normed, s.tokens);
         for (size_t j = 0; j < y.size(); ++j) wanted[j] += y[j];
@@ -262,7 +262,7 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
     const double allowed = !with_experts ? 0 : (activations == QWENRT_EXACT ? 1e-5 : 2e-2) * size;
     for (size_t i = 0; i < out.size(); ++i)
       CHECK(fabs(double(out[i]) - wanted[i]) <= allowed, "%s tokens=%d mode=%d experts=%d at %d: %.9g for %.9g",
-            qwenrt_isa(), int(s.tokens), activations, with_experts, int(i), out[i], wanted[i]);
+            qwenrt_isa(with), int(s.tokens), activations, with_experts, int(i), out[i], wanted[i]);
   }
 }
 
@@ -278,7 +278,7 @@ void test_refusals() {
   float bad = 0;
   const auto run = [&] {
     out = x, out[size_t(2 * kHidden + 1)] += bad;
-    return qwenrt_decoder(m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data());
+    return qwenrt_decoder(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data());
   };
   CHECK(run() == QWENRT_OK, "as it is");
   for (int64_t top_k : {0, 8}) {
@@ -307,7 +307,7 @@ void test_refusals() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  qwenrt_set_threads(2);
+  use("auto");
   const int64_t most = count > 1 ? atoi(arguments[1]) : 6;
   for (int64_t longer = 1; longer <= most && longer < 30; longer += longer < 4 ? 1 : 5)
     for (int activations : {QWENRT_EXACT, QWENRT_INT16, QWENRT_INT8})

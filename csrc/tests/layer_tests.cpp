@@ -8,7 +8,7 @@ namespace {
 template <class Each>
 void for_each_isa(Each each) {
   for (int i = 0; qwenrt_isa_at(i); ++i) {
-    CHECK(qwenrt_set_isa(qwenrt_isa_at(i)) == 0, "%s", qwenrt_isa_at(i));
+    use(qwenrt_isa_at(i));
     each(qwenrt_isa_at(i));
   }
 }
@@ -101,7 +101,7 @@ void test_attention(int count) {
       std::vector<float> out(q.size(), NAN);
       const QwenrtSequences sequences{count_of_sequences, first.data(),  q_lens.data(),
                                       kv_lens.data(),     tables.data(), ids.data()};
-      CHECK(qwenrt_attention(&sequences, &cache.c, q.data(), heads * c.dim, heads, out.data(), scale, c.window) ==
+      CHECK(qwenrt_attention(with, &sequences, &cache.c, q.data(), heads * c.dim, heads, out.data(), scale, c.window) ==
                 QWENRT_OK,
             "%s", isa);
       for (int64_t s = 0; s < count_of_sequences; ++s)
@@ -128,8 +128,8 @@ void test_norm_and_silu() {
                                gates = random.floats(rows * 2 * dim, 90);
       for_each_isa([&](const char* isa) {
         std::vector<float> out(size_t(rows * dim), NAN), product(out);
-        qwenrt_rms_norm(x.data(), weight.data(), out.data(), rows, dim, 1e-6f);
-        qwenrt_silu_and_mul(gates.data(), product.data(), rows, dim);
+        qwenrt_rms_norm(with, x.data(), weight.data(), out.data(), rows, dim, 1e-6f);
+        qwenrt_silu_and_mul(with, gates.data(), product.data(), rows, dim);
         for (int64_t r = 0; r < rows; ++r) {
           double squares = 0;
           for (int64_t i = 0; i < dim; ++i) squares += double(x[size_t(r * dim + i)]) * x[size_t(r * dim + i)];
@@ -146,7 +146,7 @@ void test_norm_and_silu() {
   for_each_isa([&](const char* isa) {  // what is not finite
     const float gates[16] = {INFINITY, -INFINITY, NAN, 200, -200, 0, 1, -1, 2, 2, 2, 2, 2, 2, 2, 2};
     float out[8];
-    qwenrt_silu_and_mul(gates, out, 1, 8);
+    qwenrt_silu_and_mul(with, gates, out, 1, 8);
     CHECK(out[0] == INFINITY && isnan(out[2]) && out[3] == 400 && out[5] == 0, "%s: %g %g %g %g", isa, out[0], out[2],
           out[3], out[5]);
     check_near(out[4], 0, 1e-30, isa, "silu(-200)");
@@ -172,7 +172,7 @@ void test_rotary(bool codes, bool fitted) {
     a.sin = sin.data();
     a.q_scale = scale.data(), a.slots = slots.data(), a.num_heads = heads, a.num_kv_heads = kv_heads, a.head_dim = dim;
     a.rotary_dim = rotary, a.eps = 1e-6f;
-    CHECK(qwenrt_rotary_store(&a, &cache.c, tokens) == QWENRT_OK, "%s", isa);
+    CHECK(qwenrt_rotary_store(with, &a, &cache.c, tokens) == QWENRT_OK, "%s", isa);
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t h = 0; h < heads + kv_heads; ++h) {
         double x[16], squares = 0;
@@ -202,7 +202,7 @@ void test_rotary(bool codes, bool fitted) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  qwenrt_set_threads(2);
+  use("auto");
   test_attention(count > 1 ? atoi(arguments[1]) : 12);
   test_norm_and_silu();
   test_rotary(false, false);

@@ -48,7 +48,7 @@ struct Weight {
     for (int64_t i = 0; i < s.k * s.n; ++i)
       codes.push_back(uint8_t(extreme == 1 ? (1 << s.bits) - 1 : (extreme == 2 ? 0 : random.below(1 << s.bits))));
     words.assign(size_t(blocks * groups * per_group * QWENRT_BLOCK), 0xffffffff);
-    CHECK(qwenrt_pack(codes.data(), words.data(), s.k, s.n, s.group, s.bits) == QWENRT_OK, "pack");
+    CHECK(qwenrt_pack(with, codes.data(), words.data(), s.k, s.n, s.group, s.bits) == QWENRT_OK, "pack");
     for (int64_t i = 0; i < cells; ++i) {
       half_scales.push_back(extreme ? 0x1c00 : random_half(random));  // 2^-8
       float_scales.push_back(extreme ? 0.00390625f : random.uniform() * 1e-9f);
@@ -121,7 +121,7 @@ void check_against_double(const Weight& w, const std::vector<float>& x, const st
 int quant_linear(const Weight& w, const float* x, float* y, int64_t tokens, int activations) {
   QwenrtActivations how = rounded(activations);
   if (w.shape.n > 40) how.narrow_rows = w.shape.n / 2 / QWENRT_BLOCK * QWENRT_BLOCK;
-  return qwenrt_quant_linear(&w.matrix, x, y, tokens, &how);
+  return qwenrt_quant_linear(with, &w.matrix, x, y, tokens, &how);
 }
 
 std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t tokens, int activations) {
@@ -137,9 +137,9 @@ bool same_bits(const float* a, const float* b, size_t count) {
 template <class Each>
 void for_each_isa(Each each) {
   for (int i = 0; qwenrt_isa_at(i); ++i) {
-    CHECK(qwenrt_set_isa(qwenrt_isa_at(i)) == 0, "%s", qwenrt_isa_at(i));
-    CHECK(strcmp(qwenrt_isa(), qwenrt_isa_at(i)) == 0, "%s", qwenrt_isa());
-    each(qwenrt_isa());
+    use(qwenrt_isa_at(i));
+    CHECK(strcmp(qwenrt_isa(with), qwenrt_isa_at(i)) == 0, "%s", qwenrt_isa(with));
+    each(qwenrt_isa(with));
   }
 }
 
@@ -149,7 +149,7 @@ constexpr double kSequential = 3e-6;  // one after the other
 void check_weight(const Weight& w, const std::vector<float>& x, int64_t tokens, double exactness = kExactness) {
   for (int activations : {QWENRT_EXACT, QWENRT_INT16, QWENRT_INT8}) {
     std::vector<float> scalar;
-    qwenrt_set_isa("scalar");
+    use("scalar");
     if (activations != QWENRT_EXACT) scalar = run(w, x, tokens, activations);
     for_each_isa([&](const char* isa) {
       const std::vector<float> y = run(w, x, tokens, activations);
@@ -243,7 +243,7 @@ void test_dense16(int count) {
     for_each_isa([&](const char* isa) {
       std::vector<float> y(size_t(tokens * n), NAN);
       const float* const b = has_bias ? bias.data() : nullptr;
-      CHECK(qwenrt_dense16_linear(w.data(), b, x.data(), y.data(), tokens, n, k, is_half, rounded) == QWENRT_OK, "%s", isa);
+      CHECK(qwenrt_dense16_linear(with, w.data(), b, x.data(), y.data(), tokens, n, k, is_half, rounded) == QWENRT_OK, "%s", isa);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < n; ++r) {
           double wanted = b ? b[r] : 0, size = fabs(wanted) + 1e-12, sizes = 0, largest_w = 0, largest_x = 0;
@@ -276,10 +276,10 @@ struct Short {
     chunks.resize(size_t(n * ((k + QWENRT_CHUNK - 1) / QWENRT_CHUNK) * QWENRT_CHUNK_BYTES));
     first.resize(size_t(n + 1));
     matrix = {chunks.data(), bias.empty() ? nullptr : bias.data(), first.data(), nullptr, nullptr, n, k, smallest};
-    CHECK(qwenrt_dense12_pack(w.data(), &matrix) == QWENRT_OK, "pack");
+    CHECK(qwenrt_dense12_pack(with, w.data(), &matrix) == QWENRT_OK, "pack");
     inputs.resize(size_t(first.back())), weights.resize(size_t(first.back()));
     matrix.inputs = inputs.data(), matrix.weights = weights.data();
-    CHECK(qwenrt_dense12_pack_others(w.data(), &matrix) == QWENRT_OK, "pack others");
+    CHECK(qwenrt_dense12_pack_others(with, w.data(), &matrix) == QWENRT_OK, "pack others");
   }
 };
 
@@ -306,12 +306,12 @@ void test_dense12(int count) {
       CHECK(chunks.empty() || chunks == m.chunks, "%s packs otherwise", isa);
       chunks = m.chunks;
       std::vector<uint16_t> back(size_t((n - begin) * k));
-      CHECK(qwenrt_dense12_unpack(&m.matrix, back.data(), begin, n) == QWENRT_OK, "unpack");
+      CHECK(qwenrt_dense12_unpack(with, &m.matrix, back.data(), begin, n) == QWENRT_OK, "unpack");
       CHECK(memcmp(back.data(), w.data() + begin * k, back.size() * sizeof back[0]) == 0, "%s n=%d k=%d: not as it was",
             isa, int(n), int(k));
       std::vector<float> y(size_t(tokens * n), NAN);
       const bool splits = strcmp(isa, "amx") == 0;
-      CHECK(qwenrt_dense12_linear(&m.matrix, x.data(), y.data(), tokens, splits && rounded) == QWENRT_OK, "%s", isa);
+      CHECK(qwenrt_dense12_linear(with, &m.matrix, x.data(), y.data(), tokens, splits && rounded) == QWENRT_OK, "%s", isa);
       const double most = kSequential + (splits && rounded ? ldexp(1, -16) : 0);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < n; ++r) {
@@ -329,7 +329,7 @@ void test_dense12(int count) {
   QwenrtDense12 out_of_range{};
   for (int64_t smallest : {-1, 121}) {
     out_of_range.smallest = smallest;
-    CHECK(qwenrt_dense12_pack(nullptr, &out_of_range) == QWENRT_BAD_ARGUMENT, "smallest %d", int(smallest));
+    CHECK(qwenrt_dense12_pack(with, nullptr, &out_of_range) == QWENRT_BAD_ARGUMENT, "smallest %d", int(smallest));
   }
 }
 
@@ -344,7 +344,7 @@ void test_every_16_bit_value() {
         for (int64_t place = 0; place < k; ++place) {
           std::vector<float> x(size_t(k), 0.0f), y(static_cast<size_t>(n));
           x[size_t(place)] = 1;
-          qwenrt_dense16_linear(w.data(), nullptr, x.data(), y.data(), 1, n, k, is_half, 0);
+          qwenrt_dense16_linear(with, w.data(), nullptr, x.data(), y.data(), 1, n, k, is_half, 0);
           for (int64_t r = 0; r < n; ++r) {
             bool finite = true;
             for (int64_t c = 0; c < k; ++c) {
@@ -364,8 +364,12 @@ void test_every_16_bit_value() {
 }
 
 void test_choices() {
-  CHECK(qwenrt_set_isa("avx9") == -1, "an unknown set was taken");
-  CHECK(qwenrt_set_isa("auto") == 0 && strcmp(qwenrt_isa(), qwenrt_isa_at(0)) == 0, "%s", qwenrt_isa());
+  CHECK(!qwenrt_open("avx9", 2), "an unknown set was taken");
+  use("auto");
+  CHECK(strcmp(qwenrt_isa(with), qwenrt_isa_at(0)) == 0 && qwenrt_threads(with) == 2, "%s", qwenrt_isa(with));
+  const QwenrtHandle* const other = qwenrt_open("scalar", 3);
+  CHECK(qwenrt_open("auto", 2) == with && qwenrt_threads(other) == 3, "one for each set and number of threads");
+  CHECK(strcmp(qwenrt_isa(with), qwenrt_isa_at(0)) == 0 && qwenrt_threads(with) == 2, "another changes nothing");
   CHECK(qwenrt_isa_at(-1) == nullptr && qwenrt_isa_at(99) == nullptr, "out of range");
 }
 
@@ -373,7 +377,7 @@ void test_choices() {
 
 int main(int count, char** arguments) {
   const int shapes = count > 1 ? atoi(arguments[1]) : 60;
-  qwenrt_set_threads(2);
+  use("auto");
   test_choices();
   test_shapes(shapes);
   test_extremes();

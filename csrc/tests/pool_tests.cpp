@@ -35,17 +35,17 @@ struct Plain {
 void test_every_size(int rounds) {
   const int cores = int(std::thread::hardware_concurrency());
   for (int threads : {1, 2, 3, cores + 6, 1, 2}) {
-    CHECK(set_pool_threads(threads) == threads, "%d threads were asked for", threads);
+    CHECK(start_pool_threads(threads) == threads, "%d threads were asked for", threads);
     CHECK(pool_threads() == threads, "%d", pool_threads());
     Plain plain;
     for (int64_t tasks : {0, 1, 2, 3, 7, 64, 1000}) plain.run(tasks);
     for (int i = 0; i < rounds; ++i) plain.run(1 + i % 9);
   }
-  CHECK(set_pool_threads(0) == 1 && set_pool_threads(-5) == 1, "no threads at all");
+  CHECK(start_pool_threads(0) == 1 && start_pool_threads(-5) == 1, "no threads at all");
 }
 
 void test_many_callers(int rounds) {
-  set_pool_threads(3);
+  start_pool_threads(3);
   std::vector<std::thread> callers;
   for (int c = 0; c < 32; ++c)
     callers.emplace_back([rounds] {
@@ -58,7 +58,7 @@ void test_many_callers(int rounds) {
 void test_the_size_changes_under_callers(int rounds) {
   std::atomic<bool> done{false};
   std::thread changing([&] {
-    for (int i = 0; !done; ++i) set_pool_threads(1 + i % 5);
+    for (int i = 0; !done; ++i) start_pool_threads(1 + i % 5);
   });
   Plain plain;
   for (int i = 0; i < rounds; ++i) plain.run(1 + i % 13);
@@ -68,13 +68,14 @@ void test_the_size_changes_under_callers(int rounds) {
 
 // PoolLock keeps other callers out between two calls: what the first wrote is there for the second.
 void test_a_lock_spans_calls(int rounds) {
-  set_pool_threads(3);
+  start_pool_threads(3);
   static int64_t shared[64];
   std::vector<std::thread> callers;
   for (int c = 0; c < 8; ++c)
     callers.emplace_back([rounds, c] {
       for (int i = 0; i < rounds; ++i) {
-        PoolLock lock;
+        PoolLock lock(1 + c % 4);
+        CHECK(pool_threads() == 1 + c % 4, "%d threads in a turn of %d", pool_threads(), 1 + c % 4);
         int64_t mine = c;
         parallel_for(64, [](void* value, int64_t t) { shared[t] = *static_cast<int64_t*>(value); }, &mine);
         parallel_for(
@@ -88,7 +89,7 @@ void test_a_lock_spans_calls(int rounds) {
 // A task that calls parallel_for itself finds the pool in use and does all of it alone.
 void test_nested_calls() {
   for (int threads : {1, 3}) {
-    set_pool_threads(threads);
+    start_pool_threads(threads);
     Counts inner(8 * 5);
     struct Outer {
       Counts* counts;
@@ -104,7 +105,7 @@ void test_nested_calls() {
 
 // Workers wake from sleep, and finish rounds whose caller slept meanwhile.
 void test_rounds_after_sleep() {
-  set_pool_threads(3);
+  start_pool_threads(3);
   Plain plain;
   for (int i = 0; i < 5; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(3));  // longer than they spin
@@ -127,7 +128,7 @@ int exit_of(pid_t child) {
 
 // The child has its own workers; the parent's go on. Also where another thread was inside the pool at that time.
 void test_fork() {
-  set_pool_threads(3);
+  start_pool_threads(3);
   std::atomic<bool> done{false};
   std::thread busy([&] {
     Plain plain;
@@ -158,7 +159,7 @@ void test_fork() {
 
 // Waiting workers use the processor no longer than they spin.
 void test_idle_workers_sleep() {
-  set_pool_threads(4);
+  start_pool_threads(4);
   Plain().run(100);
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   const clock_t before = clock();
@@ -171,7 +172,7 @@ void test_shares() {
   for (int threads : {1, 2, 3, 4, 7})
     for (int64_t units : {0, 1, 2, 7, 64, 100, 1376, 100003})
       for (int64_t work : {int64_t(100), int64_t(1) << 30}) {
-        set_pool_threads(threads);
+        start_pool_threads(threads);
         const Shares shares = shares_of(units, work);
         CHECK(shares.count >= 1 && shares.begin(0) == 0 && shares.begin(shares.count) == units, "%d of %d threads",
               int(units), threads);

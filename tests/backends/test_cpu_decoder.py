@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -419,3 +420,24 @@ def test_a_stack_keeps_the_weights_it_points_at(cpu: CPUBackend) -> None:
     filler = [torch.full((48, 48), float("nan")) for _ in range(200)]  # takes what was freed
     assert stack is not None and torch.equal(again.step([(0, 6)]), wanted)
     del filler
+
+
+# ---- how a prompt is cut
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(("activations", "int8"), [("int16", True), ("int8", False), ("int8", True)])
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_pieces_of_more_than_16_tokens_change_no_bit(
+    cpu: CPUBackend, isa: str, activations: str, int8: bool, form: str
+) -> None:
+    cpu.configure(isa, num_threads=1, activations=activations)
+    model = build(cpu, DENSE, form)
+    cache, tokens = Cache(model, [90], int8), torch.randint(0, DENSE.vocab_size, (90,))
+    cache.tokens = [tokens]
+    wanted = cache.step([(0, 90)])
+    for cut in ([0, 45, 90], [0, 17, 34, 51, 68, 90], [0, 73, 90]):
+        cache = Cache(model, [90], int8)
+        cache.tokens = [tokens]
+        pieces = [cache.step([(a, b)]) for a, b in itertools.pairwise(cut)]
+        assert torch.equal(torch.cat(pieces), wanted), cut

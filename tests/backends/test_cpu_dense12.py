@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qwenrt.backends.cpu import CPUBackend, backend, dense12, kernels
 from qwenrt.ops.types import CanonicalWeight, Packed
+from tests.kernel_sets import SETS
 
 LOADED = backend._load()
 pytestmark = [
@@ -17,16 +18,15 @@ pytestmark = [
         isinstance(LOADED, kernels.KernelsUnavailable) or not LOADED.serves12,
         reason="nothing here gains from it",
     ),
-    pytest.mark.usefixtures("threads_as_before"),
 ]
 EXACT = 2e-6  # of sum |x| |W|: float32 sums in any order
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33)
 SHAPES = ((1, 64), (3, 7), (17, 65), (37, 300), (130, 515), (515, 1024))
 
 
-def served() -> kernels.Kernels:
+def served(threads: int = 2, isa: str = "auto") -> kernels.Kernels:
     assert isinstance(LOADED, kernels.Kernels)
-    return LOADED
+    return LOADED.using(isa, threads)
 
 
 def trained(n: int, k: int) -> torch.Tensor:
@@ -44,9 +44,10 @@ def packed_anyway(weight: torch.Tensor, bias: torch.Tensor | None, monkeypatch: 
     return packed
 
 
+@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_near_float64_and_the_same_for_all_threads(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, k = shape
     torch.manual_seed(n)
@@ -59,12 +60,10 @@ def test_every_shape_is_near_float64_and_the_same_for_all_threads(
             wanted, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
             if added is not None:
                 wanted, size = wanted + added, size + added.abs()
-            served().set_threads(2)
-            y = served().dense12_linear(x, packed)
+            y = served(2, isa).dense12_linear(x, packed)
             assert ((y - wanted).abs() <= EXACT * size).all(), f"{tokens} tokens"
             for threads in (1, 3):
-                served().set_threads(threads)
-                assert torch.equal(served().dense12_linear(x, packed), y), (
+                assert torch.equal(served(threads, isa).dense12_linear(x, packed), y), (
                     f"{tokens} tokens, {threads} threads"
                 )
 

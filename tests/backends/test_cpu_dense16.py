@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from qwenrt.backends.cpu import backend, kernels
+from tests.kernel_sets import SETS
 
 LOADED = backend._load()
 pytestmark = [
     pytest.mark.skipif(isinstance(LOADED, kernels.KernelsUnavailable), reason="csrc was not built"),
-    pytest.mark.usefixtures("threads_as_before"),
+    pytest.mark.parametrize("isa", SETS),
 ]
 # Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
 EXACT = 2e-6
@@ -20,22 +21,17 @@ SHAPES = ((1, 1), (3, 7), (16, 8), (17, 9), (37, 300), (130, 515), (515, 1025), 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def linear_kernels() -> kernels.Kernels:
-    assert isinstance(LOADED, kernels.Kernels)
-    return LOADED
-
-
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, threads: int = 2
+    x: torch.Tensor, weight: torch.Tensor, isa: str, bias: torch.Tensor | None = None, threads: int = 2
 ) -> torch.Tensor:
-    linear_kernels().set_threads(threads)
-    return linear_kernels().dense16_linear(x, weight, bias)
+    assert isinstance(LOADED, kernels.Kernels)
+    return LOADED.using(isa, threads).dense16_linear(x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_near_float64_and_the_same_for_all_threads(
-    shape: tuple[int, int], dtype: torch.dtype
+    shape: tuple[int, int], dtype: torch.dtype, isa: str
 ) -> None:
     n, k = shape
     torch.manual_seed(n)
@@ -44,33 +40,33 @@ def test_every_shape_is_near_float64_and_the_same_for_all_threads(
         if tokens % 2:  # nothing cancels: what was rounded away shows
             x, weight = x.abs(), weight.abs()
         for added in (None, bias):
-            y = linear(x, weight, added)
+            y = linear(x, weight, isa, added)
             wanted, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
             if added is not None:
                 wanted, size = wanted + added, size + added.abs()
             assert ((y - wanted).abs() <= EXACT * size).all(), f"{tokens} tokens"
             for threads in (1, 3):
-                assert torch.equal(linear(x, weight, added, threads), y), (
+                assert torch.equal(linear(x, weight, isa, added, threads), y), (
                     f"{tokens} tokens, {threads} threads"
                 )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", (1, 3, 8, 30))
-def test_what_is_not_finite_goes_where_torch_sends_it(tokens: int, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_goes_where_torch_sends_it(tokens: int, dtype: torch.dtype, isa: str) -> None:
     torch.manual_seed(1)
     x, weight = torch.randn(tokens, 77), torch.randn(45, 77).to(dtype)
     weight[3, 70], weight[20, 5], weight[44, 76] = torch.inf, torch.nan, -torch.inf
     x[tokens - 1, 11] = torch.inf
-    got, wanted = linear(x, weight), F.linear(x, weight.float())
+    got, wanted = linear(x, weight, isa), F.linear(x, weight.float())
     assert torch.equal(got.isnan(), wanted.isnan())
     assert torch.equal(got[got.isinf()], wanted[wanted.isinf()])
     assert torch.equal(got.isfinite(), wanted.isfinite())
 
 
 @pytest.mark.parametrize("tokens", (1, 4, 30))
-def test_subnormal_float16_weights_count(tokens: int) -> None:
+def test_subnormal_float16_weights_count(tokens: int, isa: str) -> None:
     bits = torch.arange(1, 1 + 24 * 40, dtype=torch.int16).reshape(24, 40)  # below 2^-14 all
     weight = bits.view(torch.float16)
-    y = linear(torch.ones(tokens, 40), weight)
+    y = linear(torch.ones(tokens, 40), weight, isa)
     assert torch.equal(y, weight.double().sum(1).float().expand(tokens, -1))

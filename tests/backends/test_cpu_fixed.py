@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,26 +19,21 @@ pytestmark = [
         isinstance(LOADED, kernels.KernelsUnavailable) or "avx2" not in LOADED.isas,
         reason="AVX2's kernels alone have fixed point",
     ),
-    pytest.mark.usefixtures("avx2", "threads_as_before"),
 ]
 SLAB, BLOCK, PANEL, LIMIT, FROM = 256, 32, 16, 8191.0, 32  # FROM: tokens from which on it serves
 EXACT = 2e-6  # as test_cpu_dense16.py
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def avx2() -> Iterator[None]:
+def avx2(threads: int = 2) -> kernels.Kernels:
     assert isinstance(LOADED, kernels.Kernels)
-    LOADED.set_isa("avx2")
-    yield
-    LOADED.set_isa("auto")
+    return LOADED.using("avx2", threads)
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rounded: bool = True
 ) -> torch.Tensor:
-    assert isinstance(LOADED, kernels.Kernels)
-    return LOADED.dense16_linear(x, weight, bias, rounded)
+    return avx2().dense16_linear(x, weight, bias, rounded)
 
 
 def in_steps(values: torch.Tensor) -> torch.Tensor:
@@ -157,16 +150,14 @@ def test_no_sum_overflows() -> None:
 
 
 def test_12_bits_threads_and_cuts_change_no_bit() -> None:
-    assert isinstance(LOADED, kernels.Kernels)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(600, 1056), torch.randn(100, 1056).bfloat16(), torch.randn(100)
     y = linear(x, weight, bias)
-    packed = dense12.pack(LOADED, weight, bias)
+    packed = dense12.pack(avx2(), weight, bias)
     assert packed is not None
     for threads in (1, 2, 3):
-        LOADED.set_threads(threads)
-        assert torch.equal(linear(x, weight, bias), y)
-        assert torch.equal(LOADED.dense12_linear(x, packed, True), y)
+        assert torch.equal(avx2(threads).dense16_linear(x, weight, bias, True), y)
+        assert torch.equal(avx2(threads).dense12_linear(x, packed, True), y)
     for tokens in (FROM, 100, 513):
         assert torch.equal(linear(x[:tokens], weight, bias), y[:tokens])
 

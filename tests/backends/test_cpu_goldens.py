@@ -26,7 +26,6 @@ def cpu(request: pytest.FixtureRequest) -> CPUBackend:
     backend = CPUBackend(torch.device("cpu"))
     if backend.kernels is None:
         pytest.skip("csrc was not built")
-    request.addfinalizer(lambda: backend.configure())
     backend.configure(request.param)
     return backend
 

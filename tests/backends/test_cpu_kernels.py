@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenrt.backends.base import Backend, OpSpec
-from qwenrt.backends.cpu import CPUBackend, backend, kernel_status, kernels, resources
+from qwenrt.backends.cpu import CPUBackend, backend, kernel_status, kernels, library, resources
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
@@ -402,7 +402,7 @@ def test_a_library_cut_anywhere_is_refused(tmp_path: Path, share: float) -> None
 
 @needs_kernels
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels, "ABI", kernels.ABI + 1)
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
     with pytest.raises(kernels.KernelsUnavailable, match=r"has interface \d+, expected \d+: install a C"):
         kernels.Kernels()
     monkeypatch.undo()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,12 +19,6 @@ try:
     KERNELS = Kernels()
 except KernelsUnavailable as reason:
     pytest.skip(str(reason), allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def _best_set_again() -> Iterator[None]:
-    yield
-    KERNELS.set_isa("auto")
 
 
 def _weights(rows: int, columns: int, spread: float, kinds: str, seed: int) -> torch.Tensor:
@@ -73,8 +66,7 @@ def test_codes_scales_and_zeros_are_the_definitions(
     seed: int,
 ) -> None:
     w = _weights(rows, columns, spread, kinds, seed).to(dtype)
-    KERNELS.set_isa(isa)
-    got = quantize(KERNELS, w, bits, group_size, None, "w", sym=sym)
+    got = quantize(KERNELS.using(isa, 2), w, bits, group_size, None, "w", sym=sym)
     if not bool(torch.isfinite(w).all()):
         assert got is None
         return
@@ -84,18 +76,17 @@ def test_codes_scales_and_zeros_are_the_definitions(
 
 @pytest.mark.parametrize("isa", KERNELS.isas)
 def test_sums_too_large_and_values_not_finite_are_refused_as_by_the_definition(isa: str) -> None:
-    KERNELS.set_isa(isa)
-    backend = CPUBackend(torch.device("cpu"))
-    KERNELS.set_isa(isa)  # the backend has chosen the best
+    backend, its = CPUBackend(torch.device("cpu")), KERNELS.using(isa)
+    backend.configure(isa)
     large = torch.full((40, 64), 1e10)
     large[33] = 3e38
-    assert quantize(KERNELS, large, 4, 32, None, "w") is None
+    assert quantize(its, large, 4, 32, None, "w") is None
     with pytest.raises(CheckpointError, match="too large for float32 sums"):
         backend.quantize_dense(large, 4, 32, None, "w")
     for value in (float("nan"), float("inf"), -float("inf")):
         w = torch.ones(40, 64)
         w[39, 63] = value
-        assert quantize(KERNELS, w, 8, 128, None, "w") is None
+        assert quantize(its, w, 8, 128, None, "w") is None
         with pytest.raises(CheckpointError, match=r"quantising o_proj of shape \[40, 64\]: 1 values are not"):
             backend.quantize_dense(w, 8, 128, None, "o_proj")
     with pytest.raises(ConfigError, match="to 3 bits: 4 and 8 are supported"):

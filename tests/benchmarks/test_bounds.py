@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import bounds
 from benchmarks.__main__ import main
@@ -71,7 +70,6 @@ def test_a_sample_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bounds, name, small)
     found = bounds.sample(_Memory())()  # type: ignore[arg-type]
     assert set(found) == set(SAMPLES[0]) and all(value > 1e6 for value in found.values())
-    backend.CPUBackend(torch.device("cpu")).configure()
 
 
 def test_the_command_says_how_often_it_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,13 +21,13 @@ from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.kernels import (
     BLOCK,
     Kernels,
-    KernelsUnavailable,
     dequantize_blocks,
     native_kind,
     pack_quantized,
     restore_quantized,
     words_per_group,
 )
+from qwenrt.backends.cpu.library import KernelsUnavailable
 from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
@@ -97,9 +97,10 @@ class CPUBackend(Backend):
         """Choose the kernels (one of KERNEL_CHOICES), the threads and what activations are rounded
         to ("auto", "exact", "int16", "int8"); before any weight is packed.
 
-        The number of threads holds for this process, torch included where it is given (not in a forked child, where
-        torch keeps to one); by default it is torch's own, and no more than the cores that affinity and cgroup
-        leave us. Raises BackendError for a choice that cannot be.
+        All of it is this backend's alone: others keep theirs, and so do models that were built before. Threads, where
+        they are given, are also what torch computes with in this process (not in a forked child, where torch keeps to
+        one); by default they are as many as torch's, and no more than the cores that affinity and cgroup leave us.
+        Raises BackendError for a choice that cannot be.
         """
         if kernels not in KERNEL_CHOICES:
             known = ", ".join(KERNEL_CHOICES)
@@ -121,11 +122,10 @@ class CPUBackend(Backend):
             self.unavailable = str(library)
             return
         try:
-            library.set_isa(kernels)
+            self.kernels = library.using(kernels, self.threads)
         except KernelsUnavailable as error:
             raise BackendError(f"CPU kernels {kernels!r}", str(error), "Use auto or scalar.") from error
-        self.threads = library.set_threads(self.threads)
-        self.kernels, self.unavailable = library, ""
+        self.threads, self.unavailable = self.kernels.threads, ""
 
     # ---- which code serves
 
@@ -179,7 +179,10 @@ class CPUBackend(Backend):
         if y is None:  # the tokens that the kernel refuses alone; the others of the batch keep their result
             y, refused = _quantized_torch(x32, w), ~(x32.abs().amax(-1) < _SURELY_SUMMED)
             others = self.kernels.quant_linear(x32[~refused], w, how)
-            assert others is not None
+            if others is None:
+                raise BackendError(
+                    "a quantised linear", "the kernels refuse numbers that are finite", "Please report it."
+                )
             y[~refused] = others
         return y.to(x.dtype)
 

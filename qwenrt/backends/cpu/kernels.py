@@ -1,12 +1,11 @@
-"""The compiled kernels of csrc/, through ctypes: found, checked and called here; layouts are made here
-too."""
+"""The compiled kernels of csrc/, called through ctypes; layouts of quantised weights are made here too."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -17,22 +16,12 @@ from qwenrt.backends.cpu.decoder import HeadStruct, Layer, Step
 from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
+from qwenrt.backends.cpu.library import LIBRARY, KernelsUnavailable, check, finite, load, served
 from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.packing import with_codes
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-ABI = 12
 BLOCK = 8  # output rows stored together
-LIBRARY = Path(__file__).parent / {
-    "win32": "_qwenrt_cpu.dll",
-    "darwin": "_qwenrt_cpu.dylib",
-}.get(sys.platform, "_qwenrt_cpu.so")
-HOW_TO_BUILD = (
-    "install a C++ compiler and reinstall qwenrt, or run `python setup.py build_kernels` in its source"
-)
-
-_NOT_FINITE = 1
-_NO_MEMORY = 2
 
 
 class _QuantMatrix(ctypes.Structure):
@@ -56,65 +45,40 @@ class _QuantMatrix(ctypes.Structure):
     )
 
 
-class KernelsUnavailable(Exception):
-    """Why the compiled kernels cannot serve; the text is what doctor prints."""
-
-
 class Kernels:
-    """The loaded library. Calls release the GIL; calls from several threads take turns inside."""
+    """The loaded library with one instruction set and a number of threads, which every call is given: others may
+    compute with other ones beside it. Calls release the GIL; calls from several threads take turns inside. Whatever a
+    call answers is checked: besides what is said of each, MemoryError and BackendError as `library.check`."""
 
-    def __init__(self, path: Path = LIBRARY) -> None:
-        """Raises KernelsUnavailable where the library is missing, damaged or of another version."""
-        if sys.byteorder != "little":
-            raise KernelsUnavailable("the layouts of csrc are little-endian, this machine is not")
-        if not path.is_file():
-            raise KernelsUnavailable(f"csrc was not built ({path.name} is missing): {HOW_TO_BUILD}")
-        try:
-            _check_complete(path)
-            self._library = ctypes.CDLL(str(path))
-            abi = int(self._library.qwenrt_abi())
-        except (OSError, AttributeError) as error:
-            reason = str(error).replace(str(path.parent), "").strip(": /")
-            raise KernelsUnavailable(f"{path.name} does not load ({reason}): {HOW_TO_BUILD}") from error
-        if abi != ABI:
-            raise KernelsUnavailable(f"{path.name} has interface {abi}, expected {ABI}: {HOW_TO_BUILD}")
-        lib, pointer, size = self._library, ctypes.c_void_p, ctypes.c_int64
-        lib.qwenrt_isa.restype = ctypes.c_char_p
-        lib.qwenrt_isa_at.restype = ctypes.c_char_p
-        lib.qwenrt_isa_at.argtypes = [ctypes.c_int]
-        lib.qwenrt_set_isa.argtypes = [ctypes.c_char_p]
-        lib.qwenrt_set_threads.argtypes = [ctypes.c_int]
-        lib.qwenrt_quant_linear.argtypes = [
-            ctypes.POINTER(_QuantMatrix),
-            pointer,
-            pointer,
-            size,
-            ctypes.POINTER(Activations),
-        ]
-        lib.qwenrt_pack.argtypes = [pointer, pointer, size, size, size, ctypes.c_int]
-        lib.qwenrt_repack.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_int]
-        lib.qwenrt_quantize.argtypes = [pointer]
-        lib.qwenrt_dense16_linear.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int] * 2
-        lib.qwenrt_dense12_pack.argtypes = [pointer, pointer]
-        lib.qwenrt_dense12_pack_others.argtypes = [pointer, pointer]
-        lib.qwenrt_dense12_linear.argtypes = [pointer, pointer, pointer, size, ctypes.c_int]
-        lib.qwenrt_dense12_unpack.argtypes = [pointer, pointer, size, size]
-        lib.qwenrt_attention.argtypes = [pointer, pointer, pointer, size, size, pointer, ctypes.c_float, size]
-        lib.qwenrt_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
-        lib.qwenrt_silu_and_mul.argtypes = [pointer, pointer, size, size]
-        lib.qwenrt_rotary_store.argtypes = [pointer, pointer, size]
-        lib.qwenrt_decoder.argtypes = [pointer, pointer, size, pointer, pointer, pointer, pointer]
-        real = ctypes.c_float
-        lib.qwenrt_likeliest.argtypes = [pointer, size, pointer, pointer]
-        lib.qwenrt_top.argtypes = [pointer, size, real, real, size, pointer, pointer, pointer]
-        lib.qwenrt_read.argtypes = [pointer, size]
-        lib.qwenrt_read.restype = ctypes.c_uint64
+    def __init__(self, path: Path = LIBRARY, isa: str = "auto", threads: int = 1) -> None:
+        """Raises KernelsUnavailable where the library is missing, damaged or of another version, or `isa` is not one of
+        ``isas`` nor "auto", their first. ``threads`` share a call, the caller's included."""
+        self._library = load(path)
+        self._handle = self._open(isa, threads)
+
+    def using(self, isa: str = "auto", threads: int = 1) -> Kernels:
+        """The same library with another set or number of threads; this one stays as it is."""
+        other = copy.copy(self)
+        other._handle = self._open(isa, threads)
+        return other
+
+    def _open(self, isa: str, threads: int) -> int:
+        handle: int | None = self._library.qwenrt_open(isa.encode(), threads)
+        if handle is None:
+            have = ", ".join(self.isas)
+            raise KernelsUnavailable(f"kernels for {isa!r} were asked for; this CPU and build have {have}")
+        return handle
 
     @property
     def isa(self) -> str:
-        """The instruction set in use, one of ``isas``."""
-        name: bytes = self._library.qwenrt_isa()
+        """The instruction set that computes, one of ``isas``."""
+        name: bytes = self._library.qwenrt_isa(self._handle)
         return name.decode()
+
+    @property
+    def threads(self) -> int:
+        """That share a call: fewer than were asked for where the system started no more."""
+        return int(self._library.qwenrt_threads(self._handle))
 
     @property
     def isas(self) -> tuple[str, ...]:
@@ -122,19 +86,9 @@ class Kernels:
         names = map(self._library.qwenrt_isa_at, itertools.count())
         return tuple(name.decode() for name in itertools.takewhile(bool, names))
 
-    def set_isa(self, name: str) -> None:
-        """One of ``isas``, or "auto", their first; KernelsUnavailable where this CPU or build lacks it."""
-        if self._library.qwenrt_set_isa(name.encode()) != 0:
-            have = ", ".join(self.isas)
-            raise KernelsUnavailable(f"kernels for {name!r} were asked for; this CPU and build have {have}")
-
-    def set_threads(self, threads: int) -> int:
-        """Threads that share a call, the caller's included -> the number in use."""
-        return int(self._library.qwenrt_set_threads(threads))
-
     def read(self, memory: torch.Tensor) -> int:
         """Read int64 ``memory`` [n] once with all threads -> its sum modulo 2**64."""
-        return int(self._library.qwenrt_read(memory.data_ptr(), memory.numel()))
+        return int(self._library.qwenrt_read(self._handle, memory.data_ptr(), memory.numel()))
 
     def quant_linear(self, x: torch.Tensor, w: Packed, activations: Activations) -> torch.Tensor | None:
         """x float32 [T, K] contiguous -> float32 [T, N]; None where x is not finite or too large to sum.
@@ -142,23 +96,26 @@ class Kernels:
         ``activations``: what x is rounded to on the way.
         """
         y = torch.empty(x.shape[0], w.out_features)
+        native, how = ctypes.addressof(w.data["native"]), ctypes.addressof(activations)
         status = self._library.qwenrt_quant_linear(
-            w.data["native"], x.data_ptr(), y.data_ptr(), x.shape[0], activations
+            self._handle, native, x.data_ptr(), y.data_ptr(), x.shape[0], how
         )
-        if status == _NO_MEMORY:
-            raise MemoryError("no memory for the activations of a quantised linear")
-        return None if status == _NOT_FINITE else y
+        return y if finite(status, "the activations of a quantised linear") else None
 
     def pack(self, codes: torch.Tensor, words: torch.Tensor, group_size: int, bits: int) -> None:
         """codes uint8 [K, N] -> words, allocated by the caller as pack_quantized says."""
-        self._library.qwenrt_pack(codes.data_ptr(), words.data_ptr(), *codes.shape, group_size, bits)
+        pointers = codes.data_ptr(), words.data_ptr()
+        status = self._library.qwenrt_pack(self._handle, *pointers, *codes.shape, group_size, bits)
+        check(status, "packed codes")
 
     def repack(
         self, stored: torch.Tensor, perm: torch.Tensor | None, words: torch.Tensor, weight: CanonicalWeight
     ) -> None:
         """One of ``weight.words`` [ceil(K * bits / 32), n] -> words, allocated by the caller as pack_quantized says."""
-        assert stored.dtype == torch.int32 and stored.is_contiguous()
-        self._library.qwenrt_repack(
+        if stored.dtype != torch.int32 or not stored.is_contiguous():
+            raise ValueError(f"words of {stored.dtype}, strides {stored.stride()}: int32 in rows are wanted")
+        status = self._library.qwenrt_repack(
+            self._handle,
             stored.data_ptr(),
             None if perm is None else perm.data_ptr(),
             words.data_ptr(),
@@ -167,18 +124,16 @@ class Kernels:
             weight.group_size,
             weight.bits,
         )
+        check(status, "repacked words")
 
     def quantize(self, rounding: Rounding) -> bool:
         """Round what ``rounding`` points at; False where a weight or a scale is not finite."""
-        status = self._library.qwenrt_quantize(ctypes.addressof(rounding))
-        if status == _NO_MEMORY:
-            raise MemoryError("no memory for a few rows of weights")
-        assert status in (0, _NOT_FINITE)
-        return bool(status == 0)
+        status = self._library.qwenrt_quantize(self._handle, ctypes.addressof(rounding))
+        return finite(status, "a few rows of weights")
 
     def rounds_dense(self, dtype: torch.dtype) -> bool:
-        """Whether the instruction set in use rounds the inputs of ``rounded`` linears with 16-bit weights of a kind."""
-        return bool(self._library.qwenrt_rounds_dense(int(dtype == torch.float16)))
+        """Whether its instruction set rounds the inputs of ``rounded`` linears with 16-bit weights of a kind."""
+        return bool(self._library.qwenrt_rounds_dense(self._handle, int(dtype == torch.float16)))
 
     def dense16_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounded: bool = False
@@ -187,6 +142,7 @@ class Kernels:
         may be multiplied in fixed point."""
         y = torch.empty(x.shape[0], weight.shape[0])
         status = self._library.qwenrt_dense16_linear(
+            self._handle,
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             x.data_ptr(),
@@ -196,35 +152,36 @@ class Kernels:
             int(weight.dtype == torch.float16),
             int(rounded),
         )
-        if status == _NO_MEMORY:
-            raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+        check(status, f"the activations of {x.shape[0]} tokens")
         return y
 
     @property
     def serves12(self) -> bool:
-        """Whether the instruction set in use gains from bfloat16 in 12 bits."""
-        return bool(self._library.qwenrt_dense12_serves())
+        """Whether its instruction set gains from bfloat16 in 12 bits."""
+        return bool(self._library.qwenrt_dense12_serves(self._handle))
 
     def pack12(self, weight: torch.Tensor, into: Dense12) -> bool:
         """weight bfloat16 [N, K], contiguous -> the chunks and rows' beginnings that ``into`` points at; False where
         2^31 weights or more have no code."""
-        return int(self._library.qwenrt_dense12_pack(weight.data_ptr(), ctypes.addressof(into))) == 0
+        status = self._library.qwenrt_dense12_pack(self._handle, weight.data_ptr(), ctypes.addressof(into))
+        return served(status, "weights in 12 bits")
 
     def pack12_others(self, weight: torch.Tensor, into: Dense12) -> None:
         """Then the same weight -> the inputs and weights that ``into`` points at."""
-        self._library.qwenrt_dense12_pack_others(weight.data_ptr(), ctypes.addressof(into))
+        pointers = weight.data_ptr(), ctypes.addressof(into)
+        check(self._library.qwenrt_dense12_pack_others(self._handle, *pointers), "weights without a code")
 
     def unpack12(self, w: Dense12, out: torch.Tensor, first: int) -> None:
         """Rows of w from ``first`` on -> out bfloat16 [rows, K], contiguous."""
-        last = first + out.shape[0]
-        self._library.qwenrt_dense12_unpack(ctypes.addressof(w), out.data_ptr(), first, last)
+        pointers, last = (ctypes.addressof(w), out.data_ptr()), first + out.shape[0]
+        check(self._library.qwenrt_dense12_unpack(self._handle, *pointers, first, last), "rows of 16 bits")
 
     def dense12_linear(self, x: torch.Tensor, w: Packed, rounded: bool = False) -> torch.Tensor:
         """x float32 [T, K] contiguous -> float32 [T, N]; ``rounded`` as of dense16_linear."""
         y, at = torch.empty(x.shape[0], w.out_features), ctypes.addressof(w.data["native"])
-        status = self._library.qwenrt_dense12_linear(at, x.data_ptr(), y.data_ptr(), x.shape[0], rounded)
-        if status == _NO_MEMORY:
-            raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+        pointers = at, x.data_ptr(), y.data_ptr()
+        status = self._library.qwenrt_dense12_linear(self._handle, *pointers, x.shape[0], rounded)
+        check(status, f"the activations of {x.shape[0]} tokens")
         return y
 
     def attend(
@@ -239,30 +196,31 @@ class Kernels:
         """Rows of ``sequences`` of q [T, H, hd] float32, a token's heads contiguous -> ``out``, contiguous."""
         at, into, stride, heads = q.data_ptr(), out.data_ptr(), q.stride(0), q.shape[1]
         pointers = ctypes.addressof(sequences), ctypes.addressof(cache)
-        status = self._library.qwenrt_attention(*pointers, at, stride, heads, into, scale, window)
-        if status == _NO_MEMORY:
-            raise MemoryError("no memory for the partial sums of attention")
-        assert status == 0
+        status = self._library.qwenrt_attention(
+            self._handle, *pointers, at, stride, heads, into, scale, window
+        )
+        check(status, "the partial sums of attention")
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x float32 [..., D] contiguous, weight float32 [D] -> float32 [..., D]."""
         out, dim = torch.empty(x.shape), x.shape[-1]
         pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-        self._library.qwenrt_rms_norm(*pointers, x.numel() // dim, dim, eps)
+        check(self._library.qwenrt_rms_norm(self._handle, *pointers, x.numel() // dim, dim, eps), "a norm")
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """float32 [T, 2I] contiguous -> float32 [T, I]."""
         tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty(tokens, inner)
-        self._library.qwenrt_silu_and_mul(gate_up.data_ptr(), out.data_ptr(), tokens, inner)
+        pointers = gate_up.data_ptr(), out.data_ptr()
+        check(self._library.qwenrt_silu_and_mul(self._handle, *pointers, tokens, inner), "silu")
         return out
 
     def rotary_store(self, rotary: Rotary, cache: Cache | None, tokens: int) -> None:
         """Rotate what ``rotary`` points at and, with a cache, store keys and values."""
         into = None if cache is None else ctypes.addressof(cache)
-        status = self._library.qwenrt_rotary_store(ctypes.addressof(rotary), into, tokens)
-        assert status == 0
+        status = self._library.qwenrt_rotary_store(self._handle, ctypes.addressof(rotary), into, tokens)
+        check(status, "rotated queries and keys")
 
     def decoder(
         self,
@@ -279,12 +237,9 @@ class Kernels:
         last = None if head is None else ctypes.addressof(head)
         into = None if logits is None else logits.data_ptr()
         status = self._library.qwenrt_decoder(
-            *pointers, len(layers), last, ctypes.addressof(step), x.data_ptr(), into
+            self._handle, *pointers, len(layers), last, ctypes.addressof(step), x.data_ptr(), into
         )
-        if status == _NO_MEMORY:
-            raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
-        assert status in (0, _NOT_FINITE)
-        return bool(status == 0)
+        return finite(status, f"the activations of {x.shape[0]} tokens")
 
     def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
         """logits float32 [B, V], each row contiguous -> of each row the first of its largest numbers, that number, and
@@ -295,7 +250,7 @@ class Kernels:
         found = []
         for row in range(rows):
             status = self._library.qwenrt_likeliest(at + row * stride, size, *into)
-            found.append((token.value, most.value, bool(status == 0)))
+            found.append((token.value, most.value, finite(status, "the likeliest token")))
         return found
 
     def top(
@@ -305,23 +260,10 @@ class Kernels:
         values, ids = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
         whole = ctypes.c_float()
         into = values.data_ptr(), ids.data_ptr(), ctypes.addressof(whole) if with_whole else None
-        status = self._library.qwenrt_top(row.data_ptr(), row.shape[0], largest, heat, k, *into)
-        if status == _NO_MEMORY:
-            raise MemoryError(f"no memory to choose among {row.shape[0]} tokens")
-        return (values, ids, whole.value) if status == 0 else None
-
-
-def _check_complete(path: Path) -> None:
-    """Refuses an ELF file that was cut short: mapping one can kill the process instead of failing."""
-    if path.suffix != ".so":
-        return
-    header = path.read_bytes()[:64]
-    if len(header) < 64 or header[:4] != b"\x7fELF":
-        raise KernelsUnavailable(f"{path.name} is not a library: {HOW_TO_BUILD}")
-    sections_at = int.from_bytes(header[40:48], "little")
-    entry, count = int.from_bytes(header[58:60], "little"), int.from_bytes(header[60:62], "little")
-    if path.stat().st_size < sections_at + entry * count:
-        raise KernelsUnavailable(f"{path.name} is cut short: {HOW_TO_BUILD}")
+        size = row.shape[0]
+        status = self._library.qwenrt_top(self._handle, row.data_ptr(), size, largest, heat, k, *into)
+        chosen = served(status, f"the choice among {size} tokens")
+        return (values, ids, whole.value) if chosen else None
 
 
 def native_kind(bits: int) -> str:
