@@ -25,7 +25,7 @@ def test_every_example_is_tested() -> None:
 @pytest.mark.parametrize("name", sorted(SAYS))
 def test_example(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", str(EXAMPLES / name)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-X", "utf8", str(EXAMPLES / name)], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     for words in SAYS[name]:

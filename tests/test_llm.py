@@ -360,5 +360,5 @@ def test_many_threads_one_model(llm: qwenrt.LLM) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert not errors and got == wanted

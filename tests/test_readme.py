@@ -23,7 +23,7 @@ def test_the_python_in_it_runs(name: str) -> None:
     code = blocks(name, "python")
     assert len(code) == 1
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", code[0]], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [sys.executable, "-X", "utf8", "-c", code[0]], capture_output=True, text=True, timeout=200, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout or "巴黎" in done.stdout

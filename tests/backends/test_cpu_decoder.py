@@ -375,7 +375,7 @@ def in_threads(*tasks: Callable[[], None]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert not errors and not any(thread.is_alive() for thread in threads)
 
 

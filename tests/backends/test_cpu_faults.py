@@ -120,7 +120,7 @@ def in_a_process(code: str, *arguments: object, cpus: set[int] | None = None) ->
         [sys.executable, "-c", kept + code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=200,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -203,7 +203,7 @@ def test_a_child_of_a_process_that_loaded_computes_the_same(cpu: CPUBackend, che
         assert tokens() == wanted
         child = os.fork()
         if child == 0:
-            signal.alarm(60)
+            signal.alarm(200)
             os._exit(0 if tokens() == wanted else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert answer(llm, 4) == wanted
@@ -221,7 +221,7 @@ with qwenrt.load("demo", device="cpu", progress=False): of_many_threads()
 child = os.fork()
 if child:
     raise SystemExit(os.waitpid(child, 0)[1])
-signal.alarm(60)
+signal.alarm(200)
 of_many_threads()
 """
     wanted = in_a_process(GENERATE, checkpoint).split()
@@ -242,7 +242,7 @@ def in_threads(count: int, task: Callable[[int], None]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert not errors, errors[0]
     assert not any(thread.is_alive() for thread in threads)
 

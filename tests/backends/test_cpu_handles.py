@@ -91,7 +91,7 @@ def test_backends_with_different_settings_compute_beside_each_other() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert not wrong
 
 

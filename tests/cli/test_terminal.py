@@ -60,7 +60,7 @@ class Talk:
                 return self.until(*wanted, timeout=3)
         raise AssertionError(f"Ctrl-C was not heard, {wanted!r} did not appear")
 
-    def until(self, *wanted: str, timeout: float = 60, encoding: str = "utf-8") -> None:
+    def until(self, *wanted: str, timeout: float = 200, encoding: str = "utf-8") -> None:
         """Wait until all of ``wanted`` have appeared, in this order, since the last ``type``."""
         deadline = time.monotonic() + timeout
         pattern = ".*".join(re.escape(text) for text in wanted)
@@ -84,7 +84,7 @@ class Talk:
         return piece
 
     def code(self) -> int:
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=200)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -223,7 +223,7 @@ def test_a_pipe_in_any_locale(locale: str) -> None:
         capture_output=True,
         env={**os.environ, "LC_ALL": locale},
         cwd=ROOT,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 0
     assert done.stderr == b""
@@ -232,5 +232,5 @@ def test_a_pipe_in_any_locale(locale: str) -> None:
 
 def test_the_optimised_interpreter_and_a_closed_stdin() -> None:
     command = [sys.executable, "-O", "-m", "tests.cli.fake_llm", "chat"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd=ROOT, timeout=200)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -36,9 +36,9 @@ def served() -> Iterator[AsyncEngine]:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 200
     while not condition():
-        assert time.monotonic() < deadline, "waited 10 s"
+        assert time.monotonic() < deadline, "waited 200 s"
         time.sleep(0.01)
 
 
@@ -88,7 +88,7 @@ def test_many_threads_get_their_own_answers(served: AsyncEngine) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
         assert not thread.is_alive()
     assert not wrong
     eventually(lambda: idle(served))
@@ -135,7 +135,7 @@ def test_a_step_that_takes_for_ever_does_not_hold_up_close(monkeypatch: pytest.M
     release = threading.Event()
 
     def stuck(x: torch.Tensor) -> torch.Tensor:
-        release.wait(20)
+        release.wait(200)
         return x
 
     monkeypatch.setattr("qwenrt.engine.async_engine._CLOSE_TIMEOUT", 0.2)
@@ -148,7 +148,7 @@ def test_a_step_that_takes_for_ever_does_not_hold_up_close(monkeypatch: pytest.M
     with pytest.raises(RequestError, match="closed"):
         next(handle)
     release.set()
-    engine._loop.thread.join(5)
+    engine._loop.thread.join(200)
     assert not engine._loop.thread.is_alive()
 
 
@@ -172,7 +172,7 @@ def test_an_engine_nobody_holds_ends_its_thread_but_not_an_answer_being_read() -
     assert len(list(handle)) == 8
     del handle
     gc.collect()
-    thread.join(5)
+    thread.join(200)
     assert not thread.is_alive()
 
 
@@ -210,12 +210,12 @@ def test_what_fails_between_two_steps_is_raised_to_its_asker_alone(
 
     monkeypatch.setattr(Qwen, "logits", out_of_memory)
     with pytest.raises(CapacityError, match="OutOfMemoryError: no"):
-        ask(lambda: served.last_logits([[1, 2]], [3])).result(10)
+        ask(lambda: served.last_logits([[1, 2]], [3])).result(200)
     monkeypatch.undo()
     with pytest.raises(RequestError, match="reading texts: an empty list"):
-        ask(lambda: served.pooled([], len)).result(10)
+        ask(lambda: served.pooled([], len)).result(200)
     with pytest.raises(BackendError, match="between two steps: ZeroDivisionError: a fault of ours"):
-        ask(lambda: served._between_steps(fault_of_ours)).result(10)
+        ask(lambda: served._between_steps(fault_of_ours)).result(200)
     assert served.last_logits([[1, 2], [5]], [3, 4]).shape == (2, 2)
     assert len(list(served.submit([1], GREEDY))) == 8
 
@@ -270,9 +270,9 @@ def test_a_forked_process_is_told_so(served: AsyncEngine) -> None:
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(theirs,))
     process.start()
-    assert ours.poll(10), "the child hangs"
+    assert ours.poll(200), "the child hangs"
     found = ours.recv()
-    process.join(5)
+    process.join(200)
     assert len(found) == 3 and process.exitcode == 0
     assert all("Load the model after the fork" in message for message in found)
     assert len(list(handle)) == 8, "the parent goes on"
@@ -292,7 +292,7 @@ def test_the_interpreter_ends_with_a_live_engine() -> None:
     """
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout == "the end\n"

@@ -227,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         if stall is not None:
             hub.stalled.set()
             self.close_connection = True
-            hub.released.wait(30)
+            hub.released.wait(200)
 
     def _json(self, value: object) -> None:
         self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
