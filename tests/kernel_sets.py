@@ -1,12 +1,23 @@
-"""The instruction sets that tests force in turn: all that this CPU and this build run, best first."""
+"""The instruction sets that tests force in turn: all that this CPU and this build run, best first.
+
+QWENRT_KERNELS=avx2 makes it those of a machine whose best is AVX2, where "auto" means that one.
+"""
 
 from __future__ import annotations
+
+import os
 
 from qwenrt.backends.cpu import backend, kernels
 
 _LOADED = backend._load()
+_BEST = os.environ.get("QWENRT_KERNELS", "auto")
 WHY_NOT = str(_LOADED) if isinstance(_LOADED, kernels.KernelsUnavailable) else ""
-SETS: tuple[str, ...] = ("auto",) if isinstance(_LOADED, kernels.KernelsUnavailable) else _LOADED.isas
+SETS: tuple[str, ...] = ("auto",)
+if isinstance(_LOADED, kernels.Kernels):
+    SETS = _LOADED.isas
+    if _BEST in SETS:
+        SETS = SETS[SETS.index(_BEST) :]
+        kernels.Kernels.isas = property(lambda self: SETS)  # type: ignore[assignment]
 
 
 def report() -> str:

@@ -63,11 +63,12 @@ class Kernels:
         return other
 
     def _open(self, isa: str, threads: int) -> int:
-        handle: int | None = self._library.qwenrt_open(isa.encode(), threads)
-        if handle is None:
-            have = ", ".join(self.isas)
+        here = self.isas
+        name = here[0] if isa == "auto" else isa
+        if name not in here:
+            have = ", ".join(here)
             raise KernelsUnavailable(f"kernels for {isa!r} were asked for; this CPU and build have {have}")
-        return handle
+        return int(self._library.qwenrt_open(name.encode(), threads))
 
     @property
     def isa(self) -> str:
