@@ -8,6 +8,18 @@ from collections import OrderedDict
 from qwenrt.engine.block_manager import BlockManager
 from qwenrt.engine.sequence import Sequence, Status
 
+_SHORT = (
+    32  # tokens; kernels compute pieces below in another order, and their last bits would tell of the cut
+)
+
+
+def _piece(remaining: int, budget: int) -> int:
+    """How many of a prompt's ``remaining`` tokens a step takes: what is left over is none or a piece that is not short,
+    where the budget allows it."""
+    count = min(remaining, budget)
+    missing = _SHORT - (remaining - count)
+    return count - missing if 0 < missing < _SHORT and count - missing >= _SHORT else count
+
 
 class Scheduler:
     """First come, first served, at most ``max_num_seqs`` at once and ``max_num_batched_tokens`` a step.
@@ -39,11 +51,11 @@ class Scheduler:
         budget = self.max_num_batched_tokens - len(batch)
         for seq in self.running:
             if seq.num_remaining > 1 and budget > 0:
-                batch.append((seq, min(seq.num_remaining, budget)))
+                batch.append((seq, _piece(seq.num_remaining, budget)))
                 budget -= batch[-1][1]
         for seq in self._admit(budget):
             if budget > 0:
-                batch.append((seq, min(seq.num_remaining, budget)))
+                batch.append((seq, _piece(seq.num_remaining, budget)))
                 budget -= batch[-1][1]
         return batch
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwenrt.assembly import Settings, assemble
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import ModelConfig
+from qwenrt.config import Environment, ModelConfig
+from qwenrt.llm import LLM
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
@@ -66,3 +68,27 @@ def test_recorded_logits_hold_through_the_kernels(golden_dir: Path, name: str, c
     steps = torch.cat([logits[0][-1:], *logits[1:]])
     torch.testing.assert_close(steps, golden["0.step_logits"], atol=1e-4, rtol=0)
     assert steps[:-1].argmax(-1).tolist() == new.tolist()
+
+
+def test_an_answer_is_the_same_bits_however_a_long_prompt_was_cut() -> None:
+    """With rounded activations and an int8 cache, where each last bit would show."""
+    answers = []
+    for budget in (512, 290, 100):  # 300 tokens whole, and 268 + 32, 100 + 100 + 68 + 32
+        settings = Settings(
+            device="cpu",
+            dtype="float32",
+            quantize="int4",
+            quantize_head="int4",
+            kv_cache_dtype="int8",
+            activations="int16",
+            max_num_batched_tokens=budget,
+            progress=False,
+        )
+        with LLM(assemble("demo", settings, Environment.read({}))) as llm:
+            if not llm.stats()["activations"]:
+                pytest.skip("csrc was not built")
+            out = llm.generate(
+                prompt_token_ids=list(range(300, 600)), max_tokens=2, temperature=0, logprobs=5
+            )
+            answers.append((out.token_ids, out.logprobs))
+    assert all(answer == answers[0] for answer in answers)

@@ -153,3 +153,30 @@ def one_step(scheduler: Scheduler, alive: dict[int, Sequence], budget: int, capa
         if len(seq.token_ids) >= capacity:
             scheduler.finish(seq)
             del alive[seq.seq_id]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "budget", "pieces"),
+    [
+        (520, 512, [488, 32]),  # 512 and 8 would leave a piece that kernels compute in another order
+        (300, 256, [256, 44]),
+        (544, 512, [512, 32]),
+        (1024, 512, [512, 512]),
+        (70, 64, [38, 32]),
+        (65, 63, [33, 32]),
+        (40, 38, [38, 2]),  # both would be short
+        (9, 4, [4, 4, 1]),
+    ],
+)
+def test_no_prompt_ends_in_a_short_piece_where_that_can_be(
+    prompt: int, budget: int, pieces: list[int]
+) -> None:
+    scheduler = make(num_blocks=512, budget=budget)
+    seq = sequence(1, prompt)
+    scheduler.add(seq)
+    got = []
+    while seq.num_remaining > 0 and sum(got) < prompt:
+        ((_, count),) = scheduler.schedule()
+        got.append(count)
+        scheduler.advance(seq, count)
+    assert got == pieces
