@@ -17,7 +17,8 @@ if isinstance(_LOADED, kernels.Kernels):
     SETS = _LOADED.isas
     if _BEST in SETS:
         SETS = SETS[SETS.index(_BEST) :]
-        kernels.Kernels.isas = property(lambda self: SETS)  # type: ignore[assignment]
+        _ALL = kernels.Kernels.isas.fget
+        kernels.Kernels.isas = property(lambda self: tuple(filter(SETS.__contains__, _ALL(self))))  # type: ignore
 
 
 def report() -> str:

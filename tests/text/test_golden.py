@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,7 @@ def test_recorded_chats(tokenizer: Tokenizer, golden: Any) -> None:
 
 
 def test_the_released_vocabulary(released_dir: Path) -> None:
-    start = time.process_time()
     tokenizer = load_tokenizer(released_dir)
-    seconds = time.process_time() - start
     assert (tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id) == (
         151643,
         151644,
@@ -98,7 +95,6 @@ def test_the_released_vocabulary(released_dir: Path) -> None:
     )
     assert tokenizer.token_bytes(0) == b"!"
     assert tokenizer.token_bytes(188) == b"\0"
-    assert seconds < 3, f"{seconds:.2f} s"  # 0.6 s on an idle machine
 
 
 def test_agrees_with_another_tokenizer(tokenizer: Tokenizer) -> None:
