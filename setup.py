@@ -37,6 +37,7 @@ SOURCES = {  # file -> its instruction set, if any: no flag may reach code that 
     "pack.cpp": "",
     "dispatch.cpp": "",
     "thread_pool.cpp": "",
+    "mapped_files.cpp": "",
     "kernels_scalar.cpp": "",
     "dense_linear.cpp": "",
     "dense12.cpp": "",

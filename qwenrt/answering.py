@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.errors import RequestError
+from qwenrt.arguments import as_integer
+from qwenrt.errors import RequestError, shown
 from qwenrt.outputs import Delta, FinishReason, Generation, TokenLogprob, Usage
 from qwenrt.text.detokenizer import Detokenizer
 from qwenrt.text.replies import Reply, ReplyStream, parse_reply
@@ -73,14 +74,14 @@ class Answer:
         if thinking_budget is None or reading.style.thinking == "none":
             self._deltas = deltas_of(submit(prompt, self._params, self._replies))
             return
-        whole = isinstance(thinking_budget, int) and not isinstance(thinking_budget, bool)
-        if not whole or thinking_budget < 1 or params.n != 1:
+        budget = as_integer(thinking_budget)
+        if budget is None or budget < 1 or params.n != 1:
             raise RequestError(
-                f"thinking_budget={thinking_budget!r:.40}",
-                f"with n={params.n}" if whole and thinking_budget >= 1 else "not a number of tokens",
+                f"thinking_budget={shown(thinking_budget)}",
+                f"with n={params.n}" if budget is not None and budget >= 1 else "not a number of tokens",
                 "Use at least 1 and n=1; enable_thinking=False answers at once.",
             )
-        self._deltas = self._within_budget(thinking_budget, tokenizer)
+        self._deltas = self._within_budget(budget, tokenizer)
 
     def __iter__(self) -> Iterator[Delta]:
         return self._deltas

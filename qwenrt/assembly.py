@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qwenrt.arguments import flag, one_of, size
 from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, Binding
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
@@ -21,10 +22,13 @@ from qwenrt.config.released import RELEASED, released_config
 from qwenrt.embedding import Embedder
 from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine
-from qwenrt.errors import BackendError, ConfigError
+from qwenrt.errors import BackendError, CheckpointError, ConfigError
+from qwenrt.files import is_there
 from qwenrt.loader import hub
 from qwenrt.loader.as_stored import as_stored
 from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
+from qwenrt.loader.inventory import check_size
+from qwenrt.loader.mapping import Watch
 from qwenrt.loader.preflight import preflight
 from qwenrt.loader.weights import QUANTIZE_BITS, QUANTIZE_GROUP, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
@@ -74,19 +78,18 @@ class Settings:
             "activations": ACTIVATIONS,
             "fallback": FALLBACKS,
         }
+        changes: dict[str, object] = {}
+        if isinstance(self.dtype, torch.dtype):
+            changes["dtype"] = str(self.dtype).removeprefix("torch.")
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(
-                    f"{name}={value!r}", "unknown", f"Use one of {', '.join(map(repr, allowed))}."
-                )
+            one_of(name, changes.get(name, getattr(self, name)), allowed)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-            value = getattr(self, name)
-            bad = not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**24
-            if bad and not (name == "max_model_len" and value is None):
-                raise ConfigError(
-                    f"{name}={value!r}", "not a usable number", f"Use an integer from 1 to {2**24}."
-                )
+            if name != "max_model_len" or self.max_model_len is not None:
+                changes[name] = size(name, getattr(self, name))
+        told = [name for name in ("offline", "progress") if getattr(self, name) is not None]
+        changes |= {name: flag(name, getattr(self, name)) for name in told}
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass
@@ -146,6 +149,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
     )
     config, generation = ModelConfig.from_dir(directory), GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
+    check_size(checkpoint, config)
     config = as_stored(config, checkpoint)
     tokenizer = _tokenizer(directory, config)
     chat_format = _chat_format(directory, config, generation, tokenizer)
@@ -278,7 +282,9 @@ def _build(
     )
     _selfcheck(config, backend, dtype, settings, stored)
     model = Qwen(config, backend, dtype)
-    fill(model, dtype)
+    watch = Watch()
+    with watch.collecting():
+        fill(model, dtype)
     backend.empty_cache()  # of what loading needed besides
     model.bind()
     _report_fallbacks(model.backend.bindings, settings.fallback)
@@ -304,7 +310,7 @@ def _build(
         text.embedder,
         model,
         backend,
-        AsyncEngine(engine),
+        AsyncEngine(engine, watch.check),
         dtype,
         longest,
         settings.quantize,
@@ -340,7 +346,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> str | None:
 
 def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     """The checkpoint's tokenizer; None for one without (ids in, ids out)."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+    if not any(is_there(directory / name, CheckpointError) for name in TOKENIZER_FILES):
         logger.warning("%s has no tokenizer file: only token ids can go in and out", directory)
         return None
     tokenizer = load_tokenizer(directory)

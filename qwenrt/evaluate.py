@@ -20,7 +20,8 @@ from qwenrt.config import read_json
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.demo.samples import Sample
 from qwenrt.demo.world import World
-from qwenrt.errors import RequestError
+from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.files import opened
 from qwenrt.llm import LLM, load
 
 TOGETHER = 32  # questions that are answered at the same time
@@ -281,7 +282,8 @@ def _with_config(model: str | Path, changes: dict[str, Any]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qwenrt-eval-") as scratch:
         for file in source.iterdir():
             if file.suffix in (".json", ".tiktoken", ".safetensors"):
-                shutil.copyfile(file, Path(scratch) / file.name)
+                with opened(file, CheckpointError) as given, (Path(scratch) / file.name).open("wb") as copy:
+                    shutil.copyfileobj(given, copy)
         config = {**read_json(source / "config.json"), **changes}
         (Path(scratch) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         yield Path(scratch)

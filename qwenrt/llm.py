@@ -7,7 +7,7 @@ serves all callers, so any thread may use one LLM.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
@@ -15,12 +15,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.answering import Answer, Reading, deltas_of, generation_of
+from qwenrt.arguments import as_integer, as_list, flag
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
-from qwenrt.errors import ConfigError, RequestError
+from qwenrt.errors import ConfigError, RequestError, memory_errors, shown
+from qwenrt.loader.device_memory import check_room_for_torch
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat_template import Prompt, build_chat
 from qwenrt.text.conversations import as_history
+from qwenrt.text.message_checks import given_tools
 from qwenrt.text.messages import DEFAULT_SYSTEM
 from qwenrt.text.reply_style import ReplyStyle
 from qwenrt.text.retrieval import DEFAULT_TASK, rerank_prompt, verdict_ids
@@ -78,9 +81,11 @@ def load(
     collecting = gc.isenabled()
     gc.disable()  # a million objects are made and none is garbage: looking for some would take a fifth of a start
     try:
-        from qwenrt.assembly import Settings, assemble
+        with memory_errors(f"loading {shown(model)}"):
+            check_room_for_torch()
+            from qwenrt.assembly import Settings, assemble
 
-        return LLM(assemble(_name(model), Settings(**settings), Environment.read()))
+            return LLM(assemble(_name(model), Settings(**settings), Environment.read()))
     finally:
         if collecting:
             gc.enable()
@@ -91,9 +96,11 @@ def load_random(shape: str | ModelConfig, **settings: Any) -> LLM:
 
     ``settings`` as for `load`, but for those that concern a download.
     """
-    from qwenrt.assembly import Settings, assemble_random
+    with memory_errors(f"loading {shown(shape)}"):
+        check_room_for_torch()
+        from qwenrt.assembly import Settings, assemble_random
 
-    return LLM(assemble_random(shape, Settings(**settings), Environment.read()))
+        return LLM(assemble_random(shape, Settings(**settings), Environment.read()))
 
 
 def load_tokenizer(model: str | PathLike[str]) -> Tokenizer:
@@ -140,10 +147,10 @@ class LLM:
         ``thinking_budget``: tokens after which a thought is brought to its end. ``sampling`` changes single fields of
         ``sampling_params`` or of the checkpoint's own defaults.
         """
-        past = as_history(history)
+        past, tools = as_history(history), given_tools(tools)
         prompt, reading = self._chat_prompt(query, past, system, messages, tools, enable_thinking)
         params = self._params(sampling_params, sampling)
-        pair = messages is None and not tools
+        pair = messages is None and tools is None
         if pair and params.n != 1:
             raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
         answer = self._answer(prompt, params, reading, thinking_budget)
@@ -174,7 +181,7 @@ class LLM:
         A Delta's text is what is meant for a reader; thoughts are its ``reasoning``, and the last Delta carries the
         calls of ``tools``.
         """
-        params = self._params(sampling_params, sampling)
+        params, tools = self._params(sampling_params, sampling), given_tools(tools)
         if prompt_token_ids is not None:
             if query is not None or messages is not None or tools:
                 raise RequestError("stream", "prompt_token_ids beside a chat", "Pass one of the two.")
@@ -242,9 +249,10 @@ class LLM:
         answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
         """
         tokenizer = self._needs_tokenizer("embed")
-        listed = [texts] if isinstance(texts, str) else _as_list("texts", texts)
+        listed = [texts] if isinstance(texts, str) else as_list("texts", texts)
         if not listed:
             raise RequestError("embed", "an empty list", "Pass at least one text.")
+        normalize = None if normalize is None else flag("normalize", normalize)
         alive = self._alive()
         vectors = alive.embedder.embed(alive.engine, tokenizer, listed, instruction, prompt_name, normalize)
         return vectors[0] if isinstance(texts, str) else vectors
@@ -255,7 +263,7 @@ class LLM:
         As Qwen3-Reranker does it: the probability of "yes" against "no" as the next token of its question.
         """
         tokenizer = self._needs_tokenizer("rerank")
-        listed = _as_list("documents", documents)
+        listed = as_list("documents", documents)
         if not listed:
             return []
         prompts = [rerank_prompt(tokenizer, query, document, instruction) for document in listed]
@@ -398,12 +406,12 @@ class LLM:
             found = "neither" if prompt is None else "both"
             raise RequestError("generate", f"{found} of prompt and prompt_token_ids", "Pass one of the two.")
         if prompt_token_ids is not None:
-            listed = _as_list("prompt_token_ids", prompt_token_ids)
-            if listed and not isinstance(listed[0], int):
+            listed = as_list("prompt_token_ids", prompt_token_ids)
+            if listed and as_integer(listed[0]) is None:
                 return [_token_ids(ids) for ids in listed], False
             return [_token_ids(listed)], True
         tokenizer = self._needs_tokenizer("generate from text")
-        texts = [prompt] if isinstance(prompt, str) else _as_list("prompt", prompt)
+        texts = [prompt] if isinstance(prompt, str) else as_list("prompt", prompt)
         for text in texts:
             if not isinstance(text, str):
                 raise RequestError(
@@ -429,22 +437,17 @@ def _name(model: object) -> str:
     text = fspath(model) if isinstance(model, PathLike) else model
     if not isinstance(text, str) or not text:
         raise RequestError(
-            "a model's name", f"got {model!r:.80}", "Pass a name, a repository or a directory."
+            "a model's name", f"got {shown(model)}", "Pass a name, a repository or a directory."
         )
     return text
 
 
-def _as_list(name: str, value: object) -> list[Any]:
-    if hasattr(value, "tolist"):  # a tensor or an array
-        value = value.tolist()
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise RequestError(name, f"got {type(value).__name__}", "Pass a list.")
-    return list(value)
-
-
 def _token_ids(ids: object) -> list[int]:
-    listed = _as_list("token ids", ids)
-    for token in listed:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise RequestError("token ids", f"one is {token!r:.40}", "Token ids are integers.")
-    return listed
+    return [_token_id(token) for token in as_list("token ids", ids)]
+
+
+def _token_id(token: object) -> int:
+    number = as_integer(token)
+    if number is None:
+        raise RequestError("token ids", f"one is {shown(token)}", "Token ids are integers.")
+    return number

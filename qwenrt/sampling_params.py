@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qwenrt.errors import RequestError
+from qwenrt.arguments import as_integer, as_list, as_number, flag
+from qwenrt.errors import RequestError, shown
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
@@ -73,8 +73,7 @@ class SamplingParams:
             if self.min_tokens > self.max_tokens:
                 raise _bad("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         for name in ("ignore_eos", "include_reasoning_in_stop"):
-            if not isinstance(getattr(self, name), bool):
-                raise _bad(name, getattr(self, name), "True or False")
+            object.__setattr__(self, name, flag(f"sampling parameter {name}", getattr(self, name)))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
@@ -95,23 +94,25 @@ class SamplingParams:
         return replace(self, **changes)
 
     def _number(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
-        value = getattr(self, name)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not ok or value > high or value < low or (low_open and value == low):
+        given = getattr(self, name)
+        value = as_number(given)
+        if value is None or not low <= value <= high or (low_open and value == low):
             bracket = "(" if low_open else "["
-            raise _bad(name, value, f"a number in {bracket}{low:g}, {high:g}]")
+            raise _bad(name, given, f"a number in {bracket}{low:g}, {high:g}]")
+        if not isinstance(given, (int, float)):
+            object.__setattr__(self, name, value)
 
     def _integer(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        given = getattr(self, name)
+        value = as_integer(given)
+        if value is None or not low <= value <= high:
             upper = "" if high >= _INT64 - 1 else f" and <= {high}"
-            raise _bad(name, value, f"an integer >= {low}{upper}")
+            raise _bad(name, given, f"an integer >= {low}{upper}")
+        object.__setattr__(self, name, value)
 
 
 def _bad(name: str, value: object, wanted: str) -> RequestError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return RequestError(f"sampling parameter {name}", f"got {shown}", f"It must be {wanted}.")
+    return RequestError(f"sampling parameter {name}", f"got {shown(value)}", f"It must be {wanted}.")
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
@@ -131,25 +132,28 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 def _stop_ids(ids: object) -> tuple[int, ...]:
     if ids is None:
         return ()
-    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)) or len(ids) > MAX_STOP_CHARS:
+    ids = as_list("sampling parameter stop_token_ids", ids)
+    if len(ids) > MAX_STOP_CHARS:
         raise _bad("stop_token_ids", ids, f"a list of at most {MAX_STOP_CHARS} token ids")
-    for i in ids:
-        if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-            raise _bad("stop_token_ids", i, "token ids >= 0")
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(_token_id("stop_token_ids", i, "token ids >= 0") for i in ids))
+
+
+def _token_id(name: str, given: object, wanted: str) -> int:
+    value = as_integer(given)
+    if value is None or value < 0:
+        raise _bad(name, given, wanted)
+    return value
 
 
 def _logit_bias(bias: object) -> dict[int, float] | None:
-    if not bias:
+    if bias is None:
         return None
     if not isinstance(bias, Mapping) or len(bias) > MAX_LOGIT_BIAS:
         raise _bad("logit_bias", bias, f"a mapping of at most {MAX_LOGIT_BIAS} token ids to numbers")
     checked: dict[int, float] = {}
-    for key, value in bias.items():
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not isinstance(key, int) or isinstance(key, bool) or key < 0:
-            raise _bad("logit_bias", key, "keyed by token ids >= 0")
-        if not numeric or not -100 <= value <= 100:
-            raise _bad("logit_bias", value, "numbers in [-100, 100]")
-        checked[key] = float(value)
-    return checked
+    for key, given in bias.items():
+        value = as_number(given)
+        if value is None or not -100 <= value <= 100:
+            raise _bad("logit_bias", given, "numbers in [-100, 100]")
+        checked[_token_id("logit_bias", key, "keyed by token ids >= 0")] = value
+    return checked or None

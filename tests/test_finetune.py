@@ -359,7 +359,7 @@ def test_settings_out_of_range(base, tmp_path, bad):
 
 
 def test_a_file_that_is_not_there_nothing_to_learn_and_a_vocabulary_too_large(base, tmp_path):
-    with pytest.raises(RequestError, match="No such file"):
+    with pytest.raises(RequestError, match="no such file"):
         finetune(base, tmp_path / "none.json", tmp_path / "out", **QUICK)
     with pytest.raises(RequestError, match="no entry with anything to learn"):
         finetune(base, [], tmp_path / "out", **QUICK)

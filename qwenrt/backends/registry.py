@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 from qwenrt.backends.base import Backend
-from qwenrt.errors import BackendError
+from qwenrt.errors import BackendError, shown
 
 PLUGIN_GROUP = "qwenrt.backends"  # entry point: name = "module:BackendClass"
 
@@ -74,13 +74,15 @@ def probe_all() -> list[Probe]:
     return found
 
 
-def create(device: str = "auto", preferred: str | None = None) -> Backend:
+def create(device: str | torch.device = "auto", preferred: str | None = None) -> Backend:
     """The backend for ``device``. "auto" is ``preferred`` (the user's setting) or the first that is usable.
 
     Raises BackendError that lists what is available here.
     """
+    if isinstance(device, torch.device):
+        device = str(device)
     if not isinstance(device, str) or not device:
-        raise BackendError(f"device={device!r}", "not a device name", _advice())
+        raise BackendError(f"device={shown(device)}", "not a device name", _advice())
     if device == "auto":
         device = preferred or device
     if device == "auto":

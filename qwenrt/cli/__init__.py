@@ -11,7 +11,7 @@ from qwenrt import __version__
 from qwenrt.cli import bench, chat, doctor, estimate, evaluation, finetuning, pull, run
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
-from qwenrt.errors import QwenrtError
+from qwenrt.errors import QwenrtError, memory_errors
 
 COMMANDS = (chat, run, pull, doctor, bench, estimate, evaluation, finetuning)
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_OK
     try:
-        code: int = args.command(args)
+        with memory_errors(f"qwenrt {args.command.__name__}"):
+            code: int = args.command(args)
         sys.stdout.flush()
         return code
     except QwenrtError as error:

@@ -14,6 +14,7 @@ from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal
 from qwenrt.config import Environment, ModelConfig, read_json
 from qwenrt.errors import BackendError, CheckpointError, RequestError
+from qwenrt.files import is_there
 
 if TYPE_CHECKING:
     from qwenrt.loader.fit import Option, Placement
@@ -128,8 +129,8 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
     path = Path(name).expanduser()
     if os.path.isfile(path):
         sidecar = path.with_name("quantize_config.json")
-        config = read_json(path)
-        return ModelConfig.from_dict(config, read_json(sidecar) if sidecar.exists() else None), str(path)
+        quantize = read_json(sidecar) if is_there(sidecar, CheckpointError) else None
+        return ModelConfig.from_dict(read_json(path), quantize), str(path)
     try:
         directory = resolve(name, offline=True, weights=False)
     except CheckpointError as missing:

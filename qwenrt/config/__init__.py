@@ -1,7 +1,6 @@
 """What a model is and what the user set: frozen dataclasses, and the only reader of the environment."""
 
 from qwenrt.config.environment import Environment as Environment
-from qwenrt.config.fields import not_the_file as not_the_file
 from qwenrt.config.fields import read_json as read_json
 from qwenrt.config.generation import GenerationConfig as GenerationConfig
 from qwenrt.config.model import ModelConfig as ModelConfig

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from qwenrt.config.fields import bad, boolean, integer, read_json, read_json_list
 from qwenrt.errors import ConfigError
+from qwenrt.files import is_there
 
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
@@ -65,8 +66,8 @@ def read_recipe(directory: Path, hidden_size: int, positions: int) -> EmbeddingR
     ``hidden_size``: of the final states. ``positions``: the most tokens the model knows.
     """
     prompts, default_prompt = _prompts(directory)
-    listed = (directory / _MODULES).exists()
-    if not listed and not (directory / _POOLING_CONFIG).exists():
+    listed = is_there(directory / _MODULES, ConfigError)
+    if not listed and not is_there(directory / _POOLING_CONFIG, ConfigError):
         return EmbeddingRecipe(prompts=prompts, default_prompt=default_prompt)
     found = _listed_modules(directory) if listed else [("Pooling", "1_Pooling"), ("Normalize", "")]
     if [kind for kind, _ in found].count("Pooling") != 1 or found[0][0] != "Pooling":
@@ -154,7 +155,7 @@ def _dense(directory: Path, folder: str, width: int) -> DenseModule:
 
 def _prompts(directory: Path) -> tuple[dict[str, str], str | None]:
     path = directory / "config_sentence_transformers.json"
-    config: Mapping[str, Any] = read_json(path) if path.exists() else {}
+    config: Mapping[str, Any] = read_json(path) if is_there(path, ConfigError) else {}
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise bad(str(path), "prompts", prompts, "an object of texts")
@@ -166,8 +167,8 @@ def _prompts(directory: Path) -> tuple[dict[str, str], str | None]:
 def _limits(directory: Path, positions: int) -> tuple[int, bool, bool]:
     """(most tokens of a text, whether the left is cut, whether text is lower-cased)."""
     ours, theirs = directory / "sentence_bert_config.json", directory / "tokenizer_config.json"
-    config: Mapping[str, Any] = read_json(ours) if ours.exists() else {}
-    tokenizer: Mapping[str, Any] = read_json(theirs) if theirs.exists() else {}
+    config: Mapping[str, Any] = read_json(ours) if is_there(ours, ConfigError) else {}
+    tokenizer: Mapping[str, Any] = read_json(theirs) if is_there(theirs, ConfigError) else {}
     longest = positions
     if config.get("max_seq_length") is not None:
         longest = integer(config, "max_seq_length", str(ours))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenrt.errors import ConfigError
+from qwenrt.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,18 @@ class Environment:
 
 def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path) -> Path | None:
     """The directory that a setting means: a directory, yes or no; None for none."""
-    text = str(int(value)) if isinstance(value, bool) else os.fspath(value or "").strip()
+    text = str(int(value)) if isinstance(value, bool) else value
+    text = "" if text is None else os.fspath(text) if isinstance(text, os.PathLike) else text
+    if not isinstance(text, str) or "\0" in text:
+        raise ConfigError("packed_cache", f"got {shown(value)}", "Pass True, False or a directory.")
+    text = text.strip()
     if text.lower() in ("", "0", "false", "no", "off"):
         return None
-    return cache_dir / "packed" if _truthy(text) else Path(text).expanduser()
+    try:
+        os.fsencode(text)
+        return cache_dir / "packed" if _truthy(text) else Path(text).expanduser()
+    except (RuntimeError, ValueError) as error:  # no such home; no name that a file can have
+        raise ConfigError("packed_cache", f"got {shown(value)}: {error}", "Pass a directory.") from error
 
 
 def _truthy(value: str | None) -> bool:

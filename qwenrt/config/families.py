@@ -22,6 +22,8 @@ _WRAPPERS = {
     "qwen3_vl_moe": "qwen3_moe",
     "qwen3_vl_moe_text": "qwen3_moe",
 }
+MAX_PARAMETERS = 2**44
+MAX_EXPERTS = 2**17  # in all layers; the largest released model has 12,000
 _HYBRID = "linear attention (gated DeltaNet) layers, which this version does not compute"
 _KNOWN = {  # model_type -> (what it is, what is missing)
     "qwen3_next": ("Qwen3-Next", _HYBRID),
@@ -53,9 +55,9 @@ def read_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | N
     quant = _with_sidecar(quant or {}, quantize or {})
     parsed = QuantConfig.from_dict(quant, "the quantisation config") if quant else None
     if model_type == "qwen":
-        return qwen1.read(text, parsed, where)
+        return _of_this_world(qwen1.read(text, parsed, where), where)
     if isinstance(model_type, str) and model_type in qwen2.MODEL_TYPES:
-        return qwen2.read(model_type, text, parsed, where)
+        return _of_this_world(qwen2.read(model_type, text, parsed, where), where)
     raise _unsupported(model_type, where)
 
 
@@ -107,6 +109,22 @@ def _with_sidecar(quant: Mapping[str, Any], sidecar: Mapping[str, Any]) -> dict[
             used = f"{name} {ours!r:.40} in quantization_config"
             contradiction("config.json", used, f"{theirs!r:.40} in quantize_config.json", strict=False)
     return {**sidecar, **{name: value for name, value in quant.items() if value is not None}}
+
+
+def _of_this_world(config: ModelConfig, where: str) -> ModelConfig:
+    """Sizes that are harmless one by one may be absurd together: refused before anything is counted out or made."""
+    experts = config.num_moe_layers * (config.moe.num_experts if config.moe is not None else 0)
+    for what, count, most in (
+        ("parameters", config.num_parameters, MAX_PARAMETERS),
+        ("experts in all layers", experts, MAX_EXPERTS),
+    ):
+        if count > most:
+            raise ConfigError(
+                f"reading {where}",
+                f"it describes a model of {count} {what}, and no Qwen comes near {most}",
+                "Check the sizes in the file against the model's repository.",
+            )
+    return config
 
 
 def text_model_type(config: Mapping[str, Any]) -> str:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenrt.errors import ConfigError
+from qwenrt.errors import ConfigError, QwenrtError, shown
+from qwenrt.files import read_downloaded
 
 logger = logging.getLogger("qwenrt")
 MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_DEPTH = (
+    100  # whatever is made of it later, be it an error that shows it, stays within Python's stack
+)
+MAX_JSON_VALUES = 4 * 10**6  # a tokenizer.json of 250,000 tokens and merges has 1.3 million
+_SERVERS_WORDS = {
+    *("error", "errors", "message", "msg", "detail", "details", "code", "status", "statuscode", "success"),
+    *("reason", "type", "title", "timestamp", "path", "url", "data", "requestid", "request_id"),
+    *("error_code", "error_type", "error_description", "documentation_url"),
+}
+_SAYS_WHAT = ("error", "errors", "message", "msg", "detail", "error_description")
+_CLOSELY = 1 << 20  # bytes at once
+_MARKS = (b",", b":", b"[", b"{")  # one of these stands before every value and key
 LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged or hostile file
     "vocab_size": 2**22,
     "hidden_size": 2**17,
@@ -31,11 +43,11 @@ LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged 
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that nobody has vouched for. Raises ConfigError that names what it really is."""
-    value = _read_value(path)
+def read_json(path: Path, kind: type[QwenrtError] = ConfigError) -> dict[str, Any]:
+    """A JSON object from a file that nobody has vouched for. Raises ``kind`` that names what it really is."""
+    value = _read_value(path, kind)
     if not isinstance(value, dict):
-        raise ConfigError(
+        raise kind(
             f"reading {path}",
             f"a JSON {type(value).__name__}, not an object",
             "Put the model's own file in its place.",
@@ -45,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_json_list(path: Path) -> list[Any]:
     """The same for a file that holds a list."""
-    value = _read_value(path)
+    value = _read_value(path, ConfigError)
     if not isinstance(value, list):
         raise ConfigError(
             f"reading {path}",
@@ -55,57 +67,85 @@ def read_json_list(path: Path) -> list[Any]:
     return value
 
 
-def _read_value(path: Path) -> Any:
+def _read_value(path: Path, kind: type[QwenrtError]) -> Any:
     asked = f"reading {path}"
+    raw = read_downloaded(
+        path,
+        MAX_JSON_BYTES,
+        kind,
+        missing="Is this a model directory? It needs config.json, the tokenizer and *.safetensors.",
+        what="configuration file",
+    )
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise ConfigError(
-            asked,
-            "no such file" if missing else f"{type(error).__name__}: {error.strerror}",
-            "Is this a model directory? It needs config.json, the tokenizer and *.safetensors."
-            if missing
-            else "Check the file's permissions.",
-        ) from error
-    if len(raw) > MAX_JSON_BYTES:
-        raise ConfigError(asked, f"more than {MAX_JSON_BYTES} bytes", "This is not a configuration file.")
-    unlike = not_the_file(raw)
-    if unlike:
-        raise ConfigError(asked, *unlike)
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
+        value = parse_json(raw)
+    except ValueError as error:
+        raise kind(
             asked,
             f"not valid JSON ({str(error)[:120]}) in {len(raw)} bytes",
             "Mend it there if it was edited; if it ends too early, the copy was cut off (`qwenrt pull` fetches it).",
         ) from error
+    said = _servers_answer(value) if isinstance(value, dict) else None
+    if said is not None:
+        found = f"a server's answer instead of the file: {said}"
+        raise kind(asked, found, "Delete it and fetch the file again.")
+    return value
 
 
-def not_the_file(head: bytes) -> tuple[str, str] | None:
-    """(found, remedy) where the first bytes of a file show that something else was saved in its place."""
-    if not head.strip():
-        return "an empty file", "The download did not finish: fetch the file again."
-    if head.startswith(b"version https://git-lfs"):
-        return (
-            "a git-lfs pointer, not the file itself",
-            "Run `git lfs install && git lfs pull` in the repository, or use `qwenrt pull`.",
-        )
-    start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return (
-            "an HTML page, not the file itself",
-            "A proxy or login page was saved in its place: fetch the file again.",
-        )
-    return None
+def parse_json(raw: bytes, most: int = MAX_JSON_VALUES) -> Any:
+    """The value of JSON text in UTF-8. ValueError for anything else, for more than ``most`` values, and for nesting
+    that Python's reader does not follow; what is made takes at most about 64 bytes a value, beside the text."""
+    if has_more_values(raw, most):
+        raise ValueError(f"more than {most} values")
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_DEPTH:
+        level = [value]
+        for _ in range(MAX_JSON_DEPTH):
+            inside = (each.values() if isinstance(each, dict) else each for each in level)
+            level = [each for values in inside for each in values if isinstance(each, (dict, list))]
+            if not level:
+                return value
+        raise ValueError("nested too deeply")
+    return value
+
+
+def has_more_values(raw: bytes, most: int) -> bool:
+    """Whether JSON text holds more than ``most`` values, told from its punctuation before anything is made of it."""
+    if sum(map(raw.count, _MARKS)) <= most:
+        return False
+    plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # every quote left begins or ends a string
+    return _has_more_marks(plain, most)
+
+
+def _has_more_marks(plain: bytes, most: int) -> bool:
+    """Whether more than ``most`` of _MARKS stand outside of strings, where every quote begins or ends one."""
+    import numpy as np  # here, because hardly any file is looked at so closely
+
+    count, inside = 0, False
+    for start in range(0, len(plain), _CLOSELY):
+        piece = np.frombuffer(plain, np.uint8, min(_CLOSELY, len(plain) - start), start)
+        within = np.logical_xor.accumulate(piece == ord('"')) ^ inside
+        inside = bool(within[-1])
+        for mark in _MARKS:
+            count += int(np.count_nonzero((piece == mark[0]) & ~within))
+        if count > most:
+            return True
+    return False
+
+
+def _servers_answer(value: dict[str, Any]) -> str | None:
+    """What a server said where its error was saved under the name of the file it did not give."""
+    names = {name.lower(): name for name in value}
+    if not names or not names.keys() <= _SERVERS_WORDS:
+        return None
+    said = next((value[names[name]] for name in _SAYS_WHAT if name in names), None)
+    return None if said is None else shown(said)
 
 
 def bad(where: str, name: str, value: object, wanted: str) -> ConfigError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return ConfigError(f"reading {where}", f"{name} is {shown}", f"It must be {wanted}.")
+    return ConfigError(f"reading {where}", f"{name} is {shown(value)}", f"It must be {wanted}.")
 
 
 def integer(
@@ -144,8 +184,8 @@ def number(
 ) -> float:
     value = config.get(name)
     value = default if value is None else value
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not low <= value <= high or (low_open and value == low):
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not low <= value <= high or (low_open and value == low):  # NaN is in no range
         raise bad(where, name, value, f"a number {'above' if low_open else 'from'} {low:g} to {high:g}")
     return float(value)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from qwenrt.config.fields import bad, boolean, integer, read_json, token_ids, whole
 from qwenrt.errors import ConfigError, RequestError
+from qwenrt.files import is_there
 from qwenrt.sampling_params import SamplingParams
 
 logger = logging.getLogger("qwenrt")
@@ -54,9 +55,9 @@ class GenerationConfig:
         """Read generation_config.json; without one, what config.json says of sampling, as old files do; else the
         defaults."""
         path, fallback = Path(directory) / "generation_config.json", Path(directory) / "config.json"
-        if path.exists():
+        if is_there(path, ConfigError):
             return cls.from_dict(read_json(path))
-        return cls.from_dict(_own_words(read_json(fallback))) if fallback.exists() else cls()
+        return cls.from_dict(_own_words(read_json(fallback))) if is_there(fallback, ConfigError) else cls()
 
 
 _RENAMED = {

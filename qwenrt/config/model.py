@@ -9,6 +9,8 @@ from typing import Any
 
 from qwenrt.config.fields import read_json
 from qwenrt.config.quant import QuantConfig
+from qwenrt.errors import ConfigError
+from qwenrt.files import is_there
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class ModelConfig:
         directory = Path(directory)
         sidecar = directory / "quantize_config.json"
         return cls.from_dict(
-            read_json(directory / "config.json"), read_json(sidecar) if sidecar.exists() else None
+            read_json(directory / "config.json"),
+            read_json(sidecar) if is_there(sidecar, ConfigError) else None,
         )
 
     def window(self, layer: int) -> int:

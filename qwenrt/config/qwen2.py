@@ -131,7 +131,7 @@ def _moe(model_type: str, config: Mapping[str, Any], layers: int, where: str) ->
         if qwen2
         else 0,
         norm_topk_prob=boolean(config, "norm_topk_prob", where, False),
-        dense_layers=frozenset(n for n in range(layers) if n in listed or (n + 1) % step),
+        dense_layers=frozenset(listed) | {n for n in range(layers) if (n + 1) % step},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -24,6 +25,9 @@ from qwenrt.text.replies import ReplyStream
 
 _SHARE_TOKENS = 2048  # of texts that are read between two steps
 _CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed
+_EXIT_TIMEOUT = (
+    30.0  # seconds the interpreter's exit does: a thread that is torn out of torch's code aborts the process
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ class Handle(Iterator[Delta]):
 class _Loop:
     """What the thread runs. It knows the engine and the sinks, not the AsyncEngine, which may be collected."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.pid = os.getpid()
+    def __init__(self, engine: Engine, check: Callable[[], None]) -> None:
+        self.pid, self._check = os.getpid(), check
         self.inbox: queue.SimpleQueue[_Add | _Abort | _Compute | _Wake] = queue.SimpleQueue()
         # Guards `ended`: nothing is put for a loop that no longer reads. Re-entrant, as a collection may close
         # another engine, or this one, from anywhere.
@@ -108,6 +112,7 @@ class _Loop:
         self.ended: QwenrtError | None = None
         self._engine: Engine | None = engine
         self._stop = threading.Event()
+        self._exiting = False
         self._sinks: dict[str, queue.SimpleQueue[RequestOutput]] = {}
         self.thread = threading.Thread(target=self.run, name="qwenrt-engine", daemon=True)
 
@@ -118,6 +123,8 @@ class _Loop:
         with self.lock:
             if self.ended is not None:
                 raise _again(self.ended)
+            if self._exiting and not threading.current_thread().daemon:
+                raise _closed()
             if isinstance(message, _Add):
                 self._sinks[message.request.request_id] = message.sink
             self.inbox.put(message)
@@ -127,6 +134,8 @@ class _Loop:
         try:
             while not self._stop.is_set():
                 self._turn()
+        except QwenrtError as cause:
+            error = cause
         except BaseException as cause:
             error = BackendError(
                 "the engine's thread",
@@ -134,18 +143,31 @@ class _Loop:
                 "Load the model again.",
             )
             error.__cause__ = cause
-        self.end(error)
+        if not self._exiting:
+            self.end(error)
         self._engine = None
 
     def stop(self) -> None:
         """End the loop: running requests fail, the thread is waited for, though not for ever."""
         if os.getpid() != self.pid:
             return
+        if self._exiting:
+            return
+        self._halt(_CLOSE_TIMEOUT)
+        self.end(_closed())
+
+    def leave(self) -> None:
+        """End the loop at the interpreter's exit, when only daemon threads are left: who waits is told nothing and ends
+        with the process, where an error would be printed for each."""
+        if os.getpid() == self.pid and self.ended is None:
+            self._exiting = True
+            self._halt(_EXIT_TIMEOUT)
+
+    def _halt(self, timeout: float) -> None:
         self._stop.set()
         self.inbox.put(_Wake())
         if self.thread.is_alive() and self.thread is not threading.current_thread():
-            self.thread.join(_CLOSE_TIMEOUT)
-        self.end(_closed())
+            self.thread.join(timeout)
 
     def end(self, error: QwenrtError) -> None:
         """Nothing is taken any more, and whoever waits is told why."""
@@ -177,7 +199,9 @@ class _Loop:
             self._take(engine, message)
         if not engine.has_work or self._stop.is_set():
             return
-        for output in engine.step():
+        outputs = engine.step()
+        self._check()
+        for output in outputs:
             self._deliver(output)
 
     def _take(self, engine: Engine, message: _Add | _Abort | _Compute | _Wake) -> None:
@@ -187,7 +211,9 @@ class _Loop:
             engine.enqueue(message.request)
         elif isinstance(message, _Compute) and message.result.set_running_or_notify_cancel():
             try:
-                message.result.set_result(message.work(engine))
+                computed = message.work(engine)
+                self._check()
+                message.result.set_result(computed)
             except QwenrtError as error:
                 message.result.set_exception(error)
             except Exception as cause:  # whoever asked waits for this answer and for no other
@@ -205,15 +231,26 @@ class _Loop:
             del self._sinks[output.request_id]
 
 
+_RUNNING: weakref.WeakSet[_Loop] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for loop in list(_RUNNING):
+        loop.leave()
+
+
 class AsyncEngine:
     """An Engine that runs by itself. Any number of threads may submit; it sleeps while there is nothing to do."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, check: Callable[[], None] = lambda: None) -> None:
+        """``check`` is called after each step, before anything of it is given out; what it raises ends the engine."""
         self._engine: Engine | None = engine
-        self._loop = _Loop(engine)
+        self._loop = _Loop(engine, check)
         self._loop.thread.start()
-        # At the interpreter's exit too: a daemon thread that is inside a kernel then must not be torn down.
         self._stop = weakref.finalize(self, self._loop.stop)
+        self._stop.atexit = False
+        _RUNNING.add(self._loop)
 
     def submit(
         self,

@@ -19,7 +19,7 @@ from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopR
 from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
-from qwenrt.errors import BackendError, CapacityError, ConfigError, QwenrtError, RequestError
+from qwenrt.errors import BackendError, CapacityError, ConfigError, QwenrtError, RequestError, shown
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.outputs import Delta
@@ -164,7 +164,7 @@ class Engine:
         outside = [i for i in params.logit_bias or () if i >= self._config.vocab_size]
         if outside:
             raise RequestError(
-                f"logit_bias for token {outside[0]}",
+                f"logit_bias for token {shown(outside[0])}",
                 f"the vocabulary has {self._config.vocab_size} ids",
                 f"Ids go from 0 to {self._config.vocab_size - 1}.",
             )
@@ -403,7 +403,7 @@ class Engine:
         for i in ids:
             if type(i) is not int or not 0 <= i < size:
                 raise RequestError(
-                    f"prompt token id {i!r:.40}",
+                    f"prompt token id {shown(i)}",
                     f"the vocabulary has {size} ids",
                     f"Ids are integers from 0 to {size - 1}.",
                 )

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from qwenrt.config import ModelConfig
-from qwenrt.errors import ConfigError, RequestError
+from qwenrt.errors import CheckpointError, ConfigError, RequestError
+from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
 from qwenrt.finetune.data import Corpus, read_entries
 from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings
@@ -95,7 +96,7 @@ def finetune(
         if (short := trainer.too_short_to_learn()) is not None:
             logger.warning("%s", short)
         state = target / STATE_FILE
-        if resume and state.exists():
+        if resume and is_there(state, CheckpointError):
             trainer.load_state(state)
         trainer.run(target, save_every, progress)
     write_checkpoint(trainer.model, source, target)

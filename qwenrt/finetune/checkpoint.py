@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError
+from qwenrt.files import opened
 from qwenrt.loader.names import table_for
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed
@@ -48,7 +49,8 @@ def write_checkpoint(model: Qwen, source: Path, target: Path, dtype: torch.dtype
     if source.resolve() != target.resolve():
         for pattern in _COPIED:
             for file in sorted(source.glob(pattern)):
-                shutil.copyfile(file, target / file.name)
+                with opened(file, CheckpointError) as given, (target / file.name).open("wb") as copy:
+                    shutil.copyfileobj(given, copy)
     save_atomically(tensors, target / "model.safetensors", {"format": "pt"})
 
 

@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
+from qwenrt.config.fields import has_more_values
 from qwenrt.errors import RequestError
+from qwenrt.files import read
 from qwenrt.text.messages import DEFAULT_SYSTEM
 from qwenrt.text.tokenizer import Tokenizer
 
+MAX_DATA_BYTES = 2**30
+MAX_DATA_VALUES = 16 * 10**6
 IGNORE = -100  # a label that carries no loss
 _PAD_TO = 8  # batches are padded to a multiple of this many tokens
 
@@ -23,10 +27,10 @@ _PAD_TO = 8  # batches are padded to a multiple of this many tokens
 def read_entries(path: str | Path) -> list[dict[str, Any]]:
     """The entries of a JSON list or of JSON lines (one object a line). RequestError names the line."""
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"training data {path}", str(error.strerror), "Check the path.") from error
+    asked = f"training data {path}"
+    raw = read(path, MAX_DATA_BYTES, RequestError, asked=asked, what="file that fits into memory: split it")
+    if has_more_values(raw, MAX_DATA_VALUES):
+        raise RequestError(asked, f"more than {MAX_DATA_VALUES} JSON values", "Split it.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -17,12 +17,13 @@ from safetensors import safe_open
 
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig, read_json
-from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
+from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError, shown
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus
 from qwenrt.finetune.interrupt import held_interrupt
 from qwenrt.loader.as_stored import as_stored
 from qwenrt.loader.checkpoint import open_checkpoint
+from qwenrt.loader.header import read_shard
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed, StepPlan
@@ -60,7 +61,7 @@ class TrainingSettings:
         for name, value in whole.items():
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31:
                 raise RequestError(
-                    f"{name}={value!r}", "not a usable number", "Use an integer of at least 1."
+                    f"{name}={shown(value)}", "not a usable number", "Use an integer of at least 1."
                 )
         limits = {
             "learning_rate": (self.learning_rate, 0.0, 10.0),
@@ -73,7 +74,7 @@ class TrainingSettings:
         for name, (number, low, high) in limits.items():
             if not isinstance(number, (int, float)) or not low <= number <= high:
                 raise RequestError(
-                    f"{name}={number!r}", "out of range", f"Use a number from {low:g} to {high:g}."
+                    f"{name}={shown(number)}", "out of range", f"Use a number from {low:g} to {high:g}."
                 )
 
 
@@ -256,6 +257,7 @@ class Trainer:
     def load_state(self, path: Path) -> None:
         """Go on from what save_state wrote. CheckpointError where it belongs to another run or is damaged."""
         try:
+            read_shard(path)  # a regular file whose header holds what it says
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

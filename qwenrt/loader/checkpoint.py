@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenrt.config import read_json
-from qwenrt.errors import CheckpointError, ConfigError
+from qwenrt.errors import CheckpointError, memory_ran_out
+from qwenrt.files import is_there, opened
 from qwenrt.loader.header import AS_WRITTEN, Shard, TensorEntry, read_shard
+from qwenrt.loader.mapping import map_file
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +87,7 @@ def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
     if (one.dtype, one.shape, one.transposed) != (other.dtype, other.shape, other.transposed):
         return False
     try:
-        with one.shard.open("rb") as first, other.shard.open("rb") as second:
+        with opened(one.shard, CheckpointError) as first, opened(other.shard, CheckpointError) as second:
             first.seek(one.begin)
             second.seek(other.begin)
             for start in range(0, one.nbytes, _CHUNK):
@@ -194,10 +196,12 @@ class TensorReader:
         shard = self._shards[path]
         try:
             if path not in self._maps:
-                with path.open("rb") as file:
-                    self._maps[path] = map_file(file.fileno())
+                with opened(path, CheckpointError, asked=f"cannot read {path.name}") as file:
+                    self._maps[path] = map_file(file, path)
             info = path.stat()
         except (OSError, ValueError) as error:
+            if memory_ran_out(error):
+                raise
             raise CheckpointError(
                 f"cannot read {path.name}", str(error), "Check the file, its permissions and its disk."
             ) from error
@@ -217,14 +221,6 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def map_file(fd: int) -> mmap.mmap:
-    """The whole file, copy-on-write; without reserving swap, so that a file larger than memory can be mapped."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-    return mmap.mmap(fd, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-
-
 @dataclass(frozen=True)
 class _Index:
     """model.safetensors.index.json: tensor name -> file name, and the bytes of all tensors where it says so."""
@@ -240,12 +236,9 @@ class _Index:
 def _read_index(directory: Path) -> _Index | None:
     """The index with its file names checked; None where there is none."""
     path = directory / INDEX
-    if not path.exists():
+    if not is_there(path, CheckpointError):
         return None
-    try:
-        index = read_json(path)
-    except ConfigError as error:
-        raise CheckpointError(error.asked, error.found, error.remedy) from error
+    index = read_json(path, CheckpointError)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"cannot read {INDEX}", "it has no weight_map", _NO_INDEX)
@@ -361,16 +354,10 @@ def _some(names: list[str], most: int = 5) -> str:
 def _check_link(directory: Path, name: str) -> None:
     """A shard may be a link only within the directory, or into the store of a download client's cache."""
     path = directory / name
-    if not path.is_symlink():
+    if not os.path.islink(path):
         return
-    try:
-        target, home = path.resolve(strict=True), directory.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that form a loop
-        raise CheckpointError(
-            f"{name} is a link that leads nowhere",
-            str(error),
-            "Put the file where it leads, or into the directory itself (`qwenrt pull` fetches what is missing).",
-        ) from error
+    opened(path, CheckpointError, asked=f"cannot read {name}").close()
+    target, home = path.resolve(), directory.resolve()
     allowed = [home]
     store = _STORES.get(home.parent.name)
     if store is not None:

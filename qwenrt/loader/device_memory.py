@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import qwenrt.backends
+from qwenrt.errors import CapacityError
 
 _TIMEOUT_S = 10.0
+TORCH_TAKES = 640 * 2**20  # bytes of address space; a build for the CPU alone, with one thread
 _QUERY = ("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits")
 
 
@@ -24,18 +28,38 @@ def device_memory(device: str, root: Path = Path("/")) -> tuple[int, int] | None
 
 
 def _host_memory(root: Path) -> tuple[int, int] | None:
-    """What the CPU's backend says. Its module is loaded by itself, as the package around it imports torch."""
-    path = Path(qwenrt.backends.__file__).parent / "cpu" / "resources.py"
-    spec = importlib.util.spec_from_file_location("qwenrt_cpu_resources", path)
-    if spec is None or spec.loader is None:
-        return None
-    resources = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(resources)
+    """What the CPU's backend says."""
+    resources = _resources()
     try:
         free, total = resources.memory(root)
     except (AttributeError, OSError, ValueError):  # a system that tells in none of the known ways
         return None
     return int(free), int(total)
+
+
+def _resources() -> Any:
+    """The module of the CPU's backend, loaded by itself, as the package around it imports torch."""
+    path = Path(qwenrt.backends.__file__).parent / "cpu" / "resources.py"
+    spec = importlib.util.spec_from_file_location("qwenrt_cpu_resources", path)
+    assert spec is not None and spec.loader is not None
+    resources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(resources)
+    return resources
+
+
+def check_room_for_torch() -> None:
+    """Raise CapacityError where this process's limits leave no room to import torch: its libraries do not raise, they
+    print and end the process."""
+    if "torch" in sys.modules:
+        return
+    for limit, used in _resources().process_limits():
+        if limit - used < TORCH_TAKES:
+            raise CapacityError(
+                "importing torch",
+                f"this process may use {limit >> 20} MiB of address space or data (ulimit -v, ulimit -d), "
+                f"{max(0, limit - used) >> 20} MiB of it are left, and torch alone takes about {TORCH_TAKES >> 20}",
+                "Raise the limit; a model comes on top.",
+            )
 
 
 def _nvidia_smi(number: int) -> tuple[int, int] | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from qwenrt.config import not_the_file
-from qwenrt.errors import CheckpointError
+from qwenrt.errors import CheckpointError, shown
+from qwenrt.files import not_the_file, opened
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 100_000  # in one file; the largest released Qwen has about 40,000 in all its files
@@ -87,19 +86,14 @@ def read_shard(path: Path) -> Shard:
     leave a hole or pass the end of the file.
     """
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(
-                f"cannot read {path.name}", "it is not a regular file", "Put the model's file in its place."
-            )
-        with path.open("rb") as file:
+        with opened(path, CheckpointError, asked=f"cannot read {path.name}") as file:
             info = os.fstat(file.fileno())
             entries = _read_entries(path, file, info.st_size)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path.name}",
             f"{error.strerror or error} ({path})",
-            "Check the path and its permissions.",
+            "Check the disk it is on.",
         ) from error
     return Shard(path, info.st_size, info.st_mtime_ns, entries)
 
@@ -109,7 +103,7 @@ def _fail(path: Path, found: str, remedy: str = AS_WRITTEN) -> NoReturn:
 
 
 def _read_entries(path: Path, file: BinaryIO, size: int) -> tuple[TensorEntry, ...]:
-    head = file.read(256)
+    head = file.read(256) or b""  # None: nothing can be read without waiting
     if unlike := sniff(head):
         _fail(path, f"it is {unlike[0]} ({size} bytes)", unlike[1])
     if size < 8:
@@ -202,9 +196,10 @@ def _entry(path: Path, name: str, value: object, start: int) -> TensorEntry:
     for dim in shape:
         bits *= dim
     if begin > end or bits != 8 * (end - begin):
+        needed = f"{bits / 8:g}" if bits < 2**64 else shown(bits // 8)
         _fail(
             path,
-            f"tensor {label}: {dtype} of shape {shape} takes {bits / 8:g} bytes, "
+            f"tensor {label}: {dtype} of shape {shape} takes {needed} bytes, "
             f"its data_offsets {offsets} give {end - begin}",
         )
     return TensorEntry(name, dtype, tuple(shape), start + begin, start + end, path)

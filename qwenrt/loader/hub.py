@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenrt.config import Environment
-from qwenrt.errors import CheckpointError
+from qwenrt.errors import CheckpointError, shown
+from qwenrt.files import is_there
 from qwenrt.loader import huggingface, modelscope
 from qwenrt.loader.checkpoint import open_checkpoint
 from qwenrt.loader.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
@@ -52,13 +53,15 @@ def resolve(
     """
     env = Environment.read() if env is None else env
     offline = env.offline if offline is None else offline
-    if source not in SOURCES:
-        raise CheckpointError(f"source={source!r}", "not a known source", f"Use one of {', '.join(SOURCES)}.")
+    if not isinstance(source, str) or source not in SOURCES:
+        raise CheckpointError(
+            f"source={shown(source)}", "not a known source", f"Use one of {', '.join(SOURCES)}."
+        )
     if revision is not None and not (
         isinstance(revision, str) and _REVISION.fullmatch(revision) and ".." not in revision
     ):
         raise CheckpointError(
-            f"revision={str(revision)[:80]!r}", "not a branch, tag or commit", "Leave it out for the newest."
+            f"revision={shown(revision)}", "not a branch, tag or commit", "Leave it out for the newest."
         )
     local = _local(name)
     if local is not None:
@@ -132,11 +135,11 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
     """The built-in model or an existing directory; None if ``name`` is to be looked up on a hub."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise CheckpointError(
-            f"cannot load the model {name!r}", "that is not a name", "Give a directory or a name."
+            f"cannot load the model {shown(name)}", "that is not a name", "Give a directory or a name."
         )
     text = os.fspath(name)
     if text == "demo":
-        if (DEMO / "config.json").exists():
+        if is_there(DEMO / "config.json", CheckpointError):
             return DEMO
         raise CheckpointError(
             "the built-in model 'demo'", f"it is not in this installation ({DEMO})", "Reinstall qwenrt."
@@ -145,7 +148,7 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
         path = Path(text).expanduser()
         if path.is_dir():
             return path.absolute()
-        is_file = path.exists()
+        is_file = "\0" not in text and is_there(path, CheckpointError)
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a NUL
         raise CheckpointError(
             f"cannot load the model {text[:120]!r}", str(error), "Check the name."
@@ -216,7 +219,7 @@ def _repo_id(name: str) -> str:
 
 def _check(pull: Pull, directory: Path, weights: bool) -> None:
     """A fetched directory must hold a whole model before anybody uses it."""
-    if not (directory / "config.json").exists():
+    if not is_there(directory / "config.json", CheckpointError):
         if pull.offline:
             pull.not_cached()
         pull.fail("the repository has no config.json", "It holds no model that qwenrt can read.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwenrt.errors import CheckpointError
+from qwenrt.files import is_there, opened
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
 from qwenrt.loader.pull import SUBDIRECTORIES, WEIGHT_FILES, Pull, from_network, out_of_space
 from qwenrt.loader.shards import fetch_shards, repository
@@ -108,7 +109,11 @@ def _verify(pull: Pull, directory: Path) -> None:
     files = []
     for path in sorted(directory.iterdir()):
         blob = path.resolve()
-        if len(blob.name) in (40, 64) and blob.parent.name == "blobs" and not (noted / blob.name).exists():
+        if (
+            len(blob.name) in (40, 64)
+            and blob.parent.name == "blobs"
+            and not is_there(noted / blob.name, CheckpointError)
+        ):
             files.append((path, blob))
     with ByteBar("verifying", sum(blob.stat().st_size for _, blob in files), pull.show) as bar:
         for path, blob in files:
@@ -128,7 +133,7 @@ def _verify(pull: Pull, directory: Path) -> None:
 def _digest(path: Path, bar: ByteBar) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256() if len(path.name) == 64 else hashlib.sha1(f"blob {size}\0".encode())
-    with path.open("rb") as file:
+    with opened(path, CheckpointError) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
             bar.add(len(chunk))

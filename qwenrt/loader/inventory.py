@@ -75,6 +75,23 @@ class Inventory:
             )
 
 
+def check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse files that cannot hold the model of config.json by far, before anything of its size is made.
+
+    At least half of what its parameters take in the form that config.json names; a head may be left away.
+    """
+    bits = config.quant.bits if config.quant is not None else 16
+    parameters = config.num_parameters - config.vocab_size * config.hidden_size
+    least = parameters * bits // 16
+    if least > checkpoint.nbytes:
+        raise CheckpointError(
+            f"the {len(checkpoint.tensors)} tensors in {checkpoint.directory} are not the model that "
+            "config.json describes",
+            f"{parameters} parameters cannot be in {checkpoint.nbytes} bytes of tensors",
+            "Check that config.json and the weights come from the same repository and revision.",
+        )
+
+
 def take_inventory(
     checkpoint: Checkpoint, model: Loadable, config: ModelConfig, table: NameTable
 ) -> Inventory:

@@ -21,7 +21,8 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
-from qwenrt.errors import QwenrtError
+from qwenrt.errors import CheckpointError, QwenrtError
+from qwenrt.files import opened
 from qwenrt.loader import packed_file
 from qwenrt.loader.checkpoint import Checkpoint, TensorReader
 from qwenrt.loader.inventory import Loadable
@@ -114,7 +115,7 @@ def _content(checkpoint: Checkpoint, config: ModelConfig) -> str:
         digest.update(f"{shard.path.name} {shard.size} {shard.mtime_ns}\n".encode())
         for entry in shard.tensors:
             digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.begin} {entry.end}\n".encode())
-        with shard.path.open("rb", buffering=0) as file:
+        with opened(shard.path, CheckpointError) as file:
             for i in range(_SAMPLES):
                 file.seek(max(0, shard.size - _SAMPLE) * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE))

@@ -15,17 +15,19 @@ import mmap
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwenrt.errors import CheckpointError
-from qwenrt.loader.checkpoint import TORCH_DTYPES, map_file
+from qwenrt.files import is_there, opened
+from qwenrt.loader.checkpoint import TORCH_DTYPES
 from qwenrt.loader.header import MAX_HEADER_BYTES, TensorEntry, metadata_of, parse_header
+from qwenrt.loader.mapping import map_file
 
 try:
     import fcntl
@@ -67,11 +69,9 @@ def write(path: Path, tensors: dict[str, torch.Tensor], description: dict[str, A
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(f"it takes {size / 2**20:.0f} MiB, {free / 2**20:.0f} are free")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PART}")
+    file, part = _new_part(path)
     try:
-        with part.open("xb", buffering=0) as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)  # says that somebody still writes
+        with file:
             _write_all(file.fileno(), memoryview(header))
             for each in flat.values():
                 _write_all(file.fileno(), _buffer(each))
@@ -83,6 +83,19 @@ def write(path: Path, tensors: dict[str, torch.Tensor], description: dict[str, A
             part.unlink(missing_ok=True)
     _sync_directory(path.parent)
     return size
+
+
+def _new_part(path: Path) -> tuple[FileIO, Path]:
+    """A new file beside ``path``, locked: that says that somebody still writes."""
+    while True:
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PART}")
+        file = part.open("xb", buffering=0)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink == 0:  # taken for a leftover before it was locked
+                file.close()
+                continue
+        return file, part
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,7 +157,7 @@ def _remove_leftovers(path: Path) -> None:
     if fcntl is None:
         return
     for part in path.parent.glob(f".{path.name}.*{_PART}"):
-        with contextlib.suppress(OSError), part.open("rb") as file:
+        with contextlib.suppress(OSError, CheckpointError), opened(part, CheckpointError) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
 
@@ -158,19 +171,14 @@ def open_file(path: Path, wanted: dict[str, Any]) -> PackedFile | None:
     Raises Damaged for anything else that stands in its place: nothing of it was used then.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise Damaged(str(error.strerror)) from error
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise Damaged("it is no file")
-        mapped = map_file(fd)
+        if not is_there(path, CheckpointError):
+            return None
+        with opened(path, CheckpointError) as file:
+            mapped = map_file(file, path)
+    except CheckpointError as error:
+        raise Damaged(error.found) from error
     except (OSError, ValueError) as error:  # an empty file
         raise Damaged(str(error)) from error
-    finally:
-        os.close(fd)
     if hasattr(mapped, "madvise"):
         with contextlib.suppress(OSError):  # a system that has no such advice
             mapped.madvise(_POPULATE_READ)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
+from qwenrt.errors import CheckpointError
+from qwenrt.files import is_there, opened
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
 from qwenrt.loader.pull import WEIGHT_FILES, Pull, from_network
 
@@ -69,7 +71,11 @@ def fetch_shards(pull: Pull, info: Any) -> None:
     store = pull.cache_dir / f"models--{pull.repo.replace('/', '--')}" / "blobs"
     with ThreadPoolExecutor(PARALLEL) as pool:
         described = pool.map(lambda name: _describe(pull, name, commit), names)
-        files = [file for file in described if file is not None and not (store / file.sha256).exists()]
+        files = [
+            file
+            for file in described
+            if file is not None and not is_there(store / file.sha256, CheckpointError)
+        ]
     if not files:
         return
     parts = pull.cache_dir / "parts"
@@ -164,7 +170,7 @@ def _fetch_one(
     """Fetch one file, or what is missing of it; another process that fetches the same one is waited for."""
     part, done = parts / f"{file.sha256}.part", store / file.sha256
     with _alone(part, file, stop):
-        if done.exists():
+        if is_there(done, CheckpointError):
             part.unlink(missing_ok=True)
             bar.add(file.size)
             return
@@ -264,7 +270,7 @@ class _Counted:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path, CheckpointError) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

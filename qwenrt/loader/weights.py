@@ -13,7 +13,7 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
-from qwenrt.errors import CapacityError, CheckpointError, ConfigError
+from qwenrt.errors import CapacityError, CheckpointError, ConfigError, memory_ran_out
 from qwenrt.loader.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
 from qwenrt.loader.forms import Fp8, Target
 from qwenrt.loader.inventory import Inventory, Loadable, parts_of, take_inventory, unstacked
@@ -25,7 +25,6 @@ from qwenrt.ops.types import CanonicalWeight, Packed
 
 QUANTIZE_BITS = {"int8": 8, "int4": 4}
 QUANTIZE_GROUP = 128
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words, CPU and devices
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _FLOAT16_END = 65520.0  # from here on values become infinite in float16
 _CHECKED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
@@ -93,8 +92,8 @@ def load_weights(
                 tied = model.get("embed_tokens") if name == "lm_head" and config.tie_word_embeddings else None
                 model.set_linear(name, loader.linear(spec, tied))
                 bar.add(loader.take_bytes())
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not memory_ran_out(error):
             raise
         raise _out_of_memory(checkpoint, error) from error
     if cache is not None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError
+from qwenrt.files import is_there
 from qwenrt.text.unicode import nfc
 from qwenrt.text.vocabulary import (
     END_OF_TEXT,
@@ -93,7 +94,7 @@ def read_added_tokens(
     decoder = tokenizer_config.get("added_tokens_decoder")
     add(_from_decoder(decoder, f"{directory / 'tokenizer_config.json'}, added_tokens_decoder"))
     path = directory / "added_tokens.json"
-    if not found and path.exists():
+    if not found and is_there(path, ConfigError):
         add(_from_forms(read_json(path), str(path)))
     in_vocab = {form: vocab[form] for form in REQUIRED if form in vocab and form not in found}
     if not found and not in_vocab:

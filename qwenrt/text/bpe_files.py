@@ -12,6 +12,7 @@ from typing import Any
 
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, ConfigError
+from qwenrt.files import is_there
 from qwenrt.text.added_tokens import read_added_tokens, token_form
 from qwenrt.text.bpe_merges import check_forms, check_ids, is_byte_level, merged_ranks, split_merges
 from qwenrt.text.qwen1_vocabulary import QWEN1_FILE, is_cut_off
@@ -30,11 +31,11 @@ def read_bpe(directory: Path) -> Vocabulary:
     Raises ConfigError or CheckpointError naming the file, the entry and what is wrong with it.
     """
     config_path = directory / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.exists() else {}
+    config = read_json(config_path) if is_there(config_path, ConfigError) else {}
     written = _templates(directory, config)
-    if (directory / TOKENIZER_FILE).exists():
+    if is_there(directory / TOKENIZER_FILE, CheckpointError):
         vocabulary = _from_tokenizer_json(directory, config, written)
-    elif (directory / VOCAB_FILE).exists() or (directory / MERGES_FILE).exists():
+    elif any(is_there(directory / name, CheckpointError) for name in (VOCAB_FILE, MERGES_FILE)):
         vocabulary = _from_vocab_and_merges(directory, config, written)
     else:
         vocabulary = _from_ranks(directory, config, written)

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt.config import read_json
+from qwenrt.config.fields import MAX_JSON_BYTES
+from qwenrt.errors import ConfigError
+from qwenrt.files import is_there, read
 
 _TURN = r"""
 {%- macro turn(role, text) -%}
@@ -231,11 +234,12 @@ def family(directory: Path, model_type: str) -> str:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if is_there(path, ConfigError) else {}
 
 
 def _has_token(directory: Path, form: str) -> bool:
     """Whether a tokenizer file mentions the token. Read as bytes: they may be large, and are checked elsewhere."""
     quoted = f'"{form}"'.encode()
     names = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
-    return any((directory / n).is_file() and quoted in (directory / n).read_bytes() for n in names)
+    there = (directory / name for name in names if is_there(directory / name, ConfigError))
+    return any(quoted in read(path, MAX_JSON_BYTES, ConfigError) for path in there)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qwenrt.config import read_json
-from qwenrt.errors import RequestError
+from qwenrt.errors import ConfigError, RequestError
+from qwenrt.files import is_there
 from qwenrt.text.added_tokens import NAMED_TOKENS, token_form
 from qwenrt.text.builtin_templates import TEMPLATES, family
 from qwenrt.text.chat_template import Prompt, build_messages
@@ -103,7 +104,7 @@ def _template_format(directory: Path, model_type: str) -> ChatFormat:
     from qwenrt.text.template_format import TemplateFormat
 
     config_file = directory / CONFIG_FILE
-    config = read_json(config_file) if config_file.exists() else {}
+    config = read_json(config_file) if is_there(config_file, ConfigError) else {}
     tokens = {name: token_form(config.get(name)) for name in NAMED_TOKENS}
     token_texts = {name: text for name, text in tokens.items() if text is not None}
     templates = {name: JinjaTemplate(*source) for name, source in template_sources(directory, config).items()}

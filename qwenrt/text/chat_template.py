@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.errors import RequestError
+from qwenrt.arguments import as_integer
+from qwenrt.errors import RequestError, shown
 from qwenrt.text.conversations import as_history
 from qwenrt.text.messages import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 from qwenrt.text.messages import Turns, parse_messages
@@ -95,9 +96,10 @@ def stop_ids(tokenizer: Tokenizer, chat_format: str | None) -> list[list[int]]:
 
 def check_window(window: object) -> int | None:
     """A max_window_size as it may be given: a number of tokens, or None."""
-    if window is None or (isinstance(window, int) and not isinstance(window, bool) and window >= 0):
-        return window
-    raise RequestError("max_window_size", f"got {window!r:.80}", "Pass a number of tokens, or None.")
+    tokens = as_integer(window)
+    if window is None or (tokens is not None and tokens >= 0):
+        return tokens
+    raise RequestError("max_window_size", f"got {shown(window)}", "Pass a number of tokens, or None.")
 
 
 def _render(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt.config import read_json
-from qwenrt.errors import ConfigError, RequestError
+from qwenrt.errors import ConfigError, RequestError, shown
 from qwenrt.text.messages import DEFAULT_SYSTEM
 from qwenrt.text.unicode import without_surrogates
 
@@ -36,7 +36,7 @@ def as_history(history: object) -> History:
     for index, entry in enumerate(history):
         ok = isinstance(entry, Sequence) and not isinstance(entry, (str, bytes)) and len(entry) == 2
         if not ok or not all(isinstance(text, str) for text in entry):
-            raise RequestError(f"history[{index}]", f"got {entry!r:.80}", _PAIRS)
+            raise RequestError(f"history[{index}]", f"got {shown(entry)}", _PAIRS)
         pairs.append((entry[0], entry[1]))
     return pairs
 
@@ -76,17 +76,16 @@ def load(path: str | Path) -> tuple[History, str | None]:
     asked, remedy = f"loading a conversation from {source}", "Give a file that qwenrt saved."
     try:
         content = read_json(source)
-    except (ConfigError, ValueError) as error:  # ValueError: a name that no file can have
-        found = error.found if isinstance(error, ConfigError) else _reason(error)
-        raise RequestError(asked, found, remedy) from error
+    except ConfigError as error:
+        raise RequestError(asked, error.found, remedy) from error
     if content.get("format") != FORMAT:
-        raise RequestError(asked, f"its format is {content.get('format')!r:.80}, not {FORMAT!r}", remedy)
+        raise RequestError(asked, f"its format is {shown(content.get('format'))}, not {FORMAT!r}", remedy)
     if content.get("version") != VERSION:
-        found = f"it has version {content.get('version')!r:.80}, this qwenrt reads {VERSION}"
+        found = f"it has version {shown(content.get('version'))}, this qwenrt reads {VERSION}"
         raise RequestError(asked, found, "Update qwenrt.")
     system = content.get("system")
     if system is not None and not isinstance(system, str):
-        raise RequestError(asked, f"system is {system!r:.80}", "It must be text or null.")
+        raise RequestError(asked, f"system is {shown(system)}", "It must be text or null.")
     try:
         return as_history(content.get("history")), system
     except RequestError as error:
@@ -99,13 +98,13 @@ def _pairs_of_messages(messages: Sequence[Any]) -> History:
         wanted = "assistant" if len(texts) % 2 else "user"
         role = message.get("role") if isinstance(message, Mapping) else None
         content = message.get("content") if isinstance(message, Mapping) else None
-        if role != wanted or not isinstance(content, str):
+        if not isinstance(role, str) or role != wanted or not isinstance(content, str):
             remedy = (
                 "Pass the system text as system=."
-                if role == "system"
+                if isinstance(role, str) and role == "system"
                 else f"Expected a message with role {wanted!r} and a str as content."
             )
-            raise RequestError(f"history[{index}]", f"got {message!r:.80}", remedy)
+            raise RequestError(f"history[{index}]", f"got {shown(message)}", remedy)
         texts.append(content)
     if len(texts) % 2:
         raise RequestError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenrt.errors import RequestError
+from qwenrt.errors import RequestError, shown
 
 ROLES = ("system", "user", "assistant", "tool", "function", "developer")
 
@@ -47,6 +47,14 @@ def check_messages(messages: object) -> list[Message]:
     return [_checked(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 
+def given_tools(tools: object) -> list[Any] | None:
+    """``tools`` as a caller passed them: a list of what `check_tools` accepts, None for none."""
+    if tools is None:
+        return None
+    check_tools(tools)
+    return list(tools) or None  # type: ignore[call-overload,no-any-return]
+
+
 def check_tools(tools: object) -> list[Mapping[str, Any]]:
     """The functions that ``tools`` describe, unwrapped from OpenAI's {"type": "function", "function": ...}."""
     if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
@@ -55,8 +63,9 @@ def check_tools(tools: object) -> list[Mapping[str, Any]]:
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
         if isinstance(tool, Mapping) and "function" in tool:
-            if tool.get("type", "function") != "function":
-                raise RequestError(where, f"type is {tool['type']!r:.80}", "Supported is: 'function'.")
+            kind = tool.get("type", "function")
+            if not isinstance(kind, str) or kind != "function":
+                raise RequestError(where, f"type is {shown(kind)}", "Supported is: 'function'.")
             tool = tool["function"]
         if not isinstance(tool, Mapping):
             raise RequestError(where, f"got {type(tool).__name__}", "Pass a dict that describes a function.")
@@ -75,7 +84,7 @@ def unmatched(result: Message, calls: int) -> RequestError:
     """A tool's result whose tool_call_id is that of none of the calls before it."""
     return RequestError(
         "Invalid request",
-        f"tool_call_id {result.tool_call_id!r:.80} matches none of {calls} calls",
+        f"tool_call_id {shown(result.tool_call_id)} matches none of {calls} calls",
         "Answer each tool call with one tool message that carries its id.",
     )
 
@@ -84,8 +93,8 @@ def _checked(where: str, message: object) -> Message:
     if not isinstance(message, Mapping):
         raise RequestError(where, f"got {type(message).__name__}", "Pass {'role': ..., 'content': ...}.")
     role = message.get("role")
-    if role not in ROLES:
-        raise RequestError(where, f"role is {role!r:.80}", f"Known roles are: {', '.join(ROLES)}.")
+    if not isinstance(role, str) or role not in ROLES:
+        raise RequestError(where, f"role is {shown(role)}", f"Known roles are: {', '.join(ROLES)}.")
     calls = _calls(where, message) if role == "assistant" else ()
     reasoning = message.get("reasoning_content") if role == "assistant" else None
     if reasoning is not None and not isinstance(reasoning, str):
@@ -95,7 +104,7 @@ def _checked(where: str, message: object) -> Message:
         "system" if role == "developer" else str(role),
         _content(where, message.get("content")),
         calls,
-        message.get("tool_call_id"),
+        _id(f"{where}: tool_call_id", message.get("tool_call_id")),
         reasoning,
         name if isinstance(name, str) else None,
     )
@@ -116,10 +125,16 @@ def _content(where: str, content: object) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         text = part.get("text") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(text, str):
-            raise RequestError(f"{where}: content", f"a part of type {kind!r:.80}", "Only text is read.")
+        if not isinstance(kind, str) or kind != "text" or not isinstance(text, str):
+            raise RequestError(f"{where}: content", f"a part of type {shown(kind)}", "Only text is read.")
         texts.append(text)
     return "".join(texts)
+
+
+def _id(where: str, value: object) -> str | int | None:
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise RequestError(where, f"got {shown(value)}", "Pass a str.")
 
 
 def _calls(where: str, message: Mapping[str, Any]) -> tuple[Call, ...]:
@@ -137,8 +152,8 @@ def _calls(where: str, message: Mapping[str, Any]) -> tuple[Call, ...]:
         if not isinstance(name, str) or not name or not isinstance(arguments, (str, Mapping)):
             raise RequestError(
                 f"{where}: tool call",
-                f"got {call!r:.120}",
+                f"got {shown(call, 120)}",
                 "A call is {'type': 'function', 'function': {'name': str, 'arguments': str}}.",
             )
-        calls.append(Call(name, arguments, call.get("id")))
+        calls.append(Call(name, arguments, _id(f"{where}: id of a call", call.get("id"))))
     return tuple(calls)

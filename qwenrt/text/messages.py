@@ -173,15 +173,11 @@ def _tool_specs(tools: object) -> list[dict[str, str]]:
     specs = []
     for index, tool in enumerate(check_tools(tools)):
         where = f"tools[{index}]"
-        name, description = tool.get("name") or "", tool.get("description") or ""
         spec = {
-            "name_for_model": tool.get("name_for_model") or name,
-            "name_for_human": tool.get("name_for_human") or name,
-            "description_for_model": tool.get("description_for_model") or description,
+            "name_for_model": _text_of(where, tool, "name_for_model", "name"),
+            "name_for_human": _text_of(where, tool, "name_for_human", "name"),
+            "description_for_model": _text_of(where, tool, "description_for_model", "description"),
         }
-        for key, value in spec.items():
-            if not isinstance(value, str):
-                raise RequestError(f"{where}: {key}", f"got {type(value).__name__}", "Pass a str.")
         if not spec["name_for_model"]:
             raise RequestError(where, "it has no name", "Give the function a 'name'.")
         parameters = tool.get("parameters")
@@ -190,6 +186,17 @@ def _tool_specs(tools: object) -> list[dict[str, str]]:
         spec["parameters"] = _json(f"{where}: parameters", parameters)
         specs.append(spec)
     return specs
+
+
+def _text_of(where: str, tool: Mapping[str, Any], *keys: str) -> str:
+    """The first text under one of ``keys`` that is not empty; empty where there is none."""
+    for key in keys:
+        value = tool.get(key)
+        if value is not None and not isinstance(value, str):
+            raise RequestError(f"{where}: {key}", f"got {type(value).__name__}", "Pass a str.")
+        if value:
+            return value
+    return ""
 
 
 def _json(where: str, value: object) -> str:

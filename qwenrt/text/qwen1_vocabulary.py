@@ -9,6 +9,7 @@ from typing import Any
 
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError
+from qwenrt.files import is_there
 from qwenrt.text.vocabulary import (
     END_OF_TEXT,
     IM_END,
@@ -34,7 +35,7 @@ def read_qwen1(directory: Path, extra_vocab_files: Sequence[str | Path] = ()) ->
     """
     ranks = read_base_vocab(directory / QWEN1_FILE)
     configs = [
-        (name, read_json(directory / name) if (directory / name).exists() else {})
+        (name, read_json(directory / name) if is_there(directory / name, CheckpointError) else {})
         for name in ("generation_config.json", "tokenizer_config.json")
     ]
     _check_end_of_text(ranks, directory / QWEN1_FILE, configs)
@@ -69,7 +70,7 @@ def _extra_vocab_files(directory: Path, tokenizer_config: Mapping[str, Any]) -> 
     named = tokenizer_config.get("extra_vocab_file")
     if named is None:
         default = directory / EXTRA_VOCAB_FILE
-        return [default] if default.exists() else []
+        return [default] if is_there(default, CheckpointError) else []
     if not isinstance(named, str) or not named or named in (".", "..") or re.search(r"[/\\:\0]", named):
         raise CheckpointError(
             f"reading {directory / 'tokenizer_config.json'}",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwenrt.config import not_the_file
 from qwenrt.errors import ConfigError
+from qwenrt.files import is_there, read_downloaded
 
 TEMPLATE_FILE, TEMPLATE_FOLDER, CONFIG_FILE = (
     "chat_template.jinja",
@@ -34,7 +34,8 @@ def template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, Te
     """
     files = {"default": directory / TEMPLATE_FILE}
     files |= {name: directory / TEMPLATE_FOLDER / f"{name}.jinja" for name in _USED if name != "default"}
-    found = {name: TemplateSource(_read(path), str(path)) for name, path in files.items() if path.exists()}
+    there = {name: path for name, path in files.items() if is_there(path, ConfigError)}
+    found = {name: TemplateSource(_read(path), str(path)) for name, path in there.items()}
     if "default" in found:
         return found
     where = f"{directory / CONFIG_FILE}, chat_template"
@@ -71,17 +72,10 @@ def _named(given: object, where: str) -> dict[str, str]:
 
 
 def _read(path: Path) -> str:
-    asked = f"reading {path}"
-    try:
-        with path.open("rb") as file:
-            raw = file.read(4 * MAX_SOURCE_CHARS + 1)
-    except OSError as error:
-        found = f"{type(error).__name__}: {error.strerror}"
-        raise ConfigError(asked, found, "Check the file and its permissions.") from error
-    unlike = not_the_file(raw)
-    if unlike:
-        raise ConfigError(asked, *unlike)
+    raw = read_downloaded(path, 4 * MAX_SOURCE_CHARS, ConfigError, what="chat template")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ConfigError(asked, f"byte {error.start} is not UTF-8", "Fetch the file again.") from error
+        raise ConfigError(
+            f"reading {path}", f"byte {error.start} is not UTF-8", "Fetch the file again."
+        ) from error

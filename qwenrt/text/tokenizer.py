@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenrt.arguments import as_integer, as_list, flag
 from qwenrt.config import read_json
 from qwenrt.config.families import text_model_type
-from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.errors import CheckpointError, RequestError, shown
+from qwenrt.files import is_there
 from qwenrt.text.added_tokens import FormFinder
 from qwenrt.text.bpe_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE, read_bpe
+from qwenrt.text.message_checks import given_tools
 from qwenrt.text.qwen1_vocabulary import QWEN1_FILE, SPECIAL_TOKENS, read_qwen1, with_control_tokens
 from qwenrt.text.unicode import nfc, without_surrogates
 from qwenrt.text.vocabulary import END_OF_TEXT, IM_END, IM_START, SPLIT_PATTERN, Vocabulary
@@ -89,7 +91,7 @@ class Tokenizer:
         qwen.tiktoken; only that one has extensions (``extra_vocab_files``, see qwen1_vocabulary). Raises
         CheckpointError or ConfigError naming the file.
         """
-        directory = Path(path).expanduser()
+        directory = _directory(path)
         if _is_qwen1(directory):
             return cls(read_qwen1(directory, extra_vocab_files), str(directory), directory)
         if extra_vocab_files:
@@ -116,6 +118,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError("encoding text", f"got {type(text).__name__}", "Pass a str.")
         text = without_surrogates(text)
+        allow_special = flag("allow_special", allow_special)
         if not allow_special and not self._has_words:
             return self._encode_ordinary(self._nfc(text))
         ids: list[int] = []
@@ -130,7 +133,7 @@ class Tokenizer:
 
     def token_id(self, form: str) -> int | None:
         """The id of an added token, such as <think>; None where this vocabulary has no such token."""
-        return self.added_tokens.get(form)
+        return self.added_tokens.get(form) if isinstance(form, str) else None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, errors: str = "replace") -> str:
         """The text of ``ids``: their bytes joined, then decoded as UTF-8 with any codec error handler.
@@ -139,10 +142,10 @@ class Tokenizer:
         """
         try:
             codecs.lookup_error(errors)
-        except LookupError as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise RequestError(
                 "decoding",
-                f"errors={errors!r}",
+                f"errors={shown(errors)}",
                 "Use 'replace', 'ignore', 'strict' or a registered handler.",
             ) from error
         try:
@@ -156,7 +159,8 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
         """The bytes of ``ids`` joined; they need not be whole characters."""
-        if skip_special_tokens:
+        ids = as_list("token ids", ids)
+        if flag("skip_special_tokens", skip_special_tokens):
             ids = (i for i in map(_index, ids) if i not in self.special_ids)
         return b"".join(map(self.token_bytes, ids))
 
@@ -166,7 +170,7 @@ class Tokenizer:
         token = self._bytes[index] if 0 <= index < self.vocab_size else None
         if token is None:
             raise RequestError(
-                f"decoding token id {index}",
+                f"decoding token id {shown(index)}",
                 f"no such token, ids are 0 to {self.vocab_size - 1}",
                 "Embedding rows past the vocabulary have no text and are never sampled.",
             )
@@ -184,7 +188,8 @@ class Tokenizer:
 
     def has_token(self, token_id: int) -> bool:
         """Whether the id has a token (rows past the vocabulary, and gaps in it, have none)."""
-        return 0 <= token_id < self.vocab_size and self._bytes[token_id] is not None
+        index = as_integer(token_id)
+        return index is not None and 0 <= index < self.vocab_size and self._bytes[index] is not None
 
     def absent_ids(self) -> list[int]:
         """The ids below vocab_size that have no token."""
@@ -199,17 +204,14 @@ class Tokenizer:
     ) -> list[int]:
         """The prompt for OpenAI-shaped messages, in the chat format of the directory this was read from; without one
         as Qwen-1's. RequestError for messages that no prompt can be built from."""
-        return (
-            self._chat_format()
-            .prompt(
-                self,
-                messages,
-                tools,
-                max_window_size=max_window_size,
-                add_generation_prompt=add_generation_prompt,
-            )
-            .token_ids
+        prompt = self._chat_format().prompt(
+            self,
+            messages,
+            given_tools(tools),
+            max_window_size=max_window_size,
+            add_generation_prompt=flag("add_generation_prompt", add_generation_prompt),
         )
+        return prompt.token_ids
 
     def _chat_format(self) -> ChatFormat:
         from qwenrt.text.chat_format import ReactFormat, load_chat_format  # which is for tokenizers itself
@@ -220,7 +222,9 @@ class Tokenizer:
                 self._format = ReactFormat()
             else:
                 config = directory / "config.json"
-                model_type = text_model_type(read_json(config)) if config.exists() else "qwen2"
+                model_type = (
+                    text_model_type(read_json(config)) if is_there(config, CheckpointError) else "qwen2"
+                )
                 self._format = load_chat_format(directory, model_type)
         return self._format
 
@@ -245,11 +249,19 @@ def _cut(finder: FormFinder, text: str, words_only: bool) -> Iterator[tuple[str,
     yield text[end:], None
 
 
-def _index(token_id: object) -> int:
+def _directory(path: object) -> Path:
     try:
-        return operator.index(token_id)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise RequestError("decoding", f"token id {token_id!r:.80}", "Token ids are integers.") from error
+        return Path(path).expanduser()  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:  # no path; no such home
+        found = f"got {shown(path)}"
+        raise RequestError("loading a tokenizer", found, "Pass the directory of a model.") from error
+
+
+def _index(token_id: object) -> int:
+    index = as_integer(token_id)
+    if index is None:
+        raise RequestError("decoding", f"token id {shown(token_id)}", "Token ids are integers.")
+    return index
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -259,16 +271,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _is_qwen1(directory: Path) -> bool:
     """Whether the vocabulary has Qwen-1's control tokens, whose ids mean other tokens in later generations."""
-    has_ranks, config = (directory / QWEN1_FILE).exists(), directory / "config.json"
-    has_others = any((directory / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE))
+
+    def there(name: str) -> bool:
+        return is_there(directory / name, CheckpointError)
+
+    has_ranks, has_others = there(QWEN1_FILE), any(map(there, (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE)))
     if not has_ranks and not has_others:
         raise CheckpointError(
             f"loading the tokenizer of {directory}",
             f"there is neither {TOKENIZER_FILE}, nor {VOCAB_FILE} with {MERGES_FILE}, nor {QWEN1_FILE}",
             "The model directory is incomplete: fetch all its files (`git lfs pull` or `qwenrt pull`).",
         )
-    if has_ranks and config.exists():
-        return bool(read_json(config).get("model_type", "qwen") == "qwen")
+    if has_ranks and there("config.json"):
+        return bool(read_json(directory / "config.json").get("model_type", "qwen") == "qwen")
     return not has_others
 
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwenrt.config import not_the_file
 from qwenrt.errors import CheckpointError
+from qwenrt.files import read_downloaded
 
 MAX_VOCAB_BYTES = 16 * 2**20  # the released file has 2.5 MB
 MAX_TOKEN_ID = 2**21 - 1  # tables are indexed by id, so an absurd id would be an absurd allocation
@@ -162,23 +162,7 @@ def _entries(path: Path) -> Iterator[tuple[int, bytes, int]]:
 
 def read_limited(path: Path, limit: int) -> bytes:
     """The bytes of a vocabulary file, without a BOM. CheckpointError where it is missing or something else."""
-    asked = f"reading {path}"
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
-    except FileNotFoundError as error:
-        raise CheckpointError(asked, "no such file", _FROM_LFS) from error
-    except OSError as error:
-        raise CheckpointError(
-            asked,
-            f"{type(error).__name__}: {error.strerror}",
-            "Check the path and its permissions.",
-        ) from error
-    if len(raw) > limit:
-        raise CheckpointError(asked, f"more than {limit} bytes", "This is not a vocabulary file.")
-    unlike = not_the_file(raw)
-    if unlike:
-        raise CheckpointError(asked, *unlike)
+    raw = read_downloaded(path, limit, CheckpointError, missing=_FROM_LFS, what="vocabulary file")
     return raw.removeprefix(_BOM)
 
 

@@ -238,10 +238,10 @@ def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     model = sharded(tmp_path / "m")
     (model / TWO).unlink()
     (model / TWO).symlink_to(model / "gone")
-    refused(model, f"{TWO} is a link that leads nowhere")
+    refused(model, f"cannot read {TWO}: it is a link that leads nowhere")
     (model / TWO).unlink()
     (model / TWO).symlink_to(model / TWO)
-    refused(model, f"{TWO} is a link that leads nowhere")
+    refused(model, f"cannot read {TWO}: it is a link that leads in a circle")
 
 
 # ---- files that are missing, extra, or do not fit

@@ -278,8 +278,12 @@ def test_absurd_sizes_are_answered_at_once() -> None:
         "max_position_embeddings": 2**24,
         "rope_theta": 1e6,
     }
-    need = memory_need(ModelConfig.from_dict(values), BF16, 2**24, users=4096)
-    assert need.total > 2**60
+    with pytest.raises(ConfigError, match="no Qwen comes near"):
+        ModelConfig.from_dict(values)
+    most = ModelConfig.from_dict(
+        values | {"hidden_size": 64, "num_experts": 64, "num_experts_per_tok": 1, "num_hidden_layers": 512}
+    )
+    assert memory_need(most, BF16, 2**24, users=4096).total > 2**60
     for name in ("hidden_size", "num_experts", "vocab_size", "num_hidden_layers"):
         with pytest.raises(ConfigError, match=name):
             ModelConfig.from_dict(values | {name: 10**15})

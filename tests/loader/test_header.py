@@ -172,7 +172,7 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
         read_shard(tmp_path / "pipe.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):
         read_shard(tmp_path)
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(CheckpointError, match="no such file"):
         read_shard(tmp_path / "none.safetensors")
 
 

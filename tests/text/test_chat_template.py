@@ -336,7 +336,7 @@ def test_parallel_calls_become_one_after_another(swapped: bool, with_ids: bool) 
         ([{"type": "code", "function": {}}], "tools[0]: type is 'code'"),
         ([{"type": "function", "function": "f"}], "tools[0]: got str"),
         ([{}], "tools[0]: it has no name"),
-        ([{"name": 5}], "tools[0]: name_for_model: got int"),
+        ([{"name": 5}], "tools[0]: name: got int"),
         ([{"name": "f", "parameters": {1, 2}}], "tools[0]: parameters: Object of type set"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 _UNLIMITED = 1 << 60  # version 1 of cgroups writes "no limit" as a number near 2**63
@@ -24,10 +25,10 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
-    """(free, total) bytes: the machine's, or the tightest memory cgroup's. Page cache that can go counts
-    as free."""
+    """(free, total) bytes: the machine's, or those of the tightest limit of its memory cgroups and of this process
+    (ulimit -v, ulimit -d). Page cache that can go counts as free."""
     free, total = _machine_memory(root)
-    for limit, used in _memory_limits(root):
+    for limit, used in chain(_memory_limits(root), process_limits(root)):
         total = min(total, limit)
         free = min(free, max(0, limit - used))
     return free, total
@@ -78,6 +79,20 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
             stat = dict(line.split() for line in (_read(group / "memory.stat") or "").splitlines())
             used = (_number(group / used_file) or 0) - int(stat.get(inactive, 0))
             yield limit, max(0, used)
+
+
+def process_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """(limit, used) of this process's address space and of its writable memory, where they are limited."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    pages = (_read(root / "proc/self/statm") or "").split()
+    for name, field in (("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)):
+        limit = resource.getrlimit(getattr(resource, name))[0]
+        if limit != resource.RLIM_INFINITY and limit >= 0:
+            used = int(pages[field]) * resource.getpagesize() if len(pages) > field else 0
+            yield limit, used
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:

@@ -1,0 +1,69 @@
+"""Values as callers pass them, numpy's and torch's among them, turned into Python's own or refused.
+
+A public function takes what plainly means the right thing (`np.int64(3)` is 3) and raises RequestError for anything
+else, whatever happens when a stranger's object is compared, counted or shown.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from qwenrt.errors import ConfigError, RequestError, shown
+
+
+def as_integer(value: object) -> int | None:
+    """The integer a value is; None for what is none. Truth values are none."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except Exception:  # an object may do anything when it is asked
+        return None
+
+
+def as_number(value: object) -> float | None:
+    """The finite number a value is; None for what is none. Truth values are none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except Exception:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def flag(name: str, value: object) -> bool:
+    """A truth value, Python's or numpy's."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise RequestError(name, f"got {shown(value)}", "It must be True or False.")
+
+
+def as_list(name: str, value: object) -> list[Any]:
+    """A list, tuple, array, tensor or other iterable as a list; text is none."""
+    if hasattr(value, "tolist") and not isinstance(value, type):  # a tensor or an array
+        value = value.tolist()
+    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):
+        raise RequestError(name, f"got {type(value).__name__}", "Pass a list.")
+    return list(value)
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ConfigError unless ``value`` is one of a few texts, or None where that is among them."""
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ConfigError(f"{name}={shown(value)}", "unknown", f"Use one of {choices}.")
+
+
+def size(name: str, value: object) -> int:
+    """A number of tokens or sequences. Raises ConfigError."""
+    number = as_integer(value)
+    if number is None or not 1 <= number <= 2**24:
+        raise ConfigError(
+            f"{name}={shown(value)}", "not a usable number", f"Use an integer from 1 to {2**24}."
+        )
+    return number
