@@ -50,7 +50,7 @@ def test_every_public_name_resolves() -> None:
 def test_rooms_stay_small(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(source)))
-    assert source.count("\n") <= 450, "a room grew past 450 lines: look for a natural wall"
+    assert source.count("\n") <= 600, "a room grew past 600 lines: look for a natural wall"
     for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -12,7 +12,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenrt.backends.cpu.kernels import LIBRARY
+from qwenrt.backends.cpu.library import LIBRARY
 from qwenrt.errors import CheckpointError
 
 
