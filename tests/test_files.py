@@ -290,7 +290,7 @@ _OTHER_WAYS = re.compile(
     r"""\.open\("r|read_text\(|(?<!_)read_bytes\(|\.exists\(\)|\.is_file\(\)|\bopen\([^)]*"rb?"|os\.open\((?!directory)"""
 )
 _NOT_A_MODELS = {  # the system's own files, and this package's
-    *("backends/cpu/resources.py", "backends/cpu/kernels.py", "loader/device_memory.py", "cli/machine.py"),
+    *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/device_memory.py", "cli/machine.py"),
     *("cli/doctor.py", "cli/__init__.py", "files.py"),
 }
 

@@ -302,6 +302,11 @@ FUZZERS: dict[str, Callable[[random.Random, Path], None]] = {
 
 def run(name: str, seed: int) -> None:
     """One case of a fuzzer, in an empty directory."""
-    logging.getLogger("qwenrt").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="qwenrt-fuzz-") as scratch:
-        FUZZERS[name](random.Random(seed), Path(scratch))
+    logger = logging.getLogger("qwenrt")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory(prefix="qwenrt-fuzz-") as scratch:
+            FUZZERS[name](random.Random(seed), Path(scratch))
+    finally:
+        logger.setLevel(before)
