@@ -142,7 +142,7 @@ def test_untied_and_without_a_head_a_model_embeds_and_does_not_write(
     with torch.no_grad():
         wanted = oracle.model(torch.tensor([PROMPT])).last_hidden_state[0, -1]
     with load(tmp_path) as llm:
-        got = llm._assembled.engine.last_hidden([PROMPT])[0]
+        got = llm._assembled.engine.pooled([PROMPT], lambda states: states[-1])[0]
         assert float((got - wanted).abs().max()) <= 1e-4
         for ask in (
             lambda: llm.generate(prompt_token_ids=PROMPT, max_tokens=2),
