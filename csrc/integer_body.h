@@ -33,6 +33,16 @@ INLINE void dot_products(const uint32_t* const (&words)[STREAMS][kBlocks], int64
   }
 }
 
+constexpr int64_t kByteWords = kByteBlock * 4 / 32;  // of a whole block of 4-bit codes
+
+// The same of one block: a whole one's words are counted by the compiler, which then writes them out.
+template <int BITS, int TILE, int STREAMS>
+INLINE void block_products(const uint32_t* const (&words)[STREAMS][kBlocks], int64_t offset, const int32_t* x,
+                           int64_t count, Ints (&out)[STREAMS][TILE]) {
+  if (BITS == 4 && count == kByteWords) dot_products<BITS>(words, offset, x, kByteWords, out);
+  else dot_products<BITS>(words, offset, x, count, out);
+}
+
 // Adds groups [first, last) of one tile to `totals`.
 template <int BITS, int TILE, int STREAMS>
 INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, Floats (&totals)[STREAMS][TILE],
@@ -52,10 +62,10 @@ INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, Float
       const int64_t at = tile * row_parts + g * in.blocks_per_group + part;
       const int64_t x = (tile * row_words + word) * PLACES * TILE;
       Ints dots[STREAMS][TILE];
-      dot_products<BITS>(words, word * QWENRT_BLOCK, in.low + x, count, dots);
+      block_products<BITS>(words, word * QWENRT_BLOCK, in.low + x, count, dots);
       if (in.wide[at]) {
         Ints high[STREAMS][TILE];
-        dot_products<BITS>(words, word * QWENRT_BLOCK, in.high + x, count, high);
+        block_products<BITS>(words, word * QWENRT_BLOCK, in.high + x, count, high);
         UNROLL(STREAMS, s, { UNROLL(TILE, t, { dots[s][t] = add(dots[s][t], times_256(high[s][t])); }); });
       }
       UNROLL(TILE, t, {

@@ -15,13 +15,16 @@ struct GroupScales {
   int64_t scale_bytes, scale_apart;
   const uint16_t* zero;
   int64_t zero_apart;
+  bool in_scales;  // where `zero` points then
   __m256 all_zeros;
 
   INLINE GroupScales(const QwenrtQuantMatrix& w, int64_t first, int64_t apart) {
     scale_bytes = QWENRT_BLOCK * (w.scales_are_float ? 4 : 2);
     scale = static_cast<const char*>(w.scales) + first * scale_bytes;
     scale_apart = apart * scale_bytes;
-    zero = w.zeros ? w.zeros + first * QWENRT_BLOCK : nullptr;
+    in_scales = !w.zeros && w.zero == QWENRT_ZEROS_IN_SCALES;
+    const uint16_t* const zeros = in_scales ? static_cast<const uint16_t*>(w.scales) : w.zeros;
+    zero = zeros ? zeros + first * QWENRT_BLOCK : nullptr;
     zero_apart = apart * QWENRT_BLOCK;
     all_zeros = _mm256_set1_ps(float(w.zero));
   }
@@ -32,8 +35,9 @@ struct GroupScales {
   }
   INLINE __m256 zeros(int s) const {
     if (!zero) return all_zeros;
-    const __m128i* at = reinterpret_cast<const __m128i*>(zero + s * zero_apart);
-    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(at)));
+    __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + s * zero_apart));
+    if (in_scales) zeros = _mm_and_si128(zeros, _mm_set1_epi16(15));
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(zeros));
   }
   INLINE void advance() {
     scale += scale_bytes;

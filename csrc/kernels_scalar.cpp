@@ -12,6 +12,11 @@ float scale_at(const QwenrtQuantMatrix& w, int64_t i) {
                             : half_to_float(static_cast<const uint16_t*>(w.scales)[i]);
 }
 
+float zero_at(const QwenrtQuantMatrix& w, int64_t i) {
+  if (w.zeros) return w.zeros[i];
+  return float(w.zero == QWENRT_ZEROS_IN_SCALES ? static_cast<const uint16_t*>(w.scales)[i] & 15 : w.zero);
+}
+
 void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int64_t begin, int64_t end) {
   const int bits = w.bits, per_word = 32 / bits;
   const int64_t group_inputs = w.words_per_group * per_word;
@@ -35,8 +40,7 @@ void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int6
         }
         const float acc = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
         const int64_t s = (block * w.groups + g) * QWENRT_BLOCK + row;
-        const float zero = float(w.zeros ? w.zeros[s] : w.zero);
-        total += scale_at(w, s) * (acc - zero * sums[g * in.tile]);
+        total += scale_at(w, s) * (acc - zero_at(w, s) * sums[g * in.tile]);
       }
       y[t * w.out_features + n] = w.bias ? total + w.bias[n] : total;
     }
@@ -120,8 +124,7 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
           sum = fmaf(in.scales[at * in.tile + lane], float(product), sum);
         }
         const int64_t s = (block * w.groups + g) * QWENRT_BLOCK + row;
-        const float zero = float(w.zeros ? w.zeros[s] : w.zero);
-        total = fmaf(scale_at(w, s), fmaf(-zero, in.sums[(tile * w.groups + g) * in.tile + lane], sum), total);
+        total = fmaf(scale_at(w, s), fmaf(-zero_at(w, s), in.sums[(tile * w.groups + g) * in.tile + lane], sum), total);
       }
       y[t * w.out_features + n] = w.bias ? total + w.bias[n] : total;
     }

@@ -51,8 +51,11 @@ INLINE Floats load_scales(const QwenrtQuantMatrix& w, const int64_t* at) {
 }
 
 INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
-  if (!w.zeros) return all(float(w.zero));
-  const uint16x8_t zeros = vld1q_u16(w.zeros + at[0]);
+  const bool in_scales = !w.zeros && w.zero == QWENRT_ZEROS_IN_SCALES;
+  if (!w.zeros && !in_scales) return all(float(w.zero));
+  const uint16_t* const from = in_scales ? static_cast<const uint16_t*>(w.scales) : w.zeros;
+  uint16x8_t zeros = vld1q_u16(from + at[0]);
+  if (in_scales) zeros = vandq_u16(zeros, vdupq_n_u16(15));
   return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(zeros))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(zeros)))};
 }
 

@@ -31,10 +31,14 @@ typedef struct {
   int64_t narrow_rows;  // of W, a multiple of 8: the first ones; all others have int16
 } QwenrtActivations;
 
+// As `zero` of 4-bit codes with float16 scales: a group's zero is what the last four bits of its scale say. The scale is
+// the whole float16, these bits included: they are its least ones.
+#define QWENRT_ZEROS_IN_SCALES (-1)
+
 typedef struct {
   const uint32_t* words;  // [blocks][groups * words_per_group][8]
   const void* scales;     // [blocks][groups][8], float16 bits, or float32 where scales_are_float
-  const uint16_t* zeros;  // [blocks][groups][8], or NULL: all are `zero`
+  const uint16_t* zeros;  // [blocks][groups][8], or NULL: all are `zero`, or each is in its scale
   const int32_t* perm;    // [in_features]: input i reads x[perm[i]], or NULL: x[i]
   const float* bias;      // [out_features] or NULL
   int64_t out_features;
@@ -43,7 +47,7 @@ typedef struct {
   int64_t group_size;      // inputs that share a scale
   int64_t words_per_group; // ceil(group_size * bits / 32)
   int32_t bits;            // 4 or 8
-  int32_t zero;
+  int32_t zero;            // or QWENRT_ZEROS_IN_SCALES
   int32_t scales_are_float;
   int32_t reserved;
 } QwenrtQuantMatrix;

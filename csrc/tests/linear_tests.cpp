@@ -62,6 +62,7 @@ struct Weight {
     matrix.scales_are_float = s.float_scales;
     matrix.zeros = s.zeros ? zeros.data() : nullptr;
     matrix.zero = extreme == 1 ? 0 : 1 << (s.bits - 1);
+    if (!s.zeros && !s.float_scales && s.bits == 4 && !extreme) matrix.zero = QWENRT_ZEROS_IN_SCALES;
     matrix.perm = s.perm ? perm.data() : nullptr;
     matrix.bias = s.bias ? bias.data() : nullptr;
     matrix.out_features = s.n, matrix.in_features = s.k, matrix.bits = s.bits;
@@ -75,7 +76,8 @@ struct Weight {
   double value(int64_t row, int64_t i) const {  // of the i-th input in the order of the codes
     const int64_t g = i / shape.group;
     const size_t at = size_t((row / QWENRT_BLOCK * matrix.groups + g) * QWENRT_BLOCK + row % QWENRT_BLOCK);
-    const int zero = shape.zeros ? zeros[at] : matrix.zero;
+    const int alike = matrix.zero == QWENRT_ZEROS_IN_SCALES ? half_scales[at] & 15 : matrix.zero;
+    const int zero = shape.zeros ? zeros[at] : alike;
     return scale(row, g) * (codes[size_t(i * shape.n + row)] - zero);
   }
   int64_t input(int64_t i) const { return shape.perm ? perm[size_t(i)] : i; }

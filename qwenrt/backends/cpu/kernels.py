@@ -18,10 +18,11 @@ from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.library import LIBRARY, KernelsUnavailable, check, finite, load, served
 from qwenrt.backends.cpu.rounding import Rounding
-from qwenrt.ops.packing import with_codes
+from qwenrt.ops.packing import with_codes, zeros_in_scales
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 BLOCK = 8  # output rows stored together
+ZEROS_IN_SCALES = -1  # in place of a zero that all groups share: see csrc/qwenrt_cpu.h
 
 
 class _QuantMatrix(ctypes.Structure):
@@ -281,7 +282,7 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
 
     data: ``words`` int32 [blocks, groups * words_per_group, 8], ``scales`` float16 (float32 where that
     loses bits) [blocks, groups, 8], ``zeros`` int16 of the same shape (absent where all are
-    ``zero``), ``perm`` int32 [K], and ``native``, the struct that points at them.
+    ``zero``, or where that is ZEROS_IN_SCALES), ``perm`` int32 [K], and ``native``, the struct that points at them.
     """
     if any(words.shape[1] % BLOCK for words in weight.words[:-1]):
         weight = with_codes(weight)  # a block would hold rows of two
@@ -305,7 +306,10 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     data["scales"] = _by_block(scales if exact else weight.scales.to(torch.float32), blocks)
     data["zero"] = zero = int(weight.zeros[0, 0]) if weight.zeros.numel() else 0
     if not bool((weight.zeros == zero).all()):
-        data["zeros"] = _by_block(weight.zeros, blocks)
+        if bits == 4 and exact and zeros_in_scales(scales, weight.zeros):
+            data["zero"] = ZEROS_IN_SCALES
+        else:
+            data["zeros"] = _by_block(weight.zeros, blocks)
     if perm is not None:
         data["perm"] = perm
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
@@ -347,10 +351,12 @@ def restore_quantized(packed: Packed) -> str | None:
     bits, size, zero = packed.bits, packed.group_size, packed.data.get("zero")
     if bits not in (4, 8) or packed.kind != native_kind(bits) or size < 1 or packed.in_features < 1:
         return f"{packed.kind[:40]!r} of {bits} bits, groups of {size}"
-    if not isinstance(zero, int) or not 0 <= zero <= 1 << bits:
+    in_scales = zero == ZEROS_IN_SCALES and bits == 4
+    if not isinstance(zero, int) or not (in_scales or 0 <= zero <= 1 << bits):
         return f"its zero is {zero!r}"
     blocks, groups = math.ceil(packed.out_features / BLOCK), math.ceil(packed.in_features / size)
-    by_group, floats = (blocks, groups, BLOCK), (torch.float16, torch.float32)
+    by_group = (blocks, groups, BLOCK)
+    floats = (torch.float16,) if in_scales else (torch.float16, torch.float32)
     allowed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "words": ((blocks, groups * words_per_group(size, bits), BLOCK), (torch.int32,)),
         "scales": (by_group, floats),
@@ -382,6 +388,8 @@ def dequantize_blocks(w: Packed, first: int, last: int) -> torch.Tensor:
     codes = ((words.unsqueeze(2) >> shifts) & (2**w.bits - 1)).to(torch.float32)
     codes = codes.view(blocks, native.groups, native.words_per_group * per_word, BLOCK)[:, :, : w.group_size]
     zeros = w.data.get("zeros")
+    if zeros is None and native.zero == ZEROS_IN_SCALES:
+        zeros = w.data["scales"].view(torch.int16) & 15
     zero = native.zero if zeros is None else zeros[first:last].unsqueeze(2).to(torch.float32)
     values: torch.Tensor = (codes - zero) * w.data["scales"][first:last].unsqueeze(2).to(torch.float32)
     values = values.flatten(1, 2)[:, : w.in_features].transpose(1, 2).flatten(0, 1)

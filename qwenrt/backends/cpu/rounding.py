@@ -64,7 +64,7 @@ def quantize(
     if not kernels.quantize(Rounding(*pointers, ctypes.addressof(clips), rows, columns, size, *how)):
         return None
     return CanonicalWeight(
-        scales=packing.narrow_scales(scales),
+        scales=packing.narrow_scales(scales, zeros, bits),
         zeros=zeros,
         bits=bits,
         group_size=size,
