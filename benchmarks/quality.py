@@ -1,10 +1,10 @@
 """What rounding weights costs a model's predictions: python -m benchmarks.quality DIR.
 
-The same texts go through the model as its file has it, in float32, and with the linears of its layers rounded in each of
-several ways; embedding and head stay as they are. For each way: bits a weight with scales and zeros, the mean divergence
-(Kullback-Leibler) of the next token's probabilities from the exact ones with its standard error, the share of places
+The same texts go through the model as its file has it, in float32, and with the linears of its layers rounded in each
+of several ways; embedding and head stay as they are. For each way: bits a weight with scales and zeros, the mean
+divergence (Kullback-Leibler) of the next token's probabilities from the exact ones with its standard error, the share of places
 where the likeliest token is the same, and the perplexity. The texts are files of this repository, which change with it:
-figures are compared within one run. `Q4_0`, llama.cpp's form, is quantised by the package `gguf`.
+figures are compared within one run.
 """
 
 from __future__ import annotations
@@ -75,20 +75,18 @@ def groups_of(size: int, bits: int = 4) -> Way:
 
 
 def q4_0(weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> CanonicalWeight:
-    """Blocks of 32 inputs: a float16 scale, and 16 bytes with the codes of inputs j and j + 16; the zero is 8."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
+    """llama.cpp's Q4_0, bit for bit: the value furthest from zero of 32 becomes -8 steps, the others are rounded to
+    steps of that size; the scale is kept in float16, with its sign."""
     rows, columns = weight.shape
-    blocks = torch.from_numpy(quantize(weight.float().numpy(), GGMLQuantizationType.Q4_0).reshape(rows, -1, 18))
-    nibbles = blocks[..., 2:]
-    codes = torch.cat([nibbles & 15, nibbles >> 4], dim=-1).reshape(rows, columns)
-    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
-    zeros = torch.full(scales.t().shape, 8, dtype=torch.int16)
+    groups = weight.float().view(rows, columns // 32, 32)
+    furthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    scales = furthest / -8
+    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    codes = (groups * inverse[..., None] + 8.5).trunc().clamp(0, 15).to(torch.uint8)
     return CanonicalWeight(
-        codes=codes.t().contiguous(),
-        scales=scales.t().contiguous(),
-        zeros=zeros,
+        codes=codes.view(rows, columns).t().contiguous(),
+        scales=scales.to(torch.float16).t().contiguous(),
+        zeros=torch.full((columns // 32, rows), 8, dtype=torch.int16),
         bits=4,
         group_size=32,
         bias=bias,
@@ -106,7 +104,7 @@ WAYS = {
 
 
 def network(directory: Path, way: Way, threads: int | None = None) -> Qwen:
-    """The model of a directory with qwenrt's own kernels. What these round on the way is 1e-7 of what is measured here."""
+    """The model of a directory with qwenrt's own kernels. What these round on the way is 1e-7 of what is measured."""
     backend = RoundedCPU(CPU)
     backend.configure(num_threads=threads)
     backend.rounding = way.rounding
@@ -160,9 +158,7 @@ def _perplexity(likelihoods: Sequence[torch.Tensor]) -> float:
     return math.exp(-float(torch.cat(list(likelihoods)).mean()))
 
 
-def measure(
-    directory: Path, ways: dict[str, Way], tokens: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def measure(directory: Path, ways: dict[str, Way], tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
     """-> the exact model's perplexity, and a Quality for each way."""
     tokenizer = load_tokenizer(directory)
     texts = [tokenizer.encode((ROOT / name).read_text(encoding="utf-8"))[:tokens] for name in TEXTS]

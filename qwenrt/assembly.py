@@ -18,6 +18,8 @@ from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, Binding
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
 from qwenrt.config.environment import packed_cache_in
+from qwenrt.config.layers import LinearSpec
+from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.embedding import Embedder
 from qwenrt.engine.async_engine import AsyncEngine
@@ -30,7 +32,7 @@ from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.inventory import check_size
 from qwenrt.loader.mapping import Watch
 from qwenrt.loader.preflight import preflight
-from qwenrt.loader.weights import QUANTIZE_BITS, QUANTIZE_GROUP, bits_of, load_weights, quantize_bits
+from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
@@ -212,7 +214,7 @@ def assemble_random(shape: str | ModelConfig, settings: Settings, environment: E
 
 def _random_rows(rows: int, columns: int, bits: int) -> CanonicalWeight:
     """Random weights as a checkpoint would hold them (dense ones in bfloat16); rows repeat, which no kernel sees."""
-    block = selfcheck.random_weight(min(rows, 512), columns, bits, QUANTIZE_GROUP, seed=rows)
+    block = selfcheck.random_weight(min(rows, 512), columns, bits, rounded_group(bits), seed=rows)
     times = -(-rows // 512)
     if block.dense is not None:
         return CanonicalWeight(dense=block.dense.bfloat16().repeat(times, 1)[:rows])
@@ -415,9 +417,13 @@ def _selfcheck(
     coded = config.quant if config.quant is not None and config.quant.has_codes else None
     bits = coded.bits if coded else quantize_bits(settings.quantize, config)
     head_bits = QUANTIZE_BITS.get(settings.quantize_head or "")
-    group = coded.group_size if coded else QUANTIZE_GROUP
+
+    def form_of(spec: LinearSpec) -> tuple[int, int]:
+        own = bits_of(spec, bits, head_bits) or 16
+        return own, coded.group_size if coded and spec.quantizable else rounded_group(own)
+
     kinds = trial.Kinds(
-        form_of=lambda spec: (bits_of(spec, bits, head_bits) or 16, group),
+        form_of=form_of,
         stored=DTYPES[stored or "bfloat16"],
         int8_cache=settings.kv_cache_dtype == "int8",
     )

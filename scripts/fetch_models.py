@@ -33,7 +33,7 @@ CACHE = "QWENRT_REAL_MODELS"  # environment variable: the directory that tests l
 
 @dataclass(frozen=True)
 class Release:
-    """A model as it is published: ``parts`` packages, ``package`` with a number each, and the digest of all together."""
+    """A model as it is published: ``parts`` packages, ``package`` with a number each, and the digest of the whole."""
 
     name: str
     package: str

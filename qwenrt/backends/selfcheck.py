@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.config.quant import ROUNDED
 from qwenrt.ops import packing, reference
 from qwenrt.ops.types import CanonicalWeight, LayerKV, StepPlan
 
@@ -121,7 +122,10 @@ def random_weight(
     codes = torch.randint(0, 2**bits, (in_features, out_features), dtype=torch.uint8, generator=source)
     scales = (torch.rand(groups, out_features, generator=source) + 0.5) * spread * 4 / 2**bits
     zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.int16, generator=source)
-    return CanonicalWeight(codes=codes, scales=scales.half(), zeros=zeros, bits=bits, group_size=group)
+    scales = scales.half()
+    if (bits, group) == (ROUNDED["int4"].bits, ROUNDED["int4"].group_size):  # as rounding at load makes them
+        scales = packing.narrow_scales(scales.float(), zeros, bits)
+    return CanonicalWeight(codes=codes, scales=scales, zeros=zeros, bits=bits, group_size=group)
 
 
 def _worst(errors: Iterator[float]) -> float:

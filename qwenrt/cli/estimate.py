@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal
 from qwenrt.config import Environment, ModelConfig, read_json
+from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
 
@@ -281,7 +282,7 @@ def _weights(report: Report) -> str:
     if quant is not None and quant.has_codes:
         return f"{quant.method} int{quant.bits} in groups of {quant.group_size}, the rest {dense}"
     if report.quantize:
-        return f"linears rounded to {report.quantize}, the rest {dense}"
+        return f"linears rounded to {rounded_form(report.quantize)}, the rest {dense}"
     return dense
 
 

@@ -30,7 +30,8 @@ class QuantConfig:
     """``method`` "gptq" and "awq" store codes of ``bits`` in groups of ``group_size`` inputs (-1: one group for
     all); ``zero_offset`` is added to stored zeros (1 in the v1 format of AutoGPTQ, 0 in v2 and in AWQ).
     "fp8" stores float8_e4m3fn values and what to multiply them by: one number for each ``block`` (rows, columns),
-    or, without ``block``, for each row or for the whole matrix.
+    or, without ``block``, for each row or for the whole matrix. ``zeros_in_scales``: the zeros of 4-bit codes lie in
+    their scales' last bits and take no memory of their own beside our kernels.
 
     This is what a config says of all linears; which form each one has is told by the file (loader/forms.py).
     ``other_groups``: group sizes that a config names for some of them (GPTQ's ``dynamic``). ``corrections``: what the
@@ -45,6 +46,7 @@ class QuantConfig:
     block: tuple[int, int] | None = None
     other_groups: tuple[int, ...] = ()
     corrections: tuple[Correction, ...] = ()
+    zeros_in_scales: bool = False
 
     @property
     def has_codes(self) -> bool:
@@ -67,6 +69,24 @@ class QuantConfig:
             found = f"quant_method is {method!r:.80}"
             raise ConfigError(f"reading {where}", found, f"Supported are: {_SUPPORTED}. {_DENSE}")
         return readers[method](quant, where)
+
+
+# What `quantize=` and `quantize_head=` round dense weights to. Of 4-bit codes, 32 inputs share a scale that has their
+# zero in its last bits: 4.5 bits a weight, as llama.cpp's Q4_0. docs/performance.md says what that is worth.
+ROUNDED = {
+    "int8": QuantConfig(8, 128, sym=False),
+    "int4": QuantConfig(4, 32, sym=False, zeros_in_scales=True),
+}
+
+
+def rounded_form(quantize: str | None) -> str | None:
+    """``quantize`` in full: "int4 in groups of 32"."""
+    return None if quantize is None else f"{quantize} in groups of {ROUNDED[quantize].group_size}"
+
+
+def rounded_group(bits: int) -> int:
+    """Inputs that share a scale where dense weights are rounded to ``bits`` at load; where there are no codes, any."""
+    return next((form.group_size for form in ROUNDED.values() if form.bits == bits), 128)
 
 
 def _group_size(quant: Mapping[str, Any], where: str, default: int = 128) -> int:

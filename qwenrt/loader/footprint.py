@@ -14,13 +14,12 @@ from typing import NamedTuple
 
 from qwenrt.config import ModelConfig, QuantConfig
 from qwenrt.config.layers import layer_linears, layer_tensors
+from qwenrt.config.quant import ROUNDED
 from qwenrt.errors import ConfigError
 
 GIB = 2**30
 BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
 BATCH_TOKENS = 512  # computed in one step, unless the user says otherwise
-_BITS = {"int8": 8, "int4": 4}
-_GROUP = 128  # inputs that share a scale where weights are rounded at load
 _WORD = 32  # bits; the kernels' layout starts every group of codes at a word
 _ROWS = 8  # output rows the kernels' layout stores together
 _PADDING_WORTH = 1.25  # groups that fill their words worse than this stay in plain torch's layout
@@ -105,10 +104,10 @@ def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:
 
     Raises ConfigError where the two contradict each other.
     """
-    if quantize is not None and quantize not in _BITS:
+    if quantize is not None and quantize not in ROUNDED:
         raise ConfigError(f"quantize={quantize!r}", "not a known way", 'Use None, "int8" or "int4".')
     if config.quant is not None and config.quant.has_codes:
-        if quantize is not None and _BITS[quantize] != config.quant.bits:
+        if quantize is not None and ROUNDED[quantize].bits != config.quant.bits:
             raise ConfigError(
                 f"quantize={quantize!r}",
                 f"the checkpoint is already quantised to {config.quant.bits} bits",
@@ -117,9 +116,10 @@ def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:
         return config.quant
     if quantize is None:
         return None
-    keeps_blocks = quantize == "int8" and config.quant is not None and config.quant.block is not None
-    group = config.quant.block[1] if keeps_blocks else _GROUP  # type: ignore[union-attr,index]
-    return QuantConfig(_BITS[quantize], group, sym=False)
+    form = ROUNDED[quantize]
+    if quantize == "int8" and config.quant is not None and config.quant.block is not None:
+        return replace(form, group_size=config.quant.block[1])
+    return form
 
 
 def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) -> int:
@@ -131,7 +131,8 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
     groups, words = -(-columns // group), -(-group * quant.bits // _WORD)
     order = 4 * columns if quant.desc_act else 0
     if storage.kernels and words * _WORD <= group * quant.bits * _PADDING_WORTH:
-        per_group = 4 * words + 2 + (0 if quant.sym else 2)  # codes, a float16 scale, an int16 zero
+        zeros_apart = not (quant.sym or quant.zeros_in_scales)
+        per_group = 4 * words + 2 + (2 if zeros_apart else 0)  # codes, a float16 scale, an int16 zero
         return -(-rows // _ROWS) * _ROWS * groups * per_group + order + has_bias * rows * 4
     codes = rows * -(-columns * quant.bits // 8)
     return codes + groups * rows * (2 + 2) + order + has_bias * rows * storage.activation

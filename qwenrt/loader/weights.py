@@ -13,6 +13,7 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
+from qwenrt.config.quant import ROUNDED, rounded_form, rounded_group
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError, memory_ran_out
 from qwenrt.loader.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
 from qwenrt.loader.forms import Fp8, Target
@@ -23,8 +24,7 @@ from qwenrt.loader.progress import ByteBar
 from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight, Packed
 
-QUANTIZE_BITS = {"int8": 8, "int4": 4}
-QUANTIZE_GROUP = 128
+QUANTIZE_BITS = {name: form.bits for name, form in ROUNDED.items()}
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _FLOAT16_END = 65520.0  # from here on values become infinite in float16
 _CHECKED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
@@ -74,7 +74,7 @@ def load_weights(
     report = LoadReport(len(checkpoint.tensors), checkpoint.nbytes, tuple(inventory.ignored))
     cache: PackedCache | None = None
     if packed_cache is not None:
-        way = {"layers": quantize, "head": quantize_head}
+        way = {"layers": rounded_form(quantize), "head": rounded_form(quantize_head)}
         cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, way)
         if cache.fill(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
@@ -212,7 +212,7 @@ class _Loader:
         if bits is None:
             return weight
         assert weight.dense is not None
-        return self.backend.quantize_dense(weight.dense, bits, QUANTIZE_GROUP, weight.bias, spec.name)
+        return self.backend.quantize_dense(weight.dense, bits, rounded_group(bits), weight.bias, spec.name)
 
     def _pack(self, spec: LinearSpec, weights: list[CanonicalWeight]) -> Packed:
         """One weight as the backend wants it; several that share no form, side by side."""

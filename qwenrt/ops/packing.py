@@ -195,13 +195,13 @@ def narrow_scales(scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch
     """float32 scales of codes as float16 where this costs no precision.
 
     The last four bits of a scale of 4-bit codes become its zero, so that kernels need no zeros beside the scales. That
-    moves a scale by 0.8 % at most, where rounding to 4 bits moves a weight by some 7 % of a step's worth; where it would
-    move one further, beyond the normal numbers of float16, all are left as they are.
+    moves a scale by 0.8 % at most, a twentieth of what rounding to 4 bits moves the weights by. Where it would move one
+    further, beyond the normal numbers of float16, all are left as they are.
     """
     half = scales.to(torch.float16)
     if bool(((half.float() - scales).abs() > scales * 2.0**-10).any()):
         return scales
-    if bits != 4:
+    if bits != 4 or bool((zeros == zeros[:1, :1]).all()):  # one zero for all takes no room
         return half
     inside = _with_zeros_inside(half, zeros)
     return inside if bool(((inside.float() - half.float()).abs() <= half.float() * 2.0**-7).all()) else half

@@ -41,7 +41,13 @@ def random_weight(
         torch.randn(n, k), bits, group_size, bias=torch.randn(n) if bias else None, sym=sym
     )
     perm = torch.randperm(k).to(torch.int32) if shuffle else None
-    return dataclasses.replace(weight, perm=perm)
+    scales = weight.scales
+    assert scales is not None
+    if scales.dtype == torch.float16 and float(torch.rand(())) < 0.5:
+        scales = (scales.view(torch.int16) ^ 1).view(
+            torch.float16
+        )  # zeros of 4-bit codes have to lie beside them
+    return dataclasses.replace(weight, perm=perm, scales=scales)
 
 
 def float64_linear(x: torch.Tensor, weight: CanonicalWeight) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.backends.selfcheck import random_weight
 from qwenrt.config import ModelConfig
+from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.errors import ConfigError
 from qwenrt.loader.footprint import (
@@ -107,7 +108,7 @@ def _filled(config: ModelConfig, backend: Backend, dtype: torch.dtype, bits: int
         weight = random_weight(spec.out_features, spec.in_features, kept_bits, size)
         if weight.dense is not None:
             weight = _dense(weight.dense.bfloat16())
-        else:
+        elif bits == 8:
             assert weight.zeros is not None and weight.zeros.numel() > 1
             weight.zeros[0, :2] = torch.tensor([3, 5])  # two values are surely there
         bias = torch.ones(spec.out_features) if spec.bias else None
@@ -131,7 +132,8 @@ def test_it_is_to_the_byte_what_packing_takes(
 ) -> None:
     config = ModelConfig.from_dict(values | {"vocab_size": 40})
     backend = CPUBackend(CPU) if on_cpu else Backend(CPU)
-    model = _filled(config, backend, dtype, {None: 16, "int8": 8, "int4": 4}[quantize], 128)
+    bits = {None: 16, "int8": 8, "int4": 4}[quantize]
+    model = _filled(config, backend, dtype, bits, rounded_group(bits))
     assert weight_bytes(config, storage_of(backend, dtype, "bfloat16"), quantize) == model.weight_bytes
 
 

@@ -86,7 +86,7 @@ class CPUBackend(Backend):
     activations: str = field(default="auto", init=False)
     _checked: set[tuple[str, int]] = field(default_factory=set, init=False, repr=False)
     name: ClassVar[str] = "cpu"
-    layout_id: ClassVar[str] = "cpu-rows8-v2"
+    layout_id: ClassVar[str] = "cpu-rows8-v3"
 
     def __post_init__(self) -> None:
         self.configure()
