@@ -163,11 +163,13 @@ def render(out: Path, docs: Path) -> Path:
     names = draw(results, docs / "performance") if results["curves"] or "bounds" in results else {}
     page = docs / "performance.md"
     page.parent.mkdir(parents=True, exist_ok=True)
+    quality = [json.loads(path.read_text()) for path in sorted((_RESULTS / "quality").glob("*.json"))]
     page.write_text(
         document(
             results,
             {key: f"performance/{name}" for key, name in names.items()},
             notes.read_text() if notes.exists() else "",
+            quality,
         ),
         encoding="utf-8",
     )

@@ -2,14 +2,15 @@
 
 The same texts go through the model as its file has it, in float32, and with the linears of its layers rounded in each
 of several ways; embedding and head stay as they are. For each way: bits a weight with scales and zeros, the mean
-divergence (Kullback-Leibler) of the next token's probabilities from the exact ones with its standard error, the share of places
-where the likeliest token is the same, and the perplexity. The texts are files of this repository, which change with it:
-figures are compared within one run.
+divergence (Kullback-Leibler) of the next token's probabilities from the exact ones with its standard error, the share
+of places where the likeliest token is the same, and the perplexity. The texts are files of this repository, which
+change with it: figures are compared within one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -166,7 +167,9 @@ def measure(directory: Path, ways: dict[str, Way], tokens: int, say: Callable[[s
     exact = [log_probabilities(model, ids) for ids in texts]
     whole = _perplexity([_likelihoods(found, ids) for found, ids in zip(exact, texts, strict=True)])
     say(f"{directory.name}: {sum(map(len, texts))} tokens, perplexity {whole:.3f}")
-    found: dict[str, Any] = {"model": directory.name, "tokens": tokens, "perplexity": whole, "ways": {}}
+    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    found: dict[str, Any] = {"model": directory.name, "tokens": tokens, "when": when}
+    found |= {"perplexity": whole, "ways": {}}
     for name, way in ways.items():
         del model  # one at a time in memory
         model = network(directory, way)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import bounds, rows
@@ -45,6 +45,20 @@ One answer is bound by what the memory delivers and by how fast instructions tak
 change within seconds: neighbours use the same memory, and the other halves of the same cores. So plain reading was
 measured in turn with the kernels of a step: with weights that lie in the cache, where instructions alone bound them,
 and with weights in memory. A kernel can be no faster than the lesser of the two."""
+_EARLIER_INT4 = """\
+**Rows of int4 in groups of 128 are older than the present default**, which rounds in groups of 32: 4.5 bits a weight
+in place of 4.25, and much nearer to the exact model (below). They stand until they are measured again; nothing is said
+about its speed beside peers yet.
+"""
+_QUALITY_IS = """\
+Four texts of this repository (its README in two languages, two source files) go through a released model as its file
+has it, and with the linears of its layers rounded; embedding and head stay as they are. The mean divergence
+(Kullback-Leibler, in nats a token, with its standard error) says how far the next token's probabilities are from the
+exact ones. Bits are those of a weight with its scales and zeros. Q4_0 is llama.cpp's form, with the codes and scales of
+its own quantiser, multiplied by the same kernels. `int4` and `int8` are what `quantize=` makes; the other groups are
+qwenrt's own rounding as well. The files hold weights that were once rounded to about five bits in blocks of 32
+(scripts/fetch_models.py), which suits blocks of 32 a little better than weights fresh from training would: Q4_0 as
+much as ours. `python -m benchmarks.quality DIR --json benchmarks/results/quality/NAME.json` measures again."""
 _METHOD = """## How it is measured
 
 - **qwenrt** is the whole engine: token ids in, sampled token ids out, scheduler and sampler included. Prefill is a new
@@ -61,8 +75,8 @@ _METHOD = """## How it is measured
   steps include its choice of a token. No floor or goal is set against it.
 - Random weights take as long as trained ones: no kernel looks at values, but for activations int8, which leave blocks
   with large values at int16; for massive activations, whose blocks are gone through twice; and for bfloat16 weights,
-  which lie in 12 bits where 16 upper bytes have nearly all of them. How many these are depends on the model.
-  `benchmarks/` says nothing about quality.
+  which lie in 12 bits where 16 upper bytes have nearly all of them. How many these are depends on the model. What
+  rounding costs is measured apart, on trained ones.
 - **Fraction of read** is the bytes of weights (and of the cache of keys and values) that a step has to read, by what
   qwenrt's own reading loop reads in the same time over 1 GiB with the same threads, in the same round; the larger of
   the two medians of five around qwenrt's turn. Of bfloat16 weights that is 12 bits each; llama.cpp and torch read 16.
@@ -84,14 +98,23 @@ _METHOD = """## How it is measured
 """
 
 
-def document(results: Mapping[str, Any], plots: Mapping[str, str], notes: str = "") -> str:
+def document(
+    results: Mapping[str, Any],
+    plots: Mapping[str, str],
+    notes: str = "",
+    quality: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page. ``notes``: what somebody
-    found out about these results, a profile's figures say."""
+    found out about these results, a profile's figures say. ``quality``: what benchmarks/quality.py found."""
     known = {row.key: row for row in rows.table()}
     found = [(known[key], value) for key, value in results["rows"].items() if key in known]
     found.sort(key=lambda pair: list(known).index(pair[0].key))
     summaries = [(row, value, summarise(value)) for row, value in found]
     parts = [_INTRODUCTION, _machine(results), _table(summaries)]
+    if any(_is_earlier_int4(value["ours"]) for _, value, _ in summaries):
+        parts.append(_EARLIER_INT4)
+    if quality:
+        parts.append(_quality(quality))
     missing = [
         f"{row.title} ({row.ours.shape}, {row.key})"
         for key, row in known.items()
@@ -109,6 +132,24 @@ def document(results: Mapping[str, Any], plots: Mapping[str, str], notes: str = 
     if notes:
         parts.append(notes)
     return "\n".join([*parts, _METHOD])
+
+
+def _quality(models: Sequence[Mapping[str, Any]]) -> str:
+    parts = ["## What rounding costs", _QUALITY_IS]
+    for found in models:
+        lines = [
+            f"{found['model']}, {found['tokens']} tokens of each text, {found['when'][:10]}; perplexity "
+            f"{found['perplexity']:.3f} without rounding:",
+            "",
+            "| weights | bits | mean divergence | likeliest token the same | perplexity |",
+            "|---|---|---|---|---|",
+        ]
+        for way, q in found["ways"].items():
+            divergence = f"{q['divergence']:.4f} ± {q['error']:.4f}"
+            same = f"{100 * q['agreement']:.1f} %"
+            lines.append(f"| {way} | {q['bits']:.2f} | {divergence} | {same} | {q['perplexity']:.3f} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def _bounds(found: Mapping[str, Any], picture: str | None) -> str:
@@ -198,12 +239,19 @@ def _settings(ours: Mapping[str, Any]) -> str:
     settings = ours["settings"]
     left_out = ours["about"].get("left_out", [])
     words = [settings.get("quantize") or "bf16"]
+    if _is_earlier_int4(ours):
+        words[0] += " (groups of 128)"
     if settings.get("quantize_head") and "quantize_head" not in left_out:
         words.append(f"{settings['quantize_head']} head")
     words.append(_ACTIVATIONS[settings.get("activations", "auto")])
     if settings.get("kv_cache_dtype") == "int8":
         words.append("int8 cache")
     return ", ".join(words)
+
+
+def _is_earlier_int4(ours: Mapping[str, Any]) -> bool:
+    """Whether a row is older than groups of 32: engines now say in what groups they round."""
+    return ours["settings"].get("quantize") == "int4" and "rounded" not in ours["about"]
 
 
 def _peer(peer: Mapping[str, Any]) -> str:

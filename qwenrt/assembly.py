@@ -449,6 +449,19 @@ def _report_fallbacks(bindings: list[Binding], fallback: str) -> None:
             logger.warning(line)
 
 
+def _activations(rounded: str, dtype: str) -> str:
+    """ "exact+int16" -> "activations int16 (float32 in small layers), "."""
+    kinds = rounded.split("+") if rounded else []
+    to = " and ".join(kind for kind in kinds if kind != "exact")
+    if not to:
+        return f"activations {dtype}, " if kinds else ""
+    return f"activations {to}{f' ({dtype} in small layers)' if 'exact' in kinds else ''}, "
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
+
+
 def _summary(built: Assembled, settings: Settings) -> str:
     """The one line that says what serves."""
     dtype = str(built.dtype).removeprefix("torch.")
@@ -456,11 +469,15 @@ def _summary(built: Assembled, settings: Settings) -> str:
     weights = "+".join(f"int{b}" if b < 16 else "dense" for b in sorted(bits))
     if built.config.quant is not None and built.config.quant.method == "fp8":
         weights += " (from FP8)"
-    size = built.model.weight_bytes
+    if built.config.tie_word_embeddings and built.model.lm_head.bits < 16:
+        kept = _size(built.model.embed_tokens.nbytes)
+        both = f" (the embedding, {kept}, is kept beside the rounded output layer)"
+    else:
+        both = ""
     cache = "int8" if settings.kv_cache_dtype == "int8" else dtype
-    activations = f"{built.activations} activations, " if built.activations else ""
+    activations = _activations(built.activations, dtype)
     return (
         f"{built.name}: {built.backend.name} ({built.backend.describe()}), {dtype}, "
-        f"{weights} weights {f'{size / 2**30:.2f} GiB' if size >= 2**29 else f'{size / 2**20:.1f} MiB'}, "
+        f"{weights} weights {_size(built.model.weight_bytes)}{both}, "
         f"{activations}{cache} cache, context {built.max_model_len} tokens, loaded in {built.load_s:.1f} s"
     )

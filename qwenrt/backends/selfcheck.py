@@ -123,7 +123,7 @@ def random_weight(
     scales = (torch.rand(groups, out_features, generator=source) + 0.5) * spread * 4 / 2**bits
     zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.int16, generator=source)
     scales = scales.half()
-    if (bits, group) == (ROUNDED["int4"].bits, ROUNDED["int4"].group_size):  # as rounding at load makes them
+    if bits == 4 and group <= ROUNDED["int4"].group_size:  # as rounding at load makes them
         scales = packing.narrow_scales(scales.float(), zeros, bits)
     return CanonicalWeight(codes=codes, scales=scales, zeros=zeros, bits=bits, group_size=group)
 

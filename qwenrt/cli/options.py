@@ -44,7 +44,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize-head",
         choices=("int8", "int4"),
-        help="the output layer as well, which is left dense otherwise: a quarter of a small int4 model's time",
+        help="the output layer as well, which is left dense otherwise: a quarter of a small int4 model's time. A layer "
+        "that is the embedding too is then there twice: more memory",
     )
     group.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto")
     group.add_argument(

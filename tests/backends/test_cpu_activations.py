@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qwenrt.assembly import Settings, assemble
+from qwenrt.assembly import Settings, _activations, assemble
 from qwenrt.backends import selfcheck
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.config import Environment
@@ -285,17 +285,23 @@ def test_errors_are_as_small_as_is_said(cpu: CPUBackend, bits: int, outliers: bo
     ],
 )
 def test_the_line_at_load_says_what_is_rounded(quantize: str | None, activations: str, said: str) -> None:
+    words = {"": "", "exact": "activations float32, "}.get(said, f"activations {said}, ")
     settings = Settings(
         device="cpu", dtype="float32", quantize=quantize, activations=activations, progress=False
     )
     with LLM(assemble("demo", settings, Environment.read({}))) as llm:
         assert llm.stats()["activations"] == said
-        assert f", {said} activations, " in llm.summary if said else "activations" not in llm.summary
+        assert words in llm.summary if said else "activations" not in llm.summary
+
+
+def test_the_line_at_load_speaks_of_small_layers() -> None:
+    assert _activations("exact+int16", "float32") == "activations int16 (float32 in small layers), "
+    assert _activations("int16+int8", "float32") == "activations int16 and int8, "
 
 
 def test_choices_are_checked(cpu: CPUBackend) -> None:
     cpu.configure("scalar", num_threads=1)
-    assert cpu.activations == "auto" and cpu.describe() == "csrc scalar, 1 thread"
+    assert cpu.activations == "auto" and cpu.describe() == "portable kernels, 1 thread"
     with pytest.raises(BackendError, match=r"activations 'int4': no such choice. Use one of: auto, exact"):
         cpu.configure(activations="int4")
     with pytest.raises(ConfigError, match="activations='int4'"):

@@ -16,6 +16,7 @@ from benchmarks.render import document
 def a_row(key: str, ours_s: float, peer_s: float, **more: Any) -> dict[str, Any]:
     row = next(r for r in rows.table() if r.key == key)
     about = {"version": "9.9", "weight_bytes_per_token": 10**9, "kv_bytes_per_token": 0, "left_out": []}
+    about |= {"rounded": "int4 in groups of 32"}
     measured = {
         "ours_s": ours_s,
         "peer_s": peer_s,
@@ -42,17 +43,19 @@ def a_row(key: str, ours_s: float, peer_s: float, **more: Any) -> dict[str, Any]
     } | more
 
 
+MACHINE = {
+    "processor": "Some CPU",
+    "cores_usable": 2,
+    "memory_total_bytes": 24 * 2**30,
+    "system": "Linux",
+    "instruction_sets": ["avx2"],
+    "python": "CPython 3.11",
+    "qwenrt": "9.9",
+}
+
+
 def a_page(plots: dict[str, str] | None = None, **results: Any) -> str:
-    machine = {
-        "processor": "Some CPU",
-        "cores_usable": 2,
-        "memory_total_bytes": 24 * 2**30,
-        "system": "Linux",
-        "instruction_sets": ["avx2"],
-        "python": "CPython 3.11",
-        "qwenrt": "9.9",
-    }
-    return document({"machine": machine, "rows": results, "curves": {}}, plots or {})
+    return document({"machine": MACHINE, "rows": results, "curves": {}}, plots or {})
 
 
 def cells(page: str, start: str) -> list[str]:
@@ -163,3 +166,24 @@ def test_without_results_rendering_says_what_to_do(tmp_path: Path) -> None:
 
 def test_results_are_named_after_the_processor() -> None:
     assert _file_name("AMD EPYC 7B13 (2 cores)").endswith("-amd-epyc-7b13-2-cores.json")
+
+
+def test_rows_of_int4_that_do_not_say_their_groups_are_older_than_the_default() -> None:
+    row = a_row("decode-int4", 1.0, 1.5)
+    assert "older than the present default" not in a_page(**{"decode-int4": row})
+    del row["ours"]["about"]["rounded"]
+    page = a_page(**{"decode-int4": row})
+    assert cells(page, "decode (")[1] == "int4 (groups of 128), int8 head, activations int8"
+    assert "are older than the present default" in page
+
+
+def test_what_rounding_costs_stands_beside_speed() -> None:
+    quality = {"bits": 4.5, "divergence": 0.05, "error": 0.002, "agreement": 0.865, "perplexity": 30.05}
+    found = {"model": "M", "tokens": 300, "when": "2026-11-30T10:00:00+00:00", "perplexity": 27.682}
+    page = document(
+        {"machine": MACHINE, "rows": {"decode-int4": a_row("decode-int4", 1.0, 1.5)}, "curves": {}},
+        {},
+        quality=[found | {"ways": {"int4": quality}}],
+    )
+    assert "M, 300 tokens of each text, 2026-11-30; perplexity 27.682 without rounding:" in page
+    assert "| int4 | 4.50 | 0.0500 ± 0.0020 | 86.5 % | 30.050 |" in page

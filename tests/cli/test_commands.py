@@ -241,7 +241,7 @@ def test_doctor_names_missing_packages_and_the_command(
     [
         ("off", "switched off (QWENRT_KERNELS=off)"),
         ("neon", "Use auto or scalar."),
-        ("scalar", "csrc scalar"),
+        ("scalar", "portable kernels"),
     ],
 )
 def test_doctor_looks_at_the_kernels_that_were_chosen(
