@@ -99,7 +99,6 @@ WAYS = {
     "int4": Way("int4"),
     "int4 in groups of 128": groups_of(128),
     "int4 in groups of 64": groups_of(64),
-    "int4 in groups of 32": groups_of(32),
     "Q4_0": Way("int4", q4_0),
 }
 

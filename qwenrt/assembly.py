@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qwenrt import summary
 from qwenrt.arguments import flag, one_of, size
 from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, Binding
@@ -120,21 +121,9 @@ class Assembled:
         return "+".join(sorted({self.backend.activations_of(piece) for piece in pieces} - {""}))
 
     def explain(self) -> str:
-        """A table: op, kind of weight, what serves it in how many places, and why or with which note."""
-        rows: dict[tuple[str, str, str, str], int] = {}
-        for b in self.backend.bindings:
-            key = (b.op, b.kind, self.backend.name if b.native else "plain torch", b.why)
-            rows[key] = rows.get(key, 0) + 1
-        lines = [self.summary, f"{'op':<16} {'weights':<10} {'served by':<12} places  note"]
-        lines += [
-            f"{op:<16} {kind:<10} {served:<12} {count:>6}  {note}".rstrip()
-            for (op, kind, served, note), count in sorted(rows.items())
-        ]
-        sizes: dict[str, int] = {}
-        for packed in self.model.linears():
-            sizes[packed.kind] = sizes.get(packed.kind, 0) + packed.nbytes
-        lines += [f"{kind} weights: {nbytes / 2**20:.1f} MiB" for kind, nbytes in sizes.items()]
-        return "\n".join(lines)
+        """The line at load, and a table: op, kind of weight, what serves it in how many places, and why or with which
+        note."""
+        return "\n".join([self.summary, *summary.table(self.backend, self.model)])
 
 
 def assemble(name: str, settings: Settings, environment: Environment) -> Assembled:
@@ -318,7 +307,11 @@ def _build(
         settings.quantize,
         time.perf_counter() - started,
     )
-    built.summary = _summary(built, settings)
+    cache = "int8" if settings.kv_cache_dtype == "int8" else str(dtype).removeprefix("torch.")
+    rounded, load_s = built.activations, built.load_s
+    built.summary = summary.line(
+        name, backend, model, rounded=rounded, cache=cache, context=longest, load_s=load_s
+    )
     logger.info(built.summary)
     if settings.progress or (settings.progress is None and sys.stderr is not None and sys.stderr.isatty()):
         sys.stderr.write(built.summary + "\n")
@@ -447,37 +440,3 @@ def _report_fallbacks(bindings: list[Binding], fallback: str) -> None:
             raise BackendError("fallback='error'", line, "`qwenrt doctor` says how to get the kernel.")
         if fallback == "warn":
             logger.warning(line)
-
-
-def _activations(rounded: str, dtype: str) -> str:
-    """ "exact+int16" -> "activations int16 (float32 in small layers), "."""
-    kinds = rounded.split("+") if rounded else []
-    to = " and ".join(kind for kind in kinds if kind != "exact")
-    if not to:
-        return f"activations {dtype}, " if kinds else ""
-    return f"activations {to}{f' ({dtype} in small layers)' if 'exact' in kinds else ''}, "
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
-
-
-def _summary(built: Assembled, settings: Settings) -> str:
-    """The one line that says what serves."""
-    dtype = str(built.dtype).removeprefix("torch.")
-    bits = {packed.bits for linear in built.model.linears() for packed in linear.data.get("parts", [linear])}
-    weights = "+".join(f"int{b}" if b < 16 else "dense" for b in sorted(bits))
-    if built.config.quant is not None and built.config.quant.method == "fp8":
-        weights += " (from FP8)"
-    if built.config.tie_word_embeddings and built.model.lm_head.bits < 16:
-        kept = _size(built.model.embed_tokens.nbytes)
-        both = f" (the embedding, {kept}, is kept beside the rounded output layer)"
-    else:
-        both = ""
-    cache = "int8" if settings.kv_cache_dtype == "int8" else dtype
-    activations = _activations(built.activations, dtype)
-    return (
-        f"{built.name}: {built.backend.name} ({built.backend.describe()}), {dtype}, "
-        f"{weights} weights {_size(built.model.weight_bytes)}{both}, "
-        f"{activations}{cache} cache, context {built.max_model_len} tokens, loaded in {built.load_s:.1f} s"
-    )

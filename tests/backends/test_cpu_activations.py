@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qwenrt.assembly import Settings, _activations, assemble
+from qwenrt import summary
+from qwenrt.assembly import Settings, assemble
 from qwenrt.backends import selfcheck
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.config import Environment
@@ -295,8 +296,8 @@ def test_the_line_at_load_says_what_is_rounded(quantize: str | None, activations
 
 
 def test_the_line_at_load_speaks_of_small_layers() -> None:
-    assert _activations("exact+int16", "float32") == "activations int16 (float32 in small layers), "
-    assert _activations("int16+int8", "float32") == "activations int16 and int8, "
+    assert summary._activations("exact+int16", "float32") == "activations int16 (float32 in small layers), "
+    assert summary._activations("int16+int8", "float32") == "activations int16 and int8, "
 
 
 def test_choices_are_checked(cpu: CPUBackend) -> None:

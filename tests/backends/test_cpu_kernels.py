@@ -316,7 +316,8 @@ def test_every_set_of_this_cpu_can_be_chosen_and_no_other(cpu: CPUBackend) -> No
     here = cpu.kernels.isas
     assert here[-1] == "scalar" and set(here) <= set(backend.KERNEL_CHOICES)
     cpu.configure()
-    assert f"{backend._SET_NAMES[here[0]]} kernels, " in cpu.describe()
+    names = {"avx512vnni": "AVX-512", "scalar": "portable"}
+    assert cpu.describe().startswith(f"{names.get(here[0], here[0].upper())} kernels, ")
     for name in here:
         cpu.configure(name)
         assert cpu.kernels.isa == name

@@ -57,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("size", choices=tuple(RELEASES))
     parser.add_argument("--cache", type=Path, default=cache_directory())
+    parser.add_argument("--without", default="", help="prompts to leave out, separated by commas")
     args = parser.parse_args()
     directory = args.cache / RELEASES[args.size].name
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -65,6 +66,7 @@ def main() -> None:
         for name, messages in CHATS.items()
     }
     prompts |= {name: list(tokenizer(text)["input_ids"]) for name, text in TEXTS.items()}
+    prompts = {name: ids for name, ids in prompts.items() if name not in args.without.split(",")}
     continuations = proposed(directory, prompts)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     answers = {}

@@ -48,7 +48,9 @@ def test_token_ids_are_those_of_transformers(released: Released) -> None:
         assert ours.encode(text) == theirs(text)["input_ids"], name
     for name, messages in CHATS.items():
         wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ours.encode_chat(messages) == list(wanted) == released.recorded[name]["prompt"], name
+        assert ours.encode_chat(messages) == list(wanted), name
+        if name in released.recorded:
+            assert list(wanted) == released.recorded[name]["prompt"], name
     for name, text in TEXTS.items():
         assert ours.encode(text, allow_special=True) == released.recorded[name]["prompt"], name
 
@@ -69,9 +71,11 @@ def test_several_at_once_say_what_each_says_alone(released: Released) -> None:
 
 
 def test_a_conversation_of_four_thousand_tokens(released: Released) -> None:
-    entry = released.recorded["long"]
-    assert len(entry["prompt"]) > 4000
-    _assert_as_recorded(released.llm, entry)
+    entry = released.recorded.get("long")  # of the larger model nobody recorded it
+    if entry is not None:
+        _assert_as_recorded(released.llm, entry)
+    assert released.llm.tokenizer is not None
+    assert len(released.llm.tokenizer.encode_chat(CHATS["long"])) > 4000
     first = released.llm.chat(messages=CHATS["long"], **GREEDY, max_tokens=24)
     assert str(code_of(ASKED_ROOM)) in first.text
     more = [*CHATS["long"], first.message, {"role": "user", "content": "And which one has room 8?"}]

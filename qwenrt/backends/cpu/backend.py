@@ -42,14 +42,6 @@ _ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
 # Activations below are never too large for the kernels to sum, whatever the group's size.
 _SURELY_SUMMED = 1e29
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
-_SET_NAMES = {
-    "amx": "AMX",
-    "avx512vnni": "AVX-512",
-    "avx2": "AVX2",
-    "neondot": "NEON dot product",
-    "neon": "NEON",
-    "scalar": "portable",
-}
 _QUANTIZED = (native_kind(4), native_kind(8))
 _WORTH_PACKING = 1 << 20  # weights of a dense linear from which on 12 bits save time
 _CHUNK_ELEMENTS = 1 << 22  # elements of a weight that exist in float32 at once
@@ -414,7 +406,9 @@ class CPUBackend(Backend):
         if self.kernels is None:
             return f"plain torch: {self.unavailable}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{_SET_NAMES.get(self.kernels.isa, self.kernels.isa)} kernels, {threads}"
+        isa = self.kernels.isa
+        name = {"avx512vnni": "AVX-512", "scalar": "portable"}.get(isa, isa.upper())
+        return f"{name} kernels, {threads}"
 
 
 def _row_chunks(w: Packed) -> range:

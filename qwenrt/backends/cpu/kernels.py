@@ -281,8 +281,8 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     """Canonical codes in the layout of csrc/qwenrt_cpu.h.
 
     data: ``words`` int32 [blocks, groups * words_per_group, 8], ``scales`` float16 (float32 where that
-    loses bits) [blocks, groups, 8], ``zeros`` int16 of the same shape (absent where all are
-    ``zero``, or where that is ZEROS_IN_SCALES), ``perm`` int32 [K], and ``native``, the struct that points at them.
+    loses bits) [blocks, groups, 8], ``zeros`` int16 likewise (absent where all are ``zero``, or where that is
+    ZEROS_IN_SCALES), ``perm`` int32 [K], and ``native``, the struct that points at them.
     """
     if any(words.shape[1] % BLOCK for words in weight.words[:-1]):
         weight = with_codes(weight)  # a block would hold rows of two
@@ -306,10 +306,8 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     data["scales"] = _by_block(scales if exact else weight.scales.to(torch.float32), blocks)
     data["zero"] = zero = int(weight.zeros[0, 0]) if weight.zeros.numel() else 0
     if not bool((weight.zeros == zero).all()):
-        if bits == 4 and exact and zeros_in_scales(scales, weight.zeros):
-            data["zero"] = ZEROS_IN_SCALES
-        else:
-            data["zeros"] = _by_block(weight.zeros, blocks)
+        inside = bits == 4 and exact and zeros_in_scales(scales, weight.zeros)
+        data |= {"zero": ZEROS_IN_SCALES} if inside else {"zeros": _by_block(weight.zeros, blocks)}
     if perm is not None:
         data["perm"] = perm
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
@@ -355,8 +353,7 @@ def restore_quantized(packed: Packed) -> str | None:
     if not isinstance(zero, int) or not (in_scales or 0 <= zero <= 1 << bits):
         return f"its zero is {zero!r}"
     blocks, groups = math.ceil(packed.out_features / BLOCK), math.ceil(packed.in_features / size)
-    by_group = (blocks, groups, BLOCK)
-    floats = (torch.float16,) if in_scales else (torch.float16, torch.float32)
+    by_group, floats = (blocks, groups, BLOCK), (torch.float16, torch.float32)[: 1 if in_scales else 2]
     allowed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "words": ((blocks, groups * words_per_group(size, bits), BLOCK), (torch.int32,)),
         "scales": (by_group, floats),
@@ -387,9 +384,7 @@ def dequantize_blocks(w: Packed, first: int, last: int) -> torch.Tensor:
     shifts = torch.arange(0, 32, w.bits, dtype=torch.int32)[:, None]
     codes = ((words.unsqueeze(2) >> shifts) & (2**w.bits - 1)).to(torch.float32)
     codes = codes.view(blocks, native.groups, native.words_per_group * per_word, BLOCK)[:, :, : w.group_size]
-    zeros = w.data.get("zeros")
-    if zeros is None and native.zero == ZEROS_IN_SCALES:
-        zeros = w.data["scales"].view(torch.int16) & 15
+    zeros = w.data["scales"].view(torch.int16) & 15 if native.zero < 0 else w.data.get("zeros")
     zero = native.zero if zeros is None else zeros[first:last].unsqueeze(2).to(torch.float32)
     values: torch.Tensor = (codes - zero) * w.data["scales"][first:last].unsqueeze(2).to(torch.float32)
     values = values.flatten(1, 2)[:, : w.in_features].transpose(1, 2).flatten(0, 1)
