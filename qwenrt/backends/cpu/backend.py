@@ -61,10 +61,9 @@ def kernel_status(kernels: str = "auto") -> str:
     the user chose; BackendError where that cannot be."""
     cpu = CPUBackend(torch.device("cpu"))
     cpu.configure(kernels)
-    others = [] if cpu.kernels is None else [name for name in cpu.kernels.isas if name != cpu.kernels.isa]
-    return (
-        f"{cpu.describe()} (QWENRT_KERNELS: {', '.join(others)} run here too)" if others else cpu.describe()
-    )
+    if cpu.kernels is None:
+        return cpu.describe()
+    return f"{cpu.describe()} (QWENRT_KERNELS={cpu.kernels.isa}; what runs here: {', '.join(cpu.kernels.isas)})"
 
 
 @dataclass
