@@ -24,6 +24,12 @@ class Released:
     recorded: dict[str, dict[str, Any]]
     llm: qwenrt.LLM
 
+    def answer(self, name: str) -> dict[str, Any]:
+        """What was recorded for a prompt, or a skip."""
+        if name not in self.recorded:
+            pytest.skip(f"nobody recorded {name!r}: python -m tests.real.record {self.size} does")
+        return self.recorded[name]
+
 
 def directory_of(size: str) -> Path:
     """Where a checkpoint lies, or a skip."""
@@ -39,7 +45,8 @@ def directory_of(size: str) -> Path:
 def released(request: pytest.FixtureRequest) -> Iterator[Released]:
     size: str = request.param
     directory = directory_of(size)
-    recorded = json.loads((RECORDED / f"{size}.json").read_text(encoding="utf-8"))
+    path = RECORDED / f"{size}.json"
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     with qwenrt.load(
         str(directory), dtype="float32", activations="exact", max_model_len=8192, max_num_seqs=4
     ) as llm:
