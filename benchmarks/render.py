@@ -57,8 +57,9 @@ has it, and with the linears of its layers rounded; embedding and head stay as t
 exact ones. Bits are those of a weight with its scales and zeros. Q4_0 is llama.cpp's form, with the codes and scales of
 its own quantiser, multiplied by the same kernels. `int4` and `int8` are what `quantize=` makes; the other groups are
 qwenrt's own rounding as well. The files hold weights that were once rounded to about five bits in blocks of 32
-(scripts/fetch_models.py), which suits blocks of 32 a little better than weights fresh from training would: Q4_0 as
-much as ours. `python -m benchmarks.quality DIR --json benchmarks/results/quality/NAME.json` measures again."""
+(scripts/fetch_models.py), which suits blocks of 32. On normally distributed weights, which nothing suits, the root mean
+square of what rounding moves them by is 7.8 % of theirs for `int4` and 8.6 % for Q4_0 (8.7 % in groups of 64, 9.5 % of
+128). `python -m benchmarks.quality DIR --json benchmarks/results/quality/NAME.json` measures again."""
 _METHOD = """## How it is measured
 
 - **qwenrt** is the whole engine: token ids in, sampled token ids out, scheduler and sampler included. Prefill is a new
