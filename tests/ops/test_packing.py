@@ -106,6 +106,7 @@ def test_zeros_lie_in_the_last_bits_of_scales_where_that_costs_nothing() -> None
     assert not packing.zeros_in_scales(one_zero.scales, one_zero.zeros), "where all are 8 they take no room"
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     patterns=st.lists(st.integers(1, 0x7BFF), min_size=2, max_size=40),
     seed=st.integers(0, 1000),
