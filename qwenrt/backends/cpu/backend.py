@@ -407,8 +407,7 @@ class CPUBackend(Backend):
         if self.kernels is None:
             return f"plain torch: {self.unavailable}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        isa = self.kernels.isa
-        name = {"avx512vnni": "AVX-512", "scalar": "portable"}.get(isa, isa.upper())
+        name = {"avx512vnni": "AVX-512", "scalar": "portable"}.get(self.kernels.isa, self.kernels.isa.upper())
         return f"{name} kernels, {threads}"
 
 
