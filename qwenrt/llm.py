@@ -64,9 +64,8 @@ def load(
     device: "auto" | "cpu" | "cuda" | "cuda:1" | "npu" | "dcu" | a plugin's name.
     dtype: "auto" | "float32" | "bfloat16" | "float16", of activations and of weights that are not quantised.
     source: "auto" | "huggingface" | "modelscope"; revision: a branch, tag or commit; offline: True opens no socket.
-    quantize: None | "int8" | "int4": round dense weights at load; quantize_head: likewise, the output layer alone. One
-        that is the embedding too (a small model's) is then there twice: less to read for a token, more memory.
-    kv_cache_dtype: "auto" | "int8".
+    quantize: None | "int8" | "int4": round dense weights at load. kv_cache_dtype: "auto" | "int8". quantize_head: as
+        quantize, the output layer; one that is the embedding too is then there twice: faster, more memory.
     activations: "auto" | "exact" | "int16" | "int8", what the CPU's kernels round the inputs of quantised linears to;
         all but "exact" also let prompts be multiplied with large 16-bit weights in fixed point (about 1e-4).
     max_model_len: longest prompt and answer together, in tokens; None takes what the model and the memory allow.
