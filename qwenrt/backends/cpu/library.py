@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenrt.errors import BackendError
 
-ABI = 13
+ABI = 14
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
