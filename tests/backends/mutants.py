@@ -223,7 +223,7 @@ ROUNDING = [
             "rounding: clips not tried": lambda right, r: right(but(r, num_clips=1)),
             "rounding: a code": rounded("words", ctypes.c_uint32),
             "rounding: a zero": rounded("zeros", ctypes.c_int16),
-            "rounding: a scale by a thousandth": rounded("scales", ctypes.c_int32, 1 << 14),
+            "rounding: a scale by a thirtieth": rounded("scales", ctypes.c_int32, 1 << 18),
             "rounding: zeros in the middle": lambda right, r: right(but(r, sym=1)),
             "rounding: float16 as bfloat16": lambda right, r: right(but(r, dtype=r.dtype % 2)),
         }
