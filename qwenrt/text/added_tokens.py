@@ -81,6 +81,8 @@ def read_added_tokens(
     def add(listed: Listed) -> None:
         for where, token in listed:
             known = found.setdefault(token.form, token)
+            if token.special and not known.special:  # either file may say so
+                found[token.form] = replace(known, special=True)
             other = forms.setdefault(token.id, token.form)
             if known.id != token.id or other != token.form:
                 raise ConfigError(

@@ -139,7 +139,8 @@ class TaggedCalls:
         except ValueError:
             return self._give_back(text)
         self._calls += calls
-        self._state = "after_function" if text.endswith(END_FUNCTION) else "outside"
+        ends_function = isinstance(self._body, FunctionBody) and text.endswith(END_FUNCTION)
+        self._state = "after_function" if ends_function else "outside"
         self._content.tag()
         if isinstance(self._body, UntaggedBody):
             self._in_code = False

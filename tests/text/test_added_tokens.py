@@ -265,6 +265,23 @@ def test_what_counts_as_a_control_token(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode("<turn>") == [405]
 
 
+@pytest.mark.parametrize("says", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_token_is_special_where_either_file_says_so(tmp_path: Path, says: str) -> None:
+    """Tools write one of the two anew; a control token must not become a word, found in anybody's text."""
+    form = "TURN"  # whose shape tells nothing
+    inner, outer = (
+        entry(400, form, special=says == name) for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    directory = write(
+        tmp_path,
+        tokenizer_json=small_json(added_tokens=[*added_tokens(FIRST), inner]),
+        tokenizer_config_json={"added_tokens_decoder": {"400": outer}},
+    )
+    tokenizer = load_tokenizer(directory)
+    assert 400 not in tokenizer.encode(form) and tokenizer.encode(form, allow_special=True) == [400]
+    assert tokenizer.decode([400], skip_special_tokens=True) == ""
+
+
 FLAGS = st.fixed_dictionaries(
     {name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")}
 )

@@ -66,6 +66,7 @@ def check(text: str, content: str, calls: list[tuple[str, str]]) -> None:
         (f"{ONE}\n</tool_call>", "", [FIRST]),
         (f"{ONE}\n{F}\n{block(TWO)}", "", [FIRST, FIRST, SECOND]),
         (f"{ONE}</tool", "</tool", [FIRST]),
+        (f"{ONE}<x></function></tool_call>y", "<x></function></tool_call>y", [FIRST]),
         (f"{ONE} {{x", f"{ONE} {{x", []),
     ],
 )
@@ -169,7 +170,7 @@ PARTS = [
     "\\",
     "x",
 ]
-PARTS += [F, X, "<tool_call>", "</tool_call>", "<function=", '"arguments"', "`"]
+PARTS += [F, X, "<tool_call>", "</tool_call>", "<function=", "</function>", '"arguments"', "`"]
 
 
 @settings(deadline=None, max_examples=120)
