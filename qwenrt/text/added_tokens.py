@@ -37,7 +37,8 @@ CONTROL_TOKENS = frozenset(REQUIRED) | {
         "<|video_pad|>",
     ),
 }
-# What every generation writes around thoughts and calls. No file calls these special.
+# What every generation writes around thoughts and calls. Where a file calls these special, they are still what an answer
+# is read by: dropped from it, a thought would never end and a call would be lost.
 _TAGS = frozenset(
     ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 )
@@ -115,7 +116,9 @@ def read_added_tokens(
         )
     return tuple(
         replace(
-            token, special=token.special or token.form in named, control=_is_control(token, named, templates)
+            token,
+            special=(token.special or token.form in named) and token.form not in _TAGS,
+            control=_is_control(token, named, templates),
         )
         for token in sorted(found.values(), key=lambda token: token.id)
     )

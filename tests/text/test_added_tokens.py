@@ -282,6 +282,21 @@ def test_a_token_is_special_where_either_file_says_so(tmp_path: Path, says: str)
     assert tokenizer.decode([400], skip_special_tokens=True) == ""
 
 
+def test_tags_of_thoughts_and_calls_stay_in_an_answer_whatever_a_file_calls_them(tmp_path: Path) -> None:
+    """Fine-tunes add them as special tokens. Without them an answer's thought would never end."""
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    entries = [e | {"special": e["special"] or e["content"] in tags} for e in added_tokens(FIRST)]
+    directory = write(
+        tmp_path,
+        tokenizer_json=small_json(added_tokens=entries),
+        tokenizer_config_json={"additional_special_tokens": tags},
+    )
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer.encode(text := "<think>a</think>b<tool_call>c</tool_call><|im_end|>", allow_special=True)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text.removesuffix("<|im_end|>")
+    assert not set(map(tokenizer.token_id, tags)) & set(tokenizer.encode(text))
+
+
 FLAGS = st.fixed_dictionaries(
     {name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")}
 )
