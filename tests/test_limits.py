@@ -32,7 +32,7 @@ def read():
         for _ in stream:
             pass
         while True:  # asks again while the interpreter ends
-            llm.generate(prompt_token_ids=[1, 2], max_tokens=1)
+            {again}
 
 for _ in range(3):
     threading.Thread(target=read, daemon=True).start()
@@ -65,6 +65,9 @@ def test_limits_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(resources.process_limits()) == []
 
 
-def test_streams_in_daemon_threads_end_in_silence(tiny_dir: Path) -> None:
-    done = python(_AT_EXIT.format(model=str(tiny_dir)))
+@pytest.mark.parametrize(
+    "again", ["llm.generate(prompt_token_ids=[1, 2], max_tokens=1)", "llm.logits(list(range(100)) * 2)"]
+)
+def test_daemon_threads_that_use_a_model_end_in_silence(tiny_dir: Path, again: str) -> None:
+    done = python(_AT_EXIT.format(model=str(tiny_dir), again=again))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -191,7 +191,11 @@ class _Loop:
         assert engine is not None
         if not engine.has_work:
             self._take(engine, self.inbox.get())
-        while True:
+        for _ in range(
+            self.inbox.qsize()
+        ):  # what comes meanwhile waits for a step, or steps would wait for ever
+            if self._stop.is_set():
+                return
             try:
                 message = self.inbox.get_nowait()
             except queue.Empty:
@@ -213,7 +217,8 @@ class _Loop:
             try:
                 computed = message.work(engine)
                 self._check()
-                message.result.set_result(computed)
+                if not self._exiting:  # a thread that is at work in torch when the interpreter ends aborts it
+                    message.result.set_result(computed)
             except QwenrtError as error:
                 message.result.set_exception(error)
             except Exception as cause:  # whoever asked waits for this answer and for no other

@@ -37,8 +37,8 @@ CONTROL_TOKENS = frozenset(REQUIRED) | {
         "<|video_pad|>",
     ),
 }
-# What every generation writes around thoughts and calls. Where a file calls these special, they are still what an answer
-# is read by: dropped from it, a thought would never end and a call would be lost.
+# What every generation writes around thoughts and calls. Where a file calls these special, an answer is still read by
+# them: dropped from it, a thought would never end and a call would be lost.
 _TAGS = frozenset(
     ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 )

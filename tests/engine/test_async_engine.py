@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenrt.engine.async_engine import AsyncEngine
+from qwenrt.engine.async_engine import AsyncEngine, _Compute
 from qwenrt.errors import BackendError, CapacityError, RequestError
 from qwenrt.model.qwen import Qwen
 from qwenrt.sampling_params import SamplingParams
@@ -241,6 +241,22 @@ def test_a_broken_loop_fails_everyone_instead_of_hanging() -> None:
     served.close()
 
 
+def test_steps_go_on_while_others_keep_asking_for_logits(served: AsyncEngine) -> None:
+    """What is asked for while something is computed waits for a step: two who ask all the time stop no stream."""
+    inbox = served._loop.inbox
+    asked: list[int] = []
+
+    def again(engine: object) -> torch.Tensor:
+        asked.append(1)
+        if len(asked) < 1000:
+            inbox.put(_Compute(again, Future()))
+        return torch.zeros(1)
+
+    handle = served.submit([1, 2, 3], GREEDY)
+    inbox.put(_Compute(again, Future()))
+    assert len(list(handle)) == 8 and len(asked) < 1000
+
+
 def test_an_idle_engine_sleeps(served: AsyncEngine) -> None:
     turns, turn = [], served._loop._turn
     served._loop._turn = lambda: turns.append(turn())  # type: ignore[method-assign]
@@ -283,7 +299,7 @@ def test_the_interpreter_ends_with_a_live_engine() -> None:
         import atexit, sys
         atexit.register(lambda: print("the end"))  # registered first: runs last
         sys.path.insert(0, ".")
-        from qwenrt.engine.async_engine import AsyncEngine
+        from qwenrt.engine.async_engine import AsyncEngine, _Compute
         from qwenrt.sampling_params import SamplingParams
         from tests.engine.conftest import make_engine
         engine = AsyncEngine(make_engine(max_model_len=4096))
