@@ -54,6 +54,8 @@ def opened(
     try:
         _check_regular(path, os.stat(path).st_mode, kind, asked)  # to open some devices is to do something
         fd = os.open(path, _FLAGS)
+    except QwenrtError:  # some kinds are ValueErrors as well
+        raise
     except (OSError, ValueError) as error:
         raise _error(path, kind, asked, error, missing) from error
     try:

@@ -101,6 +101,18 @@ def test_labels_are_what_the_assistant_says_and_the_frame_of_every_turn(base):
     assert encode_entry(tokenizer, {"system": "Be brief.", "conversations": turns})[0] != ids
 
 
+def test_conversations_in_openais_shape_are_the_same_ones(base):
+    tokenizer = load_tokenizer(base)
+    said = [("user", "hi"), ("assistant", "Hello!"), ("user", "more"), ("assistant", "no")]
+    ours = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    theirs = {"messages": [{"role": role, "content": text} for role, text in said]}
+    assert encode_entry(tokenizer, ours) == encode_entry(tokenizer, theirs)
+    system = {"role": "system", "content": "Be brief."}
+    assert encode_entry(tokenizer, {**ours, "system": "Be brief."}) == encode_entry(
+        tokenizer, {"messages": [system, *theirs["messages"]]}
+    )
+
+
 def test_control_tokens_typed_by_a_user_stay_text(base):
     tokenizer = load_tokenizer(base)
     turns = [{"from": "user", "value": "<|im_end|>"}, {"from": "assistant", "value": "<|endoftext|>"}]
@@ -294,8 +306,8 @@ def test_a_run_too_short_to_change_anything_says_so(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qwenrt"):
         finetune(base, ENTRIES, tmp_path / "short", epochs=3, **{**QUICK, "learning_rate": 1e-5})
         (said,) = caplog.messages
-        assert said.startswith("6 steps with a learning_rate of 1e-05 change a weight by about")
-        assert "now 2 steps an epoch" in said
+        assert said.startswith("With a learning_rate of 1e-05 all the steps (6) change a weight by about")
+        assert "steps in an epoch now: 2" in said
         finetune(base, ENTRIES, tmp_path / "long", epochs=3, **QUICK)
     assert len(caplog.messages) == 1
 
@@ -320,6 +332,12 @@ def test_files_that_are_not_training_data(tmp_path, content, found):
         read_entries(path)
 
 
+def test_a_directory_in_place_of_training_data_is_said_once(tmp_path):
+    with pytest.raises(RequestError) as refused:
+        read_entries(tmp_path)
+    assert str(refused.value).count(str(tmp_path)) == 1 and "it is a directory" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("entry", "found"),
     [
@@ -334,6 +352,9 @@ def test_files_that_are_not_training_data(tmp_path, content, found):
         ),
         ({"conversations": [{"from": "user", "value": "a"}]}, "no turn of the assistant"),
         ({"text": 5}, "text is int"),
+        ({"messages": "hi"}, 'Give .*"messages"'),
+        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\] is from 'tool'"),
+        ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\] content is int"),
     ],
 )
 def test_entries_that_make_no_sense_are_named(base, tmp_path, entry, found):

@@ -196,6 +196,11 @@ def test_ids_past_the_vocabulary_are_never_drawn(llm: qwenrt.LLM) -> None:
         (lambda m: m.chat(messages=[{"role": "assistant", "content": "a"}]), "at least one user message"),
         (lambda m: m.chat(messages="hello"), "messages: got str"),
         (lambda m: m.chat("q", n=2), "n=2"),
+        (lambda m: m.chat("q", enable_thinking=True), "Qwen-1 does not think"),
+        (
+            lambda m: m.chat(messages=[{"role": "user", "content": "q"}], enable_thinking=True),
+            "does not think",
+        ),
         (lambda m: m.logits([]), "empty"),
     ],
 )
@@ -296,6 +301,17 @@ def test_explain_names_every_op(llm: qwenrt.LLM) -> None:
     text = llm.explain()
     for op in ("rms_norm", "linear", "rotary", "attention", "silu_and_mul"):
         assert op in text
+
+
+def test_the_columns_of_explain_stand_under_their_heads(tiny_dir: Path) -> None:
+    with qwenrt.load(tiny_dir, quantize="int8", progress=False) as quantised:
+        heads, *rows = quantised.explain().splitlines()[1:]
+    table = [row for row in rows if " weights: " not in row]
+    assert len(table) > 5
+    for head in ("weights", "served by"):
+        at = heads.index(head)
+        assert all(row[at - 1] == " " for row in table), head
+    assert all(row[heads.index("served by")] != " " for row in table)
 
 
 def test_one_line_says_what_serves(tiny_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped.args:  # what became of the work
             Terminal().remark(str(stopped))
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our pipe has gone, e.g. `qwenrt run ... | head -1`
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # stdout took no more; what is buffered for it is dropped, so that the interpreter's own flush says nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(
+            error, BrokenPipeError
+        ):  # whose reader has gone on purpose, e.g. `qwenrt run ... | head -1`
+            Terminal().fail(
+                f"writing the result: {error.strerror or error}. Make room, or send it elsewhere."
+            )
         return EXIT_ERROR

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwenrt import __version__
 from qwenrt.cli import machine
 from qwenrt.cli.options import MODEL_HELP, add_model_options, example, load_arguments
-from qwenrt.cli.terminal import Terminal, readable_bytes
+from qwenrt.cli.terminal import Terminal, counted, readable_bytes
 from qwenrt.errors import RequestError
 from qwenrt.sampling_params import SamplingParams
 
@@ -41,7 +41,12 @@ def add_parser(subparsers: Any) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help=MODEL_HELP)
-    what.add_argument("--shape", help="random weights shaped like Qwen-1_8B, Qwen-7B, Qwen-14B or Qwen-72B")
+    what.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, help="the same, given as to the other commands"
+    )
+    what.add_argument(
+        "--shape", help="random weights shaped like a released model: Qwen-1_8B, Qwen2.5-0.5B, Qwen3-4B, ..."
+    )
     work = parser.add_argument_group("the work")
     work.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
     work.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
@@ -214,7 +219,10 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
     rounded = f", {report['activations']} activations" if report["activations"] else ""
     row("kernels", report["kernels"] + rounded)
     row("machine", report["machine"])
-    row("versions", f"qwenrt {report['qwenrt']}, torch {report['torch']}, {report['threads']} threads")
+    row(
+        "versions",
+        f"qwenrt {report['qwenrt']}, torch {report['torch']}, {counted(report['threads'], 'thread')}",
+    )
     size = f"{report['prompt_tokens']} prompt and {report['new_tokens']} new tokens"
     row("work", f"{report['batch']} x {size}, {_rounds(report['rounds'])}")
     row("prefill", f"{report['prefill_tokens_per_s']:.1f} tokens/s", "bold")

@@ -12,7 +12,7 @@ from typing import Any
 from qwenrt import __version__
 from qwenrt.cli import machine
 from qwenrt.cli.options import example
-from qwenrt.cli.terminal import Terminal, readable_bytes
+from qwenrt.cli.terminal import Terminal, counted, readable_bytes
 from qwenrt.config import Environment
 from qwenrt.errors import QwenrtError
 
@@ -232,7 +232,10 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
 
     python, torch = report["python"], report["torch"]
     row("qwenrt", f"{report['qwenrt']}, Python {python['version']} ({python['executable']})")
-    row("torch", torch["error"] or f"{torch['version']} ({torch['build']}), {torch['threads']} threads")
+    row(
+        "torch",
+        torch["error"] or f"{torch['version']} ({torch['build']}), {counted(torch['threads'], 'thread')}",
+    )
     others = {name: version for name, version in report["packages"].items() if name != "torch"}
     row("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in others.items()))
     for extra, found in report["extras"].items():

@@ -15,6 +15,9 @@ EXAMPLES = """example:
 Each line of talks.jsonl is one conversation:
   {"conversations": [{"from": "user", "value": "Hi"},
                      {"from": "assistant", "value": "Hello!"}]}
+or, in OpenAI's shape:
+  {"messages": [{"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello!"}]}
 """
 # option -> (type, help); each is a setting of qwenrt.finetune.finetune, whose own default holds where none is given
 _SETTINGS: dict[str, tuple[type, str]] = {

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qwenrt.cli.terminal import Terminal
+from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.errors import QwenrtError
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text import conversations
@@ -101,6 +101,10 @@ class Session:
         words = text[1:].split(None, 1)
         action = self._commands.get(words[0]) if words else None
         if action is None:
+            if self.terminal.interactive and words and re.fullmatch("[A-Za-z-]{2,}", words[0]):
+                self.terminal.remark(
+                    f'[INFO] ":{words[0]}" is not a command and goes to the model; :help lists them.'
+                )
             return False
         action(words[1].strip() if len(words) > 1 else "")
         return True
@@ -122,14 +126,14 @@ class Session:
         count = len(self.history)
         self.history.clear()
         gc.collect()
-        self.terminal.say(f"[INFO] All {count} history cleared")
+        self.terminal.say(f"[INFO] Forgot {counted(count, 'turn')}")
 
     def _show_history(self, rest: str) -> None:
         width = min(shutil.get_terminal_size().columns, 100)
         self.terminal.say(f" History ({len(self.history)}) ".center(width, "="))
         for i, (query, response) in enumerate(self.history):
             self.terminal.say(f"User[{i}]: {query}")
-            self.terminal.say(f"QWen[{i}]: {response}")
+            self.terminal.say(f"Qwen[{i}]: {response}")
         self.terminal.say("=" * width)
 
     def _seed(self, rest: str) -> None:
@@ -184,24 +188,20 @@ class Session:
         if path is None:
             return
         saved = conversations.save(path, self.history, system=self.system)
-        self.terminal.say(f"[INFO] Saved {_turns(self.history)} to {saved}")
+        self.terminal.say(f"[INFO] Saved {counted(len(self.history), 'turn')} to {saved}")
 
     def _load(self, rest: str) -> None:
         path = self._path(rest, "load")
         if path is None:
             return
         self.history, self.system = conversations.load(path)
-        self.terminal.say(f"[INFO] Loaded {_turns(self.history)} from {path}")
+        self.terminal.say(f"[INFO] Loaded {counted(len(self.history), 'turn')} from {path}")
 
     def _path(self, rest: str, name: str) -> Path | None:
         if not rest:
             self.terminal.warn(f"Which file? For example: :{name} conversation.json")
             return None
         return Path(rest).expanduser()
-
-
-def _turns(history: list[tuple[str, str]]) -> str:
-    return "1 turn" if len(history) == 1 else f"{len(history)} turns"
 
 
 def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:

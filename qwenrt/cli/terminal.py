@@ -122,6 +122,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def counted(count: int, thing: str) -> str:
+    """2, "thread" -> "2 threads"."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def readable_bytes(count: float) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

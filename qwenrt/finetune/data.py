@@ -83,7 +83,9 @@ def encode_entry(tokenizer: Tokenizer, entry: object, number: int = 1) -> tuple[
     start, end = [im_start], [im_end, *newline]
     ids, labels = [], []
     system = _text(entry.get("system", DEFAULT_SYSTEM), number, "system")
-    for role, text in [("system", system), *turns]:
+    if turns[0][0] != "system":
+        turns = [("system", system), *turns]
+    for role, text in turns:
         head, content = [*tokenizer.encode(role), *newline], tokenizer.encode(text)
         ids += [*start, *head, *content, *end]
         spoken = content if role == "assistant" else [IGNORE] * len(content)
@@ -92,21 +94,28 @@ def encode_entry(tokenizer: Tokenizer, entry: object, number: int = 1) -> tuple[
 
 
 def _turns(entry: dict[str, Any], number: int) -> list[tuple[str, str]]:
-    turns = entry.get("conversations")
+    """(role, text) of every turn: a system prompt of "messages" first where there is one, else user and assistant."""
+    name, by, said = ("conversations", "from", "value")
+    if "conversations" not in entry and "messages" in entry:
+        name, by, said = ("messages", "role", "content")  # the shape of OpenAI, as llm.chat takes it
+    turns = entry.get(name)
     if not isinstance(turns, list) or not turns:
-        remedy = 'Give {"conversations": [{"from": "user", "value": "..."}, ...]} or {"text": "..."}.'
+        remedy = (
+            'Give {"conversations": [{"from": "user", "value": "..."}, ...]}, '
+            '{"messages": [{"role": "user", "content": "..."}, ...]} or {"text": "..."}.'
+        )
         raise _bad_entry(number, "no list of conversations", remedy)
     pairs = []
     for index, turn in enumerate(turns):
-        where = f"conversations[{index}]"
+        where = f"{name}[{index}]"
         if not isinstance(turn, dict):
             raise _bad_entry(number, f"{where} is a JSON {type(turn).__name__}", "It must be an object.")
-        role = turn.get("from")
-        if index == 0 and role != "user":
+        role = turn.get(by)
+        if index == 0 and name == "conversations" and role != "user":
             continue  # one leading turn of another role is dropped, as the original trainer does
-        if role not in ("user", "assistant"):
+        if role not in ("user", "assistant") and (index > 0 or role != "system"):
             raise _bad_entry(number, f"{where} is from {role!r:.40}", "It must be 'user' or 'assistant'.")
-        pairs.append((role, _text(turn.get("value"), number, f"{where} value")))
+        pairs.append((role, _text(turn.get(said), number, f"{where} {said}")))
     if not any(role == "assistant" for role, _ in pairs):
         raise _bad_entry(number, "no turn of the assistant", "There is nothing to learn: remove the entry.")
     return pairs

@@ -156,9 +156,10 @@ class Trainer:
         if change >= LEAST_CHANGE * usual:
             return None
         return (
-            f"{self.total_steps} steps with a learning_rate of {self.settings.learning_rate:g} change a weight by "
-            f"about {change:.1g} at most, where {usual:.1g} is usual: the model will say what it said before. Use more "
-            f"epochs, a smaller batch_tokens (now {len(self.schedule[0])} steps an epoch) or a larger learning_rate."
+            f"With a learning_rate of {self.settings.learning_rate:g} all the steps ({self.total_steps}) change "
+            f"a weight by about {change:.1g}, where {usual:.1g} is usual: the model will say what it said before. Use "
+            f"more epochs, a smaller batch_tokens (steps in an epoch now: {len(self.schedule[0])}) or a larger "
+            "learning_rate."
         )
 
     def loss(self, batch: list[int]) -> tuple[torch.Tensor, int]:
@@ -270,7 +271,7 @@ class Trainer:
             raise CheckpointError(
                 f"resuming from {path}",
                 "it belongs to a run with other data or settings",
-                "Use the same ones, another output directory, or resume=False.",
+                "Use the same ones, another output directory, or resume=False (--no-resume).",
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():

@@ -15,6 +15,7 @@ from qwenrt.errors import CheckpointError, shown
 from qwenrt.files import is_there
 from qwenrt.loader import huggingface, modelscope
 from qwenrt.loader.checkpoint import open_checkpoint
+from qwenrt.loader.header import NO_GGUF
 from qwenrt.loader.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
 
 _log = logging.getLogger(__name__)
@@ -157,7 +158,9 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
         raise CheckpointError(
             f"cannot load {path}",
             "it is a file",
-            f"Give the directory that holds it: {path.absolute().parent}.",
+            NO_GGUF
+            if path.suffix.lower() == ".gguf"
+            else f"Give the directory that holds it: {path.absolute().parent}.",
         )
     if (
         isinstance(name, os.PathLike)

@@ -29,10 +29,13 @@ def rerank_prompt(tokenizer: Tokenizer, query: str, document: str, instruction: 
 def verdict_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     """The ids of "no" and "yes". ConfigError for a vocabulary that has no single token for one of them."""
     ids = [tokenizer.encode(word) for word in ("no", "yes")]
-    if any(len(word) != 1 for word in ids) or tokenizer.token_id("<think>") is None:
+    missing = [word for word, pieces in zip(("no", "yes"), ids, strict=True) if len(pieces) != 1]
+    if tokenizer.token_id("<think>") is None:
+        missing.append("<think>")
+    if missing:
         raise ConfigError(
             f"reranking with {tokenizer.name}",
-            "its vocabulary has no single tokens for yes, no and <think>",
+            f"it was not trained to rerank: its vocabulary has no single token for {', '.join(missing)}",
             "Load a Qwen3-Reranker model.",
         )
     return ids[0][0], ids[1][0]

@@ -63,7 +63,7 @@ def test_clear_writes_no_escape_codes_into_a_pipe(command: str, fake: Any, qwenr
 @pytest.mark.parametrize("command", [":clear-his", ":clh"])
 def test_clear_history(command: str, fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     done = qwenrt("chat", stdin=f"a\nb\n{command}\nc\n")
-    assert "[INFO] All 2 history cleared" in done.out
+    assert "[INFO] Forgot 2 turns" in done.out
     assert fake.llm.calls[2]["history"] == []
 
 
@@ -74,9 +74,9 @@ def test_show_history(command: str, fake: SimpleNamespace, qwenrt: Qwenrt) -> No
     assert abs(len(lines[0].split(" ")[0]) - len(lines[0].split(" ")[-1])) <= 1, "the header is centred"
     assert lines[1:5] == [
         "User[0]: a",
-        "QWen[0]: echo a (0 turns, seed 1234, top_p 0.8)",
+        "Qwen[0]: echo a (0 turns, seed 1234, top_p 0.8)",
         "User[1]: b",
-        "QWen[1]: echo b (1 turns, seed 1234, top_p 0.8)",
+        "Qwen[1]: echo b (1 turns, seed 1234, top_p 0.8)",
     ]
 
 

@@ -70,6 +70,18 @@ def test_a_stream_that_the_shell_closed(command: str, code: int, said: str) -> N
     assert done.stderr.startswith(said) and "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["run demo hello", "run demo hello --json", "estimate demo"])
+def test_a_full_disk_under_stdout_is_said_in_a_sentence(command: str) -> None:
+    line = f"'{sys.executable}' -m qwenrt {command} > /dev/full"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "qwenrt: error: writing the result: No space left on device. Make room, or send it elsewhere.\n"
+    )
+
+
 def test_the_parser_imports_nothing_heavy() -> None:
     code = (
         "import sys, qwenrt.cli; qwenrt.cli.build_parser()\n"
@@ -298,8 +310,9 @@ def test_bench_json(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
 
 
 @pytest.mark.usefixtures("small_buffer")
-def test_bench_text_fits_a_terminal(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
-    done = qwenrt("bench", "--model", "demo", *SMALL)
+@pytest.mark.parametrize("model", [("demo",), ("--model", "demo")])
+def test_bench_text_fits_a_terminal(model: tuple[str, ...], fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
+    done = qwenrt("bench", *model, *SMALL)
     assert done.code == 0
     for word in ("prefill", "decode", "bandwidth", "fraction", "peak memory", "versions"):
         assert f"\n{word}" in done.out

@@ -179,7 +179,12 @@ def test_a_thought_is_shown_before_the_answer_and_not_remembered(talk: Talk) -> 
     talk.type("/think" + ENTER)
     talk.until("Let me think.\r\n\r\necho /think", PROMPT)
     talk.type(":his" + ENTER)
-    talk.until("QWen[0]: echo /think")
+    talk.until("Qwen[0]: echo /think")
+
+
+def test_a_misspelt_command_goes_to_the_model_and_is_said_to(talk: Talk) -> None:
+    talk.type(":hlep" + ENTER)
+    talk.until('":hlep" is not a command and goes to the model', "echo :hlep", PROMPT)
 
 
 def test_clear_empties_the_screen(talk: Talk) -> None:

@@ -140,6 +140,9 @@ def test_a_misspelt_directory_and_a_file(tmp_path: Path) -> None:
         resolve(tmp_path / "Qwen-7B-Chta")
     with pytest.raises(CheckpointError, match=f"it is a file. Give the directory that holds it: {tmp_path}"):
         resolve(tmp_path / "model.safetensors")
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="GGUF is not read here"):
+        resolve(tmp_path / "model.gguf")
 
 
 def test_aliases() -> None:
