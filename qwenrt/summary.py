@@ -24,9 +24,10 @@ def table(backend: Backend, model: Qwen) -> list[str]:
     for b in backend.bindings:
         key = (b.op, b.kind, backend.name if b.native else "plain torch", b.why)
         rows[key] = rows.get(key, 0) + 1
-    lines = [f"{'op':<16} {'weights':<10} {'served by':<12} places  note"]
+    width = max(len(kind) for kind in ["weights", *(kind for _, kind, _, _ in rows)])
+    lines = [f"{'op':<16} {'weights':<{width}} {'served by':<12} places  note"]
     lines += [
-        f"{op:<16} {kind:<10} {served:<12} {count:>6}  {note}".rstrip()
+        f"{op:<16} {kind:<{width}} {served:<12} {count:>6}  {note}".rstrip()
         for (op, kind, served, note), count in sorted(rows.items())
     ]
     sizes: dict[str, int] = {}

@@ -54,7 +54,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--users", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none", help="at load")
-    parser.add_argument("--kv", choices=("auto", "int8"), default="auto", help="how the cache is kept")
+    parser.add_argument(
+        "--kv", "--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="how the cache is kept"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=estimate)
 

@@ -122,10 +122,10 @@ def _first_that_has_it(pull: Callable[[str], Path], source: str, env: Environmen
             ) from error
     first = failures[0]
     if isinstance(first, NotCached):
-        found = f"offline, and it is not complete in {env.cache_dir}; there is: {_cached(env) or 'nothing'}"
-        raise NotCached(
-            first.asked, found, "Go online once (qwenrt pull), or choose one of those."
-        ) from first
+        there = _cached(env)
+        found = f"offline, and it is not complete in {env.cache_dir}; there is: {there or 'nothing'}"
+        otherwise = "choose one of those" if there else "give the directory of a model that is here"
+        raise NotCached(first.asked, found, f"Go online once (qwenrt pull), or {otherwise}.") from first
     also = "; ".join(f"{error.asked}: {error.found}" for error in failures[1:])
     if len(hubs) == 2 and len(failures) == 1:
         also = "ModelScope was not tried: pip install 'qwenrt[modelscope]'"

@@ -75,7 +75,7 @@ def test_an_offer_of_the_table_does_fit(qwenrt: Qwenrt) -> None:
     report = as_json(qwenrt, *asked)
     assert report["fits"] is False
     offer = next(o for o in report["options"] if o["quantize"] == "int4" and o["kv_cache_dtype"] == "int8")
-    changed = ("--quantize", "int4", "--kv", "int8", "--ctx")
+    changed = ("--quantize", "int4", "--kv-cache-dtype", "int8", "--ctx")
     assert as_json(qwenrt, *asked, *changed, str(offer["longest"]))["fits"]
     assert not as_json(qwenrt, *asked, *changed, str(offer["longest"] + 16))["fits"]
 

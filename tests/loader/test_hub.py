@@ -222,7 +222,10 @@ def test_only_the_small_files(tmp_path: Path, start: Start, source: str) -> None
 
 def test_the_environment_says_offline(tmp_path: Path) -> None:
     env = Environment.read({"QWENRT_HOME": str(tmp_path), "QWENRT_OFFLINE": "1"})
-    with pytest.raises(CheckpointError, match=r"offline, and it is not complete in .*; there is: nothing"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"offline, and it is not complete in .*; there is: nothing.*or give the directory",
+    ):
         resolve("Qwen-7B-Chat", env=env)
 
 
