@@ -308,7 +308,8 @@ def test_a_random_layer(cpu: CPUBackend, shape: str, bits: int, evened: bool, ac
 @evened_or_not
 def test_outliers_cost_int8_nothing(cpu: CPUBackend, shape: str, bits: int, evened: bool) -> None:
     """Bytes differ by half a percent, with outliers or without; a random head has a rival that close for every
-    hundredth token, the heads of models have one more rarely (test_the_demo_model)."""
+    hundredth token, the heads of models have one more rarely (test_the_demo_model). Two counts of about ten among a
+    thousand tokens differ by up to six, whatever is counted."""
     same, kl = beside_outliers(shape, bits, evened, "int8")
     without, _ = beside_outliers("none", bits, False, "int8")
-    assert same >= min(LEAST_AGREEMENT, without - 0.003) and kl <= MOST_DIVERGENCE, f"{same:.2%}, KL {kl:.2e}"
+    assert same >= min(LEAST_AGREEMENT, without - 0.006) and kl <= MOST_DIVERGENCE, f"{same:.2%}, KL {kl:.2e}"

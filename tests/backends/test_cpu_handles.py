@@ -45,7 +45,7 @@ def test_a_second_backend_changes_nothing_of_the_first() -> None:
     second = backend_with("scalar", 1, "int8")
     assert not torch.equal(second.linear(x, w), before)  # the settings show
     assert torch.equal(first.linear(x, w), before) and first.describe() == said
-    assert second.describe() == "csrc scalar, 1 thread"
+    assert second.describe() == "portable kernels, 1 thread"
     second.configure("off")
     assert torch.equal(first.linear(x, w), before)
 
