@@ -353,7 +353,7 @@ class LLM:
         window = self.generation_config.max_window_size if is_qwen1 else None
         if messages is None:
             assert query is not None
-            if is_qwen1 and not tools and not enable_thinking:
+            if is_qwen1 and not tools and (enable_thinking is None or enable_thinking is False):
                 system = DEFAULT_SYSTEM if system is None else system
                 return Prompt(build_chat(tokenizer, query, history, system, window)), Reading()
             messages = [] if system is None else [{"role": "system", "content": system}]
