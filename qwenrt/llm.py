@@ -338,6 +338,7 @@ class LLM:
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
             raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
+        enable_thinking = None if enable_thinking is None else flag("enable_thinking", enable_thinking)
         tokenizer = self._needs_tokenizer("chat")
         if self.generation_config.chat_format == "raw":
             raise RequestError(
@@ -353,7 +354,7 @@ class LLM:
         window = self.generation_config.max_window_size if is_qwen1 else None
         if messages is None:
             assert query is not None
-            if is_qwen1 and not tools and (enable_thinking is None or enable_thinking is False):
+            if is_qwen1 and not tools and not enable_thinking:
                 system = DEFAULT_SYSTEM if system is None else system
                 return Prompt(build_chat(tokenizer, query, history, system, window)), Reading()
             messages = [] if system is None else [{"role": "system", "content": system}]
