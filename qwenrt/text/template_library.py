@@ -154,6 +154,8 @@ def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
 
 def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     """Every line but the first moved right; blank lines stay empty unless ``blank``."""
+    if not isinstance(value, str):  # jinja2 adds a line break to it, which fails
+        raise TypeError(f"indent of {type(value).__name__}")
     margin = " " * min(width, _MAX_INDENT + 1) if isinstance(width, int) else width
     if len(margin) > _MAX_INDENT:
         raise LimitError("rendering", f"indent by more than {_MAX_INDENT}")

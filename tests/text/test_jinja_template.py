@@ -282,3 +282,8 @@ def test_values_that_are_not_data_are_refused():
         deep = [deep]
     with pytest.raises(RequestError, match="more than 100 deep"):
         render("", x=deep)
+
+
+def test_what_jinja2_refuses_to_indent_is_refused() -> None:
+    with pytest.raises(RequestError, match="indent of int"):
+        JinjaTemplate("{{ ('a b' | wordcount) | indent(3) }}", "a template").render({})
