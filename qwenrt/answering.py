@@ -111,12 +111,12 @@ class Answer:
         if limit is not None:
             budget = min(budget, limit - max(1, limit // _ANSWER_SHARE))
         written: list[int] = []
-        shown = [0, 0]  # characters of content and of thought
+        given = [0, 0]  # characters of content and of thought
         handle = self._submit(self._prompt, self._params, self._replies)
         try:
             for delta in handle:
                 written += delta.token_ids
-                shown = [shown[0] + len(delta.text), shown[1] + len(delta.reasoning)]
+                given = [shown[0] + len(delta.text), given[1] + len(delta.reasoning)]
                 yield delta
                 if delta.finish_reason is not None:
                     return
@@ -128,9 +128,9 @@ class Answer:
                     break
         finally:
             handle.cancel()
-        yield from self._out_of_time(written, shown, tokenizer)
+        yield from self._out_of_time(written, given, tokenizer)
 
-    def _out_of_time(self, written: list[int], shown: list[int], tokenizer: Tokenizer) -> Iterator[Delta]:
+    def _out_of_time(self, written: list[int], given: list[int], tokenizer: Tokenizer) -> Iterator[Delta]:
         """The end of a thought that was cut, and the answer behind it. It is read by another ReplyStream, since the
         engine may have gone on with the first one; what that one held back is shown now."""
         end = tokenizer.encode(_OUT_OF_TIME, allow_special=True)
@@ -138,7 +138,7 @@ class Answer:
         detokenizer = Detokenizer(tokenizer)
         thought = "".join(map(detokenizer.add, written))
         piece = self._replies[0].push(thought + _OUT_OF_TIME)
-        yield Delta(piece.content[shown[0] :], end, reasoning=piece.reasoning[shown[1] :])
+        yield Delta(piece.content[given[0] :], end, reasoning=piece.reasoning[given[1] :])
         limit, done = self._params.max_tokens, len(written)
         rest = replace(
             self._params,
