@@ -116,7 +116,7 @@ class Answer:
         try:
             for delta in handle:
                 written += delta.token_ids
-                given = [shown[0] + len(delta.text), given[1] + len(delta.reasoning)]
+                given = [given[0] + len(delta.text), given[1] + len(delta.reasoning)]
                 yield delta
                 if delta.finish_reason is not None:
                     return
