@@ -74,7 +74,7 @@ def test_hostile_templates_end_quickly_and_small() -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_templates() -> None:
-    assert sum(map(compare_with_transformers, range(1000, 6000))) > 1500
+    assert sum(map(compare_with_transformers, range(1000, 6000))) > 1200
     for seed in range(1000, 6000):
         end_within_bounds(seed, 1)
 
