@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.arguments import as_integer
 from qwenrt.errors import RequestError, shown
 from qwenrt.outputs import Delta, FinishReason, Generation, TokenLogprob, Usage
-from qwenrt.text.detokenizer import Detokenizer
-from qwenrt.text.replies import Reply, ReplyStream, parse_reply
-from qwenrt.text.reply_style import ReplyStyle
+from qwenrt.text.replies.parser import Reply, ReplyStream, parse_reply
+from qwenrt.text.replies.reply_format import ReplyStyle
+from qwenrt.text.tokenizer.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from qwenrt.engine.async_engine import Handle
     from qwenrt.sampling_params import SamplingParams
-    from qwenrt.text.tokenizer import Tokenizer
+    from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 PLAIN = ReplyStyle(calls="none", thinking="none")
 # What Qwen3 was taught to read as the end of its time to think.

@@ -27,18 +27,18 @@ from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine
 from qwenrt.errors import BackendError, CheckpointError, ConfigError
 from qwenrt.files import is_there
-from qwenrt.loader import hub
-from qwenrt.loader.as_stored import as_stored
-from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
-from qwenrt.loader.inventory import check_size
-from qwenrt.loader.mapping import Watch
-from qwenrt.loader.preflight import preflight
+from qwenrt.loader.checkpoint.as_stored import as_stored
+from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qwenrt.loader.checkpoint.inventory import check_size
+from qwenrt.loader.checkpoint.mapping import Watch
+from qwenrt.loader.hub.resolve import resolve
+from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
-from qwenrt.text.chat_format import ChatFormat, load_chat_format
-from qwenrt.text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from qwenrt.text.chat.formats import ChatFormat, load_chat_format
+from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 logger = logging.getLogger("qwenrt")
 
@@ -130,7 +130,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
     """Resolve a name, check its files and the memory, load the weights, bind the ops, start the engine."""
     started = time.perf_counter()
     backend = _backend(settings, environment)
-    directory = hub.resolve(
+    directory = resolve(
         name,
         source=settings.source,
         revision=settings.revision,

@@ -18,23 +18,23 @@ from qwenrt.answering import Answer, Reading, deltas_of, generation_of
 from qwenrt.arguments import as_integer, as_list, flag
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
 from qwenrt.errors import ConfigError, RequestError, memory_errors, shown
-from qwenrt.loader.device_memory import check_room_for_torch
+from qwenrt.loader.memory.device import check_room_for_torch
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.chat_template import Prompt, build_chat
-from qwenrt.text.conversations import as_history
-from qwenrt.text.message_checks import given_tools
-from qwenrt.text.messages import DEFAULT_SYSTEM
-from qwenrt.text.reply_style import ReplyStyle
-from qwenrt.text.retrieval import DEFAULT_TASK, rerank_prompt, verdict_ids
+from qwenrt.text.chat.chatml import Prompt, build_chat
+from qwenrt.text.chat.conversations import as_history
+from qwenrt.text.chat.messages import given_tools
+from qwenrt.text.chat.react import DEFAULT_SYSTEM
+from qwenrt.text.chat.reranking import DEFAULT_TASK, rerank_prompt, verdict_ids
+from qwenrt.text.replies.reply_format import ReplyStyle
 
 if TYPE_CHECKING:
     import torch
 
     from qwenrt.assembly import Assembled
     from qwenrt.engine.async_engine import Handle
-    from qwenrt.text.replies import ReplyStream
-    from qwenrt.text.tokenizer import Tokenizer
+    from qwenrt.text.replies.parser import ReplyStream
+    from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 History = list[tuple[str, str]]
 
@@ -105,8 +105,8 @@ def load_random(shape: str | ModelConfig, **settings: Any) -> LLM:
 
 def load_tokenizer(model: str | PathLike[str]) -> Tokenizer:
     """A model's tokenizer alone, by any name `load` takes; needs no torch."""
-    from qwenrt.loader.hub import resolve
-    from qwenrt.text.tokenizer import load_tokenizer as from_directory
+    from qwenrt.loader.hub.resolve import resolve
+    from qwenrt.text.tokenizer.tokenizer import load_tokenizer as from_directory
 
     return from_directory(resolve(_name(model), env=Environment.read(), weights=False))
 

@@ -14,10 +14,10 @@ from qwenrt.engine.output_processor import OutputProcessor, StopRules
 from qwenrt.engine.sequence import Sequence as Completion
 from qwenrt.outputs import Delta, Generation
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.replies import REACT, ReplyStream
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.replies.parser import REACT, ReplyStream
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
+from tests.text.replies.test_react import PARTS
 from tests.text.small_vocab import small_ranks
-from tests.text.test_react_calls import PARTS
 
 TOKENIZER = Tokenizer(small_ranks(), name="small")
 

@@ -35,7 +35,7 @@ def test_importing_the_package_imports_little() -> None:
 def test_text_and_config_import_no_torch() -> None:
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (*sorted((PACKAGE / "text").glob("*.py")), PACKAGE / "config.py")
+        for path in sorted([*(PACKAGE / "text").rglob("*.py"), *(PACKAGE / "config").rglob("*.py")])
         if path.stem != "__init__"
     ]
     code = f"import sys\nfor n in {names}: __import__(n)\nprint('torch' in sys.modules)"

@@ -17,11 +17,11 @@ from qwenrt.config.fields import MAX_JSON_VALUES, has_more_values, read_json
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.files import is_there, opened, read
 from qwenrt.finetune.data import read_entries
-from qwenrt.loader.checkpoint import TensorReader, open_checkpoint
-from qwenrt.loader.packed_file import Damaged, open_file
-from qwenrt.text import conversations
-from qwenrt.text.chat_format import load_chat_format
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.loader.checkpoint.checkpoint import TensorReader, open_checkpoint
+from qwenrt.loader.packed_cache.file import Damaged, open_file
+from qwenrt.text.chat import conversations
+from qwenrt.text.chat.formats import load_chat_format
+from qwenrt.text.tokenizer.tokenizer import load_tokenizer
 from tests.text.bpe_vocab import (
     FIRST,
     MERGES,
@@ -290,7 +290,7 @@ _OTHER_WAYS = re.compile(
     r"""\.open\("r|read_text\(|(?<!_)read_bytes\(|\.exists\(\)|\.is_file\(\)|\bopen\([^)]*"rb?"|os\.open\((?!directory)"""
 )
 _NOT_A_MODELS = {  # the system's own files, and this package's
-    *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/device_memory.py", "cli/machine.py"),
+    *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/memory/device.py", "cli/machine.py"),
     *("cli/doctor.py", "cli/__init__.py", "files.py"),
 }
 

@@ -18,7 +18,7 @@ from qwenrt.finetune import finetune
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus, encode_entry, read_entries
 from qwenrt.finetune.trainer import STATE_FILE, Trainer
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import load_tokenizer
 
 CONFIG = {
     "model_type": "qwen",

@@ -11,7 +11,7 @@ import torch
 
 import qwenrt
 from qwenrt.errors import RequestError
-from qwenrt.text.retrieval import DEFAULT_TASK
+from qwenrt.text.chat.reranking import DEFAULT_TASK
 from tests.model.tiny_models import build, load
 from tests.text.bpe_vocab import (
     added_tokens,

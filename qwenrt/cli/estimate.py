@@ -18,8 +18,8 @@ from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
 
 if TYPE_CHECKING:
-    from qwenrt.loader.fit import Option, Placement
-    from qwenrt.loader.footprint import MemoryNeed
+    from qwenrt.loader.memory.fit import Option, Placement
+    from qwenrt.loader.memory.footprint import MemoryNeed
 
 GIB = 2**30
 DEVICES = ("cpu", "cuda", "npu", "dcu")
@@ -100,8 +100,8 @@ def estimate(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Report:
-    from qwenrt.loader.fit import Workload, options, place
-    from qwenrt.loader.footprint import BATCH_TOKENS, memory_need
+    from qwenrt.loader.memory.fit import Workload, options, place
+    from qwenrt.loader.memory.footprint import BATCH_TOKENS, memory_need
 
     for name, value, most in (("--ctx", args.ctx, _MOST), ("--users", args.users, 4096)):
         if value is not None and not 1 <= value <= most:
@@ -127,7 +127,7 @@ def examine(args: argparse.Namespace) -> Report:
 def find_config(name: str) -> tuple[ModelConfig, str]:
     """A config and where it is from: a file, a directory, the cache, or the table of released shapes."""
     from qwenrt.config.released import RELEASED, released_config
-    from qwenrt.loader.hub import resolve
+    from qwenrt.loader.hub.resolve import resolve
 
     path = Path(name).expanduser()
     if os.path.isfile(path):
@@ -153,8 +153,8 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
 
 def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
     """With what the weights say where they are here and whole; else as config.json says."""
-    from qwenrt.loader.as_stored import as_stored
-    from qwenrt.loader.checkpoint import open_checkpoint
+    from qwenrt.loader.checkpoint.as_stored import as_stored
+    from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 
     try:
         return as_stored(config, open_checkpoint(directory))
@@ -164,7 +164,7 @@ def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
 
 def _device(wanted: str, memory: float | None) -> tuple[str, int | None, int | None]:
     """The device's name, and its free and whole memory where that can be told."""
-    from qwenrt.loader.device_memory import device_memory
+    from qwenrt.loader.memory.device import device_memory
 
     name, _, index = wanted.partition(":")
     if wanted != "auto" and (name not in DEVICES or (":" in wanted and not index.isdecimal())):
@@ -213,7 +213,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _token_bytes(report: Report) -> int:
-    from qwenrt.loader.footprint import cache_bytes
+    from qwenrt.loader.memory.footprint import cache_bytes
 
     return cache_bytes(report.config, 1, report.placement.storage.activation, report.kv)
 

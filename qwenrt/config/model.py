@@ -55,7 +55,7 @@ class ModelConfig:
     layer is limited. ``is_causal``: whether a token sees only what stands before it; models for embeddings may have it
     otherwise, and generate nothing. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the
     checkpoint leaves the choice open. ``tie_word_embeddings``: the head is the embedding. Files decide:
-    loader.as_stored.as_stored gives the config of what was found in them; ``has_head`` is False where that is no head
+    loader.checkpoint.as_stored gives the config of what was found in them; ``has_head`` is False where that is no head
     at all, which is enough for embeddings.
     """
 

@@ -24,8 +24,8 @@ from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.replies import ReplyStream
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.replies.parser import ReplyStream
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 MAX_STOP_SEQUENCES = 256
 

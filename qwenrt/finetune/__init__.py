@@ -20,7 +20,7 @@ from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
 from qwenrt.finetune.data import Corpus, read_entries
 from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import load_tokenizer
 
 logger = logging.getLogger("qwenrt")
 

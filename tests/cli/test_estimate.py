@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from qwenrt.config import ModelConfig
-from qwenrt.loader import device_memory
-from qwenrt.loader.footprint import Storage, weight_bytes
+from qwenrt.loader.memory import device as device_memory
+from qwenrt.loader.memory.footprint import Storage, weight_bytes
 from tests.conftest import write_tiny_checkpoint
 
 Qwenrt = Callable[..., Any]

@@ -13,8 +13,8 @@ from qwenrt.config import GenerationConfig, ModelConfig
 from qwenrt.demo import facts
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.evaluate import ask_all
-from qwenrt.loader.checkpoint import open_checkpoint
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
+from qwenrt.text.tokenizer.tokenizer import load_tokenizer
 
 DIRECTORY = Path(demo.__file__).parent
 TEXTS = [

@@ -18,7 +18,7 @@ from qwenrt.engine.output_processor import RequestOutput
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.outputs import Delta
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 
 

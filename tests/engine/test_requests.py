@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from qwenrt.engine.engine import Engine
 from qwenrt.errors import BackendError, CapacityError, RequestError
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.tokenizer import Tokenizer
-from qwenrt.text.vocabulary import END_OF_TEXT, IM_END, IM_START, AddedToken, Vocabulary
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
+from qwenrt.text.tokenizer.vocabulary import END_OF_TEXT, IM_END, IM_START, AddedToken, Vocabulary
 from tests.engine.conftest import (
     FaultyBackend,
     ScriptedSampler,

@@ -21,12 +21,12 @@ import qwenrt
 from qwenrt.config import GenerationConfig, ModelConfig, read_json
 from qwenrt.errors import QwenrtError
 from qwenrt.finetune.trainer import TrainingSettings
-from qwenrt.loader.checkpoint import open_checkpoint
-from qwenrt.loader.footprint import Storage, memory_need
-from qwenrt.loader.header import read_shard
-from qwenrt.text.builtin_templates import TEMPLATES
-from qwenrt.text.chat_format import load_chat_format
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
+from qwenrt.loader.checkpoint.header import read_shard
+from qwenrt.loader.memory.footprint import Storage, memory_need
+from qwenrt.text.chat.builtin_templates import TEMPLATES
+from qwenrt.text.chat.formats import load_chat_format
+from qwenrt.text.tokenizer.tokenizer import load_tokenizer
 from tests.conftest import write_tiny_checkpoint
 from tests.fuzz.values import any_value, as_bytes, changed
 from tests.text.bpe_vocab import (

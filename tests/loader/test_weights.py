@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError
-from qwenrt.loader.checkpoint import open_checkpoint
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.weights import LoadReport, load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.reference import linear

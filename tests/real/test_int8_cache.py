@@ -12,7 +12,7 @@ from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import ModelConfig
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import load_tokenizer
 
 real: Any = pytest.importorskip("tests.real.conftest")  # where checkpoints lie
 

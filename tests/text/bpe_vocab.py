@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qwenrt.errors import ConfigError, QwenrtError
-from qwenrt.text.bpe_merges import FORMS_OF_BYTES
-from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
-from qwenrt.text.vocabulary import SPLIT_PATTERN
+from qwenrt.text.tokenizer.merges import FORMS_OF_BYTES
+from qwenrt.text.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qwenrt.text.tokenizer.vocabulary import SPLIT_PATTERN
 
 # What Qwen3 adds to the 151643 ordinary tokens, in order; the first fourteen are control tokens.
 CONTROL = [

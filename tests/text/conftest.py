@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.text.small_vocab import small_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer" / "golden.json"
