@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.workers import ROOT
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.engine.model_runner import ntk_alpha
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
@@ -108,7 +108,7 @@ def network(directory: Path, way: Way, threads: int | None = None) -> Qwen:
     backend = RoundedCPU(CPU)
     backend.configure(num_threads=threads)
     backend.rounding = way.rounding
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, quantize=way.quantize, progress=False)
     model.bind()

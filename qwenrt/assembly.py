@@ -17,7 +17,7 @@ from qwenrt import summary
 from qwenrt.arguments import flag, one_of, size
 from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, Binding
-from qwenrt.config import Environment, GenerationConfig, ModelConfig
+from qwenrt.config import Environment, GenerationConfig, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
 from qwenrt.config.layers import LinearSpec
 from qwenrt.config.quant import rounded_group
@@ -138,7 +138,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
         env=environment,
         progress=settings.progress,
     )
-    config, generation = ModelConfig.from_dir(directory), GenerationConfig.from_dir(directory)
+    config, generation = read_model_config(directory), GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
     check_size(checkpoint, config)
     config = as_stored(config, checkpoint)

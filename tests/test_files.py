@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwenrt.config import GenerationConfig, ModelConfig
+from qwenrt.config import GenerationConfig, read_model_config
 from qwenrt.config.fields import MAX_JSON_VALUES, has_more_values, read_json
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.files import is_there, opened, read
@@ -58,7 +58,7 @@ def whole(directory: Path) -> Path:
 
 
 def read_all(directory: Path) -> None:
-    ModelConfig.from_dir(directory)
+    read_model_config(directory)
     GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
     reader = TensorReader(checkpoint)
@@ -174,7 +174,7 @@ def test_a_closed_directory_is_not_an_empty_one(tmp_path: Path) -> None:
     model.chmod(0)
     try:
         with as_a_stranger():
-            for reader in (ModelConfig.from_dir, GenerationConfig.from_dir, open_checkpoint, load_tokenizer):
+            for reader in (read_model_config, GenerationConfig.from_dir, open_checkpoint, load_tokenizer):
                 with pytest.raises(QwenrtError, match=r"may not read it|Permission denied"):
                     reader(model)
     finally:

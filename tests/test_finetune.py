@@ -142,10 +142,10 @@ def test_batches_take_every_entry_once_and_keep_to_the_budget(base):
 def test_padding_and_batching_do_not_change_the_loss(base):
     corpus = Corpus.encode(load_tokenizer(base), ENTRIES, 96)
     settings = {k: v for k, v in QUICK.items() if k not in ("threads", "progress")}
-    from qwenrt.config import ModelConfig
+    from qwenrt.config import read_model_config
     from qwenrt.finetune.trainer import TrainingSettings
 
-    trainer = Trainer(base, ModelConfig.from_dir(base), corpus, TrainingSettings(**settings), pad_id=256)
+    trainer = Trainer(base, read_model_config(base), corpus, TrainingSettings(**settings), pad_id=256)
     counts = [int((corpus.take([e], 256)[1][:, 1:] != IGNORE).sum()) for e in range(len(corpus))]
     alone = sum(float(trainer.loss([e])[0].detach()) * n for e, n in enumerate(counts)) / sum(counts)
     together = float(trainer.loss(list(range(len(corpus))))[0].detach())

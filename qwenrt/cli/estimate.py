@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal
-from qwenrt.config import Environment, ModelConfig, read_json
+from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
@@ -133,7 +133,7 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
     if os.path.isfile(path):
         sidecar = path.with_name("quantize_config.json")
         quantize = read_json(sidecar) if is_there(sidecar, CheckpointError) else None
-        return ModelConfig.from_dict(read_json(path), quantize), str(path)
+        return parse_model_config(read_json(path), quantize), str(path)
     try:
         directory = resolve(name, offline=True, weights=False)
     except CheckpointError as missing:
@@ -148,7 +148,7 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
             "it is no file, no directory, not in the cache, and no released shape",
             f"Did you mean {' or '.join(close)}?" if close else f"Known shapes are: {', '.join(RELEASED)}.",
         ) from missing
-    return _as_stored(ModelConfig.from_dir(directory), directory), str(directory)
+    return _as_stored(read_model_config(directory), directory), str(directory)
 
 
 def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:

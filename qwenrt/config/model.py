@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from qwenrt.config.fields import read_json
 from qwenrt.config.quant import QuantConfig
-from qwenrt.errors import ConfigError
-from qwenrt.files import is_there
 
 
 @dataclass(frozen=True)
@@ -87,24 +81,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
     quant: QuantConfig | None = None
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
-        """From the content of config.json and of quantize_config.json, if there is one. ConfigError for what is
-        contradictory, hostile or of a family that is not supported."""
-        from qwenrt.config.families import read_model_config  # the readers build this class
-
-        return read_model_config(config, quantize)
-
-    @classmethod
-    def from_dir(cls, directory: str | Path) -> ModelConfig:
-        """Read config.json (and quantize_config.json). Keys that name code (auto_map) are never looked at."""
-        directory = Path(directory)
-        sidecar = directory / "quantize_config.json"
-        return cls.from_dict(
-            read_json(directory / "config.json"),
-            read_json(sidecar) if is_there(sidecar, ConfigError) else None,
-        )
 
     def window(self, layer: int) -> int:
         """How many tokens a query of a layer sees, itself included; 0 for all."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import ModelConfig, read_model_config
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
@@ -79,7 +79,7 @@ def finetune(
     source, target = Path(model_dir), Path(output_dir)
     if save_every is not None and save_every < 1:
         raise RequestError(f"save_every={save_every}", "not a number of steps", "Use at least 1.")
-    config = ModelConfig.from_dir(source)
+    config = read_model_config(source)
     tokenizer = load_tokenizer(source)
     entries = read_entries(data) if isinstance(data, (str, Path)) else list(data)
     corpus = Corpus.encode(tokenizer, entries, options.max_length)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwenrt.backends.base import Backend, native
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.engine.engine import Engine
 from qwenrt.engine.output_processor import RequestOutput
 from qwenrt.loader.weights import load_weights
@@ -35,7 +35,7 @@ class FaultyBackend(Backend):
 
 
 def load_model(directory: Path, backend: Backend) -> Qwen:
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, progress=False)
     model.bind()

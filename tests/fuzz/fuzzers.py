@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import qwenrt
-from qwenrt.config import GenerationConfig, ModelConfig, read_json
+from qwenrt.config import GenerationConfig, parse_model_config, read_json
 from qwenrt.errors import QwenrtError
 from qwenrt.finetune.trainer import TrainingSettings
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
@@ -107,7 +107,7 @@ def config(rng: random.Random, scratch: Path) -> None:
     """config.json and generation_config.json, and the figures that are made of them."""
     (scratch / "config.json").write_bytes(as_bytes(rng, changed(rng, rng.choice(CONFIGS))))
     with _refusals_are_right():
-        read = ModelConfig.from_dict(read_json(scratch / "config.json"), rng.choice((None, *_QUANTISED)))
+        read = parse_model_config(read_json(scratch / "config.json"), rng.choice((None, *_QUANTISED)))
         for kernels in (False, True):
             need = memory_need(read, Storage(4, 2, 2, kernels, True), rng.choice((1, 512, 2**20)))
             assert need.total > 0 and read.num_active_parameters <= read.num_parameters

@@ -10,7 +10,7 @@ import pytest
 
 import qwenrt
 from qwenrt.cli import main
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.errors import CheckpointError, ConfigError
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.inventory import check_size
@@ -46,4 +46,4 @@ def test_nothing_is_made(tmp_path: Path, changes: dict[str, Any], monkeypatch: p
 
 @pytest.mark.parametrize("name", ["plain", "gptq_int4", "gptq_int8"])
 def test_real_files_are_large_enough(name: str) -> None:
-    check_size(open_checkpoint(GOLDEN / name), ModelConfig.from_dir(GOLDEN / name))
+    check_size(open_checkpoint(GOLDEN / name), read_model_config(GOLDEN / name))

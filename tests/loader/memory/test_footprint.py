@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.backends.selfcheck import random_weight
-from qwenrt.config import ModelConfig
+from qwenrt.config import ModelConfig, parse_model_config
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.errors import ConfigError
@@ -78,7 +78,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 @given(configs())
 @settings(max_examples=150, deadline=None)
 def test_it_counts_what_the_network_lists(values: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict(values)
+    config = parse_model_config(values)
     model = Qwen(config, Backend(CPU), torch.bfloat16)
     wanted = sorted(
         (spec.out_features, spec.in_features, spec.bias)
@@ -130,7 +130,7 @@ def _dense(matrix: torch.Tensor) -> Any:
 def test_it_is_to_the_byte_what_packing_takes(
     values: dict[str, Any], quantize: str | None, dtype: torch.dtype, on_cpu: bool
 ) -> None:
-    config = ModelConfig.from_dict(values | {"vocab_size": 40})
+    config = parse_model_config(values | {"vocab_size": 40})
     backend = CPUBackend(CPU) if on_cpu else Backend(CPU)
     bits = {None: 16, "int8": 8, "int4": 4}[quantize]
     model = _filled(config, backend, dtype, bits, rounded_group(bits))
@@ -281,11 +281,11 @@ def test_absurd_sizes_are_answered_at_once() -> None:
         "rope_theta": 1e6,
     }
     with pytest.raises(ConfigError, match="no Qwen comes near"):
-        ModelConfig.from_dict(values)
-    most = ModelConfig.from_dict(
+        parse_model_config(values)
+    most = parse_model_config(
         values | {"hidden_size": 64, "num_experts": 64, "num_experts_per_tok": 1, "num_hidden_layers": 512}
     )
     assert memory_need(most, BF16, 2**24, users=4096).total > 2**60
     for name in ("hidden_size", "num_experts", "vocab_size", "num_hidden_layers"):
         with pytest.raises(ConfigError, match=name):
-            ModelConfig.from_dict(values | {name: 10**15})
+            parse_model_config(values | {name: 10**15})

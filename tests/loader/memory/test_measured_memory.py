@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import parse_model_config
 from qwenrt.loader.memory.footprint import Storage, memory_need
 
 CONTEXT = 2048
@@ -117,7 +117,7 @@ def test_within_a_tenth(
     measured = json.loads(done.stdout.splitlines()[-1])
     kept = stored.itemsize
     storage = Storage(4, kept, kept, kernels=True, on_host=True)
-    need = memory_need(ModelConfig.from_dict(config), storage, CONTEXT, **settings)  # type: ignore[arg-type]
+    need = memory_need(parse_model_config(config), storage, CONTEXT, **settings)  # type: ignore[arg-type]
     print(f"{need.total / 2**20:.1f} MiB estimated {need}, {measured['peak'] / 2**20:.1f} measured")
     assert need.weights == pytest.approx(measured["weights"], rel=0.001)
     assert need.total == pytest.approx(measured["peak"], rel=0.1)

@@ -11,7 +11,7 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import ModelConfig
+from qwenrt.config import ModelConfig, parse_model_config, read_model_config
 from qwenrt.config.released import released_config
 from qwenrt.errors import CapacityError
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def released(layers: int, hidden: int, heads: int, intermediate: int, vocab: int) -> ModelConfig:
-    return ModelConfig.from_dict(
+    return parse_model_config(
         {
             "model_type": "qwen",
             "num_hidden_layers": layers,
@@ -80,7 +80,7 @@ def test_the_estimate_is_what_packing_takes(
     stored = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[
         checkpoint.tensors["transformer.wte.weight"].dtype
     ]
-    config = ModelConfig.from_dir(golden_dir / name)
+    config = read_model_config(golden_dir / name)
     model = Qwen(config, backend, dtype)
     load_weights(model, checkpoint, config, backend, dtype, quantize=quantize)
     estimated = weight_bytes(config, storage_of(backend, dtype, stored), quantize)

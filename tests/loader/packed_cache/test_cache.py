@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import Environment, ModelConfig
+from qwenrt.config import Environment, read_model_config
 from qwenrt.config.environment import packed_cache_in
 from qwenrt.loader.packed_cache import file as packed_file
 from qwenrt.loader.packed_cache.file import Damaged
@@ -50,7 +50,7 @@ def load(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, bool]:
     """(logits, whether the weights were mapped from the cache)."""
-    config = ModelConfig.from_dir(source)
+    config = read_model_config(source)
     backend = backend or CPUBackend(CPU)
     model = Qwen(config, backend, dtype)
     report = load_weights(
