@@ -27,7 +27,7 @@ from qwenrt.engine.model_runner import ntk_alpha
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight, StepPlan
-from qwenrt.text.tokenizer.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/thread_pool.cpp")
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def _perplexity(likelihoods: Sequence[torch.Tensor]) -> float:
 
 def measure(directory: Path, ways: dict[str, Way], tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
     """-> the exact model's perplexity, and a Quality for each way."""
-    tokenizer = load_tokenizer(directory)
+    tokenizer = Tokenizer.from_dir(directory)
     texts = [tokenizer.encode((ROOT / name).read_text(encoding="utf-8"))[:tokens] for name in TEXTS]
     model = network(directory, Way())
     exact = [log_probabilities(model, ids) for ids in texts]

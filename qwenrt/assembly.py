@@ -37,8 +37,9 @@ from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize
 from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.formats import ChatFormat, load_chat_format
-from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 
 logger = logging.getLogger("qwenrt")
 
@@ -102,7 +103,7 @@ class Assembled:
     name: str
     config: ModelConfig
     generation: GenerationConfig
-    tokenizer: Tokenizer | None
+    tokenizer: ChatTokenizer | None
     chat_format: ChatFormat | ConfigError | None  # an error: why nobody can chat with it
     embedder: Embedder
     model: Qwen
@@ -241,7 +242,7 @@ class _Text:
     """What a checkpoint says about texts."""
 
     generation: GenerationConfig
-    tokenizer: Tokenizer | None
+    tokenizer: ChatTokenizer | None
     chat_format: ChatFormat | ConfigError | None
     embedder: Embedder
 
@@ -339,12 +340,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> str | None:
     return max(sizes, key=sizes.__getitem__) if sizes else None
 
 
-def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+def _tokenizer(directory: Path, config: ModelConfig) -> ChatTokenizer | None:
     """The checkpoint's tokenizer; None for one without (ids in, ids out)."""
     if not any(is_there(directory / name, CheckpointError) for name in TOKENIZER_FILES):
         logger.warning("%s has no tokenizer file: only token ids can go in and out", directory)
         return None
-    tokenizer = load_tokenizer(directory)
+    tokenizer = ChatTokenizer.from_dir(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"loading {directory}",
@@ -355,7 +356,7 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
 
 
 def _chat_format(
-    directory: Path, config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer | None
+    directory: Path, config: ModelConfig, generation: GenerationConfig, tokenizer: ChatTokenizer | None
 ) -> ChatFormat | ConfigError | None:
     """How the checkpoint is talked to. A template that cannot be used does not keep anybody from completing texts."""
     if tokenizer is None:

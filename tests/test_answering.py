@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.answering import Answer, Reading
+from qwenrt.answering import Answer, ReplyReader
 from qwenrt.engine.output_processor import OutputProcessor, StopRules
 from qwenrt.engine.sequence import Sequence as Completion
 from qwenrt.outputs import Delta, Generation
@@ -50,7 +50,7 @@ def answer(text: str, **sampling: Any) -> Answer:
         params = SamplingParams(**{**sampling, "stop": (*params.stop, "Observation:")})
         return Written(text, params, replies[0])
 
-    return Answer(submit, [1], SamplingParams(**sampling), Reading(REACT), None, TOKENIZER)
+    return Answer(submit, [1], SamplingParams(**sampling), ReplyReader(REACT), None, TOKENIZER)
 
 
 def both(text: str, **sampling: Any) -> tuple[Generation, list[Delta]]:

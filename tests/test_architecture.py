@@ -74,6 +74,32 @@ def test_nothing_runs_code_from_files(path: Path) -> None:
             assert not any(n.split(".")[0] in {"pickle", "marshal", "shelve", "dill"} for n in names)
 
 
+def module(name: str) -> Path | None:
+    """The file of one of the package's modules."""
+    base = ROOT.joinpath(*name.split("."))
+    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p in MODULES), None)
+
+
+def imported(path: Path) -> set[Path]:
+    """The package's files that one imports, at its head, for its types, or inside a function."""
+    found: set[Path | None] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {module(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and node.level == 0, f"{path} imports relatively"
+            found |= {module(f"{node.module}.{alias.name}") or module(node.module) for alias in node.names}
+    return {p for p in found if p is not None}
+
+
+def test_no_circle_of_modules_is_left() -> None:
+    left, size = {path: imported(path) for path in MODULES}, -1
+    while len(left) != size:  # drop what imports nothing of the rest, or is imported by nothing of it
+        size, wanted = len(left), set[Path]().union(*left.values())
+        left = {p: found & left.keys() for p, found in left.items() if p in wanted and found & left.keys()}
+    assert not left, {str(p.relative_to(ROOT)): sorted(q.stem for q in found) for p, found in left.items()}
+
+
 def test_every_room_is_on_the_map() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for room in sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()):

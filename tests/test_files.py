@@ -21,7 +21,7 @@ from qwenrt.loader.checkpoint.checkpoint import TensorReader, open_checkpoint
 from qwenrt.loader.packed_cache.file import Damaged, open_file
 from qwenrt.text.chat import conversations
 from qwenrt.text.chat.formats import load_chat_format
-from qwenrt.text.tokenizer.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.text.bpe_vocab import (
     FIRST,
     MERGES,
@@ -64,7 +64,7 @@ def read_all(directory: Path) -> None:
     reader = TensorReader(checkpoint)
     for name in checkpoint.tensors:
         reader.tensor(name)
-    load_tokenizer(directory)
+    Tokenizer.from_dir(directory)
     load_chat_format(directory, "qwen2")
 
 
@@ -125,7 +125,7 @@ def test_anything_in_the_place_of_a_file_of_an_older_tokenizer(
         (tmp_path / name).unlink()
     put(tmp_path / name)
     with pytest.raises(QwenrtError, match=re.escape(name)):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_dir(tmp_path)
 
 
 @contextlib.contextmanager
@@ -174,7 +174,7 @@ def test_a_closed_directory_is_not_an_empty_one(tmp_path: Path) -> None:
     model.chmod(0)
     try:
         with as_a_stranger():
-            for reader in (read_model_config, GenerationConfig.from_dir, open_checkpoint, load_tokenizer):
+            for reader in (read_model_config, GenerationConfig.from_dir, open_checkpoint, Tokenizer.from_dir):
                 with pytest.raises(QwenrtError, match=r"may not read it|Permission denied"):
                     reader(model)
     finally:

@@ -117,7 +117,3 @@ class ModelConfig:
             mlp += self.num_moe_layers * (sparse + (3 * shared * d + d if shared else 0))
         vocabulary = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return vocabulary + self.num_layers * attention + mlp + d
-
-    def kv_bytes_per_token(self, element_bytes: float) -> int:
-        """Bytes one token takes in the cache of all layers, keys and values together."""
-        return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes)

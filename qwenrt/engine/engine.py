@@ -414,7 +414,7 @@ def _absent_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
     """The ids below ``size`` that lie in gaps of an extended vocabulary: they have no token."""
     if tokenizer is None:
         return []
-    return [i for i in tokenizer.absent_ids() if i < size]
+    return [i for i in tokenizer.unused_ids() if i < size]
 
 
 def _stop_sequence(sequence: object) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
 from qwenrt.finetune.data import Corpus, read_entries
 from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings
-from qwenrt.text.tokenizer.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("qwenrt")
 
@@ -80,7 +80,7 @@ def finetune(
     if save_every is not None and save_every < 1:
         raise RequestError(f"save_every={save_every}", "not a number of steps", "Use at least 1.")
     config = read_model_config(source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = Tokenizer.from_dir(source)
     entries = read_entries(data) if isinstance(data, (str, Path)) else list(data)
     corpus = Corpus.encode(tokenizer, entries, options.max_length)
     if tokenizer.vocab_size > config.vocab_size:

@@ -14,7 +14,7 @@ from qwenrt.demo import facts
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.evaluate import ask_all
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
-from qwenrt.text.tokenizer.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 DIRECTORY = Path(demo.__file__).parent
 TEXTS = [
@@ -45,11 +45,11 @@ def test_it_is_a_qwen1_directory_of_at_most_12_megabytes():
     assert len(checkpoint.tensors) == 8 * config.num_layers + 3
     generation = GenerationConfig.from_dir(DIRECTORY)
     assert generation.chat_format == "chatml" and generation.sampling.greedy
-    assert generation.eos_token_ids == (load_tokenizer(DIRECTORY).eod_id,)
+    assert generation.eos_token_ids == (Tokenizer.from_dir(DIRECTORY).eod_id,)
 
 
 def test_its_vocabulary_is_its_own_and_loses_nothing():
-    tokenizer = load_tokenizer(DIRECTORY)
+    tokenizer = Tokenizer.from_dir(DIRECTORY)
     assert tokenizer.eod_id == 3000
     assert tokenizer.vocab_size == 3208 < read_model_config(DIRECTORY).vocab_size
     for text in TEXTS:

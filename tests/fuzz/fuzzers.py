@@ -25,8 +25,8 @@ from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.memory.footprint import Storage, memory_need
 from qwenrt.text.chat.builtin_templates import TEMPLATES
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.formats import load_chat_format
-from qwenrt.text.tokenizer.tokenizer import load_tokenizer
 from tests.conftest import write_tiny_checkpoint
 from tests.fuzz.values import any_value, as_bytes, changed
 from tests.text.bpe_vocab import (
@@ -150,7 +150,7 @@ def tokenizer(rng: random.Random, scratch: Path) -> None:
     for name, raw in files.items():
         (scratch / name).write_bytes(raw)
     with _refusals_are_right():
-        made = load_tokenizer(scratch)
+        made = ChatTokenizer.from_dir(scratch)
         ids = made.encode("hello world 你好 <|im_end|>\n\n  é")
         assert made.decode(ids) == made._nfc("hello world 你好 <|im_end|>\n\n  é")
         made.encode("hello <|im_end|>", allow_special=True)
@@ -190,7 +190,7 @@ def _tiny_model() -> Path:
 def _templated() -> qwenrt.Tokenizer:
     """The tokenizer of a later generation, with a template of its own."""
     files = {"tokenizer_json": small_json(), "chat_template_jinja": TEMPLATES["qwen3"], "config_json": _LATER}
-    return load_tokenizer(write(Path(tempfile.mkdtemp(prefix="qwenrt-fuzz-")), **files))
+    return ChatTokenizer.from_dir(write(Path(tempfile.mkdtemp(prefix="qwenrt-fuzz-")), **files))
 
 
 @functools.cache
@@ -233,7 +233,6 @@ def _calls() -> list[Callable[[Any], Any]]:
         lambda v: tokenizer.decode([1], errors=v),
         lambda v: tokenizer.token_bytes(v),
         lambda v: tokenizer.token_id(v),
-        lambda v: tokenizer.has_token(v),
         lambda v: tokenizer.encode_chat(v),
         lambda v: tokenizer.encode_chat(hello, v),
         lambda v: tokenizer.encode_chat(hello, tools=v),

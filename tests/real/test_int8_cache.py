@@ -12,7 +12,7 @@ from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
-from qwenrt.text.tokenizer.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 real: Any = pytest.importorskip("tests.real.conftest")  # where checkpoints lie
 
@@ -44,7 +44,7 @@ def test_an_int8_cache_costs_next_to_nothing(size: str) -> None:
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, progress=False)
     model.bind()
-    tokenizer, divergences = load_tokenizer(directory), []
+    tokenizer, divergences = Tokenizer.from_dir(directory), []
     for name in TEXTS:
         ids = tokenizer.encode((ROOT / name).read_text(encoding="utf-8"))[:TOKENS]
         wanted, got = (log_probabilities(model, ids, quantized) for quantized in (False, True))

@@ -7,7 +7,6 @@ import mmap
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,19 +100,6 @@ def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
             "Check the files and their permissions.",
         ) from error
     return True
-
-
-def iter_tensors(directory: str | Path | Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in file order, each a view of the memory-mapped file.
-
-    A tensor's pages are dropped when the next one is asked for (they come back on use): read from it, and copy what
-    is to be changed.
-    """
-    checkpoint = directory if isinstance(directory, Checkpoint) else open_checkpoint(directory)
-    reader = TensorReader(checkpoint)
-    for name in checkpoint.tensors:
-        yield name, reader.tensor(name)
-        reader.release(name)
 
 
 class TensorReader:

@@ -1,41 +1,21 @@
-"""ChatML prompts as token ids: turns, history trimming, messages, stop ids."""
+"""Qwen-1's ChatML prompts as token ids: turns, and which of the oldest are left out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.arguments import as_integer
-from qwenrt.errors import RequestError, shown
+from qwenrt.errors import RequestError
 from qwenrt.text.chat.conversations import as_history
-from qwenrt.text.chat.react import DEFAULT_SYSTEM as DEFAULT_SYSTEM
-from qwenrt.text.chat.react import Turns, parse_messages
+from qwenrt.text.chat.prompt import Prompt, check_window
+from qwenrt.text.chat.react import DEFAULT_SYSTEM, Turns, parse_messages
 
 if TYPE_CHECKING:
     from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 OBSERVATION_STOP = "Observation:"  # the model would go on and make up the tool's result
 THOUGHT = "Thought:"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What to feed the model and how to read its answer.
-
-    ``stop``: strings that end the answer because of the prompt's form (ReAct's "Observation:").
-    ``is_continuation``: the answer continues the last assistant message instead of beginning one.
-    ``dropped_turns``: how many of the oldest turns did not fit max_window_size.
-    ``thinking``: whether the answer begins inside a thought or may begin with one.
-    ``in_thought``: whether the prompt itself ends inside a thought (an open <think>, ReAct's "Thought:").
-    """
-
-    token_ids: list[int]
-    stop: tuple[str, ...] = ()
-    is_continuation: bool = False
-    dropped_turns: int = 0
-    thinking: bool = False
-    in_thought: bool = False
 
 
 def build_chat(
@@ -76,32 +56,6 @@ def build_messages(
     return replace(prompt, stop=(OBSERVATION_STOP,) if tools else (), in_thought=in_thought)
 
 
-def build_raw(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
-    """The prompt of a base model ("raw" chat format): the text itself."""
-    return tokenizer.encode(text, allow_special=allow_special)
-
-
-def stop_ids(tokenizer: Tokenizer, chat_format: str | None) -> list[list[int]]:
-    """The id sequences that end an answer in a chat format: "chatml", "raw" or None for no format.
-
-    A raw model has no turns; it is stopped where it would start to play the human.
-    """
-    if chat_format == "chatml":
-        start, end = tokenizer.turn_ids()
-        return [[end], [start]]
-    if chat_format in ("raw", None):
-        return [tokenizer.encode("Human:"), [tokenizer.eod_id]]
-    raise RequestError(f"chat format {chat_format!r:.80}", "unknown", "Known are: 'chatml', 'raw'.")
-
-
-def check_window(window: object) -> int | None:
-    """A max_window_size as it may be given: a number of tokens, or None."""
-    tokens = as_integer(window)
-    if window is None or (tokens is not None and tokens >= 0):
-        return tokens
-    raise RequestError("max_window_size", f"got {shown(window)}", "Pass a number of tokens, or None.")
-
-
 def _render(
     tokenizer: Tokenizer, turns: Turns, max_window_size: int | None, add_generation_prompt: bool
 ) -> Prompt:
@@ -118,7 +72,6 @@ def _render(
     def turn(pair: tuple[str, str]) -> list[int]:
         return [*user, *encode(pair[0]), *end, *assistant, *encode(pair[1]), *end]
 
-    is_continuation = turns.query is None
     if turns.query is None:
         tail = turn(pairs.pop())
         if add_generation_prompt:
@@ -136,7 +89,7 @@ def _render(
         kept.append(ids)
         size += len(ids)
     middle = [i for ids in reversed(kept) for i in ids]
-    return Prompt([*head, *middle, *tail], (), is_continuation, len(pairs) - len(kept))
+    return Prompt([*head, *middle, *tail])
 
 
 def _require_text(name: str, value: object) -> None:

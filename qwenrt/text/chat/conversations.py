@@ -1,4 +1,4 @@
-"""A conversation's past: (user, assistant) pairs, their messages form, and a file to keep them in."""
+"""A conversation's past: (user, assistant) pairs, and a file to keep them in."""
 
 from __future__ import annotations
 
@@ -39,14 +39,6 @@ def as_history(history: object) -> History:
             raise RequestError(f"history[{index}]", f"got {shown(entry)}", _PAIRS)
         pairs.append((entry[0], entry[1]))
     return pairs
-
-
-def to_messages(history: object, system: str | None = None) -> list[dict[str, str]]:
-    """The messages form of a history, with a system message in front if ``system`` is given."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for user, assistant in as_history(history):
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return messages
 
 
 def save(path: str | Path, history: object, *, system: str | None = DEFAULT_SYSTEM) -> Path:

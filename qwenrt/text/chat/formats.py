@@ -10,8 +10,9 @@ from qwenrt.config import read_json
 from qwenrt.errors import ConfigError, RequestError
 from qwenrt.files import is_there
 from qwenrt.text.chat.builtin_templates import TEMPLATES, family
-from qwenrt.text.chat.chatml import Prompt, build_messages
-from qwenrt.text.replies.reply_format import ReplyStyle
+from qwenrt.text.chat.chatml import build_messages
+from qwenrt.text.chat.prompt import Prompt
+from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.template.sources import CONFIG_FILE, template_sources
 from qwenrt.text.tokenizer.added_tokens import NAMED_TOKENS, token_form
 
@@ -23,7 +24,7 @@ class ChatFormat(Protocol):
     """Builds prompts, and says in which form the answers to them come."""
 
     @property
-    def style(self) -> ReplyStyle: ...
+    def reply_format(self) -> ReplyFormat: ...
 
     def prompt(
         self,
@@ -34,7 +35,6 @@ class ChatFormat(Protocol):
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt for OpenAI-shaped messages; RequestError for those that it cannot be built from."""
         ...
@@ -43,7 +43,7 @@ class ChatFormat(Protocol):
 class ReactFormat:
     """Qwen-1: ChatML without a template, tools in the ReAct form (see chatml.build_messages)."""
 
-    style = ReplyStyle(calls="react", thinking="none")
+    reply_format = ReplyFormat(calls="react", thinking="none")
 
     def prompt(
         self,
@@ -54,15 +54,8 @@ class ReactFormat:
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The prompt; what only a template or a thinking model knows is refused."""
-        if template_kwargs:
-            raise RequestError(
-                "template_kwargs",
-                f"got {len(template_kwargs)}; Qwen-1 has no chat template",
-                "Leave them out.",
-            )
+        """The prompt. RequestError where it is to think, which Qwen-1 was not taught."""
         if enable_thinking:
             raise RequestError("enable_thinking=True", "Qwen-1 does not think", "Leave it out.")
         return build_messages(tokenizer, messages, tools, max_window_size, add_generation_prompt)
@@ -71,7 +64,7 @@ class ReactFormat:
 class RawFormat:
     """A base model (chat_format "raw"), which continues texts and knows no conversation."""
 
-    style = ReplyStyle(calls="none", thinking="none")
+    reply_format = ReplyFormat(calls="none", thinking="none")
 
     def prompt(
         self, tokenizer: Tokenizer, messages: object, tools: object = None, **options: object

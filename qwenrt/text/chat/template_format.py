@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.errors import RequestError
-from qwenrt.text.chat.chatml import Prompt, check_window
 from qwenrt.text.chat.messages import Message, check_messages, check_tools
 from qwenrt.text.chat.outside_text import outside, segments
+from qwenrt.text.chat.prompt import Prompt, check_window
 from qwenrt.text.chat.template_messages import prepared, template_messages
-from qwenrt.text.replies.reply_format import ReplyStyle
-from qwenrt.text.template.library import FUNCTIONS
+from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.template.provenance import TemplateText, own_view, plain
 from qwenrt.text.template.sandbox import JinjaTemplate
 from qwenrt.text.tokenizer.vocabulary import IM_END, IM_START
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
-_RESERVED = frozenset(("messages", "tools", "add_generation_prompt", *FUNCTIONS))
-# Not inside a path, a tag or a word; Chinese text may stand right in front.
-_SWITCH = re.compile(r"(?<![\w<./-])/(no_)?think(?![\w/-])", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class _Request:
 
 
 class TemplateFormat:
-    """A checkpoint's chat template. ``style``: how answers to its prompts are read, found in the template.
+    """A checkpoint's chat template. ``reply_format``: how answers to its prompts are read, found in the template.
 
     ``for_tools``: the template to take where tools are given; ``default``: for everything else.
     ``token_texts``: names such as eos_token and their texts, which the templates of some checkpoints write.
@@ -54,7 +50,7 @@ class TemplateFormat:
         self._default = default
         self._for_tools = for_tools or default
         self._token_texts = {name: TemplateText(text) for name, text in (token_texts or {}).items()}
-        self.style = self._read_style()
+        self.reply_format = self._read_reply_format()
 
     def prompt(
         self,
@@ -65,15 +61,14 @@ class TemplateFormat:
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt for OpenAI-shaped messages.
 
         Messages that end with the assistant's are continued (with ``add_generation_prompt`` off: closed).
         ``max_window_size``: the oldest exchanges, each a user message with all that answers it, are left out
         until the prompt has at most so many tokens; the last one and system messages stay whatever their size.
-        ``template_kwargs``: more variables of the template. Raises RequestError for what the model's template
-        does not know: tools, a switch for thinking, a variable, a conversation in this order.
+        Raises RequestError for what the model's template does not know: tools, a switch for thinking, a conversation
+        in this order.
         """
         window = check_window(max_window_size)
         template = self._for_tools if tools else self._default
@@ -82,7 +77,7 @@ class TemplateFormat:
             if "tools" not in template.variables:
                 found = "its chat template has no place for them"
                 raise RequestError("tools for this model", found, "Describe them in the system message.")
-        extra = self._extra(template, template_kwargs, enable_thinking)
+        switch = self._switch(template, enable_thinking)
         allow_text = re.search(r"arguments\s+is\s+(not\s+)?string", template.source) is not None
         checked = prepared(check_messages(messages), allow_text)
         if not checked:
@@ -90,7 +85,7 @@ class TemplateFormat:
         variables = {
             "documents": None,  # as transformers passes it
             **self._token_texts,
-            **{name: outside(value, f"template_kwargs: {name}") for name, value in extra.items()},
+            **switch,
             "tools": outside(list(tools), "tools") if tools else None,
         }
         request = _Request(tokenizer, template, variables, add_generation_prompt)
@@ -102,7 +97,7 @@ class TemplateFormat:
             True,
             key=lambda k: len(self._prompt(request, remaining[k]).token_ids) <= window,
         )
-        return replace(self._prompt(request, remaining[dropped]), dropped_turns=dropped)
+        return self._prompt(request, remaining[dropped])
 
     def _prompt(self, request: _Request, messages: Sequence[Message]) -> Prompt:
         tokenizer = request.tokenizer
@@ -123,47 +118,24 @@ class TemplateFormat:
                 ids.append(token_id)
         turn = own_view(rendered).rpartition(IM_START)[2]
         in_thought = request.answer and turn.rfind(OPEN) > turn.rfind(CLOSE)
-        begun = continues and bool(messages[-1].text or messages[-1].calls)
-        may_think = request.answer and self.style.thinking == "hybrid" and CLOSE not in turn and not begun
-        return Prompt(
-            ids,
-            is_continuation=continues,
-            thinking=in_thought or (may_think and not _switched_off(messages)),
-            in_thought=in_thought,
-        )
+        return Prompt(ids, in_thought=in_thought)
 
-    def _extra(
-        self, template: JinjaTemplate, given: Mapping[str, Any] | None, enable_thinking: object
-    ) -> dict[str, Any]:
-        """The caller's own variables, checked, with the switch among them where the template has one."""
-        extra = dict(given or {})
+    def _switch(self, template: JinjaTemplate, enable_thinking: bool | None) -> dict[str, bool]:
+        """The template's variable that turns thinking on or off, where the caller asks for one of the two."""
         if enable_thinking is None:
-            enable_thinking = extra.get("enable_thinking")
-        extra.pop("enable_thinking", None)
-        if not isinstance(enable_thinking, bool | None):
-            raise RequestError("enable_thinking", f"got {enable_thinking!r:.80}", "Pass True, False or None.")
-        known = template.variables - _RESERVED - set(self._token_texts)
-        unknown = [name for name in extra if name not in known]
-        if unknown:
-            raise RequestError(
-                "template_kwargs",
-                f"{unknown[0]!r:.80} is no variable of this chat template",
-                f"It has: {', '.join(sorted(known)) or 'none'}.",
-            )
-        if enable_thinking is None:
-            return extra
-        if "enable_thinking" in known:
-            return {**extra, "enable_thinking": enable_thinking}
-        if enable_thinking is not (self.style.thinking != "none"):
-            found = "this model always thinks" if self.style.thinking != "none" else "this model never thinks"
+            return {}
+        if "enable_thinking" in template.variables:
+            return {"enable_thinking": enable_thinking}
+        thinks = self.reply_format.thinking != "none"
+        if enable_thinking is not thinks:
             raise RequestError(
                 f"enable_thinking={enable_thinking}",
-                f"{found}: its chat template has no switch",
+                f"this model {'always' if thinks else 'never'} thinks: its chat template has no switch",
                 "Leave it out.",
             )
-        return extra
+        return {}
 
-    def _read_style(self) -> ReplyStyle:
+    def _read_reply_format(self) -> ReplyFormat:
         """Calls by the tags that the template writes, thinking by what it writes in front of an answer."""
         source = self._default.source + self._for_tools.source
         calls = "xml" if "<function=" in source else "hermes" if "<tool_call>" in source else "none"
@@ -171,13 +143,11 @@ class TemplateFormat:
         probe = {**self._token_texts, "messages": [{"role": "user", "content": "Hello"}], "tools": None}
         try:
             rendered = self._default.render({**probe, "add_generation_prompt": True})
-        except (
-            RequestError
-        ):  # it wants something else in a conversation; then it will say so to who holds one
+        except RequestError:  # it wants another conversation, and will say so to whoever holds one
             rendered = ""
         if rendered.rstrip().endswith(OPEN):
             thinking = "open"
-        return ReplyStyle(calls, thinking)  # type: ignore[arg-type]
+        return ReplyFormat(calls, thinking)  # type: ignore[arg-type]
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> str:
@@ -212,11 +182,3 @@ def _trimmings(messages: Sequence[Message]) -> list[list[Message]]:
         [m for m in messages[:start] if m.role == "system"] + list(messages[start:])
         for start in (kept_first, *later)
     ]
-
-
-def _switched_off(messages: Sequence[Message]) -> bool:
-    """Whether the latest soft switch in user or system text is /no_think."""
-    switches = [
-        found[1] for m in messages if m.role in ("user", "system") for found in _SWITCH.finditer(m.text)
-    ]
-    return bool(switches) and switches[-1] is not None

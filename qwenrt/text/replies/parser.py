@@ -10,20 +10,20 @@ from qwenrt.text.replies.react import ReactStream, parse_react
 from qwenrt.text.replies.reply import Part
 from qwenrt.text.replies.reply import Piece as Piece
 from qwenrt.text.replies.reply import Reply as Reply
-from qwenrt.text.replies.reply_format import ReplyStyle
+from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.replies.schema_values import parameter_schemas
 from qwenrt.text.replies.tagged_calls import TaggedCalls
 from qwenrt.text.replies.thinking import ThoughtSplitter
 from qwenrt.text.tokenizer.detokenizer import StopMatcher
 
-REACT = ReplyStyle(calls="react", thinking="none")
+REACT = ReplyFormat(calls="react", thinking="none")
 
 Tools = Sequence[Mapping[str, Any]]
 
 
 def parse_reply(
     text: str,
-    style: ReplyStyle = REACT,
+    reply_format: ReplyFormat = REACT,
     *,
     in_thought: bool = False,
     tools: Tools | None = None,
@@ -31,19 +31,19 @@ def parse_reply(
 ) -> Reply:
     """Read a whole answer: first the thought is split off, then the calls are taken out of the rest.
 
-    style: in which form the model thinks and calls. in_thought: the prompt ended inside a thought (ReAct's
-    "Thought:", or "<think>"; the style "open" says the same of every prompt). tools: as they were given to the
+    reply_format: in which form the model thinks and calls. in_thought: the prompt ended inside a thought (ReAct's
+    "Thought:", or "<think>"; the format "open" says the same of every prompt). tools: as they were given to the
     model; their schemas type the values of Qwen3-Coder's calls. Nothing is checked against them: a call of an
     unknown tool is passed on. cut_off: the text ends because there was no room for more.
 
     This is what a ReplyStream says, but for the content of ReAct: a stream cannot see a second "Final Answer:" coming,
     nor take back what was said before a thought.
     """
-    if style.calls != "react":
-        stream = ReplyStream(style, in_thought, tools)
+    if reply_format.calls != "react":
+        stream = ReplyStream(reply_format, in_thought, tools)
         stream.push(text)
         return stream.finish(cut_off)[1]
-    splitter = _splitter(style, in_thought)
+    splitter = _splitter(reply_format, in_thought)
     if splitter is None:
         return parse_react(text, cut_off)
     (thought, answer), (more_thought, more_answer) = splitter.push(text), splitter.finish()
@@ -64,17 +64,17 @@ class ReplyStream:
 
     def __init__(
         self,
-        style: ReplyStyle = REACT,
+        reply_format: ReplyFormat = REACT,
         in_thought: bool = False,
         tools: Tools | None = None,
         stop: Sequence[str] = (),
     ) -> None:
-        self._thinking = _splitter(style, in_thought)
+        self._thinking = _splitter(reply_format, in_thought)
         self._calls: ReactStream | TaggedCalls | None = None
-        if style.calls == "react":
+        if reply_format.calls == "react":
             self._calls = ReactStream(in_thought)
-        elif style.calls != "none":
-            self._calls = TaggedCalls(style.calls == "xml", parameter_schemas(tools))
+        elif reply_format.calls != "none":
+            self._calls = TaggedCalls(reply_format.calls == "xml", parameter_schemas(tools))
         self._stop = tuple(stop)
         self._matcher = StopMatcher(self._stop)
         self._written: list[str] = []
@@ -136,7 +136,7 @@ class ReplyStream:
         return piece
 
 
-def _splitter(style: ReplyStyle, in_thought: bool) -> ThoughtSplitter | None:
+def _splitter(reply_format: ReplyFormat, in_thought: bool) -> ThoughtSplitter | None:
     """For ReAct, in_thought is about the "Thought:" of its own form."""
-    inside = style.thinking == "open" or (in_thought and style.calls != "react")
-    return ThoughtSplitter(inside) if inside or style.thinking != "none" else None
+    inside = reply_format.thinking == "open" or (in_thought and reply_format.calls != "react")
+    return ThoughtSplitter(inside) if inside or reply_format.thinking != "none" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,6 @@ class Reply:
     content: str
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def finish_reason(self) -> Literal["stop", "tool_calls"]:
-        return "tool_calls" if self.tool_calls else "stop"
 
     def message(self) -> dict[str, Any]:
         """The assistant message to append to a conversation. Content is None beside calls without a text."""

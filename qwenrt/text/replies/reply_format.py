@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class ReplyStyle:
+class ReplyFormat:
     """calls: "react" (Qwen-1), "hermes" (JSON in <tool_call>), "xml" (Qwen3-Coder), "none".
 
     thinking: "none"; "hybrid" (an answer may begin with <think>); "open" (it begins inside the thought).

@@ -6,14 +6,12 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from qwenrt.arguments import as_integer, as_list, flag
 from qwenrt.config import read_json
-from qwenrt.config.families import text_model_type
 from qwenrt.errors import CheckpointError, RequestError, shown
 from qwenrt.files import is_there
-from qwenrt.text.chat.messages import given_tools
 from qwenrt.text.tokenizer.added_tokens import FormFinder
 from qwenrt.text.tokenizer.bpe_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE, read_bpe
 from qwenrt.text.tokenizer.qwen1 import QWEN1_FILE, SPECIAL_TOKENS, read_qwen1, with_control_tokens
@@ -23,19 +21,17 @@ from qwenrt.text.tokenizer.vocabulary import END_OF_TEXT, IM_END, IM_START, SPLI
 if TYPE_CHECKING:
     import tiktoken
 
-    from qwenrt.text.chat.formats import ChatFormat
+__all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "TOKENIZER_FILES", "Tokenizer"]
 
-__all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "TOKENIZER_FILES", "Tokenizer", "load_tokenizer"]
-
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    VOCAB_FILE,
-    QWEN1_FILE,
-)  # one of them is in every directory that has a tokenizer
+# One of them is in every directory that has a tokenizer.
+TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, QWEN1_FILE)
 
 # Whitespace as the split pattern's \s understands it (re's own \s has four more), but for newlines.
 _BLANKS = re.compile("[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 _LONG_BLANKS = 4096
+
+
+_Kind = TypeVar("_Kind", bound="Tokenizer")
 
 
 class Tokenizer:
@@ -46,7 +42,7 @@ class Tokenizer:
     vocabulary.AddedToken). eod_id, im_start_id, im_end_id: the three that every Qwen has; a model with other control
     tokens has its own end of text and None for the two of turns. eos_token_id: what tokenizer_config.json names, None
     where it names none. prefix_ids: what stands before a text that is to be continued; empty in every Qwen.
-    vocab_size: largest id + 1; some ids below may have no token.
+    vocab_size: largest id + 1; some ids below may have no token. directory: the one it was read from, if any.
     """
 
     def __init__(
@@ -55,8 +51,7 @@ class Tokenizer:
         """``vocabulary``: what a reader returned, or the ranks 0..n-1 of a Qwen-1 vocabulary."""
         if isinstance(vocabulary, Mapping):
             vocabulary = with_control_tokens(vocabulary, name)
-        self.name, self._directory = name, directory
-        self._format: ChatFormat | None = None
+        self.name, self.directory = name, directory
         self.eos_token_id = vocabulary.eos_token_id
         self.prefix_ids = list(vocabulary.prefix_ids)
         self.suffix_ids = None if vocabulary.suffix_ids is None else list(vocabulary.suffix_ids)
@@ -84,7 +79,7 @@ class Tokenizer:
         self._encoding = _encoding(name, dict(vocabulary.ranks), vocabulary.pattern)
 
     @classmethod
-    def from_dir(cls, path: str | Path, extra_vocab_files: Sequence[str | Path] = ()) -> Tokenizer:
+    def from_dir(cls: type[_Kind], path: str | Path, extra_vocab_files: Sequence[str | Path] = ()) -> _Kind:
         """Read a model directory: tokenizer.json, or vocab.json with merges.txt, or qwen.tiktoken.
 
         A Qwen-1 directory (config.json says so, or there is qwen.tiktoken and no config.json) keeps to its
@@ -92,7 +87,7 @@ class Tokenizer:
         CheckpointError or ConfigError naming the file.
         """
         directory = _directory(path)
-        if _is_qwen1(directory):
+        if is_qwen1(directory):
             return cls(read_qwen1(directory, extra_vocab_files), str(directory), directory)
         if extra_vocab_files:
             raise RequestError(
@@ -186,47 +181,9 @@ class Tokenizer:
             )
         return self.im_start_id, self.im_end_id
 
-    def has_token(self, token_id: int) -> bool:
-        """Whether the id has a token (rows past the vocabulary, and gaps in it, have none)."""
-        index = as_integer(token_id)
-        return index is not None and 0 <= index < self.vocab_size and self._bytes[index] is not None
-
-    def absent_ids(self) -> list[int]:
+    def unused_ids(self) -> list[int]:
         """The ids below vocab_size that have no token."""
         return [i for i, token in enumerate(self._bytes) if token is None]
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        max_window_size: int | None = None,
-    ) -> list[int]:
-        """The prompt for OpenAI-shaped messages, in the chat format of the directory this was read from; without one
-        as Qwen-1's. RequestError for messages that no prompt can be built from."""
-        prompt = self._chat_format().prompt(
-            self,
-            messages,
-            given_tools(tools),
-            max_window_size=max_window_size,
-            add_generation_prompt=flag("add_generation_prompt", add_generation_prompt),
-        )
-        return prompt.token_ids
-
-    def _chat_format(self) -> ChatFormat:
-        from qwenrt.text.chat.formats import ReactFormat, load_chat_format  # which is for tokenizers itself
-
-        if self._format is None:
-            directory = self._directory
-            if directory is None or _is_qwen1(directory):
-                self._format = ReactFormat()
-            else:
-                config = directory / "config.json"
-                model_type = (
-                    text_model_type(read_json(config)) if is_there(config, CheckpointError) else "qwen2"
-                )
-                self._format = load_chat_format(directory, model_type)
-        return self._format
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if len(text) < _LONG_BLANKS:
@@ -264,12 +221,7 @@ def _index(token_id: object) -> int:
     return index
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory, of whichever generation. Needs no torch."""
-    return Tokenizer.from_dir(path)
-
-
-def _is_qwen1(directory: Path) -> bool:
+def is_qwen1(directory: Path) -> bool:
     """Whether the vocabulary has Qwen-1's control tokens, whose ids mean other tokens in later generations."""
 
     def there(name: str) -> bool:

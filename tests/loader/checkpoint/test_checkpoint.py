@@ -18,13 +18,22 @@ from qwenrt.loader.checkpoint.checkpoint import (
     INDEX,
     TensorReader,
     check_file_name,
-    iter_tensors,
     open_checkpoint,
 )
 
 ONE = "model-00001-of-00002.safetensors"
 TWO = "model-00002-of-00002.safetensors"
 A, B = torch.arange(6, dtype=torch.float32).view(2, 3), torch.ones(4, dtype=torch.bfloat16)
+
+
+def read_all(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor as a view of its file, each released once it was read."""
+    checkpoint = open_checkpoint(directory)
+    reader, tensors = TensorReader(checkpoint), {}
+    for name in checkpoint.tensors:
+        tensors[name] = reader.tensor(name)
+        reader.release(name)
+    return tensors
 
 
 def sharded(directory: Path, **index: Any) -> Path:
@@ -51,7 +60,7 @@ def refused(directory: Path, *words: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "gptq_int4", "big_base"])
 def test_tensors_equal_the_official_readers(golden_dir: Path, name: str) -> None:
     official = load_file(golden_dir / name / "model.safetensors")
-    ours = dict(iter_tensors(golden_dir / name))
+    ours = read_all(golden_dir / name)
     assert ours.keys() == official.keys()
     assert all(torch.equal(ours[k], official[k]) and ours[k].dtype == official[k].dtype for k in ours)
 
@@ -71,7 +80,7 @@ def test_one_file_of_any_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["with space", "中文目录", "v1.0.1", "a'b\"c"])
 def test_paths_of_all_kinds(tmp_path: Path, name: str) -> None:
-    assert dict(iter_tensors(sharded(tmp_path / name)))["a"].tolist() == A.tolist()
+    assert read_all(sharded(tmp_path / name))["a"].tolist() == A.tolist()
 
 
 def test_a_read_only_directory(tmp_path: Path) -> None:
@@ -79,7 +88,7 @@ def test_a_read_only_directory(tmp_path: Path) -> None:
     for path in (tmp_path / "m").iterdir():
         path.chmod(0o444)
     (tmp_path / "m").chmod(0o555)
-    assert len(list(iter_tensors(tmp_path / "m"))) == 2
+    assert len(read_all(tmp_path / "m")) == 2
     (tmp_path / "m").chmod(0o755)
 
 
@@ -105,7 +114,7 @@ def test_tensors_are_views_that_writes_do_not_carry_to_the_file(tmp_path: Path) 
 def test_a_view_outlives_the_reader_and_a_release(tmp_path: Path) -> None:
     big = torch.arange(100_000, dtype=torch.int64)
     save_file({"big": big}, tmp_path / "model.safetensors")
-    (_, tensor), *_ = iter_tensors(tmp_path)
+    tensor = read_all(tmp_path)["big"]
     assert torch.equal(tensor, big)
 
 
@@ -113,14 +122,14 @@ def test_unaligned_data_is_copied(tmp_path: Path) -> None:
     raw = b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}'
     raw += b" " * ((1 - len(raw)) % 4)
     (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + A.numpy().tobytes())
-    assert torch.equal(dict(iter_tensors(tmp_path))["a"], A.view(-1))
+    assert torch.equal(read_all(tmp_path)["a"], A.view(-1))
 
 
 def test_a_dtype_torch_has_not(tmp_path: Path) -> None:
     raw = b'{"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
     (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(3))
     with pytest.raises(CheckpointError, match="its dtype is F6_E2M3"):
-        list(iter_tensors(tmp_path))
+        read_all(tmp_path)
 
 
 def test_a_file_that_changes_after_it_was_checked(tmp_path: Path) -> None:
@@ -140,7 +149,7 @@ def test_an_empty_tensor_whose_other_sizes_overflow(tmp_path: Path) -> None:
     raw = b'{"a":{"dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0]}}'
     (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
     with pytest.raises(CheckpointError, match=r"tensor 'a'.*shape \[0, 4611686018427387904, 4\]"):
-        list(iter_tensors(tmp_path))
+        read_all(tmp_path)
 
 
 # ---- names in the index
@@ -285,7 +294,7 @@ def test_two_sets_without_an_index(tmp_path: Path) -> None:
 
 def test_a_tensor_in_two_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file({"a": A, "b": B}, sharded(tmp_path) / ONE)
-    assert torch.equal(dict(iter_tensors(tmp_path))["b"], B)
+    assert torch.equal(read_all(tmp_path)["b"], B)
     assert f"'b' is in {ONE} and, the same, in {TWO}" in caplog.text
     for other in (B + 1, B.float(), B[:2]):
         save_file({"a": A, "b": other}, sharded(tmp_path) / ONE)

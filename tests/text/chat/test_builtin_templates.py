@@ -8,7 +8,7 @@ import pytest
 
 from qwenrt.text.chat.builtin_templates import TEMPLATES, family
 from qwenrt.text.chat.template_format import TemplateFormat
-from qwenrt.text.replies.reply_format import ReplyStyle
+from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.template.sandbox import JinjaTemplate
 from tests.text.bpe_vocab import load_json
 
@@ -242,16 +242,16 @@ def test_the_switch(written):
 
 
 def test_styles():
-    none, hermes = ReplyStyle("none", "none"), ReplyStyle("hermes", "none")
-    assert {name: made.style for name, made in COMPILED.items()} == {
+    none, hermes = ReplyFormat("none", "none"), ReplyFormat("hermes", "none")
+    assert {name: made.reply_format for name, made in COMPILED.items()} == {
         "qwen2": none,
         "qwen2.5": hermes,
         "qwen2.5-math": hermes,
-        "qwq": ReplyStyle("hermes", "open"),
-        "qwen3": ReplyStyle("hermes", "hybrid"),
+        "qwq": ReplyFormat("hermes", "open"),
+        "qwen3": ReplyFormat("hermes", "hybrid"),
         "qwen3-instruct": hermes,
-        "qwen3-thinking": ReplyStyle("hermes", "open"),
-        "qwen3-coder": ReplyStyle("xml", "none"),
+        "qwen3-thinking": ReplyFormat("hermes", "open"),
+        "qwen3-coder": ReplyFormat("xml", "none"),
     }
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.errors import RequestError
-from qwenrt.text.chat.chatml import build_chat, build_messages, build_raw, stop_ids
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+from qwenrt.text.chat.chatml import build_chat, build_messages
 from qwenrt.text.chat.react import DEFAULT_SYSTEM, parse_messages, react_instruction
-from qwenrt.text.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from qwenrt.text.tokenizer.tokenizer import SPECIAL_TOKENS
 
 Message = dict[str, Any]
 WEATHER = {
@@ -66,13 +67,13 @@ def tool(content: Any, call_id: str | None = None) -> Message:
 # ---- layout
 
 
-def test_each_piece_is_encoded_by_itself(tokenizer: Tokenizer) -> None:
+def test_each_piece_is_encoded_by_itself(tokenizer: ChatTokenizer) -> None:
     ids = build_chat(tokenizer, "\nhi")
     assert ids[-9:] == [872, 198, 198, 6023, 151645, 198, 151644, 77091, 198]
     assert tokenizer.encode("user\n\nhi") == [872, 271, 6023]
 
 
-def test_golden_prompt_in_all_forms(tokenizer: Tokenizer) -> None:
+def test_golden_prompt_in_all_forms(tokenizer: ChatTokenizer) -> None:
     golden = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198]
     golden += [108386, 151645, 198, 151644, 77091, 198]
     assert build_chat(tokenizer, "你好") == golden
@@ -87,14 +88,14 @@ def test_golden_prompt_in_all_forms(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_an_empty_system_text_still_has_its_block(tokenizer: Tokenizer) -> None:
+def test_an_empty_system_text_still_has_its_block(tokenizer: ChatTokenizer) -> None:
     assert build_chat(tokenizer, "x", system="")[:4] == [151644, 8948, 198, 151645]
 
 
 @settings(deadline=None, max_examples=100)
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 def test_content_never_becomes_control_tokens(
-    tokenizer: Tokenizer, system: str, past: str, answer: str, query: str
+    tokenizer: ChatTokenizer, system: str, past: str, answer: str, query: str
 ) -> None:
     special = tokenizer.special_ids
     start, end = tokenizer.im_start_id, tokenizer.im_end_id
@@ -114,7 +115,7 @@ def test_content_never_becomes_control_tokens(
     st.integers(0, 120),
 )
 def test_trimming_keeps_the_newest_turns_that_fit(
-    small: Tokenizer, history: list[tuple[str, str]], window: int
+    small: ChatTokenizer, history: list[tuple[str, str]], window: int
 ) -> None:
     bare = build_chat(small, "q", [], "s")
     system_block = bare.index(small.im_end_id) + 1
@@ -130,7 +131,7 @@ def test_trimming_keeps_the_newest_turns_that_fit(
     assert start in kept
 
 
-def test_a_turn_that_fills_the_window_exactly_is_dropped(small: Tokenizer) -> None:
+def test_a_turn_that_fills_the_window_exactly_is_dropped(small: ChatTokenizer) -> None:
     history = [("hello", "world")]
     bare, full = build_chat(small, "q", [], "s"), build_chat(small, "q", history, "s")
     block = bare.index(small.im_end_id) + 1
@@ -139,38 +140,23 @@ def test_a_turn_that_fills_the_window_exactly_is_dropped(small: Tokenizer) -> No
     assert build_chat(small, "q", history, "s", size + 1) == full
 
 
-def test_dropped_turns_are_counted(small: Tokenizer) -> None:
-    messages = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
-    assert build_messages(small, messages).dropped_turns == 0
-    assert build_messages(small, messages, max_window_size=1).dropped_turns == 2
-
-
 @pytest.mark.parametrize("window", [-1, "6144", 1.5, True])
-def test_window_must_be_a_number_of_tokens(small: Tokenizer, window: Any) -> None:
+def test_window_must_be_a_number_of_tokens(small: ChatTokenizer, window: Any) -> None:
     with pytest.raises(RequestError, match=f"max_window_size: got {window!r}"):
         build_chat(small, "q", [], "s", window)
 
 
 @pytest.mark.parametrize("history", [[("a",)], ["ab"], [("a", None)], "ab", 5, [("a", "b", "c")]])
-def test_history_must_be_pairs(small: Tokenizer, history: Any) -> None:
+def test_history_must_be_pairs(small: ChatTokenizer, history: Any) -> None:
     with pytest.raises(RequestError, match="History is a list of \\(user, assistant\\) pairs"):
         build_chat(small, "q", history)
 
 
-def test_query_and_system_must_be_text(small: Tokenizer) -> None:
+def test_query_and_system_must_be_text(small: ChatTokenizer) -> None:
     with pytest.raises(RequestError, match="query: got int"):
         build_chat(small, 1)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="system: got NoneType"):
         build_chat(small, "q", system=None)  # type: ignore[arg-type]
-
-
-def test_stop_ids_and_raw(tokenizer: Tokenizer) -> None:
-    assert stop_ids(tokenizer, "chatml") == [[151645], [151644]]
-    assert stop_ids(tokenizer, "raw") == stop_ids(tokenizer, None) == [[33975, 25], [151643]]
-    with pytest.raises(RequestError, match="chat format 'llama': unknown"):
-        stop_ids(tokenizer, "llama")
-    assert 151643 not in build_raw(tokenizer, "a<|endoftext|>")
-    assert build_raw(tokenizer, "a<|endoftext|>", allow_special=True)[-1] == 151643
 
 
 # ---- messages
@@ -185,9 +171,8 @@ def test_contents_are_stripped_and_null_is_empty() -> None:
     assert turns.query == " q2"
 
 
-def test_continuing_the_last_assistant_message(tokenizer: Tokenizer) -> None:
+def test_continuing_the_last_assistant_message(tokenizer: ChatTokenizer) -> None:
     prompt = build_messages(tokenizer, [user("q"), assistant("Once upon")])
-    assert prompt.is_continuation
     assert tokenizer.decode(prompt.token_ids).endswith("<|im_end|>\n<|im_start|>assistant\nOnce upon")
     closed = tokenizer.encode_chat([user("q"), assistant("Once upon")], add_generation_prompt=False)
     assert closed == [*prompt.token_ids, tokenizer.im_end_id]
@@ -289,7 +274,7 @@ def test_instruction_goes_to_the_query_or_to_the_last_answered_question() -> Non
 
 
 @pytest.mark.parametrize("modern", [True, False])
-def test_a_call_and_its_result(tokenizer: Tokenizer, modern: bool) -> None:
+def test_a_call_and_its_result(tokenizer: ChatTokenizer, modern: bool) -> None:
     calls: Message = {"tool_calls": [call("get_weather", '{"city": "Rome"}')]}
     if not modern:
         calls = {"function_call": calls["tool_calls"][0]["function"]}
@@ -303,7 +288,6 @@ def test_a_call_and_its_result(tokenizer: Tokenizer, modern: bool) -> None:
     )
     assert answered.history == [("q", said + "\nIt is.")]
     prompt = build_messages(tokenizer, [user("q"), assistant("I look.", **calls), result], [WEATHER])
-    assert prompt.is_continuation
     assert prompt.stop == ("Observation:",)
     assert tokenizer.decode(prompt.token_ids).endswith("Observation: sunny\nThought:")
 
@@ -365,7 +349,7 @@ def test_refused_tools(tools: Any, text: str) -> None:
     st.booleans(),
 )
 def test_any_messages_give_a_prompt_or_a_request_error(
-    small: Tokenizer, messages: list[Message], with_tools: bool
+    small: ChatTokenizer, messages: list[Message], with_tools: bool
 ) -> None:
     try:
         prompt = build_messages(small, messages, [WEATHER] if with_tools else None, max_window_size=50)

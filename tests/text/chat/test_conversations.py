@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.errors import RequestError
-from qwenrt.text.chat.conversations import as_history, load, save, to_messages
+from qwenrt.text.chat.conversations import as_history, load, save
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -26,8 +26,6 @@ def test_every_form_gives_fresh_pairs() -> None:
     copy.append(("x", "y"))
     assert given_pairs == [("q", "a")]
     assert as_history(None) == as_history([]) == as_history(()) == []
-    assert to_messages([("q", "a")]) == MESSAGES
-    assert to_messages(None, "be brief") == [{"role": "system", "content": "be brief"}]
 
 
 @pytest.mark.parametrize(

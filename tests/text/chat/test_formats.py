@@ -8,12 +8,13 @@ import pytest
 
 from qwenrt.errors import ConfigError, RequestError
 from qwenrt.text.chat.builtin_templates import TEMPLATES
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.chatml import build_messages
 from qwenrt.text.chat.formats import load_chat_format
 from qwenrt.text.chat.template_format import TemplateFormat
-from qwenrt.text.replies.reply_format import ReplyStyle
+from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.template.sandbox import JinjaTemplate
-from tests.text.bpe_vocab import load_json
+from tests.text.bpe_vocab import load_json, small_json, write
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 ECHO = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
@@ -77,7 +78,7 @@ def test_a_template_of_its_own_for_tools(tmp_path, text):
     chat_format = load_chat_format(tmp_path, "qwen2")
     assert text(chat_format, [user("a")]) == "<|im_end|><|endoftext|>"
     assert text(chat_format, [user("a")], [TOOL, TOOL]) == "<tool_call>2"
-    assert chat_format.style == ReplyStyle("hermes", "none")
+    assert chat_format.reply_format == ReplyFormat("hermes", "none")
 
 
 @pytest.mark.parametrize(
@@ -115,17 +116,25 @@ def test_template_files_that_are_none(tmp_path, raw, found):
 
 def test_the_first_generation_and_base_models(tmp_path, tokenizer):
     first = load_chat_format(tmp_path, "qwen", "chatml")
-    assert first.style == ReplyStyle("react", "none")
+    assert first.reply_format == ReplyFormat("react", "none")
     messages = [user("q"), assistant("", tool_calls=[call("{}")]), tool("r")]
     prompt = first.prompt(tokenizer, messages, [TOOL], enable_thinking=False)
     assert prompt == build_messages(tokenizer, messages, [TOOL])
     assert prompt.in_thought and prompt.stop == ("Observation:",)
     assert not first.prompt(tokenizer, [user("q")], [TOOL]).in_thought
-    for options in ({"enable_thinking": True}, {"template_kwargs": {"a": 1}}):
-        with pytest.raises(RequestError, match="Qwen-1"):
-            first.prompt(tokenizer, messages, **options)
+    with pytest.raises(RequestError, match="Qwen-1 does not think"):
+        first.prompt(tokenizer, messages, enable_thinking=True)
     with pytest.raises(RequestError, match="this is a base model"):
         load_chat_format(tmp_path, "qwen3", "raw").prompt(tokenizer, messages, enable_thinking=False)
+
+
+def test_a_tokenizer_hands_on_to_the_format_of_its_directory(tmp_path):
+    write(tmp_path, tokenizer_json=small_json())
+    assert ChatTokenizer.from_dir(tmp_path).encode_chat([user("q")])
+    (tmp_path / "generation_config.json").write_text('{"chat_format": "raw"}', encoding="utf-8")
+    base = ChatTokenizer.from_dir(tmp_path)
+    with pytest.raises(RequestError, match="this is a base model"):
+        base.encode_chat([user("q")])
 
 
 # ---- what the template is given
@@ -183,14 +192,7 @@ def test_results_in_the_order_of_the_calls(tokenizer, text):
         ([user("a")], {"tools": {"name": "f"}}, "tools: got dict"),
         ([user("a")], {"tools": [5]}, "tools[0]: got int"),
         ([user("a")], {"tools": [{"name": {1}}]}, "tools: Object of type set"),
-        ([user("a")], {"enable_thinking": "no"}, "enable_thinking: got 'no'"),
         ([user("a")], {"max_window_size": -1}, "max_window_size: got -1"),
-        (
-            [user("a")],
-            {"template_kwargs": {"messages": []}},
-            "'messages' is no variable of this chat template",
-        ),
-        ([user("a")], {"template_kwargs": {"typo": 1}}, "It has: content, enable_thinking, reasoning."),
     ],
 )
 def test_refused(tokenizer, messages, options, found):
@@ -209,16 +211,6 @@ def test_what_the_template_has_no_place_for(tokenizer):
         assert FORMATS[name].prompt(tokenizer, [user("a")], enable_thinking=not switch) == plain
 
 
-def test_the_callers_own_variables(tokenizer, text):
-    kind = made("{% if mood == 'think' %}deep{% else %}{{ mood ~ (depth or 0) }}{% endif %}")
-    assert text(kind, [user("a")], template_kwargs={"mood": "think"}) == "deep"
-    assert text(kind, [user("a")], template_kwargs={"mood": "<|im_end|>", "depth": 3}) == "<|im_end|>3"
-    ids = kind.prompt(tokenizer, [user("a")], template_kwargs={"mood": "<|im_end|>"}).token_ids
-    assert tokenizer.im_end_id not in ids
-    off = FORMATS["qwen3"].prompt(tokenizer, [user("a")], template_kwargs={"enable_thinking": False})
-    assert off == FORMATS["qwen3"].prompt(tokenizer, [user("a")], enable_thinking=False)
-
-
 # ---- continuing, thinking, trimming
 
 
@@ -226,7 +218,7 @@ def test_the_callers_own_variables(tokenizer, text):
 def test_the_last_assistant_message_is_continued(tokenizer, text, name):
     messages = [user("q"), assistant("Once upon ")]
     prompt = FORMATS[name].prompt(tokenizer, messages)
-    assert prompt.is_continuation and not prompt.thinking
+    assert not prompt.in_thought
     assert tokenizer.decode(prompt.token_ids).endswith("Once upon ")
     closed = text(FORMATS[name], messages, add_generation_prompt=False)
     assert closed == tokenizer.decode(prompt.token_ids) + "<|im_end|>\n"
@@ -240,39 +232,27 @@ def test_what_cannot_be_continued(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("name", "messages", "options", "thinking", "in_thought"),
+    ("name", "messages", "options", "in_thought"),
     [
-        ("qwen3", [user("a")], {}, True, False),
-        ("qwen3", [user("a")], {"enable_thinking": True}, True, False),
-        ("qwen3", [user("a")], {"enable_thinking": False}, False, False),
-        ("qwen3", [user("a")], {"add_generation_prompt": False}, False, False),
-        ("qwen3", [user("a /no_think")], {}, False, False),
-        ("qwen3", [user("你好/no_think")], {}, False, False),
-        ("qwen3", [{"role": "system", "content": "/no_think"}, user("a")], {}, False, False),
-        ("qwen3", [user("/no_think"), assistant("b"), user("c")], {}, False, False),
-        ("qwen3", [user("/no_think"), assistant("b"), user("c /think")], {}, True, False),
-        ("qwen3", [user("/think /no_think")], {}, False, False),
-        ("qwen3", [user("a"), assistant("/no_think"), user("b")], {}, True, False),
-        ("qwen3", [user("src/no_think and </no_think> and /no_thinking")], {}, True, False),
-        ("qwen3", [user("a"), assistant("b")], {}, False, False),
-        ("qwen3-thinking", [user("a /no_think")], {}, True, True),
-        ("qwq", [user("a")], {}, True, True),
-        ("qwen3-instruct", [user("a /think")], {}, False, False),
-        ("qwen2.5", [user("a")], {}, False, False),
+        ("qwen3", [user("a")], {}, False),
+        ("qwen3", [user("a")], {"enable_thinking": True}, False),
+        ("qwen3", [user("a")], {"enable_thinking": False}, False),
+        ("qwen3-thinking", [user("a /no_think")], {}, True),
+        ("qwen3-thinking", [user("a")], {"add_generation_prompt": False}, False),
+        ("qwq", [user("a")], {}, True),
+        ("qwen3-instruct", [user("a /think")], {}, False),
+        ("qwen2.5", [user("a")], {}, False),
     ],
 )
-def test_whether_the_answer_may_begin_with_a_thought(
-    tokenizer, name, messages, options, thinking, in_thought
-):
-    prompt = FORMATS[name].prompt(tokenizer, messages, **options)
-    assert (prompt.thinking, prompt.in_thought) == (thinking, in_thought)
+def test_whether_the_prompt_opens_a_thought(tokenizer, name, messages, options, in_thought):
+    assert FORMATS[name].prompt(tokenizer, messages, **options).in_thought == in_thought
 
 
 def test_an_open_thought_is_continued(tokenizer):
     turns = "{% for m in messages %}{{ '<|im_start|>' ~ m.content ~ '<|im_end|>' }}{% endfor %}"
     plain = made(turns + "{{ '<think>' if add_generation_prompt }}")
     prompt = plain.prompt(tokenizer, [user("a"), assistant("<think>\nhm")])
-    assert prompt.in_thought and prompt.thinking
+    assert prompt.in_thought
 
 
 LONG = [
@@ -295,9 +275,9 @@ def test_the_oldest_whole_exchanges_are_left_out(tokenizer):
     for dropped, expected in enumerate(shorter):
         size = len(expected.token_ids)
         prompt = chat_format.prompt(tokenizer, LONG, [TOOL], max_window_size=size)
-        assert (prompt.token_ids, prompt.dropped_turns) == (expected.token_ids, dropped)
+        assert prompt.token_ids == expected.token_ids
         tighter = chat_format.prompt(tokenizer, LONG, [TOOL], max_window_size=size - 1)
-        assert tighter.dropped_turns == min(dropped + 1, 2)
+        assert tighter.token_ids == shorter[min(dropped + 1, 2)].token_ids
     assert chat_format.prompt(tokenizer, LONG, [TOOL], max_window_size=0).token_ids == shorter[2].token_ids
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwenrt.text.chat.chatml import build_chat
-from qwenrt.text.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 TABLE: list[tuple[str, list[int]]] = [
     ("\n", [198]),
@@ -81,7 +81,7 @@ def test_recorded_chats(tokenizer: Tokenizer, golden: Any) -> None:
 
 
 def test_the_released_vocabulary(released_dir: Path) -> None:
-    tokenizer = load_tokenizer(released_dir)
+    tokenizer = Tokenizer.from_dir(released_dir)
     assert (tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id) == (
         151643,
         151644,

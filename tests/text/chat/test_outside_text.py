@@ -21,7 +21,7 @@ from tests.text.bpe_vocab import CONTROL, SHOWN, load_json, small_json
 
 # What an honest template may do without a thought: build tags out of names, change the case, cut, escape.
 CARELESS = """
-{{ '<|' ~ mood ~ '|>' }}
+{{ '<|' ~ messages[0].name ~ '|>' }}
 {%- for tool in tools or [] -%}
 {{ '<' + tool.function.name + '>' }}</{{ tool.function.description }}{{ tool }}
 {%- endfor -%}
@@ -84,11 +84,8 @@ def conversation(roles, text, speech, word, key):
     return messages, [{"type": "function", "function": function}]
 
 
-def prompt_of(name, tokenizer, messages, tools, mood="w"):
-    extra = {"mood": mood} if name == "careless" else None
-    return FORMATS[name].prompt(
-        tokenizer, messages, tools if name != "qwen2" else None, template_kwargs=extra
-    )
+def prompt_of(name, tokenizer, messages, tools):
+    return FORMATS[name].prompt(tokenizer, messages, tools if name != "qwen2" else None)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -105,7 +102,7 @@ def test_control_tokens_are_those_of_the_same_conversation_with_neutral_words(to
     neutral = iter(f"k{i}" for i in range(99))
     hostile_conversation = conversation(roles, hostile, hostile, hostile, hostile_key)
     neutral_conversation = conversation(roles, lambda: "w", lambda: "w", lambda: "w", lambda: next(neutral))
-    found = prompt_of(name, tokenizer, *hostile_conversation, hostile())
+    found = prompt_of(name, tokenizer, *hostile_conversation)
     wanted = prompt_of(name, tokenizer, *neutral_conversation)
     thoughts = {
         tokenizer.added_tokens[tag] for tag in ("<think>", "</think>")
@@ -178,7 +175,7 @@ def test_the_text_of_a_prompt_is_the_rendered_text(tokenizer, name, roles, data)
     messages, tools = conversation([*roles, "user"], text, text, text, lambda: "k" + text())
     source = CARELESS if name == "careless" else TEMPLATES[name]
     (rendered,), _ = render_jinja_template(
-        [messages], tools=tools, chat_template=source, add_generation_prompt=True, mood="w"
+        [messages], tools=tools, chat_template=source, add_generation_prompt=True
     )
     assert nfc(tokenizer.decode(prompt_of(name, tokenizer, messages, tools).token_ids)) == nfc(rendered)
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.text.replies.parser import REACT, Piece, Reply, ReplyStream, parse_reply
-from qwenrt.text.replies.reply_format import ReplyStyle
+from qwenrt.text.replies.reply_format import ReplyFormat
 
-HERMES = ReplyStyle("hermes", "none")
-XML = ReplyStyle("xml", "none")
-HYBRID = ReplyStyle("hermes", "hybrid")
-OPEN = ReplyStyle("hermes", "open")
+HERMES = ReplyFormat("hermes", "none")
+XML = ReplyFormat("xml", "none")
+HYBRID = ReplyFormat("hermes", "hybrid")
+OPEN = ReplyFormat("hermes", "open")
 STYLES = [
-    ReplyStyle(calls, thinking)
+    ReplyFormat(calls, thinking)
     for calls in ("hermes", "xml", "none")
     for thinking in ("none", "hybrid", "open")
 ]
@@ -49,9 +49,9 @@ def called(calls):
     return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
 
 
-def streamed(text, style, sizes=(1,), **options):
+def streamed(text, reply_format, sizes=(1,), **options):
     """The pieces of a stream (the last one from finish()), and the whole reply; cut into ``sizes`` in turn."""
-    stream = ReplyStream(style, **options)
+    stream = ReplyStream(reply_format, **options)
     pieces, at, turn = [], 0, 0
     while at < len(text):
         pieces.append(stream.push(text[at : at + sizes[turn % len(sizes)]]))
@@ -60,14 +60,13 @@ def streamed(text, style, sizes=(1,), **options):
     return [*pieces, last], reply
 
 
-def check(text, style, content, reasoning="", calls=(), **options):
-    for reply in (parse_reply(text, style, **options), streamed(text, style, **options)[1]):
+def check(text, reply_format, content, reasoning="", calls=(), **options):
+    for reply in (parse_reply(text, reply_format, **options), streamed(text, reply_format, **options)[1]):
         assert (reply.content, reply.reasoning, called(reply.tool_calls)) == (content, reasoning, list(calls))
-        assert reply.finish_reason == ("tool_calls" if calls else "stop")
 
 
 @pytest.mark.parametrize(
-    ("text", "style", "content", "reasoning"),
+    ("text", "reply_format", "content", "reasoning"),
     [
         ("<think>\nOkay.\n</think>\n\nHello.", HYBRID, "Hello.", "Okay."),
         ("\n<think>\n\n</think>\n\nHello.\n", HYBRID, "Hello.", ""),
@@ -85,17 +84,17 @@ def check(text, style, content, reasoning="", calls=(), **options):
         ("Write <think> first.</think>", HYBRID, "Write <think> first.</think>", ""),
         ("</think>\n\nHello.", HYBRID, "Hello.", ""),
         ("<think>\nplan: " + F + "\n</think>\nHi", HYBRID, "Hi", "plan: " + F),
-        ("<think>a</think>b\n", ReplyStyle("hermes", "none"), "<think>a</think>b\n", ""),
-        (" \n<tool_call> b\n", ReplyStyle("none", "none"), " \n<tool_call> b\n", ""),
+        ("<think>a</think>b\n", ReplyFormat("hermes", "none"), "<think>a</think>b\n", ""),
+        (" \n<tool_call> b\n", ReplyFormat("none", "none"), " \n<tool_call> b\n", ""),
     ],
 )
-def test_thoughts(text, style, content, reasoning):
-    check(text, style, content, reasoning)
+def test_thoughts(text, reply_format, content, reasoning):
+    check(text, reply_format, content, reasoning)
 
 
 def test_a_prompt_may_end_inside_the_thought():
     check("a\n</think>\n\nb", HYBRID, "b", "a", in_thought=True)
-    reply = parse_reply("<think>\na\n</think>\n\nAction: f\nAction Input: x", ReplyStyle("react", "hybrid"))
+    reply = parse_reply("<think>\na\n</think>\n\nAction: f\nAction Input: x", ReplyFormat("react", "hybrid"))
     assert (reply.content, reply.reasoning, called(reply.tool_calls)) == ("", "a", [("f", "x")])
 
 
@@ -322,11 +321,11 @@ def test_text_that_cannot_be_a_call_is_not_held():
 
 @settings(deadline=None, max_examples=150)
 @given(TEXTS, st.sampled_from(STYLES), st.booleans(), st.booleans(), st.lists(st.integers(1, 9), min_size=1))
-def test_every_cut_of_every_text_gives_the_same(text, style, in_thought, with_tools, sizes):
+def test_every_cut_of_every_text_gives_the_same(text, reply_format, in_thought, with_tools, sizes):
     options = {"in_thought": in_thought, "tools": TOOLS if with_tools else None}
-    whole = parse_reply(text, style, **options)
+    whole = parse_reply(text, reply_format, **options)
     for cut in (sizes, [1]):
-        pieces, reply = streamed(text, style, cut, **options)
+        pieces, reply = streamed(text, reply_format, cut, **options)
         assert (reply.content, reply.reasoning) == (whole.content, whole.reasoning)
         assert called(reply.tool_calls) == called(whole.tool_calls)
         assert "".join(piece.content for piece in pieces) == reply.content
@@ -336,8 +335,8 @@ def test_every_cut_of_every_text_gives_the_same(text, style, in_thought, with_to
 
 @settings(deadline=None, max_examples=150)
 @given(TEXTS, st.sampled_from(STYLES), st.booleans())
-def test_nothing_is_lost_and_nothing_is_broken(text, style, in_thought):
-    reply = parse_reply(text, style, in_thought=in_thought)
+def test_nothing_is_lost_and_nothing_is_broken(text, reply_format, in_thought):
+    reply = parse_reply(text, reply_format, in_thought=in_thought)
     shown = "".join((reply.reasoning + reply.content).split())
     visible = "".join(text.split())
     remaining = iter(visible)
@@ -352,10 +351,10 @@ def test_nothing_is_lost_and_nothing_is_broken(text, style, in_thought):
         assert set(missing) <= set("</think>")
         lengths = {7 * i + 8 * j for i in range(20) for j in range(20)}
         assert missing.total() in lengths
-    if style.thinking == "none" and not reply.tool_calls and not in_thought:
+    if reply_format.thinking == "none" and not reply.tool_calls and not in_thought:
         assert reply == Reply(text)
     assert reply.reasoning == reply.reasoning.rstrip()
-    if style.thinking != "none":
+    if reply_format.thinking != "none":
         assert reply.content == reply.content.rstrip()
 
 
@@ -418,15 +417,15 @@ def test_xml_values_are_verbatim(arguments, wrapped):
         assert json.loads(call["function"]["arguments"]) == arguments and reply.content == ""
 
 
-@pytest.mark.parametrize("style", [HYBRID, ReplyStyle("xml", "open"), REACT], ids=lambda style: style.calls)
+@pytest.mark.parametrize("reply_format", [HYBRID, ReplyFormat("xml", "open"), REACT], ids=lambda f: f.calls)
 @pytest.mark.parametrize(
     "unit", ["hello world ", '<tool_call>{"', '</tool_call>"', "<function=f>\n<parameter=a>\n", "\n"]
 )
-def test_a_megabyte_in_ten_thousand_pieces(style, unit):
-    if style == REACT and unit == "\n":
+def test_a_megabyte_in_ten_thousand_pieces(reply_format, unit):
+    if reply_format == REACT and unit == "\n":
         unit = "Thought: a\n"
     text = '<tool_call>\n{"name": "f", "arguments": {"a": "' + unit * (1_000_000 // len(unit))
-    stream = ReplyStream(style)
+    stream = ReplyStream(reply_format)
     for at in range(0, len(text), 100):
         stream.push(text[at : at + 100])
     stream.finish()

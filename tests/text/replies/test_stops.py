@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.text.replies.parser import Reply, ReplyStream
-from qwenrt.text.replies.reply_format import ReplyStyle
+from qwenrt.text.replies.reply_format import ReplyFormat
 from tests.text.replies.test_parser import FRAGMENTS, HERMES, HYBRID, OPEN, XML, F, X, called
 
 TOOLS = [{"name": "f"}]
@@ -25,10 +25,10 @@ STOPS = st.lists(
 
 
 def stream(
-    text: str, style: ReplyStyle, stop: list[str], sizes: tuple[int, ...] = (1,), **options: Any
+    text: str, reply_format: ReplyFormat, stop: list[str], sizes: tuple[int, ...] = (1,), **options: Any
 ) -> Any:
     """(whole reply, stopped); every piece joined is the whole."""
-    reply = ReplyStream(style, stop=stop, tools=TOOLS, **options)
+    reply = ReplyStream(reply_format, stop=stop, tools=TOOLS, **options)
     pieces, at, turn = [], 0, 0
     while at < len(text) and not reply.stopped:
         pieces.append(reply.push(text[at : at + sizes[turn % len(sizes)]]))
@@ -42,7 +42,7 @@ def stream(
 
 
 @pytest.mark.parametrize(
-    ("text", "style", "stop", "content", "reasoning", "calls"),
+    ("text", "reply_format", "stop", "content", "reasoning", "calls"),
     [
         ("a stop\n</think>\n\nb stop c", OPEN, ["stop"], "b ", "a stop", 0),
         ("<think>stop</think>b", HYBRID, ["stop"], "b", "stop", 0),
@@ -58,10 +58,10 @@ def stream(
     ],
 )
 def test_where_stop_strings_count(
-    text: str, style: ReplyStyle, stop: list[str], content: str, reasoning: str, calls: int
+    text: str, reply_format: ReplyFormat, stop: list[str], content: str, reasoning: str, calls: int
 ) -> None:
     for sizes in ((1,), (3, 2), (len(text),)):
-        whole, _ = stream(text, style, stop, sizes)
+        whole, _ = stream(text, reply_format, stop, sizes)
         assert (whole.content, whole.reasoning, len(whole.tool_calls)) == (content, reasoning, calls)
 
 
@@ -73,14 +73,14 @@ def test_where_stop_strings_count(
     st.lists(st.integers(1, 9), min_size=1).map(tuple),
 )
 def test_no_cut_changes_where_an_answer_ends(
-    text: str, style: ReplyStyle, stop: list[str], sizes: tuple[int, ...]
+    text: str, reply_format: ReplyFormat, stop: list[str], sizes: tuple[int, ...]
 ) -> None:
-    whole, stopped = stream(text, style, stop)
+    whole, stopped = stream(text, reply_format, stop)
     for cut in (sizes, (max(1, len(text)),)):
-        other, also = stream(text, style, stop, cut)
+        other, also = stream(text, reply_format, stop, cut)
         assert (other.content, also) == (whole.content, stopped)
         assert called(other.tool_calls) == called(whole.tool_calls)
-    free, _ = stream(text, style, [])
+    free, _ = stream(text, reply_format, [])
     assert free.content.startswith(whole.content) and called(free.tool_calls)[
         : len(whole.tool_calls)
     ] == called(whole.tool_calls)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Oracle
 
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.text.tokenizer.merges import FORMS_OF_BYTES
-from qwenrt.text.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from qwenrt.text.tokenizer.vocabulary import read_base_vocab
 from tests.text.bpe_vocab import (
     CONTROL,
@@ -77,7 +77,7 @@ def released(released_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def loaded(released: dict[str, Path]) -> dict[str, Tokenizer]:
-    return {name: load_tokenizer(directory) for name, directory in released.items()}
+    return {name: Tokenizer.from_dir(directory) for name, directory in released.items()}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_every_id_is_the_same_token(
         assert (other.eod_id, other.im_start_id, other.im_end_id) == (151643, 151644, 151645)
         assert (other.token_id("<think>"), other.token_id("</think>")) == (151667, 151668)
         assert other.token_id("<|extra_0|>") is None
-        assert not other.has_token(151669)
+        assert other.vocab_size == 151669
     eos = [other.eos_token_id for other in loaded.values()]
     assert eos == [151645] * 3
 
@@ -154,7 +154,7 @@ def test_every_id_is_the_same_token(
     ],
 )
 def test_spellings_of_merges_txt(tmp_path: Path, merges: str) -> None:
-    tokenizer = load_tokenizer(pair_of(tmp_path, merges_txt=merges))
+    tokenizer = Tokenizer.from_dir(pair_of(tmp_path, merges_txt=merges))
     assert tokenizer.encode("hello 你好") == [RANKS[b"hello"], RANKS[b" "], RANKS["你好".encode()]]
     assert tokenizer.added_tokens == {f: FIRST + i for i, f in enumerate(CONTROL[:3])}
     assert tokenizer.eos_token_id is None
@@ -162,27 +162,27 @@ def test_spellings_of_merges_txt(tmp_path: Path, merges: str) -> None:
 
 def test_the_first_merge_may_begin_with_a_hash(tmp_path: Path) -> None:
     ranks = {**{bytes([byte]): byte for byte in range(256)}, b"##": 256}
-    tokenizer = load_tokenizer(write(tmp_path, vocab_json=vocab_json(ranks), merges_txt="# #\n"))
+    tokenizer = Tokenizer.from_dir(write(tmp_path, vocab_json=vocab_json(ranks), merges_txt="# #\n"))
     assert tokenizer.encode("##") == [256]
 
 
 def test_which_files_count(tmp_path: Path) -> None:
     """tokenizer.json before vocab.json before qwen.tiktoken; only a Qwen-1 model has Qwen-1's control tokens."""
     (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(vocab_lines(RANKS)))
-    assert load_tokenizer(tmp_path).token_id("<|extra_0|>") == FIRST + 3
+    assert Tokenizer.from_dir(tmp_path).token_id("<|extra_0|>") == FIRST + 3
     write(tmp_path, config_json={"model_type": "qwen2"})
-    assert load_tokenizer(tmp_path).special_tokens == {f: FIRST + i for i, f in enumerate(CONTROL[:3])}
+    assert Tokenizer.from_dir(tmp_path).special_tokens == {f: FIRST + i for i, f in enumerate(CONTROL[:3])}
     pair_of(
         tmp_path,
         added_tokens_json={**dict.fromkeys(CONTROL[:3]), **{f: 500 + i for i, f in enumerate(CONTROL)}},
     )
-    assert load_tokenizer(tmp_path).im_end_id == 502
+    assert Tokenizer.from_dir(tmp_path).im_end_id == 502
     write(tmp_path, tokenizer_json=tokenizer_json(RANKS, MERGES))
-    assert load_tokenizer(tmp_path).im_end_id == FIRST + 2
+    assert Tokenizer.from_dir(tmp_path).im_end_id == FIRST + 2
     write(tmp_path, config_json={"model_type": "qwen"})
-    assert load_tokenizer(tmp_path).token_id("<|extra_0|>") == FIRST + 3
+    assert Tokenizer.from_dir(tmp_path).token_id("<|extra_0|>") == FIRST + 3
     (tmp_path / "config.json").unlink()
-    assert load_tokenizer(tmp_path).token_id("<think>") is not None
+    assert Tokenizer.from_dir(tmp_path).token_id("<think>") is not None
     with pytest.raises(RequestError, match="1 vocabulary extensions given"):
         Tokenizer.from_dir(tmp_path, ["x.tiktoken"])
 
@@ -192,7 +192,7 @@ def test_ranks_that_were_cut_off(tmp_path: Path, released_vocab: Path) -> None:
     write(tmp_path, config_json={"model_type": "qwen3"}, tokenizer_config_json=tokenizer_config(FIRST))
     lines = vocab_lines(RANKS)
     (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
-    assert load_tokenizer(tmp_path).token_id("<think>") == FIRST + 24
+    assert Tokenizer.from_dir(tmp_path).token_id("<think>") == FIRST + 24
     (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines[:-1]))
     refused(
         tmp_path, r"it holds 272 tokens, the first added token is 273\. The file is cut off", CheckpointError
@@ -223,7 +223,7 @@ def test_tokens_that_no_merge_makes_are_decoded_only(tmp_path: Path) -> None:
     vocab = {**vocab_json(RANKS), "hey": 500, "abc": 501}
     tokenizer = load_json(tmp_path, model__vocab=vocab)
     assert tokenizer.encode("hey") == [RANKS[b"he"], RANKS[b"y"]]
-    assert tokenizer.decode([500]) == "hey" and tokenizer.vocab_size == 502 and not tokenizer.has_token(499)
+    assert tokenizer.decode([500]) == "hey" and tokenizer.vocab_size == 502 and 499 in tokenizer.unused_ids()
     refused(
         write(tmp_path, tokenizer_json=small_json(model__vocab=vocab, model__ignore_merges=True)),
         "model.ignore_merges: true, but no merge makes b'hey'",
@@ -336,7 +336,7 @@ def test_any_damage_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         place[data.draw(st.sampled_from(keys))] = data.draw(junk)
     write(directory, **{name: v if isinstance(v, str) else json.dumps(v) for name, v in files.items()})
     try:
-        tokenizer = load_tokenizer(directory)
+        tokenizer = Tokenizer.from_dir(directory)
     except (ConfigError, CheckpointError) as error:
         assert str(directory) in str(error) and error.remedy and len(str(error)) < 1000
         return

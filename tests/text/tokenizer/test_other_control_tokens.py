@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Oracle
 from transformers.utils.chat_template_utils import render_jinja_template  # noqa: TID251
 
 from qwenrt.errors import ConfigError, RequestError
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.chatml import build_chat
-from qwenrt.text.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.text.bpe_vocab import FIRST, RANKS, small_json, write
 
 END, USER, ASSISTANT, BEGIN, THINK = (
@@ -50,11 +50,11 @@ def files(**config: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Path) -> Tokenizer:
-    return load_tokenizer(write(tmp_path, **files()))
+def tokenizer(tmp_path: Path) -> ChatTokenizer:
+    return ChatTokenizer.from_dir(write(tmp_path, **files()))
 
 
-def test_its_own_end_and_no_turns_of_chatml(tokenizer: Tokenizer) -> None:
+def test_its_own_end_and_no_turns_of_chatml(tokenizer: ChatTokenizer) -> None:
     assert tokenizer.eod_id == tokenizer.eos_token_id == FIRST
     assert tokenizer.im_start_id is None and tokenizer.im_end_id is None
     assert set(tokenizer.special_tokens) == {END, BEGIN}
@@ -62,7 +62,9 @@ def test_its_own_end_and_no_turns_of_chatml(tokenizer: Tokenizer) -> None:
         build_chat(tokenizer, "hi")
 
 
-def test_prompts_are_those_of_transformers_with_one_beginning(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_prompts_are_those_of_transformers_with_one_beginning(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
     messages = [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "<think>\nx\n</think>\n\nhell"},
@@ -82,14 +84,14 @@ def test_prompts_are_those_of_transformers_with_one_beginning(tokenizer: Tokeniz
     assert tokenizer.encode_chat(messages) == oracle.encode(rendered, add_special_tokens=False).ids
 
 
-def test_the_last_answer_is_continued_before_its_end(tokenizer: Tokenizer) -> None:
+def test_the_last_answer_is_continued_before_its_end(tokenizer: ChatTokenizer) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hell" + END + "x"}]
     ids = tokenizer.encode_chat(messages)
     assert tokenizer.decode(ids) == f"{BEGIN}{USER}a{ASSISTANT}hell{END}x"
     assert ids[:5] == [FIRST + 3, FIRST + 1, RANKS[b"a"], FIRST + 2, RANKS[b"hell"]] and FIRST not in ids
 
 
-def test_what_stands_before_a_text_to_be_continued(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_what_stands_before_a_text_to_be_continued(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
     assert [*tokenizer.prefix_ids, *tokenizer.encode("hello")] == oracle.encode("hello").ids
     assert tokenizer.prefix_ids == [FIRST + 3]
@@ -97,5 +99,5 @@ def test_what_stands_before_a_text_to_be_continued(tokenizer: Tokenizer, tmp_pat
 
 def test_no_end_of_text_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names no end of text of its own") as caught:
-        load_tokenizer(write(tmp_path, **files(eos_token=None)))
+        ChatTokenizer.from_dir(write(tmp_path, **files(eos_token=None)))
     assert "fetch" not in str(caught.value).lower()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.text.tokenizer import tokenizer as tokenizer_module
-from qwenrt.text.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from qwenrt.text.tokenizer.unicode import nfc, without_surrogates
 from tests.text.small_vocab import small_ranks, vocab_lines
 
@@ -83,12 +83,10 @@ def test_what_is_not_text_or_an_id(small: Tokenizer) -> None:
     for unknown in (small.vocab_size, -1, 2**40):
         with pytest.raises(RequestError, match=rf"token id {unknown}: no such token, ids are 0 to 478"):
             small.decode([unknown])
-        assert not small.has_token(unknown)
     with pytest.raises(RequestError, match=r"token id 'a'\. Token ids are integers"):
         small.decode(["a"])  # type: ignore[list-item]
     with pytest.raises(RequestError, match="errors='nonsense'"):
         small.decode([1], errors="nonsense")
-    assert small.has_token(0) and small.has_token(small.eod_id)
 
 
 def test_lone_surrogates_become_replacement_characters(small: Tokenizer) -> None:
@@ -161,7 +159,7 @@ def test_loading_and_encoding_need_no_torch() -> None:
 
 
 def test_own_vocabulary_has_its_control_tokens_after_its_ranks(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(write_model(tmp_path, generation_config={"eos_token_id": 271}))
+    tokenizer = Tokenizer.from_dir(write_model(tmp_path, generation_config={"eos_token_id": 271}))
     assert (tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id) == (271, 272, 273)
     assert tokenizer.vocab_size == 479
     assert tokenizer.special_ids == frozenset(range(271, 479))
@@ -170,7 +168,7 @@ def test_own_vocabulary_has_its_control_tokens_after_its_ranks(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["with space", "中文 目录", "v1.0..dots", "quote'\"name"])
 def test_odd_directory_names(tmp_path: Path, name: str) -> None:
-    assert load_tokenizer(write_model(tmp_path / name)).vocab_size == 479
+    assert Tokenizer.from_dir(write_model(tmp_path / name)).vocab_size == 479
 
 
 def test_home_directory_and_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +178,7 @@ def test_home_directory_and_read_only(tmp_path: Path, monkeypatch: pytest.Monkey
     for file in directory.iterdir():
         file.chmod(0o444)
     directory.chmod(0o555)
-    assert load_tokenizer("~/model").vocab_size == 479
+    assert Tokenizer.from_dir("~/model").vocab_size == 479
     directory.chmod(0o755)
 
 
@@ -192,23 +190,23 @@ def write_extra(path: Path, token: bytes = b"extra word", token_id: int = 600) -
 def test_extension_by_default_name_config_and_argument(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "a")
     write_extra(directory / "qwen_extra.tiktoken")
-    tokenizer = load_tokenizer(directory)
-    assert (tokenizer.vocab_size, tokenizer.has_token(599), tokenizer.has_token(600)) == (601, False, True)
+    tokenizer = Tokenizer.from_dir(directory)
+    assert (tokenizer.vocab_size, tokenizer.unused_ids()[-1]) == (601, 599)
     assert tokenizer.decode([600, tokenizer.eod_id], skip_special_tokens=True) == "extra word"
     with pytest.raises(RequestError, match="token id 599"):
         tokenizer.decode([599])
     named = write_model(tmp_path / "b", tokenizer_config={"extra_vocab_file": "mine.tiktoken"})
     write_extra(named / "mine.tiktoken", token_id=500)
-    assert load_tokenizer(named).has_token(500)
+    assert Tokenizer.from_dir(named).token_bytes(500)
     outside = write_extra(tmp_path / "elsewhere.tiktoken", token_id=550)
-    assert Tokenizer.from_dir(named, extra_vocab_files=[outside]).has_token(550)
+    assert Tokenizer.from_dir(named, extra_vocab_files=[outside]).token_bytes(550)
 
 
 def test_extension_tokens_are_encoded(tmp_path: Path) -> None:
     directory = write_model(tmp_path)
     entries = {b"hello w": 900, b"hellow": 901, b"hellowo": 903}
     (directory / "qwen_extra.tiktoken").write_bytes(b"\n".join(vocab_lines(entries)))
-    tokenizer = load_tokenizer(directory)
+    tokenizer = Tokenizer.from_dir(directory)
     assert tokenizer.encode("hellow") == [901]
     assert tokenizer.encode("hellowo") == [903]  # a piece that is a token is that token
 
@@ -217,20 +215,20 @@ def test_extension_tokens_are_encoded(tmp_path: Path) -> None:
 def test_extension_must_be_a_plain_file_name(tmp_path: Path, name: Any) -> None:
     write_model(tmp_path, tokenizer_config={"extra_vocab_file": name})
     with pytest.raises(CheckpointError, match=r"extra_vocab_file is .* plain name of a file in the same"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_named_extension_must_exist(tmp_path: Path) -> None:
     write_model(tmp_path, tokenizer_config={"extra_vocab_file": "gone.tiktoken"})
     with pytest.raises(CheckpointError, match=r"gone\.tiktoken: no such file"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_broken_config_is_named(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_ordinary_token_spelled_like_a_control_token() -> None:
@@ -241,14 +239,14 @@ def test_ordinary_token_spelled_like_a_control_token() -> None:
 
 @pytest.mark.parametrize("eos", [271, 273, [273], [273, 271], None])
 def test_agreeing_end_of_text_ids(tmp_path: Path, eos: Any) -> None:
-    assert load_tokenizer(write_model(tmp_path, generation_config={"eos_token_id": eos})).eod_id == 271
+    assert Tokenizer.from_dir(write_model(tmp_path, generation_config={"eos_token_id": eos})).eod_id == 271
 
 
 @pytest.mark.parametrize("eos", [151643, [151645, 151643], 270, "x", {"a": 1}])
 def test_disagreeing_end_of_text_ids(tmp_path: Path, eos: Any) -> None:
     write_model(tmp_path, tokenizer_config={"eos_token_id": eos})
     with pytest.raises(CheckpointError) as error:
-        load_tokenizer(tmp_path)
+        Tokenizer.from_dir(tmp_path)
     text = str(error.value)
     assert "it holds 271 tokens, so <|endoftext|> is id 271" in text
     assert f"eos_token_id in tokenizer_config.json is {eos!r}" in text
@@ -264,10 +262,10 @@ def test_released_vocabulary_cut_off_at_a_line_end(
     (tmp_path / "qwen.tiktoken").write_bytes(b"".join(whole[:-lost]))
     (tmp_path / "generation_config.json").write_text(config)
     with pytest.raises(CheckpointError, match=f"holds {151643 - lost} tokens"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_released_vocabulary_with_windows_line_ends(released_dir: Path, tmp_path: Path) -> None:
     lines = (released_dir / "qwen.tiktoken").read_bytes().splitlines()
     (tmp_path / "qwen.tiktoken").write_bytes(b"\r\n".join(lines) + b"\r\n")
-    assert load_tokenizer(tmp_path).encode("你好") == [108386]
+    assert Tokenizer.from_dir(tmp_path).encode("你好") == [108386]
