@@ -19,7 +19,7 @@ from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend, Binding
 from qwenrt.config import Environment, GenerationConfig, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
-from qwenrt.config.layers import LinearSpec
+from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.embedding import Embedder
@@ -47,7 +47,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KV_CACHE_DTYPES = ("auto", "int8")
 ACTIVATIONS = ("auto", "exact", "int16", "int8")
 FALLBACKS = ("warn", "error", "silent")
-BLOCK_SIZE = 16
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
 LONGEST_BY_CHOICE = 32768  # the longest context that is set up unless the user asks for more
 
@@ -327,7 +326,7 @@ def choose_dtype(
         backend.check_dtype(DTYPES[wanted])
         return DTYPES[wanted]
     coded = quantize is not None or (config.quant is not None and config.quant.has_codes)
-    return backend.default_dtype(config.dtype or stored, config.num_parameters * 4, coded)
+    return backend.default_dtype(config.dtype or stored, num_parameters(config) * 4, coded)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str | None:
