@@ -18,9 +18,9 @@ from qwenrt.arguments import flag, one_of, size
 from qwenrt.backends import registry, selfcheck
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import Binding
-from qwenrt.config import Environment, GenerationConfig, ModelConfig
+from qwenrt.config import Environment, GenerationConfig, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
-from qwenrt.config.layers import LinearSpec
+from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.embedding import Embedder
@@ -28,18 +28,19 @@ from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine, EngineOptions
 from qwenrt.errors import BackendError, CheckpointError, ConfigError
 from qwenrt.files import is_there
-from qwenrt.loader import hub
-from qwenrt.loader.as_stored import as_stored
-from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
-from qwenrt.loader.inventory import check_size
-from qwenrt.loader.mapping import Watch
-from qwenrt.loader.preflight import preflight
+from qwenrt.loader.checkpoint.as_stored import as_stored
+from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qwenrt.loader.checkpoint.inventory import check_size
+from qwenrt.loader.checkpoint.mapping import Watch
+from qwenrt.loader.hub.resolve import resolve
+from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
-from qwenrt.text.chat_format import ChatFormat, load_chat_format
-from qwenrt.text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+from qwenrt.text.chat.formats import ChatFormat, load_chat_format
+from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 
 logger = logging.getLogger("qwenrt")
 
@@ -47,7 +48,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KV_CACHE_DTYPES = ("auto", "int8")
 ACTIVATIONS = ("auto", "exact", "int16", "int8")
 FALLBACKS = ("warn", "error", "silent")
-BLOCK_SIZE = 16
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
 LONGEST_BY_CHOICE = 32768  # the longest context that is set up unless the user asks for more
 
@@ -103,7 +103,7 @@ class Assembled:
     name: str
     config: ModelConfig
     generation: GenerationConfig
-    tokenizer: Tokenizer | None
+    tokenizer: ChatTokenizer | None
     chat_format: ChatFormat | ConfigError | None  # an error: why nobody can chat with it
     embedder: Embedder
     model: Qwen
@@ -131,7 +131,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
     """Resolve a name, check its files and the memory, load the weights, bind the ops, start the engine."""
     started = time.perf_counter()
     backend = _backend(settings, environment)
-    directory = hub.resolve(
+    directory = resolve(
         name,
         source=settings.source,
         revision=settings.revision,
@@ -139,7 +139,7 @@ def assemble(name: str, settings: Settings, environment: Environment) -> Assembl
         env=environment,
         progress=settings.progress,
     )
-    config, generation = ModelConfig.from_dir(directory), GenerationConfig.from_dir(directory)
+    config, generation = read_model_config(directory), GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
     check_size(checkpoint, config)
     config = as_stored(config, checkpoint)
@@ -242,7 +242,7 @@ class _Text:
     """What a checkpoint says about texts."""
 
     generation: GenerationConfig
-    tokenizer: Tokenizer | None
+    tokenizer: ChatTokenizer | None
     chat_format: ChatFormat | ConfigError | None
     embedder: Embedder
 
@@ -329,7 +329,7 @@ def choose_dtype(
         backend.check_dtype(DTYPES[wanted])
         return DTYPES[wanted]
     coded = quantize is not None or (config.quant is not None and config.quant.has_codes)
-    return backend.default_dtype(config.dtype or stored, config.num_parameters * 4, coded)
+    return backend.default_dtype(config.dtype or stored, num_parameters(config) * 4, coded)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str | None:
@@ -342,12 +342,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> str | None:
     return max(sizes, key=sizes.__getitem__) if sizes else None
 
 
-def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+def _tokenizer(directory: Path, config: ModelConfig) -> ChatTokenizer | None:
     """The checkpoint's tokenizer; None for one without (ids in, ids out)."""
     if not any(is_there(directory / name, CheckpointError) for name in TOKENIZER_FILES):
         logger.warning("%s has no tokenizer file: only token ids can go in and out", directory)
         return None
-    tokenizer = load_tokenizer(directory)
+    tokenizer = ChatTokenizer.from_dir(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"loading {directory}",
@@ -358,7 +358,7 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
 
 
 def _chat_format(
-    directory: Path, config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer | None
+    directory: Path, config: ModelConfig, generation: GenerationConfig, tokenizer: ChatTokenizer | None
 ) -> ChatFormat | ConfigError | None:
     """How the checkpoint is talked to. A template that cannot be used does not keep anybody from completing texts."""
     if tokenizer is None:

@@ -276,7 +276,7 @@ def _long_documents(
 @contextmanager
 def _with_config(model: str | Path, changes: dict[str, Any]) -> Iterator[Path]:
     """A copy of a model's directory whose config.json says something else."""
-    from qwenrt.loader.hub import resolve
+    from qwenrt.loader.hub.resolve import resolve
 
     source = Path(resolve(str(model)))
     with tempfile.TemporaryDirectory(prefix="qwenrt-eval-") as scratch:

@@ -14,27 +14,28 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.answering import Answer, Reading, deltas_of, generation_of
+from qwenrt.answering import Answer, ReplyReader, deltas_of, generation_of
 from qwenrt.arguments import as_integer, as_list, flag
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
 from qwenrt.errors import ConfigError, RequestError, memory_errors, shown
-from qwenrt.loader.device_memory import check_room_for_torch
+from qwenrt.loader.memory.device import check_room_for_torch
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.chat_template import Prompt, build_chat
-from qwenrt.text.conversations import as_history
-from qwenrt.text.message_checks import given_tools
-from qwenrt.text.messages import DEFAULT_SYSTEM
-from qwenrt.text.reply_style import ReplyStyle
-from qwenrt.text.retrieval import DEFAULT_TASK, rerank_prompt, verdict_ids
+from qwenrt.text.chat.chatml import build_chat
+from qwenrt.text.chat.conversations import as_history
+from qwenrt.text.chat.messages import given_tools
+from qwenrt.text.chat.prompt import Prompt
+from qwenrt.text.chat.react import DEFAULT_SYSTEM
+from qwenrt.text.chat.reranking import DEFAULT_TASK, rerank_prompt, verdict_ids
+from qwenrt.text.replies.reply_format import ReplyFormat
 
 if TYPE_CHECKING:
     import torch
 
     from qwenrt.assembly import Assembled
     from qwenrt.engine.async_engine import Handle
-    from qwenrt.text.replies import ReplyStream
-    from qwenrt.text.tokenizer import Tokenizer
+    from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+    from qwenrt.text.replies.parser import ReplyStream
 
 History = list[tuple[str, str]]
 
@@ -103,12 +104,12 @@ def load_random(shape: str | ModelConfig, **settings: Any) -> LLM:
         return LLM(assemble_random(shape, Settings(**settings), Environment.read()))
 
 
-def load_tokenizer(model: str | PathLike[str]) -> Tokenizer:
+def load_tokenizer(model: str | PathLike[str]) -> ChatTokenizer:
     """A model's tokenizer alone, by any name `load` takes; needs no torch."""
-    from qwenrt.loader.hub import resolve
-    from qwenrt.text.tokenizer import load_tokenizer as from_directory
+    from qwenrt.loader.hub.resolve import resolve
+    from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
-    return from_directory(resolve(_name(model), env=Environment.read(), weights=False))
+    return ChatTokenizer.from_dir(resolve(_name(model), env=Environment.read(), weights=False))
 
 
 class LLM:
@@ -119,7 +120,7 @@ class LLM:
         self.name: str = assembled.name
         self.config: ModelConfig = assembled.config
         self.generation_config: GenerationConfig = assembled.generation
-        self.tokenizer: Tokenizer | None = assembled.tokenizer
+        self.tokenizer: ChatTokenizer | None = assembled.tokenizer
         self.summary: str = assembled.summary
         self.backend = assembled.backend
         self.device = assembled.backend.device
@@ -148,12 +149,12 @@ class LLM:
         ``sampling_params`` or of the checkpoint's own defaults.
         """
         past, tools = as_history(history), given_tools(tools)
-        prompt, reading = self._chat_prompt(query, past, system, messages, tools, enable_thinking)
+        prompt, reader = self._chat_prompt(query, past, system, messages, tools, enable_thinking)
         params = self._params(sampling_params, sampling)
         pair = messages is None and tools is None
         if pair and params.n != 1:
             raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
-        answer = self._answer(prompt, params, reading, thinking_budget)
+        answer = self._answer(prompt, params, reader, thinking_budget)
         generation = answer.generation()
         if not pair:
             return generation
@@ -186,10 +187,10 @@ class LLM:
             if query is not None or messages is not None or tools:
                 raise RequestError("stream", "prompt_token_ids beside a chat", "Pass one of the two.")
             return deltas_of(self._submit(_token_ids(prompt_token_ids), params))
-        prompt, reading = self._chat_prompt(
+        prompt, reader = self._chat_prompt(
             query, as_history(history), system, messages, tools, enable_thinking
         )
-        return iter(self._answer(prompt, params, reading, thinking_budget))
+        return iter(self._answer(prompt, params, reader, thinking_budget))
 
     # ---- completion
 
@@ -334,7 +335,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | None,
         tools: Sequence[Mapping[str, Any]] | None,
         enable_thinking: bool | None,
-    ) -> tuple[Prompt, Reading]:
+    ) -> tuple[Prompt, ReplyReader]:
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
             raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
@@ -356,7 +357,7 @@ class LLM:
             assert query is not None
             if is_qwen1 and not tools and not enable_thinking:
                 system = DEFAULT_SYSTEM if system is None else system
-                return Prompt(build_chat(tokenizer, query, history, system, window)), Reading()
+                return Prompt(build_chat(tokenizer, query, history, system, window)), ReplyReader()
             messages = [] if system is None else [{"role": "system", "content": system}]
             for user, assistant in history:
                 messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
@@ -364,26 +365,26 @@ class LLM:
         prompt = chat_format.prompt(
             tokenizer, messages, tools, enable_thinking=enable_thinking, max_window_size=window
         )
-        thinking = chat_format.style.thinking
+        thinking = chat_format.reply_format.thinking
         if (
             thinking == "open" and not prompt.in_thought
         ):  # the template can also leave the thought to the model
             thinking = "hybrid"
-        calls = chat_format.style.calls
+        calls = chat_format.reply_format.calls
         if tools and calls == "none":  # the template has a place for tools and names no tags: the common form
             calls = "hermes"
-        style = ReplyStyle(calls if tools else "none", thinking)
-        return prompt, Reading(style, prompt.in_thought, tools)
+        reply_format = ReplyFormat(calls if tools else "none", thinking)
+        return prompt, ReplyReader(reply_format, prompt.in_thought, tools)
 
     def _answer(
-        self, prompt: Prompt, params: SamplingParams, reading: Reading, thinking_budget: int | None
+        self, prompt: Prompt, params: SamplingParams, reader: ReplyReader, thinking_budget: int | None
     ) -> Answer:
         """The answers to a chat prompt, asked for."""
         submit = partial(self._submit, stop=prompt.stop)
         tokenizer = self._needs_tokenizer("chat")
-        return Answer(submit, prompt.token_ids, params, reading, thinking_budget, tokenizer)
+        return Answer(submit, prompt.token_ids, params, reader, thinking_budget, tokenizer)
 
-    def _needs_tokenizer(self, asked: str) -> Tokenizer:
+    def _needs_tokenizer(self, asked: str) -> ChatTokenizer:
         self._alive()
         if self.tokenizer is None:
             raise RequestError(

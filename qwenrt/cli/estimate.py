@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal
-from qwenrt.config import Environment, ModelConfig, read_json
+from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
+from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
 
 if TYPE_CHECKING:
-    from qwenrt.loader.fit import Option, Placement
-    from qwenrt.loader.footprint import MemoryNeed
+    from qwenrt.loader.memory.fit import Option, Placement
+    from qwenrt.loader.memory.footprint import MemoryNeed
 
 GIB = 2**30
 DEVICES = ("cpu", "cuda", "npu", "dcu")
@@ -100,8 +101,8 @@ def estimate(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Report:
-    from qwenrt.loader.fit import Workload, options, place
-    from qwenrt.loader.footprint import BATCH_TOKENS, memory_need
+    from qwenrt.loader.memory.fit import Workload, options, place
+    from qwenrt.loader.memory.footprint import BATCH_TOKENS, memory_need
 
     for name, value, most in (("--ctx", args.ctx, _MOST), ("--users", args.users, 4096)):
         if value is not None and not 1 <= value <= most:
@@ -127,13 +128,13 @@ def examine(args: argparse.Namespace) -> Report:
 def find_config(name: str) -> tuple[ModelConfig, str]:
     """A config and where it is from: a file, a directory, the cache, or the table of released shapes."""
     from qwenrt.config.released import RELEASED, released_config
-    from qwenrt.loader.hub import resolve
+    from qwenrt.loader.hub.resolve import resolve
 
     path = Path(name).expanduser()
     if os.path.isfile(path):
         sidecar = path.with_name("quantize_config.json")
         quantize = read_json(sidecar) if is_there(sidecar, CheckpointError) else None
-        return ModelConfig.from_dict(read_json(path), quantize), str(path)
+        return parse_model_config(read_json(path), quantize), str(path)
     try:
         directory = resolve(name, offline=True, weights=False)
     except CheckpointError as missing:
@@ -148,13 +149,13 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
             "it is no file, no directory, not in the cache, and no released shape",
             f"Did you mean {' or '.join(close)}?" if close else f"Known shapes are: {', '.join(RELEASED)}.",
         ) from missing
-    return _as_stored(ModelConfig.from_dir(directory), directory), str(directory)
+    return _as_stored(read_model_config(directory), directory), str(directory)
 
 
 def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
     """With what the weights say where they are here and whole; else as config.json says."""
-    from qwenrt.loader.as_stored import as_stored
-    from qwenrt.loader.checkpoint import open_checkpoint
+    from qwenrt.loader.checkpoint.as_stored import as_stored
+    from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 
     try:
         return as_stored(config, open_checkpoint(directory))
@@ -164,7 +165,7 @@ def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
 
 def _device(wanted: str, memory: float | None) -> tuple[str, int | None, int | None]:
     """The device's name, and its free and whole memory where that can be told."""
-    from qwenrt.loader.device_memory import device_memory
+    from qwenrt.loader.memory.device import device_memory
 
     name, _, index = wanted.partition(":")
     if wanted != "auto" and (name not in DEVICES or (":" in wanted and not index.isdecimal())):
@@ -190,8 +191,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "model": report.model,
         "source": report.source,
         "model_type": config.model_type,
-        "parameters": config.num_parameters,
-        "active_parameters": config.num_active_parameters,
+        "parameters": num_parameters(config),
+        "active_parameters": num_active_parameters(config),
         "device": report.device,
         "dtype": report.placement.dtype,
         "context": report.context,
@@ -213,7 +214,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _token_bytes(report: Report) -> int:
-    from qwenrt.loader.footprint import cache_bytes
+    from qwenrt.loader.memory.footprint import cache_bytes
 
     return cache_bytes(report.config, 1, report.placement.storage.activation, report.kv)
 
@@ -225,9 +226,9 @@ def _show(report: Report, terminal: Terminal) -> None:
         terminal.say(f"{label:<12} {size:>12}   {text}".rstrip(), style)
 
     terminal.say(f"{report.model}: {config.model_type}, from {report.source}", "bold")
-    active = config.num_active_parameters
-    part = "" if active == config.num_parameters else f"{_billions(active)} of them active for a token"
-    row("parameters", _billions(config.num_parameters), part)
+    active = num_active_parameters(config)
+    part = "" if active == num_parameters(config) else f"{_billions(active)} of them active for a token"
+    row("parameters", _billions(num_parameters(config)), part)
     row("weights", _gib(need.weights), _weights(report))
     cached = (
         f"{report.users} x {report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB, {_kv(report)}"

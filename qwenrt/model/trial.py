@@ -20,9 +20,9 @@ from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops import packing
 from qwenrt.ops.steps import FROM_BEFORE, Draw, LayerKV, Step, Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import dequantize
 
 FormOf = Callable[[LinearSpec], tuple[int, int]]
 
@@ -228,7 +228,7 @@ class _Weights:
 
 
 def _dense(weight: CanonicalWeight, dtype: torch.dtype) -> CanonicalWeight:
-    return CanonicalWeight(dense=packing.dequantize(weight, dtype), bias=weight.bias)
+    return CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
 
 
 # ---- its steps

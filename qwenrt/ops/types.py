@@ -19,7 +19,7 @@ class CanonicalWeight:
     x[..., perm[k]] where ``perm`` (int32 [K]) is given (act-order, already sorted by group), else x[..., k].
     W[n, perm[k]] = scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n]).
     N = out_features, K = in_features; ``bias`` [N] or None.
-    Instead of ``codes`` there may be ``words``, which packing.with_codes unpacks: matrices int32
+    Instead of ``codes`` there may be ``words``, which weights.with_codes unpacks: matrices int32
     [ceil(K * bits / 32), n] side by side as GPTQ files have them, 32 / bits codes of one output in a word, lowest
     bits first, in the order of x.
     """

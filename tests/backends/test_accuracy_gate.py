@@ -22,8 +22,8 @@ from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.finetune.data import encode_entry
 from qwenrt.llm import LLM, load_tokenizer
-from qwenrt.loader.hub import DEMO
-from qwenrt.ops import packing, reference
+from qwenrt.loader.hub.resolve import DEMO
+from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight
 from tests.steps import run_step
@@ -256,7 +256,7 @@ def random_layer(
     x, size = with_outliers(shape)
     gate_up = torch.randn(2 * INNER, WIDTH) * WIDTH**-0.5 / (size if evened else 1)
     head = torch.randn(VOCABULARY, INNER)
-    return x, packing.quantize_dense(gate_up, bits, 128), packing.quantize_dense(head, bits, 128)
+    return x, quantization.quantize_dense(gate_up, bits, 128), quantization.quantize_dense(head, bits, 128)
 
 
 def scores(

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from qwenrt.backends.base import Backend
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model import key_codes
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops import packing
+from qwenrt.ops import quantization
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.model.tiny_models import build
@@ -35,7 +35,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def model_of(directory: Path, dtype: torch.dtype = torch.float32) -> Qwen:
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     model = Qwen(config, CPU, dtype)
     load_weights(model, directory, config, CPU, dtype, progress=False)
     model.bind()
@@ -113,7 +113,7 @@ def test_every_form_of_weights_gives_the_same(directories: dict[str, Path], bits
     dense = with_key_bias(directories["Qwen2"], 60 * torch.randn(KV_HEADS, HEAD_DIM))
     weight, bias = dense_qkv(dense)
     wanted = fitted(dense)
-    coded = packing.quantize_dense(weight, bits, 32, bias)
+    coded = quantization.quantize_dense(weight, bits, 32, bias)
     got = fitted(with_qkv(model_of(directories["Qwen2"]), CPU.pack_linear(coded, torch.float32)))
     rows = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
     parts = [

@@ -1,0 +1,274 @@
+"""Bytes a model takes, from its config alone: weights, cache, and what loading and computing need besides.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+from qwenrt.config import ModelConfig, QuantConfig
+from qwenrt.config.layers import BLOCK_SIZE, kinds_of_layers, kv_bytes_per_token, layer_linears, layer_tensors
+from qwenrt.config.quant import ROUNDED
+from qwenrt.errors import ConfigError
+
+GIB = 2**30
+BATCH_TOKENS = 512  # computed in one step, unless the user says otherwise
+_WORD = 32  # bits; the kernels' layout starts every group of codes at a word
+_ROWS = 8  # output rows the kernels' layout stores together
+_PADDING_WORTH = 1.25  # groups that fill their words worse than this stay in plain torch's layout
+_UNPACKING = (
+    14  # bytes an element of plain torch's dequantisation at its peak: int16, and three times float32
+)
+_SAMPLING = 28  # bytes an entry of a row of logits: sorted, exponentiated and summed in float64
+_FIXED = 48 * 2**20  # the engine, the tokenizer, and the libraries' own buffers
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a device keeps a model, in bytes of an element.
+
+    ``activation``: also of norms, routers and, in most places, biases. ``dense``: of weights without codes and of the
+    embedding. ``stored``: of dense weights in the file. ``kernels``: integer codes are in the layout of the CPU's
+    kernels and multiplied as they are; elsewhere plain torch makes a matrix of a linear's codes for every product.
+    ``on_host``: what reading and rounding the file takes comes out of the same memory.
+    """
+
+    activation: int
+    dense: int
+    stored: int = 2
+    kernels: bool = False
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes a model takes: its weights, the cache for the tokens asked for, and what computing needs besides."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+
+class Linear(NamedTuple):
+    """``number`` equal linears [rows, columns]; ``part``: rows of the largest of the file's tensors one is merged
+    from, 0 where it is a single tensor."""
+
+    number: int
+    rows: int
+    columns: int
+    bias: bool
+    part: int
+
+
+@cache
+def linears(config: ModelConfig) -> tuple[Linear, ...]:
+    """Every linear of the layers; the head is not among them."""
+    found: Counter[tuple[int, int, bool, int]] = Counter()
+    for layer, layers in kinds_of_layers(config):
+        for spec in layer_linears(config, layer):
+            part = max(rows for _, rows in spec.parts) if len(spec.parts) > 1 else 0
+            found[spec.out_features, spec.in_features, spec.bias, part] += layers
+    return tuple(Linear(number, *shape) for shape, number in found.items())
+
+
+def other_elements(config: ModelConfig) -> int:
+    """Elements of all norms, routers and gates of shared experts."""
+    layers = (
+        layers * sum(map(math.prod, layer_tensors(config, layer).values()))
+        for layer, layers in kinds_of_layers(config)
+    )
+    return sum(layers) + config.hidden_size
+
+
+def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:
+    """The integer codes linears are served from: the checkpoint's own, what ``quantize`` rounds to, or None.
+
+    Raises ConfigError where the two contradict each other.
+    """
+    if quantize is not None and quantize not in ROUNDED:
+        raise ConfigError(f"quantize={quantize!r}", "not a known way", 'Use None, "int8" or "int4".')
+    if config.quant is not None and config.quant.has_codes:
+        if quantize is not None and ROUNDED[quantize].bits != config.quant.bits:
+            raise ConfigError(
+                f"quantize={quantize!r}",
+                f"the checkpoint is already quantised to {config.quant.bits} bits",
+                "Load it without quantize, or load the model's dense release.",
+            )
+        return config.quant
+    if quantize is None:
+        return None
+    form = ROUNDED[quantize]
+    if quantize == "int8" and config.quant is not None and config.quant.block is not None:
+        return replace(form, group_size=config.quant.block[1])
+    return form
+
+
+def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) -> int:
+    """One of these linears once it is packed, its bias included."""
+    _, rows, columns, has_bias, _ = linear
+    if quant is None:
+        return rows * columns * storage.dense + has_bias * rows * storage.activation
+    group = columns if quant.group_size == -1 else min(quant.group_size, columns)
+    groups, words = -(-columns // group), -(-group * quant.bits // _WORD)
+    order = 4 * columns if quant.desc_act else 0
+    if storage.kernels and words * _WORD <= group * quant.bits * _PADDING_WORTH:
+        zeros_apart = not (quant.sym or quant.zeros_in_scales)
+        per_group = 4 * words + 2 + (2 if zeros_apart else 0)  # codes, a float16 scale, an int16 zero
+        return -(-rows // _ROWS) * _ROWS * groups * per_group + order + has_bias * rows * 4
+    codes = rows * -(-columns * quant.bits // 8)
+    return codes + groups * rows * (2 + 2) + order + has_bias * rows * storage.activation
+
+
+def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = None) -> int:
+    """All weights once they are packed. Routers, norms and the embedding are never in codes, the head where the file
+    has it so."""
+    quant = codes_of(config, quantize)
+    layers = sum(linear.number * linear_bytes(linear, storage, quant) for linear in linears(config))
+    for rows, columns, bits, group_size, number in quant.corrections if quant is not None else ():
+        form = replace(quant, bits=bits, group_size=group_size) if quant is not None and bits < 16 else None
+        layers += number * linear_bytes(Linear(number, rows, columns, False, 0), storage, form)
+    vocabulary = config.vocab_size * config.hidden_size * storage.dense
+    copies = 1 if config.tie_word_embeddings else 2
+    return layers + copies * vocabulary + other_elements(config) * storage.activation
+
+
+def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dtype: str = "auto") -> int:
+    """Bytes of the KV cache for ``tokens``."""
+    heads = (config.num_layers, config.num_kv_heads, config.head_dim)
+    return tokens * kv_bytes_per_token(*heads, dtype_bytes, kv_cache_dtype == "int8")
+
+
+def memory_need(
+    config: ModelConfig,
+    storage: Storage,
+    context: int,
+    *,
+    users: int = 1,
+    quantize: str | None = None,
+    kv_cache_dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+) -> MemoryNeed:
+    """What loading the model and serving ``users`` sequences of ``context`` tokens each take.
+
+    ``batch_tokens``: computed in one step. The workspace is what a step needs beside weights and cache or, if that is
+    more, what loading needs beside the weights while there is no cache yet.
+    """
+    tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
+    cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
+    at_once = min(max(batch_tokens, users), users * context)
+    step = _step_peak(config, storage, codes_of(config, quantize), at_once, context, users, kv_cache_dtype)
+    load = _load_peak(config, storage, quantize) if storage.on_host else 0
+    return MemoryNeed(weight_bytes(config, storage, quantize), cache, max(step, load - cache) + _FIXED)
+
+
+# ---- a step
+
+
+def _step_peak(
+    config: ModelConfig,
+    storage: Storage,
+    quant: QuantConfig | None,
+    tokens: int,
+    context: int,
+    users: int,
+    kv_cache_dtype: str,
+) -> int:
+    """The most that exists at once in a step of ``tokens`` tokens: within attention, within an MLP, or as logits.
+
+    Counted in the order a layer computes: the residual x [T, D], q, k and v as they come and once more rotated.
+    """
+    a, d = storage.activation, config.hidden_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projected = d + (q + 2 * kv)
+    rotated = projected + (q + kv)
+    # Rotation is computed in float32: the turned half, two products, their sum, and a copy of what is 16 bits.
+    rotation = tokens * (projected * a + (q + kv) * (16 if a == 4 else 20 + a * config.qk_norm))
+    attention = tokens * a * (rotated + 2 * q)
+    attention += _context_peak(config, storage, tokens, context, users, kv_cache_dtype)
+    held = tokens * a * (rotated + q + d)
+    mlp = held + tokens * _mlp_width(config, storage, quant)
+    if quant is not None and not storage.kernels:  # the codes of 4 bits are spread to bytes first
+        per_element = _UNPACKING + (1 if quant.bits == 4 else 0)
+        largest = max(linear.rows * linear.columns for linear in linears(config))
+        mlp = max(mlp, held + tokens * a * 2 * config.intermediate_size + per_element * largest)
+    drawn_together = 1 if storage.on_host else users
+    head = tokens * a * 2 * d + config.vocab_size * (users * (4 + a % 4) + drawn_together * _SAMPLING)
+    length = 1 << (context - 1).bit_length()
+    tables = 2 * length * config.rotary_dim * 4  # cos and sin
+    return tables + max(rotation, attention, mlp, head, tables)
+
+
+def _mlp_width(config: ModelConfig, storage: Storage, quant: QuantConfig | None) -> int:
+    """Bytes a token takes within the widest MLP: gate and up, silu of the gate, the product."""
+    a, d = storage.activation, config.hidden_size
+
+    def inside(width: int) -> int:
+        gate_up = 2 * width * a
+        if quant is not None and storage.kernels and a != 4:  # these kernels take and give float32
+            return max(gate_up + 4 * (2 * width + d), 2 * gate_up)
+        return 2 * gate_up
+
+    widest = inside(config.intermediate_size) if config.num_moe_layers < config.num_layers else 0
+    if config.moe is not None and config.num_moe_layers:
+        width = max(config.moe.intermediate_size, config.moe.shared_intermediate_size)
+        # The normed input, the sum so far, the rows an expert takes; then its output weighted, and the new sum.
+        widest = max(widest, 3 * d * a + max(inside(width), 2 * d * a))
+    return max(widest, 2 * d * a)
+
+
+def _context_peak(
+    config: ModelConfig, storage: Storage, tokens: int, context: int, users: int, kv_cache_dtype: str
+) -> int:
+    """Copies plain torch makes of one sequence's keys and values, and the mask of a prompt's later chunks.
+
+    Keys and values are gathered from scattered blocks or turned back from int8, repeated for every query head that
+    shares them, and for a single query in 16 bits brought to float32.
+    """
+    a, keys = storage.activation, context * config.num_kv_heads * config.head_dim
+    repeated = context * config.num_heads * config.head_dim
+    fetched = 0 if users == 1 and kv_cache_dtype == "auto" else 2 * a * keys
+    unpacking = (8 - a) * keys if kv_cache_dtype == "int8" else 0  # float32, twice, while the second is made
+    copies = 2 * a * repeated if config.num_kv_heads < config.num_heads else 0
+    decode = (4 * repeated if a != 4 else 0) + 8 * config.num_heads * context  # scores, and their softmax
+    chunk = min(tokens, context)
+    mask = chunk * context * (2 + a) if chunk < context else 0  # bool, its complement, and the sum's summand
+    return fetched + max(unpacking, copies + max(decode, mask))
+
+
+# ---- loading
+
+
+def _load_peak(config: ModelConfig, storage: Storage, quantize: str | None) -> int:
+    """The most that loading holds beside all weights. The head comes last: its bytes are still free before that."""
+    vocabulary = config.vocab_size * config.hidden_size
+    head = 0 if config.tie_word_embeddings else vocabulary * storage.dense
+    converted = storage.dense != storage.stored and not config.tie_word_embeddings
+    layers = max(_packing(linear, config, storage, quantize) for linear in linears(config))
+    return max(layers - head, vocabulary * storage.stored if converted else 0)
+
+
+def _packing(linear: Linear, config: ModelConfig, storage: Storage, quantize: str | None) -> int:
+    """What exists beside the packed linear while it is made: tensors of the file, the merged matrix, one byte for
+    each code."""
+    whole, part = linear.rows * linear.columns, linear.part * linear.columns
+    stored = storage.stored
+    if config.quant is not None and config.quant.has_codes:
+        return whole * (2 * 8 + config.quant.bits) // 8  # the codes of the parts, and merged
+    if config.quant is None:
+        if quantize is not None:
+            return max(stored * (whole + part), (stored + 1) * whole)
+        return stored * (part if storage.dense == stored else max(part, whole))
+    if quantize == "int8":
+        return 2 * whole
+    wide = 4 if quantize is not None else storage.dense  # what a part of FP8 becomes
+    merged = wide * whole if quantize is not None else 0
+    return max(merged + (wide + 1) * part, merged + whole)
