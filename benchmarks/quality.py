@@ -29,7 +29,7 @@ from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight, StepPlan
 from qwenrt.text.tokenizer import load_tokenizer
 
-TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/thread_pool.cpp")
+TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/pool/thread_pool.cpp")
 CPU = torch.device("cpu")
 Rounding = Callable[[torch.Tensor, "torch.Tensor | None", str], CanonicalWeight]
 

@@ -1,6 +1,6 @@
 // A stack of decoder layers in one call against the ops it is made of, called one by one through the C ABI, with every
 // instruction set that runs here: the same bits. Experts against plain loops over the same linears.
-#include "../qwenrt_decoder.h"
+#include "abi/qwenrt_decoder.h"
 #include "check.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // Every linear of every instruction set that runs here against plain loops in double, through the C ABI.
-#include "../qwenrt_cpu.h"
+#include "abi/qwenrt_cpu.h"
 #include "check.h"
 
 namespace {

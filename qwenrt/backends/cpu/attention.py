@@ -17,7 +17,7 @@ _KEY = "cpu_attention"  # of StepPlan.extra
 
 
 class Sequences(ctypes.Structure):
-    """QwenrtSequences of csrc/qwenrt_layer.h."""
+    """QwenrtSequences of csrc/abi/qwenrt_layer.h."""
 
     _fields_ = (
         ("count", ctypes.c_int64),
@@ -30,7 +30,7 @@ class Sequences(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    """QwenrtCache of csrc/qwenrt_layer.h."""
+    """QwenrtCache of csrc/abi/qwenrt_layer.h."""
 
     _fields_ = (
         ("k", ctypes.c_void_p),

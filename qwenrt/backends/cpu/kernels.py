@@ -22,11 +22,11 @@ from qwenrt.ops.packing import with_codes, zeros_in_scales
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 BLOCK = 8  # output rows stored together
-ZEROS_IN_SCALES = -1  # in place of a zero that all groups share: see csrc/qwenrt_cpu.h
+ZEROS_IN_SCALES = -1  # in place of a zero that all groups share: see csrc/abi/qwenrt_cpu.h
 
 
 class _QuantMatrix(ctypes.Structure):
-    """QwenrtQuantMatrix of csrc/qwenrt_cpu.h."""
+    """QwenrtQuantMatrix of csrc/abi/qwenrt_cpu.h."""
 
     _fields_ = (
         ("words", ctypes.c_void_p),
@@ -278,7 +278,7 @@ def words_per_group(group_size: int, bits: int) -> int:
 
 
 def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
-    """Canonical codes in the layout of csrc/qwenrt_cpu.h.
+    """Canonical codes in the layout of csrc/abi/qwenrt_cpu.h.
 
     data: ``words`` int32 [blocks, groups * words_per_group, 8], ``scales`` float16 (float32 where that
     loses bits) [blocks, groups, 8], ``zeros`` int16 likewise (absent where all are ``zero``, or where that is

@@ -11,11 +11,11 @@ from qwenrt.ops import packing
 from qwenrt.ops.stored import code_tensors
 from qwenrt.ops.types import CanonicalWeight
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the numbers of csrc/qwenrt_cpu.h, in order
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the numbers of csrc/abi/qwenrt_cpu.h, in order
 
 
 class Rounding(ctypes.Structure):
-    """QwenrtRounding of csrc/qwenrt_cpu.h."""
+    """QwenrtRounding of csrc/abi/qwenrt_cpu.h."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
