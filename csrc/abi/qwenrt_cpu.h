@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 14
+#define QWENRT_ABI 15
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -54,6 +54,8 @@ typedef struct {
 
 // Version of this ABI; the loader refuses a library of another.
 QWENRT_API int qwenrt_abi(void);
+// The bytes of a struct of this ABI, by its name, as this library has it; -1 where there is none of that name.
+QWENRT_API int64_t qwenrt_size_of(const char* name);
 // The sets that this CPU and build run, best first: index 0, 1, ... until NULL. Any of "amx", "avx512vnni", "avx2",
 // "neondot", "neon" and "scalar".
 QWENRT_API const char* qwenrt_isa_at(int index);
@@ -66,10 +68,6 @@ typedef struct QwenrtHandle QwenrtHandle;
 QWENRT_API const QwenrtHandle* qwenrt_open(const char* set, int threads);
 QWENRT_API const char* qwenrt_isa(const QwenrtHandle* with);
 QWENRT_API int qwenrt_threads(const QwenrtHandle* with);
-// y[tokens][out_features] = x[tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
-// Returns QWENRT_NOT_FINITE, and leaves y half written, where x holds infinities, NaN or numbers too large to sum.
-QWENRT_API int qwenrt_quant_linear(const QwenrtHandle* with, const QwenrtQuantMatrix* w, const float* x, float* y, int64_t tokens,
-                                   const QwenrtActivations* activations);
 // codes [in_features][out_features], one a byte and below 2^bits -> words as in QwenrtQuantMatrix.
 QWENRT_API int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,
                            int64_t group_size, int bits);
@@ -98,12 +96,6 @@ typedef struct {
 // The same bits as qwenrt/ops/packing.py's quantize_rows on every CPU. Returns QWENRT_NOT_FINITE, with the results half
 // written, where a weight or a scale is not finite.
 QWENRT_API int qwenrt_quantize(const QwenrtHandle* with, const QwenrtRounding* a);
-// y = x W^T + bias with W [out_features][in_features] bfloat16 (is_half 0) or float16 (1), row-major.
-// `rounded`: many tokens may be multiplied in fixed point of 14 bits, where that is faster; 256 inputs of a row of W share a
-// scale, and 32 of x. With AMX, x may become the sum of two bfloat16 instead, beside W of bfloat16. Returns QWENRT_NO_MEMORY, and leaves y as it was, where there is none to lay out x.
-QWENRT_API int qwenrt_dense16_linear(const QwenrtHandle* with, const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
-                                     int64_t out_features, int64_t in_features, int is_half, int rounded);
-
 // Whether the handle's instruction set rounds activations beside float16 (is_half) or bfloat16 weights where it may.
 QWENRT_API int qwenrt_rounds_dense(const QwenrtHandle* with, int is_half);
 
@@ -132,9 +124,36 @@ QWENRT_API int qwenrt_dense12_serves(const QwenrtHandle* with);
 QWENRT_API int qwenrt_dense12_pack(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to);
 // Then the same w -> the inputs and the weights of `to`, likewise.
 QWENRT_API int qwenrt_dense12_pack_others(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to);
-// As qwenrt_dense16_linear.
-QWENRT_API int qwenrt_dense12_linear(const QwenrtHandle* with, const QwenrtDense12* w, const float* x, float* y, int64_t tokens, int rounded);
 // Rows [begin, end) as they were -> out [end - begin][in_features] bfloat16.
 QWENRT_API int qwenrt_dense12_unpack(const QwenrtHandle* with, const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end);
+
+// What a linear's matrix is: 16 bits a weight as they are; QwenrtDense12; QwenrtQuantMatrix; or linears of the same inputs,
+// none of them in parts, whose outputs follow each other.
+enum {
+  QWENRT_DENSE_BFLOAT16 = 0,
+  QWENRT_DENSE_FLOAT16 = 1,
+  QWENRT_DENSE12 = 2,
+  QWENRT_QUANTIZED = 3,
+  QWENRT_PARTS = 4
+};
+typedef struct QwenrtLinear {
+  int32_t kind;
+  int32_t reserved;
+  const void* matrix;   // uint16_t [out_features][in_features]; one of the structs; or QwenrtLinear [part_count]
+  const float* bias;    // [out_features] or NULL, of 16 bits as they are: the others have their own
+  int64_t part_count;
+  int64_t out_features;
+  int64_t in_features;
+  // Of a quantised matrix, what its codes are multiplied with. Of a dense one, whether that may be rounded where many tokens
+  // are faster so: to fixed point of 14 bits, where 256 inputs of a row of W share a scale and 32 of x; or with AMX, beside
+  // bfloat16, to the sum of two bfloat16.
+  QwenrtActivations activations;
+} QwenrtLinear;
+
+// y [tokens][out_features] = x [tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
+// Returns QWENRT_NOT_FINITE, and leaves y half written, where a quantised matrix meets infinities, NaN or numbers too large
+// to sum; QWENRT_NO_MEMORY where there is none to lay out x.
+QWENRT_API int qwenrt_linear(const QwenrtHandle* with, const QwenrtLinear* w, const float* x, float* y, int64_t tokens);
+
 // Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.
 QWENRT_API uint64_t qwenrt_read(const QwenrtHandle* with, const uint64_t* memory, int64_t words);

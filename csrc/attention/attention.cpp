@@ -169,17 +169,10 @@ int qwenrt_attention(const QwenrtHandle* with, const QwenrtSequences* sequences,
   if (t.cuts.work < kSmallWork) threads = 1;
   if (threads > t.cuts.pieces) threads = t.cuts.pieces;
   const int64_t rows = t.cuts.rows;
-  const size_t own = size_t(threads * attention_memory(dim)) * sizeof(float);
-  const size_t sums = size_t(rows * (dim + 2)) * sizeof(float), counts = size_t(t.cuts.counters) * sizeof *t.left;
-  char* memory = scratch.room(int64_t(own + sums + 16 + counts + size_t(t.cuts.pieces) * sizeof *t.pieces));
-  if (!memory) return QWENRT_NO_MEMORY;
-  t.memory = reinterpret_cast<float*>(memory);
-  t.partials.values = reinterpret_cast<float*>(memory + own);
-  t.partials.largest = t.partials.values + rows * dim;
-  t.partials.sums = t.partials.largest + rows;
-  memory += own + (sums + 7) / 8 * 8;
-  t.left = reinterpret_cast<std::atomic<int64_t>*>(memory);
-  t.pieces = reinterpret_cast<AttentionPiece*>(memory + counts);
+  if (!scratch.room(array(t.memory, threads * attention_memory(dim)), array(t.partials.values, rows * dim),
+                    array(t.partials.largest, rows), array(t.partials.sums, rows), array(t.left, t.cuts.counters),
+                    array(t.pieces, t.cuts.pieces)))
+    return QWENRT_NO_MEMORY;
   add_pieces(t);
   parallel_for(threads, attention_worker, &t);
   return QWENRT_OK;

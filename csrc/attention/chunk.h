@@ -24,6 +24,7 @@ struct Rows {
 };
 
 struct ChunkMemory {
+  static void* operator new(size_t, void* at) { return at; }  // <new> is the standard library's: see CONTRIBUTING.md
   float scores[kRowsAtOnce][kChunk];
   float scales[kLanes][kChunk], zeros[kLanes][kChunk];  // of the codes of some heads
   int64_t cells[kChunk];
@@ -275,7 +276,7 @@ void attend_chunk(const Attention& a, const AttentionPiece& piece, const Partial
       rows.first = (begin - origin) / kStep * kStep;
       rows.end = end - origin;
       rows.last = (rows.end + kStep - 1) / kStep * kStep;
-      ChunkMemory& m = *reinterpret_cast<ChunkMemory*>(memory);
+      ChunkMemory& m = *new (memory) ChunkMemory;
       if (a.cache.k_scale) attend_rows<uint8_t>(a, piece, rows, begin, end, partials, m);
       else attend_rows<float>(a, piece, rows, begin, end, partials, m);
     }

@@ -19,9 +19,7 @@ struct TileMemory {
   float* scores;   // [rows][kTileKeys]
   float* largest;  // [rows]
   float* sums;
-  float* corrections;                  // of the values before this tile
-  int64_t* cells;                      // [kTileKeys] of this tile
-  int64_t* next_cells;                 // and of the next one
+  float* corrections;  // of the values before this tile
 };
 
 // The rows of a piece, and what they see.
@@ -52,8 +50,6 @@ INLINE TileMemory divide_memory(float* memory, int64_t head_dim) {
   m.largest = m.scores + kTileRows * kTileKeys;
   m.sums = m.largest + kTileRows;
   m.corrections = m.sums + kTileRows;
-  m.cells = reinterpret_cast<int64_t*>(m.corrections + kTileRows);
-  m.next_cells = m.cells + kTileKeys;
   return m;
 }
 
@@ -250,7 +246,8 @@ template <class Cell>
 void attend_tile(const Attention& a, const AttentionPiece& piece, float* memory) {
   const int64_t s = piece.sequence, head = piece.first_head, head_dim = a.cache.head_dim;
   const QwenrtCache& cache = a.cache;
-  TileMemory m = divide_memory(memory, head_dim);
+  const TileMemory m = divide_memory(memory, head_dim);
+  int64_t cells_of_two[2][kTileKeys], *cells = cells_of_two[0], *next_cells = cells_of_two[1];
   const TileRows rows{piece.first_row, piece.last_row, a.num_heads / cache.num_kv_heads,
                       a.sequences.kv_lens[s] - a.sequences.q_lens[s], a.window};
   const bool codes = cache.k_scale != nullptr;
@@ -260,29 +257,29 @@ void attend_tile(const Attention& a, const AttentionPiece& piece, float* memory)
                      codes ? cache.v_zero + head : nullptr, head_dim};
   begin_rows(a, s, head, rows, m);
   const int64_t begin = rows.begin(0), end = rows.end(rows.count() - 1);
-  const auto cells_of = [&](int64_t origin, int64_t* cells) {
-    find_cells(a, s, origin, most_of(begin, origin), least_of(end, origin + kTileKeys), kPanel, cells);
+  const auto find = [&](int64_t origin, int64_t* into) {
+    find_cells(a, s, origin, most_of(begin, origin), least_of(end, origin + kTileKeys), kPanel, into);
   };
-  cells_of(begin / kTileKeys * kTileKeys, m.cells);
+  find(begin / kTileKeys * kTileKeys, cells);
   const int64_t first = begin % kTileKeys;
-  NextTile<Cell>{k, v, m.cells, first, least_of(kTileKeys, first + end - begin), kTileKeys}.ask();
+  NextTile<Cell>{k, v, cells, first, least_of(kTileKeys, first + end - begin), kTileKeys}.ask();
   for (int64_t origin = begin / kTileKeys * kTileKeys; origin < end; origin += kTileKeys) {
     const Places seen = places(begin, end, origin);
     const Places packed{seen.begin / kPanel * kPanel, (seen.end + kPanel - 1) / kPanel * kPanel};
-    pack_keys(k, m.cells, packed, m.keys);
-    pack_values(v, m.cells, packed, m.values);
-    NextTile<Cell> next{k, v, m.next_cells, 0, 0, 0};
+    pack_keys(k, cells, packed, m.keys);
+    pack_values(v, cells, packed, m.values);
+    NextTile<Cell> next{k, v, next_cells, 0, 0, 0};
     if (origin + kTileKeys < end) {
-      cells_of(origin + kTileKeys, m.next_cells);
+      find(origin + kTileKeys, next_cells);
       next.count = least_of(kTileKeys, end - origin - kTileKeys);
       next.share = kTileKeys * kPanel * kBlockRows / ((packed.end - packed.begin) * rows.padded()) + 1;
     }
     score_tile(rows, origin, packed, head_dim, m, next);
     soften_tile(rows, origin, m);
     weigh_tile(rows, origin, head_dim, m);
-    int64_t* cells = m.cells;
-    m.cells = m.next_cells;
-    m.next_cells = cells;
+    int64_t* const read = cells;
+    cells = next_cells;
+    next_cells = read;
   }
   end_rows(a, s, head, rows, m);
 }

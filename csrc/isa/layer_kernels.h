@@ -38,9 +38,9 @@ struct AttentionPiece {
 };
 
 // Floats of the memory that `attend` works in, whatever the piece.
-constexpr int64_t attention_memory(int64_t head_dim) {
+static constexpr int64_t attention_memory(int64_t head_dim) {
   const int64_t chunk = kRowsAtOnce * kChunk + 24 * kChunk;
-  const int64_t tile = 2 * (kTileRows + kTileKeys) * head_dim + kTileRows * (kTileKeys + 4) + 4 * kTileKeys;
+  const int64_t tile = 2 * (kTileRows + kTileKeys) * head_dim + kTileRows * (kTileKeys + 3);
   return ((chunk > tile ? chunk : tile) + 15) / 16 * 16;
 }
 
@@ -52,8 +52,8 @@ struct LayerKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t dim, float* out);
   void (*silu_and_mul)(const float* gate, const float* up, int64_t count, float* out);
   void (*rotary_store)(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token);
-  // The sum of exp((x - largest) / heat) over x [count].
-  double (*sum_exponentials)(const float* x, int64_t count, float largest, float heat);
+  // The sum of exp((x - largest) / temperature) over x [count].
+  double (*sum_exponentials)(const float* x, int64_t count, float largest, float temperature);
 };
 
 const LayerKernels* scalar_layer_kernels();

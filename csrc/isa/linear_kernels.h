@@ -26,6 +26,8 @@ struct QuantInput {
 //   pairs, 8-bit codes: place p has inputs p and p + 2.
 // By token, all tokens are one tile of a multiple of kTokenTile, whose words lie as [token][word][place], and `wide` is
 // [block][token], a byte each; the upper bytes of a narrow block are zeros.
+enum class Layout { kTiles, kByToken };
+
 struct IntegerInput {
   const int32_t* low;
   const int32_t* high;  // of wide blocks; elsewhere anything
@@ -37,8 +39,9 @@ struct IntegerInput {
   int64_t tokens;
   int64_t words_per_block;  // the last block of a group may have fewer
   int64_t blocks_per_group;
-  int64_t apart;  // by token: 32-bit words from one to the next; 0: in tiles
-  int32_t pairs;
+  Layout layout;
+  int64_t token_stride;  // by token: 32-bit words from one to the next
+  bool pairs;
 };
 
 constexpr int64_t kTokenTile = 16;  // of a kernel that wants them by token
@@ -48,6 +51,28 @@ constexpr int64_t kPairBlock = 128;
 constexpr int64_t kIntegerTokens = 128;         // most tokens of one IntegerInput
 constexpr float kLargestActivation = 4.6e33f;   // 128 of them still are finite when code and scale were multiplied in
 constexpr float kSmallestActivation = 7.9e-31f;  // 2^-100: a block of smaller ones counts as zeros
+
+// Which blocks are narrow: those with no activation above `largest` (below 0: none is), nor above `to_mean` times their
+// mean.
+struct NarrowRule {
+  float largest;
+  float to_mean;
+};
+
+enum class BlockKind {
+  kNotFinite,  // or above kLargestActivation
+  kNarrow,     // or pairs
+  kWide,
+};
+
+// One block of one token: q = round(x / scale), ties to even, as IntegerInput's low and, where it is wide, high say of a
+// tile of one token.
+struct RoundedBlock {
+  int32_t low[kPairBlock];
+  int32_t high[kPairBlock];
+  float scale;
+  int32_t sum;  // of q
+};
 
 // Activations of a dense linear in tiles: [slab of kDenseSlab inputs][tile][input of slab][token of tile].
 constexpr int64_t kDenseSlab = 256;
@@ -60,9 +85,9 @@ constexpr float kFixedLimit = 8191;
 constexpr float kFixedFar = 128;       // times smaller than the largest beside it, a number has six bits or fewer
 constexpr float kLargestFixed = 1e29f;  // larger numbers stay in float32, which knows what is too large to sum
 struct FixedInput {
-  const int32_t* pairs;   // [slab][tile][pair of slab][token of tile]; NULL: float32 is asked for
-  const float* scales;    // [slab][tile][block of slab][token of tile]
-  const uint8_t* uneven;  // [slabs]: whether the slab is in float32 alone
+  const int32_t* pairs;       // [slab][tile][pair of slab][token of tile]; NULL: float32 is asked for
+  const float* scales;        // [slab][tile][block of slab][token of tile]
+  const uint8_t* in_float32;  // [slabs]: whether the slab is in float32 alone
 };
 
 // Activations as sums of two bfloat16, high and low, which keep 16 bits of each: [kTokenTile tokens][pair of inputs]
@@ -75,52 +100,59 @@ struct SplitInput {
 constexpr int64_t kSplitRows = 64;    // that such a kernel wants together
 constexpr int64_t kSplitInputs = 32;  // a row must have a multiple of these
 
+// The product of a 16-bit weight and all tokens: y [tokens][out_features] = x W^T + bias.
+struct DenseProduct {
+  const uint16_t* w;  // [out_features][in_features], row-major, float16 (is_half) or bfloat16
+  const float* bias;  // [out_features] or NULL
+  const float* x;     // [tokens][in_features], from dense_tiles_from tokens on in tiles
+  float* y;
+  int64_t tokens, out_features, in_features;
+  bool is_half;
+};
+
 // The tokens of the next tile: all as equal as can be, for small ones leave multiply-adds waiting for each other.
-inline int64_t next_tile(int64_t tokens) {
+static inline int64_t next_tile(int64_t tokens) {
   const int64_t tiles = (tokens + kDenseTile - 1) / kDenseTile;
   return (tokens + tiles - 1) / tiles;
 }
 
 // Chunks of one row of a 12-bit matrix.
-inline int64_t chunks_of(const QwenrtDense12& w) { return (w.in_features + QWENRT_CHUNK - 1) / QWENRT_CHUNK; }
+static inline int64_t chunks_of(const QwenrtDense12& w) { return (w.in_features + QWENRT_CHUNK - 1) / QWENRT_CHUNK; }
 
-// From one token's activations to the next one's: whole chunks, and a line more, for tokens that are a power of two apart
-// would take each other's places in the first cache.
-inline int64_t apart12(const QwenrtDense12& w) { return chunks_of(w) * QWENRT_CHUNK + 16; }
+// From one token's activations to the next one's beside 12 bits: whole chunks, and a line more, for tokens that are a power
+// of two apart would take each other's places in the first cache.
+static inline int64_t token_stride12(const QwenrtDense12& w) { return chunks_of(w) * QWENRT_CHUNK + 16; }
 
-inline int64_t places_of(int bits, int pairs) { return pairs || bits == 4 ? 2 : 1; }
+static inline int64_t places_of(int bits, bool pairs) { return pairs || bits == 4 ? 2 : 1; }
 
 struct Kernels {
   const char* name;
   // Rows of blocks [begin, end) of y [tokens][out_features].
   void (*quant_rows)(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int64_t begin, int64_t end);
-  // Rows [begin, end) of y [tokens][out_features]. x [tokens][in_features], from dense_tiles_from tokens on in tiles.
-  void (*dense16_rows)(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens,
-                       int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
-  // The same with x in tiles and, for weights that bear it, in fixed point; NULL where float32 is no slower.
-  void (*fixed_rows)(const uint16_t* w, const float* bias, const float* x, const FixedInput& fixed, float* y,
-                     int64_t tokens, int64_t out_features, int64_t in_features, int is_half, int64_t begin, int64_t end);
-  // Rows [begin, end) of bfloat16 weights with x split, which also lies at `x` as it is; NULL as fixed_rows.
-  void (*split_rows)(const uint16_t* w, const float* bias, const float* x, const SplitInput& split, float* y,
-                     int64_t tokens, int64_t out_features, int64_t in_features, int64_t begin, int64_t end);
-  // n activations, a multiple of 8 and of a word's, to q = round(x / scale), ties to even, as IntegerInput's low (and,
-  // of a wide block, high) for a tile of one token. |q| <= 127 will do where none of them is larger than `narrow`
-  // (below 0: nowhere) or than `outlier` times their mean. Returns 0 where
-  // they are not finite or above kLargestActivation, 1 for a narrow block or pairs, 2 for a wide one.
-  int (*round_block)(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
-                     float* scale, int32_t* sum);
+  // Rows [begin, end).
+  void (*dense16_rows)(const DenseProduct& product, int64_t begin, int64_t end);
+  // n activations, a multiple of 8 and of a word's.
+  BlockKind (*round_block)(const float* x, int64_t n, int bits, NarrowRule narrow, RoundedBlock& out);
   // Rows of blocks [begin, end) of y [tokens][out_features]. A block's sum is exact and is added, in the order of blocks,
   // by one fused multiply-add; so is a group's, less zero * sums. Every kernel, and every number of tokens, gives the
   // same bits.
   void (*integer_rows)(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
-  // Rows [begin, end) of y [tokens][out_features] for few tokens. x [tokens][apart12], inputs past the row's end are zeros.
-  // NULL: 16 bits serve better.
-  void (*dense12_rows)(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin, int64_t end);
-  // One row as it was, out [in_features]; NULL as dense12_rows.
-  void (*unpack12)(const QwenrtDense12& w, int64_t row, uint16_t* out);
-  int pairs;                 // whether 8-bit codes want pairs
-  int64_t dense_tiles_from;  // 0: never
-  int64_t by_token_from;     // so many tokens lie by token in an IntegerInput, and split; 0: never
+
+  // What follows is NULL or 0 where a set gains nothing from it.
+
+  // As dense16_rows, with x in tiles and, for weights that bear it, in fixed point.
+  void (*fixed_rows)(const DenseProduct& product, const FixedInput& fixed, int64_t begin, int64_t end) = nullptr;
+  // As dense16_rows of bfloat16 weights, with x split as well.
+  void (*split_rows)(const DenseProduct& product, const SplitInput& split, int64_t begin, int64_t end) = nullptr;
+  // Rows [begin, end) of y [tokens][out_features] for few tokens. x [tokens][token_stride12], inputs past the row's end are
+  // zeros.
+  void (*dense12_rows)(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin,
+                       int64_t end) = nullptr;
+  // One row as it was, out [in_features].
+  void (*unpack12)(const QwenrtDense12& w, int64_t row, uint16_t* out) = nullptr;
+  bool pairs = false;            // whether 8-bit codes want pairs
+  int64_t dense_tiles_from = 0;  // tokens
+  int64_t by_token_from = 0;     // so many tokens lie by token in an IntegerInput, and split
 };
 
 const Kernels* scalar_kernels();

@@ -160,8 +160,7 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 }
 
 // As Kernels says of bytes.
-int round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
-                float* scale, int32_t* sum) {
+BlockKind round_block(const float* x, int64_t n, int bits, NarrowRule narrow, RoundedBlock& out) {
   uint32_t most[8] = {};
   float totals[8] = {};
   for (int64_t i = 0; i < n; i += 8)
@@ -175,20 +174,21 @@ int round_block(const float* x, int64_t n, int bits, float narrow, float outlier
   for (int j = 1; j < 8; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
   float largest;
   __builtin_memcpy(&largest, most, sizeof largest);
-  if (!(largest <= kLargestActivation)) return 0;
+  if (!(largest <= kLargestActivation)) return BlockKind::kNotFinite;
   const float total =
       ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
-  const bool wide = largest > narrow || largest * float(n) > outlier * total, zeros = largest < kSmallestActivation;
+  const bool wide = largest > narrow.largest || largest * float(n) > narrow.to_mean * total;
+  const bool zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
-  *scale = zeros ? 0.0f : largest / limit;
+  out.scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;
   int32_t q[kPairBlock], all_of_them = 0;
   for (int64_t i = 0; i < n; i += 8) round8(x + i, inverse, q + i);
   for (int64_t i = 0; i < n; ++i) all_of_them += q[i];
-  *sum = all_of_them;
-  if (wide) place_wide(q, n, bits, low, high);
-  else place_bytes(q, n, bits, low);
-  return wide ? 2 : 1;
+  out.sum = all_of_them;
+  if (wide) place_wide(q, n, bits, out.low, out.high);
+  else place_bytes(q, n, bits, out.low);
+  return wide ? BlockKind::kWide : BlockKind::kNarrow;
 }
 
 }  // namespace

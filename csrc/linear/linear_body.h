@@ -1,5 +1,7 @@
-// Linears in float32, written once over Floats and Words, which the including file has defined: a vector is one float
-// or one word of each row of kBlocks row blocks, or kWidth = kBlocks * 8 neighbouring inputs.
+// Linears in float32, written once over what the including file has defined: Floats and Words, a vector of which is one
+// float or one word of each row of kBlocks row blocks, or kWidth = kBlocks * 8 neighbouring inputs; kMostChains, sums that
+// a row is added up in beside one token; kVectors16, vectors of 16-bit values that are best loaded together; and
+// kDenseRows<TILE>, rows of a dense matrix beside TILE tokens, whose sums fit into the registers.
 //
 // A quantised word is never unpacked: code j is masked where it lies, converted to float as code * 2^(bits * j), and
 // multiplied by an activation that already carries 2^(-bits * j). A thread reads several distant row blocks at once,
@@ -27,8 +29,12 @@ void blocks_times_tile(const QwenrtQuantMatrix& w, const QuantInput& in, float* 
   const float* x = in.x + tile * in.padded * TILE;
   const float* sums = in.sums + tile * w.groups * TILE;
   const uint32_t* words[STREAMS][kBlocks];
+  int64_t group_at[STREAMS][kBlocks];  // of the scales and zeros
   for (int s = 0; s < STREAMS; ++s)
-    for (int b = 0; b < kBlocks; ++b) words[s][b] = w.words + blocks.at[s][b] * row_words * QWENRT_BLOCK;
+    for (int b = 0; b < kBlocks; ++b) {
+      words[s][b] = w.words + blocks.at[s][b] * row_words * QWENRT_BLOCK;
+      group_at[s][b] = blocks.at[s][b] * w.groups * QWENRT_BLOCK;
+    }
   Floats total[STREAMS][TILE];
   UNROLL(STREAMS, s, { UNROLL(TILE, t, { total[s][t] = all(0); }); });
 
@@ -49,14 +55,12 @@ void blocks_times_tile(const QwenrtQuantMatrix& w, const QuantInput& in, float* 
       });
     }
     UNROLL(STREAMS, s, {
-      int64_t at[kBlocks];
-      for (int b = 0; b < kBlocks; ++b) at[b] = (blocks.at[s][b] * w.groups + g) * QWENRT_BLOCK;
-      const Floats scale = load_scales(w, at);
-      const Floats zero = load_zeros(w, at);
+      const Floats scale = load_scales(w, group_at[s]), zero = load_zeros(w, group_at[s]);
+      for (int b = 0; b < kBlocks; ++b) group_at[s][b] += QWENRT_BLOCK;
       UNROLL(TILE, t, {
         Floats sum = acc[0][s][t];
         UNROLL(CHAINS - 1, c, { sum = add(sum, acc[c + 1][s][t]); });
-        sum = sub(sum, mul(zero, all(sums[g * TILE + t])));
+        sum = subtract_product(sum, zero, all(sums[g * TILE + t]));
         total[s][t] = multiply_add(scale, sum, total[s][t]);
       });
     });
@@ -95,72 +99,72 @@ void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int6
   return quant_rows_by_tile<8>(w, in, y, begin, end);
 }
 
-// STREAMS rows, `stride` apart, times TILE tokens: vectors run along the inputs.
+// STREAMS rows, `stride` from each other, times TILE tokens from `token` on: vectors run along the inputs.
 template <bool HALF, int TILE, int STREAMS>
-void dense_rows_times_tile(const uint16_t* w, const float* bias, const float* x, float* y, int64_t out_features,
-                           int64_t in_features, int64_t first, int64_t stride) {
-  constexpr int CHAINS = TILE == 1 ? 2 : 1, STEP = kWidth * CHAINS;
+void dense_rows_times_tile(const DenseProduct& m, int64_t token, int64_t first, int64_t stride) {
+  constexpr int CHAINS = TILE == 1 ? 2 : 1, VECTORS = CHAINS > kVectors16 ? CHAINS : kVectors16, STEP = kWidth * VECTORS;
+  const float* const x = m.x + token * m.in_features;
   Floats acc[CHAINS][STREAMS][TILE];
   UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = all(0); }); }); });
   const uint16_t* rows[STREAMS];
-  UNROLL(STREAMS, s, { rows[s] = w + (first + s * stride) * in_features; });
+  UNROLL(STREAMS, s, { rows[s] = m.w + (first + s * stride) * m.in_features; });
   int64_t k = 0;
-  for (; k + STEP <= in_features; k += STEP)
-    UNROLL(CHAINS, c, {
-      Floats xs[TILE];
-      UNROLL(TILE, t, { xs[t] = load(x + t * in_features + k + kWidth * c); });
-      UNROLL(STREAMS, s, {
-        const Floats value = load16<HALF>(rows[s] + k + kWidth * c);
-        UNROLL(TILE, t, { acc[c][s][t] = multiply_add(value, xs[t], acc[c][s][t]); });
+  for (; k + STEP <= m.in_features; k += STEP)
+    UNROLL(STREAMS, s, {
+      Floats values[VECTORS];
+      load16<HALF>(rows[s] + k, values);
+      UNROLL(VECTORS, v, {
+        UNROLL(TILE, t, {
+          const Floats xs = load(x + t * m.in_features + k + kWidth * v);
+          acc[v % CHAINS][s][t] = multiply_add(values[v], xs, acc[v % CHAINS][s][t]);
+        });
       });
     });
   UNROLL(STREAMS, s, {
+    const int64_t n = first + s * stride;
     UNROLL(TILE, t, {
       Floats together = acc[0][s][t];
       UNROLL(CHAINS - 1, c, { together = add(together, acc[c + 1][s][t]); });
       float total = sum(together);
-      for (int64_t i = k; i < in_features; ++i) total += value16<HALF>(rows[s] + i) * x[t * in_features + i];
-      const int64_t n = first + s * stride;
-      y[t * out_features + n] = bias ? total + bias[n] : total;
+      for (int64_t i = k; i < m.in_features; ++i) total += value16<HALF>(rows[s] + i) * x[t * m.in_features + i];
+      m.y[(token + t) * m.out_features + n] = m.bias ? total + m.bias[n] : total;
     });
   });
 }
 
-template <bool HALF, int TILE, int STREAMS>
-void dense_tile(const uint16_t* w, const float* bias, const float* x, float* y, int64_t out_features,
-                int64_t in_features, int64_t begin, int64_t end) {
+template <bool HALF, int TILE>
+void dense_tile(const DenseProduct& m, int64_t token, int64_t begin, int64_t end) {
+  constexpr int STREAMS = kDenseRows<TILE>;
   const int64_t stride = (end - begin) / STREAMS;
-  for (int64_t n = begin; n < begin + stride; ++n)
-    dense_rows_times_tile<HALF, TILE, STREAMS>(w, bias, x, y, out_features, in_features, n, stride);
-  for (int64_t n = begin + stride * STREAMS; n < end; ++n)
-    dense_rows_times_tile<HALF, TILE, 1>(w, bias, x, y, out_features, in_features, n, 0);
+  for (int64_t n = begin; n < begin + stride; ++n) dense_rows_times_tile<HALF, TILE, STREAMS>(m, token, n, stride);
+  for (int64_t n = begin + stride * STREAMS; n < end; ++n) dense_rows_times_tile<HALF, TILE, 1>(m, token, n, 0);
 }
 
 constexpr int64_t kRowsInCache = 64 * 1024;  // elements of W that are kept in the cache for the next tile of tokens
+constexpr int64_t kFewestRows = 12;          // of them
 
 template <bool HALF>
-void dense_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
-                int64_t in_features, int64_t begin, int64_t end) {
+void dense_rows(const DenseProduct& m, int64_t begin, int64_t end) {
   int64_t step = end - begin;
-  if (tokens > 4) step = kRowsInCache / (in_features + 1) > 8 ? kRowsInCache / (in_features + 1) : 8;
+  if (m.tokens > 4) {
+    step = kRowsInCache / (m.in_features + 1);
+    if (step < kFewestRows) step = kFewestRows;
+  }
   for (; begin < end; begin += step) {
     const int64_t last = begin + step < end ? begin + step : end;
-    for (int64_t t = 0; t < tokens;) {
-      const int64_t tile = tokens - t >= 4 ? 4 : (tokens - t >= 2 ? 2 : 1);
-      const float* tile_x = x + t * in_features;
-      float* tile_y = y + t * out_features;
-      if (tile == 4) dense_tile<HALF, 4, kDenseRows4>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
-      if (tile == 2) dense_tile<HALF, 2, 4>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
-      if (tile == 1) dense_tile<HALF, 1, 4>(w, bias, tile_x, tile_y, out_features, in_features, begin, last);
-      t += tile;
+    for (int64_t token = 0, tile; token < m.tokens; token += tile) {
+      tile = dense_tile_of(m.tokens - token);
+      if (tile == 4) dense_tile<HALF, 4>(m, token, begin, last);
+      if (tile == 3) dense_tile<HALF, 3>(m, token, begin, last);
+      if (tile == 2) dense_tile<HALF, 2>(m, token, begin, last);
+      if (tile == 1) dense_tile<HALF, 1>(m, token, begin, last);
     }
   }
 }
 
-void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
-                  int64_t in_features, int is_half, int64_t begin, int64_t end) {
-  if (is_half) return dense_rows<true>(w, bias, x, y, tokens, out_features, in_features, begin, end);
-  return dense_rows<false>(w, bias, x, y, tokens, out_features, in_features, begin, end);
+void dense16_rows(const DenseProduct& product, int64_t begin, int64_t end) {
+  if (product.is_half) return dense_rows<true>(product, begin, end);
+  return dense_rows<false>(product, begin, end);
 }
 
 }  // namespace

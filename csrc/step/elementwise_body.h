@@ -38,20 +38,21 @@ void silu_and_mul(const float* gate, const float* up, int64_t count, float* out)
 }
 
 // Blocks are summed in double: a vocabulary has many small terms beside a few large ones.
-double sum_exponentials(const float* x, int64_t count, float most, float heat) {
+double sum_exponentials(const float* x, int64_t count, float most, float temperature) {
   constexpr int64_t kBlock = 512;
   double total = 0;
   int64_t i = 0;
   while (i + kLanes <= count) {
     const int64_t end = count - i < kBlock ? count : i + kBlock;
     Vec part = all(0);
-    for (; i + kLanes <= end; i += kLanes) part = add(part, exponential(div(sub(load(x + i), all(most)), all(heat))));
+    for (; i + kLanes <= end; i += kLanes)
+      part = add(part, exponential(div(sub(load(x + i), all(most)), all(temperature))));
     total += double(sum(part));
   }
   float lanes[kLanes];
   for (float& lane : lanes) lane = -infinity();
   memcpy(lanes, x + i, size_t(count - i) * sizeof(float));
-  return total + double(sum(exponential(div(sub(load(lanes), all(most)), all(heat)))));
+  return total + double(sum(exponential(div(sub(load(lanes), all(most)), all(temperature)))));
 }
 
 // The halves of the first `dim` channels turned against each other; the rest copied. x may be out.

@@ -31,14 +31,8 @@ struct Buffers {
 Scratch scratch;
 
 bool make_room(int64_t tokens, int64_t hidden, int64_t count, Buffers& b) {
-  char* memory = scratch.room(tokens * (count * int64_t(sizeof(Scored)) + (2 * hidden + 2) * 4));
-  if (!memory) return false;
-  b.scores = reinterpret_cast<Scored*>(memory);
-  b.gathered = reinterpret_cast<float*>(b.scores + tokens * count);
-  b.total = b.gathered + tokens * hidden;
-  b.tokens = reinterpret_cast<int32_t*>(b.total + tokens * hidden);
-  b.weights = reinterpret_cast<float*>(b.tokens + tokens);
-  return true;
+  return scratch.room(array(b.scores, tokens * count), array(b.gathered, tokens * hidden), array(b.total, tokens * hidden),
+                      array(b.tokens, tokens), array(b.weights, tokens));
 }
 
 constexpr int kLanes = 16;  // sums side by side, for the compiler's vectors
@@ -134,27 +128,11 @@ int add_expert(const QwenrtHandle* with, const QwenrtExperts& e, int64_t expert,
 
 }  // namespace
 
-int run_linear(const QwenrtHandle* with, const QwenrtLinear& w, const float* x, float* y, int64_t tokens, float* part) {
-  if (w.quant) return qwenrt_quant_linear(with, w.quant, x, y, tokens, &w.activations);
-  const int rounded = w.activations.kind != QWENRT_EXACT;
-  if (w.dense12) return qwenrt_dense12_linear(with, w.dense12, x, y, tokens, rounded);
-  if (!w.part_count)
-    return qwenrt_dense16_linear(with, w.dense, w.bias, x, y, tokens, w.out_features, w.in_features, int(w.is_half),
-                                 rounded);
-  for (int64_t i = 0; i < w.part_count; y += w.parts[i++].out_features) {
-    const QwenrtLinear& one = w.parts[i];
-    if (const int status = run_linear(with, one, x, tokens == 1 ? y : part, tokens, nullptr)) return status;
-    for (int64_t t = 0; tokens > 1 && t < tokens; ++t)
-      memcpy(y + t * w.out_features, part + t * one.out_features, size_t(one.out_features) * sizeof(float));
-  }
-  return QWENRT_OK;
-}
-
 int run_mlp(const QwenrtHandle* with, const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y,
             int64_t tokens, const MlpBuffers& b) {
-  if (const int status = run_linear(with, gate_up, x, b.gate_up, tokens, b.part)) return status;
+  if (const int status = qwenrt_linear(with, &gate_up, x, b.gate_up, tokens)) return status;
   if (const int status = qwenrt_silu_and_mul(with, b.gate_up, b.inner, tokens, gate_up.out_features / 2)) return status;
-  return run_linear(with, down, b.inner, y, tokens, b.part);
+  return qwenrt_linear(with, &down, b.inner, y, tokens);
 }
 
 int add_experts(const QwenrtHandle* with, const QwenrtExperts& e, const float* normed, float* y, float* out,

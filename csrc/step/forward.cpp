@@ -1,6 +1,6 @@
 // A stack of decoder layers in one call: the ops of qwenrt_cpu.h and qwenrt_layer.h in their order, over one scratch
 // memory, so that nothing but they costs time.
-#include "abi/qwenrt_decoder.h"
+#include "abi/qwenrt_forward.h"
 
 #include "abi/dispatch.h"
 #include "step/experts.h"
@@ -25,24 +25,16 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The widest of all layers, in floats a token.
 struct Widths {
-  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, gate_up = 0, part = 0;
+  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, gate_up = 0;
 
-  void add_parts(const QwenrtLinear& w) {
-    for (int64_t i = 0; i < w.part_count; ++i) part = larger(part, w.parts[i].out_features);
-  }
-  void add_mlp(const QwenrtLinear& up, const QwenrtLinear& down) {
-    gate_up = larger(gate_up, up.out_features);
-    add_parts(up), add_parts(down);
-  }
   void add(const QwenrtLayer& l) {
     hidden = larger(hidden, l.qkv.in_features);
     qkv = larger(qkv, l.qkv.out_features);
     qk = larger(qk, (l.num_heads + l.num_kv_heads) * l.head_dim);
     attended = larger(attended, l.num_heads * l.head_dim);
-    add_parts(l.qkv), add_parts(l.o);
-    if (!l.experts) return add_mlp(l.gate_up, l.down);
-    const int64_t mlps = l.experts->count + (l.experts->shared_gate ? 1 : 0);
-    for (int64_t i = 0; i < mlps; ++i) add_mlp(l.experts->gate_up[i], l.experts->down[i]);
+    const int64_t experts = l.experts ? l.experts->count + (l.experts->shared_gate ? 1 : 0) : 0;
+    for (int64_t i = 0; i < experts; ++i) gate_up = larger(gate_up, l.experts->gate_up[i].out_features);
+    if (!l.experts) gate_up = larger(gate_up, l.gate_up.out_features);
   }
 };
 
@@ -50,13 +42,11 @@ bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers
   Widths w;
   for (int64_t i = 0; i < count; ++i) w.add(layers[i]);
   const int64_t inner = (w.gate_up + 1) / 2;
-  const int64_t floats = tokens * (2 * w.hidden + w.part + larger(w.qkv + w.qk + w.attended, w.gate_up + inner));
-  float* memory = reinterpret_cast<float*>(scratch.room(floats * int64_t(sizeof(float))));
-  if (!memory) return false;
-  b.normed = memory;
-  b.product = b.normed + tokens * w.hidden;
-  b.mlp.part = b.product + tokens * w.hidden;
-  b.qkv = b.mlp.gate_up = b.mlp.part + tokens * w.part;
+  float* shared;
+  if (!scratch.room(array(b.normed, tokens * w.hidden), array(b.product, tokens * w.hidden),
+                    array(shared, tokens * larger(w.qkv + w.qk + w.attended, w.gate_up + inner))))
+    return false;
+  b.qkv = b.mlp.gate_up = shared;
   b.qk = b.qkv + tokens * w.qkv;
   b.attended = b.qk + tokens * w.qk;
   b.mlp.inner = b.mlp.gate_up + tokens * w.gate_up;
@@ -87,7 +77,7 @@ int attention_block(const QwenrtHandle* with, const QwenrtLayer& l, const Qwenrt
                     const Buffers& b, float* x) {
   const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
   if (const int status = qwenrt_rms_norm(with, x, l.input_norm, b.normed, tokens, hidden, l.eps)) return status;
-  if (const int status = run_linear(with, l.qkv, b.normed, b.qkv, tokens, b.mlp.part)) return status;
+  if (const int status = qwenrt_linear(with, &l.qkv, b.normed, b.qkv, tokens)) return status;
   const QwenrtRotary rotary{b.qkv,       b.qk,           l.q_norm,   l.k_norm,        step.cos, step.sin, step.q_scale, step.slots,
                             l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim, l.eps,    0};
   if (const int status = qwenrt_rotary_store(with, &rotary, &cache, tokens)) return status;
@@ -95,7 +85,7 @@ int attention_block(const QwenrtHandle* with, const QwenrtLayer& l, const Qwenrt
   const int attended = qwenrt_attention(with, step.sequences, &cache, b.qk, stride, l.num_heads, b.attended,
                                         l.scale, l.window);
   if (attended) return attended;
-  if (const int status = run_linear(with, l.o, b.attended, b.product, tokens, b.mlp.part)) return status;
+  if (const int status = qwenrt_linear(with, &l.o, b.attended, b.product, tokens)) return status;
   add(x, b.product, tokens * hidden);
   return QWENRT_OK;
 }
@@ -110,22 +100,23 @@ int mlp_block(const QwenrtHandle* with, const QwenrtLayer& l, int64_t tokens, co
   return QWENRT_OK;
 }
 
-// The logits of the tokens that are due.
-int logits_of(const QwenrtHandle* with, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b, const float* x, float* logits) {
+// The logits of the tokens that are asked for.
+int logits_of(const QwenrtHandle* with, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b, const float* x,
+              float* logits) {
   const int64_t hidden = head.linear.in_features;
-  for (int64_t i = 0; i < step.due_count; ++i) {
-    const float* const row = x + step.due[i] * hidden;
+  for (int64_t i = 0; i < step.logit_row_count; ++i) {
+    const float* const row = x + step.logit_rows[i] * hidden;
     if (const int status = qwenrt_rms_norm(with, row, head.norm, b.normed + i * hidden, 1, hidden, head.eps)) return status;
   }
-  return run_linear(with, head.linear, b.normed, logits, step.due_count, nullptr);
+  return qwenrt_linear(with, &head.linear, b.normed, logits, step.logit_row_count);
 }
 
 }  // namespace
 
-int qwenrt_decoder(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
-                   const QwenrtStep* step, float* x, float* logits) {
-  if (step->tokens < 1 || count < 1 || step->due_count > step->tokens) return QWENRT_BAD_ARGUMENT;
-  if (step->due_count && (!head || !logits || head->linear.part_count)) return QWENRT_BAD_ARGUMENT;
+int qwenrt_forward(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count,
+                   const QwenrtHead* head, const QwenrtStep* step, float* x, float* logits) {
+  if (step->tokens < 1 || count < 1 || step->logit_row_count > step->tokens) return QWENRT_BAD_ARGUMENT;
+  if (step->logit_row_count && (!head || !logits)) return QWENRT_BAD_ARGUMENT;
   PoolLock lock(with->threads);
   Buffers buffers;
   if (!make_room(layers, count, step->tokens, buffers)) return QWENRT_NO_MEMORY;
@@ -133,5 +124,5 @@ int qwenrt_decoder(const QwenrtHandle* with, const QwenrtLayer* layers, const Qw
     if (const int status = attention_block(with, layers[i], *step, caches[i], buffers, x)) return status;
     if (const int status = mlp_block(with, layers[i], step->tokens, buffers, x)) return status;
   }
-  return step->due_count ? logits_of(with, *head, *step, buffers, x, logits) : QWENRT_OK;
+  return step->logit_row_count ? logits_of(with, *head, *step, buffers, x, logits) : QWENRT_OK;
 }

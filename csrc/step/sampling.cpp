@@ -1,4 +1,4 @@
-// The likeliest tokens of a row of logits. One thread: a pass takes less than waking a second one saves.
+// The largest logits of a row. One thread: a pass takes less than waking a second one saves.
 #include "abi/qwenrt_sampling.h"
 
 #include <math.h>
@@ -18,13 +18,13 @@ int64_t lanes_of(int64_t count) { return (count + kBlock - 1) / kBlock * kLanes;
 
 // The largest in each lane: of places i, i + kLanes, ...; NaN is nobody's.
 void largest_by_lane(const float* x, int64_t count, float* most) {
-  float own[kLanes];
-  for (float& lane : own) lane = -INFINITY;
+  float lanes[kLanes];
+  for (float& lane : lanes) lane = -INFINITY;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes)
-    for (int64_t j = 0; j < kLanes; ++j) own[j] = x[i + j] > own[j] ? x[i + j] : own[j];
-  for (int64_t j = 0; i < count; ++i, ++j) own[j] = x[i] > own[j] ? x[i] : own[j];
-  memcpy(most, own, sizeof own);
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+  for (int64_t j = 0; i < count; ++i, ++j) lanes[j] = x[i] > lanes[j] ? x[i] : lanes[j];
+  memcpy(most, lanes, sizeof lanes);
 }
 
 // Nothing times zero is zero unless it is infinite or NaN.
@@ -75,7 +75,7 @@ int64_t collect(const float* logits, int64_t count, float floor, uint64_t* ranks
 
 }  // namespace
 
-int qwenrt_likeliest(const float* logits, int64_t count, int64_t* token, float* largest) {
+int qwenrt_argmax_finite(const float* logits, int64_t count, int64_t* token, float* largest) {
   bool finite = true;
   float most = -INFINITY;
   int64_t block = 0;
@@ -94,8 +94,8 @@ int qwenrt_likeliest(const float* logits, int64_t count, int64_t* token, float* 
   return finite ? QWENRT_OK : QWENRT_NOT_FINITE;
 }
 
-int qwenrt_top(const QwenrtHandle* with, const float* logits, int64_t count, float largest, float heat, int64_t k, float* values, int64_t* ids,
-               float* whole) {
+int qwenrt_topk(const QwenrtHandle* with, const float* logits, int64_t count, float largest, float temperature, int64_t k,
+                float* values, int64_t* ids, float* logsumexp) {
   if (k < 1 || count > UINT32_MAX) return QWENRT_BAD_ARGUMENT;
   if (k > count) return QWENRT_NOT_SERVED;
   uint64_t* ranks = static_cast<uint64_t*>(malloc(size_t(count) * sizeof(uint64_t)));
@@ -111,13 +111,13 @@ int qwenrt_top(const QwenrtHandle* with, const float* logits, int64_t count, flo
       for (int64_t i = 0; i < k; ++i) {
         ids[i] = int64_t(ranks[i] & 0xffffffffu);
         const float below = logits[ids[i]] - largest;
-        values[i] = below / heat;
+        values[i] = below / temperature;
       }
     }
   }
   free(ranks);
   free(most);
-  if (status == QWENRT_OK && whole)
-    *whole = float(log(layer_kernels(*with)->sum_exponentials(logits, count, largest, heat)));
+  if (status == QWENRT_OK && logsumexp)
+    *logsumexp = float(log(layer_kernels(*with)->sum_exponentials(logits, count, largest, temperature)));
   return status;
 }

@@ -375,7 +375,7 @@ def top(change: Callable[[torch.Tensor, torch.Tensor, float], Any], **instead: A
 
 
 CHOOSING = [
-    *mutants("likeliest", "likeliest")(
+    *mutants("argmax_finite", "likeliest")(
         {
             "second likeliest": second,
             "last logit ignored": lambda right, x: right(x[:, :-1].contiguous()),
@@ -384,7 +384,7 @@ CHOOSING = [
             "first row only": lambda right, x: right(x[:1]) * len(x),
         }
     ),
-    *mutants("top", "top")(
+    *mutants("topk", "top")(
         {
             "heat ignored": top(lambda *found: found, heat=1.0),
             "ids off by one": top(lambda values, ids, whole: (values, ids - 1, whole)),

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from qwenrt.backends.cpu.attention import Sequences
-from qwenrt.backends.cpu.decoder import ExpertsStruct, Linear
+from qwenrt.backends.cpu.decoder import ExpertsStruct
 from qwenrt.backends.cpu.kernels import _QuantMatrix
+from qwenrt.backends.cpu.linear import Linear
 from tests.backends.mutants import Wrong, but, mutants, numbers, one_less, read, sequences_with
 
 
@@ -91,8 +92,8 @@ def parts(change: Callable[[list[Any]], list[Any]]) -> Wrong:
     def qkv(layer: Any) -> Any:
         if not layer.qkv.part_count:
             return layer.qkv
-        kept.append(array(change(list((Linear * layer.qkv.part_count).from_address(layer.qkv.parts)))))
-        return but(layer.qkv, parts=ctypes.addressof(kept[-1]))
+        kept.append(array(change(list((Linear * layer.qkv.part_count).from_address(layer.qkv.matrix)))))
+        return but(layer.qkv, matrix=ctypes.addressof(kept[-1]))
 
     return step(layers=each(qkv=qkv))
 
@@ -111,13 +112,13 @@ _KEPT: list[Any] = []
 
 def _zero_off(linear: Any) -> Any:
     """Codes whose zeros are not read."""
-    struct = but(_QuantMatrix.from_address(linear.quant), zeros=None)
+    struct = but(_QuantMatrix.from_address(linear.matrix), zeros=None)
     _KEPT.append(struct)
-    return but(linear, quant=ctypes.addressof(struct))
+    return but(linear, matrix=ctypes.addressof(struct))
 
 
 STEP_MUTANTS = [
-    *mutants("decoder", "fuse_layers")(
+    *mutants("forward", "fuse_layers")(
         {
             "last layer skipped": step(layers=lambda a: a[:-1]),
             "first layer skipped": step(layers=lambda a: a[1:], caches=lambda c: c[1:]),
@@ -148,18 +149,18 @@ STEP_MUTANTS = [
             "no memory": lambda right, *args: _no_memory(),
         }
     ),
-    *mutants("decoder", "fuse_layers", "logn")(
+    *mutants("forward", "fuse_layers", "logn")(
         {
             "LogN ignored": step(q_scale=lambda s: None),
         }
     ),
-    *mutants("decoder", "fuse_layers", "qk-norm")(
+    *mutants("forward", "fuse_layers", "qk-norm")(
         {
             "norms of heads ignored": step(layers=each(q_norm=lambda a: None, k_norm=lambda a: None)),
             "keys by the norm of queries": step(layers=each(k_norm=lambda a: a.q_norm)),
         }
     ),
-    *mutants("decoder", "fuse_layers", "window")(
+    *mutants("forward", "fuse_layers", "window")(
         {
             "window ignored": step(layers=each(window=lambda a: 0)),
             "window + 1": step(layers=each(window=lambda a: a.window and a.window + 1)),
@@ -169,7 +170,7 @@ STEP_MUTANTS = [
             ),
         }
     ),
-    *mutants("decoder", "fuse_layers", "int8-cache")(
+    *mutants("forward", "fuse_layers", "int8-cache")(
         {
             "int8: fit of keys ignored": step(
                 caches=lambda c: [but(a, k_offset=None, k_factor=None) for a in c]
@@ -181,7 +182,7 @@ STEP_MUTANTS = [
             "int8: caches swapped": step(caches=lambda c: c[::-1]),
         }
     ),
-    *mutants("decoder", "fuse_layers", "experts")(
+    *mutants("forward", "fuse_layers", "experts")(
         {
             "wrong expert": experts(down=turned("down")),
             "gate of another expert": experts(gate_up=turned("gate_up")),
@@ -191,7 +192,7 @@ STEP_MUTANTS = [
             "router's rows off by one": experts(count=lambda e: e.count - 1, shared_gate=lambda e: None),
         }
     ),
-    *mutants("decoder", "fuse_layers", "codes")(
+    *mutants("forward", "fuse_layers", "codes")(
         {
             "keys and values of qkv's parts": parts(lambda p: [p[0], p[2], p[1]]),
             "zero + 1 in one layer": step(layers=lambda a: [but(a[0], o=_zero_off(a[0].o)), *a[1:]]),

@@ -422,6 +422,26 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
             kernels.Kernels(path)
 
 
+@needs_kernels
+@pytest.mark.parametrize("struct", kernels.STRUCTS)
+def test_a_library_whose_structs_are_laid_out_otherwise_is_refused(
+    struct: type[ctypes.Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = struct.__doc__.split(" ")[0]
+
+    class Longer(ctypes.Structure):
+        _fields_ = (*struct._fields_, ("more", ctypes.c_int64))
+
+    Longer.__doc__ = struct.__doc__
+    monkeypatch.setattr(kernels, "STRUCTS", (Longer,))
+    message = rf"has \d+ bytes for {name}, expected {ctypes.sizeof(Longer)} .* rebuild it: install a C"
+    with pytest.raises(kernels.KernelsUnavailable, match=message):
+        kernels.Kernels()
+    Longer.__doc__ = "QwenrtNothing of no header."
+    with pytest.raises(kernels.KernelsUnavailable, match="has no such struct for QwenrtNothing"):
+        kernels.Kernels()
+
+
 # ---- the machine
 
 

@@ -18,7 +18,7 @@ struct TileConfig {
 };
 
 // Tile instructions read and write memory behind the compiler's back.
-INLINE void settle() { asm volatile("" ::: "memory"); }
+INLINE void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 // Registers 0 to 3 are sums [16][16]; 4 and 5 left factors [16][WORDS], 6 and 7 right ones [WORDS][16].
 template <int WORDS>
@@ -132,11 +132,11 @@ INLINE bool any_of_tile(const uint8_t* flags) {
 // The dot products of a batch's blocks; of upper bytes as well where one of them has some.
 template <int BITS>
 bool multiply(const Codes& codes, const Batch& batch, const IntegerInput& in, int64_t token, Dots& dots) {
-  const int64_t row_bytes = 4 * in.apart;
+  const int64_t row_bytes = 4 * in.token_stride;
   bool wide = false;
   for (int i = 0; i < batch.count; ++i) wide |= any_of_tile(in.wide + (batch.first + i) * in.tile + token);
   for (int i = 0; i < batch.count; ++i) {
-    const int64_t x = token * in.apart + batch.word[i] * kPlaces<BITS>, steps = steps_of<BITS>(batch.words[i]);
+    const int64_t x = token * in.token_stride + batch.word[i] * kPlaces<BITS>, steps = steps_of<BITS>(batch.words[i]);
     QWENRT_MULTIPLY_BLOCK(0, 1, 4, in.low + x, dots.low[i]);
     if (!wide) continue;
     QWENRT_MULTIPLY_BLOCK(2, 3, 5, in.high + x, dots.high[i]);
@@ -213,9 +213,9 @@ void rows_by_token(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y,
       const Batch batch = batch_at(w, in, first);
       unpack<BITS>(w, batch, blocks, codes);
       for (int64_t token = 0; token < in.tokens; token += kTile) {
-        settle();
+        compiler_barrier();
         const bool wide = multiply<BITS>(codes, batch, in, token, dots);
-        settle();
+        compiler_barrier();
         adder_of(batch, in, wide)(w, in, batch, blocks, token, dots, totals);
       }
     }
@@ -227,7 +227,7 @@ void rows_by_token(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y,
 }
 
 void amx_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end) {
-  if (!in.apart) return avx512vnni_kernels()->integer_rows(w, in, y, begin, end);
+  if (in.layout == Layout::kTiles) return avx512vnni_kernels()->integer_rows(w, in, y, begin, end);
   if (w.bits == 4) return rows_by_token<4>(w, in, y, begin, end);
   return rows_by_token<8>(w, in, y, begin, end);
 }
@@ -268,41 +268,37 @@ void multiply_split(const uint16_t* const (&w)[2], const SplitInput& split, cons
 }
 #undef QWENRT_MULTIPLY_TOKENS
 
-// A tile of sums to rows [row, row + kTile) of y, turned.
-void store_turned(const float (&sums)[kTile][kTile], const float* bias, float* y, int64_t count, int64_t out_features,
-                  int64_t row) {
+// A tile of sums to rows [row, row + kTile) of `count` tokens from `token` on, turned.
+void store_turned(const float (&sums)[kTile][kTile], const DenseProduct& m, int64_t token, int64_t count, int64_t row) {
   alignas(64) static constexpr int32_t places[kTile] = {0,   16,  32,  48,  64,  80,  96,  112,
                                                         128, 144, 160, 176, 192, 208, 224, 240};
-  const Floats more = bias ? load(bias + row) : all(0.0f);
+  const Floats bias = m.bias ? load(m.bias + row) : all(0.0f);
   for (int64_t t = 0; t < count; ++t) {
     const Floats rows = _mm512_i32gather_ps(_mm512_load_si512(places), &sums[0][t], 4);
-    _mm512_storeu_ps(y + t * out_features + row, add(rows, more));
+    _mm512_storeu_ps(m.y + (token + t) * m.out_features + row, add(rows, bias));
   }
 }
 
-void amx_split_rows(const uint16_t* w, const float* bias, const float* x, const SplitInput& split, float* y,
-                    int64_t tokens, int64_t out_features, int64_t in_features, int64_t begin, int64_t end) {
+void amx_split_rows(const DenseProduct& m, const SplitInput& split, int64_t begin, int64_t end) {
   const int64_t whole = begin + (end - begin) / kTile * kTile;
   Quarters quarters;
   configure<int(kTile)>();
   for (int64_t first = begin; first < whole; first += kSplitRows)  // they stay in the cache while all tokens pass
-    for (int64_t token = 0; token < tokens; token += 2 * kTile)
+    for (int64_t token = 0; token < m.tokens; token += 2 * kTile)
       for (int64_t row = first; row < whole && row < first + kSplitRows; row += 2 * kTile) {
         const int64_t rows[2] = {row, row + kTile < whole ? row + kTile : row};
-        const int64_t tiles[2] = {token, token + kTile < tokens ? token + kTile : token};
-        settle();
-        multiply_split({w + rows[0] * in_features, w + rows[1] * in_features}, split, tiles, in_features, quarters);
-        settle();
+        const int64_t tiles[2] = {token, token + kTile < m.tokens ? token + kTile : token};
+        compiler_barrier();
+        multiply_split({m.w + rows[0] * m.in_features, m.w + rows[1] * m.in_features}, split, tiles, m.in_features, quarters);
+        compiler_barrier();
         for (int r = 0; r < 1 + (rows[1] != row); ++r)
           for (int t = 0; t < 1 + (tiles[1] != token); ++t) {
-            const int64_t left = tokens - tiles[t];
-            store_turned(quarters.sums[r][t], bias, y + tiles[t] * out_features, left < kTile ? left : kTile,
-                         out_features, rows[r]);
+            const int64_t left = m.tokens - tiles[t];
+            store_turned(quarters.sums[r][t], m, tiles[t], left < kTile ? left : kTile, rows[r]);
           }
       }
   _tile_release();
-  if (whole < end)
-    avx512vnni_kernels()->dense16_rows(w, bias, x, y, tokens, out_features, in_features, 0, whole, end);
+  if (whole < end) avx512vnni_kernels()->dense16_rows(m, whole, end);
 }
 
 }  // namespace

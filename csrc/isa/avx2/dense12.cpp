@@ -1,12 +1,10 @@
 // AVX2 kernels of bfloat16 weights in 12 bits: a shuffle looks up the upper bytes, unpacking joins them with the lower ones.
-#include "linear/half.h"
 #include "isa/avx2/vectors.h"
+#include "linear/half.h"
 
 #ifdef QWENRT_X86
 
 namespace {
-
-INLINE __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 // The upper bytes, by code.
 INLINE __m256i palette_of(const QwenrtDense12& w) {
@@ -45,21 +43,21 @@ INLINE void ask_ahead(const uint8_t* chunk) {
 template <int TILE, int STREAMS, bool ONCE>
 void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, int64_t first, int64_t stride) {
   constexpr int CHAINS = TILE == 1 ? 2 : 1;
-  const int64_t row_bytes = chunks_of(w) * QWENRT_CHUNK_BYTES, apart = stride * row_bytes, x_apart = apart12(w);
+  const int64_t row_bytes = chunks_of(w) * QWENRT_CHUNK_BYTES, distance = stride * row_bytes, x_stride = token_stride12(w);
   const __m256i palette = palette_of(w), upper_halves = _mm256_set1_epi32(int(0xffff0000));
   __m256 acc[CHAINS][STREAMS][TILE];
   UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = _mm256_setzero_ps(); }); }); });
   const uint8_t* chunk = w.chunks + first * row_bytes;
   const float* in[TILE];
-  UNROLL(TILE, t, { in[t] = x + t * x_apart; });
+  UNROLL(TILE, t, { in[t] = x + t * x_stride; });
   for (int64_t rest = chunks_of(w); rest > 0; --rest) {
     UNROLL(STREAMS, s, {
-      const uint8_t* const own = chunk + s * apart;
-      if constexpr (TILE == 1) ask_ahead<ONCE>(own);
-      const __m256i codes = load256(own);
+      const uint8_t* const row = chunk + s * distance;
+      if constexpr (TILE == 1) ask_ahead<ONCE>(row);
+      const __m256i codes = load256(row);
       UNROLL(2, h, {
         __m256i words[2];
-        join_bytes<h>(own, codes, palette, words);
+        join_bytes<h>(row, codes, palette, words);
         UNROLL(4, j, {
           const __m256i one = j % 2 ? _mm256_and_si256(words[j / 2], upper_halves) : _mm256_slli_epi32(words[j / 2], 16);
           UNROLL(TILE, t, {
@@ -74,8 +72,8 @@ void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, i
   }
   UNROLL(STREAMS, s, {
     UNROLL(TILE, t, {
-      const __m256 all = CHAINS == 2 ? _mm256_add_ps(acc[0][s][t], acc[CHAINS - 1][s][t]) : acc[0][s][t];
-      store_sum(w, sum8(all), x + t * x_apart, y + t * w.out_features, first + s * stride);
+      const __m256 together = CHAINS == 2 ? _mm256_add_ps(acc[0][s][t], acc[CHAINS - 1][s][t]) : acc[0][s][t];
+      store_sum(w, sum(together), x + t * x_stride, y + t * w.out_features, first + s * stride);
     });
   });
 }
@@ -87,24 +85,21 @@ void dense12_tile(const QwenrtDense12& w, const float* x, float* y, int64_t begi
   for (int64_t n = begin + stride * STREAMS; n < end; ++n) dense12_rows_times_tile<TILE, 1, ONCE>(w, x, y, n, 0);
 }
 
-constexpr int64_t kMostTokens = 4;    // of one tile
 constexpr int64_t kRowsInCache = 24;  // for the next tile
 
 }  // namespace
 
 void avx2_dense12_rows(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin, int64_t end) {
-  const int64_t step = tokens > kMostTokens ? kRowsInCache : end - begin;
+  const int64_t step = tokens > 4 ? kRowsInCache : end - begin;
   for (; begin < end; begin += step) {
     const int64_t last = begin + step < end ? begin + step : end;
-    int64_t tiles = (tokens + kMostTokens - 1) / kMostTokens;
-    for (int64_t t = 0; t < tokens; --tiles) {
-      const int64_t tile = (tokens - t + tiles - 1) / tiles;  // all as equal as can be
+    for (int64_t t = 0, tile; t < tokens; t += tile) {
+      tile = dense_tile_of(tokens - t);
       const auto run = tile == 1   ? (hint_once() ? dense12_tile<1, 4, true> : dense12_tile<1, 4>)
                        : tile == 2 ? dense12_tile<2, 4>
                        : tile == 3 ? dense12_tile<3, 4>
                                    : dense12_tile<4, 3>;
-      run(w, x + t * apart12(w), y + t * w.out_features, begin, last);
-      t += tile;
+      run(w, x + t * token_stride12(w), y + t * w.out_features, begin, last);
     }
   }
 }
@@ -121,8 +116,8 @@ void avx2_unpack12(const QwenrtDense12& w, int64_t row, uint16_t* out) {
       __m256i words[2];
       join_bytes<h>(chunk, codes, palette, words);
       UNROLL(2, j, {
-        const __m256i apart = _mm256_shuffle_epi8(words[j], _mm256_broadcastsi128_si256(every_other));
-        const __m256i in_order = _mm256_permute4x64_epi64(apart, 0xd8);
+        const __m256i pairs = _mm256_shuffle_epi8(words[j], _mm256_broadcastsi128_si256(every_other));
+        const __m256i in_order = _mm256_permute4x64_epi64(pairs, 0xd8);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h + 16 * j), in_order);
       });
     });

@@ -2,7 +2,7 @@
 // of two int16 with its neighbour is one instruction, as eight in float32 are, and adds up sixteen.
 //
 // 14 bits each, as float16 has 11: a row's weights of a slab share a scale, and a token's activations of kFixedBlock inputs,
-// whose products then fit in int32. Internal linkage: included by dense.cpp alone.
+// whose products then fit in int32. Internal linkage: included by panels.cpp alone.
 #pragma once
 #include "isa/avx2/vectors.h"
 
@@ -11,13 +11,6 @@ namespace {
 constexpr int64_t kPanel = 16;                  // rows of one panel: two vectors
 constexpr int64_t kSlabPairs = kDenseSlab / 2;  // of inputs
 constexpr int64_t kBlockPairs = kFixedBlock / 2;
-
-template <bool HALF>
-inline __m256 load16(const uint16_t* p) {
-  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  if (HALF) return _mm256_cvtph_ps(raw);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
-}
 
 // A slab of a panel in fixed point.
 struct FixedPanel {
@@ -52,8 +45,7 @@ INLINE __m256i size_of(__m256i words) { return _mm256_and_si256(words, _mm256_se
 // Bits of the largest of `count` weights of a row, a multiple of 16; 16-bit floats are in the order of their bits.
 inline uint16_t largest_bits(const uint16_t* row, int64_t count) {
   __m256i most = _mm256_setzero_si256();
-  for (int64_t k = 0; k < count; k += 16)
-    most = _mm256_max_epi16(most, size_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k))));
+  for (int64_t k = 0; k < count; k += 16) most = _mm256_max_epi16(most, size_of(load256(row + k)));
   const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
   const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));  // there is no _mm_maxpos
   return uint16_t(~_mm_cvtsi128_si32(least));
@@ -64,7 +56,7 @@ inline bool many_below(const uint16_t* row, int64_t count, uint16_t bits) {
   __m256i small = _mm256_setzero_si256();
   const __m256i zero = _mm256_setzero_si256(), limit = _mm256_set1_epi16(int16_t(bits));
   for (int64_t k = 0; k < count; k += 16) {
-    const __m256i size = size_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k)));
+    const __m256i size = size_of(load256(row + k));
     small = _mm256_sub_epi16(small, _mm256_and_si256(_mm256_cmpgt_epi16(limit, size), _mm256_cmpgt_epi16(size, zero)));
   }
   const __m256i twos = _mm256_madd_epi16(small, _mm256_set1_epi16(1));
@@ -74,17 +66,11 @@ inline bool many_below(const uint16_t* row, int64_t count, uint16_t bits) {
   return int64_t(_mm_cvtsi128_si32(four)) * 4 >= count;
 }
 
-template <bool HALF>
-inline float value_of(uint16_t bits) {
-  alignas(16) const uint16_t lanes[8] = {bits};
-  return _mm256_cvtss_f32(load16<HALF>(lanes));
-}
-
 // The largest of a row's weights of a slab, or a negative number where 14 bits would make too little of them.
 template <bool HALF>
 inline float fixed_largest(const uint16_t* row, int64_t count) {
   const uint16_t bits = largest_bits(row, count);
-  const float largest = value_of<HALF>(bits);
+  const float largest = value16<HALF>(&bits);
   if (largest == 0) return 0;
   if (!(largest >= kSmallestActivation && largest <= kLargestFixed)) return -1;
   static_assert(kFixedFar == 1 << 7, "so many times smaller is an exponent smaller by seven");

@@ -33,24 +33,60 @@ INLINE __m256i broadcast(const int32_t* x) {
   return all;
 }
 
-// Row blocks that are read at once: STREAMS of them, `apart` words from each other.
+// Scales and zeros of the next group of row blocks that are `stride` groups from each other.
+struct GroupScales {
+  const char* scale;
+  int64_t scale_bytes, scale_stride;
+  const uint16_t* zero;
+  int64_t zero_stride;
+  bool in_scales;  // where `zero` points then
+  __m256 all_zeros;
+
+  INLINE GroupScales(const QwenrtQuantMatrix& w, int64_t first, int64_t stride) {
+    scale_bytes = QWENRT_BLOCK * (w.scales_are_float ? 4 : 2);
+    scale = static_cast<const char*>(w.scales) + first * scale_bytes;
+    scale_stride = stride * scale_bytes;
+    in_scales = !w.zeros && w.zero == QWENRT_ZEROS_IN_SCALES;
+    const uint16_t* const zeros = in_scales ? static_cast<const uint16_t*>(w.scales) : w.zeros;
+    zero = zeros ? zeros + first * QWENRT_BLOCK : nullptr;
+    zero_stride = stride * QWENRT_BLOCK;
+    all_zeros = _mm256_set1_ps(float(w.zero));
+  }
+  INLINE __m256 scales(int s) const {
+    const char* at = scale + s * scale_stride;
+    if (scale_bytes == QWENRT_BLOCK * 4) return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+  INLINE __m256 zeros(int s) const {
+    if (!zero) return all_zeros;
+    __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + s * zero_stride));
+    if (in_scales) zeros = _mm_and_si128(zeros, _mm_set1_epi16(15));
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(zeros));
+  }
+  INLINE void advance() {
+    scale += scale_bytes;
+    if (zero) zero += QWENRT_BLOCK;
+  }
+};
+
+// Row blocks that are read at once: STREAMS of them, `stride` words from each other.
 template <int STREAMS>
 struct Streams {
   const uint32_t* first;
-  int64_t apart;
+  int64_t stride;
   bool once;  // a constant where they are asked for: as of ask_for
 
-  INLINE Streams ahead(int64_t words) const { return {first + words, apart, once}; }
-  INLINE Streams<1> only(int s) const { return {first + s * apart, 0, once}; }
+  INLINE Streams ahead(int64_t words) const { return {first + words, stride, once}; }
+  INLINE Streams<1> only(int s) const { return {first + s * stride, 0, once}; }
   INLINE __m256i load(int s) const {
     __m256i word;
-    asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(first + s * apart)));
+    asm("vmovdqu %1, %0" : "=x"(word) : "m"(*reinterpret_cast<const __m256i_u*>(first + s * stride)));
     return word;
   }
   // Asks for the line `bytes` further on: a core's own guesses do not keep enough of them on their way.
   INLINE void ask(int64_t bytes) const {
     UNROLL(STREAMS, s, {
-      const char* const line = reinterpret_cast<const char*>(first + s * apart) + bytes;
+      const char* const line = reinterpret_cast<const char*>(first + s * stride) + bytes;
       if (once) ask_for<true>(line);
       else ask_for<false>(line);
     });
@@ -308,10 +344,10 @@ template <int TILE, int STREAMS>
 INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const float* totals, float* y,
                        int64_t row_block, int64_t stride, int64_t tile) {
   UNROLL(STREAMS, s, {
+    const int64_t block = row_block + s * stride;
     UNROLL(TILE, t, {
       if (tile * TILE + t < in.tokens)
-        store_rows(w, y + (tile * TILE + t) * w.out_features, _mm256_load_ps(totals + (s * TILE + t) * QWENRT_BLOCK),
-                   (row_block + s * stride) * QWENRT_BLOCK);
+        store_rows(w, y + (tile * TILE + t) * w.out_features, _mm256_load_ps(totals + (s * TILE + t) * QWENRT_BLOCK), &block);
     });
   });
 }
@@ -396,8 +432,7 @@ void avx2_integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float
   return whole ? rows_of<4, true>(w, in, y, begin, end) : rows_of<4, false>(w, in, y, begin, end);
 }
 
-int avx2_round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
-                     float* scale, int32_t* sum) {
+BlockKind avx2_round_block(const float* x, int64_t n, int bits, NarrowRule narrow, RoundedBlock& out) {
   // The bits of |x| are in the order of |x|, with infinity and then NaN above all numbers.
   __m256i most = _mm256_setzero_si256();
   __m256 totals = _mm256_setzero_ps();
@@ -408,13 +443,14 @@ int avx2_round_block(const float* x, int64_t n, int bits, float narrow, float ou
     totals = _mm256_add_ps(totals, _mm256_castsi256_ps(bits_of));
   }
   const float largest = _mm_cvtss_f32(_mm_castsi128_ps(fold(most, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); })));
-  if (!(largest <= kLargestActivation)) return 0;
+  if (!(largest <= kLargestActivation)) return BlockKind::kNotFinite;
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   const float total = _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-  const bool wide = largest > narrow || largest * float(n) > outlier * total, zeros = largest < kSmallestActivation;
+  const bool wide = largest > narrow.largest || largest * float(n) > narrow.to_mean * total;
+  const bool zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
-  *scale = zeros ? 0.0f : largest / limit;
+  out.scale = zeros ? 0.0f : largest / limit;
   const __m256 inverse = _mm256_set1_ps(zeros ? 0.0f : limit / largest);
   alignas(32) int32_t q[kPairBlock];
   __m256i all = _mm256_setzero_si256();
@@ -423,11 +459,11 @@ int avx2_round_block(const float* x, int64_t n, int bits, float narrow, float ou
     _mm256_store_si256(reinterpret_cast<__m256i*>(q + i), rounded);
     all = _mm256_add_epi32(all, rounded);
   }
-  *sum = _mm_cvtsi128_si32(fold(all, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
-  if (bits == 8) place_pairs(q, n, low);
-  else if (n == kByteBlock) place_byte_block(q, wide, low, high);
-  else if (wide) place_wide(q, n, bits, low, high);
-  else place_bytes(q, n, bits, low);
-  return bits == 8 || !wide ? 1 : 2;
+  out.sum = _mm_cvtsi128_si32(fold(all, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+  if (bits == 8) place_pairs(q, n, out.low);
+  else if (n == kByteBlock) place_byte_block(q, wide, out.low, out.high);
+  else if (wide) place_wide(q, n, bits, out.low, out.high);
+  else place_bytes(q, n, bits, out.low);
+  return bits == 8 || !wide ? BlockKind::kNarrow : BlockKind::kWide;
 }
 #endif

@@ -9,18 +9,20 @@
 namespace {
 
 // AVX2's is as fast for 4-bit codes; beside 8-bit ones it gives pairs.
-int round_for_bytes(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
-                    float* scale, int32_t* sum) {
+BlockKind round_for_bytes(const float* x, int64_t n, int bits, NarrowRule narrow, RoundedBlock& out) {
   const auto round = bits == 4 ? avx2_kernels()->round_block : round_block;
-  return round(x, n, bits, narrow, outlier, low, high, scale, sum);
+  return round(x, n, bits, narrow, out);
 }
 
 }  // namespace
 
 const Kernels* avx512vnni_kernels() {
-  static const Kernels kernels = {
-      "avx512vnni", quant_rows, dense16_rows, nullptr, nullptr, round_for_bytes, integer_rows,
-      avx2_kernels()->dense12_rows, avx2_kernels()->unpack12, 0, 0, 0};
+  static const Kernels kernels = [] {
+    Kernels made{"avx512vnni", quant_rows, dense16_rows, round_for_bytes, integer_rows};
+    made.dense12_rows = avx2_kernels()->dense12_rows;
+    made.unpack12 = avx2_kernels()->unpack12;
+    return made;
+  }();
   return &kernels;
 }
 #endif

@@ -12,13 +12,17 @@ using Words = __m512i;
 
 constexpr int kBlocks = 2;
 constexpr int kMostChains = 4;
-constexpr int kDenseRows4 = 4;  // rows beside 4 tokens: 16 of the 32 registers hold sums
+constexpr int kVectors16 = 1;
+template <int TILE>
+constexpr int kDenseRows = 4;  // beside 4 tokens, 16 of the 32 registers hold sums
+
+// The tokens of the next tile of a dense linear.
+INLINE int64_t dense_tile_of(int64_t tokens) { return tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1; }
 
 INLINE Floats all(float x) { return _mm512_set1_ps(x); }
 INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
-INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Floats subtract_product(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
 
 INLINE Words join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
@@ -47,11 +51,14 @@ INLINE Floats code_at(Words word) {
   else return _mm512_cvtepi32_ps(_mm512_and_si512(word, _mm512_set1_epi32(((1 << BITS) - 1) << (BITS * J))));
 }
 
-// 16 values of 16 bits: float16, or bfloat16.
-template <bool HALF>
-INLINE Floats load16(const uint16_t* p) {
-  if constexpr (HALF) return _mm512_cvtph_ps(load256(p));
-  else return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+// 16 values a vector: float16, or bfloat16.
+template <bool HALF, int N>
+INLINE void load16(const uint16_t* p, Floats (&values)[N]) {
+  UNROLL(N, i, {
+    const __m256i raw = load256(p + 16 * i);
+    if constexpr (HALF) values[i] = _mm512_cvtph_ps(raw);
+    else values[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  });
 }
 
 template <bool HALF>
@@ -103,7 +110,6 @@ INLINE Words all_words(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 INLINE Ints times_256(Ints a) { return _mm512_slli_epi32(a, 8); }
 INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
-INLINE Floats subtract_product(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }
 
 template <int BITS, int P>
 INLINE Words bytes_at(Words word) {

@@ -7,7 +7,7 @@
 #include "linear/integer_body.h"
 
 const Kernels* neon_kernels() {
-  static const Kernels kernels = {"neon", quant_rows, dense16_rows, nullptr, nullptr, round_block, integer_rows, nullptr, nullptr, 0, 0, 0};
+  static const Kernels kernels = {"neon", quant_rows, dense16_rows, round_block, integer_rows};
   return &kernels;
 }
 #endif

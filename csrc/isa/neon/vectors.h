@@ -1,6 +1,7 @@
 // Floats and Words of linear/linear_body.h for NEON: the 8 rows of one block in two registers.
 #pragma once
 #include "isa/linear_kernels.h"
+#include "isa/unroll.h"
 #include "isa/vector.h"
 
 namespace {
@@ -12,7 +13,16 @@ struct Words {
 
 constexpr int kBlocks = 1;
 constexpr int kMostChains = 2;
-constexpr int kDenseRows4 = 2;  // rows beside 4 tokens: 16 of the 32 registers hold sums
+constexpr int kVectors16 = 1;
+template <int TILE>
+constexpr int kDenseRows = TILE == 4 ? 2 : 4;  // beside 4 tokens, 16 of the 32 registers hold sums
+
+// The tokens of the next tile of a dense linear.
+INLINE int64_t dense_tile_of(int64_t tokens) { return tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1; }
+
+INLINE Floats subtract_product(Floats c, Floats a, Floats b) {
+  return {vfmsq_f32(c.low, a.low, b.low), vfmsq_f32(c.high, a.high, b.high)};
+}
 
 INLINE Words load_words(const uint32_t* const* blocks, int64_t offset) {
   return {vld1q_u32(blocks[0] + offset), vld1q_u32(blocks[0] + offset + 4)};
@@ -36,6 +46,11 @@ INLINE Floats load16(const uint16_t* p) {
   if constexpr (HALF)
     return {vcvt_f32_f16(vreinterpret_f16_u16(low)), vcvt_f32_f16(vreinterpret_f16_u16(high))};
   else return {vreinterpretq_f32_u32(vshll_n_u16(low, 16)), vreinterpretq_f32_u32(vshll_n_u16(high, 16))};
+}
+
+template <bool HALF, int N>
+INLINE void load16(const uint16_t* p, Floats (&values)[N]) {
+  UNROLL(N, i, { values[i] = load16<HALF>(p + 8 * i); });
 }
 
 template <bool HALF>
@@ -83,9 +98,6 @@ INLINE Ints all_ints(int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
 INLINE Ints add(Ints a, Ints b) { return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)}; }
 INLINE Ints times_256(Ints a) { return {vshlq_n_s32(a.low, 8), vshlq_n_s32(a.high, 8)}; }
 INLINE Floats to_floats(Ints a) { return {vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)}; }
-INLINE Floats subtract_product(Floats c, Floats a, Floats b) {
-  return {vfmsq_f32(c.low, a.low, b.low), vfmsq_f32(c.high, a.high, b.high)};
-}
 
 template <int BITS, int P>
 INLINE uint32x4_t four_bytes_at(uint32x4_t word) {

@@ -47,46 +47,45 @@ void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int6
   }
 }
 
-void dense16_rows(const uint16_t* w, const float* bias, const float* x, float* y, int64_t tokens, int64_t out_features,
-                  int64_t in_features, int is_half, int64_t begin, int64_t end) {
+void dense16_rows(const DenseProduct& m, int64_t begin, int64_t end) {
   constexpr int64_t kTile = 8;
   for (int64_t n = begin; n < end; ++n) {
-    const uint16_t* row = w + n * in_features;
-    for (int64_t first = 0; first < tokens; first += kTile) {
-      const int64_t tile = tokens - first < kTile ? tokens - first : kTile;
+    const uint16_t* row = m.w + n * m.in_features;
+    for (int64_t first = 0; first < m.tokens; first += kTile) {
+      const int64_t tile = m.tokens - first < kTile ? m.tokens - first : kTile;
       float part[kTile][4] = {};
-      for (int64_t k = 0; k < in_features; ++k) {
-        const float value = is_half ? half_to_float(row[k]) : from_bits(uint32_t(row[k]) << 16);
-        for (int64_t t = 0; t < tile; ++t) part[t][k & 3] += value * x[(first + t) * in_features + k];
+      for (int64_t k = 0; k < m.in_features; ++k) {
+        const float value = m.is_half ? half_to_float(row[k]) : from_bits(uint32_t(row[k]) << 16);
+        for (int64_t t = 0; t < tile; ++t) part[t][k & 3] += value * m.x[(first + t) * m.in_features + k];
       }
       for (int64_t t = 0; t < tile; ++t) {
         const float sum = (part[t][0] + part[t][1]) + (part[t][2] + part[t][3]);
-        y[(first + t) * out_features + n] = bias ? sum + bias[n] : sum;
+        m.y[(first + t) * m.out_features + n] = m.bias ? sum + m.bias[n] : sum;
       }
     }
   }
 }
 
-int round_block(const float* x, int64_t n, int bits, float narrow, float outlier, int32_t* low, int32_t* high,
-                float* scale, int32_t* sum) {
+BlockKind round_block(const float* x, int64_t n, int bits, NarrowRule narrow, RoundedBlock& out) {
   float largest = 0, lanes[8] = {};
   for (int64_t i = 0; i < n; ++i) {
     const float magnitude = fabsf(x[i]);
-    if (!(magnitude <= kLargestActivation)) return 0;  // NaN is not either
+    if (!(magnitude <= kLargestActivation)) return BlockKind::kNotFinite;  // NaN is not either
     if (magnitude > largest) largest = magnitude;
     lanes[i % 8] += magnitude;
   }
   const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  const bool wide = largest > narrow || largest * float(n) > outlier * total, zeros = largest < kSmallestActivation;
+  const bool wide = largest > narrow.largest || largest * float(n) > narrow.to_mean * total;
+  const bool zeros = largest < kSmallestActivation;
   const float limit = wide ? kWideLimit : kNarrowLimit;
-  *scale = zeros ? 0.0f : largest / limit;
+  out.scale = zeros ? 0.0f : largest / limit;
   const float inverse = zeros ? 0.0f : limit / largest;
   int32_t q[kPairBlock], all = 0;
   for (int64_t i = 0; i < n; ++i) all += q[i] = int32_t(lrintf(x[i] * inverse));
-  *sum = all;
-  if (wide) place_wide(q, n, bits, low, high);
-  else place_bytes(q, n, bits, low);
-  return wide ? 2 : 1;
+  out.sum = all;
+  if (wide) place_wide(q, n, bits, out.low, out.high);
+  else place_bytes(q, n, bits, out.low);
+  return wide ? BlockKind::kWide : BlockKind::kNarrow;
 }
 
 // Sum of codes * activations over words [0, count) of one row and one token, from `low` or from `high`.
@@ -134,6 +133,6 @@ void integer_rows(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, 
 }  // namespace
 
 const Kernels* scalar_kernels() {
-  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, nullptr, nullptr, round_block, integer_rows, nullptr, nullptr, 0, 0, 0};
+  static const Kernels kernels = {"scalar", quant_rows, dense16_rows, round_block, integer_rows};
   return &kernels;
 }

@@ -1,6 +1,6 @@
-// A stack of decoder layers in one call against the ops it is made of, called one by one through the C ABI, with every
+// A forward pass through decoder layers in one call against the ops it is made of, called one by one through the C ABI, with every
 // instruction set that runs here: the same bits. Experts against plain loops over the same linears.
-#include "abi/qwenrt_decoder.h"
+#include "abi/qwenrt_forward.h"
 #include "check.h"
 
 namespace {
@@ -33,12 +33,12 @@ struct Weight {
       inputs.resize(size_t(first.back())), halves.resize(size_t(first.back()));
       dense12.inputs = inputs.data(), dense12.weights = halves.data();
       CHECK(qwenrt_dense12_pack_others(with, w.data(), &dense12) == QWENRT_OK, "pack others");
-      linear.dense12 = &dense12;
+      linear.kind = QWENRT_DENSE12, linear.matrix = &dense12;
       return linear;
     }
     if (bits == 16) {
       for (int64_t i = 0; i < n * k; ++i) halves.push_back(uint16_t((random.bits() & 0x807f) | 0x3d80));  // bfloat16
-      linear.dense = halves.data(), linear.bias = bias.data();
+      linear.kind = QWENRT_DENSE_BFLOAT16, linear.matrix = halves.data(), linear.bias = bias.data();
       return linear;
     }
     const int64_t group = 16, groups = (k + group - 1) / group, blocks = (n + QWENRT_BLOCK - 1) / QWENRT_BLOCK;
@@ -51,7 +51,7 @@ struct Weight {
     matrix.words = words.data(), matrix.scales = halves.data(), matrix.bias = bias.data();
     matrix.out_features = n, matrix.in_features = k, matrix.groups = groups, matrix.group_size = group;
     matrix.bits = bits, matrix.zero = 1 << (bits - 1);
-    linear.quant = &matrix;
+    linear.kind = QWENRT_QUANTIZED, linear.matrix = &matrix;
     return linear;
   }
 
@@ -63,29 +63,26 @@ struct Weight {
       parts.push_back(owned[i].make(n, k, i % 3 == 0 ? 4 : i % 3 == 1 ? 16 : 12, random, activations));
       linear.out_features += n;
     }
-    linear.in_features = k, linear.parts = parts.data(), linear.part_count = int64_t(parts.size());
+    linear.kind = QWENRT_PARTS;
+    linear.in_features = k, linear.matrix = parts.data(), linear.part_count = int64_t(parts.size());
     return linear;
   }
 };
 
 std::vector<float> apply(const QwenrtLinear& w, const std::vector<float>& x, int64_t tokens) {
   std::vector<float> y(size_t(tokens * w.out_features), NAN);
-  if (w.part_count) {
+  if (w.kind == QWENRT_PARTS) {
+    const QwenrtLinear* const parts = static_cast<const QwenrtLinear*>(w.matrix);
     int64_t first = 0;
-    for (int64_t i = 0; i < w.part_count; first += w.parts[i++].out_features) {
-      const std::vector<float> part = apply(w.parts[i], x, tokens);
-      const int64_t n = w.parts[i].out_features;
+    for (int64_t i = 0; i < w.part_count; first += parts[i++].out_features) {
+      const std::vector<float> part = apply(parts[i], x, tokens);
+      const int64_t n = parts[i].out_features;
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t j = 0; j < n; ++j) y[size_t(t * w.out_features + first + j)] = part[size_t(t * n + j)];
     }
     return y;
   }
-  const int round = w.activations.kind != QWENRT_EXACT;  // as the stack lets its 16-bit linears
-  const int status = w.dense12 ? qwenrt_dense12_linear(with, w.dense12, x.data(), y.data(), tokens, round)
-                     : w.quant ? qwenrt_quant_linear(with, w.quant, x.data(), y.data(), tokens, &w.activations)
-                             : qwenrt_dense16_linear(with, w.dense, w.bias, x.data(), y.data(), tokens, w.out_features,
-                                                     w.in_features, int(w.is_half), round);
-  CHECK(status == QWENRT_OK, "a linear of %d rows", int(w.out_features));
+  CHECK(qwenrt_linear(with, &w, x.data(), y.data(), tokens) == QWENRT_OK, "a linear of %d rows", int(w.out_features));
   return y;
 }
 
@@ -190,17 +187,17 @@ struct Kv {
 // Two sequences that start: `tokens` and 2 of them.
 struct Step {
   int64_t tokens;
-  std::vector<int64_t> first, lens, tables{0, 8}, blocks, slots, due;
+  std::vector<int64_t> first, lens, tables{0, 8}, blocks, slots, logit_rows;
   std::vector<float> cos, sin;
   QwenrtSequences sequences{};
   QwenrtStep step{};
-  Step(int64_t longer, Random& random) : tokens(longer + 2), first{0, longer}, lens{longer, 2}, due{longer - 1, longer + 1} {
+  Step(int64_t longer, Random& random) : tokens(longer + 2), first{0, longer}, lens{longer, 2}, logit_rows{longer - 1, longer + 1} {
     for (int64_t i = 0; i < 16; ++i) blocks.push_back(15 - i);
     for (int64_t s = 0; s < 2; ++s)
       for (int64_t p = 0; p < lens[size_t(s)]; ++p) slots.push_back(blocks[size_t(tables[size_t(s)] + p / 4)] * 4 + p % 4);
     cos = random.floats(tokens * kDim), sin = random.floats(tokens * kDim);
     sequences = {2, first.data(), lens.data(), lens.data(), tables.data(), blocks.data()};
-    step = {&sequences, cos.data(), sin.data(), nullptr, slots.data(), kDim, tokens, due.data(), 2};
+    step = {&sequences, cos.data(), sin.data(), nullptr, slots.data(), kDim, tokens, logit_rows.data(), 2};
   }
 };
 
@@ -217,15 +214,15 @@ void attention_by_ops(const QwenrtLayer& l, const Step& s, Kv& kv, std::vector<f
   for (size_t i = 0; i < x.size(); ++i) x[i] += o[i];
 }
 
-// The head's logits of the tokens that are due, from what the layers left.
+// The head's logits of the tokens that are asked for, from what the layers left.
 void check_head(const QwenrtHead& head, const Step& s, const std::vector<float>& x, const std::vector<float>& logits) {
   std::vector<float> normed;
-  for (int64_t token : s.due) {
+  for (int64_t token : s.logit_rows) {
     std::vector<float> row(size_t{kHidden});
     qwenrt_rms_norm(with, x.data() + token * kHidden, head.norm, row.data(), 1, kHidden, head.eps);
     normed.insert(normed.end(), row.begin(), row.end());
   }
-  CHECK(apply(head.linear, normed, int64_t(s.due.size())) == logits, "%s: the head of %d tokens", qwenrt_isa(with), int(s.tokens));
+  CHECK(apply(head.linear, normed, int64_t(s.logit_rows.size())) == logits, "%s: the head of %d tokens", qwenrt_isa(with), int(s.tokens));
 }
 
 void test_stack(int64_t longer, int activations, bool with_experts) {
@@ -239,7 +236,7 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
     std::vector<QwenrtCache> caches;
     for (Kv& kv : fused) caches.push_back(kv.cache());
     std::vector<float> out = x, wanted = x, logits(2 * kVocabulary, NAN);
-    CHECK(qwenrt_decoder(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data()) == QWENRT_OK, "stack");
+    CHECK(qwenrt_forward(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data()) == QWENRT_OK, "stack");
     check_head(m.head, s, out, logits);
     for (size_t i = 0; i < 3; ++i) {
       const QwenrtLayer& l = m.layers[i];
@@ -278,7 +275,7 @@ void test_refusals() {
   float bad = 0;
   const auto run = [&] {
     out = x, out[size_t(2 * kHidden + 1)] += bad;
-    return qwenrt_decoder(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data());
+    return qwenrt_forward(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data());
   };
   CHECK(run() == QWENRT_OK, "as it is");
   for (int64_t top_k : {0, 8}) {
@@ -291,14 +288,11 @@ void test_refusals() {
   CHECK(run() == QWENRT_NOT_FINITE, "NaN");
   bad = 0;
   CHECK(run() == QWENRT_OK, "finite again");
-  s.step.due_count = s.tokens + 1;
-  CHECK(run() == QWENRT_BAD_ARGUMENT, "more due than there are");
-  s.step.due_count = 0;
+  s.step.logit_row_count = s.tokens + 1;
+  CHECK(run() == QWENRT_BAD_ARGUMENT, "more logit rows than tokens");
+  s.step.logit_row_count = 0;
   logits.assign(logits.size(), 7);
-  CHECK(run() == QWENRT_OK && logits[0] == 7, "none due");
-  s.step.due_count = 2, m.head.linear.part_count = 1;
-  CHECK(run() == QWENRT_BAD_ARGUMENT, "a head of parts");
-  m.head.linear.part_count = 0;
+  CHECK(run() == QWENRT_OK && logits[0] == 7, "no logit rows");
   m.layers[0].experts = &m.mixture;
   s.step.tokens = 0;
   CHECK(run() == QWENRT_BAD_ARGUMENT, "no tokens");
@@ -313,7 +307,7 @@ int main(int count, char** arguments) {
     for (int activations : {QWENRT_EXACT, QWENRT_INT16, QWENRT_INT8})
       for (bool with_experts : {false, true}) test_stack(longer, activations, with_experts);
   test_refusals();
-  printf("decoders:");
+  printf("forwards:");
   for (int i = 0; qwenrt_isa_at(i); ++i) printf(" %s", qwenrt_isa_at(i));
   printf(": ok\n");
   return 0;

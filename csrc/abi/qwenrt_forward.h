@@ -1,21 +1,6 @@
-// The C ABI of a whole stack of decoder layers: what a step does between the embedding and the sampler, in one call.
+// The C ABI of a forward pass through all decoder layers: what a step does between the embedding and the sampler.
 #pragma once
 #include "abi/qwenrt_layer.h"
-
-// One linear: quantised where `quant` is given; in 12 bits where `dense12` is; of several parts where `parts` are; else
-// `dense` [out_features][in_features] as of qwenrt_dense16_linear.
-typedef struct QwenrtLinear {
-  const QwenrtQuantMatrix* quant;
-  const QwenrtDense12* dense12;
-  const uint16_t* dense;
-  const float* bias;                 // of a dense one
-  const struct QwenrtLinear* parts;  // linears of the same inputs; their outputs follow each other
-  int64_t part_count;
-  int64_t out_features;
-  int64_t in_features;
-  int64_t is_half;
-  QwenrtActivations activations;  // of a dense one: whether it may be rounded
-} QwenrtLinear;
 
 // A mixture of experts, as `route` and `norm_moe_add` of the Python package define it: a token's result is the sum of
 // its `top_k` best experts, added in the order of their numbers, and of the shared one.
@@ -56,8 +41,8 @@ typedef struct {
   const int64_t* slots;
   int64_t rotary_dim;
   int64_t tokens;
-  const int64_t* due;  // [due_count]: the tokens whose logits are asked for
-  int64_t due_count;
+  const int64_t* logit_rows;  // [logit_row_count]: the tokens whose logits are asked for
+  int64_t logit_row_count;
 } QwenrtStep;
 
 // What follows the layers.
@@ -68,7 +53,7 @@ typedef struct {
 } QwenrtHead;
 
 // x [tokens][hidden]: layers [0, count) in turn, each with its cache, leave the residual stream in its place; then, of the
-// tokens that are due, logits [due_count][out_features of the head]; head and logits may be NULL where none is.
+// step's logit rows, logits [logit_row_count][out_features of the head]; head and logits may be NULL where there are none.
 // Returns what the first op that fails does; x, logits and the slots of the step's tokens then hold anything.
-QWENRT_API int qwenrt_decoder(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count, const QwenrtHead* head,
-                              const QwenrtStep* step, float* x, float* logits);
+QWENRT_API int qwenrt_forward(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count,
+                              const QwenrtHead* head, const QwenrtStep* step, float* x, float* logits);

@@ -1,5 +1,6 @@
-// Which blocks of a token's activations rounding would make too little of, with one scale for all of a block: those with a
-// value far above the token's others, beside which many of the block's are far smaller. W may make much of these.
+// Blocks of a token's activations that one scale for all of a block does not serve: those with an outlier, a value far above
+// the token's others, beside which many of the block's are far smaller and would lose their digits. W may make much of
+// these, so what rounding leaves of such a block, its residual, is multiplied as well.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -20,13 +21,13 @@ Number total_of(const float* x, int64_t n, Of f) {
 }
 
 // The bits of |x| are in its order, infinity and then NaN above all numbers.
-inline int32_t size_of(float x) {
+static inline int32_t size_of(float x) {
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits & 0x7fffffff;
 }
 
-inline float largest_of(const float* x, int64_t n) {
+static inline float largest_of(const float* x, int64_t n) {
   int32_t most = 0;
   for (int64_t i = 0; i < n; ++i) most = std::max(most, size_of(x[i]));
   float largest;
@@ -34,15 +35,15 @@ inline float largest_of(const float* x, int64_t n) {
   return largest;
 }
 
-// Above what a value is far above the others: so many times their mean.
-inline float massive_from(const float* x, int64_t n, float times) {
+// Above which a value is an outlier: so many times the mean.
+static inline float outlier_from(const float* x, int64_t n, float times) {
   return total_of<float>(x, n, [](float value) { return fabsf(value); }) * (times / float(n));
 }
 
-// Whether a value is above `massive` and a quarter of the block, zeros aside, is more than `far` times smaller.
-inline bool is_uneven(const float* x, int64_t n, float massive, float far) {
+// Whether a value is above `outlier` and a quarter of the block, zeros aside, is more than `far` times smaller.
+static inline bool needs_residual(const float* x, int64_t n, float outlier, float far) {
   const float largest = largest_of(x, n);
-  if (!(largest > massive)) return false;
+  if (!(largest > outlier)) return false;
   const int32_t much = size_of(largest / far);
   int32_t small = 0;
   for (int64_t i = 0; i < n; ++i) small += (size_of(x[i]) > 0) & (size_of(x[i]) < much);
