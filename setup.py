@@ -27,44 +27,14 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
 AMX = [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 NEON = ["-fno-schedule-insns"]  # gcc's first scheduling has more values alive than there are registers
-# Machine -> its instruction sets and their flags, each for CPUs that run those before it as well.
+# Machine -> its instruction sets and their flags, each for CPUs that run those before it as well. A set has a folder in
+# csrc/isa/, and its flags reach the files of that folder alone: all other code runs before the CPU was asked.
 SETS = {
-    "x86_64": {"avx2": AVX2, "avx512vnni": AVX512, "amx": AMX},
+    "x86_64": {"avx2": AVX2, "avx512": AVX512, "amx": AMX},
     "aarch64": {"neon": NEON, "neondot": [*NEON, "-march=armv8.2-a+dotprod"]},
 }
-SOURCES = {  # file -> its instruction set, if any: no flag may reach code that is run before the CPU was asked
-    "api.cpp": "",
-    "pack.cpp": "",
-    "dispatch.cpp": "",
-    "thread_pool.cpp": "",
-    "mapped_files.cpp": "",
-    "kernels_scalar.cpp": "",
-    "dense_linear.cpp": "",
-    "dense12.cpp": "",
-    "integer_linear.cpp": "",
-    "attention.cpp": "",
-    "elementwise.cpp": "",
-    "decoder.cpp": "",
-    "quantize.cpp": "",
-    "quantize_scalar.cpp": "",
-    "experts.cpp": "",
-    "sampling.cpp": "",
-    "layer_scalar.cpp": "",
-    "kernels_avx2.cpp": "avx2",
-    "kernels_avx2_dense.cpp": "avx2",
-    "kernels_avx2_dense12.cpp": "avx2",
-    "kernels_avx2_integer.cpp": "avx2",
-    "layer_avx2.cpp": "avx2",
-    "quantize_avx2.cpp": "avx2",
-    "kernels_avx512.cpp": "avx512vnni",
-    "kernels_amx.cpp": "amx",
-    "kernels_neon.cpp": "neon",
-    "layer_neon.cpp": "neon",
-    "quantize_neon.cpp": "neon",
-    "kernels_neondot.cpp": "neondot",
-}
-# Their results are those of torch bit for bit, which has no products fused with sums.
-UNFUSED = ("quantize_scalar.cpp", "quantize_avx2.cpp", "quantize_neon.cpp")
+# Its results are those of torch bit for bit, which has no products fused with sums.
+UNFUSED = "quantize_group.cpp"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 LIBRARY = Path("qwenrt", "backends", "cpu", f"_qwenrt_cpu{SUFFIX}")
@@ -117,6 +87,14 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
+def sources(root: Path, instructions: str = "") -> list[Path]:
+    """The files of ``root`` that are compiled for an instruction set; without one, those that any CPU runs."""
+    if instructions:
+        return sorted((root / "isa" / instructions).glob("*.cpp"))
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name not in ("isa", "tests")]
+    return sorted(file for folder in (*folders, root / "isa" / "scalar") for file in folder.glob("*.cpp"))
+
+
 def compile_sources(
     command: list[str], source: Path, into: Path, machine: str, lost: dict[str, str]
 ) -> list[str]:
@@ -124,10 +102,15 @@ def compile_sources(
     objects: list[str] = []
     have: list[str] = []
 
-    def units(of: str, flags: list[str]) -> list[str]:
-        files = [source / file for file, instructions in SOURCES.items() if instructions == of]
+    def units(instructions: str, flags: list[str]) -> list[str]:
+        def compiled(file: Path) -> str:
+            unit = into / ".".join((*file.relative_to(source).with_suffix("").parts, "o"))
+            unfused = ["-ffp-contract=off"] if file.name == UNFUSED else []
+            _run([*command, *flags, *unfused, f"-I{source}", "-c", str(file), "-o", str(unit)])
+            return str(unit)
+
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as compilers:
-            return list(compilers.map(lambda file: _compile([*command, *flags], file, into), files))
+            return list(compilers.map(compiled, sources(source, instructions)))
 
     for name, flags in SETS.get(machine, {}).items():
         try:
@@ -137,13 +120,6 @@ def compile_sources(
             break  # the sets after it build on it
         have.append(f"-DQWENRT_WITH_{name.upper()}")
     return objects + units("", have)
-
-
-def _compile(command: list[str], source: Path, into: Path) -> str:
-    unit = str((into / source.name).with_suffix(".o"))
-    unfused = ["-ffp-contract=off"] if source.name in UNFUSED else []
-    _run([*command, *unfused, "-c", str(source), "-o", unit])
-    return unit
 
 
 def _run(command: list[str]) -> None:

@@ -30,7 +30,7 @@ from qwenrt.ops.steps import StepPlan
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
-TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/thread_pool.cpp")
+TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/pool/thread_pool.cpp")
 CPU = torch.device("cpu")
 Rounding = Callable[[torch.Tensor, "torch.Tensor | None", str], CanonicalWeight]
 

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "../qwenrt_cpu.h"
+#include "abi/qwenrt_cpu.h"
 
 #define CHECK(condition, ...)                                         \
   do {                                                                \

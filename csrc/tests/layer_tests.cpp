@@ -1,6 +1,6 @@
 // Attention over the paged cache, norm, silu and rotary of every instruction set that runs here against plain loops in
 // double, through the C ABI.
-#include "../qwenrt_layer.h"
+#include "abi/qwenrt_layer.h"
 #include "check.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // Every linear of every instruction set that runs here against plain loops in double, through the C ABI.
-#include "../qwenrt_cpu.h"
+#include "abi/qwenrt_cpu.h"
 #include "check.h"
 
 namespace {
@@ -123,7 +123,8 @@ void check_against_double(const Weight& w, const std::vector<float>& x, const st
 int quant_linear(const Weight& w, const float* x, float* y, int64_t tokens, int activations) {
   QwenrtActivations how = rounded(activations);
   if (w.shape.n > 40) how.narrow_rows = w.shape.n / 2 / QWENRT_BLOCK * QWENRT_BLOCK;
-  return qwenrt_quant_linear(with, &w.matrix, x, y, tokens, &how);
+  const QwenrtLinear linear{QWENRT_QUANTIZED, 0, &w.matrix, nullptr, 0, w.shape.n, w.shape.k, how};
+  return qwenrt_linear(with, &linear, x, y, tokens);
 }
 
 std::vector<float> run(const Weight& w, const std::vector<float>& x, int64_t tokens, int activations) {
@@ -231,13 +232,18 @@ void test_nothing() {
   });
 }
 
+QwenrtLinear dense16(const std::vector<uint16_t>& w, const float* bias, int64_t n, int64_t k, bool is_half, bool may_round) {
+  const int kind = is_half ? QWENRT_DENSE_FLOAT16 : QWENRT_DENSE_BFLOAT16;
+  return {kind, 0, w.data(), bias, 0, n, k, rounded(may_round ? QWENRT_INT16 : QWENRT_EXACT)};
+}
+
 void test_dense16(int count) {
   Random random(5);
   for (int i = 0; i < count; ++i) {
     const int64_t n = 1 + random.below(30),
                   k = random.coin() ? 1 + random.below(100) : random.one_of<int64_t>({64, 129, 256, 288, 300, 512});
     const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 9, 16, 31, 33, 50});
-    const bool rounded = random.coin();
+    const bool may_round = random.coin();
     const bool is_half = random.coin(), has_bias = random.coin();
     std::vector<uint16_t> w(size_t(n * k));
     for (uint16_t& value : w) value = is_half ? random_half(random) : random_bfloat(random);
@@ -245,7 +251,8 @@ void test_dense16(int count) {
     for_each_isa([&](const char* isa) {
       std::vector<float> y(size_t(tokens * n), NAN);
       const float* const b = has_bias ? bias.data() : nullptr;
-      CHECK(qwenrt_dense16_linear(with, w.data(), b, x.data(), y.data(), tokens, n, k, is_half, rounded) == QWENRT_OK, "%s", isa);
+      const QwenrtLinear linear = dense16(w, b, n, k, is_half, may_round);
+      CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), tokens) == QWENRT_OK, "%s", isa);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < n; ++r) {
           double wanted = b ? b[r] : 0, size = fabs(wanted) + 1e-12, sizes = 0, largest_w = 0, largest_x = 0;
@@ -258,9 +265,9 @@ void test_dense16(int count) {
           // In fixed point each is half a step off at most, of the 8191 up to the largest; split, each x keeps 16 bits.
           const bool splits = strcmp(isa, "amx") == 0;
           const double fixed = tokens >= 32 ? sizes * fmax(largest_w, largest_x) / 8191 : 0;
-          const double step = !rounded ? 0 : splits ? (is_half ? 0 : size * ldexp(1, -16)) : fixed;
+          const double step = !may_round ? 0 : splits ? (is_half ? 0 : size * ldexp(1, -16)) : fixed;
           CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * kExactness + step,
-                "%s n=%d k=%d tokens=%d half=%d rounded=%d: %g for %g", isa, int(n), int(k), int(tokens), is_half, rounded,
+                "%s n=%d k=%d tokens=%d half=%d rounded=%d: %g for %g", isa, int(n), int(k), int(tokens), is_half, may_round,
                 y[size_t(t * n + r)], wanted);
         }
     });
@@ -294,7 +301,7 @@ void test_dense12(int count) {
                   k = random.coin() ? 1 + random.below(200) : random.one_of<int64_t>({64, 128, 192, 300});
     const int64_t tokens = random.one_of<int64_t>({0, 1, 2, 3, 4, 5, 7, 9, 15, 16, 33});
     const int64_t smallest = random.one_of<int64_t>({55, 56, 52, 0, 120});
-    const bool has_bias = random.coin(), some = random.coin(), rounded = random.coin();
+    const bool has_bias = random.coin(), some = random.coin(), may_round = random.coin();
     const int64_t begin = random.below(n);
     std::vector<uint16_t> w(size_t(n * k));
     for (uint16_t& value : w) {
@@ -313,8 +320,10 @@ void test_dense12(int count) {
             isa, int(n), int(k));
       std::vector<float> y(size_t(tokens * n), NAN);
       const bool splits = strcmp(isa, "amx") == 0;
-      CHECK(qwenrt_dense12_linear(with, &m.matrix, x.data(), y.data(), tokens, splits && rounded) == QWENRT_OK, "%s", isa);
-      const double most = kSequential + (splits && rounded ? ldexp(1, -16) : 0);
+      const int how = splits && may_round ? QWENRT_INT16 : QWENRT_EXACT;
+      const QwenrtLinear linear{QWENRT_DENSE12, 0, &m.matrix, nullptr, 0, n, k, rounded(how)};
+      CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), tokens) == QWENRT_OK, "%s", isa);
+      const double most = kSequential + (splits && may_round ? ldexp(1, -16) : 0);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < n; ++r) {
           double sum = has_bias ? bias[size_t(r)] : 0, size = fabs(sum) + 1e-12;
@@ -324,7 +333,7 @@ void test_dense12(int count) {
             sum += product, size += fabs(product) + fabs(bfloat_to_float(uint16_t(smallest << 8)) * x[size_t(t * k + c)]);
           }
           CHECK(fabs(y[size_t(t * n + r)] - sum) <= size * most, "%s n=%d k=%d tokens=%d rounded=%d: %g for %g", isa, int(n),
-                int(k), int(tokens), rounded, y[size_t(t * n + r)], sum);
+                int(k), int(tokens), may_round, y[size_t(t * n + r)], sum);
         }
     });
   }
@@ -346,7 +355,8 @@ void test_every_16_bit_value() {
         for (int64_t place = 0; place < k; ++place) {
           std::vector<float> x(size_t(k), 0.0f), y(static_cast<size_t>(n));
           x[size_t(place)] = 1;
-          qwenrt_dense16_linear(with, w.data(), nullptr, x.data(), y.data(), 1, n, k, is_half, 0);
+          const QwenrtLinear linear = dense16(w, nullptr, n, k, is_half, false);
+          CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 1) == QWENRT_OK, "%s", isa);
           for (int64_t r = 0; r < n; ++r) {
             bool finite = true;
             for (int64_t c = 0; c < k; ++c) {
@@ -365,6 +375,23 @@ void test_every_16_bit_value() {
   });
 }
 
+// What a linear's kind must be, and what its parts may be.
+void test_refusals() {
+  const std::vector<uint16_t> w(8 * 8, 0x3f80);
+  const std::vector<float> x(2 * 8, 1.0f);
+  std::vector<float> y(2 * 16, NAN);
+  QwenrtLinear parts[2] = {dense16(w, nullptr, 8, 8, false, false), dense16(w, nullptr, 8, 8, false, false)};
+  QwenrtLinear linear{QWENRT_PARTS, 0, parts, nullptr, 2, 16, 8, {}};
+  CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 2) == QWENRT_OK && y[31] == 8, "parts: %g", y[31]);
+  parts[1].kind = QWENRT_PARTS;
+  CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 2) == QWENRT_BAD_ARGUMENT, "parts of parts");
+  for (int kind : {-1, 5}) {
+    linear.kind = kind;
+    CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 2) == QWENRT_BAD_ARGUMENT, "kind %d", kind);
+  }
+  CHECK(qwenrt_size_of("QwenrtLinear") == sizeof(QwenrtLinear) && qwenrt_size_of("Qwenrt") == -1, "sizes");
+}
+
 void test_choices() {
   CHECK(!qwenrt_open("avx9", 2), "an unknown set was taken");
   use("auto");
@@ -381,6 +408,7 @@ int main(int count, char** arguments) {
   const int shapes = count > 1 ? atoi(arguments[1]) : 60;
   use("auto");
   test_choices();
+  test_refusals();
   test_shapes(shapes);
   test_extremes();
   test_what_is_not_finite();

@@ -9,7 +9,7 @@
 #include <string>
 #include <thread>
 
-#include "../thread_pool.h"
+#include "pool/thread_pool.h"
 #include "check.h"
 
 namespace {

@@ -374,7 +374,7 @@ def top(change: Callable[[torch.Tensor, torch.Tensor, float], Any], **instead: A
 
 
 CHOOSING = [
-    *mutants("likeliest", "choose")(
+    *mutants("argmax_finite", "choose")(
         {
             "second likeliest": second,
             "last logit ignored": lambda right, x: right(x[:, :-1].contiguous()),
@@ -383,7 +383,7 @@ CHOOSING = [
             "first row only": lambda right, x: right(x[:1]) * len(x),
         }
     ),
-    *mutants("top", "choose")(
+    *mutants("topk", "choose")(
         {
             "heat ignored": top(lambda *found: found, heat=1.0),
             "ids off by one": top(lambda values, ids, whole: (values, ids - 1, whole)),

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from qwenrt.backends.cpu.attention import Sequences
-from qwenrt.backends.cpu.decoder import ExpertsStruct, Linear
+from qwenrt.backends.cpu.decoder import ExpertsStruct
 from qwenrt.backends.cpu.kernels import _QuantMatrix
+from qwenrt.backends.cpu.linear import Linear
 from tests.backends.mutants import Wrong, but, mutants, numbers, one_less, read, sequences_with
 
 
@@ -49,8 +50,8 @@ def slots(change: Callable[[int], int]) -> Callable[[Any], Any]:
     return lambda struct: numbers([change(slot) for slot in read(struct.slots, struct.tokens)])
 
 
-def due(change: Callable[[list[int]], list[int]]) -> Callable[[Any], Any]:
-    return lambda struct: numbers(change(read(struct.due, struct.due_count)))
+def logit_rows(change: Callable[[list[int]], list[int]]) -> Callable[[Any], Any]:
+    return lambda struct: numbers(change(read(struct.logit_rows, struct.logit_row_count)))
 
 
 def experts(**fields: Callable[[Any], Any]) -> Wrong:
@@ -91,8 +92,8 @@ def parts(change: Callable[[list[Any]], list[Any]]) -> Wrong:
     def qkv(layer: Any) -> Any:
         if not layer.qkv.part_count:
             return layer.qkv
-        kept.append(array(change(list((Linear * layer.qkv.part_count).from_address(layer.qkv.parts)))))
-        return but(layer.qkv, parts=ctypes.addressof(kept[-1]))
+        kept.append(array(change(list((Linear * layer.qkv.part_count).from_address(layer.qkv.matrix)))))
+        return but(layer.qkv, matrix=ctypes.addressof(kept[-1]))
 
     return step(layers=each(qkv=qkv))
 
@@ -111,13 +112,13 @@ _KEPT: list[Any] = []
 
 def _zero_off(linear: Any) -> Any:
     """Codes whose zeros are not read."""
-    struct = but(_QuantMatrix.from_address(linear.quant), zeros=None)
+    struct = but(_QuantMatrix.from_address(linear.matrix), zeros=None)
     _KEPT.append(struct)
-    return but(linear, quant=ctypes.addressof(struct))
+    return but(linear, matrix=ctypes.addressof(struct))
 
 
 STEP_MUTANTS = [
-    *mutants("decoder", "stacks")(
+    *mutants("forward", "stacks")(
         {
             "last layer skipped": step(layers=lambda a: a[:-1]),
             "first layer skipped": step(layers=lambda a: a[1:], caches=lambda c: c[1:]),
@@ -139,27 +140,29 @@ STEP_MUTANTS = [
             "block table of another": step(sequences=sequences(blocks=lambda b: b[::-1])),
             "cos for sin": step(sin=lambda s: s.cos),
             "half of the channels turned": step(rotary_dim=lambda s: s.rotary_dim // 2),
-            "wrong row of logits": step(due=due(lambda rows: [max(0, row - 1) for row in rows])),
+            "wrong row of logits": step(
+                logit_rows=logit_rows(lambda rows: [max(0, row - 1) for row in rows])
+            ),
             "last row of logits is the first": step(after=first_row_again),
-            "logits of the first token": step(due=due(lambda rows: [0] * len(rows))),
+            "logits of the first token": step(logit_rows=logit_rows(lambda rows: [0] * len(rows))),
             "norm of the head": step(head=lambda h: but(h, eps=1.0)),
             "one logit missing": step(after=lambda x, logits: logits is not None and logits[:, -1].zero_()),
             "nothing is served": lambda right, *args: False,
             "no memory": lambda right, *args: _no_memory(),
         }
     ),
-    *mutants("decoder", "stacks", "logn")(
+    *mutants("forward", "stacks", "logn")(
         {
             "LogN ignored": step(q_scale=lambda s: None),
         }
     ),
-    *mutants("decoder", "stacks", "qk-norm")(
+    *mutants("forward", "stacks", "qk-norm")(
         {
             "norms of heads ignored": step(layers=each(q_norm=lambda a: None, k_norm=lambda a: None)),
             "keys by the norm of queries": step(layers=each(k_norm=lambda a: a.q_norm)),
         }
     ),
-    *mutants("decoder", "stacks", "window")(
+    *mutants("forward", "stacks", "window")(
         {
             "window ignored": step(layers=each(window=lambda a: 0)),
             "window + 1": step(layers=each(window=lambda a: a.window and a.window + 1)),
@@ -169,7 +172,7 @@ STEP_MUTANTS = [
             ),
         }
     ),
-    *mutants("decoder", "stacks", "int8-cache")(
+    *mutants("forward", "stacks", "int8-cache")(
         {
             "int8: fit of keys ignored": step(
                 caches=lambda c: [but(a, k_offset=None, k_factor=None) for a in c]
@@ -181,7 +184,7 @@ STEP_MUTANTS = [
             "int8: caches swapped": step(caches=lambda c: c[::-1]),
         }
     ),
-    *mutants("decoder", "stacks", "experts")(
+    *mutants("forward", "stacks", "experts")(
         {
             "wrong expert": experts(down=turned("down")),
             "gate of another expert": experts(gate_up=turned("gate_up")),
@@ -191,7 +194,7 @@ STEP_MUTANTS = [
             "router's rows off by one": experts(count=lambda e: e.count - 1, shared_gate=lambda e: None),
         }
     ),
-    *mutants("decoder", "stacks", "codes")(
+    *mutants("forward", "stacks", "codes")(
         {
             "keys and values of qkv's parts": parts(lambda p: [p[0], p[2], p[1]]),
             "zero + 1 in one layer": step(layers=lambda a: [but(a[0], o=_zero_off(a[0].o)), *a[1:]]),

@@ -104,31 +104,28 @@ def _calls(k: kernels.Kernels) -> dict[str, Callable[[], Any]]:
     assert canonical.codes is not None
     packed, words = kernels.pack_quantized(k, canonical), torch.empty(8, 8, dtype=torch.int32)
     in12 = dense12.Dense12()
-    packed12 = dense12.pack(k, weight, None)
     sequences, cache = attention.Sequences(), attention.Cache()
     layers, caches = (Layer * 1)(), (attention.Cache * 1)()
     return {
-        "quant_linear": lambda: k.quant_linear(x, packed, EXACT),
+        "linear": lambda: k.quant_linear(x, packed, EXACT),
         "pack": lambda: k.pack(canonical.codes, words, 32, 4),
         "repack": lambda: k.repack(words, None, words, canonical),
         "quantize": lambda: k.quantize(rounding.Rounding()),
-        "dense16_linear": lambda: k.dense16_linear(x, weight, None),
         "dense12_pack": lambda: k.pack12(weight, in12),
         "dense12_pack_others": lambda: k.pack12_others(weight, in12),
-        "dense12_linear": lambda: k.dense12_linear(x, packed12),  # type: ignore[arg-type]
         "dense12_unpack": lambda: k.unpack12(in12, weight, 0),
         "attention": lambda: k.attend(sequences, cache, x.view(2, 4, 16), x, 1.0, 0),
         "rms_norm": lambda: k.rms_norm(x, x[0], 1e-6),
         "silu_and_mul": lambda: k.silu_and_mul(x),
         "rotary_store": lambda: k.rotary_store(Rotary(), None, 2),
-        "decoder": lambda: k.decoder(layers, caches, None, StepStruct(), x, None),
-        "likeliest": lambda: k.likeliest(x),
-        "top": lambda: k.top(x[0], 1.0, 1.0, 3, False),
+        "forward": lambda: k.forward(layers, caches, None, StepStruct(), x, None),
+        "argmax_finite": lambda: k.argmax_finite(x),
+        "topk": lambda: k.topk(x[0], 1.0, 1.0, 3, False),
     }
 
 
 @pytest.mark.parametrize(
-    "name", sorted({*library._COMPUTE, "likeliest"} - {"rounds_dense", "dense12_serves", "read"})
+    "name", sorted({*library._COMPUTE, "argmax_finite"} - {"rounds_dense", "dense12_serves", "read"})
 )
 def test_no_call_passes_over_what_the_library_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(LOADED, kernels.Kernels)

@@ -424,6 +424,26 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
             kernels.Kernels(path)
 
 
+@needs_kernels
+@pytest.mark.parametrize("struct", kernels.STRUCTS)
+def test_a_library_whose_structs_are_laid_out_otherwise_is_refused(
+    struct: type[ctypes.Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = struct.__doc__.split(" ")[0]
+
+    class Longer(ctypes.Structure):
+        _fields_ = (*struct._fields_, ("more", ctypes.c_int64))
+
+    Longer.__doc__ = struct.__doc__
+    monkeypatch.setattr(kernels, "STRUCTS", (Longer,))
+    message = rf"has \d+ bytes for {name}, expected {ctypes.sizeof(Longer)} .* rebuild it: install a C"
+    with pytest.raises(kernels.KernelsUnavailable, match=message):
+        kernels.Kernels()
+    Longer.__doc__ = "QwenrtNothing of no header."
+    with pytest.raises(kernels.KernelsUnavailable, match="has no such struct for QwenrtNothing"):
+        kernels.Kernels()
+
+
 # ---- the machine
 
 
@@ -545,8 +565,8 @@ def test_no_compiler_at_all_is_no_error(
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
 def test_broken_sources_name_the_compilers_first_error(build: ModuleType, tmp_path: Path) -> None:
-    for name in build.SOURCES:
-        (tmp_path / name).write_text("int x = nothing_of_that_name;\n")
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear" / "broken.cpp").write_text("int x = nothing_of_that_name;\n")
     reason = build.build_kernels(tmp_path / "x.so", source=tmp_path)
     assert "failed (" in reason and "error" in reason and "\n" not in reason
     assert not (tmp_path / "x.so").exists()
@@ -556,15 +576,11 @@ def test_broken_sources_name_the_compilers_first_error(build: ModuleType, tmp_pa
 def test_flags_that_a_compiler_does_not_know_cost_their_set_alone(
     build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build.SETS = {build.machine(): {"avx9": ["-mavx9"], "avx10": []}}
+    build.SETS[build.machine()] = {"avx2": ["-mavx9"], "avx512": []}
     build.FLAGS = [*build.FLAGS, "-O0"]
-    build.SOURCES = dict.fromkeys(build.SOURCES, "avx10") | {
-        name: "" for name, instructions in build.SOURCES.items() if not instructions
-    }
-    build.SOURCES["kernels_avx2.cpp"] = "avx9"
     assert build.build_or_say_why(tmp_path / "x.so")
     said = capsys.readouterr().out.splitlines()
-    assert said[1].startswith("qwenrt: without those for avx9: ") and "mavx9" in said[1] and len(said) == 2
+    assert said[1].startswith("qwenrt: without those for avx2: ") and "mavx9" in said[1] and len(said) == 2
     assert kernels.Kernels(tmp_path / "x.so").isas == ("scalar",)
 
 
@@ -580,8 +596,12 @@ def test_a_folder_that_cannot_be_written_leaves_no_part(
     assert not list(tmp_path.iterdir())
 
 
-def test_every_source_is_compiled(build: ModuleType) -> None:
-    assert {path.name for path in (ROOT / "csrc").glob("*.cpp")} == set(build.SOURCES)
+def test_every_source_is_compiled_and_each_folder_of_a_set_has_its_flags(build: ModuleType) -> None:
+    root = ROOT / "csrc"
+    sets = {name for machine in build.SETS.values() for name in machine}
+    assert {path.name for path in (root / "isa").iterdir() if path.is_dir()} == {"scalar", *sets}
+    compiled = [path for name in ("", *sets) for path in build.sources(root, name)]
+    assert sorted(compiled) == sorted(p for p in root.rglob("*.cpp") if p.parent != root / "tests")
 
 
 @pytest.mark.parametrize("words", [0, 1, 3, 13, 4096, 100_003])

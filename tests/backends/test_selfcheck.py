@@ -14,6 +14,7 @@ import qwenrt
 from qwenrt.backends.cpu import CPUBackend, backend
 from qwenrt.backends.cpu.activations import ACTIVATIONS
 from qwenrt.backends.cpu.kernels import Kernels
+from qwenrt.backends.cpu.linear import DENSE12, DENSE_BFLOAT16, QUANTIZED
 from qwenrt.backends.selfcheck import REGIMES
 from qwenrt.config.model import ModelConfig, MoeConfig
 from qwenrt.config.released import released_config
@@ -146,7 +147,7 @@ def test_what_serves_a_real_model_is_what_was_looked_at(
     config = released_config("Qwen-1_8B")
     assert config is not None
     tokens, layers, steps = set(), [], []
-    linear, decoder = getattr(Kernels, method), Kernels.decoder
+    linear, forward = getattr(Kernels, method), Kernels.forward
 
     def rounds(x: torch.Tensor, w: Any, *rest: Any) -> bool:
         if bits < 16:
@@ -161,22 +162,22 @@ def test_what_serves_a_real_model_is_what_was_looked_at(
     def step(self: Kernels, given: Any, caches: Any, head: Any, struct: Any, *rest: Any) -> bool:
         layers[:] = list(given)
         steps.append(struct.tokens)
-        return bool(decoder(self, given, caches, head, struct, *rest))
+        return bool(forward(self, given, caches, head, struct, *rest))
 
     monkeypatch.setattr(Kernels, method, seen)
-    monkeypatch.setattr(Kernels, "decoder", step)
+    monkeypatch.setattr(Kernels, "forward", step)
     kinds = trial.Kinds(lambda spec: (bits if spec.quantizable else 16, 128), torch.bfloat16, False)
     assert trial.check(config, cpu, torch.float32, kinds) == {}
     assert tokens >= set(REGIMES)
     assert max(steps) >= 33 and min(steps) == 1 and len(layers) == 2
-    pointer = {"dense12_linear": "dense12", "dense16_linear": "dense", "quant_linear": "quant"}[method]
-    assert any(getattr(linear, pointer) for layer in layers for linear in (layer.qkv, layer.gate_up))
+    kind = {"dense12_linear": DENSE12, "dense16_linear": DENSE_BFLOAT16, "quant_linear": QUANTIZED}[method]
+    assert any(linear.kind == kind for layer in layers for linear in (layer.qkv, layer.gate_up))
     if bits < 16:
         assert layers[0].gate_up.activations.kind == ACTIVATIONS.index("int16")
 
 
 @pytest.mark.parametrize(
-    ("method", "op"), [("decoder", "stacks"), ("attend", "attention"), ("top", "choose")]
+    ("method", "op"), [("forward", "stacks"), ("attend", "attention"), ("topk", "choose")]
 )
 def test_a_model_is_served_without_what_is_wrong_and_says_so(
     tmp_path: Path, method: str, op: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

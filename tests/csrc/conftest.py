@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "csrc" / "tests"
-FLAGS = ["-std=c++17", "-g", "-pthread", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-g", "-pthread", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
 SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

@@ -29,7 +29,7 @@ def random_row(seed: int, size: int, steps: float) -> torch.Tensor:
 @given(st.integers(0, 10**6), st.integers(1, 3000), st.sampled_from([0.0, 2.0, 0.1]))
 def test_the_likeliest_is_the_first_of_the_largest(seed: int, size: int, steps: float) -> None:
     rows = torch.stack([random_row(seed + i, size + 5, steps) for i in range(2)])[:, :size]
-    seen = KERNELS.likeliest(rows)
+    seen = KERNELS.argmax_finite(rows)
     for row, (token, largest, finite) in zip(rows, seen, strict=True):
         assert (largest, finite) == (float(row.max()), True)
         assert token == row.tolist().index(largest)
@@ -41,7 +41,7 @@ def test_one_number_that_is_not_finite_is_seen_anywhere(size: int, bad: float) -
     for place in {0, size // 2, size - 1}:
         rows = torch.full((1, size), 3e38)
         rows[0, place] = bad
-        seen = KERNELS.likeliest(rows)
+        seen = KERNELS.argmax_finite(rows)
         assert not seen[0][2]
         assert 0 <= seen[0][0] < size
 
@@ -60,7 +60,7 @@ def test_top_is_a_stable_sort(seed: int, size: int, k: int, steps: float, heat: 
     largest = float(row.max())
     if largest == -torch.inf:
         return
-    found = KERNELS.top(row, largest, heat, k, True)
+    found = KERNELS.topk(row, largest, heat, k, True)
     assert found is not None
     values, ids, whole = found
     order = row.sort(descending=True, stable=True).indices[:k]
@@ -71,7 +71,7 @@ def test_top_is_a_stable_sort(seed: int, size: int, k: int, steps: float, heat: 
 
 
 def test_top_refuses_a_row_with_too_few_numbers() -> None:
-    assert KERNELS.top(torch.tensor([1.0, torch.nan, 0.0]), 1.0, 1.0, 3, True) is None
+    assert KERNELS.topk(torch.tensor([1.0, torch.nan, 0.0]), 1.0, 1.0, 3, True) is None
 
 
 @settings(deadline=None, max_examples=80)

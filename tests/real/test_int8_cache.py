@@ -19,7 +19,7 @@ real: Any = pytest.importorskip("tests.real.conftest")  # where checkpoints lie
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
-TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/sampler.py", "csrc/attention_tile.h")
+TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/sampler.py", "csrc/attention/tile.h")
 TOKENS = 192  # of each
 MOST_DIVERGENCE = 3e-4
 

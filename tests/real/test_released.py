@@ -48,7 +48,7 @@ def test_token_ids_are_those_of_transformers(released: Released) -> None:
 
     theirs, ours = AutoTokenizer.from_pretrained(released.directory), released.llm.tokenizer
     assert ours is not None
-    for name in ("README.md", "README_zh.md", "csrc/thread_pool.cpp", "qwenrt/engine/scheduler.py"):
+    for name in ("README.md", "README_zh.md", "csrc/pool/thread_pool.cpp", "qwenrt/engine/scheduler.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert ours.encode(text) == theirs(text)["input_ids"], name
     for name, messages in CHATS.items():

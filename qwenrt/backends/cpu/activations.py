@@ -6,10 +6,10 @@ import ctypes
 
 from qwenrt.ops.types import Packed
 
-ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/qwenrt_cpu.h, in order
+ACTIVATIONS = ("exact", "int16", "int8")  # the numbers of csrc/abi/qwenrt_cpu.h, in order
 _LARGE = 1 << 20  # weights of a linear from which on "auto" rounds: below, exact sums cost nobody anything
 _ALL_ROWS = 1 << 62
-# Which blocks of 32 inputs "int8" rounds to int8 (csrc/qwenrt_cpu.h), by the linear they go into: the largest value
+# Which blocks of 32 inputs "int8" rounds to int8 (csrc/abi/qwenrt_cpu.h), by the linear they go into: the largest value
 # relative to the token's root mean square, and to the block's mean. What attention's scores are made of feels rounding
 # most. The products that down_proj gets have heavy tails, so that most blocks have a value far from the others.
 _NARROW = {"qkv_proj": (3.0, 5.0), "o_proj": (3.0, 5.0), "down_proj": (6.0, 9.0)}
@@ -17,7 +17,7 @@ _OTHERS = (4.0, 5.0)
 
 
 class Activations(ctypes.Structure):
-    """QwenrtActivations of csrc/qwenrt_cpu.h."""
+    """QwenrtActivations of csrc/abi/qwenrt_cpu.h."""
 
     _fields_ = (
         ("kind", ctypes.c_int32),

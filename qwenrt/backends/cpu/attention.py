@@ -14,7 +14,7 @@ HEAD_DIMS = tuple(range(8, 257, 8))
 
 
 class Sequences(ctypes.Structure):
-    """QwenrtSequences of csrc/qwenrt_layer.h."""
+    """QwenrtSequences of csrc/abi/qwenrt_layer.h."""
 
     _fields_ = (
         ("count", ctypes.c_int64),
@@ -27,7 +27,7 @@ class Sequences(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    """QwenrtCache of csrc/qwenrt_layer.h."""
+    """QwenrtCache of csrc/abi/qwenrt_layer.h."""
 
     _fields_ = (
         ("k", ctypes.c_void_p),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
 from qwenrt.backends.cpu import attention as paged
-from qwenrt.backends.cpu import dense12, elementwise, resources, sampling, torch_threads
-from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, INT16, rounded_to, rounds_dense, rule_of
-from qwenrt.backends.cpu.decoder import DecoderStack, Linear
+from qwenrt.backends.cpu import dense12, elementwise, linear, resources, sampling, torch_threads
+from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, rounded_to, rounds_dense, rule_of
+from qwenrt.backends.cpu.decoder import DecoderStack
 from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.kernels import (
     BLOCK,
@@ -29,6 +28,7 @@ from qwenrt.backends.cpu.kernels import (
     words_per_group,
 )
 from qwenrt.backends.cpu.library import KernelsUnavailable
+from qwenrt.backends.cpu.linear import Linear
 from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.errors import BackendError
@@ -332,22 +332,17 @@ class CPUBackend(Backend):
         ops = ("linear", "rms_norm", "silu_and_mul", "attention", "rotary_store_kv")
         if any(self.why_not(op, spec) is not None for op in ops):
             return stacks
-        made = DecoderStack.of(self, parts, self._linear_struct, self.kernels.decoder, SeamStack(self, parts))
+        made = DecoderStack.of(self, parts, self._linear_struct, self.kernels.forward, SeamStack(self, parts))
         return stacks if made is None else [made, *stacks]
 
     def _linear_struct(self, w: Packed) -> Linear | None:
-        shape = (w.out_features, w.in_features)
         if w.kind in _QUANTIZED:
-            how = rule_of(self.activations, w)
-            return Linear(ctypes.addressof(w.data["native"]), None, None, None, None, 0, *shape, 0, how)
-        how = INT16 if self._rounds_dense(w) else EXACT
+            return linear.quantized(w, rule_of(self.activations, w))
         if w.kind == dense12.KIND:
-            return Linear(None, ctypes.addressof(w.data["native"]), None, None, None, 0, *shape, 0, how)
-        if w.kind != _DENSE16:
-            return None
-        weight, bias = w.data["weight"], None if w.bias is None else w.bias.data_ptr()
-        is_half = int(weight.dtype == torch.float16)
-        return Linear(None, None, weight.data_ptr(), bias, None, 0, *shape, is_half, how)
+            return linear.dense12(w, self._rounds_dense(w))
+        if w.kind == _DENSE16:
+            return linear.dense16(w.data["weight"], w.bias, self._rounds_dense(w))
+        return None
 
     def empty_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """As Backend.empty_kv, on huge pages: on small ones the first token of a slot takes a page fault for each half

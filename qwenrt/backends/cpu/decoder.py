@@ -7,32 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, address, cache_struct, sequences_struct
+from qwenrt.backends.cpu.linear import Linear, of_parts
 from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, chosen_from, token_ids
 from qwenrt.ops.steps import RotaryRows, Step, StepPlan
 from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
 
 
-class Linear(ctypes.Structure):
-    """QwenrtLinear of csrc/qwenrt_decoder.h."""
-
-    _fields_ = (
-        ("quant", ctypes.c_void_p),
-        ("dense12", ctypes.c_void_p),
-        ("dense", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p),
-        ("part_count", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("is_half", ctypes.c_int64),
-        ("activations", Activations),
-    )
-
-
 class ExpertsStruct(ctypes.Structure):
-    """QwenrtExperts of csrc/qwenrt_decoder.h."""
+    """QwenrtExperts of csrc/abi/qwenrt_forward.h."""
 
     _fields_ = (
         ("router", ctypes.c_void_p),
@@ -46,7 +29,7 @@ class ExpertsStruct(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """QwenrtLayer of csrc/qwenrt_decoder.h."""
+    """QwenrtLayer of csrc/abi/qwenrt_forward.h."""
 
     _fields_ = (
         ("input_norm", ctypes.c_void_p),
@@ -68,7 +51,7 @@ class Layer(ctypes.Structure):
 
 
 class StepStruct(ctypes.Structure):
-    """QwenrtStep of csrc/qwenrt_decoder.h."""
+    """QwenrtStep of csrc/abi/qwenrt_forward.h."""
 
     _fields_ = (
         ("sequences", ctypes.c_void_p),
@@ -78,13 +61,13 @@ class StepStruct(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("rotary_dim", ctypes.c_int64),
         ("tokens", ctypes.c_int64),
-        ("due", ctypes.c_void_p),
-        ("due_count", ctypes.c_int64),
+        ("logit_rows", ctypes.c_void_p),
+        ("logit_row_count", ctypes.c_int64),
     )
 
 
 class HeadStruct(ctypes.Structure):
-    """QwenrtHead of csrc/qwenrt_decoder.h."""
+    """QwenrtHead of csrc/abi/qwenrt_forward.h."""
 
     _fields_ = (
         ("norm", ctypes.c_void_p),
@@ -153,8 +136,7 @@ class _Structs:
         if w.bias is not None:  # the loader gives each part its own
             raise _Unserved
         parts = w.data["parts"]
-        shape = (w.out_features, w.in_features)
-        return Linear(None, None, None, None, self._array(parts), len(parts), *shape)
+        return of_parts(self._array(parts), len(parts), w.out_features, w.in_features)
 
     def _array(self, weights: list[Packed]) -> int:
         return self._kept((Linear * len(weights))(*map(self._linear, weights)))

@@ -11,13 +11,13 @@ from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.ops.types import Packed
 
 KIND = "dense12"  # beside "dense16": data as `pack` says
-CHUNK, CHUNK_BYTES = 64, 96  # of csrc/qwenrt_cpu.h
+CHUNK, CHUNK_BYTES = 64, 96  # of csrc/abi/qwenrt_cpu.h
 _MOST_OTHERS = 1 / 256  # share of weights that may have no code: each takes 6 bytes and a product of its own
 _COUNTED_ROWS = 64  # at least, where there are so many, to find the commonest upper bytes
 
 
 class Dense12(ctypes.Structure):
-    """QwenrtDense12 of csrc/qwenrt_cpu.h."""
+    """QwenrtDense12 of csrc/abi/qwenrt_cpu.h."""
 
     _fields_ = (
         ("chunks", ctypes.c_void_p),

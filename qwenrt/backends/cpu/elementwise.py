@@ -12,7 +12,7 @@ from qwenrt.ops.steps import DecodePlan, LayerKV, StepPlan
 
 
 class Rotary(ctypes.Structure):
-    """QwenrtRotary of csrc/qwenrt_layer.h."""
+    """QwenrtRotary of csrc/abi/qwenrt_layer.h."""
 
     _fields_ = (
         ("qkv", ctypes.c_void_p),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from qwenrt.backends.cpu import linear
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, Sequences
-from qwenrt.backends.cpu.decoder import HeadStruct, Layer, StepStruct
+from qwenrt.backends.cpu.decoder import ExpertsStruct, HeadStruct, Layer, StepStruct
 from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
@@ -23,11 +24,11 @@ from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import with_codes
 
 BLOCK = 8  # output rows stored together
-ZEROS_IN_SCALES = -1  # in place of a zero that all groups share: see csrc/qwenrt_cpu.h
+ZEROS_IN_SCALES = -1  # in place of a zero that all groups share: see csrc/abi/qwenrt_cpu.h
 
 
 class _QuantMatrix(ctypes.Structure):
-    """QwenrtQuantMatrix of csrc/qwenrt_cpu.h."""
+    """QwenrtQuantMatrix of csrc/abi/qwenrt_cpu.h."""
 
     _fields_ = (
         ("words", ctypes.c_void_p),
@@ -47,6 +48,22 @@ class _QuantMatrix(ctypes.Structure):
     )
 
 
+STRUCTS = (  # that csrc shares with Python
+    Activations,
+    _QuantMatrix,
+    Dense12,
+    linear.Linear,
+    Rounding,
+    Sequences,
+    Cache,
+    Rotary,
+    ExpertsStruct,
+    Layer,
+    StepStruct,
+    HeadStruct,
+)
+
+
 class Kernels:
     """The loaded library with one instruction set and a number of threads, which every call is given: others may
     compute with other ones beside it. Calls release the GIL; calls from several threads take turns inside. Whatever a
@@ -55,7 +72,7 @@ class Kernels:
     def __init__(self, path: Path = LIBRARY, isa: str = "auto", threads: int = 1) -> None:
         """Raises KernelsUnavailable where the library is missing, damaged or of another version, or `isa` is not one of
         ``isas`` nor "auto", their first. ``threads`` share a call, the caller's included."""
-        self._library = load(path)
+        self._library = load(path, STRUCTS)
         self._handle = self._open(isa, threads)
 
     def using(self, isa: str = "auto", threads: int = 1) -> Kernels:
@@ -98,12 +115,29 @@ class Kernels:
 
         ``activations``: what x is rounded to on the way.
         """
+        y, status = self._linear(x, linear.quantized(w, activations))
+        return y if finite(status, f"the activations of {x.shape[0]} tokens") else None
+
+    def dense16_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounded: bool = False
+    ) -> torch.Tensor:
+        """x float32 [T, K] contiguous, weight bfloat16 or float16 [N, K] -> float32 [T, N]; ``rounded``: many tokens
+        may be rounded on the way, where that is faster."""
+        y, status = self._linear(x, linear.dense16(weight, bias, rounded))
+        check(status, f"the activations of {x.shape[0]} tokens")
+        return y
+
+    def dense12_linear(self, x: torch.Tensor, w: Packed, rounded: bool = False) -> torch.Tensor:
+        """x float32 [T, K] contiguous -> float32 [T, N]; ``rounded`` as of dense16_linear."""
+        y, status = self._linear(x, linear.dense12(w, rounded))
+        check(status, f"the activations of {x.shape[0]} tokens")
+        return y
+
+    def _linear(self, x: torch.Tensor, w: linear.Linear) -> tuple[torch.Tensor, int]:
+        """The product, and the library's answer, which is for the caller to check."""
         y = torch.empty(x.shape[0], w.out_features)
-        native, how = ctypes.addressof(w.data["native"]), ctypes.addressof(activations)
-        status = self._library.qwenrt_quant_linear(
-            self._handle, native, x.data_ptr(), y.data_ptr(), x.shape[0], how
-        )
-        return y if finite(status, "the activations of a quantised linear") else None
+        pointers = ctypes.addressof(w), x.data_ptr(), y.data_ptr()
+        return y, int(self._library.qwenrt_linear(self._handle, *pointers, x.shape[0]))
 
     def pack(self, codes: torch.Tensor, words: torch.Tensor, group_size: int, bits: int) -> None:
         """codes uint8 [K, N] -> words, allocated by the caller as pack_quantized says."""
@@ -138,26 +172,6 @@ class Kernels:
         """Whether its instruction set rounds the inputs of ``rounded`` linears with 16-bit weights of a kind."""
         return bool(self._library.qwenrt_rounds_dense(self._handle, int(dtype == torch.float16)))
 
-    def dense16_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounded: bool = False
-    ) -> torch.Tensor:
-        """x float32 [T, K] contiguous, weight bfloat16 or float16 [N, K] -> float32 [T, N]; ``rounded``: many tokens
-        may be multiplied in fixed point."""
-        y = torch.empty(x.shape[0], weight.shape[0])
-        status = self._library.qwenrt_dense16_linear(
-            self._handle,
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
-            x.shape[0],
-            *weight.shape,
-            int(weight.dtype == torch.float16),
-            int(rounded),
-        )
-        check(status, f"the activations of {x.shape[0]} tokens")
-        return y
-
     @property
     def serves12(self) -> bool:
         """Whether its instruction set gains from bfloat16 in 12 bits."""
@@ -178,14 +192,6 @@ class Kernels:
         """Rows of w from ``first`` on -> out bfloat16 [rows, K], contiguous."""
         pointers, last = (ctypes.addressof(w), out.data_ptr()), first + out.shape[0]
         check(self._library.qwenrt_dense12_unpack(self._handle, *pointers, first, last), "rows of 16 bits")
-
-    def dense12_linear(self, x: torch.Tensor, w: Packed, rounded: bool = False) -> torch.Tensor:
-        """x float32 [T, K] contiguous -> float32 [T, N]; ``rounded`` as of dense16_linear."""
-        y, at = torch.empty(x.shape[0], w.out_features), ctypes.addressof(w.data["native"])
-        pointers = at, x.data_ptr(), y.data_ptr()
-        status = self._library.qwenrt_dense12_linear(self._handle, *pointers, x.shape[0], rounded)
-        check(status, f"the activations of {x.shape[0]} tokens")
-        return y
 
     def attend(
         self,
@@ -225,7 +231,7 @@ class Kernels:
         status = self._library.qwenrt_rotary_store(self._handle, ctypes.addressof(rotary), into, tokens)
         check(status, "rotated queries and keys")
 
-    def decoder(
+    def forward(
         self,
         layers: ctypes.Array[Layer],
         caches: ctypes.Array[Cache],
@@ -234,17 +240,17 @@ class Kernels:
         x: torch.Tensor,
         logits: torch.Tensor | None,
     ) -> bool:
-        """x float32 [T, D], contiguous, through all layers in its place, and then the ``logits`` of the tokens that are
-        due; False where x stops being finite."""
+        """x float32 [T, D], contiguous, through all layers in its place, and then the ``logits`` of the step's rows;
+        False where x stops being finite."""
         pointers = ctypes.addressof(layers), ctypes.addressof(caches)
         last = None if head is None else ctypes.addressof(head)
         into = None if logits is None else logits.data_ptr()
-        status = self._library.qwenrt_decoder(
+        status = self._library.qwenrt_forward(
             self._handle, *pointers, len(layers), last, ctypes.addressof(step), x.data_ptr(), into
         )
         return finite(status, f"the activations of {x.shape[0]} tokens")
 
-    def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
+    def argmax_finite(self, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
         """logits float32 [B, V], each row contiguous -> of each row the first of its largest numbers, that number, and
         whether all are finite."""
         token, most = ctypes.c_int64(), ctypes.c_float()
@@ -252,21 +258,21 @@ class Kernels:
         at, stride, (rows, size) = logits.data_ptr(), 4 * logits.stride(0), logits.shape
         found = []
         for row in range(rows):
-            status = self._library.qwenrt_likeliest(at + row * stride, size, *into)
-            found.append((token.value, most.value, finite(status, "the likeliest token")))
+            status = self._library.qwenrt_argmax_finite(at + row * stride, size, *into)
+            found.append((token.value, most.value, finite(status, "the largest logit")))
         return found
 
-    def top(
-        self, row: torch.Tensor, largest: float, heat: float, k: int, with_whole: bool
+    def topk(
+        self, row: torch.Tensor, largest: float, temperature: float, k: int, return_logsumexp: bool
     ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """As Backend.top of row float32 [V], contiguous; None where fewer than k of it are not NaN."""
         values, ids = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
-        whole = ctypes.c_float()
-        into = values.data_ptr(), ids.data_ptr(), ctypes.addressof(whole) if with_whole else None
-        size = row.shape[0]
-        status = self._library.qwenrt_top(self._handle, row.data_ptr(), size, largest, heat, k, *into)
+        logsumexp = ctypes.c_float()
+        into = values.data_ptr(), ids.data_ptr(), ctypes.addressof(logsumexp) if return_logsumexp else None
+        at, size = row.data_ptr(), row.shape[0]
+        status = self._library.qwenrt_topk(self._handle, at, size, largest, temperature, k, *into)
         chosen = served(status, f"the choice among {size} tokens")
-        return (values, ids, whole.value) if chosen else None
+        return (values, ids, logsumexp.value) if chosen else None
 
 
 def native_kind(bits: int) -> str:
@@ -279,7 +285,7 @@ def words_per_group(group_size: int, bits: int) -> int:
 
 
 def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
-    """Canonical codes in the layout of csrc/qwenrt_cpu.h.
+    """Canonical codes in the layout of csrc/abi/qwenrt_cpu.h.
 
     data: ``words`` int32 [blocks, groups * words_per_group, 8], ``scales`` float16 (float32 where that
     loses bits) [blocks, groups, 8], ``zeros`` int16 likewise (absent where all are ``zero``, or where that is

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qwenrt.errors import BackendError
 
-ABI = 14
+ABI = 15
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
@@ -20,23 +21,21 @@ HOW_TO_BUILD = (
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # Function -> its arguments, after the handle that each call gets.
 _COMPUTE: dict[str, list[type[Any]]] = {
-    "quant_linear": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER],
+    "linear": [_POINTER, _POINTER, _POINTER, _SIZE],
     "pack": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT],
     "repack": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT],
     "quantize": [_POINTER],
     "rounds_dense": [_INT],
-    "dense16_linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 2,
     "dense12_serves": [],
     "dense12_pack": [_POINTER, _POINTER],
     "dense12_pack_others": [_POINTER, _POINTER],
-    "dense12_linear": [_POINTER, _POINTER, _POINTER, _SIZE, _INT],
     "dense12_unpack": [_POINTER, _POINTER, _SIZE, _SIZE],
     "attention": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _FLOAT, _SIZE],
     "rms_norm": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT],
     "silu_and_mul": [_POINTER, _POINTER, _SIZE, _SIZE],
     "rotary_store": [_POINTER, _POINTER, _SIZE],
-    "decoder": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
-    "top": [_POINTER, _SIZE, _FLOAT, _FLOAT, _SIZE, _POINTER, _POINTER, _POINTER],
+    "forward": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
+    "topk": [_POINTER, _SIZE, _FLOAT, _FLOAT, _SIZE, _POINTER, _POINTER, _POINTER],
     "read": [_POINTER, _SIZE],
 }
 
@@ -47,9 +46,9 @@ class KernelsUnavailable(Exception):
     """Why the compiled kernels cannot serve; the text is what doctor prints."""
 
 
-def load(path: Path) -> ctypes.CDLL:
-    """The library with its functions declared. Raises KernelsUnavailable where it is missing, damaged or of another
-    version."""
+def load(path: Path, structs: Iterable[type[ctypes.Structure]] = ()) -> ctypes.CDLL:
+    """The library with its functions declared. Raises KernelsUnavailable where it is missing, damaged, of another
+    version, or has another size for one of ``structs``, whose docstrings begin with their names in csrc."""
     if sys.byteorder != "little":
         raise KernelsUnavailable("the layouts of csrc are little-endian, this machine is not")
     if not path.is_file():
@@ -63,6 +62,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise KernelsUnavailable(f"{path.name} does not load ({reason}): {HOW_TO_BUILD}") from error
     if abi != ABI:
         raise KernelsUnavailable(f"{path.name} has interface {abi}, expected {ABI}: {HOW_TO_BUILD}")
+    _check_sizes(library, path, structs)
     for name, arguments in _COMPUTE.items():
         getattr(library, f"qwenrt_{name}").argtypes = [_POINTER, *arguments]
     library.qwenrt_read.restype = ctypes.c_uint64
@@ -71,7 +71,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.qwenrt_isa.argtypes = library.qwenrt_threads.argtypes = [_POINTER]
     library.qwenrt_isa.restype = library.qwenrt_isa_at.restype = ctypes.c_char_p
     library.qwenrt_isa_at.argtypes = [_INT]
-    library.qwenrt_likeliest.argtypes = [_POINTER, _SIZE, _POINTER, _POINTER]
+    library.qwenrt_argmax_finite.argtypes = [_POINTER, _SIZE, _POINTER, _POINTER]
     return library
 
 
@@ -86,6 +86,20 @@ def _check_complete(path: Path) -> None:
     entry, count = int.from_bytes(header[58:60], "little"), int.from_bytes(header[60:62], "little")
     if path.stat().st_size < sections_at + entry * count:
         raise KernelsUnavailable(f"{path.name} is cut short: {HOW_TO_BUILD}")
+
+
+def _check_sizes(library: ctypes.CDLL, path: Path, structs: Iterable[type[ctypes.Structure]]) -> None:
+    """Refuses a library whose structs are laid out otherwise: it would read past what it is pointed at."""
+    library.qwenrt_size_of.argtypes, library.qwenrt_size_of.restype = [ctypes.c_char_p], _SIZE
+    for struct in structs:
+        name = (struct.__doc__ or "").split(" ", 1)[0]
+        theirs, ours = int(library.qwenrt_size_of(name.encode())), ctypes.sizeof(struct)
+        if theirs != ours:
+            has = "no such struct" if theirs < 0 else f"{theirs} bytes"
+            raise KernelsUnavailable(
+                f"{path.name} has {has} for {name}, expected {ours} bytes: it was built from another csrc; rebuild it: "
+                f"{HOW_TO_BUILD}"
+            )
 
 
 def check(status: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Memory-mapped files that may be cut while they are used: what csrc/mapped_files.cpp does for the processes of others.
+"""Memory-mapped files that may be cut while they are used: csrc/abi/mapped_files.cpp, called from Python.
 
 Without the compiled library nothing is guarded, and such a file ends the process, as the system has it.
 """

@@ -11,11 +11,11 @@ from qwenrt.ops import quantization
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import code_tensors, with_codes
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the numbers of csrc/qwenrt_cpu.h, in order
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the numbers of csrc/abi/qwenrt_cpu.h, in order
 
 
 class Rounding(ctypes.Structure):
-    """QwenrtRounding of csrc/qwenrt_cpu.h."""
+    """QwenrtRounding of csrc/abi/qwenrt_cpu.h."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),

@@ -20,7 +20,7 @@ _SUMS_DIFFER = 1e-5
 def choose(kernels: Kernels, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> torch.Tensor:
     """As Backend.choose of logits float32, each row contiguous."""
     logits = logits[:, : vocabulary.size]
-    seen = kernels.likeliest(logits)
+    seen = kernels.argmax_finite(logits)
     unused = None
     if vocabulary.unused and not all(
         draw.greedy and token not in vocabulary.unused
@@ -29,7 +29,7 @@ def choose(kernels: Kernels, logits: torch.Tensor, draws: list[Draw], vocabulary
         unused = vocabulary.unused_on(logits.device)
         finite = [ok for _, _, ok in seen]
         logits.index_fill_(1, unused, torch.finfo(logits.dtype).min)  # as good as none, and a number
-        seen = [(*found[:2], ok) for found, ok in zip(kernels.likeliest(logits), finite, strict=True)]
+        seen = [(*found[:2], ok) for found, ok in zip(kernels.argmax_finite(logits), finite, strict=True)]
     tokens = []
     for row, (draw, (token, largest, finite_row)) in enumerate(zip(draws, seen, strict=True)):
         if finite_row and not draw.greedy:
@@ -46,7 +46,7 @@ def _drawn(kernels: Kernels, row: torch.Tensor, largest: float, draw: Draw) -> i
     heat = max(draw.temperature, 1e-8)
     if not wanted or not math.isfinite(largest):
         return _by_definition(row, draw, wanted)
-    found = kernels.top(row, largest, heat, width, draw.top_k == 0 and draw.top_p < 1)
+    found = kernels.topk(row, largest, heat, width, draw.top_k == 0 and draw.top_p < 1)
     if found is None:
         return _by_definition(row, draw, wanted)
     values, ids, whole = found

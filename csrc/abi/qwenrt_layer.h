@@ -1,0 +1,64 @@
+// The C ABI of what a decoder layer does between its linears: attention over the paged cache, norms, rotary, silu.
+// Activations are float32. Semantics are those of qwenrt/ops/reference.py, sums in another order.
+#pragma once
+#include "abi/qwenrt_cpu.h"
+
+// Sequences of one step, the same for every layer. Token j of sequence s is row first_tokens[s] + j of the activations
+// and has position kv_lens[s] - q_lens[s] + j. Its block ids are blocks[tables[s]], blocks[tables[s] + 1], ...
+typedef struct {
+  int64_t count;
+  const int64_t* first_tokens;
+  const int64_t* q_lens;
+  const int64_t* kv_lens;
+  const int64_t* tables;
+  const int64_t* blocks;
+} QwenrtSequences;
+
+// One layer's cache, contiguous: slot s is row s. Codes where the scales are given: x = scale * code + zero. Where there
+// are factors x is (key - k_offset) / k_factor, and qwenrt_rotary_store multiplies queries by k_factor.
+typedef struct {
+  void* k;  // [slots][num_kv_heads][head_dim] float32 or uint8
+  void* v;
+  float* k_scale;  // [slots][num_kv_heads] or NULL
+  float* k_zero;
+  float* v_scale;
+  float* v_zero;
+  int64_t block_size;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  const float* k_offset;  // [num_kv_heads][head_dim], both or none, beside codes only
+  const float* k_factor;
+} QwenrtCache;
+
+// out [tokens][num_heads][head_dim] = causal attention over the cache, where this step's keys and values are already;
+// query rows are q_stride floats apart. Of the keys it may see, a query sees the last `window` (0: all). Only rows of
+// `sequences` are written; each is the same, bit for bit, in every batch and with any number of threads.
+// Returns QWENRT_BAD_ARGUMENT where head_dim is not a multiple of 8 up to 256 or the heads do not divide.
+QWENRT_API int qwenrt_attention(const QwenrtHandle* with, const QwenrtSequences* sequences, const QwenrtCache* cache, const float* q,
+                                int64_t q_stride, int64_t num_heads, float* out, float scale, int64_t window);
+
+// out [rows][dim] = x / sqrt(mean(x^2) + eps) * weight [dim], each product rounded by itself.
+QWENRT_API int qwenrt_rms_norm(const QwenrtHandle* with, const float* x, const float* weight, float* out, int64_t rows, int64_t dim, float eps);
+// gate_up [tokens][2 * inner] -> out [tokens][inner] = silu(first half) * second half.
+QWENRT_API int qwenrt_silu_and_mul(const QwenrtHandle* with, const float* gate_up, float* out, int64_t tokens, int64_t inner);
+
+// One step's queries, keys and values on their way from the linear to attention and the cache.
+typedef struct {
+  const float* qkv;      // [tokens][num_heads + 2 * num_kv_heads][head_dim], contiguous
+  float* qk;             // [tokens][num_heads + num_kv_heads][head_dim]: rotated queries and keys
+  const float* q_norm;   // [head_dim] or NULL: each head is normed before it is rotated
+  const float* k_norm;   // likewise; both or none
+  const float* cos;      // [tokens][rotary_dim]
+  const float* sin;
+  const float* q_scale;  // [tokens] or NULL: multiplies each rotated query
+  const int64_t* slots;  // [tokens]: where keys and values go, -1: nowhere; without a cache NULL
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;    // a multiple of 8, up to 256
+  int64_t rotary_dim;  // even; the other channels pass
+  float eps;
+  float reserved;
+} QwenrtRotary;
+
+// Writes a->qk and, where there is a cache, this step's keys and values to their slots.
+QWENRT_API int qwenrt_rotary_store(const QwenrtHandle* with, const QwenrtRotary* a, const QwenrtCache* cache, int64_t tokens);

@@ -1,0 +1,12 @@
+// A decoder layer's kernels for NEON.
+#include "isa/layer_kernels.h"
+
+#ifdef QWENRT_ARM64
+#include "attention/body.h"
+#include "step/elementwise_body.h"
+
+const LayerKernels* neon_layer_kernels() {
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store, sum_exponentials};
+  return &kernels;
+}
+#endif

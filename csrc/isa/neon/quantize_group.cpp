@@ -1,0 +1,11 @@
+// Rounding of weights for NEON.
+#include "isa/linear_kernels.h"
+
+#ifdef QWENRT_ARM64
+#include "linear/quantize_body.h"
+
+bool neon_quantize_group(const QwenrtRounding& a, const float* w, int64_t padded, uint8_t* codes, float* scale,
+                           float* zero) {
+  return quantize_group(a, w, padded, codes, scale, zero);
+}
+#endif

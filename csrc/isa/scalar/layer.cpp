@@ -1,0 +1,9 @@
+// A decoder layer's kernels for any CPU.
+#define QWENRT_PORTABLE 1
+#include "attention/body.h"
+#include "step/elementwise_body.h"
+
+const LayerKernels* scalar_layer_kernels() {
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store, sum_exponentials};
+  return &kernels;
+}

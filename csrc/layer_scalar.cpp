@@ -1,9 +1,0 @@
-// A decoder layer's kernels for any CPU.
-#define QWENRT_PORTABLE 1
-#include "attention_body.h"
-#include "elementwise_body.h"
-
-const LayerKernels* scalar_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store, sum_exponentials};
-  return &kernels;
-}

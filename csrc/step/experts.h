@@ -1,0 +1,17 @@
+// What the units of a decoder layer share: a gated MLP, and a mixture of experts. For callers that hold a PoolLock.
+#pragma once
+#include "abi/qwenrt_forward.h"
+
+// Memory of a gated MLP for a step's tokens, of the widest.
+struct MlpBuffers {
+  float* gate_up;  // [tokens][2 intermediate]
+  float* inner;    // [tokens][intermediate]
+};
+
+// x [tokens][hidden] -> y, likewise: down(silu(gate) * up).
+int run_mlp(const QwenrtHandle* with, const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y,
+            int64_t tokens, const MlpBuffers& b);
+
+// out [tokens][hidden] += each token's experts over normed; y [tokens][hidden] is scratch.
+int add_experts(const QwenrtHandle* with, const QwenrtExperts& e, const float* normed, float* y, float* out,
+                int64_t tokens, int64_t hidden, const MlpBuffers& mlp);

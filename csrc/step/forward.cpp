@@ -1,0 +1,128 @@
+// A stack of decoder layers in one call: the ops of qwenrt_cpu.h and qwenrt_layer.h in their order, over one scratch
+// memory, so that nothing but they costs time.
+#include "abi/qwenrt_forward.h"
+
+#include "abi/dispatch.h"
+#include "step/experts.h"
+#include "pool/scratch.h"
+#include "pool/thread_pool.h"
+
+namespace {
+
+Scratch scratch;
+
+// What one layer leaves for the next op; attention's and the MLP's share their memory.
+struct Buffers {
+  float* normed;    // [tokens][hidden]
+  float* product;   // [tokens][hidden]: of o and of down
+  float* qkv;       // [tokens][num_heads + 2 num_kv_heads][head_dim]
+  float* qk;        // [tokens][num_heads + num_kv_heads][head_dim]
+  float* attended;  // [tokens][num_heads][head_dim]
+  MlpBuffers mlp;
+};
+
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The widest of all layers, in floats a token.
+struct Widths {
+  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, gate_up = 0;
+
+  void add(const QwenrtLayer& l) {
+    hidden = larger(hidden, l.qkv.in_features);
+    qkv = larger(qkv, l.qkv.out_features);
+    qk = larger(qk, (l.num_heads + l.num_kv_heads) * l.head_dim);
+    attended = larger(attended, l.num_heads * l.head_dim);
+    const int64_t experts = l.experts ? l.experts->count + (l.experts->shared_gate ? 1 : 0) : 0;
+    for (int64_t i = 0; i < experts; ++i) gate_up = larger(gate_up, l.experts->gate_up[i].out_features);
+    if (!l.experts) gate_up = larger(gate_up, l.gate_up.out_features);
+  }
+};
+
+bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers& b) {
+  Widths w;
+  for (int64_t i = 0; i < count; ++i) w.add(layers[i]);
+  const int64_t inner = (w.gate_up + 1) / 2;
+  float* shared;
+  if (!scratch.room(array(b.normed, tokens * w.hidden), array(b.product, tokens * w.hidden),
+                    array(shared, tokens * larger(w.qkv + w.qk + w.attended, w.gate_up + inner))))
+    return false;
+  b.qkv = b.mlp.gate_up = shared;
+  b.qk = b.qkv + tokens * w.qkv;
+  b.attended = b.qk + tokens * w.qk;
+  b.mlp.inner = b.mlp.gate_up + tokens * w.gate_up;
+  return true;
+}
+
+struct AddTask {
+  float* x;
+  const float* y;
+  int64_t count, tasks;
+};
+
+void add_task(void* context, int64_t i) {
+  const AddTask& t = *static_cast<const AddTask*>(context);
+  for (int64_t at = t.count * i / t.tasks; at < t.count * (i + 1) / t.tasks; ++at) t.x[at] += t.y[at];
+}
+
+constexpr int64_t kManyFloats = 1 << 16;  // worth waking the workers for
+
+// x += y
+void add(float* x, const float* y, int64_t count) {
+  AddTask task{x, y, count, count < kManyFloats ? 1 : pool_threads()};
+  parallel_for(task.tasks, add_task, &task);
+}
+
+// x += attention(norm(x))
+int attention_block(const QwenrtHandle* with, const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache,
+                    const Buffers& b, float* x) {
+  const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
+  if (const int status = qwenrt_rms_norm(with, x, l.input_norm, b.normed, tokens, hidden, l.eps)) return status;
+  if (const int status = qwenrt_linear(with, &l.qkv, b.normed, b.qkv, tokens)) return status;
+  const QwenrtRotary rotary{b.qkv,       b.qk,           l.q_norm,   l.k_norm,        step.cos, step.sin, step.q_scale, step.slots,
+                            l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim, l.eps,    0};
+  if (const int status = qwenrt_rotary_store(with, &rotary, &cache, tokens)) return status;
+  const int64_t stride = (l.num_heads + l.num_kv_heads) * l.head_dim;
+  const int attended = qwenrt_attention(with, step.sequences, &cache, b.qk, stride, l.num_heads, b.attended,
+                                        l.scale, l.window);
+  if (attended) return attended;
+  if (const int status = qwenrt_linear(with, &l.o, b.attended, b.product, tokens)) return status;
+  add(x, b.product, tokens * hidden);
+  return QWENRT_OK;
+}
+
+// x += mlp(norm(x))
+int mlp_block(const QwenrtHandle* with, const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) {
+  const int64_t hidden = l.qkv.in_features;
+  if (const int status = qwenrt_rms_norm(with, x, l.post_norm, b.normed, tokens, hidden, l.eps)) return status;
+  if (l.experts) return add_experts(with, *l.experts, b.normed, b.product, x, tokens, hidden, b.mlp);
+  if (const int status = run_mlp(with, l.gate_up, l.down, b.normed, b.product, tokens, b.mlp)) return status;
+  add(x, b.product, tokens * hidden);
+  return QWENRT_OK;
+}
+
+// The logits of the tokens that are asked for.
+int logits_of(const QwenrtHandle* with, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b, const float* x,
+              float* logits) {
+  const int64_t hidden = head.linear.in_features;
+  for (int64_t i = 0; i < step.logit_row_count; ++i) {
+    const float* const row = x + step.logit_rows[i] * hidden;
+    if (const int status = qwenrt_rms_norm(with, row, head.norm, b.normed + i * hidden, 1, hidden, head.eps)) return status;
+  }
+  return qwenrt_linear(with, &head.linear, b.normed, logits, step.logit_row_count);
+}
+
+}  // namespace
+
+int qwenrt_forward(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count,
+                   const QwenrtHead* head, const QwenrtStep* step, float* x, float* logits) {
+  if (step->tokens < 1 || count < 1 || step->logit_row_count > step->tokens) return QWENRT_BAD_ARGUMENT;
+  if (step->logit_row_count && (!head || !logits)) return QWENRT_BAD_ARGUMENT;
+  PoolLock lock(with->threads);
+  Buffers buffers;
+  if (!make_room(layers, count, step->tokens, buffers)) return QWENRT_NO_MEMORY;
+  for (int64_t i = 0; i < count; ++i) {
+    if (const int status = attention_block(with, layers[i], *step, caches[i], buffers, x)) return status;
+    if (const int status = mlp_block(with, layers[i], step->tokens, buffers, x)) return status;
+  }
+  return step->logit_row_count ? logits_of(with, *head, *step, buffers, x, logits) : QWENRT_OK;
+}
