@@ -36,18 +36,18 @@ def sample(bandwidth: Bandwidth) -> Callable[[], dict[str, float]]:
 def _products(name: str, threads: int, cached: bool) -> Callable[[], float]:
     import torch
 
-    from qwenrt.assembly import _random_rows
     from qwenrt.backends.cpu import CPUBackend
     from qwenrt.backends.cpu.activations import rule_of
+    from qwenrt.loader.random_weights import random_rows
 
     cpu = CPUBackend(torch.device("cpu"))
     activations = "int8" if name == "int4" else "int16"
     cpu.configure(num_threads=threads, activations=activations)
     bits = {"int4": 4, "int8": 8, "bf16": 16}[name]
     rows = _CACHED_ROWS if cached else _ROWS
-    weights = [cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32)]
+    weights = [cpu.pack_linear(random_rows(rows, _COLUMNS, bits), torch.float32)]
     while not cached and len(weights) * weights[0].nbytes < _MEMORY_BYTES:
-        weights.append(cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32))
+        weights.append(cpu.pack_linear(random_rows(rows, _COLUMNS, bits), torch.float32))
     x, nbytes = torch.randn(1, _COLUMNS), sum(weight.nbytes for weight in weights)
     how = rule_of(activations, weights[0])
 

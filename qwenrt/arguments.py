@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from qwenrt.errors import ConfigError, RequestError, shown
+from qwenrt.errors import ConfigError, QwenrtError, RequestError, shown
 
 
 def as_integer(value: object) -> int | None:
@@ -36,11 +36,11 @@ def as_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def flag(name: str, value: object) -> bool:
-    """A truth value, Python's or numpy's."""
+def flag(name: str, value: object, error: type[QwenrtError] = RequestError) -> bool:
+    """A truth value, Python's or numpy's; else ``error``."""
     if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
         return bool(value)
-    raise RequestError(name, f"got {shown(value)}", "It must be True or False.")
+    raise error(name, f"got {shown(value)}", "It must be True or False.")
 
 
 def as_list(name: str, value: object) -> list[Any]:
@@ -50,6 +50,17 @@ def as_list(name: str, value: object) -> list[Any]:
     if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):
         raise RequestError(name, f"got {type(value).__name__}", "Pass a list.")
     return list(value)
+
+
+def as_token_ids(ids: object) -> list[int]:
+    """A caller's token ids as Python's integers. RequestError names one that is none."""
+    numbers = []
+    for token in as_list("token ids", ids):
+        number = as_integer(token)
+        if number is None:
+            raise RequestError("token ids", f"one is {shown(token)}", "Token ids are integers.")
+        numbers.append(number)
+    return numbers
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from qwenrt.demo.samples import Sample
 from qwenrt.demo.world import World
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.files import opened
-from qwenrt.llm import LLM, load
+from qwenrt.llm import LLM, load_with
+from qwenrt.load_options import LoadOptions
 
 TOGETHER = 32  # questions that are answered at the same time
 LENGTHS = (1, 2, 4)  # of long documents, in training lengths
 DOCUMENTS = 6
-# Ways to run the same model: name -> arguments of load.
+# Ways to run the same model: name -> what changes of LoadOptions.
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8 weights": {"quantize": "int8"},
     "int4 weights": {"quantize": "int4"},
@@ -136,20 +137,20 @@ def evaluate_demo(
     seed: int = 1,
     compare: bool = True,
     note: Callable[[str], None] | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> DemoReport:
     """Ask ``model`` about ``samples`` held-out questions of the demo's world and measure it on long documents.
 
     ``compare=False`` leaves out the long documents and the quantised variants. ``note`` is told what is being done.
-    ``settings`` go to `load`. Raises RequestError for numbers that make no sense, and whatever `load` raises.
+    ``options``: the fields of LoadOptions. Raises RequestError for numbers that make no sense, and what `load` raises.
     """
     if samples < 1:
         raise RequestError(f"samples={samples}", "nothing to ask", "Use at least 1.")
     tell = note or (lambda text: None)
     began = time.monotonic()
-    settings = {"max_num_seqs": TOGETHER, "progress": False, **settings}
+    wanted = LoadOptions(**{"max_num_seqs": TOGETHER, "progress": False, **options})
     questions = held_out_samples(samples, seed)
-    with load(str(model), **settings) as llm:
+    with load_with(model, wanted) as llm:
         tell(f"{len(questions)} held-out questions")
         answers = ask_all(llm, questions)
         train_length = llm.config.train_length
@@ -161,10 +162,10 @@ def evaluate_demo(
         variants["float"] = (answers.total, base)
         for name, (ntk, logn) in TECHNIQUES.items():
             tell(f"long documents: {name}")
-            rows[name] = _long_documents(model, ntk, logn, documents, settings)
+            rows[name] = _long_documents(model, ntk, logn, documents, wanted)
         for name, changes in VARIANTS.items():
             tell(name)
-            with load(str(model), **{**settings, **changes}) as llm:
+            with load_with(model, replace(wanted, **changes)) as llm:
                 # logits() runs without a cache, so an int8 cache does not show in the perplexity
                 changed = (
                     math.nan if "kv_cache_dtype" in changes else perplexity(llm, documents, train_length)
@@ -266,19 +267,19 @@ def perplexity(llm: LLM, documents: Sequence[Sequence[int]], length: int) -> flo
 
 
 def _long_documents(
-    model: str | Path, ntk: bool, logn: bool, documents: list[list[int]], settings: dict[str, Any]
+    model: str | Path, ntk: bool, logn: bool, documents: list[list[int]], options: LoadOptions
 ) -> dict[int, float]:
     flags = {"use_dynamic_ntk": ntk, "use_logn_attn": logn}
-    with _with_config(model, flags) as directory, load(str(directory), **settings) as llm:
+    with _with_config(model, flags, options) as directory, load_with(directory, options) as llm:
         return {k: perplexity(llm, documents, k * llm.config.train_length) for k in LENGTHS}
 
 
 @contextmanager
-def _with_config(model: str | Path, changes: dict[str, Any]) -> Iterator[Path]:
+def _with_config(model: str | Path, changes: dict[str, Any], options: LoadOptions) -> Iterator[Path]:
     """A copy of a model's directory whose config.json says something else."""
     from qwenrt.loader.hub import resolve
 
-    source = Path(resolve(str(model)))
+    source = resolve(model, options.source, options.revision, options.offline)
     with tempfile.TemporaryDirectory(prefix="qwenrt-eval-") as scratch:
         for file in source.iterdir():
             if file.suffix in (".json", ".tiktoken", ".safetensors"):

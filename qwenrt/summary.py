@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qwenrt.backends.base import Backend
 from qwenrt.model.qwen import Qwen
 
 
-def line(
-    name: str, backend: Backend, model: Qwen, *, rounded: str, cache: str, context: int, load_s: float
-) -> str:
-    """The one line that says what serves. ``rounded``: what inputs of linears are rounded to ("exact+int16");
-    ``cache``: the dtype of the cache of keys and values."""
+def line(name: str, backend: Backend, model: Qwen, *, cache: str, context: int, load_s: float) -> str:
+    """The one line that says what serves. ``cache``: the dtype of the cache of keys and values; ``context``: in tokens;
+    ``load_s``: seconds that loading took."""
     dtype = str(model.dtype).removeprefix("torch.")
     return (
         f"{name}: {backend.name} ({backend.describe()}), {dtype}, {_weights(model)}, "
-        f"{_activations(rounded, dtype)}{cache} cache, context {context} tokens, loaded in {load_s:.1f} s"
+        f"{activations(roundings(backend, model), dtype)}{cache} cache, context {context} tokens, "
+        f"loaded in {load_s:.1f} s"
     )
+
+
+def roundings(backend: Backend, model: Qwen) -> list[str]:
+    """What the inputs of linears are rounded to, "exact" where some are not: ["exact", "int16"]; [] where the backend
+    rounds none."""
+    pieces = (piece for linear in model.linears() for piece in linear.data.get("parts", [linear]))
+    return sorted({backend.activations_of(piece) for piece in pieces} - {""})
 
 
 def table(backend: Backend, model: Qwen) -> list[str]:
@@ -49,13 +57,12 @@ def _weights(model: Qwen) -> str:
     return f"{kinds} weights {_size(model.weight_bytes)}{both}"
 
 
-def _activations(rounded: str, dtype: str) -> str:
-    """ "exact+int16" -> "activations int16 (float32 in small layers), "; nothing where no backend rounds any."""
-    kinds = rounded.split("+") if rounded else []
-    to = " and ".join(kind for kind in kinds if kind != "exact")
+def activations(roundings: Sequence[str], dtype: str) -> str:
+    """["exact", "int16"] -> "activations int16 (float32 in small layers), "; "" where the backend rounds none."""
+    to = " and ".join(kind for kind in roundings if kind != "exact")
     if not to:
-        return f"activations {dtype}, " if kinds else ""
-    return f"activations {to}{f' ({dtype} in small layers)' if 'exact' in kinds else ''}, "
+        return f"activations {dtype}, " if roundings else ""
+    return f"activations {to}{f' ({dtype} in small layers)' if 'exact' in roundings else ''}, "
 
 
 def _size(nbytes: int) -> str:

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.cli.options import example
+from qwenrt.cli.options import add_load_option, example
 from qwenrt.cli.terminal import Terminal
 from qwenrt.config import Environment, ModelConfig, read_json
 from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
+from qwenrt.load_options import CHOICES
 
 if TYPE_CHECKING:
     from qwenrt.loader.fit import Option, Placement
@@ -46,17 +47,17 @@ def add_parser(subparsers: Any) -> None:
         metavar="MODEL_OR_CONFIG",
         help="a directory, a config.json, a model in the cache, or a released shape such as Qwen3-8B",
     )
-    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", "npu", "dcu"')
+    add_load_option(
+        parser, "device", help='where the model is to run: "auto", "cpu", "cuda", "cuda:1", "npu" or "dcu"'
+    )
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="free memory of the device, in place of what is found"
     )
     parser.add_argument("--ctx", type=int, metavar="N", help=f"tokens a user has (default: {_USUAL_CONTEXT})")
     parser.add_argument("--users", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none", help="at load")
-    parser.add_argument(
-        "--kv", "--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="how the cache is kept"
-    )
+    add_load_option(parser, "dtype")
+    add_load_option(parser, "quantize", choices=("none", *CHOICES["quantize"]), default="none")
+    add_load_option(parser, "kv_cache_dtype", "--kv", dest="kv")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=estimate)
 

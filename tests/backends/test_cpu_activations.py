@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qwenrt import summary
-from qwenrt.assembly import Settings, assemble
 from qwenrt.backends import selfcheck
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
-from qwenrt.llm import LLM
+from qwenrt.llm import load_with
+from qwenrt.load_options import LoadOptions
 from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight
 from tests.backends.test_cpu_kernels import float64_linear, random_weight, summed
@@ -287,10 +287,10 @@ def test_errors_are_as_small_as_is_said(cpu: CPUBackend, bits: int, outliers: bo
 )
 def test_the_line_at_load_says_what_is_rounded(quantize: str | None, activations: str, said: str) -> None:
     words = {"": "", "exact": "activations float32, "}.get(said, f"activations {said}, ")
-    settings = Settings(
+    options = LoadOptions(
         device="cpu", dtype="float32", quantize=quantize, activations=activations, progress=False
     )
-    with LLM(assemble("demo", settings, Environment.read({}))) as llm:
+    with load_with("demo", options, Environment.read({})) as llm:
         assert llm.stats()["activations"] == said
         assert words in llm.summary if said else "activations" not in llm.summary
 
@@ -306,7 +306,7 @@ def test_choices_are_checked(cpu: CPUBackend) -> None:
     with pytest.raises(BackendError, match=r"activations 'int4': no such choice. Use one of: auto, exact"):
         cpu.configure(activations="int4")
     with pytest.raises(ConfigError, match="activations='int4'"):
-        Settings(activations="int4")
+        LoadOptions(activations="int4")
     assert Environment.read({"QWENRT_ACTIVATIONS": "int8"}).activations == "int8"
     assert Environment.read({}).activations == "auto"
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenrt.assembly import Settings, assemble
 from qwenrt.backends.cpu import CPUBackend, activations, backend, dense12, kernels
 from qwenrt.config import Environment
-from qwenrt.llm import LLM
+from qwenrt.llm import load_with
+from qwenrt.load_options import LoadOptions
 from qwenrt.ops.types import CanonicalWeight
 
 LOADED = backend._load()
@@ -178,8 +178,8 @@ def test_a_fused_stack_rounds_as_single_linears_do(monkeypatch: pytest.MonkeyPat
     ids = list(range(40, 90))
 
     def logits(choice: str) -> torch.Tensor:
-        settings = Settings(device="cpu", dtype="float32", activations=choice, progress=False)
-        with LLM(assemble("demo", settings, Environment.read({"QWENRT_KERNELS": "avx2"}))) as llm:
+        options = LoadOptions(device="cpu", dtype="float32", activations=choice, progress=False)
+        with load_with("demo", options, Environment.read({"QWENRT_KERNELS": "avx2"})) as llm:
             return llm.logits(ids)
 
     exact = logits("exact")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwenrt.assembly import Settings, assemble
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import Environment, ModelConfig
-from qwenrt.llm import LLM
+from qwenrt.llm import load_with
+from qwenrt.load_options import LoadOptions
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
@@ -74,7 +74,7 @@ def test_an_answer_is_the_same_bits_however_a_long_prompt_was_cut() -> None:
     """With rounded activations and an int8 cache, where each last bit would show."""
     answers = []
     for budget in (512, 290, 100):  # 300 tokens whole, and 268 + 32, 100 + 100 + 68 + 32
-        settings = Settings(
+        options = LoadOptions(
             device="cpu",
             dtype="float32",
             quantize="int4",
@@ -84,7 +84,7 @@ def test_an_answer_is_the_same_bits_however_a_long_prompt_was_cut() -> None:
             max_num_batched_tokens=budget,
             progress=False,
         )
-        with LLM(assemble("demo", settings, Environment.read({}))) as llm:
+        with load_with("demo", options, Environment.read({})) as llm:
             if not llm.stats()["activations"]:
                 pytest.skip("csrc was not built")
             out = llm.generate(

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from qwenrt.assembly import Settings, assemble
 from qwenrt.backends.cpu import CPUBackend, attention, backend, dense12, kernels, library, rounding
 from qwenrt.backends.cpu.activations import EXACT
 from qwenrt.backends.cpu.decoder import Layer
@@ -20,7 +19,8 @@ from qwenrt.backends.cpu.decoder import Step as DecoderStep
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
-from qwenrt.llm import LLM
+from qwenrt.llm import LLM, load_with
+from qwenrt.load_options import LoadOptions
 from tests.backends.test_cpu_kernels import random_weight
 from tests.kernel_sets import SETS
 
@@ -55,11 +55,11 @@ def test_a_second_model_changes_nothing_of_the_first() -> None:
     ids = list(range(40, 80))
 
     def load(isa: str, threads: str, activations: str) -> LLM:
-        settings = Settings(
+        options = LoadOptions(
             device="cpu", dtype="float32", quantize="int4", activations=activations, progress=False
         )
         environment = {"QWENRT_KERNELS": isa, "QWENRT_NUM_THREADS": threads}
-        return LLM(assemble("demo", settings, Environment.read(environment)))
+        return load_with("demo", options, Environment.read(environment))
 
     with load(SETS[0], "2", "exact") as first:
         before, said = first.logits(ids), first.stats()
