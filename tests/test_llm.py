@@ -297,6 +297,17 @@ def test_a_name_that_is_nothing(tmp_path: Path) -> None:
         qwenrt.load(3)  # type: ignore[arg-type]
 
 
+def test_the_line_at_load_is_in_words_that_users_know(tiny_dir: Path) -> None:
+    with qwenrt.load(tiny_dir, device="cpu", quantize="int4", kv_cache_dtype="int8", progress=False) as other:
+        stored = "float32 and int4 weights, "
+        assert other.summary.startswith(f"{other.name} on cpu ({other.stats()['kernels']}): {stored}")
+        assert (
+            "computed in float32, " in other.summary and "int8 cache, context of 512 tokens" in other.summary
+        )
+        forms = [row for row in other.explain().splitlines()[2:] if " weights: " in row]
+        assert [form.partition(" weights")[0] for form in sorted(forms)] == ["float32", "int4"]
+
+
 def test_explain_names_every_op(llm: qwenrt.LLM) -> None:
     text = llm.explain()
     for op in ("rms_norm", "linear", "rotary", "attention", "silu_and_mul"):

@@ -296,8 +296,8 @@ def test_the_line_at_load_says_what_is_rounded(quantize: str | None, activations
 
 
 def test_the_line_at_load_speaks_of_small_layers() -> None:
-    assert summary._activations("exact+int16", "float32") == "activations int16 (float32 in small layers), "
-    assert summary._activations("int16+int8", "float32") == "activations int16 and int8, "
+    assert summary.activations(["exact", "int16"], "float32") == "int16 (float32 in small layers)"
+    assert summary.activations(["int16", "int8"], "float32") == "int16 and int8"
 
 
 def test_choices_are_checked(cpu: CPUBackend) -> None:
