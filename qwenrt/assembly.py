@@ -18,7 +18,7 @@ from qwenrt.config import Environment, ModelConfig
 from qwenrt.config.environment import packed_cache_in
 from qwenrt.config.layers import LinearSpec
 from qwenrt.config.quant import rounded_group
-from qwenrt.config.released import RELEASED, released_config
+from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
 from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine
@@ -99,7 +99,7 @@ def assemble(name: str, options: LoadOptions, environment: Environment) -> Assem
 def assemble_random(shape: str | ModelConfig, options: LoadOptions, environment: Environment) -> Assembled:
     """The same with random weights of a released shape and no tokenizer."""
     started = time.perf_counter()
-    config = shape if isinstance(shape, ModelConfig) else shape_config(shape)
+    config = shape if isinstance(shape, ModelConfig) else _shape_config(shape)
     backend = _backend(options, environment)
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
@@ -124,11 +124,11 @@ def _backend(options: LoadOptions, environment: Environment) -> Backend:
     return backend
 
 
-def shape_config(name: str) -> ModelConfig:
+def _shape_config(name: str) -> ModelConfig:
     """The config of a released shape."""
     config = released_config(name)
     if config is None:
-        raise ConfigError(f"shape {name!r}", "unknown", f"Known shapes are: {', '.join(RELEASED)}.")
+        raise ConfigError(f"shape {name[:120]!r}", "unknown", names_like(name))
     return config
 
 

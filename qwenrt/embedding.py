@@ -48,7 +48,7 @@ class Embedder:
                 for module in recipe.modules
             ]
         except QwenrtError as error:
-            logger.warning("no embeddings with this model: %s", error)
+            logger.warning("this model cannot embed texts: %s", error)
             return cls(error=error)
         return cls(recipe, tuple(modules))
 
@@ -108,7 +108,10 @@ class Embedder:
         if cut:
             most = self.recipe.max_length
             logger.warning(
-                "%d of %d texts were cut to %d tokens, as this model is told to", cut, len(made), most
+                "%d of %d texts were cut to %d tokens, this model's longest text",
+                cut,
+                len(made),
+                most,
             )
         return made
 

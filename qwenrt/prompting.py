@@ -173,5 +173,5 @@ def _chat_format(
     try:
         return load_chat_format(directory, config.model_type, generation.chat_format)
     except ConfigError as error:
-        logger.warning("no chat with this model: %s", error)
+        logger.warning("this model cannot chat: %s", error)
         return error

@@ -216,7 +216,7 @@ def _chosen(device: str, environment: Environment | None, problems: list[dict[st
     if device != "auto":
         why = "it was asked for"
     else:
-        why = "QWENRT_BACKEND says so" if preferred else "the first usable one in the list above"
+        why = "QWENRT_BACKEND says so" if preferred else "it is the first usable device above"
     return {"name": backend.name, "device": str(backend.device), "why": why, "kernels": backend.describe()}
 
 
@@ -245,19 +245,27 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
     for device in torch["devices"]:
         row(device["name"], f"{device['model']}, {readable_bytes(device['memory_bytes'])}")
     for backend in report["backends"]:
-        row(f"backend {backend['name']}", ("yes: " if backend["usable"] else "no: ") + backend["why"])
+        usable = "usable" if backend["usable"] else "not usable"
+        row(
+            f"device {backend['name']}",
+            usable + ("" if backend["why"] == "available" else f": {backend['why']}"),
+        )
     if report["cpu_kernels"]:
         row("CPU kernels", report["cpu_kernels"])
     settings = report["environment"]
     if settings:
-        row("cache", settings["cache_dir"])
-        row("hubs", _hubs(settings))
+        row("downloads", f"kept in {settings['cache_dir']}")
+        row("model hubs", _hubs(settings))
     chosen = report["backend"]
     if chosen["name"]:
-        what = f"{chosen['name']} on {chosen['device']} ({chosen['why']}); {chosen['kernels']}"
-        row("serves here", what, "bold")
+        where = (
+            chosen["device"]
+            if chosen["device"] == chosen["name"]
+            else f"{chosen['name']} ({chosen['device']})"
+        )
+        row("runs on", f"{where}, because {chosen['why']}: {chosen['kernels']}", "bold")
     else:
-        row("serves here", f"nothing: {chosen['why']}", "bold red")
+        row("runs on", f"nothing here: {chosen['why']}", "bold red")
     for problem in report["problems"]:
         row("to do", f"{problem['what']}. Fix: {problem['fix']}", "yellow")
     if not report["problems"]:
@@ -266,9 +274,9 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
 
 def _show_machine(found: dict[str, Any], row: Any) -> None:
     row("system", found["system"])
-    cores = f"{found['cores']} logical cores, {found['cores_allowed']} allowed to this process"
+    cores = f"{found['cores']} logical cores, {found['cores_allowed']} of them for this process"
     if found["cores_usable"]:
-        cores += f", {found['cores_usable']} worth using"
+        cores += f"; qwenrt uses {found['cores_usable']} by default"
     row("processor", f"{found['processor'] or 'unknown'}; {cores}")
     if found["instruction_sets"]:
         row("instructions", " ".join(found["instruction_sets"]))

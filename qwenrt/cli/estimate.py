@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.cli.options import add_load_option, example
-from qwenrt.cli.terminal import Terminal
+from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.config import Environment, ModelConfig, read_json
 from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
@@ -53,8 +52,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="free memory of the device, in place of what is found"
     )
-    parser.add_argument("--ctx", type=int, metavar="N", help=f"tokens a user has (default: {_USUAL_CONTEXT})")
-    parser.add_argument("--users", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
+    parser.add_argument(
+        "--ctx",
+        type=int,
+        metavar="N",
+        help=f"prompt and answer of each user, in tokens (default: {_USUAL_CONTEXT})",
+    )
+    parser.add_argument(
+        "--users", type=int, default=1, metavar="N", help="conversations at the same time (default: 1)"
+    )
     add_load_option(parser, "dtype")
     add_load_option(parser, "quantize", choices=("none", *CHOICES["quantize"]), default="none")
     add_load_option(parser, "kv_cache_dtype", "--kv", dest="kv")
@@ -127,7 +133,7 @@ def examine(args: argparse.Namespace) -> Report:
 
 def find_config(name: str) -> tuple[ModelConfig, str]:
     """A config and where it is from: a file, a directory, the cache, or the table of released shapes."""
-    from qwenrt.config.released import RELEASED, released_config
+    from qwenrt.config.released import names_like, released_config
     from qwenrt.loader.hub import resolve
 
     path = Path(name).expanduser()
@@ -143,11 +149,10 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
             return config_of_shape, "the built-in table of released shapes"
         if name.count("/") > 1 or name.startswith((".", "~", os.sep)) or "\\" in name:
             raise
-        close = difflib.get_close_matches(name.rpartition("/")[2], RELEASED, 3)
         raise CheckpointError(
             f"estimating {name[:120]!r}",
             "it is no file, no directory, not in the cache, and no released shape",
-            f"Did you mean {' or '.join(close)}?" if close else f"Known shapes are: {', '.join(RELEASED)}.",
+            names_like(name.rpartition("/")[2]),
         ) from missing
     return _as_stored(ModelConfig.from_dir(directory), directory), str(directory)
 
@@ -225,51 +230,49 @@ def _show(report: Report, terminal: Terminal) -> None:
     def row(label: str, size: str, text: str = "", style: str = "") -> None:
         terminal.say(f"{label:<12} {size:>12}   {text}".rstrip(), style)
 
-    terminal.say(f"{report.model}: {config.model_type}, from {report.source}", "bold")
+    terminal.say(f"{report.model}: model type {config.model_type}, from {report.source}", "bold")
     active = config.num_active_parameters
     part = "" if active == config.num_parameters else f"{_billions(active)} of them active for a token"
     row("parameters", _billions(config.num_parameters), part)
     row("weights", _gib(need.weights), _weights(report))
-    cached = (
-        f"{report.users} x {report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB, {_kv(report)}"
-    )
-    row("cache", _gib(need.cache), cached)
-    row("workspace", _gib(need.workspace), "activations, or what loading needs if that is more")
+    cached = f"{report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB in {_kv(report)}"
+    row("KV cache", _gib(need.cache), f"{counted(report.users, 'user')} with {cached}")
+    row("workspace", _gib(need.workspace), "for the activations of a step, or for loading if that takes more")
     row("runtime", _gib(report.placement.runtime), "Python and torch" if _on_cpu(report) else "the driver")
     row("total", _gib(report.needed), style="bold")
     if report.free is None:
         row("memory", "not known", f"of {report.device}: say how much it has with --memory GIB", "yellow")
     else:
         whole = "" if report.total is None else f" of {_gib(report.total)}"
-        words = "it fits" if report.fits else f"{_gib(report.needed - report.free)} too little"
+        words = "it fits" if report.fits else f"{_gib(report.needed - report.free)} are missing"
         row("memory", _gib(report.free), f"free{whole} on {report.device}: {words}", _colour(report.fits))
         _show_options(report, terminal)
     terminal.say()
-    terminal.say(f"assumed: {_assumed(report)}", "dim")
+    terminal.say(f"these figures assume: {_assumed(report)}", "dim")
 
 
 def _show_options(report: Report, terminal: Terminal) -> None:
     """What would fit: a line for each way to load."""
     terminal.say()
-    users = "1 user" if report.users == 1 else f"{report.users} users"
-    head = (f"context for {users}", f"users at {report.context}")
-    terminal.say(f"{'quantize':<10} {'cache':<9} {'weights':>12}   {head[0]:>20}   {head[1]:>16}", "bold")
+    terminal.say("what fits, by what the model is loaded with:")
+    head = (f"context for {counted(report.users, 'user')}", f"users with {report.context}")
+    terminal.say(f"{'quantize':<10} {'KV cache':<9} {'weights':>12}   {head[0]:>20}   {head[1]:>16}", "bold")
     for option in report.options:
         kv = "int8" if option.kv_cache_dtype == "int8" else report.placement.dtype
         quantize = option.quantize or "none"
         whole = option.longest == report.config.max_position_embeddings
-        longest = f"{option.longest}{' (all)' if whole else ''}" if option.longest else "-"
+        longest = f"{option.longest}{' (all)' if whole else ''}" if option.longest else "none"
         asked = (option.quantize, option.kv_cache_dtype) == (report.quantize, report.kv)
         line = f"{quantize:<10} {kv:<9} {_gib(option.need.weights):>12}   {longest:>20}   "
-        line += f"{option.most_users or '-':>16}"
-        terminal.say(line + ("   <- as asked" if asked else ""), _colour(bool(option.longest)))
+        line += f"{option.most_users or 'none':>16}"
+        terminal.say(line + ("   <- as asked for" if asked else ""), _colour(bool(option.longest)))
 
 
 def _assumed(report: Report) -> str:
     """What the figures rest on, in one line."""
     config = report.config
-    said = ["compiled kernels" if _on_cpu(report) else "plain torch", "512 tokens a step"]
-    said.insert(0, f"activations in {report.placement.dtype}")
+    said = ["with the compiled kernels" if _on_cpu(report) else "in plain torch", "512 tokens a step"]
+    said.insert(0, f"computed in {report.placement.dtype}")
     if config.dtype is None and report.placement.storage.stored == 2:
         said.append("16-bit weights in the file")
     if config.quant is not None and not config.quant.has_codes and report.quantize is None:
@@ -285,7 +288,7 @@ def _weights(report: Report) -> str:
     if quant is not None and quant.has_codes:
         return f"{quant.method} int{quant.bits} in groups of {quant.group_size}, the rest {dense}"
     if report.quantize:
-        return f"linears rounded to {rounded_form(report.quantize)}, the rest {dense}"
+        return f"linear layers rounded to {rounded_form(report.quantize)}, the rest {dense}"
     return dense
 
 
@@ -302,7 +305,7 @@ def _colour(good: bool | None) -> str:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _billions(count: int) -> str:
