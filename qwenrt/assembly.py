@@ -13,7 +13,8 @@ import torch
 
 from qwenrt import load_options, summary
 from qwenrt.backends import registry
-from qwenrt.backends.base import Backend, Binding
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import Binding
 from qwenrt.config import Environment, ModelConfig
 from qwenrt.config.environment import packed_cache_in
 from qwenrt.config.layers import LinearSpec
@@ -21,7 +22,7 @@ from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
 from qwenrt.engine.async_engine import AsyncEngine
-from qwenrt.engine.engine import Engine
+from qwenrt.engine.engine import Engine, EngineOptions
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.load_options import LoadOptions
 from qwenrt.loader import hub
@@ -163,13 +164,7 @@ def _build(
         fill(model, dtype)
     backend.empty_cache()  # of what loading needed besides
     model.bind()
-    _report_fallbacks(model.backend.bindings, options.fallback)
-    engine = Engine(
-        model,
-        backend,
-        tokenizer,
-        eos_token_ids=prompter.end_token_ids,
-        vocab_limit=None if tokenizer is None else tokenizer.vocab_size,
+    engine_options = EngineOptions(
         max_model_len=longest,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
@@ -177,6 +172,14 @@ def _build(
         kv_cache_dtype=options.kv_cache_dtype,
         num_blocks=_num_blocks(config, backend, dtype, options, longest),
     )
+    engine = Engine(
+        model,
+        tokenizer,
+        engine_options,
+        eos_token_ids=prompter.end_token_ids,
+        vocab_limit=None if tokenizer is None else tokenizer.vocab_size,
+    )
+    _report_fallbacks(backend.bindings, options.fallback)
     load_s = time.perf_counter() - started
     cache = "int8" if options.kv_cache_dtype == "int8" else str(dtype).removeprefix("torch.")
     line = summary.line(prompter.name, backend, model, cache=cache, context=longest, load_s=load_s)

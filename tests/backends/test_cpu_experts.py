@@ -47,11 +47,11 @@ def test_experts_of_equal_scores_are_chosen_as_torch_does(cpu: CPUBackend, count
     model = build(cpu, dataclasses.replace(DENSE, num_layers=1, moe=moe), "bfloat16")
     router = model.weights.tensor("layers.0.router")
     router.zero_()
-    for fused, seams in both_ways(model, LENGTHS, STEPS):
-        assert torch.allclose(fused, seams, rtol=1e-6, atol=1e-6)
+    for whole, seams in both_ways(model, LENGTHS, STEPS):
+        assert torch.allclose(whole, seams, rtol=1e-6, atol=1e-6)
     router[torch.arange(count), torch.arange(count) % 3] = 2.0  # three different scores, of no sum
-    for fused, seams in both_ways(model, LENGTHS, STEPS):
-        assert torch.allclose(fused, seams, rtol=1e-5, atol=1e-5)
+    for whole, seams in both_ways(model, LENGTHS, STEPS):
+        assert torch.allclose(whole, seams, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_and_threads_change_no_bit_of_experts(cpu: CPUBackend) -> None:

@@ -27,7 +27,7 @@ from qwenrt.loader import packed_file
 from qwenrt.loader.packed_file import Damaged
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops.types import StepPlan
+from qwenrt.ops.steps import StepPlan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
