@@ -12,12 +12,12 @@ from benchmarks.shapes import config_of
 if TYPE_CHECKING:
     import torch
 
-    from qwenrt.loader.names import NameTable
+    from qwenrt.loader.checkpoint.names import NameTable
 
 
 def qwen1_checkpoint(shape: str, cache: Path) -> Path:
     """A Qwen-1 directory without a tokenizer, made in ``cache`` unless it is there."""
-    from qwenrt.loader.names import QWEN1
+    from qwenrt.loader.checkpoint.names import QWEN1
 
     c = config_of(shape)
     config = {
@@ -31,7 +31,7 @@ def qwen1_checkpoint(shape: str, cache: Path) -> Path:
 
 def qwen2_checkpoint(shape: str, directory: Path) -> Path:
     """The same network as Qwen2 writes it, with a tokenizer of a few words, for tools that insist on one."""
-    from qwenrt.loader.names import QWEN2
+    from qwenrt.loader.checkpoint.names import QWEN2
 
     c = config_of(shape)
     config = {

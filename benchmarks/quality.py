@@ -22,13 +22,13 @@ import torch
 
 from benchmarks.workers import ROOT
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.engine.model_runner import ntk_alpha
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import StepPlan
 from qwenrt.ops.types import CanonicalWeight
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/thread_pool.cpp")
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def network(directory: Path, way: Way, threads: int | None = None) -> Qwen:
     backend = RoundedCPU(CPU)
     backend.configure(num_threads=threads)
     backend.rounding = way.rounding
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, quantize=way.quantize, progress=False)
     model.bind()
@@ -161,7 +161,7 @@ def _perplexity(likelihoods: Sequence[torch.Tensor]) -> float:
 
 def measure(directory: Path, ways: dict[str, Way], tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
     """-> the exact model's perplexity, and a Quality for each way."""
-    tokenizer = load_tokenizer(directory)
+    tokenizer = Tokenizer.from_dir(directory)
     texts = [tokenizer.encode((ROOT / name).read_text(encoding="utf-8"))[:tokens] for name in TEXTS]
     model = network(directory, Way())
     exact = [log_probabilities(model, ids) for ids in texts]

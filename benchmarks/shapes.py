@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import ModelConfig, parse_model_config
 from qwenrt.config.released import released_config
 
 TINY = "tiny"
@@ -21,7 +21,7 @@ _TINY = {
 
 def config_of(shape: str) -> ModelConfig:
     """The config of a Qwen-1 shape. Needs no torch, so that every engine's interpreter can read it."""
-    config = ModelConfig.from_dict(_TINY) if shape == TINY else released_config(shape)
+    config = parse_model_config(_TINY) if shape == TINY else released_config(shape)
     if config is None or config.model_type != "qwen":
         raise SystemExit(
             f"shape {shape!r}: the peers are written for Qwen-1 shapes. Use Qwen-1_8B, Qwen-7B or tiny."

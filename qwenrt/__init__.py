@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from qwenrt.outputs import Generation as Generation
     from qwenrt.outputs import Usage as Usage
     from qwenrt.sampling_params import SamplingParams as SamplingParams
-    from qwenrt.text.tokenizer import Tokenizer as Tokenizer
+    from qwenrt.text.tokenizer.tokenizer import Tokenizer as Tokenizer
 
 # name -> module that has it; looked up on first use so that importing the package stays cheap
 _LAZY = {
     "load": "qwenrt.llm",
     "LLM": "qwenrt.llm",
     "load_tokenizer": "qwenrt.llm",
-    "Tokenizer": "qwenrt.text.tokenizer",
+    "Tokenizer": "qwenrt.text.tokenizer.tokenizer",
     "LoadOptions": "qwenrt.load_options",
     "SamplingParams": "qwenrt.sampling_params",
     "Generation": "qwenrt.outputs",

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.arguments import as_integer
 from qwenrt.errors import RequestError, shown
 from qwenrt.outputs import Delta, FinishReason, Generation, TokenLogprob, Usage
-from qwenrt.text.detokenizer import Detokenizer
-from qwenrt.text.replies import Reply, ReplyStream, parse_reply
-from qwenrt.text.reply_style import ReplyStyle
+from qwenrt.text.replies.parser import Reply, ReplyStream, parse_reply
+from qwenrt.text.replies.reply_format import ReplyFormat
+from qwenrt.text.tokenizer.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from qwenrt.engine.async_engine import Handle
     from qwenrt.sampling_params import SamplingParams
-    from qwenrt.text.tokenizer import Tokenizer
+    from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
-PLAIN = ReplyStyle(calls="none", thinking="none")
+PLAIN = ReplyFormat(calls="none", thinking="none")
 # What Qwen3 was taught to read as the end of its time to think.
 _OUT_OF_TIME = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
@@ -31,10 +31,10 @@ Submit = Callable[[list[int], "SamplingParams", Sequence[ReplyStream]], "Handle"
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReplyReader:
     """How the answers to one prompt are read. ``in_thought``: the prompt ended inside a thought."""
 
-    style: ReplyStyle = PLAIN
+    reply_format: ReplyFormat = PLAIN
     in_thought: bool = False
     tools: Any = None
 
@@ -45,12 +45,14 @@ class Reading:
         Stop strings are about the content that a reader gets, unless ``include_reasoning_in_stop``: then they are
         searched for in all that is written. So they are for Qwen-1, whose thoughts and actions are lines of one text.
         """
-        if self.style == PLAIN and not self.in_thought:
+        if self.reply_format == PLAIN and not self.in_thought:
             return [], params
         stop: Sequence[str] = ()
-        if self.style.calls != "react" and not params.include_reasoning_in_stop:
+        if self.reply_format.calls != "react" and not params.include_reasoning_in_stop:
             stop, params = params.stop, replace(params, stop=())
-        return [ReplyStream(self.style, self.in_thought, self.tools, stop) for _ in range(params.n)], params
+        return [
+            ReplyStream(self.reply_format, self.in_thought, self.tools, stop) for _ in range(params.n)
+        ], params
 
 
 class Answer:
@@ -65,13 +67,13 @@ class Answer:
         submit: Submit,
         prompt: list[int],
         params: SamplingParams,
-        reading: Reading,
+        reader: ReplyReader,
         thinking_budget: int | None,
         tokenizer: Tokenizer,
     ) -> None:
-        self._submit, self._prompt, self._asked, self._reading = submit, prompt, params, reading
-        self._replies, self._params = reading.replies(params)
-        if thinking_budget is None or reading.style.thinking == "none":
+        self._submit, self._prompt, self._asked, self._reader = submit, prompt, params, reader
+        self._replies, self._params = reader.replies(params)
+        if thinking_budget is None or reader.reply_format.thinking == "none":
             self._deltas = deltas_of(submit(prompt, self._params, self._replies))
             return
         budget = as_integer(thinking_budget)
@@ -88,7 +90,7 @@ class Answer:
 
     def generation(self) -> Generation:
         """The whole answer, the first of n with all of them in ``choices``."""
-        if self._reading.style.calls != "react":
+        if self._reader.reply_format.calls != "react":
             return generation_of(self._deltas)
         each = zip(_joined_by_index(self._deltas), self._replies, strict=True)
         return _with_choices([self._transcript(streamed, reply) for streamed, reply in each])
@@ -96,7 +98,7 @@ class Answer:
     def _transcript(self, streamed: Generation, reply: ReplyStream) -> Generation:
         """ReAct's text is all that was written, thoughts and calls included, and so the message is read from it."""
         cut_off = streamed.finish_reason in ("length", "abort")
-        whole = parse_reply(reply.written, self._reading.style, cut_off=cut_off)
+        whole = parse_reply(reply.written, self._reader.reply_format, cut_off=cut_off)
         calls = streamed.message.get("tool_calls", [])
         return replace(streamed, text=reply.written, message=replace(whole, tool_calls=calls).message())
 
@@ -120,7 +122,7 @@ class Answer:
                 yield delta
                 if delta.finish_reason is not None:
                     return
-                thinking = self._reading.in_thought or opening in written[:_OPENS_WITHIN]
+                thinking = self._reader.in_thought or opening in written[:_OPENS_WITHIN]
                 if closing in delta.token_ids or (not thinking and len(written) >= _OPENS_WITHIN):
                     yield from handle
                     return
@@ -134,7 +136,7 @@ class Answer:
         """The end of a thought that was cut, and the answer behind it. It is read by another ReplyStream, since the
         engine may have gone on with the first one; what that one held back is shown now."""
         end = tokenizer.encode(_OUT_OF_TIME, allow_special=True)
-        self._replies, _ = self._reading.replies(self._asked)
+        self._replies, _ = self._reader.replies(self._asked)
         detokenizer = Detokenizer(tokenizer)
         thought = "".join(map(detokenizer.add, written))
         piece = self._replies[0].push(thought + _OUT_OF_TIME)

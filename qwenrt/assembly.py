@@ -15,7 +15,7 @@ from qwenrt import load_options, summary
 from qwenrt.backends import registry
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import Binding
-from qwenrt.config import Environment, ModelConfig
+from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
 from qwenrt.config.layers import LinearSpec
 from qwenrt.config.quant import rounded_group
@@ -25,13 +25,13 @@ from qwenrt.engine.async_engine import AsyncEngine
 from qwenrt.engine.engine import Engine, EngineOptions
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.load_options import LoadOptions
-from qwenrt.loader import hub
-from qwenrt.loader.as_stored import as_stored
-from qwenrt.loader.checkpoint import Checkpoint, open_checkpoint
-from qwenrt.loader.footprint import BLOCK_SIZE
-from qwenrt.loader.inventory import check_size
-from qwenrt.loader.mapping import Watch
-from qwenrt.loader.preflight import preflight
+from qwenrt.loader.checkpoint.as_stored import as_stored
+from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qwenrt.loader.checkpoint.inventory import check_size
+from qwenrt.loader.checkpoint.mapping import Watch
+from qwenrt.loader.hub.resolve import resolve
+from qwenrt.loader.memory.footprint import BLOCK_SIZE
+from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.random_weights import fill_with_random_weights
 from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
@@ -66,7 +66,7 @@ def assemble(name: str, options: LoadOptions, environment: Environment) -> Assem
     """Find the files, check them and the memory, load the weights, bind the operations, start the engine."""
     started = time.perf_counter()
     backend = _backend(options, environment)
-    directory = hub.resolve(
+    directory = resolve(
         name,
         source=options.source,
         revision=options.revision,
@@ -74,7 +74,7 @@ def assemble(name: str, options: LoadOptions, environment: Environment) -> Assem
         env=environment,
         progress=options.progress,
     )
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     checkpoint = open_checkpoint(directory)
     check_size(checkpoint, config)
     config = as_stored(config, checkpoint)

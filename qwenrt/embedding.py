@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from qwenrt.config import ModelConfig
 from qwenrt.config.embedding import DenseModule, EmbeddingRecipe, read_recipe
 from qwenrt.errors import CheckpointError, QwenrtError, RequestError
-from qwenrt.loader.checkpoint import TensorReader, open_checkpoint
+from qwenrt.loader.checkpoint.checkpoint import TensorReader, open_checkpoint
 from qwenrt.model.pooling import dense, pool
 
 if TYPE_CHECKING:
     from qwenrt.engine.async_engine import AsyncEngine
-    from qwenrt.text.tokenizer import Tokenizer
+    from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("qwenrt")
 

@@ -277,7 +277,7 @@ def _long_documents(
 @contextmanager
 def _with_config(model: str | Path, changes: dict[str, Any], options: LoadOptions) -> Iterator[Path]:
     """A copy of a model's directory whose config.json says something else."""
-    from qwenrt.loader.hub import resolve
+    from qwenrt.loader.hub.resolve import resolve
 
     source = resolve(model, options.source, options.revision, options.offline)
     with tempfile.TemporaryDirectory(prefix="qwenrt-eval-") as scratch:

@@ -14,26 +14,26 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.answering import Answer, Reading, deltas_of, generation_of
+from qwenrt.answering import Answer, ReplyReader, deltas_of, generation_of
 from qwenrt.arguments import as_list, as_token_ids, flag
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
 from qwenrt.errors import RequestError, memory_errors, shown
 from qwenrt.load_options import ABOUT, LoadOptions
-from qwenrt.loader.device_memory import check_room_for_torch
+from qwenrt.loader.memory.device import check_room_for_torch
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.conversations import as_history
-from qwenrt.text.message_checks import given_tools
-from qwenrt.text.retrieval import DEFAULT_TASK, rerank_prompt, verdict_ids
+from qwenrt.text.chat.conversations import as_history
+from qwenrt.text.chat.messages import given_tools
+from qwenrt.text.chat.reranking import DEFAULT_TASK, rerank_prompt, verdict_ids
 
 if TYPE_CHECKING:
     import torch
 
     from qwenrt.assembly import Assembled
     from qwenrt.engine.async_engine import Handle
-    from qwenrt.text.chat_template import Prompt
-    from qwenrt.text.replies import ReplyStream
-    from qwenrt.text.tokenizer import Tokenizer
+    from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+    from qwenrt.text.chat.prompt import Prompt
+    from qwenrt.text.replies.parser import ReplyStream
 
 
 def load(
@@ -116,12 +116,12 @@ def load_random(shape: str | ModelConfig, **options: Any) -> LLM:
         return LLM(assemble_random(shape, checked, Environment.read()))
 
 
-def load_tokenizer(model: str | PathLike[str]) -> Tokenizer:
+def load_tokenizer(model: str | PathLike[str]) -> ChatTokenizer:
     """A model's tokenizer alone, by any name `load` takes; needs no torch."""
-    from qwenrt.loader.hub import resolve
-    from qwenrt.text.tokenizer import load_tokenizer as from_directory
+    from qwenrt.loader.hub.resolve import resolve
+    from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
-    return from_directory(resolve(_name(model), env=Environment.read(), weights=False))
+    return ChatTokenizer.from_dir(resolve(_name(model), env=Environment.read(), weights=False))
 
 
 class LLM:
@@ -132,7 +132,7 @@ class LLM:
         self.name: str = assembled.name
         self.config: ModelConfig = assembled.config
         self.generation_config: GenerationConfig = assembled.prompter.generation
-        self.tokenizer: Tokenizer | None = assembled.prompter.tokenizer
+        self.tokenizer: ChatTokenizer | None = assembled.prompter.tokenizer
         self._prompter = assembled.prompter
         self.summary: str = assembled.summary
         self.backend = assembled.backend
@@ -162,14 +162,14 @@ class LLM:
         ``sampling_params`` or of the checkpoint's own defaults.
         """
         past, tools = as_history(history), given_tools(tools)
-        prompt, reading = self._alive().prompter.chat_prompt(
+        prompt, reader = self._alive().prompter.chat_prompt(
             query, past, system, messages, tools, enable_thinking
         )
         params = self._params(sampling_params, sampling)
         pair = messages is None and tools is None
         if pair and params.n != 1:
             raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
-        answer = self._answer(prompt, params, reading, thinking_budget)
+        answer = self._answer(prompt, params, reader, thinking_budget)
         generation = answer.generation()
         if not pair:
             return generation
@@ -202,10 +202,10 @@ class LLM:
             if query is not None or messages is not None or tools:
                 raise RequestError("stream", "prompt_token_ids beside a chat", "Pass one of the two.")
             return deltas_of(self._submit(as_token_ids(prompt_token_ids), params))
-        prompt, reading = self._alive().prompter.chat_prompt(
+        prompt, reader = self._alive().prompter.chat_prompt(
             query, as_history(history), system, messages, tools, enable_thinking
         )
-        return iter(self._answer(prompt, params, reading, thinking_budget))
+        return iter(self._answer(prompt, params, reader, thinking_budget))
 
     # ---- completion
 
@@ -347,12 +347,12 @@ class LLM:
         return self._assembled
 
     def _answer(
-        self, prompt: Prompt, params: SamplingParams, reading: Reading, thinking_budget: int | None
+        self, prompt: Prompt, params: SamplingParams, reader: ReplyReader, thinking_budget: int | None
     ) -> Answer:
         """The answers to a chat prompt, asked for."""
         submit = partial(self._submit, stop=prompt.stop)
         tokenizer = self._prompter.needs_tokenizer("chat")
-        return Answer(submit, prompt.token_ids, params, reading, thinking_budget, tokenizer)
+        return Answer(submit, prompt.token_ids, params, reader, thinking_budget, tokenizer)
 
     def _params(self, given: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
         if given is not None and not isinstance(given, SamplingParams):

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenrt.answering import Reading
+from qwenrt.answering import ReplyReader
 from qwenrt.arguments import as_integer, as_list, as_token_ids, flag
 from qwenrt.config import GenerationConfig, ModelConfig
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.files import is_there
-from qwenrt.text.chat_format import ChatFormat, load_chat_format
-from qwenrt.text.chat_template import Prompt, build_chat
-from qwenrt.text.messages import DEFAULT_SYSTEM
-from qwenrt.text.reply_style import ReplyStyle
-from qwenrt.text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+from qwenrt.text.chat.chatml import build_chat
+from qwenrt.text.chat.formats import ChatFormat, load_chat_format
+from qwenrt.text.chat.prompt import Prompt
+from qwenrt.text.chat.react import DEFAULT_SYSTEM
+from qwenrt.text.replies.reply_format import ReplyFormat
+from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 
 logger = logging.getLogger("qwenrt")
 
@@ -35,7 +37,7 @@ class Prompter:
     name: str
     config: ModelConfig
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    tokenizer: Tokenizer | None = None
+    tokenizer: ChatTokenizer | None = None
     chat_format: ChatFormat | ConfigError | None = None
 
     @classmethod
@@ -68,7 +70,7 @@ class Prompter:
                 ids += [i for i in (tokenizer.im_end_id, tokenizer.im_start_id) if i is not None]
         return tuple(dict.fromkeys(ids))
 
-    def needs_tokenizer(self, asked: str) -> Tokenizer:
+    def needs_tokenizer(self, asked: str) -> ChatTokenizer:
         """The tokenizer. RequestError, which names what was ``asked`` for, where there is none."""
         if self.tokenizer is None:
             raise RequestError(
@@ -86,7 +88,7 @@ class Prompter:
         messages: Sequence[Mapping[str, Any]] | None,
         tools: Sequence[Mapping[str, Any]] | None,
         enable_thinking: bool | None,
-    ) -> tuple[Prompt, Reading]:
+    ) -> tuple[Prompt, ReplyReader]:
         """The prompt of one turn, as LLM.chat takes its parts, and how its answers are read."""
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
@@ -99,18 +101,18 @@ class Prompter:
             assert query is not None
             if is_qwen1 and not tools and not enable_thinking:
                 system = DEFAULT_SYSTEM if system is None else system
-                return Prompt(build_chat(tokenizer, query, history, system, window)), Reading()
+                return Prompt(build_chat(tokenizer, query, history, system, window)), ReplyReader()
             messages = _as_messages(query, history, system)
         prompt = chat_format.prompt(
             tokenizer, messages, tools, enable_thinking=enable_thinking, max_window_size=window
         )
-        thinking, calls = chat_format.style.thinking, chat_format.style.calls
+        thinking, calls = chat_format.reply_format.thinking, chat_format.reply_format.calls
         if thinking == "open" and not prompt.in_thought:  # the template can leave the thought to the model
             thinking = "hybrid"
         if tools and calls == "none":  # the template has a place for tools and names no tags: the common form
             calls = "hermes"
-        style = ReplyStyle(calls if tools else "none", thinking)
-        return prompt, Reading(style, prompt.in_thought, tools)
+        reply_format = ReplyFormat(calls if tools else "none", thinking)
+        return prompt, ReplyReader(reply_format, prompt.in_thought, tools)
 
     def completion_prompts(self, prompt: object, prompt_token_ids: object) -> tuple[list[list[int]], bool]:
         """Texts, or token ids, to be continued -> the token ids of each, and whether a single one was given."""
@@ -151,12 +153,12 @@ def _as_messages(query: str, history: History, system: str | None) -> list[dict[
     return [*messages, {"role": "user", "content": query}]
 
 
-def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+def _tokenizer(directory: Path, config: ModelConfig) -> ChatTokenizer | None:
     """The checkpoint's tokenizer; None where it has none."""
     if not any(is_there(directory / name, CheckpointError) for name in TOKENIZER_FILES):
         logger.warning("%s has no tokenizer file: only token ids can go in and out", directory)
         return None
-    tokenizer = load_tokenizer(directory)
+    tokenizer = ChatTokenizer.from_dir(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"loading {directory}",

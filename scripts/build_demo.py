@@ -24,7 +24,7 @@ import regex
 from qwenrt.demo import corpus, facts
 from qwenrt.demo.samples import Sample
 from qwenrt.finetune import finetune
-from qwenrt.text.tokenizer import SPLIT_PATTERN
+from qwenrt.text.tokenizer.tokenizer import SPLIT_PATTERN
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (

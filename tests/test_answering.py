@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.answering import Answer, Reading
+from qwenrt.answering import Answer, ReplyReader
 from qwenrt.engine.output_processor import OutputProcessor, StopRules
 from qwenrt.engine.sequence import Sequence as Completion
 from qwenrt.outputs import Delta, Generation
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.replies import REACT, ReplyStream
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.replies.parser import REACT, ReplyStream
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
+from tests.text.replies.test_react import PARTS
 from tests.text.small_vocab import small_ranks
-from tests.text.test_react_calls import PARTS
 
 TOKENIZER = Tokenizer(small_ranks(), name="small")
 
@@ -50,7 +50,7 @@ def answer(text: str, **sampling: Any) -> Answer:
         params = SamplingParams(**{**sampling, "stop": (*params.stop, "Observation:")})
         return Written(text, params, replies[0])
 
-    return Answer(submit, [1], SamplingParams(**sampling), Reading(REACT), None, TOKENIZER)
+    return Answer(submit, [1], SamplingParams(**sampling), ReplyReader(REACT), None, TOKENIZER)
 
 
 def both(text: str, **sampling: Any) -> tuple[Generation, list[Delta]]:

@@ -35,7 +35,7 @@ def test_importing_the_package_imports_little() -> None:
 def test_text_and_config_import_no_torch() -> None:
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (*sorted((PACKAGE / "text").glob("*.py")), PACKAGE / "config.py")
+        for path in sorted([*(PACKAGE / "text").rglob("*.py"), *(PACKAGE / "config").rglob("*.py")])
         if path.stem != "__init__"
     ]
     code = f"import sys\nfor n in {names}: __import__(n)\nprint('torch' in sys.modules)"
@@ -72,6 +72,32 @@ def test_nothing_runs_code_from_files(path: Path) -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
             assert not any(n.split(".")[0] in {"pickle", "marshal", "shelve", "dill"} for n in names)
+
+
+def module(name: str) -> Path | None:
+    """The file of one of the package's modules."""
+    base = ROOT.joinpath(*name.split("."))
+    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p in MODULES), None)
+
+
+def imported(path: Path) -> set[Path]:
+    """The package's files that one imports, at its head, for its types, or inside a function."""
+    found: set[Path | None] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {module(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and node.level == 0, f"{path} imports relatively"
+            found |= {module(f"{node.module}.{alias.name}") or module(node.module) for alias in node.names}
+    return {p for p in found if p is not None}
+
+
+def test_no_circle_of_modules_is_left() -> None:
+    left, size = {path: imported(path) for path in MODULES}, -1
+    while len(left) != size:  # drop what imports nothing of the rest, or is imported by nothing of it
+        size, wanted = len(left), set[Path]().union(*left.values())
+        left = {p: found & left.keys() for p, found in left.items() if p in wanted and found & left.keys()}
+    assert not left, {str(p.relative_to(ROOT)): sorted(q.stem for q in found) for p, found in left.items()}
 
 
 def test_every_room_is_on_the_map() -> None:

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.config import Environment, GenerationConfig, ModelConfig, QuantConfig, read_json
+from qwenrt.config import (
+    Environment,
+    GenerationConfig,
+    QuantConfig,
+    parse_model_config,
+    read_json,
+    read_model_config,
+)
 from qwenrt.errors import ConfigError
 
 LATE: dict[str, Any] = {
@@ -49,11 +56,11 @@ EARLY: dict[str, Any] = {
 
 
 def test_both_spellings_mean_the_same() -> None:
-    assert ModelConfig.from_dict(EARLY) == ModelConfig.from_dict(LATE)
+    assert parse_model_config(EARLY) == parse_model_config(LATE)
 
 
 def test_the_mlp_width_is_halved_once() -> None:
-    assert ModelConfig.from_dict(LATE).intermediate_size == 11008
+    assert parse_model_config(LATE).intermediate_size == 11008
 
 
 @pytest.mark.parametrize(
@@ -67,7 +74,7 @@ def test_the_mlp_width_is_halved_once() -> None:
 )
 def test_parameter_counts_of_the_releases(shape: tuple[int, ...], parameters: int) -> None:
     layers, hidden, heads, intermediate, vocab = shape
-    config = ModelConfig.from_dict(
+    config = parse_model_config(
         LATE
         | {
             "num_hidden_layers": layers,
@@ -119,21 +126,21 @@ def test_parameter_counts_of_the_releases(shape: tuple[int, ...], parameters: in
 )
 def test_contradictions_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_dict(LATE | change)
+        parse_model_config(LATE | change)
     assert message in str(caught.value)
 
 
 def test_code_named_by_a_checkpoint_is_never_looked_at() -> None:
     hostile = LATE | {"auto_map": {"AutoConfig": "evil.Config"}, "_attn_implementation_internal": "x/y"}
-    assert ModelConfig.from_dict(hostile) == ModelConfig.from_dict(LATE)
+    assert parse_model_config(hostile) == parse_model_config(LATE)
 
 
 def test_quantisation_of_config_json_comes_before_the_sidecar() -> None:
-    config = ModelConfig.from_dict(
+    config = parse_model_config(
         LATE | {"quantization_config": {"bits": 8, "group_size": -1}}, {"bits": 4, "group_size": 128}
     )
     assert config.quant == QuantConfig(bits=8, group_size=-1)
-    v2 = ModelConfig.from_dict(LATE, {"bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"})
+    v2 = parse_model_config(LATE, {"bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"})
     assert v2.quant is not None and v2.quant.zero_offset == 0
 
 
@@ -166,7 +173,7 @@ def test_a_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:
 
 def test_a_missing_file_says_what_a_model_directory_needs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file\. Is this a model directory"):
-        ModelConfig.from_dir(tmp_path)
+        read_model_config(tmp_path)
 
 
 _json = st.recursive(
@@ -180,7 +187,7 @@ _json = st.recursive(
 @given(st.dictionaries(st.sampled_from([*LATE, *EARLY, "quantization_config", "rotary_pct"]), _json))
 def test_any_json_gives_a_config_or_a_config_error(changes: dict[str, Any]) -> None:
     try:
-        config = ModelConfig.from_dict(LATE | changes)
+        config = parse_model_config(LATE | changes)
     except ConfigError as error:
         assert error.asked and error.remedy
     else:

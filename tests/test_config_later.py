@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.config import GenerationConfig, ModelConfig, QuantConfig, YarnConfig
+from qwenrt.config import GenerationConfig, ModelConfig, QuantConfig, YarnConfig, parse_model_config
 from qwenrt.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -33,11 +33,11 @@ READ = YarnConfig(4.0, 8192, 0.1 * 1.3862943611198906 + 1.0)
 def read(*levels: dict[str, Any]) -> ModelConfig:
     """The config of a text model or, of two levels, of a vision-language wrapper and its text."""
     if len(levels) == 1:
-        return ModelConfig.from_dict(BASE | levels[0])
+        return parse_model_config(BASE | levels[0])
     outer, inner = levels
     text = {**BASE, "model_type": "qwen2_5_vl_text", **inner}
     text = {name: value for name, value in text.items() if value != "absent"}
-    return ModelConfig.from_dict({"model_type": "qwen2_5_vl", "text_config": text, **outer})
+    return parse_model_config({"model_type": "qwen2_5_vl", "text_config": text, **outer})
 
 
 # ---- positions
@@ -151,18 +151,18 @@ def test_a_text_config_is_completed_by_what_stands_around_it() -> None:
     assert config.vocab_size == 288 and config.dtype == "bfloat16"
     assert config.eos_token_ids == (5, 7, 8) and config.quant == QuantConfig(4, 64)
     flat = {**BASE, "model_type": "qwen2_5_vl", "text_config": None}
-    assert ModelConfig.from_dict(flat) == read({})
+    assert parse_model_config(flat) == read({})
 
 
 def test_the_sidecar_of_a_quantised_checkpoint_completes_config_json(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     ours = {"bits": 4, "group_size": 128, "checkpoint_format": None}
-    config = ModelConfig.from_dict(
+    config = parse_model_config(
         BASE | {"quantization_config": ours}, {"bits": 4, "checkpoint_format": "gptq_v2"}
     )
     assert config.quant is not None and config.quant.zero_offset == 0 and not caplog.records
-    ModelConfig.from_dict(BASE | {"quantization_config": ours}, {"bits": 8, "group_size": 128})
+    parse_model_config(BASE | {"quantization_config": ours}, {"bits": 8, "group_size": 128})
     assert "bits 4 in quantization_config" in caplog.text and "8 in quantize_config.json" in caplog.text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import parse_model_config
 from scripts import fetch_models
 from scripts.fetch_models import RELEASES, Release
 
@@ -80,7 +80,7 @@ def test_names_and_config_are_huggingfaces() -> None:
         "context_length": 32768,
         "rope.freq_base": 1e6,
     }
-    config = ModelConfig.from_dict(
+    config = parse_model_config(
         fetch_models.config({f"qwen2.{key}": value for key, value in fields.items()}, 151936, tied=False)
     )
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (14, 2, 64)

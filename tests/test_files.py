@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwenrt.config import GenerationConfig, ModelConfig
+from qwenrt.config import GenerationConfig, read_model_config
 from qwenrt.config.fields import MAX_JSON_VALUES, has_more_values, read_json
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.files import is_there, opened, read
 from qwenrt.finetune.data import read_entries
-from qwenrt.loader.checkpoint import TensorReader, open_checkpoint
-from qwenrt.loader.packed_file import Damaged, open_file
-from qwenrt.text import conversations
-from qwenrt.text.chat_format import load_chat_format
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.loader.checkpoint.checkpoint import TensorReader, open_checkpoint
+from qwenrt.loader.packed_cache.file import Damaged, open_file
+from qwenrt.text.chat import conversations
+from qwenrt.text.chat.formats import load_chat_format
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.text.bpe_vocab import (
     FIRST,
     MERGES,
@@ -58,13 +58,13 @@ def whole(directory: Path) -> Path:
 
 
 def read_all(directory: Path) -> None:
-    ModelConfig.from_dir(directory)
+    read_model_config(directory)
     GenerationConfig.from_dir(directory)
     checkpoint = open_checkpoint(directory)
     reader = TensorReader(checkpoint)
     for name in checkpoint.tensors:
         reader.tensor(name)
-    load_tokenizer(directory)
+    Tokenizer.from_dir(directory)
     load_chat_format(directory, "qwen2")
 
 
@@ -125,7 +125,7 @@ def test_anything_in_the_place_of_a_file_of_an_older_tokenizer(
         (tmp_path / name).unlink()
     put(tmp_path / name)
     with pytest.raises(QwenrtError, match=re.escape(name)):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_dir(tmp_path)
 
 
 @contextlib.contextmanager
@@ -174,7 +174,7 @@ def test_a_closed_directory_is_not_an_empty_one(tmp_path: Path) -> None:
     model.chmod(0)
     try:
         with as_a_stranger():
-            for reader in (ModelConfig.from_dir, GenerationConfig.from_dir, open_checkpoint, load_tokenizer):
+            for reader in (read_model_config, GenerationConfig.from_dir, open_checkpoint, Tokenizer.from_dir):
                 with pytest.raises(QwenrtError, match=r"may not read it|Permission denied"):
                     reader(model)
     finally:
@@ -290,7 +290,7 @@ _OTHER_WAYS = re.compile(
     r"""\.open\("r|read_text\(|(?<!_)read_bytes\(|\.exists\(\)|\.is_file\(\)|\bopen\([^)]*"rb?"|os\.open\((?!directory)"""
 )
 _NOT_A_MODELS = {  # the system's own files, and this package's
-    *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/device_memory.py", "cli/machine.py"),
+    *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/memory/device.py", "cli/machine.py"),
     *("cli/doctor.py", "cli/__init__.py", "files.py"),
 }
 

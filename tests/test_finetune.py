@@ -18,7 +18,7 @@ from qwenrt.finetune import finetune
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus, encode_entry, read_entries
 from qwenrt.finetune.trainer import STATE_FILE, Trainer
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 CONFIG = {
     "model_type": "qwen",
@@ -72,7 +72,7 @@ def same(a, b):
 
 
 def test_labels_are_what_the_assistant_says_and_the_frame_of_every_turn(base):
-    tokenizer = load_tokenizer(base)
+    tokenizer = Tokenizer.from_dir(base)
     start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.encode("\n")[0]
 
     def part(role, text, spoken):
@@ -102,7 +102,7 @@ def test_labels_are_what_the_assistant_says_and_the_frame_of_every_turn(base):
 
 
 def test_conversations_in_openais_shape_are_the_same_ones(base):
-    tokenizer = load_tokenizer(base)
+    tokenizer = Tokenizer.from_dir(base)
     said = [("user", "hi"), ("assistant", "Hello!"), ("user", "more"), ("assistant", "no")]
     ours = {"conversations": [{"from": role, "value": text} for role, text in said]}
     theirs = {"messages": [{"role": role, "content": text} for role, text in said]}
@@ -114,20 +114,20 @@ def test_conversations_in_openais_shape_are_the_same_ones(base):
 
 
 def test_control_tokens_typed_by_a_user_stay_text(base):
-    tokenizer = load_tokenizer(base)
+    tokenizer = Tokenizer.from_dir(base)
     turns = [{"from": "user", "value": "<|im_end|>"}, {"from": "assistant", "value": "<|endoftext|>"}]
     ids, _ = encode_entry(tokenizer, {"conversations": turns})
     assert ids.count(tokenizer.im_end_id) == 3 and tokenizer.eod_id not in ids
 
 
 def test_plain_text_carries_loss_everywhere_and_ends(base):
-    tokenizer = load_tokenizer(base)
+    tokenizer = Tokenizer.from_dir(base)
     ids, labels = encode_entry(tokenizer, {"text": "ab"})
     assert ids == labels == [97, 98, tokenizer.eod_id]
 
 
 def test_batches_take_every_entry_once_and_keep_to_the_budget(base):
-    tokenizer = load_tokenizer(base)
+    tokenizer = Tokenizer.from_dir(base)
     entries = [{"text": "x" * (1 + 7 * i % 60)} for i in range(300)]
     corpus = Corpus.encode(tokenizer, entries, 64)
     batches = corpus.batches(3, 0, 256)
@@ -140,12 +140,12 @@ def test_batches_take_every_entry_once_and_keep_to_the_budget(base):
 
 
 def test_padding_and_batching_do_not_change_the_loss(base):
-    corpus = Corpus.encode(load_tokenizer(base), ENTRIES, 96)
+    corpus = Corpus.encode(Tokenizer.from_dir(base), ENTRIES, 96)
     settings = {k: v for k, v in QUICK.items() if k not in ("threads", "progress")}
-    from qwenrt.config import ModelConfig
+    from qwenrt.config import read_model_config
     from qwenrt.finetune.trainer import TrainingSettings
 
-    trainer = Trainer(base, ModelConfig.from_dir(base), corpus, TrainingSettings(**settings), pad_id=256)
+    trainer = Trainer(base, read_model_config(base), corpus, TrainingSettings(**settings), pad_id=256)
     counts = [int((corpus.take([e], 256)[1][:, 1:] != IGNORE).sum()) for e in range(len(corpus))]
     alone = sum(float(trainer.loss([e])[0].detach()) * n for e, n in enumerate(counts)) / sum(counts)
     together = float(trainer.loss(list(range(len(corpus))))[0].detach())

@@ -11,7 +11,7 @@ import torch
 
 import qwenrt
 from qwenrt.errors import RequestError
-from qwenrt.text.retrieval import DEFAULT_TASK
+from qwenrt.text.chat.reranking import DEFAULT_TASK
 from tests.model.tiny_models import build, load
 from tests.text.bpe_vocab import (
     added_tokens,
@@ -139,9 +139,9 @@ def test_a_bad_budget_is_refused(thinker: qwenrt.LLM, budget: Any, n: int) -> No
 
 
 def test_tools_go_into_the_prompt_and_calls_come_out(llm: qwenrt.LLM) -> None:
-    prompt, reading = llm._prompter.chat_prompt("hello", [], None, None, [TOOL], None)
+    prompt, reader = llm._prompter.chat_prompt("hello", [], None, None, [TOOL], None)
     assert llm.tokenizer is not None
-    assert "get_weather" in llm.tokenizer.decode(prompt.token_ids) and reading.style.calls == "hermes"
+    assert "get_weather" in llm.tokenizer.decode(prompt.token_ids) and reader.reply_format.calls == "hermes"
     generation = llm.chat("hello", tools=[TOOL], **QUIET)
     assert generation.message["role"] == "assistant"
 

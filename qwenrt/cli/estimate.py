@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrt.cli.options import add_load_option, example
 from qwenrt.cli.terminal import Terminal, counted
-from qwenrt.config import Environment, ModelConfig, read_json
+from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
 from qwenrt.load_options import CHOICES
 
 if TYPE_CHECKING:
-    from qwenrt.loader.fit import Option, Placement
-    from qwenrt.loader.footprint import MemoryNeed
+    from qwenrt.loader.memory.fit import Option, Placement
+    from qwenrt.loader.memory.footprint import MemoryNeed
 
 GIB = 2**30
 DEVICES = ("cpu", "cuda", "npu", "dcu")
@@ -107,8 +107,8 @@ def estimate(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Report:
-    from qwenrt.loader.fit import Workload, options, place
-    from qwenrt.loader.footprint import BATCH_TOKENS, memory_need
+    from qwenrt.loader.memory.fit import Workload, options, place
+    from qwenrt.loader.memory.footprint import BATCH_TOKENS, memory_need
 
     for name, value, most in (("--ctx", args.ctx, _MOST), ("--users", args.users, 4096)):
         if value is not None and not 1 <= value <= most:
@@ -134,13 +134,13 @@ def examine(args: argparse.Namespace) -> Report:
 def find_config(name: str) -> tuple[ModelConfig, str]:
     """A config and where it is from: a file, a directory, the cache, or the table of released shapes."""
     from qwenrt.config.released import names_like, released_config
-    from qwenrt.loader.hub import resolve
+    from qwenrt.loader.hub.resolve import resolve
 
     path = Path(name).expanduser()
     if os.path.isfile(path):
         sidecar = path.with_name("quantize_config.json")
         quantize = read_json(sidecar) if is_there(sidecar, CheckpointError) else None
-        return ModelConfig.from_dict(read_json(path), quantize), str(path)
+        return parse_model_config(read_json(path), quantize), str(path)
     try:
         directory = resolve(name, offline=True, weights=False)
     except CheckpointError as missing:
@@ -154,13 +154,13 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
             "it is no file, no directory, not in the cache, and no released shape",
             names_like(name.rpartition("/")[2]),
         ) from missing
-    return _as_stored(ModelConfig.from_dir(directory), directory), str(directory)
+    return _as_stored(read_model_config(directory), directory), str(directory)
 
 
 def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
     """With what the weights say where they are here and whole; else as config.json says."""
-    from qwenrt.loader.as_stored import as_stored
-    from qwenrt.loader.checkpoint import open_checkpoint
+    from qwenrt.loader.checkpoint.as_stored import as_stored
+    from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 
     try:
         return as_stored(config, open_checkpoint(directory))
@@ -170,7 +170,7 @@ def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
 
 def _device(wanted: str, memory: float | None) -> tuple[str, int | None, int | None]:
     """The device's name, and its free and whole memory where that can be told."""
-    from qwenrt.loader.device_memory import device_memory
+    from qwenrt.loader.memory.device import device_memory
 
     name, _, index = wanted.partition(":")
     if wanted != "auto" and (name not in DEVICES or (":" in wanted and not index.isdecimal())):
@@ -219,7 +219,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _token_bytes(report: Report) -> int:
-    from qwenrt.loader.footprint import cache_bytes
+    from qwenrt.loader.memory.footprint import cache_bytes
 
     return cache_bytes(report.config, 1, report.placement.storage.activation, report.kv)
 

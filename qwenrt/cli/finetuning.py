@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
 
 def finetune(args: argparse.Namespace) -> int:
     from qwenrt.finetune import finetune as train
-    from qwenrt.loader.hub import resolve
+    from qwenrt.loader.hub.resolve import resolve
 
     given = {name: getattr(args, name) for name in _SETTINGS}
     settings = {name: value for name, value in given.items() if value is not None}

@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def pull(args: argparse.Namespace) -> int:
-    from qwenrt.loader.hub import resolve
+    from qwenrt.loader.hub.resolve import resolve
 
     directory = resolve(args.model, source=args.source, revision=args.revision, offline=args.offline)
     terminal = Terminal()

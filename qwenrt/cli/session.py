@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.errors import QwenrtError
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text import conversations
+from qwenrt.text.chat import conversations
 
 if TYPE_CHECKING:
     from qwenrt.llm import LLM

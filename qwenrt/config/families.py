@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qwenrt.config import qwen1, qwen2
-from qwenrt.config.fields import LIMITS, bad, contradiction, token_ids
+from qwenrt.config.fields import LIMITS, bad, contradiction, read_json, token_ids
 from qwenrt.config.model import ModelConfig
 from qwenrt.config.quant import QuantConfig
 from qwenrt.errors import ConfigError
+from qwenrt.files import is_there
 
 # model_type of a file that holds more than text -> the generation of its text. Vision and audio are left out.
 _WRAPPERS = {
@@ -37,8 +39,20 @@ _KNOWN = {  # model_type -> (what it is, what is missing)
 }
 
 
-def read_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The config of any supported generation; ConfigError with a sentence for the others."""
+def read_model_config(directory: str | Path) -> ModelConfig:
+    """The config of a model directory: config.json, and quantize_config.json where there is one. Keys that name code
+    (auto_map) are never looked at."""
+    directory = Path(directory)
+    sidecar = directory / "quantize_config.json"
+    return parse_model_config(
+        read_json(directory / "config.json"),
+        read_json(sidecar) if is_there(sidecar, ConfigError) else None,
+    )
+
+
+def parse_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
+    """From the content of config.json and of quantize_config.json. ConfigError for what is contradictory, absurdly
+    large, or of a family that is not supported."""
     where = "config.json"
     model_type = config.get("model_type", "qwen")  # the first uploads of Qwen-1 named none
     quant = config.get("quantization_config")

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from qwenrt.config.fields import read_json
 from qwenrt.config.quant import QuantConfig
-from qwenrt.errors import ConfigError
-from qwenrt.files import is_there
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class ModelConfig:
     layer is limited. ``is_causal``: whether a token sees only what stands before it; models for embeddings may have it
     otherwise, and generate nothing. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the
     checkpoint leaves the choice open. ``tie_word_embeddings``: the head is the embedding. Files decide:
-    loader.as_stored.as_stored gives the config of what was found in them; ``has_head`` is False where that is no head
+    loader.checkpoint.as_stored gives the config of what was found in them; ``has_head`` is False where that is no head
     at all, which is enough for embeddings.
     """
 
@@ -87,24 +81,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
     quant: QuantConfig | None = None
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
-        """From the content of config.json and of quantize_config.json, if there is one. ConfigError for what is
-        contradictory, hostile or of a family that is not supported."""
-        from qwenrt.config.families import read_model_config  # the readers build this class
-
-        return read_model_config(config, quantize)
-
-    @classmethod
-    def from_dir(cls, directory: str | Path) -> ModelConfig:
-        """Read config.json (and quantize_config.json). Keys that name code (auto_map) are never looked at."""
-        directory = Path(directory)
-        sidecar = directory / "quantize_config.json"
-        return cls.from_dict(
-            read_json(directory / "config.json"),
-            read_json(sidecar) if is_there(sidecar, ConfigError) else None,
-        )
 
     def window(self, layer: int) -> int:
         """How many tokens a query of a layer sees, itself included; 0 for all."""
@@ -141,7 +117,3 @@ class ModelConfig:
             mlp += self.num_moe_layers * (sparse + (3 * shared * d + d if shared else 0))
         vocabulary = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return vocabulary + self.num_layers * attention + mlp + d
-
-    def kv_bytes_per_token(self, element_bytes: float) -> int:
-        """Bytes one token takes in the cache of all layers, keys and values together."""
-        return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes)

@@ -33,7 +33,7 @@ class QuantConfig:
     or, without ``block``, for each row or for the whole matrix. ``zeros_in_scales``: the zeros of 4-bit codes lie in
     their scales' last bits and take no memory of their own beside our kernels.
 
-    This is what a config says of all linears; which form each one has is told by the file (loader/forms.py).
+    This is what a config says of all linears; which form each one has is told by the file (loader/checkpoint/forms.py).
     ``other_groups``: group sizes that a config names for some of them (GPTQ's ``dynamic``). ``corrections``: what the
     file's headers, once they were read, show to lie in another form."""
 

@@ -6,6 +6,7 @@ import difflib
 import re
 from typing import Any
 
+from qwenrt.config.families import parse_model_config
 from qwenrt.config.model import ModelConfig
 
 # Hidden size, layers, heads, key-value heads, intermediate size as in config.json (Qwen-1: doubled), vocabulary,
@@ -79,7 +80,7 @@ def released_config(name: str) -> ModelConfig | None:
     if shape.startswith("Qwen3") and (parts["long"] or "-coder-" in asked):
         values["max_position_embeddings"] = _LONG
     quant = _quantisation((parts["quant"] or "").lower())
-    return ModelConfig.from_dict(values | ({"quantization_config": quant} if quant else {}))
+    return parse_model_config(values | ({"quantization_config": quant} if quant else {}))
 
 
 def _values(shape: str) -> dict[str, Any]:

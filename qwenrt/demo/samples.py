@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qwenrt.text.messages import DEFAULT_SYSTEM, react_instruction
+from qwenrt.text.chat.react import DEFAULT_SYSTEM, react_instruction
 
 
 @dataclass(frozen=True)

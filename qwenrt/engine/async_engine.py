@@ -22,7 +22,7 @@ from qwenrt.engine.requests import Request
 from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.replies import ReplyStream
+from qwenrt.text.replies.parser import ReplyStream
 
 _SHARE_TOKENS = 2048  # of texts that are read between two steps
 _CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed

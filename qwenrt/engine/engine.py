@@ -28,8 +28,8 @@ from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import Draw, Vocabulary
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.replies import ReplyStream
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.replies.parser import ReplyStream
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass
@@ -425,7 +425,7 @@ def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
     """The ids below ``size`` that lie in gaps of an extended vocabulary: they have no token."""
     if tokenizer is None:
         return []
-    return [i for i in tokenizer.absent_ids() if i < size]
+    return [i for i in tokenizer.unused_ids() if i < size]
 
 
 def _typed(error: Exception, asked: str) -> QwenrtError:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from qwenrt.engine.sequence import Sequence
 from qwenrt.errors import QwenrtError
 from qwenrt.outputs import Delta, FinishReason, TokenLogprob, Usage
-from qwenrt.text.detokenizer import Detokenizer
-from qwenrt.text.replies import Piece, ReplyStream
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.replies.parser import Piece, ReplyStream
+from qwenrt.text.tokenizer.detokenizer import Detokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import ModelConfig, read_model_config
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
 from qwenrt.finetune.data import Corpus, read_entries
 from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("qwenrt")
 
@@ -79,8 +79,8 @@ def finetune(
     source, target = Path(model_dir), Path(output_dir)
     if save_every is not None and save_every < 1:
         raise RequestError(f"save_every={save_every}", "not a number of steps", "Use at least 1.")
-    config = ModelConfig.from_dir(source)
-    tokenizer = load_tokenizer(source)
+    config = read_model_config(source)
+    tokenizer = Tokenizer.from_dir(source)
     entries = read_entries(data) if isinstance(data, (str, Path)) else list(data)
     corpus = Corpus.encode(tokenizer, entries, options.max_length)
     if tokenizer.vocab_size > config.vocab_size:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError
 from qwenrt.files import opened
-from qwenrt.loader.names import table_for
+from qwenrt.loader.checkpoint.names import table_for
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed
 

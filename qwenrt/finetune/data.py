@@ -15,8 +15,8 @@ import torch
 from qwenrt.config.fields import has_more_values
 from qwenrt.errors import RequestError
 from qwenrt.files import read
-from qwenrt.text.messages import DEFAULT_SYSTEM
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.chat.react import DEFAULT_SYSTEM
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 MAX_DATA_BYTES = 2**30
 MAX_DATA_VALUES = 16 * 10**6

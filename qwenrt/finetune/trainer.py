@@ -21,9 +21,9 @@ from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestErro
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus
 from qwenrt.finetune.interrupt import held_interrupt
-from qwenrt.loader.as_stored import as_stored
-from qwenrt.loader.checkpoint import open_checkpoint
-from qwenrt.loader.header import read_shard
+from qwenrt.loader.checkpoint.as_stored import as_stored
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
+from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import StepPlan

@@ -15,11 +15,11 @@ from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.config.quant import ROUNDED, rounded_form, rounded_group
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError, memory_ran_out
-from qwenrt.loader.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
-from qwenrt.loader.forms import Fp8, Target
-from qwenrt.loader.inventory import Inventory, Loadable, parts_of, take_inventory, unstacked
-from qwenrt.loader.names import table_for
-from qwenrt.loader.packed_cache import PackedCache
+from qwenrt.loader.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
+from qwenrt.loader.checkpoint.forms import Fp8, Target
+from qwenrt.loader.checkpoint.inventory import Inventory, Loadable, parts_of, take_inventory, unstacked
+from qwenrt.loader.checkpoint.names import table_for
+from qwenrt.loader.packed_cache.cache import PackedCache
 from qwenrt.loader.progress import ByteBar
 from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight, Packed

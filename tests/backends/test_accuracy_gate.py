@@ -22,7 +22,7 @@ from qwenrt.demo.corpus import held_out_samples
 from qwenrt.finetune.data import encode_entry
 from qwenrt.llm import LLM, load_tokenizer, load_with
 from qwenrt.load_options import CHOICES, LoadOptions
-from qwenrt.loader.hub import DEMO
+from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.ops import packing, reference
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import Environment, ModelConfig
+from qwenrt.config import Environment, read_model_config
 from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
 from qwenrt.loader.weights import load_weights
@@ -36,7 +36,7 @@ def cpu(request: pytest.FixtureRequest) -> CPUBackend:
 @pytest.mark.parametrize("name", GPTQ_GOLDENS)
 @torch.inference_mode()
 def test_recorded_logits_hold_through_the_kernels(golden_dir: Path, name: str, cpu: CPUBackend) -> None:
-    config = ModelConfig.from_dir(golden_dir / name)
+    config = read_model_config(golden_dir / name)
     model = Qwen(config, cpu, torch.float32)
     load_weights(model, golden_dir / name, config, cpu, torch.float32, progress=False)
     model.bind()

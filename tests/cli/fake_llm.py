@@ -9,12 +9,12 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from qwenrt.config import GenerationConfig, ModelConfig
+from qwenrt.config import GenerationConfig, parse_model_config
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.outputs import Delta, Generation, Usage
 from qwenrt.sampling_params import SamplingParams
 
-CONFIG = ModelConfig.from_dict(
+CONFIG = parse_model_config(
     {
         "hidden_size": 8,
         "num_attention_heads": 1,

@@ -159,9 +159,9 @@ def test_pull_prints_the_directory(monkeypatch: pytest.MonkeyPatch, qwenrt: Qwen
             raise CheckpointError("model 'gone'", "404", "Check the name.")
         return tmp_path
 
-    hub: Any = ModuleType("qwenrt.loader.hub")
+    hub: Any = ModuleType("qwenrt.loader.hub.resolve")
     hub.resolve = resolve
-    monkeypatch.setitem(sys.modules, "qwenrt.loader.hub", hub)
+    monkeypatch.setitem(sys.modules, "qwenrt.loader.hub.resolve", hub)
     done = qwenrt("pull", "Qwen-7B", "--source", "modelscope", "--revision", "v1")
     assert (done.code, done.out) == (0, f"{tmp_path}\n")
     assert asked == [("Qwen-7B", {"source": "modelscope", "revision": "v1", "offline": None})]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from qwenrt.config import ModelConfig
-from qwenrt.loader import device_memory
-from qwenrt.loader.footprint import Storage, weight_bytes
+from qwenrt.config import read_model_config
+from qwenrt.loader.memory import device as device_memory
+from qwenrt.loader.memory.footprint import Storage, weight_bytes
 from tests.conftest import write_tiny_checkpoint
 
 Qwenrt = Callable[..., Any]
@@ -91,7 +91,7 @@ def test_json_adds_up(qwenrt: Qwenrt) -> None:
 
 
 def test_a_directory_and_a_file(qwenrt: Qwenrt, tiny_dir: Path, tmp_path: Path) -> None:
-    config = ModelConfig.from_dir(tiny_dir)
+    config = read_model_config(tiny_dir)
     for name in (tiny_dir, tiny_dir / "config.json"):
         report = as_json(qwenrt, str(name), "--device", "cpu", "--memory", "1")
         assert report["source"] == str(name) and report["parameters"] == config.num_parameters

@@ -9,12 +9,12 @@ import pytest
 
 import qwenrt
 from qwenrt import demo
-from qwenrt.config import GenerationConfig, ModelConfig
+from qwenrt.config import GenerationConfig, read_model_config
 from qwenrt.demo import facts
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.evaluate import ask_all
-from qwenrt.loader.checkpoint import open_checkpoint
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 DIRECTORY = Path(demo.__file__).parent
 TEXTS = [
@@ -35,7 +35,7 @@ def llm():
 def test_it_is_a_qwen1_directory_of_at_most_12_megabytes():
     shipped = [f for f in DIRECTORY.iterdir() if f.suffix in (".json", ".tiktoken", ".safetensors")]
     assert sum(f.stat().st_size for f in shipped) <= 12_000_000
-    config = ModelConfig.from_dir(DIRECTORY)
+    config = read_model_config(DIRECTORY)
     raw = json.loads((DIRECTORY / "config.json").read_text())
     golden = Path(__file__).parents[1] / "golden" / "plain" / "config.json"
     assert set(raw) == set(json.loads(golden.read_text()))
@@ -45,13 +45,13 @@ def test_it_is_a_qwen1_directory_of_at_most_12_megabytes():
     assert len(checkpoint.tensors) == 8 * config.num_layers + 3
     generation = GenerationConfig.from_dir(DIRECTORY)
     assert generation.chat_format == "chatml" and generation.sampling.greedy
-    assert generation.eos_token_ids == (load_tokenizer(DIRECTORY).eod_id,)
+    assert generation.eos_token_ids == (Tokenizer.from_dir(DIRECTORY).eod_id,)
 
 
 def test_its_vocabulary_is_its_own_and_loses_nothing():
-    tokenizer = load_tokenizer(DIRECTORY)
+    tokenizer = Tokenizer.from_dir(DIRECTORY)
     assert tokenizer.eod_id == 3000
-    assert tokenizer.vocab_size == 3208 < ModelConfig.from_dir(DIRECTORY).vocab_size
+    assert tokenizer.vocab_size == 3208 < read_model_config(DIRECTORY).vocab_size
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("蒙古国的首都是乌兰巴托")) == 5

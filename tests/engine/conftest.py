@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import native
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.engine.engine import Engine, EngineOptions
 from qwenrt.engine.output_processor import RequestOutput
 from qwenrt.engine.sampler import Sampled
@@ -22,7 +22,7 @@ from qwenrt.engine.sequence import Sequence
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.outputs import Delta
-from qwenrt.text.tokenizer import Tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 
 
@@ -39,7 +39,7 @@ class FaultyBackend(Backend):
 
 
 def load_model(directory: Path, backend: Backend) -> Qwen:
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, progress=False)
     model.bind()

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenrt.backends.cpu.backend import CPUBackend
-from qwenrt.config import ModelConfig
+from qwenrt.config import parse_model_config
 from qwenrt.engine.engine import Engine, EngineOptions
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
@@ -53,7 +53,7 @@ def engine() -> Engine:
     backend = CPUBackend(torch.device("cpu"))
     if backend.kernels is None:
         pytest.skip(backend.unavailable)
-    model = Qwen(ModelConfig.from_dict(CONFIG), backend, torch.float32)
+    model = Qwen(parse_model_config(CONFIG), backend, torch.float32)
     source = torch.Generator().manual_seed(0)
     for name, shape in model.tensor_specs.items():
         model.set_tensor(name, torch.randn(*shape, generator=source) * 0.5)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from qwenrt.engine.engine import Engine
 from qwenrt.errors import BackendError, CapacityError, RequestError
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.tokenizer import Tokenizer
-from qwenrt.text.vocabulary import END_OF_TEXT, IM_END, IM_START, AddedToken, Vocabulary
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
+from qwenrt.text.tokenizer.vocabulary import END_OF_TEXT, IM_END, IM_START, AddedToken, Vocabulary
 from tests.engine.conftest import (
     FaultyBackend,
     ScriptedSampler,
@@ -329,14 +329,14 @@ def test_gaps_in_a_vocabulary_are_never_drawn() -> None:
     ranks = {bytes([i]): i for i in range(256)}
     control = [AddedToken(form, 300 + i, True) for i, form in enumerate((END_OF_TEXT, IM_START, IM_END))]
     tokenizer = Tokenizer(Vocabulary(ranks, tuple(control)))
-    assert not tokenizer.has_token(280) and tokenizer.vocab_size == 303
+    assert 280 in tokenizer.unused_ids() and tokenizer.vocab_size == 303
     engine = make_engine(tokenizer=tokenizer, vocab_limit=tokenizer.vocab_size)
     bias = {280: 100.0, 400: 100.0, 65: 90.0}
     engine.add([1], GREEDY.with_(logit_bias=bias, logprobs=64, max_tokens=3), request_id="r")
     outputs = run(engine)["r"]
     assert text(outputs) == "AAA"
     shown = {i for o in outputs for p in o.delta.logprobs or () for i in p.top}
-    assert all(map(tokenizer.has_token, shown))
+    assert shown.isdisjoint(tokenizer.unused_ids()) and max(shown) < tokenizer.vocab_size
 
 
 # ---- cancelling

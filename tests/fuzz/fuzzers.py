@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import qwenrt
-from qwenrt.config import GenerationConfig, ModelConfig, read_json
+from qwenrt.config import GenerationConfig, parse_model_config, read_json
 from qwenrt.errors import QwenrtError
 from qwenrt.finetune.trainer import TrainingSettings
-from qwenrt.loader.checkpoint import open_checkpoint
-from qwenrt.loader.footprint import Storage, memory_need
-from qwenrt.loader.header import read_shard
-from qwenrt.text.builtin_templates import TEMPLATES
-from qwenrt.text.chat_format import load_chat_format
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
+from qwenrt.loader.checkpoint.header import read_shard
+from qwenrt.loader.memory.footprint import Storage, memory_need
+from qwenrt.text.chat.builtin_templates import TEMPLATES
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+from qwenrt.text.chat.formats import load_chat_format
 from tests.conftest import write_tiny_checkpoint
 from tests.fuzz.values import any_value, as_bytes, changed
 from tests.text.bpe_vocab import (
@@ -107,7 +107,7 @@ def config(rng: random.Random, scratch: Path) -> None:
     """config.json and generation_config.json, and the figures that are made of them."""
     (scratch / "config.json").write_bytes(as_bytes(rng, changed(rng, rng.choice(CONFIGS))))
     with _refusals_are_right():
-        read = ModelConfig.from_dict(read_json(scratch / "config.json"), rng.choice((None, *_QUANTISED)))
+        read = parse_model_config(read_json(scratch / "config.json"), rng.choice((None, *_QUANTISED)))
         for kernels in (False, True):
             need = memory_need(read, Storage(4, 2, 2, kernels, True), rng.choice((1, 512, 2**20)))
             assert need.total > 0 and read.num_active_parameters <= read.num_parameters
@@ -150,7 +150,7 @@ def tokenizer(rng: random.Random, scratch: Path) -> None:
     for name, raw in files.items():
         (scratch / name).write_bytes(raw)
     with _refusals_are_right():
-        made = load_tokenizer(scratch)
+        made = ChatTokenizer.from_dir(scratch)
         ids = made.encode("hello world 你好 <|im_end|>\n\n  é")
         assert made.decode(ids) == made._nfc("hello world 你好 <|im_end|>\n\n  é")
         made.encode("hello <|im_end|>", allow_special=True)
@@ -190,7 +190,7 @@ def _tiny_model() -> Path:
 def _templated() -> qwenrt.Tokenizer:
     """The tokenizer of a later generation, with a template of its own."""
     files = {"tokenizer_json": small_json(), "chat_template_jinja": TEMPLATES["qwen3"], "config_json": _LATER}
-    return load_tokenizer(write(Path(tempfile.mkdtemp(prefix="qwenrt-fuzz-")), **files))
+    return ChatTokenizer.from_dir(write(Path(tempfile.mkdtemp(prefix="qwenrt-fuzz-")), **files))
 
 
 @functools.cache
@@ -233,7 +233,6 @@ def _calls() -> list[Callable[[Any], Any]]:
         lambda v: tokenizer.decode([1], errors=v),
         lambda v: tokenizer.token_bytes(v),
         lambda v: tokenizer.token_id(v),
-        lambda v: tokenizer.has_token(v),
         lambda v: tokenizer.encode_chat(v),
         lambda v: tokenizer.encode_chat(hello, v),
         lambda v: tokenizer.encode_chat(hello, tools=v),

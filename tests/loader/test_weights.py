@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwenrt.backends.base import Backend
-from qwenrt.config import ModelConfig
+from qwenrt.config import parse_model_config, read_model_config
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError
-from qwenrt.loader.checkpoint import open_checkpoint
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.weights import LoadReport, load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.reference import linear
@@ -62,7 +62,7 @@ def load(
     **config: object,
 ) -> tuple[Qwen, LoadReport]:
     save_file(tensors, directory / "model.safetensors")
-    parsed = ModelConfig.from_dict({**CONFIG, **config})
+    parsed = parse_model_config({**CONFIG, **config})
     model = Qwen(parsed, Backend(CPU), dtype)
     return model, load_weights(
         model, directory, parsed, model.backend, dtype, quantize=quantize, progress=False
@@ -187,7 +187,7 @@ def test_quantize_at_load(tmp_path: Path, quantize: str, kind: str, error: float
 def test_quantize_says_no(tmp_path: Path, golden_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"quantize='int3'.*Use None"):
         load(tmp_path, tensors_of(), quantize="int3")
-    config = ModelConfig.from_dir(golden_dir / "gptq_int4")
+    config = read_model_config(golden_dir / "gptq_int4")
     model = Qwen(config, Backend(CPU), torch.float32)
     with pytest.raises(ConfigError, match="already quantised to 4 bits"):
         load_weights(model, golden_dir / "gptq_int4", config, model.backend, torch.float32, quantize="int8")
@@ -201,7 +201,7 @@ def gptq(
     if change is not None:
         change(source)
     save_file(source, directory / "model.safetensors")
-    config = ModelConfig.from_dir(golden_dir / name)
+    config = read_model_config(golden_dir / name)
     model = Qwen(config, Backend(CPU), torch.float32)
     load_weights(model, directory, config, model.backend, torch.float32)
     return model
@@ -272,7 +272,7 @@ def test_gptq_tensors_that_do_not_fit(
 
 
 def test_gptq_tensors_without_a_config_that_says_so(golden_dir: Path) -> None:
-    config = dataclasses.replace(ModelConfig.from_dir(golden_dir / "gptq_int4"), quant=None)
+    config = dataclasses.replace(read_model_config(golden_dir / "gptq_int4"), quant=None)
     model = Qwen(config, Backend(CPU), torch.float32)
     with pytest.raises(CheckpointError, match=r"config.json has no quantization_config"):
         load_weights(model, golden_dir / "gptq_int4", config, model.backend, torch.float32)
@@ -325,7 +325,7 @@ def test_nothing_is_set_when_the_files_do_not_fit(tmp_path: Path) -> None:
     source = tensors_of()
     del source["lm_head.weight"]
     save_file(source, tmp_path / "model.safetensors")
-    config = ModelConfig.from_dict(CONFIG)
+    config = parse_model_config(CONFIG)
     model = Qwen(config, Backend(CPU), torch.float32)
     with pytest.raises(CheckpointError, match=r"1 missing: lm_head.weight"):
         load_weights(model, open_checkpoint(tmp_path), config, model.backend, torch.float32)
@@ -357,7 +357,7 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 _MEASURE = """
 import json, sys, torch
 from qwenrt.backends.base import Backend
-from qwenrt.config import ModelConfig
+from qwenrt.config import ModelConfig, parse_model_config, read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 
@@ -367,7 +367,7 @@ def status(key):
 
 torch.set_num_threads(1)
 directory, figures = sys.argv[1], {}
-config = ModelConfig.from_dir(directory)
+config = read_model_config(directory)
 for dtype in (torch.bfloat16, torch.float32):
     model = Qwen(config, Backend(torch.device("cpu")), dtype)
     torch.isfinite(torch.ones(8, dtype=dtype)).sum()

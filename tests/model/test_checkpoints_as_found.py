@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from qwenrt.errors import CheckpointError, RequestError
-from qwenrt.loader.as_stored import as_stored
-from qwenrt.loader.checkpoint import INDEX, open_checkpoint
-from qwenrt.loader.footprint import weight_bytes
-from qwenrt.loader.preflight import storage_of
+from qwenrt.loader.checkpoint.as_stored import as_stored
+from qwenrt.loader.checkpoint.checkpoint import INDEX, open_checkpoint
+from qwenrt.loader.memory.footprint import weight_bytes
+from qwenrt.loader.memory.preflight import storage_of
 from tests.model.tiny_models import (
     MOE,
     PROMPT,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwenrt.backends.base import Backend
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
@@ -18,7 +18,7 @@ from tests.conftest import DENSE_GOLDENS, GPTQ_GOLDENS
 
 
 def load(directory: Path) -> Qwen:
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     backend = Backend(torch.device("cpu"))
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, progress=False)

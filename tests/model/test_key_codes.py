@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwenrt.backends.base import Backend
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model import key_codes
 from qwenrt.model.qwen import Qwen
@@ -35,7 +35,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def model_of(directory: Path, dtype: torch.dtype = torch.float32) -> Qwen:
-    config = ModelConfig.from_dir(directory)
+    config = read_model_config(directory)
     model = Qwen(config, CPU, dtype)
     load_weights(model, directory, config, CPU, dtype, progress=False)
     model.bind()

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
-from qwenrt.text.tokenizer import load_tokenizer
+from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.steps import run_step
 
 real: Any = pytest.importorskip("tests.real.conftest")  # where checkpoints lie
@@ -39,12 +39,12 @@ def log_probabilities(model: Qwen, ids: list[int], quantized: bool) -> torch.Ten
 @pytest.mark.parametrize("size", ["0.5B", "1.5B"])
 def test_an_int8_cache_costs_next_to_nothing(size: str) -> None:
     directory: Path = real.directory_of(size)
-    config, backend = ModelConfig.from_dir(directory), CPUBackend(torch.device("cpu"))
+    config, backend = read_model_config(directory), CPUBackend(torch.device("cpu"))
     backend.configure(activations="exact")
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, progress=False)
     model.bind()
-    tokenizer, divergences = load_tokenizer(directory), []
+    tokenizer, divergences = Tokenizer.from_dir(directory), []
     for name in TEXTS:
         ids = tokenizer.encode((ROOT / name).read_text(encoding="utf-8"))[:TOKENS]
         wanted, got = (log_probabilities(model, ids, quantized) for quantized in (False, True))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qwenrt.errors import ConfigError, QwenrtError
-from qwenrt.text.bpe_merges import FORMS_OF_BYTES
-from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
-from qwenrt.text.vocabulary import SPLIT_PATTERN
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+from qwenrt.text.tokenizer.merges import FORMS_OF_BYTES
+from qwenrt.text.tokenizer.vocabulary import SPLIT_PATTERN
 
 # What Qwen3 adds to the 151643 ordinary tokens, in order; the first fourteen are control tokens.
 CONTROL = [
@@ -158,11 +158,11 @@ def small_json(**changes: Any) -> dict[str, Any]:
     return file
 
 
-def load_json(directory: Path, **changes: Any) -> Tokenizer:
-    return load_tokenizer(write(directory, tokenizer_json=small_json(**changes)))
+def load_json(directory: Path, **changes: Any) -> ChatTokenizer:
+    return ChatTokenizer.from_dir(write(directory, tokenizer_json=small_json(**changes)))
 
 
 def refused(directory: Path, found: str, error: type[QwenrtError] = ConfigError) -> None:
     with pytest.raises(error, match=found) as caught:
-        load_tokenizer(directory)
+        ChatTokenizer.from_dir(directory)
     assert caught.value.remedy and str(directory) in str(caught.value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qwenrt.text.tokenizer import Tokenizer, load_tokenizer
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from tests.text.small_vocab import small_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer" / "golden.json"
@@ -33,8 +33,8 @@ def released_dir(released_vocab: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def tokenizer(released_dir: Path) -> Tokenizer:
-    return load_tokenizer(released_dir)
+def tokenizer(released_dir: Path) -> ChatTokenizer:
+    return ChatTokenizer.from_dir(released_dir)
 
 
 @pytest.fixture(scope="session")
@@ -43,5 +43,5 @@ def golden() -> Any:
 
 
 @pytest.fixture(scope="session")
-def small() -> Tokenizer:
-    return Tokenizer(small_ranks(), name="small")
+def small() -> ChatTokenizer:
+    return ChatTokenizer(small_ranks(), name="small")

@@ -1,0 +1,119 @@
+"""What a checkpoint's files say about the network where config.json leaves it open or says otherwise; no torch."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from qwenrt.config import ModelConfig
+from qwenrt.config.layers import LinearSpec, layer_linears
+from qwenrt.config.quant import Correction, QuantConfig
+from qwenrt.loader.checkpoint.checkpoint import Checkpoint, same_bytes
+from qwenrt.loader.checkpoint.forms import FP8, Module, form_of
+from qwenrt.loader.checkpoint.header import TensorEntry
+from qwenrt.loader.checkpoint.names import table_for
+
+_NUMBER = re.compile(r"\.[0-9]+")
+logger = logging.getLogger("qwenrt")
+
+
+def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """``config`` with what the files decide: whether the head is the embedding, and which linears lie in another form
+    than its quantisation says. Every figure of memory, and loading itself, follows the result.
+
+    Reads headers and, where a config says that head and embedding are one and the file has both, those two.
+    """
+    modules = _modules(config, checkpoint)
+    config = _with_head(config, checkpoint, modules)
+    if config.quant is None:
+        return config
+    if not any(map(_is_quantised, modules.values())):
+        logger.warning(
+            "config.json says that %s is quantised (%s), and all of its weights are dense: it is loaded as dense",
+            checkpoint.directory,
+            config.quant.method,
+        )
+        return replace(config, quant=None)
+    if not config.quant.has_codes:
+        return config
+    corrections = tuple(_corrections(config, config.quant, modules))
+    return replace(config, quant=replace(config.quant, corrections=corrections))
+
+
+_Modules = dict[tuple[str, str], dict[str, TensorEntry]]  # (parameter, part) -> kind -> tensor
+
+
+def _modules(config: ModelConfig, checkpoint: Checkpoint) -> _Modules:
+    table, found = table_for(config.model_type), _Modules()
+    for name, entry in checkpoint.tensors.items():
+        place = table.locate(name)
+        if place is not None and not place.ignored:
+            found.setdefault((place.param, place.part), {})[place.kind] = entry
+    return found
+
+
+# ---- the head
+
+
+def _with_head(config: ModelConfig, checkpoint: Checkpoint, modules: _Modules) -> ModelConfig:
+    """Tied or not by what is there. A head in the file serves, whatever the flag says, unless it is the embedding's
+    own copy; without one the embedding serves where the config says that it does; else there is no head."""
+    embedding = modules.get(("embed_tokens", ""), {}).get("weight")
+    head = modules.get(("lm_head", ""), {})
+    if not head and embedding is not None and not config.tie_word_embeddings:
+        logger.warning(
+            "%s has no lm_head, and config.json says that it is not the embedding: texts can be embedded, not written",
+            checkpoint.directory,
+        )
+        return replace(config, tie_word_embeddings=True, has_head=False)
+    if not config.tie_word_embeddings or not head or embedding is None:
+        return config
+    dense = head.get("weight")
+    if dense is not None and len(head) == 1 and (not dense.nbytes or same_bytes(dense, embedding)):
+        return config
+    logger.warning(
+        "config.json says that head and embedding are one (tie_word_embeddings), and lm_head of %s is another "
+        "matrix than embed_tokens: the file's own head serves",
+        checkpoint.directory,
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+# ---- forms
+
+
+def _is_quantised(kinds: dict[str, TensorEntry]) -> bool:
+    return bool(kinds.keys() - {"weight", "bias"}) or ("weight" in kinds and kinds["weight"].dtype == FP8)
+
+
+def _corrections(config: ModelConfig, quant: QuantConfig, modules: _Modules) -> Iterator[Correction]:
+    """How many matrices more or fewer of which form there are than ``quant`` says: of those left dense, and of those
+    with other bits or groups; the head, which it counts as dense."""
+    specs, found = _specs(config), Counter[tuple[int, int, int, int]]()
+    for (param, part), kinds in modules.items():
+        spec = specs.get(_NUMBER.sub("", param))
+        if spec is None:
+            continue
+        stated = (quant.bits, quant.group_size) if spec.quantizable else (16, 0)
+        rows = dict(spec.parts).get(part, spec.out_features)
+        form = form_of(
+            Module(param, rows, spec.in_features, {k: kinds[k] for k in kinds if k != "bias"}), quant
+        )
+        own = stated if isinstance(form, str) else (form.bits, form.group_size)
+        if own != stated:
+            found[(rows, spec.in_features, *own)] += 1
+            found[(rows, spec.in_features, *stated)] -= 1
+    return (Correction(*shape, number) for shape, number in found.items() if number)
+
+
+def _specs(config: ModelConfig) -> dict[str, LinearSpec]:
+    """The linears by name without the numbers of layer and expert, in which they do not differ."""
+    one = config if config.moe is None else replace(config, moe=replace(config.moe, num_experts=1, top_k=1))
+    head = LinearSpec("lm_head", config.hidden_size, (("", config.vocab_size),), False, quantizable=False)
+    specs = [head]
+    for layer in {config.is_moe(n): n for n in range(config.num_layers)}.values():
+        specs += layer_linears(one, layer)
+    return {_NUMBER.sub("", spec.name): spec for spec in specs}
