@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qwenrt.engine.output_processor import StopRules
 from qwenrt.errors import CapacityError, RequestError, shown
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.replies import ReplyStream
+from qwenrt.text.replies.parser import ReplyStream
 
 MAX_STOP_SEQUENCES = 256
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from qwenrt.backends.cpu import CPUBackend, activations, backend, kernels
+from qwenrt.backends.cpu import CPUBackend, activations
 from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.finetune.data import encode_entry
@@ -26,12 +26,11 @@ from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.ops import packing, reference
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight
+from tests.kernel_sets import needs_kernels
 from tests.steps import run_step
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
-)
+pytestmark = needs_kernels
 LEAST_AGREEMENT, MOST_DIVERGENCE = 0.995, 1e-3
 
 

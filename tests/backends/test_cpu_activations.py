@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qwenrt import summary
 from qwenrt.backends import selfcheck
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend, kernels
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.llm import load_with
@@ -21,11 +21,10 @@ from qwenrt.load_options import LoadOptions
 from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight
 from tests.backends.test_cpu_kernels import float64_linear, random_weight, summed
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 
 CPU = torch.device("cpu")
-BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
-pytestmark = pytest.mark.skipif(not BUILT, reason="csrc was not built")
+pytestmark = needs_kernels
 BLOCK_INPUTS = {4: 32, 8: 128}  # by the bits of the codes
 ROUNDED = ("int16", "int8")
 

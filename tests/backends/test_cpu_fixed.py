@@ -8,16 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenrt.backends.base import Backend
-from qwenrt.backends.cpu import CPUBackend, activations, backend, dense12, kernels
+from qwenrt.backends.cpu import CPUBackend, activations, dense12, kernels
 from qwenrt.config import Environment
 from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
 from qwenrt.ops.types import CanonicalWeight
+from tests.kernel_sets import LIBRARY
 
-LOADED = backend._load()
 pytestmark = [
     pytest.mark.skipif(
-        isinstance(LOADED, kernels.KernelsUnavailable) or "avx2" not in LOADED.isas,
+        LIBRARY is None or "avx2" not in LIBRARY.isas,
         reason="AVX2's kernels alone have fixed point",
     ),
 ]
@@ -27,8 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def avx2(threads: int = 2) -> kernels.Kernels:
-    assert isinstance(LOADED, kernels.Kernels)
-    return LOADED.using("avx2", threads)
+    assert LIBRARY is not None
+    return LIBRARY.using("avx2", threads)
 
 
 def linear(

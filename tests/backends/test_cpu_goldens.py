@@ -17,9 +17,10 @@ from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.types import Packed
 from tests.conftest import GPTQ_GOLDENS
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 from tests.steps import run_step
 
+pytestmark = needs_kernels
 BLOCK_SIZE = 16
 
 
@@ -27,8 +28,6 @@ BLOCK_SIZE = 16
 def cpu(request: pytest.FixtureRequest) -> CPUBackend:
     """The backend with the kernels of each instruction set."""
     backend = CPUBackend(torch.device("cpu"))
-    if backend.kernels is None:
-        pytest.skip("csrc was not built")
     backend.configure(request.param)
     return backend
 
@@ -84,8 +83,6 @@ def test_an_answer_is_the_same_bits_however_a_long_prompt_was_cut() -> None:
             progress=False,
         )
         with load_with("demo", options, Environment.read({})) as llm:
-            if not llm.stats()["activations"]:
-                pytest.skip("csrc was not built")
             out = llm.generate(
                 prompt_token_ids=list(range(300, 600)), max_tokens=2, temperature=0, logprobs=5
             )

@@ -25,12 +25,11 @@ from qwenrt.backends.cpu.activations import Activations
 from qwenrt.errors import BackendError
 from qwenrt.ops import packing, reference
 from qwenrt.ops.types import CanonicalWeight, Packed
-from tests.kernel_sets import SETS
+from tests.kernel_sets import LIBRARY, SETS, needs_kernels
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
-needs_kernels = pytest.mark.skipif(not BUILT, reason="csrc was not built")
+BUILT = LIBRARY is not None
 # Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
 EXACT = 2e-6
 
@@ -583,10 +582,10 @@ def test_every_source_is_compiled(build: ModuleType) -> None:
     assert {path.name for path in (ROOT / "csrc").glob("*.cpp")} == set(build.SOURCES)
 
 
+@needs_kernels
 @pytest.mark.parametrize("words", [0, 1, 3, 13, 4096, 100_003])
 def test_reading_reads_every_word(words: int) -> None:
     library = CPUBackend(torch.device("cpu")).kernels
-    if library is None:
-        pytest.skip("csrc was not built")
+    assert library is not None
     memory = torch.randint(0, 2**40, (words,))
     assert library.read(memory) == int(memory.sum())

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import bounds
 from benchmarks.__main__ import main
 from benchmarks.render import document
-from qwenrt.backends.cpu import backend, kernels
+from tests.kernel_sets import needs_kernels
 
 
 def a_sample(read: float, cache: float, memory: float) -> dict[str, float]:
@@ -64,7 +64,7 @@ class _Memory:
         return 1e9
 
 
-@pytest.mark.skipif(isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built")
+@needs_kernels
 def test_a_sample_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in (("_ROWS", 1024), ("_CACHED_ROWS", 512), ("_MEMORY_BYTES", 1), ("_CACHED_SECONDS", 0)):
         monkeypatch.setattr(bounds, name, small)
