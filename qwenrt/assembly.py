@@ -62,10 +62,17 @@ class Assembled:
     summary: str
 
 
-def assemble(name: str, options: LoadOptions, environment: Environment) -> Assembled:
-    """Find the files, check them and the memory, load the weights, bind the operations, start the engine."""
+def assemble(
+    name: str, options: LoadOptions, environment: Environment, backend: Backend | None = None
+) -> Assembled:
+    """Find the files, check them and the memory, load the weights, bind the operations, start the engine.
+
+    ``backend``: None takes that of ``options.device``.
+    """
     started = time.perf_counter()
-    backend = _backend(options, environment)
+    backend = _configured(
+        backend or registry.create(options.device, environment.backend), options, environment
+    )
     directory = resolve(
         name,
         source=options.source,
@@ -101,7 +108,7 @@ def assemble_random(shape: str | ModelConfig, options: LoadOptions, environment:
     """The same with random weights of a released shape and no tokenizer."""
     started = time.perf_counter()
     config = shape if isinstance(shape, ModelConfig) else _shape_config(shape)
-    backend = _backend(options, environment)
+    backend = _configured(registry.create(options.device, environment.backend), options, environment)
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
         fill_with_random_weights(
@@ -118,8 +125,7 @@ def _packed_cache(options: LoadOptions, environment: Environment) -> Path | None
     return packed_cache_in(options.packed_cache, environment.cache_dir)
 
 
-def _backend(options: LoadOptions, environment: Environment) -> Backend:
-    backend = registry.create(options.device, environment.backend)
+def _configured(backend: Backend, options: LoadOptions, environment: Environment) -> Backend:
     activations = environment.activations if options.activations == "auto" else options.activations
     backend.configure(environment.kernels, environment.num_threads, activations)
     return backend

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from qwenrt.assembly import Assembled
+    from qwenrt.backends.base import Backend
     from qwenrt.engine.async_engine import Handle
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
     from qwenrt.text.chat.prompt import Prompt
@@ -87,9 +88,13 @@ if load.__doc__ is not None:  # python -OO has none
 
 
 def load_with(
-    model: str | PathLike[str], options: LoadOptions, environment: Environment | None = None
+    model: str | PathLike[str],
+    options: LoadOptions,
+    environment: Environment | None = None,
+    backend: Backend | None = None,
 ) -> LLM:
-    """As `load`, with its options in one piece. ``environment``: None reads the process's own."""
+    """As `load`, with its options in one piece. ``environment``: None reads the process's own; ``backend``: None takes
+    that of ``options.device``."""
     collecting = gc.isenabled()
     gc.disable()  # a million objects are made and none is garbage: looking for some would take a fifth of a start
     try:
@@ -97,7 +102,7 @@ def load_with(
             check_room_for_torch()
             from qwenrt.assembly import assemble
 
-            return LLM(assemble(_name(model), options, environment or Environment.read()))
+            return LLM(assemble(_name(model), options, environment or Environment.read(), backend))
     finally:
         if collecting:
             gc.enable()
