@@ -105,8 +105,8 @@ def document(
     notes: str = "",
     quality: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page. ``notes``: what somebody
-    found out about these results, a profile's figures say. ``quality``: what benchmarks/quality.py found."""
+    """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page. ``notes``: what was
+    found out about these results, such as figures of a profile. ``quality``: what benchmarks/quality.py found."""
     known = {row.key: row for row in rows.table()}
     found = [(known[key], value) for key, value in results["rows"].items() if key in known]
     found.sort(key=lambda pair: list(known).index(pair[0].key))

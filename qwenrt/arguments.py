@@ -16,7 +16,7 @@ from qwenrt.errors import ConfigError, QwenrtError, RequestError, shown
 
 
 def as_integer(value: object) -> int | None:
-    """The integer a value is; None for what is none. Truth values are none."""
+    """``value`` as an integer; None where it is none. Truth values are no integers."""
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
@@ -26,7 +26,7 @@ def as_integer(value: object) -> int | None:
 
 
 def as_number(value: object) -> float | None:
-    """The finite number a value is; None for what is none. Truth values are none."""
+    """``value`` as a finite number; None where it is none. Truth values are no numbers."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
@@ -44,7 +44,7 @@ def flag(name: str, value: object, error: type[QwenrtError] = RequestError) -> b
 
 
 def as_list(name: str, value: object) -> list[Any]:
-    """A list, tuple, array, tensor or other iterable as a list; text is none."""
+    """A list, tuple, array, tensor or other iterable as a list; a text is refused."""
     if hasattr(value, "tolist") and not isinstance(value, type):  # a tensor or an array
         value = value.tolist()
     if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):

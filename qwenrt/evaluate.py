@@ -1,4 +1,4 @@
-"""How well the built-in model does: held-out questions, long documents, and what quantisation costs."""
+"""Evaluation on the built-in model's tasks: held-out questions, long documents, and the loss by quantisation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Failure:
-    """A question that was answered wrongly: what the conversation was, what was expected, what came."""
+    """A question that was answered wrongly: the conversation, the expected answer and the model's."""
 
     category: str
     asked: str
@@ -70,7 +70,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Answers:
-    """Scores by category over held-out questions, and what went wrong."""
+    """Scores by category over held-out questions, and the wrong answers."""
 
     scores: dict[str, Score]
     failures: tuple[Failure, ...]
@@ -179,7 +179,7 @@ def evaluate_demo(
 
 
 def ask_all(llm: LLM, samples: Sequence[Sample]) -> Answers:
-    """Each sample as its own conversation, many at a time; right only if every graded turn is."""
+    """Ask each sample in a conversation of its own, many at the same time. One is right if every graded turn is."""
     with ThreadPoolExecutor(TOGETHER) as pool:
         failures = list(pool.map(lambda sample: answer(llm, sample), samples))
     scores: dict[str, Score] = {}
@@ -190,7 +190,7 @@ def ask_all(llm: LLM, samples: Sequence[Sample]) -> Answers:
 
 
 def answer(llm: LLM, sample: Sample) -> Failure | None:
-    """Have one conversation, the model's own answers as its history; the first wrong answer, or None."""
+    """Hold one conversation, with the model's own answers as its history. -> the first wrong answer, or None."""
     if sample.tools:
         return _with_tools(llm, sample)
     history: list[tuple[str, str]] = []
@@ -209,7 +209,7 @@ def answer(llm: LLM, sample: Sample) -> Failure | None:
 
 
 def _with_tools(llm: LLM, sample: Sample) -> Failure | None:
-    """The call, then, the tool's result being given, the final answer."""
+    """A tool call, and the final answer after the tool's result."""
     turn, tools = sample.turns[0], list(sample.tools)
     messages: list[dict[str, Any]] = [{"role": "user", "content": turn.user}]
     reply = llm.chat(messages=messages, tools=tools, temperature=0.0, max_tokens=128)
@@ -242,7 +242,8 @@ def _failure(sample: Sample, asked: str, expected: str, answered: str) -> Failur
 
 
 def held_out_documents(llm: LLM, tokens: int, count: int = DOCUMENTS) -> list[list[int]]:
-    """Long texts of the world as token ids, ``tokens`` each, about people and in an order training never saw."""
+    """Long texts about the demo's world as token ids, ``tokens`` each, about people and in an order that were not in
+    the training data."""
     assert llm.tokenizer is not None
     documents = []
     for number in range(count):
@@ -276,7 +277,7 @@ def _long_documents(
 
 @contextmanager
 def _with_config(model: str | Path, changes: dict[str, Any], options: LoadOptions) -> Iterator[Path]:
-    """A copy of a model's directory whose config.json says something else."""
+    """A copy of a model's directory with ``changes`` in its config.json."""
     from qwenrt.loader.hub.resolve import resolve
 
     source = resolve(model, options.source, options.revision, options.offline)

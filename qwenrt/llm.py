@@ -96,7 +96,7 @@ def load_with(
     """As `load`, with its options in one piece. ``environment``: None reads the process's own; ``backend``: None takes
     that of ``options.device``."""
     collecting = gc.isenabled()
-    gc.disable()  # a million objects are made and none is garbage: looking for some would take a fifth of a start
+    gc.disable()  # loading makes a million objects that all stay: collections would take a fifth of its time
     try:
         with memory_errors(f"loading {shown(model)}"):
             check_room_for_torch()
@@ -162,9 +162,9 @@ class LLM:
 
         With ``query``: -> (response, history), the new pair appended to a copy of ``history``; ``system`` is not part
         of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
-        ``message`` is ready to append. ``enable_thinking``: for models that can do either, None takes their default.
-        ``thinking_budget``: tokens after which a thought is brought to its end. ``sampling`` changes single fields of
-        ``sampling_params`` or of the checkpoint's own defaults.
+        ``message`` is ready to append. ``enable_thinking``: for models that can answer with and without a thought, None
+        takes their default. ``thinking_budget``: the longest thought, in tokens; then the answer begins. ``sampling``
+        changes single fields of ``sampling_params`` or of the checkpoint's own defaults.
         """
         past, tools = as_history(history), given_tools(tools)
         prompt, reader = self._alive().prompter.chat_prompt(
@@ -241,7 +241,7 @@ class LLM:
             for ids, params in zip(prompts, each, strict=True):
                 handles.append(self._submit(ids, params))
             done = [generation_of(handle) for handle in handles]
-        except BaseException:  # one bad prompt, or Ctrl-C: nothing of the others goes on in the background
+        except BaseException:  # a bad prompt, or Ctrl-C: none of the other requests goes on in the background
             for handle in handles:
                 handle.cancel()
             raise
@@ -264,10 +264,10 @@ class LLM:
     ) -> torch.Tensor:
         """Embeddings of texts -> float32 [len(texts), D] on the CPU, or [D] of a single text.
 
-        By the checkpoint's own recipe (modules.json and what it names, as sentence-transformers writes them); without
-        one as Qwen3-Embedding does it: the final state of the last token, of length 1. ``normalize``: whether the
-        length is 1, None as the recipe says. Queries have an ``instruction`` ("Given a question, retrieve passages that
-        answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
+        Computed as the checkpoint's modules.json and the files it names say (the format of sentence-transformers);
+        without one as in Qwen3-Embedding: the final state of the last token, normalised to length 1. ``normalize``:
+        whether vectors have length 1, None as the files say. Queries have an ``instruction`` ("Given a question,
+        retrieve passages that answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
         """
         alive = self._alive()
         tokenizer = alive.prompter.needs_tokenizer("embed")
@@ -302,7 +302,8 @@ class LLM:
         return self._prompter.can_chat
 
     def explain(self) -> str:
-        """Which code serves which op of which layers, bytes of the weights, and why not the fast one."""
+        """A table: what serves each operation in how many places, and why where it is not the device's own kernel; then
+        the bytes of the weights."""
         from qwenrt import summary
 
         alive = self._alive()

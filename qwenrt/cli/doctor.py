@@ -1,4 +1,4 @@
-"""qwenrt doctor: what is here, which backend serves and why, what is missing and how to get it."""
+"""qwenrt doctor: versions, devices, the kernels that serve and why, and what is missing with its fix."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _WIDTH = 80
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="what is here, what is missing, and the fix",
-        description="Report versions, devices, which backend serves and why, what is missing and the fix.",
+        help="versions, devices and kernels, and how to get what is missing",
+        description="Report versions, devices and the kernels that serve here and why; what is missing, and the fix.",
         **example("examples:\n  qwenrt doctor\n  qwenrt doctor --device cuda --json\n"),
     )
-    parser.add_argument("--device", default="auto", help="would this device serve? (default: auto)")
+    parser.add_argument("--device", default="auto", help="the device to examine (default: auto)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=doctor)
 
@@ -48,7 +48,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
-    """Everything doctor knows, ready for JSON. Nothing here raises: what fails is reported."""
+    """All findings, ready for JSON. Nothing here raises: a failure is a finding."""
     problems: list[dict[str, str]] = []  # each: what, fix
     report: dict[str, Any] = {
         "qwenrt": __version__,

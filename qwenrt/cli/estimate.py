@@ -50,7 +50,10 @@ def add_parser(subparsers: Any) -> None:
         parser, "device", help='where the model is to run: "auto", "cpu", "cuda", "cuda:1", "npu" or "dcu"'
     )
     parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="free memory of the device, in place of what is found"
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="free memory of the device (default: what it has free now)",
     )
     parser.add_argument(
         "--ctx",

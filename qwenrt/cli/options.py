@@ -71,18 +71,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how tokens are chosen (default: the checkpoint's own settings)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="0 always takes the most probable token"
+    )
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the most probable tokens that add up to P"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
 
 
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("thinking (models that think before they answer)")
     group.add_argument(
-        "--thinking", choices=("on", "off"), help="for models that can do either (default: the model's own)"
+        "--thinking",
+        choices=("on", "off"),
+        help="for models that can do both (default: the model's own)",
     )
     group.add_argument(
-        "--thinking-budget", type=int, metavar="N", help="tokens after which a thought is brought to its end"
+        "--thinking-budget",
+        type=int,
+        metavar="N",
+        help="longest thought, in tokens; then the answer begins",
     )
 
 

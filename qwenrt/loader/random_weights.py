@@ -14,7 +14,7 @@ from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, quantize_bits
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
 
-_ROWS = 512  # that are random; a larger matrix repeats them, which no kernel notices
+_ROWS = 512  # that are random; a larger matrix repeats them, which makes no difference to a kernel's speed
 
 
 def fill_with_random_weights(

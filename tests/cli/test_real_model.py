@@ -108,7 +108,7 @@ def test_ctrl_c_stops_the_real_engine(tiny_chat: Path) -> None:
         talk.type(":conf max_tokens=3" + ENTER)
         talk.until("max_tokens = 3", PROMPT)
         talk.type("hello again" + ENTER)
-        talk.until("reached its longest length", PROMPT)
+        talk.until("was cut at max_tokens", PROMPT)
         talk.type(":his" + ENTER)
         talk.until("History (1)")
         talk.type(":q" + ENTER)
