@@ -26,7 +26,7 @@ class Stopwatch:
 
     @property
     def foreign(self) -> float:
-        """The share of all cores that other processes had meanwhile, from 0 to 1; the system counts in ticks of 10 ms."""
+        """The share of all cores that other processes had meanwhile, from 0 to 1, in ticks of 10 ms."""
         return min(1.0, max(0.0, self._others) / max(self.seconds, 0.01) / (os.cpu_count() or 1))
 
 
