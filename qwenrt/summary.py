@@ -17,7 +17,7 @@ def line(name: str, backend: Backend, model: Qwen, *, cache: str, context: int, 
     dtype = _name(model.dtype)
     rounded = activations(roundings(backend, model), dtype)
     said = [
-        f"{_weights(model)} weights, {_size(model.weight_bytes)}{_beside(model)}",
+        f"{_weights(model)} weights ({_size(model.weight_bytes)}{_beside(model)})",
         f"computed in {dtype}",
         *([f"activations {rounded}"] if rounded else []),
         f"{cache} cache",
@@ -88,7 +88,7 @@ def _beside(model: Qwen) -> str:
     if not model.config.tie_word_embeddings or model.lm_head.bits == 16:
         return ""
     kept = _size(model.embed_tokens.nbytes)
-    return f" (the embedding, {kept}, is kept beside the rounded output layer)"
+    return f", of which {kept} are the embedding, kept beside the rounded output layer"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -303,7 +303,7 @@ def test_a_name_that_is_nothing(tmp_path: Path) -> None:
 
 def test_the_line_at_load_is_in_words_that_users_know(tiny_dir: Path) -> None:
     with qwenrt.load(tiny_dir, device="cpu", quantize="int4", kv_cache_dtype="int8", progress=False) as other:
-        stored = "float32 and int4 weights, "
+        stored = "float32 and int4 weights ("
         assert other.summary.startswith(f"{other.name} on cpu ({other.stats()['kernels']}): {stored}")
         assert (
             "computed in float32, " in other.summary and "int8 cache, context of 512 tokens" in other.summary
