@@ -284,7 +284,7 @@ def _report_fallbacks(bindings: list[Binding], fallback: str) -> None:
         if not binding.native and binding.why:
             reasons.setdefault((binding.op, binding.why), []).append(binding.where)
     for (op, why), places in reasons.items():
-        line = f"{op} runs as plain torch in {len(places)} places ({places[0]}, ...): {why}"
+        line = f"{op} runs in plain torch, which is slower, in {len(places)} places ({places[0]}, ...): {why}"
         if fallback == "error":
             raise BackendError("fallback='error'", line, "`qwenrt doctor` says how to get the kernel.")
         if fallback == "warn":

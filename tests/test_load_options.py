@@ -78,6 +78,21 @@ def test_an_estimate_has_the_same_choices() -> None:
         assert build_parser().parse_args(["estimate", "demo", option, "int8"]).kv == "int8"
 
 
+def test_the_options_of_finetune_are_its_settings() -> None:
+    """Of a room that needs torch, so that the command line names them again: names and types are compared."""
+    from qwenrt.cli.finetuning import _SETTINGS
+    from qwenrt.finetune import finetune
+    from qwenrt.finetune.trainer import TrainingSettings
+
+    known = {field.name: field.type for field in dataclasses.fields(TrainingSettings)}
+    known |= {
+        name: p.annotation for name, p in inspect.signature(finetune).parameters.items() if name not in known
+    }
+    assert {name: kind.__name__ for name, (kind, _) in _SETTINGS.items()} == {
+        name: known[name].removesuffix(" | None") for name in _SETTINGS
+    }
+
+
 def test_values_of_other_libraries_become_pythons_own() -> None:
     options = LoadOptions(
         dtype=torch.bfloat16,  # type: ignore[arg-type]

@@ -43,7 +43,8 @@ def test_the_page_has_them_where_they_were_measured() -> None:
     assert "What bounds it" not in document(results, {})
     page = document(results | {"bounds": {**row, "samples": SAMPLES}}, {"bounds": "performance/bounds.svg"})
     assert "4 times, one after the other, 2026-01-02, commit abc:" in page
-    assert "because" in document(results, {}, "because") and "because" not in page
+    notes = "What a profile of these results showed."
+    assert notes in document(results, {}, notes) and notes not in page
     assert "(performance/bounds.svg)" in page and page.index("What bounds it") < page.index(
         "How it is measured"
     )
