@@ -17,7 +17,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import Binding
 from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
-from qwenrt.config.layers import LinearSpec
+from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
@@ -30,7 +30,6 @@ from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.checkpoint.inventory import check_size
 from qwenrt.loader.checkpoint.mapping import Watch
 from qwenrt.loader.hub.resolve import resolve
-from qwenrt.loader.memory.footprint import BLOCK_SIZE
 from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.random_weights import fill_with_random_weights
 from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
@@ -206,7 +205,7 @@ def choose_dtype(
         backend.check_dtype(DTYPES[wanted])
         return DTYPES[wanted]
     coded = quantize is not None or (config.quant is not None and config.quant.has_codes)
-    return backend.default_dtype(config.dtype or stored, config.num_parameters * 4, coded)
+    return backend.default_dtype(config.dtype or stored, num_parameters(config) * 4, coded)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str | None:

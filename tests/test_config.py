@@ -18,6 +18,7 @@ from qwenrt.config import (
     read_json,
     read_model_config,
 )
+from qwenrt.config.layers import num_parameters
 from qwenrt.errors import ConfigError
 
 LATE: dict[str, Any] = {
@@ -84,7 +85,7 @@ def test_parameter_counts_of_the_releases(shape: tuple[int, ...], parameters: in
             "vocab_size": vocab,
         }
     )
-    assert config.num_parameters == parameters
+    assert num_parameters(config) == parameters
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, OpSpec
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.config.layers import kv_bytes_per_token
 from qwenrt.errors import BackendError
-from qwenrt.ops import packing, reference
+from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerKV, StepPlan, Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Experts, Packed
 
@@ -266,8 +267,8 @@ class Backend:
     def quantize_dense(
         self, weight: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None, name: str
     ) -> CanonicalWeight:
-        """packing.quantize_dense of a dense weight that is not on a device yet; overrides give the same bits."""
-        return packing.quantize_dense(weight, bits, group_size, bias, name=name)
+        """quantization.quantize_dense of a dense weight that is not on a device yet; overrides give the same bits."""
+        return quantization.quantize_dense(weight, bits, group_size, bias, name=name)
 
     def packs_words(self) -> bool:
         """Whether pack_linear takes codes in the ``words`` of a GPTQ file; else they come unpacked."""
@@ -316,8 +317,7 @@ class Backend:
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, quantized: bool
     ) -> int:
         """What alloc_kv takes for one slot of all layers."""
-        per_head = head_dim + 8 if quantized else head_dim * dtype.itemsize
-        return 2 * num_layers * num_kv_heads * per_head
+        return kv_bytes_per_token(num_layers, num_kv_heads, head_dim, dtype.itemsize, quantized)
 
     # ---- the device
 

@@ -114,13 +114,17 @@ class RowTable:
         padding = [0] * (rows - count)
         self._send("position", [n - 1 for n in step.kv_lens] + padding)
         self._send("rope", [self._first[alpha] for alpha in step.ntk_alphas] + padding)
-        self._send_tables([*step.tables, *([block] for block in self._spare[count:rows])])
+        self._send_tables([*step.tables, *(self._spare_table(row) for row in range(count, rows))])
         for name in ("temperature", "top_k", "top_p", "min_p", "uniform"):
             own = [0 if draw is None else getattr(draw, name) for draw in step.draws]
             self._send(name, own + padding)
         steady = fed_already and step.fed == list(range(count)) and set(step.token_ids) == {FROM_BEFORE}
         if not steady:
             self._tensors.ids[:count].copy_(token_ids(self._backend, step, before))
+
+    def _spare_table(self, row: int) -> list[int]:
+        """The same block everywhere: wherever the row's position is, it writes there."""
+        return [self._spare[row]] * self._tensors.table.shape[1]
 
     def clear(self, rows: int) -> None:
         """Leave the first ``rows`` rows without sequences."""
@@ -129,6 +133,10 @@ class RowTable:
     def advance(self, rows: int) -> None:
         """The body has moved the first ``rows`` positions on by one."""
         self._held["position"][:rows] += 1
+
+    def lose(self, rows: int) -> None:
+        """The body has run an unknown number of times: where the first ``rows`` positions are is to be sent again."""
+        self._held["position"][:rows] = -1
 
     def _send(self, name: str, values: list[int]) -> None:
         held, new = self._held[name][: len(values)], np.array(values, self._held[name].dtype)
@@ -224,6 +232,7 @@ class GraphStack:
             table.clear(rows)  # capturing may run the body, which stores keys and chooses tokens
             self._last = None
             self._captured[key] = self._graphs.capture(lambda: self.body(*key))
+            table.lose(rows)
         return self._captured[key]
 
     def body(self, rows: int, blocks: int, width: int | None) -> None:

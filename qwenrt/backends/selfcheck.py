@@ -15,9 +15,10 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config.quant import ROUNDED
-from qwenrt.ops import packing, reference
+from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import with_codes
 
 # Largest error allowed, relative to the largest value of the definition's result.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -126,7 +127,7 @@ def random_weight(
     zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.int16, generator=source)
     scales = scales.half()
     if bits == 4 and group <= ROUNDED["int4"].group_size:  # as rounding at load makes them
-        scales = packing.narrow_scales(scales.float(), zeros, bits)
+        scales = quantization.narrow_scales(scales.float(), zeros, bits)
     return CanonicalWeight(codes=codes, scales=scales, zeros=zeros, bits=bits, group_size=group)
 
 
@@ -219,7 +220,7 @@ def _linear(
     backend: Backend, dtype: torch.dtype, weight: CanonicalWeight, x: torch.Tensor
 ) -> Iterator[float]:
     """Every number of tokens of x [T, K], some of which have a massive value in the first input."""
-    codes = packing.with_codes(weight)
+    codes = with_codes(weight)
     native = backend.pack_linear(weight if backend.packs_words() else codes, dtype)
     plain = reference.pack(codes, dtype, backend.device)
     wanted = reference.linear(x, plain)  # once: the definition takes most of the time

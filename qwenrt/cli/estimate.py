@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.cli.options import add_load_option, example
 from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
+from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
@@ -199,8 +200,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "model": report.model,
         "source": report.source,
         "model_type": config.model_type,
-        "parameters": config.num_parameters,
-        "active_parameters": config.num_active_parameters,
+        "parameters": num_parameters(config),
+        "active_parameters": num_active_parameters(config),
         "device": report.device,
         "dtype": report.placement.dtype,
         "context": report.context,
@@ -234,9 +235,9 @@ def _show(report: Report, terminal: Terminal) -> None:
         terminal.say(f"{label:<12} {size:>12}   {text}".rstrip(), style)
 
     terminal.say(f"{report.model}: model type {config.model_type}, from {report.source}", "bold")
-    active = config.num_active_parameters
-    part = "" if active == config.num_parameters else f"{_billions(active)} of them active for a token"
-    row("parameters", _billions(config.num_parameters), part)
+    active = num_active_parameters(config)
+    part = "" if active == num_parameters(config) else f"{_billions(active)} of them active for a token"
+    row("parameters", _billions(num_parameters(config)), part)
     row("weights", _gib(need.weights), _weights(report))
     cached = f"{report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB in {_kv(report)}"
     row("KV cache", _gib(need.cache), f"{counted(report.users, 'user')} with {cached}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenrt.config import qwen1, qwen2
 from qwenrt.config.fields import LIMITS, bad, contradiction, read_json, token_ids
+from qwenrt.config.layers import num_parameters
 from qwenrt.config.model import ModelConfig
 from qwenrt.config.quant import QuantConfig
 from qwenrt.errors import ConfigError
@@ -129,7 +130,7 @@ def _of_this_world(config: ModelConfig, where: str) -> ModelConfig:
     """Sizes that are harmless one by one may be absurd together: refused before anything is counted out or made."""
     experts = config.num_moe_layers * (config.moe.num_experts if config.moe is not None else 0)
     for what, count, most in (
-        ("parameters", config.num_parameters, MAX_PARAMETERS),
+        ("parameters", num_parameters(config), MAX_PARAMETERS),
         ("experts in all layers", experts, MAX_EXPERTS),
     ):
         if count > most:

@@ -1,10 +1,13 @@
-"""What a decoder layer is made of, in names and shapes: the one list that model, loader and estimates read."""
+"""What a network is made of, in names, shapes and bytes: what model, loader and estimates read. Needs no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from qwenrt.config.model import ModelConfig
+
+BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,10 @@ class LinearSpec:
     @property
     def out_features(self) -> int:
         return sum(rows for _, rows in self.parts)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.out_features * (self.in_features + self.bias)
 
     @property
     def value_rows(self) -> int:
@@ -67,3 +74,49 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
         if config.moe.shared_intermediate_size:
             shapes[f"{prefix}.shared_expert_gate"] = (1, d)
     return shapes
+
+
+def head_linear(config: ModelConfig) -> LinearSpec:
+    """What gives the logits. It stays dense unless it is quantised by name."""
+    return LinearSpec(
+        "lm_head", config.hidden_size, (("lm_head", config.vocab_size),), bias=False, quantizable=False
+    )
+
+
+def kinds_of_layers(config: ModelConfig) -> list[tuple[int, int]]:
+    """(a layer, how many have its shapes): of those with one MLP, and of those with experts."""
+    sparse = config.num_moe_layers
+    return [
+        (next(n for n in range(config.num_layers) if config.is_moe(n) == is_moe), number)
+        for is_moe, number in ((False, config.num_layers - sparse), (True, sparse))
+        if number
+    ]
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole network, embeddings and head included."""
+    return _parameters(config, 0 if config.moe is None else config.moe.num_experts)
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Those one token meets: as num_parameters, with only the experts it goes to."""
+    return _parameters(config, 0 if config.moe is None else config.moe.top_k)
+
+
+def _parameters(config: ModelConfig, experts: int) -> int:
+    one = config if config.moe is None else replace(config, moe=replace(config.moe, num_experts=1))
+    total = config.hidden_size  # the final norm
+    for layer, number in kinds_of_layers(config):
+        tensors = sum(map(math.prod, layer_tensors(config, layer).values()))
+        linears = (
+            spec.num_parameters * (experts if ".experts." in spec.name else 1)
+            for spec in layer_linears(one, layer)
+        )
+        total += number * (tensors + sum(linears))
+    return total + config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int, int8: bool) -> int:
+    """Bytes that one token takes in the cache of all layers, keys and values together, in elements of ``itemsize`` or
+    in int8, where each head has a float32 scale and zero beside its codes."""
+    return 2 * num_layers * num_kv_heads * (head_dim + 8 if int8 else head_dim * itemsize)

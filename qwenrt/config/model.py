@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from qwenrt.config.quant import QuantConfig
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # what a model computes in, by name
+
 
 @dataclass(frozen=True)
 class YarnConfig:
@@ -93,27 +95,3 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         return sum(map(self.is_moe, range(self.num_layers)))
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole network, embeddings and head included."""
-        return self._parameters(None if self.moe is None else self.moe.num_experts)
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Those one token meets: as num_parameters, with only the experts it goes to."""
-        return self._parameters(None if self.moe is None else self.moe.top_k)
-
-    def _parameters(self, experts: int | None) -> int:
-        d, i = self.hidden_size, self.intermediate_size
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = (q + 2 * kv) * (d + self.qkv_bias) + q * d + self.o_bias * d
-        attention += 2 * d + self.qk_norm * 2 * self.head_dim
-        dense = 3 * i * d + self.mlp_bias * (2 * i + d)
-        mlp = (self.num_layers - self.num_moe_layers) * dense
-        if self.moe is not None and experts is not None:
-            shared = self.moe.shared_intermediate_size
-            sparse = self.moe.num_experts * d + experts * 3 * self.moe.intermediate_size * d
-            mlp += self.num_moe_layers * (sparse + (3 * shared * d + d if shared else 0))
-        vocabulary = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return vocabulary + self.num_layers * attention + mlp + d

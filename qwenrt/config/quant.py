@@ -10,6 +10,11 @@ from qwenrt.config.fields import bad, boolean, first_given, integer
 from qwenrt.errors import ConfigError
 
 Method = Literal["gptq", "awq", "fp8"]
+GROUP_SIZE = 128  # inputs that share a scale, where nothing else is said
+FP8_BLOCK = (
+    128,
+    128,
+)  # (rows, columns) that share a scale, where a file has blocks and its config names none
 _SUPPORTED = "gptq (4 and 8 bits), awq (4 bits, gemm), fp8 (e4m3), compressed-tensors (float-quantized)"
 _DENSE = "Load the dense release of the model, with quantize= if it is too large."
 
@@ -33,9 +38,9 @@ class QuantConfig:
     or, without ``block``, for each row or for the whole matrix. ``zeros_in_scales``: the zeros of 4-bit codes lie in
     their scales' last bits and take no memory of their own beside our kernels.
 
-    This is what a config says of all linears; which form each one has is told by the file (loader/checkpoint/forms.py).
-    ``other_groups``: group sizes that a config names for some of them (GPTQ's ``dynamic``). ``corrections``: what the
-    file's headers, once they were read, show to lie in another form."""
+    This is what a config says of all linears; which form each one has is told by the file
+    (loader/checkpoint/formats.py). ``other_groups``: group sizes that a config names for some of them (GPTQ's
+    ``dynamic``). ``corrections``: what the file's headers, once they were read, show to lie in another form."""
 
     bits: int
     group_size: int
@@ -74,7 +79,7 @@ class QuantConfig:
 # What `quantize=` and `quantize_head=` round dense weights to. Of 4-bit codes, 32 inputs share a scale that has their
 # zero in its last bits: 4.5 bits a weight, as llama.cpp's Q4_0. docs/performance.md says what that is worth.
 ROUNDED = {
-    "int8": QuantConfig(8, 128, sym=False),
+    "int8": QuantConfig(8, GROUP_SIZE, sym=False),
     "int4": QuantConfig(4, 32, sym=False, zeros_in_scales=True),
 }
 
@@ -86,10 +91,10 @@ def rounded_form(quantize: str | None) -> str | None:
 
 def rounded_group(bits: int) -> int:
     """Inputs that share a scale where dense weights are rounded to ``bits`` at load; where there are no codes, any."""
-    return next((form.group_size for form in ROUNDED.values() if form.bits == bits), 128)
+    return next((form.group_size for form in ROUNDED.values() if form.bits == bits), GROUP_SIZE)
 
 
-def _group_size(quant: Mapping[str, Any], where: str, default: int = 128) -> int:
+def _group_size(quant: Mapping[str, Any], where: str, default: int = GROUP_SIZE) -> int:
     group = first_given(quant, ("group_size", "q_group_size"), where, default)
     if not isinstance(group, int) or isinstance(group, bool) or (group != -1 and not 1 <= group <= 2**20):
         raise bad(where, "group_size", group, "-1 or a positive integer")

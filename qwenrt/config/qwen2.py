@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenrt.config.fields import bad, boolean, first_given, integer, number, token_ids
-from qwenrt.config.model import ModelConfig, MoeConfig
+from qwenrt.config.model import DTYPE_BYTES, ModelConfig, MoeConfig
 from qwenrt.config.quant import QuantConfig
 from qwenrt.config.rope import read_rope
 from qwenrt.errors import ConfigError
 
 MODEL_TYPES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 _CHECK = "Check the file against the model's repository."
-_DTYPES = ("float32", "bfloat16", "float16")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 logger = logging.getLogger("qwenrt")
 
@@ -144,6 +143,6 @@ def _dtype(config: Mapping[str, Any], where: str) -> str | None:
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name in ("auto", "float64") or (isinstance(name, str) and name.startswith("float8_")):
         return None
-    if name not in _DTYPES:
-        raise bad(where, "dtype", value, f"one of {', '.join(_DTYPES)}")
+    if not isinstance(name, str) or name not in DTYPE_BYTES:
+        raise bad(where, "dtype", value, f"one of {', '.join(DTYPE_BYTES)}")
     return str(name)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qwenrt.config import ModelConfig, read_model_config
+from qwenrt.config.layers import num_parameters
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
@@ -132,8 +133,8 @@ def _claim(target: Path, source: Path, overwrite: bool) -> None:
 
 def _check_room(target: Path, config: ModelConfig, keeps_state: bool) -> None:
     """RequestError where the disk has too little room for what training writes: better now than after hours."""
-    weights = config.num_parameters * dtype_of(config).itemsize
-    state = config.num_parameters * 3 * 4 if keeps_state else 0  # weights and two moments in float32
+    weights = num_parameters(config) * dtype_of(config).itemsize
+    state = num_parameters(config) * 3 * 4 if keeps_state else 0  # weights and two moments in float32
     free = shutil.disk_usage(target).free
     if free < weights + state:
         raise RequestError(

@@ -18,13 +18,13 @@ from qwenrt.loader.checkpoint.names import table_for
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _COPIED = ("config.json", "generation_config.json", "tokenizer_config.json", "*.tiktoken")
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:
     """The dtype that a new checkpoint is stored in: config.json's, else bfloat16."""
-    return _DTYPES[config.dtype or "bfloat16"]
+    dtype: torch.dtype = getattr(torch, config.dtype or "bfloat16")
+    return dtype
 
 
 def write_checkpoint(model: Qwen, source: Path, target: Path, dtype: torch.dtype | None = None) -> None:

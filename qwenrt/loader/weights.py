@@ -13,19 +13,20 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
+from qwenrt.config.model import DTYPE_BYTES
 from qwenrt.config.quant import ROUNDED, rounded_form, rounded_group
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError, memory_ran_out
 from qwenrt.loader.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
-from qwenrt.loader.checkpoint.forms import Fp8, Target
+from qwenrt.loader.checkpoint.formats import Fp8, ReadOptions
 from qwenrt.loader.checkpoint.inventory import Inventory, Loadable, parts_of, take_inventory, unstacked
 from qwenrt.loader.checkpoint.names import table_for
 from qwenrt.loader.packed_cache.cache import PackedCache
 from qwenrt.loader.progress import ByteBar
-from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import dequantize, merge
 
 QUANTIZE_BITS = {name: form.bits for name, form in ROUNDED.items()}
-_DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPE_BYTES}
 _FLOAT16_END = 65520.0  # from here on values become infinite in float16
 _CHECKED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
 _CHECKED_PART = 2**20  # bytes at its begin, middle and end that are searched in a larger one
@@ -169,9 +170,9 @@ class _Loader:
         """A norm, a router or the embedding on the model's device; the embedding, of which only rows are read, as
         dense weights are kept."""
         slots = self.inventory.slots[param]
-        if (param, "") in self.inventory.forms:  # a router or a gate, in whatever form the file has it
-            weight = self._canonical(param, "", Target(keep_words=False, fp8_dtype=torch.float32))
-            tensor = packing.dequantize(weight, None if weight.dense is not None else torch.float32)
+        if (param, "") in self.inventory.formats:  # a router or a gate, in whatever format the file has it
+            weight = self._canonical(param, "", ReadOptions(keep_words=False, fp8_dtype=torch.float32))
+            tensor = dequantize(weight, None if weight.dense is not None else torch.float32)
             if weight.bias is not None:
                 remedy = "No Qwen has one there: this version does not read such a model."
                 raise CheckpointError(f"reading {param}", f"it has a bias, {slots['', 'bias']}", remedy)
@@ -186,17 +187,17 @@ class _Loader:
         return result
 
     def linear(self, spec: LinearSpec, tied: Packed | torch.Tensor | None = None) -> Packed:
-        """One packed linear from its parts, each in its own form, or from the embedding it is ``tied`` to."""
+        """One packed linear from its parts, each in its own format, or from the embedding it is ``tied`` to."""
         slots = self.inventory.slots[spec.name]
         parts = parts_of(spec, slots)
         bits = bits_of(spec, self.bits, self.head_bits)
         if isinstance(tied, torch.Tensor):
             packed = self._pack(spec, [self._rounded(spec, CanonicalWeight(dense=tied, shared=True), bits)])
         elif any(self._gives_codes(spec, part) for part, _ in parts):
-            target = Target(self.backend.packs_words(), None if self.bits == 8 else self._fp8_dtype())
-            weights = [self._canonical(spec.name, part, target, spec.bias) for part, _ in parts]
+            options = ReadOptions(self.backend.packs_words(), None if self.bits == 8 else self._fp8_dtype())
+            weights = [self._canonical(spec.name, part, options, spec.bias) for part, _ in parts]
             weights = [w if w.dense is None else self._rounded(spec, w, bits) for w in weights]
-            merged = packing.merge(weights)
+            merged = merge(weights)
             packed = self._pack(spec, weights if merged is None else [merged])
         else:
             packed = self._pack(spec, [self._rounded(spec, self._dense(spec, parts), bits)])
@@ -215,7 +216,7 @@ class _Loader:
         return self.backend.quantize_dense(weight.dense, bits, rounded_group(bits), weight.bias, spec.name)
 
     def _pack(self, spec: LinearSpec, weights: list[CanonicalWeight]) -> Packed:
-        """One weight as the backend wants it; several that share no form, side by side."""
+        """One weight as the backend wants it; several that cannot be merged, side by side."""
         for weight in weights:
             if weight.dense is not None:
                 _check_range(spec.name, weight.dense, self.kept(weight.dense.dtype))
@@ -228,15 +229,15 @@ class _Loader:
 
     def _dense(self, spec: LinearSpec, parts: Sequence[tuple[str, int]]) -> CanonicalWeight:
         """The whole linear as one matrix: the file's own memory for a single part, else one merge buffer."""
-        target = Target(keep_words=False, fp8_dtype=self._fp8_dtype())
+        options = ReadOptions(keep_words=False, fp8_dtype=self._fp8_dtype())
         if len(parts) == 1:
-            return self._canonical(spec.name, parts[0][0], target, spec.bias)
+            return self._canonical(spec.name, parts[0][0], options, spec.bias)
         dtype = self._merged_dtype(spec, parts)
         buffer = torch.empty(spec.out_features, spec.in_features, dtype=dtype)
         biases: list[torch.Tensor | None] = []
         row = 0
         for part, rows in parts:
-            weight = self._canonical(spec.name, part, target, spec.bias)
+            weight = self._canonical(spec.name, part, options, spec.bias)
             assert weight.dense is not None
             _check_range(spec.name, weight.dense, dtype)
             buffer[row : row + rows] = weight.dense
@@ -255,9 +256,9 @@ class _Loader:
         """The dtype that holds every part: of a float32 part beside bfloat16 ones nothing is rounded away."""
         found: torch.dtype | None = None
         for part, _ in parts:
-            module, form = self.inventory.forms[spec.name, part]
-            stored = getattr(torch, TORCH_DTYPES[module.kinds["weight"].dtype])
-            own = self._fp8_dtype() if isinstance(form, Fp8) else stored
+            linear, format_ = self.inventory.formats[spec.name, part]
+            stored = getattr(torch, TORCH_DTYPES[linear.tensors["weight"].dtype])
+            own = self._fp8_dtype() if isinstance(format_, Fp8) else stored
             own = own if self.bits is not None else self.kept(own)
             found = own if found is None else torch.promote_types(found, own)
         assert found is not None
@@ -268,17 +269,17 @@ class _Loader:
         return self.kept(torch.bfloat16) if self.bits is None else torch.float32
 
     def _gives_codes(self, spec: LinearSpec, part: str) -> bool:
-        _, form = self.inventory.forms[spec.name, part]
-        return form.bits < 16 or (isinstance(form, Fp8) and self.bits == 8)
+        _, format_ = self.inventory.formats[spec.name, part]
+        return format_.bits < 16 or (isinstance(format_, Fp8) and self.bits == 8)
 
-    def _canonical(self, param: str, part: str, target: Target, bias: bool = False) -> CanonicalWeight:
-        """One part in its own form. Its bias; zeros where the network has none (AutoGPTQ wrote them everywhere)
+    def _canonical(self, param: str, part: str, options: ReadOptions, bias: bool = False) -> CanonicalWeight:
+        """One part in its own format. Its bias; zeros where the network has none (AutoGPTQ wrote them everywhere)
         count as none."""
         slots = self.inventory.slots[param]
-        module, form = self.inventory.forms[param, part]
+        linear, format_ = self.inventory.formats[param, part]
         given = self._read(slots.get((part, "bias")))
         kept = given if given is not None and (bias or bool(given.any())) else None
-        return form.read(module, lambda kind: self._read(slots.get((part, kind))), kept, target)
+        return format_.read(linear, lambda kind: self._read(slots.get((part, kind))), kept, options)
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.backends.stack import RotaryTable
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec, layer_linears, layer_tensors
+from qwenrt.config.layers import LinearSpec, head_linear, layer_linears, layer_tensors
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.model.key_codes import fit_key_codes, random_tokens
 from qwenrt.model.layers import DecoderLayer, Weights
@@ -34,9 +34,7 @@ class Qwen:
         self.linear_specs: dict[str, LinearSpec] = {
             spec.name: spec for i in range(config.num_layers) for spec in layer_linears(config, i)
         }
-        self.linear_specs["lm_head"] = LinearSpec(
-            "lm_head", d, (("lm_head", vocab),), False, quantizable=False
-        )
+        self.linear_specs["lm_head"] = head_linear(config)
         self.tensor_specs: dict[str, tuple[int, ...]] = {"embed_tokens": (vocab, d)}
         for i in range(config.num_layers):
             self.tensor_specs |= layer_tensors(config, i)

@@ -20,27 +20,27 @@ from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops import packing
 from qwenrt.ops.steps import FROM_BEFORE, Draw, LayerKV, Step, Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import dequantize
 
 FormOf = Callable[[LinearSpec], tuple[int, int]]
 
 # Ops by themselves are within the self-check's tolerance; a few layers make more of what is left.
 _LAYERS_ADD = 5.0
-_SAME_KERNELS = 1e-4  # a stack beside the seams
+_SAME_KERNELS = 1e-4  # a stack beside the seams in float32
 # A token between two experts, or a value between two codes, may go either way by the last digit of what is before.
 _EITHER_WAY = 0.3
 
 _BLOCK = 16
 # Three sequences by their block ids, and how many tokens of each a step has: prompts in chunks, of which one is longer
-# than what kernels take at once, then decoding: all, then without the first, whose places the others take, one of them
-# into a new block; at last one token alone. Blocks 0 and 8 are nobody's.
+# than what kernels take at once, then decoding: all, then without the first, whose places the others take, then one of
+# them into a new block; at last one token alone. Blocks 0 and 8 are nobody's.
 _TABLES = ((9, 2, 6, 4), (1, 7), (5, 3))
-_STEPS = ((21, 5, 0), (35, 1, 0), (1, 1, 15), (1, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 0))
-_LOGIT_ROWS = ((), (16, 34, 35), (0, 1, 16), (0, 1, 2), (0, 1), (0, 1), (0,))
+_STEPS = ((21, 5, 0), (35, 1, 0), (1, 1, 14), (1, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 0))
+_LOGIT_ROWS = ((), (16, 34, 35), (0, 1, 15), (0, 1, 2), (0, 1), (0, 1), (0,))
 # For each sequence of a step the row of the step before that chose its token, -1 where it is the host's.
-_FED = ((-1, -1), (-1, -1), (-1, -1, -1), (-1, 1, 2), (1, 2), (0, 1), (0,))
+_FED = ((-1, -1), (-1, -1), (-1, -1, -1), (0, 1, 2), (1, -1), (0, 1), (0,))
 _TOKENS = [sum(step[i] for step in _STEPS) for i in range(len(_TABLES))]
 _NUM_BLOCKS = max(map(max, _TABLES)) + 1
 
@@ -92,10 +92,11 @@ def _check_steps(weights: _Weights, backend: Backend, dtype: torch.dtype, int8_c
     model, beside = made[0] if made else by_seams()
     others = len(backend.stacks(_parts(model, int8_cache))) - 1
     expected = _run(model, True) if int8_cache and others else beside
+    same = _SAME_KERNELS if dtype == torch.float32 else selfcheck.TOLERANCE[dtype]
     for index in range(others):
         why = selfcheck.complaint(
             lambda index=index: _difference(_run(model, int8_cache, expected, index), expected),  # type: ignore[misc]
-            _SAME_KERNELS + _EITHER_WAY * (int8_cache and has_experts),
+            same + _EITHER_WAY * (int8_cache and has_experts),
         )
         if why is not None:
             bad["stacks"] = why
@@ -227,7 +228,7 @@ class _Weights:
 
 
 def _dense(weight: CanonicalWeight, dtype: torch.dtype) -> CanonicalWeight:
-    return CanonicalWeight(dense=packing.dequantize(weight, dtype), bias=weight.bias)
+    return CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
 
 
 # ---- its steps
@@ -235,7 +236,7 @@ def _dense(weight: CanonicalWeight, dtype: torch.dtype) -> CanonicalWeight:
 
 @dataclass(frozen=True)
 class _Run:
-    """What the steps gave, and the cache of each layer after them."""
+    """What the steps gave, the tokens that each fed to the next, and the cache of each layer after them."""
 
     logits: list[torch.Tensor]
     tokens: list[list[int | None]]
@@ -270,7 +271,11 @@ def _run(model: Qwen, int8_cache: bool, wanted: _Run | None = None, index: int =
             raise RuntimeError(f"{stack.name} does not serve a step that it should")
         logits.append(before.logits.clone())
         tokens.append(before.tokens())
+        own = Backend.choose(model.backend, before.logits.clone(), _drawn(step), parts.vocabulary)
+        if step.draws and own.tolist() != before.chosen.tolist():
+            raise RuntimeError(f"{stack.name} chooses other tokens than its logits say")
         if wanted is not None and tokens[-1] != wanted.tokens[i]:
+            tokens[-1] = wanted.tokens[i]
             chosen = model.backend.send([token or 0 for token in wanted.tokens[i]])
             before = dataclasses.replace(before, chosen=chosen)
     kv = [_without_spare(layer) for layer in parts.cache]
@@ -281,6 +286,10 @@ def _without_spare(kv: LayerKV) -> LayerKV:
     sides = ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")
     cut = {side: tensor[:_NUM_BLOCKS] for side in sides if (tensor := getattr(kv, side)) is not None}
     return dataclasses.replace(kv, **cut)
+
+
+def _drawn(step: Step) -> list[Draw]:
+    return [draw for draw in step.draws if draw is not None]
 
 
 def _steps(config: ModelConfig) -> Iterator[Step]:

@@ -7,17 +7,18 @@ import torch
 from qwenrt.errors import CheckpointError, ConfigError
 from qwenrt.ops.stored import (
     SCALE_DTYPES,
-    WORD,
+    WORD_BITS,
     WORD_DTYPES,
+    awq_shapes,
     check_stored,
-    code_tensors,
     half_scales,
     real_bias,
 )
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import code_tensors
 
 _BITS = 4
-_PER_WORD = WORD // _BITS
+_PER_WORD = WORD_BITS // _BITS
 # Nibble i of word c, lowest bits first, holds output 8 * c + _ORDER[i]: the even outputs, then the odd ones.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -48,13 +49,13 @@ def unpack_awq(
         raise CheckpointError(
             asked, reason, "The config is of another model, or the files are not AWQ's gemm layout."
         )
-    groups, words = in_features // group, out_features // _PER_WORD
+    shapes = awq_shapes(out_features, in_features, group)
     check_stored(
         asked,
         "an AWQ tool (gemm layout)",
-        qweight=(qweight, (in_features, words), WORD_DTYPES),
-        qzeros=(qzeros, (groups, words), WORD_DTYPES),
-        scales=(scales, (groups, out_features), SCALE_DTYPES),
+        qweight=(qweight, shapes["qweight"], WORD_DTYPES),
+        qzeros=(qzeros, shapes["qzeros"], WORD_DTYPES),
+        scales=(scales, shapes["scales"], SCALE_DTYPES),
         bias=(bias, (out_features,), SCALE_DTYPES),
     )
     return CanonicalWeight(

@@ -2,60 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from qwenrt.config.quant import FP8_BLOCK, GROUP_SIZE
 from qwenrt.errors import CheckpointError
-from qwenrt.ops.packing import quantize_rows, row_blocks
-from qwenrt.ops.stored import SCALE_DTYPES, check_stored, dtype_name
+from qwenrt.ops.quantization import quantize_rows, row_blocks
+from qwenrt.ops.stored import SCALE_DTYPES, check_stored, dtype_name, fp8_scale_shapes
 from qwenrt.ops.types import CanonicalWeight
 
 _LARGEST = 448.0  # of the finite values of e4m3fn, which has no infinities
 _NAN = 0x7F  # its one magnitude that is no number; 0xff with the sign
-_INT8_GROUP = 128  # inputs to a scale of int8 codes where the file's scales have no blocks
 
 
-def dequantize_fp8_block(
-    weight: torch.Tensor,
-    scale_inv: torch.Tensor,
-    block: tuple[int, int] = (128, 128),
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    name: str = "weight",
-) -> torch.Tensor:
-    """``weight`` float8_e4m3fn [N, K] times the scale of its block, [N, K] in ``dtype``.
-
-    ``scale_inv`` (float32, bfloat16 or float16) [ceil(N / block[0]), ceil(K / block[1])]; blocks at the lower and
-    right edge may be partial. Despite its name the scale is a multiplier:
-    W[n, k] = weight[n, k] * scale_inv[n // block[0], k // block[1]], a float32 product rounded once to ``dtype``.
-    Raises CheckpointError that names the tensor for wrong shapes and dtypes, NaN codes, and scales that are not
-    finite and positive or that leave ``dtype`` too small.
-    """
-    return _scaled(weight, scale_inv, block, dtype, name).dense(dtype)
-
-
-def dequantize_fp8_channel(
+def dequantize_fp8(
     weight: torch.Tensor,
     scale: torch.Tensor,
+    block: tuple[int, int] | None = FP8_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
     *,
     name: str = "weight",
 ) -> torch.Tensor:
-    """dequantize_fp8_block for one ``scale`` a row, [N] or [N, 1], or one for the matrix, [], [1] or [1, 1]."""
-    return _scaled(weight, scale, None, dtype, name).dense(dtype)
+    """``weight`` float8_e4m3fn [N, K] times its ``scale`` (float32, bfloat16 or float16), [N, K] in ``dtype``.
+
+    With ``block`` (rows, columns) there is a scale for each block, [ceil(N / rows), ceil(K / columns)], and blocks at
+    the lower and right edge may be partial; without one for each row, [N] or [N, 1], or one for the matrix, [], [1] or
+    [1, 1]. Whatever its name (weight_scale_inv), it is a multiplier:
+    W[n, k] = weight[n, k] * scale[n // rows, k // columns], a float32 product rounded once to ``dtype``.
+    Raises CheckpointError that names the tensor for wrong shapes and dtypes, NaN codes, and scales that are not
+    finite and positive or whose products do not fit into ``dtype``.
+    """
+    return _scaled(weight, scale, block, dtype, name).dense(dtype)
 
 
 def fp8_to_int8(
     weight: torch.Tensor,
     scale: torch.Tensor,
-    block: tuple[int, int] | None = (128, 128),
+    block: tuple[int, int] | None = FP8_BLOCK,
     bias: torch.Tensor | None = None,
     *,
     name: str = "weight",
 ) -> CanonicalWeight:
-    """The same matrix (``block`` None: scales as in dequantize_fp8_channel) rounded to int8: as many bytes as on disk.
+    """The same matrix rounded to int8: as many bytes as on disk.
 
     Codes are rounded per row in groups of block[1] inputs (128 without blocks), each group over its own range. They
     are off by about half a step at most, 1/510 of that range, where FP8 values lie 1/16 to 1/8 of their own size
@@ -64,7 +53,7 @@ def fp8_to_int8(
     loses more than FP8 had taken from it.
     """
     scaled = _scaled(weight, scale, block, torch.float32, name)
-    group_size = _INT8_GROUP if block is None else block[1]
+    group_size = GROUP_SIZE if block is None else block[1]
     rows, columns = scaled.codes.shape
     return quantize_rows(scaled.rows, (rows, columns), 8, group_size, bias, sym=False, name=name)
 
@@ -117,16 +106,16 @@ def _scaled(
             raise CheckpointError(
                 asked, "a block has no elements", "Correct weight_block_size in the config."
             )
-        grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
-    else:
+    fitting = fp8_scale_shapes(rows, columns, block)
+    if block is None:
         block = (rows, columns) if scale.numel() == 1 else (1, columns)
-        grid = (math.ceil(rows / block[0]), 1)
-        if tuple(scale.shape) in ((), grid[:1]):
-            scale = scale.reshape(grid)
+    (grid,) = fp8_scale_shapes(rows, columns, block)
+    if tuple(scale.shape) in fitting:
+        scale = scale.reshape(grid)
     check_stored(
         asked,
         "an FP8 tool (e4m3)",
-        weight=(weight, (rows, columns), (torch.float8_e4m3fn,)),
+        weight=(weight, (rows, columns), ("float8_e4m3fn",)),
         scale=(scale, grid, SCALE_DTYPES),
     )
     _check_values(weight, scale, dtype, asked)

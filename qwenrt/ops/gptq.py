@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -11,15 +10,16 @@ import torch
 from qwenrt.errors import CheckpointError, ConfigError
 from qwenrt.ops.stored import (
     SCALE_DTYPES,
-    WORD,
+    WORD_BITS,
     WORD_DTYPES,
     check_stored,
-    code_tensors,
     dtype_name,
+    gptq_shapes,
     half_scales,
     real_bias,
 )
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import code_tensors, pack_words, unpack_words, with_codes
 
 if TYPE_CHECKING:
     from qwenrt.config import QuantConfig
@@ -54,17 +54,17 @@ def unpack_gptq(
     """
     _check_bits(quant.bits, name)
     group_size = _group_size(quant.group_size, in_features, name)
-    per_word, groups = WORD // quant.bits, math.ceil(in_features / group_size)
+    shapes = gptq_shapes(out_features, in_features, quant.bits, group_size)
     check_stored(
         f"{name}: reading a GPTQ linear with {in_features} inputs, {out_features} outputs, {quant.bits} bits, "
         f"group_size {group_size}",
         "a GPTQ tool",
-        qweight=(qweight, (math.ceil(in_features / per_word), out_features), WORD_DTYPES),
-        qzeros=(qzeros, (groups, math.ceil(out_features / per_word)), WORD_DTYPES),
-        scales=(scales, (groups, out_features), SCALE_DTYPES),
+        qweight=(qweight, shapes["qweight"], WORD_DTYPES),
+        qzeros=(qzeros, shapes["qzeros"], WORD_DTYPES),
+        scales=(scales, shapes["scales"], SCALE_DTYPES),
         bias=(bias, (out_features,), SCALE_DTYPES),
     )
-    zeros = _true_zeros(_unpack_rows(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16), quant, name)
+    zeros = _true_zeros(unpack_words(qzeros.t(), quant.bits)[:out_features].t().to(torch.int16), quant, name)
     perm = None
     if g_idx is not None and g_idx.numel() > 0:
         g_idx = _checked_g_idx(g_idx, in_features, group_size, scales.shape[0], quant, name)
@@ -72,7 +72,7 @@ def unpack_gptq(
             perm, group_size, order = _sort_groups(g_idx, group_size)
             if order is not None:
                 scales, zeros = scales.index_select(0, order), zeros.index_select(0, order)
-    elif quant.desc_act and groups > 1:
+    elif quant.desc_act and len(scales) > 1:
         raise CheckpointError(
             f"{name}: reading a GPTQ linear quantised in activation order (desc_act true)",
             "the checkpoint holds no g_idx, so the group of each input is unknown",
@@ -110,19 +110,6 @@ def _true_zeros(stored: torch.Tensor, quant: QuantConfig, name: str) -> torch.Te
             "Set sym to false in the quantisation config if the zeros are meant as they are stored.",
         )
     return stored + stated
-
-
-def with_codes(weight: CanonicalWeight) -> CanonicalWeight:
-    """The same weight with ``codes``, unpacked where it has ``words``."""
-    if not weight.words:
-        return weight
-    order = None if weight.perm is None else weight.perm.long()
-    parts = []
-    for words in weight.words:
-        codes = _unpack_rows(words, weight.bits)[: weight.in_features]
-        parts.append(codes if order is None else codes.index_select(0, order))
-    codes = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
-    return dataclasses.replace(weight, codes=codes, words=(), num_inputs=0)
 
 
 def _check_bits(bits: int, name: str) -> None:
@@ -184,26 +171,6 @@ def _sort_groups(
     return perm, step, sorted_idx[::step]
 
 
-def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [R, C] -> uint8 [R * 32 / bits, C]: word r holds rows r*32/bits and on, lowest bits first."""
-    per_word, mask = WORD // bits, 2**bits - 1
-    codes = torch.empty(words.shape[0], per_word, words.shape[1], dtype=torch.uint8)
-    for j in range(per_word):
-        # masked: the shift of a negative word drags its sign
-        codes[:, j] = (words >> (j * bits)).bitwise_and_(mask)
-    return codes.view(words.shape[0] * per_word, words.shape[1])
-
-
-def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of _unpack_rows: integers in [0, 2**bits) -> int32."""
-    per_word = WORD // bits
-    rows = codes.view(codes.shape[0] // per_word, per_word, codes.shape[1])
-    words = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.int32)
-    for j in range(per_word):
-        words |= rows[:, j].to(torch.int32) << (j * bits)
-    return words
-
-
 def pack_gptq(weight: CanonicalWeight, *, zero_offset: int = 1) -> dict[str, torch.Tensor]:
     """The tensors GPTQ keeps on disk for a quantised weight: qweight, qzeros, scales (float16), g_idx, bias.
 
@@ -212,7 +179,7 @@ def pack_gptq(weight: CanonicalWeight, *, zero_offset: int = 1) -> dict[str, tor
     cannot hold it.
     """
     codes, scales, zeros = code_tensors(weight)
-    bits, per_word = weight.bits, WORD // weight.bits
+    bits, per_word = weight.bits, WORD_BITS // weight.bits
     in_features, out_features = codes.shape
     asked = f"writing a [{out_features}, {in_features}] weight as GPTQ of {bits} bits"
     if in_features % per_word or out_features % per_word:
@@ -237,8 +204,8 @@ def pack_gptq(weight: CanonicalWeight, *, zero_offset: int = 1) -> dict[str, tor
         g_idx = torch.empty_like(g_idx).index_copy_(0, order, g_idx)
     bias = torch.zeros(out_features) if weight.bias is None else weight.bias
     return {
-        "qweight": _pack_rows(codes, bits),
-        "qzeros": _pack_rows(stored.t().contiguous(), bits).t().contiguous(),
+        "qweight": pack_words(codes, bits),
+        "qzeros": pack_words(stored.t().contiguous(), bits).t().contiguous(),
         "scales": half_scales(scales, asked),
         "g_idx": g_idx.to(torch.int32),
         "bias": bias.to(torch.float16),

@@ -353,8 +353,11 @@ def advance(ids: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> 
 
 
 def linear_of_each(x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
-    """x [T, K], ``w`` with a leading axis of E linears of one kind ("dense", "w8a16", "w4a16") and shape, ``which``
+    """x [T, K], ``w`` with a leading axis of E linears of one kind and shape (types.stacked), ``which``
     int64 [T] -> [T, N]: token t by linear which[t]. Nothing waits for the device, so it can be captured."""
+    if w.kind == "parts":
+        y = torch.cat([linear_of_each(x, part, which) for part in w.data["parts"]], dim=-1)
+        return y if w.bias is None else y + w.bias[which]
     data = {name: value[which] for name, value in w.data.items() if isinstance(value, torch.Tensor)}
     bias = None if w.bias is None else w.bias[which]
     if w.kind == "dense":

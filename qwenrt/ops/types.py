@@ -19,7 +19,7 @@ class CanonicalWeight:
     x[..., perm[k]] where ``perm`` (int32 [K]) is given (act-order, already sorted by group), else x[..., k].
     W[n, perm[k]] = scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n]).
     N = out_features, K = in_features; ``bias`` [N] or None.
-    Instead of ``codes`` there may be ``words``, which packing.with_codes unpacks: matrices int32
+    Instead of ``codes`` there may be ``words``, which weights.with_codes unpacks: matrices int32
     [ceil(K * bits / 32), n] side by side as GPTQ files have them, 32 / bits codes of one output in a word, lowest
     bits first, in the order of x.
     """
@@ -117,27 +117,38 @@ def stacked(weights: list[Packed]) -> Packed | None:
     """Linears of one kind and shape as one with a leading axis, for reference.linear_of_each; their own tensors become
     views of its. None where they cannot be."""
     first = weights[0]
-    shapes = {
-        name: (value.shape, value.dtype)
-        for name, value in first.data.items()
-        if isinstance(value, torch.Tensor)
-    }
-    for w in weights:
-        tensors = {n: (t.shape, t.dtype) for n, t in w.data.items() if isinstance(t, torch.Tensor)}
-        if w.kind not in ("dense", "w4a16", "w8a16") or w.kind != first.kind or tensors != shapes:
-            return None
-        if (w.group_size, w.bias is None) != (first.group_size, first.bias is None):
-            return None
+    if any(_form(w) != _form(first) for w in weights) or first.kind not in (
+        "dense",
+        "w4a16",
+        "w8a16",
+        "parts",
+    ):
+        return None
     whole = dataclasses.replace(first, data={})
-    for name in shapes:
-        whole.data[name] = torch.stack([w.data[name] for w in weights])
-        for w, view in zip(weights, whole.data[name], strict=True):
-            w.data[name] = view
+    if first.kind == "parts":
+        parts = [stacked(list(side)) for side in zip(*(w.data["parts"] for w in weights), strict=True)]
+        if None in parts:
+            return None
+        whole.data["parts"] = parts
+    for name, tensor in first.data.items():
+        if isinstance(tensor, torch.Tensor):
+            whole.data[name] = torch.stack([w.data[name] for w in weights])
+            for w, view in zip(weights, whole.data[name], strict=True):
+                w.data[name] = view
     if first.bias is not None:
         whole.bias = torch.stack([w.bias for w in weights if w.bias is not None])
         for w, view in zip(weights, whole.bias, strict=True):
             w.bias = view
     return whole
+
+
+def _form(w: Packed) -> tuple[object, ...]:
+    """What must be alike for linears to be stacked."""
+    tensors = {
+        name: (value.shape, value.dtype) for name, value in w.data.items() if isinstance(value, torch.Tensor)
+    }
+    parts = tuple(part.kind for part in w.data.get("parts", ()))
+    return w.kind, tensors, parts, w.group_size, w.bias is None
 
 
 @dataclass

@@ -23,7 +23,7 @@ from qwenrt.finetune.data import encode_entry
 from qwenrt.llm import LLM, load_tokenizer, load_with
 from qwenrt.load_options import CHOICES, LoadOptions
 from qwenrt.loader.hub.resolve import DEMO
-from qwenrt.ops import packing, reference
+from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight
 from tests.kernel_sets import needs_kernels
@@ -257,7 +257,7 @@ def random_layer(
     x, size = with_outliers(shape)
     gate_up = torch.randn(2 * INNER, WIDTH) * WIDTH**-0.5 / (size if evened else 1)
     head = torch.randn(VOCABULARY, INNER)
-    return x, packing.quantize_dense(gate_up, bits, 128), packing.quantize_dense(head, bits, 128)
+    return x, quantization.quantize_dense(gate_up, bits, 128), quantization.quantize_dense(head, bits, 128)
 
 
 def scores(

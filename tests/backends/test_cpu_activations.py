@@ -18,8 +18,8 @@ from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
-from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import dequantize
 from tests.backends.test_cpu_kernels import float64_linear, random_weight, summed
 from tests.kernel_sets import SETS, needs_kernels
 
@@ -85,7 +85,7 @@ def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -
     used = rounded_to(columns, weight, narrow)
     rest = (columns.double() - used).float().masked_fill(~uneven, 0.0)
     used += rounded_to(rest, weight, torch.zeros_like(uneven))
-    w = packing.dequantize(dataclasses.replace(weight, perm=None), torch.float64)
+    w = dequantize(dataclasses.replace(weight, perm=None), torch.float64)
     y = used @ w.t()
     return y if weight.bias is None else y + weight.bias.double()
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_rounded_follows_torch(
         x[1, 3:6] = bad
         w = cpu.pack_linear(weight, torch.float32)
         y = cpu.linear(x, w)
-        wanted = x @ packing.dequantize(weight, torch.float32).t() + weight.bias
+        wanted = x @ dequantize(weight, torch.float32).t() + weight.bias
         assert torch.allclose(y[1], wanted[1], rtol=1e-3, atol=1e-3, equal_nan=True)
         for row in {0, tokens - 1} - {1}:  # the others of the batch do not notice
             assert torch.equal(y[row], cpu.linear(x[row : row + 1], w)[0])

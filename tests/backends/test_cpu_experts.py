@@ -86,9 +86,9 @@ def test_checkpoints_with_experts_answer_the_same_both_ways(tmp_path: Path, kind
     moe = tiny_models.QWEN2_MOE if kind == "Qwen2Moe" else {**tiny_models.MOE, "head_dim": 8}
     tiny_models.build(kind, {**moe, "mlp_only_layers": [1]}, tmp_path)
     with tiny_models.load(tmp_path, quantize="int4", activations="exact") as llm:
-        model, answers = llm._alive().model, []
-        assert model._stack is not None
+        stacks, answers = llm._alive().engine._alive().runner.stacks, []
+        assert [stack.name for stack in stacks] == ["one call", "seams"]
         for _ in range(2):
             answers.append(llm.generate(prompt_token_ids=[5, 6, 7], max_tokens=24, temperature=0).token_ids)
-            model._stack = None
+            del stacks[:-1]
     assert answers[0] == answers[1] and len(answers[0]) == 24

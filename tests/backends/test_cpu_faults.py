@@ -18,8 +18,8 @@ import torch
 import qwenrt
 from qwenrt.backends.cpu import CPUBackend, kernels, resources
 from qwenrt.errors import BackendError
-from qwenrt.ops import packing
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import dequantize
 from tests.backends.test_cpu_kernels import float64_linear, random_weight
 from tests.conftest import write_tiny_checkpoint
 from tests.kernel_sets import SETS, needs_kernels
@@ -79,7 +79,7 @@ def test_a_bad_number_anywhere_spoils_its_own_token_only(
         y = x.clone()
         y[token, place] = bad
         got = cpu.linear(y, w)
-        dense = packing.dequantize(weight, torch.float32)
+        dense = dequantize(weight, torch.float32)
         assert torch.equal(
             got[token].isfinite(),
             (y[token] @ dense.t() + weight.bias).isfinite(),  # type: ignore[operator]

@@ -23,8 +23,9 @@ from qwenrt.backends.binding import OpSpec
 from qwenrt.backends.cpu import CPUBackend, backend, kernel_status, kernels, library, resources
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.errors import BackendError
-from qwenrt.ops import packing, reference
+from qwenrt.ops import quantization, reference
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import dequantize
 from tests.kernel_sets import LIBRARY, SETS, needs_kernels
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ EXACT = 2e-6
 def random_weight(
     n: int, k: int, bits: int, group_size: int, *, sym: bool = False, shuffle: bool = False, bias: bool = True
 ) -> CanonicalWeight:
-    weight = packing.quantize_dense(
+    weight = quantization.quantize_dense(
         torch.randn(n, k), bits, group_size, bias=torch.randn(n) if bias else None, sym=sym
     )
     perm = torch.randperm(k).to(torch.int32) if shuffle else None
@@ -52,7 +53,7 @@ def random_weight(
 
 def float64_linear(x: torch.Tensor, weight: CanonicalWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """x W^T + bias in float64, and the size that errors are measured by."""
-    w = packing.dequantize(weight, torch.float64)
+    w = dequantize(weight, torch.float64)
     y, size = x.double() @ w.t(), x.double().abs() @ w.abs().t() + 1e-9
     return (y, size) if weight.bias is None else (y + weight.bias, size + weight.bias.abs())
 
@@ -107,7 +108,7 @@ def test_quantised_linears_of_any_shape(
     assert_exact(y, x, weight)
     if w.kind == kernels.native_kind(bits):
         rows = kernels.dequantize_blocks(w, 0, -(-n // kernels.BLOCK))
-        assert torch.equal(rows, packing.dequantize(weight, torch.float32))
+        assert torch.equal(rows, dequantize(weight, torch.float32))
 
 
 @needs_kernels
@@ -124,7 +125,7 @@ def test_sums_that_cancel_part_between_sets_by_no_more_than_is_said(cpu: CPUBack
         wanted, most = x.double() @ dense.bfloat16().double().t(), (1300 + 2) * 2.0**-24
         most = most * (x.double().abs() @ dense.bfloat16().double().abs().t())
     else:
-        weight = packing.quantize_dense(dense, bits, 128, bias=torch.randn(24))
+        weight = quantization.quantize_dense(dense, bits, 128, bias=torch.randn(24))
         wanted, most = float64_linear(x, weight)[0], (128 + 11 + 4) * 2.0**-24 * summed(x, weight)
     results = []
     for isa in SETS:
@@ -150,7 +151,7 @@ def test_the_definition_agrees_and_threads_change_nothing(cpu: CPUBackend, bits:
 
 @needs_kernels
 def test_scales_outside_float16_keep_their_float32(cpu: CPUBackend) -> None:
-    weight = packing.quantize_dense(torch.randn(24, 64) * 1e-9, 4, 32)
+    weight = quantization.quantize_dense(torch.randn(24, 64) * 1e-9, 4, 32)
     assert weight.scales is not None and weight.scales.dtype == torch.float32
     x = torch.randn(3, 64)
     w = cpu.pack_linear(weight, torch.float32)
@@ -188,7 +189,7 @@ def test_activations_that_are_not_finite_follow_torch(cpu: CPUBackend, bad: floa
     x = torch.randn(2, 64)
     x[1, 3:6] = bad
     y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
-    wanted = x @ packing.dequantize(weight, torch.float32).t() + weight.bias
+    wanted = x @ dequantize(weight, torch.float32).t() + weight.bias
     assert torch.allclose(y, wanted, rtol=1e-3, atol=1e-3, equal_nan=True)
     assert bool(torch.isfinite(y[0]).all())
 
@@ -231,7 +232,7 @@ def test_gradients_reach_the_input_of_a_frozen_weight(cpu: CPUBackend, bits: int
     grad = torch.randn(3, 50)
     cpu.linear(x, w).backward(grad)
     assert x.grad is not None
-    assert torch.allclose(x.grad, grad @ packing.dequantize(weight, torch.float32), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(x.grad, grad @ dequantize(weight, torch.float32), rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels
@@ -246,7 +247,7 @@ def test_finite_activations_too_large_to_sum_follow_torch(
         x = torch.randn(2, 64)
         x[1, 3 : 3 + len(large)] = torch.tensor(large)
         y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
-        wanted = x @ packing.dequantize(weight, torch.float32).t() + weight.bias
+        wanted = x @ dequantize(weight, torch.float32).t() + weight.bias
         assert torch.allclose(y, wanted, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 

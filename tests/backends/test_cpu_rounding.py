@@ -1,4 +1,4 @@
-"""Dense weights rounded by csrc/: the bits of packing.quantize_dense, on every instruction set."""
+"""Dense weights rounded by csrc/: the bits of quantization.quantize_dense, on every instruction set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwenrt.backends.cpu.backend import CPUBackend
 from qwenrt.backends.cpu.kernels import Kernels, KernelsUnavailable
 from qwenrt.backends.cpu.rounding import Rounding, quantize, same_bits
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.ops import packing
+from qwenrt.ops import quantization
 
 try:
     KERNELS = Kernels()
@@ -71,7 +71,7 @@ def test_codes_scales_and_zeros_are_the_definitions(
         assert got is None
         return
     assert got is not None and got.in_features == columns and got.out_features == rows
-    assert same_bits(got, packing.quantize_dense(w, bits, group_size, sym=sym))
+    assert same_bits(got, quantization.quantize_dense(w, bits, group_size, sym=sym))
 
 
 @pytest.mark.parametrize("isa", KERNELS.isas)
@@ -98,7 +98,7 @@ def test_rows_shared_by_threads_and_rows_of_another_layout_come_out_the_same() -
     bias = torch.randn(333)
     got = CPUBackend(torch.device("cpu")).quantize_dense(w.t().contiguous().t(), 4, 128, bias, "w")
     assert got.words and got.bias is bias
-    assert same_bits(got, packing.quantize_dense(w, 4))
+    assert same_bits(got, quantization.quantize_dense(w, 4))
     wide = CPUBackend(torch.device("cpu")).quantize_dense(w.double(), 4, 128, None, "w")
     assert same_bits(wide, got)  # no kernel for float64: the definition serves
 
@@ -118,4 +118,4 @@ def test_a_kernel_that_rounds_otherwise_is_found_out(
     got = backend.quantize_dense(w, 4, 32, None, "w")
     assert "differ from their definition's" in backend.demoted["quantize_dense"]
     assert "quantize_dense kernel of cpu is not used" in caplog.text
-    assert not got.words and same_bits(got, packing.quantize_dense(w, 4, 32))
+    assert not got.words and same_bits(got, quantization.quantize_dense(w, 4, 32))

@@ -7,8 +7,9 @@ import torch
 
 from qwenrt.backends.cpu.kernels import Kernels, KernelsUnavailable, pack_quantized
 from qwenrt.config import QuantConfig
-from qwenrt.ops.packing import merge, unpack_gptq, with_codes
+from qwenrt.ops.gptq import unpack_gptq
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import merge, with_codes
 
 
 @pytest.fixture(scope="module")

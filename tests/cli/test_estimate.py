@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qwenrt.config import read_model_config
+from qwenrt.config.layers import num_parameters
 from qwenrt.loader.memory import device as device_memory
 from qwenrt.loader.memory.footprint import Storage, weight_bytes
 from tests.conftest import write_tiny_checkpoint
@@ -94,7 +95,7 @@ def test_a_directory_and_a_file(qwenrt: Qwenrt, tiny_dir: Path, tmp_path: Path) 
     config = read_model_config(tiny_dir)
     for name in (tiny_dir, tiny_dir / "config.json"):
         report = as_json(qwenrt, str(name), "--device", "cpu", "--memory", "1")
-        assert report["source"] == str(name) and report["parameters"] == config.num_parameters
+        assert report["source"] == str(name) and report["parameters"] == num_parameters(config)
         assert report["context"] == 512
         assert report["weight_bytes"] == weight_bytes(config, Storage(4, 2))
     alone = tmp_path / "copy of it.json"

@@ -23,19 +23,45 @@ from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.outputs import Delta
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
+from tests.capture import GraphBackend
 from tests.conftest import GOLDEN
+
+Fault = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FaultyBackend(Backend):
     """The definitions, until ``fault`` is set: it sees the attention's result and may raise or change it."""
 
-    fault: Callable[[torch.Tensor], torch.Tensor] | None = None
+    fault: Fault | None = None
 
     @native()
     def attention(self, *args: Any) -> torch.Tensor:
         out = super().attention(*args)
-        fault = FaultyBackend.fault
-        return out if fault is None else fault(out)
+        return out if FaultyBackend.fault is None else FaultyBackend.fault(out)
+
+
+class FaultyGraphBackend(FaultyBackend, GraphBackend):
+    """The same with steps that are captured."""
+
+    @native()
+    def decode_attention(self, *args: Any) -> torch.Tensor:
+        out = super().decode_attention(*args)
+        return out if FaultyBackend.fault is None else FaultyBackend.fault(out)
+
+
+@pytest.fixture(
+    autouse=True, scope="package", params=[FaultyBackend, FaultyGraphBackend], ids=["seams", "graphs"]
+)
+def backend_kind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this package twice: each step at once by the seams; and decoding steps captured, with one step
+    under way when the next is begun."""
+    global _backend_kind
+    _backend_kind = request.param
+    yield
+    _backend_kind = FaultyBackend
+
+
+_backend_kind: type[FaultyBackend] = FaultyBackend
 
 
 def load_model(directory: Path, backend: Backend) -> Qwen:
@@ -46,9 +72,13 @@ def load_model(directory: Path, backend: Backend) -> Qwen:
     return model
 
 
-@cache
 def golden_model(name: str) -> Qwen:
-    return load_model(GOLDEN / name, FaultyBackend(torch.device("cpu")))
+    return _golden_model(name, _backend_kind)
+
+
+@cache
+def _golden_model(name: str, kind: type[FaultyBackend]) -> Qwen:
+    return load_model(GOLDEN / name, kind(torch.device("cpu")))
 
 
 @cache

@@ -263,7 +263,7 @@ def test_codes_of_bits_that_are_not_read_are_named(tmp_path: Path) -> None:
     state[f"{name}.qweight"] = torch.zeros(6, 64, dtype=torch.int32)
     state[f"{name}.qzeros"] = torch.zeros(2, 6, dtype=torch.int32)
     rewrite(tmp_path, state, quantization_config=gptq_config(4, 32))
-    found = rf"1 in a form that is not read: {name} \(codes of 3 bits; those of 4 and 8 are read\)"
+    found = rf"1 in a format that is not supported: {name} \(codes of 3 bits; those of 4 and 8 are read\)"
     with pytest.raises(CheckpointError, match=found) as caught:
         load(tmp_path)
     assert "ownload" not in str(caught.value)

@@ -14,7 +14,7 @@ from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model import key_codes
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops import packing
+from qwenrt.ops import quantization
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.model.tiny_models import build
@@ -113,7 +113,7 @@ def test_every_form_of_weights_gives_the_same(directories: dict[str, Path], bits
     dense = with_key_bias(directories["Qwen2"], 60 * torch.randn(KV_HEADS, HEAD_DIM))
     weight, bias = dense_qkv(dense)
     wanted = fitted(dense)
-    coded = packing.quantize_dense(weight, bits, 32, bias)
+    coded = quantization.quantize_dense(weight, bits, 32, bias)
     got = fitted(with_qkv(model_of(directories["Qwen2"]), CPU.pack_linear(coded, torch.float32)))
     rows = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
     parts = [

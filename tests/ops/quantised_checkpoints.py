@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwenrt.ops import awq, gptq, packing
+from qwenrt.ops import awq, gptq, quantization
+from qwenrt.ops.weights import dequantize
 
 State = dict[str, torch.Tensor]
 
@@ -22,7 +23,7 @@ def awq_state(dense: State, names: list[str], group_size: int) -> tuple[State, S
     """
     state, dequantised = dict(dense), {}
     for name in names:
-        weight = packing.quantize_dense(state.pop(f"{name}.weight"), 4, group_size, name=name)
+        weight = quantization.quantize_dense(state.pop(f"{name}.weight"), 4, group_size, name=name)
         tensors = awq.pack_awq(weight)
         state |= {f"{name}.{kind}": tensor for kind, tensor in tensors.items()}
         zeros, scales = (
@@ -56,10 +57,10 @@ def gptq_state(
     state, exact = dict(dense), dict(dense)
     for name in names:
         bias = dense.get(f"{name}.bias")
-        weight = packing.quantize_dense(state.pop(f"{name}.weight"), bits, group_size, bias, sym=True)
+        weight = quantization.quantize_dense(state.pop(f"{name}.weight"), bits, group_size, bias, sym=True)
         state |= {f"{name}.{kind}": tensor for kind, tensor in gptq.pack_gptq(weight).items()}
         stored = state[f"{name}.scales"]
-        exact[f"{name}.weight"] = packing.dequantize(replace(weight, scales=stored), torch.float32)
+        exact[f"{name}.weight"] = dequantize(replace(weight, scales=stored), torch.float32)
         if bias is not None:
             exact[f"{name}.bias"] = bias.half().float()
     return state, exact

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from qwenrt.config import QuantConfig
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.ops import awq, packing, reference
+from qwenrt.ops import awq, quantization, reference
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import dequantize, merge
 from tests.ops.quantised_checkpoints import Allocations, awq_config, awq_state
 
 K, N, GROUP = 64, 32, 16
@@ -69,7 +70,7 @@ def test_a_word_written_out_by_hand() -> None:
     assert weight.codes is not None and weight.zeros is not None
     assert weight.codes.tolist() == [[0, 4, 1, 5, 2, 6, 3, 7], [15] * 8]
     assert weight.zeros.tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
-    assert packing.dequantize(weight)[:2].tolist() == [[-0.5, 7.0], [2.0, 7.5]]
+    assert dequantize(weight)[:2].tolist() == [[-0.5, 7.0], [2.0, 7.5]]
 
 
 @settings(deadline=None, max_examples=50)
@@ -88,7 +89,7 @@ def test_any_words_follow_the_definition_and_go_back_bit_for_bit(
     tensors = stored(k, n, group, seed)
     weight = unpack(tensors, group_size=-1 if one_group else group, in_features=k, out_features=n)
     wanted = by_definition(tensors, group)
-    assert torch.equal(packing.dequantize(weight, torch.float64), wanted)
+    assert torch.equal(dequantize(weight, torch.float64), wanted)
     assert (weight.bits, weight.group_size, weight.perm) == (4, group, None)
     assert (weight.in_features, weight.out_features) == (k, n)
     x = torch.randn(2, k, dtype=torch.float64)
@@ -104,7 +105,7 @@ def test_any_words_follow_the_definition_and_go_back_bit_for_bit(
 @given(groups=st.integers(1, 4), group=st.integers(1, 33), words=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_a_rounded_matrix_comes_back(groups: int, group: int, words: int, seed: int) -> None:
     w = torch.randn(8 * words, groups * group, generator=torch.Generator().manual_seed(seed))
-    weight = packing.quantize_dense(w, 4, group)
+    weight = quantization.quantize_dense(w, 4, group)
     again = unpack(awq.pack_awq(weight), group_size=group, in_features=w.shape[1], out_features=w.shape[0])
     assert weight.codes is not None and again.codes is not None
     assert torch.equal(again.codes, weight.codes)
@@ -117,12 +118,12 @@ def test_a_rounded_matrix_comes_back(groups: int, group: int, words: int, seed: 
 
 def test_other_float_scales_and_views_of_larger_tensors_are_read() -> None:
     tensors = stored()
-    wanted = packing.dequantize(unpack(tensors), torch.float64)
+    wanted = dequantize(unpack(tensors), torch.float64)
     wide = {
         "qweight": torch.cat([tensors["qweight"]] * 2, 1)[:, : N // 8],
         "scales": tensors["scales"].float(),
     }
-    assert torch.equal(packing.dequantize(unpack(tensors, **wide), torch.float64), wanted)
+    assert torch.equal(dequantize(unpack(tensors, **wide), torch.float64), wanted)
     assert unpack(tensors, bias=None).bias is None
     assert unpack(tensors, bias=torch.zeros(N)).bias is None
 
@@ -132,13 +133,13 @@ def test_parts_of_a_linear_merge() -> None:
         unpack(stored(n=n, seed=n) | bias, out_features=n)
         for n, bias in ((32, {"bias": None}), (8, {}), (16, {"bias": torch.zeros(16)}))
     ]
-    merged = packing.merge(parts)
+    merged = merge(parts)
     assert merged is not None and merged.bias is not None
-    assert torch.equal(packing.dequantize(merged), torch.cat([packing.dequantize(part) for part in parts]))
+    assert torch.equal(dequantize(merged), torch.cat([dequantize(part) for part in parts]))
     assert torch.equal(
         merged.bias, torch.cat([torch.zeros(32), stored(n=8, seed=8)["bias"], torch.zeros(16)]).half()
     )
-    assert packing.merge([parts[0], unpack(stored(group=32), group_size=32)]) is None
+    assert merge([parts[0], unpack(stored(group=32), group_size=32)]) is None
 
 
 def test_unpacking_makes_nothing_larger_than_its_result() -> None:
@@ -223,7 +224,7 @@ def test_any_tensors_are_read_or_refused(data: st.DataObject) -> None:
         weight = unpack(tensors, group_size=group, in_features=k, out_features=n)
     except CheckpointError:
         return
-    assert packing.dequantize(weight).shape == (n, k)
+    assert dequantize(weight).shape == (n, k)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qwenrt.config import QuantConfig
 from qwenrt.errors import CheckpointError
-from qwenrt.ops import fp8, packing
+from qwenrt.ops import fp8, quantization
+from qwenrt.ops.weights import dequantize, merge
 from tests.ops.quantised_checkpoints import Allocations, fp8_config, fp8_state
 
 NAME = "layers.0.mlp.down_proj.weight"
@@ -71,7 +72,7 @@ def test_blocks_follow_the_definition_bit_for_bit(
 ) -> None:
     weight = random_fp8(rows, columns, seed)
     scale = random_scales((-(-rows // block[0]), -(-columns // block[1])), stored, seed)
-    dense = fp8.dequantize_fp8_block(weight, scale, block, dtype, name=NAME)
+    dense = fp8.dequantize_fp8(weight, scale, block, dtype, name=NAME)
     assert dense.dtype == dtype
     assert torch.equal(dense, by_definition(weight, scale, block, dtype))
 
@@ -81,7 +82,7 @@ def test_blocks_follow_the_definition_bit_for_bit(
 def test_every_code_is_exact_at_any_scale(scale: float, dtype: torch.dtype) -> None:
     weight, scales = as_fp8(torch.tensor([CODES])), torch.tensor([[scale]])
     wanted = by_definition(weight, scales, (128, 254), dtype)
-    dense = fp8.dequantize_fp8_block(weight, scales, (128, 254), dtype)
+    dense = fp8.dequantize_fp8(weight, scales, (128, 254), dtype)
     assert torch.equal(dense, wanted)
     assert torch.equal(dense.signbit(), wanted.signbit())
 
@@ -90,16 +91,16 @@ def test_the_largest_scales_that_fit() -> None:
     weight = as_fp8(torch.tensor([[0x7E, 0xFE, 1]]))
     for dtype in FLOATS:
         largest = torch.tensor([[min(torch.finfo(dtype).max / 448 * (1 - 1e-6), 7.59e35)]])
-        dense = fp8.dequantize_fp8_block(weight, largest, dtype=dtype)
+        dense = fp8.dequantize_fp8(weight, largest, dtype=dtype)
         assert bool(torch.isfinite(dense).all())
         assert torch.equal(dense, by_definition(weight, largest, (128, 128), dtype))
 
 
 def test_row_blocks_that_cut_scale_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scale = random_fp8(50, 20), random_scales((8, 3), torch.float32, 1)
-    whole = fp8.dequantize_fp8_block(weight, scale, (7, 8))
-    monkeypatch.setattr(packing, "_BLOCK_ELEMENTS", 100)
-    assert torch.equal(fp8.dequantize_fp8_block(weight, scale, (7, 8)), whole)
+    whole = fp8.dequantize_fp8(weight, scale, (7, 8))
+    monkeypatch.setattr(quantization, "_BLOCK_ELEMENTS", 100)
+    assert torch.equal(fp8.dequantize_fp8(weight, scale, (7, 8)), whole)
     assert torch.equal(whole, by_definition(weight, scale, (7, 8), torch.bfloat16))
 
 
@@ -109,19 +110,19 @@ def test_one_scale_a_row_or_a_matrix(dtype: torch.dtype) -> None:
     rows = random_scales((12, 1), torch.bfloat16, 2)
     wanted = by_definition(weight, rows, (1, 20), dtype)
     for scale in (rows, rows[:, 0]):
-        assert torch.equal(fp8.dequantize_fp8_channel(weight, scale, dtype, name=NAME), wanted)
+        assert torch.equal(fp8.dequantize_fp8(weight, scale, None, dtype, name=NAME), wanted)
     one = torch.tensor(0.0123)
     wanted = by_definition(weight, one.view(1, 1), (12, 20), dtype)
     for scale in (one, one.view(1), one.view(1, 1)):
-        assert torch.equal(fp8.dequantize_fp8_channel(weight, scale, dtype), wanted)
+        assert torch.equal(fp8.dequantize_fp8(weight, scale, None, dtype), wanted)
 
 
 def test_views_and_files_that_may_not_be_written_to() -> None:
     weight, scale = random_fp8(20, 12), random_scales((20, 1), torch.float32, 3)
     kept = weight.view(torch.uint8).clone()
-    wanted = fp8.dequantize_fp8_channel(weight, scale)
+    wanted = fp8.dequantize_fp8(weight, scale, None)
     turned = weight.view(torch.uint8).t().contiguous().t().view(torch.float8_e4m3fn)
-    assert torch.equal(fp8.dequantize_fp8_channel(turned, scale), wanted)
+    assert torch.equal(fp8.dequantize_fp8(turned, scale, None), wanted)
     fp8.fp8_to_int8(weight, scale, None)
     assert torch.equal(weight.view(torch.uint8), kept)
 
@@ -134,7 +135,7 @@ def rounded(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor,
     state, dense = fp8_state({"w.weight": weight}, ["w"], block)
     int8 = fp8.fp8_to_int8(state["w.weight"], state["w.weight_scale_inv"], block)
     assert (int8.bits, int8.group_size, int8.perm) == (8, block[1], None)
-    values, back = dense["w.weight"], packing.dequantize(int8, torch.float32)
+    values, back = dense["w.weight"], dequantize(int8, torch.float32)
     return values, back, (back - values).norm() / values.norm()
 
 
@@ -171,27 +172,27 @@ def test_int8_without_blocks_keeps_its_bias_and_merges() -> None:
     for n in (8, 24):
         weight, scale = random_fp8(n, 300, n), random_scales((n, 1), torch.float32, n)
         parts.append(fp8.fp8_to_int8(weight, scale, None, torch.full((n,), float(n)), name=NAME))
-        dense = fp8.dequantize_fp8_channel(weight, scale, torch.float32)
-        assert float((packing.dequantize(parts[-1], torch.float32) - dense).norm() / dense.norm()) < 0.01
-    merged = packing.merge(parts)
+        dense = fp8.dequantize_fp8(weight, scale, None, torch.float32)
+        assert float((dequantize(parts[-1], torch.float32) - dense).norm() / dense.norm()) < 0.01
+    merged = merge(parts)
     assert merged is not None and merged.bias is not None and merged.group_size == 128
-    assert torch.equal(packing.dequantize(merged), torch.cat([packing.dequantize(part) for part in parts]))
+    assert torch.equal(dequantize(merged), torch.cat([dequantize(part) for part in parts]))
     assert merged.bias.tolist() == [8.0] * 8 + [24.0] * 24
 
 
 def test_int8_is_the_rounding_of_the_dense_matrix() -> None:
     weight, scale = random_fp8(16, 40), random_scales((2, 3), torch.float32, 4)
     here = fp8.fp8_to_int8(weight, scale, (8, 16))
-    there = packing.quantize_dense(fp8.dequantize_fp8_block(weight, scale, (8, 16), torch.float32), 8, 16)
+    there = quantization.quantize_dense(fp8.dequantize_fp8(weight, scale, (8, 16), torch.float32), 8, 16)
     for kind in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(here, kind), getattr(there, kind))
 
 
 def test_conversion_makes_nothing_larger_than_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_BLOCK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(quantization, "_BLOCK_ELEMENTS", 1 << 12)
     weight, scale = random_fp8(512, 256), random_scales((4, 2), torch.float32, 5)
     with Allocations() as made:
-        dense = fp8.dequantize_fp8_block(weight, scale)
+        dense = fp8.dequantize_fp8(weight, scale)
     assert max(made.largest.values()) == dense.nbytes
     assert made.largest[torch.float32] == 4 << 12
     with Allocations() as made:
@@ -251,7 +252,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("changes", "message"), DAMAGED)
 def test_damaged_tensors_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     given_tensors = {"weight": with_codes(), "scale": scales_with()} | changes
-    for read in (fp8.dequantize_fp8_block, fp8.fp8_to_int8):
+    for read in (fp8.dequantize_fp8, fp8.fp8_to_int8):
         with pytest.raises(CheckpointError, match=message) as error:
             read(given_tensors["weight"], given_tensors["scale"], (16, 16), name=NAME)
         assert NAME in str(error.value) and error.value.remedy
@@ -279,17 +280,14 @@ def test_scales_that_do_not_fit_the_matrix(
     with pytest.raises(CheckpointError, match=message):
         fp8.fp8_to_int8(with_codes(), scale, block)
     with pytest.raises(CheckpointError, match=message):
-        if block is None:
-            fp8.dequantize_fp8_channel(with_codes(), scale)
-        else:
-            fp8.dequantize_fp8_block(with_codes(), scale, block)
+        fp8.dequantize_fp8(with_codes(), scale, block)
 
 
 def test_scales_too_large_for_float16_only() -> None:
     scale = scales_with(147.0)
-    assert bool(torch.isfinite(fp8.dequantize_fp8_block(with_codes(), scale, (16, 16))).all())
+    assert bool(torch.isfinite(fp8.dequantize_fp8(with_codes(), scale, (16, 16))).all())
     with pytest.raises(CheckpointError, match=r"1\.5e\+02 make values that do not fit in float16.*bfloat16"):
-        fp8.dequantize_fp8_block(with_codes(), scale, (16, 16), torch.float16)
+        fp8.dequantize_fp8(with_codes(), scale, (16, 16), torch.float16)
 
 
 @settings(deadline=None, max_examples=100)
@@ -307,10 +305,7 @@ def test_any_tensors_are_read_or_refused(data: st.DataObject) -> None:
         shape = data.draw(st.lists(size, max_size=3))
     scale = torch.full(shape, data.draw(st.floats(width=32)))
     try:
-        if block is None:
-            dense = fp8.dequantize_fp8_channel(weight, scale)
-        else:
-            dense = fp8.dequantize_fp8_block(weight, scale, block)
+        dense = fp8.dequantize_fp8(weight, scale, block)
     except CheckpointError:
         return
     assert dense.shape == weight.shape and bool(torch.isfinite(dense).all())

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from qwenrt.config import QuantConfig
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.ops import gptq, packing, reference
+from qwenrt.ops import gptq, quantization, reference
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import dequantize
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
@@ -32,7 +33,7 @@ def unpack(tensors: dict[str, Any], quant: QuantConfig, **changes: Any) -> Canon
 def packed(
     bits: int = 4, group_size: int = 16, **changes: Any
 ) -> tuple[dict[str, torch.Tensor], QuantConfig]:
-    weight = packing.quantize_dense(torch.randn(32, 64), bits, group_size)
+    weight = quantization.quantize_dense(torch.randn(32, 64), bits, group_size)
     tensors: dict[str, torch.Tensor] = gptq.pack_gptq(dataclasses.replace(weight, **changes))
     return tensors, QuantConfig(bits, group_size)
 
@@ -68,7 +69,7 @@ def test_recorded_matrices_come_out_exactly_and_go_back_bit_for_bit(folder: str)
         tensors = {kind: model[f"{name}.{kind}"] for kind in TENSORS}
         rows, columns = wanted.shape
         weight = unpack(tensors, quant, in_features=columns, out_features=rows)
-        assert torch.equal(packing.dequantize(weight), wanted)
+        assert torch.equal(dequantize(weight), wanted)
         assert (weight.perm is None) == (not quant.desc_act)
         for kind, tensor in gptq.pack_gptq(weight).items():
             assert torch.equal(tensor, tensors[kind]), kind
@@ -114,7 +115,7 @@ def test_any_bits_groups_zeros_and_orders_follow_the_definition(
     stored = {"absent": None, "empty": torch.empty(0, dtype=torch.int32)}.get(order, g_idx)
     weight = unpack(tensors, quant, in_features=k, out_features=n, g_idx=stored)
     wanted = by_definition(tensors, bits, zero_offset)
-    assert torch.equal(packing.dequantize(weight, torch.float64), wanted)
+    assert torch.equal(dequantize(weight, torch.float64), wanted)
     assert weight.bias is not None
     assert (weight.in_features, weight.out_features) == (k, n)
     assert weight.scales is not None and weight.scales.shape[0] == -(-k // weight.group_size)
@@ -140,7 +141,7 @@ def test_a_g_idx_of_zeros_is_a_placeholder_unless_the_order_was_changed() -> Non
     tensors, quant = packed()
     wanted = unpack(tensors, quant)
     got = unpack(tensors, quant, g_idx=torch.zeros(64, dtype=torch.int32))
-    assert got.perm is None and torch.equal(packing.dequantize(got), packing.dequantize(wanted))
+    assert got.perm is None and torch.equal(dequantize(got), dequantize(wanted))
     ordered = unpack(
         tensors, dataclasses.replace(quant, desc_act=True), g_idx=torch.zeros(64, dtype=torch.int32)
     )
@@ -154,7 +155,7 @@ def test_a_g_idx_of_zeros_is_a_placeholder_unless_the_order_was_changed() -> Non
 def test_zeros_under_sym(bits: int, zero_offset: int) -> None:
     """Either version's middle is the middle, a few groups of padding aside; many values are what they are."""
     middle = 2 ** (bits - 1)
-    weight = packing.quantize_dense(torch.randn(32, 64), bits, 4, sym=True)
+    weight = quantization.quantize_dense(torch.randn(32, 64), bits, 4, sym=True)
     assert weight.zeros is not None and bool((weight.zeros == middle).all())
     quant = QuantConfig(bits, 4, sym=True, zero_offset=zero_offset)
 
@@ -230,7 +231,7 @@ def test_act_order_without_g_idx_is_refused() -> None:
 
 
 def test_what_the_format_cannot_hold_is_not_written() -> None:
-    weight = packing.quantize_dense(torch.randn(32, 64), 4, 16)
+    weight = quantization.quantize_dense(torch.randn(32, 64), 4, 16)
     assert weight.zeros is not None
     zero = dataclasses.replace(weight, zeros=torch.zeros_like(weight.zeros))
     with pytest.raises(
@@ -239,6 +240,6 @@ def test_what_the_format_cannot_hold_is_not_written() -> None:
         gptq.pack_gptq(zero)
     assert int(gptq.pack_gptq(zero, zero_offset=0)["qzeros"].abs().max()) == 0
     with pytest.raises(ConfigError, match="multiples of 8"):
-        gptq.pack_gptq(packing.quantize_dense(torch.randn(31, 64), 4, 16))
+        gptq.pack_gptq(quantization.quantize_dense(torch.randn(31, 64), 4, 16))
     with pytest.raises(ConfigError, match="it is dense"):
         gptq.pack_gptq(CanonicalWeight(dense=torch.randn(8, 8)))

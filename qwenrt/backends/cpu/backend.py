@@ -32,10 +32,10 @@ from qwenrt.backends.cpu.library import KernelsUnavailable
 from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.errors import BackendError
-from qwenrt.ops import packing, reference
-from qwenrt.ops.packing import with_codes
+from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import with_codes
 
 logger = logging.getLogger("qwenrt")
 
@@ -230,7 +230,7 @@ class CPUBackend(Backend):
         self, weight: torch.Tensor, bits: int, group_size: int, bias: torch.Tensor | None, name: str
     ) -> CanonicalWeight:
         """As Backend.quantize_dense, the codes in words; what cannot be rounded is left to the definition to refuse."""
-        packing.groups_of((weight.shape[0], weight.shape[1]), bits, group_size, name)
+        quantization.groups_of((weight.shape[0], weight.shape[1]), bits, group_size, name)
         if self.kernels is not None and self._rounds_alike(self.kernels, bits):
             rounded = quantize(self.kernels, weight, bits, group_size, bias, name)
             if rounded is not None:

@@ -18,8 +18,9 @@ from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.library import LIBRARY, KernelsUnavailable, check, finite, load, served
 from qwenrt.backends.cpu.rounding import Rounding
-from qwenrt.ops.packing import with_codes, zeros_in_scales
+from qwenrt.ops.quantization import zeros_in_scales
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import with_codes
 
 BLOCK = 8  # output rows stored together
 ZEROS_IN_SCALES = -1  # in place of a zero that all groups share: see csrc/qwenrt_cpu.h

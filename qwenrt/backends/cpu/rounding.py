@@ -1,4 +1,4 @@
-"""Dense weights to integer codes through csrc/, with the bits of packing.quantize_dense."""
+"""Dense weights to integer codes through csrc/, with the bits of quantization.quantize_dense."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 
-from qwenrt.ops import packing
-from qwenrt.ops.stored import code_tensors
+from qwenrt.ops import quantization
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import code_tensors, with_codes
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the numbers of csrc/qwenrt_cpu.h, in order
 
@@ -47,24 +47,24 @@ def quantize(
     *,
     sym: bool = False,
 ) -> CanonicalWeight | None:
-    """``weight`` [N, K] as packing.quantize_dense rounds it, its codes in ``words``; None where the kernel does not
-    serve: other dtypes, and values that are not finite or too large, which the definition refuses in words."""
+    """``weight`` [N, K] as quantization.quantize_dense rounds it, its codes in ``words``; None where the kernel
+    does not serve: other dtypes, and values that are not finite or too large, which the definition refuses in words."""
     rows, columns = weight.shape
-    size, groups = packing.groups_of((rows, columns), bits, group_size, name)
+    size, groups = quantization.groups_of((rows, columns), bits, group_size, name)
     if weight.dtype not in _DTYPES or weight.device.type != "cpu":
         return None
     weight = weight.contiguous()
     words = torch.empty(-(-columns * bits // 32), rows, dtype=torch.int32)
     scales = torch.empty(groups, rows)
     zeros = torch.empty(groups, rows, dtype=torch.int16)
-    tried = packing.CLIPS[bits]
+    tried = quantization.CLIPS[bits]
     clips = (ctypes.c_double * len(tried))(*tried)
     pointers = (tensor.data_ptr() for tensor in (weight, words, scales, zeros))
     how = (_DTYPES.index(weight.dtype), bits, len(tried), int(sym))
     if not kernels.quantize(Rounding(*pointers, ctypes.addressof(clips), rows, columns, size, *how)):
         return None
     return CanonicalWeight(
-        scales=packing.narrow_scales(scales, zeros, bits),
+        scales=quantization.narrow_scales(scales, zeros, bits),
         zeros=zeros,
         bits=bits,
         group_size=size,
@@ -80,12 +80,12 @@ def rounds_alike(kernels: Rounds, bits: int) -> bool:
     normal = torch.randn(13, 300, generator=torch.Generator().manual_seed(0))
     for weight in map(normal.to, _DTYPES):
         got = quantize(kernels, weight, bits, 128, None, "self-check")
-        if got is None or not same_bits(got, packing.quantize_dense(weight, bits)):
+        if got is None or not same_bits(got, quantization.quantize_dense(weight, bits)):
             return False
     return True
 
 
 def same_bits(a: CanonicalWeight, b: CanonicalWeight) -> bool:
     """Whether two quantised weights have the same codes, scales and zeros, in words or not."""
-    parts = zip(*(code_tensors(packing.with_codes(weight)) for weight in (a, b)), strict=True)
+    parts = zip(*(code_tensors(with_codes(weight)) for weight in (a, b)), strict=True)
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in parts)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec, layer_linears
+from qwenrt.config.layers import LinearSpec, head_linear, kinds_of_layers, layer_linears
 from qwenrt.config.quant import Correction, QuantConfig
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, same_bytes
-from qwenrt.loader.checkpoint.forms import FP8, Module, form_of
+from qwenrt.loader.checkpoint.formats import FP8, StoredLinear, format_of
 from qwenrt.loader.checkpoint.header import TensorEntry
 from qwenrt.loader.checkpoint.names import table_for
 
@@ -21,16 +21,16 @@ logger = logging.getLogger("qwenrt")
 
 
 def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """``config`` with what the files decide: whether the head is the embedding, and which linears lie in another form
-    than its quantisation says. Every figure of memory, and loading itself, follows the result.
+    """``config`` with what the files decide: whether the head is the embedding, and which linears have another
+    format than its quantisation says. Every figure of memory, and loading itself, follows the result.
 
     Reads headers and, where a config says that head and embedding are one and the file has both, those two.
     """
-    modules = _modules(config, checkpoint)
-    config = _with_head(config, checkpoint, modules)
+    tensors = _tensors(config, checkpoint)
+    config = _with_head(config, checkpoint, tensors)
     if config.quant is None:
         return config
-    if not any(map(_is_quantised, modules.values())):
+    if not any(map(_is_quantised, tensors.values())):
         logger.warning(
             "config.json says that %s is quantised (%s), and all of its weights are dense: it is loaded as dense",
             checkpoint.directory,
@@ -39,15 +39,15 @@ def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
         return replace(config, quant=None)
     if not config.quant.has_codes:
         return config
-    corrections = tuple(_corrections(config, config.quant, modules))
+    corrections = tuple(_corrections(config, config.quant, tensors))
     return replace(config, quant=replace(config.quant, corrections=corrections))
 
 
-_Modules = dict[tuple[str, str], dict[str, TensorEntry]]  # (parameter, part) -> kind -> tensor
+_Tensors = dict[tuple[str, str], dict[str, TensorEntry]]  # (parameter, part) -> kind -> tensor
 
 
-def _modules(config: ModelConfig, checkpoint: Checkpoint) -> _Modules:
-    table, found = table_for(config.model_type), _Modules()
+def _tensors(config: ModelConfig, checkpoint: Checkpoint) -> _Tensors:
+    table, found = table_for(config.model_type), _Tensors()
     for name, entry in checkpoint.tensors.items():
         place = table.locate(name)
         if place is not None and not place.ignored:
@@ -58,11 +58,11 @@ def _modules(config: ModelConfig, checkpoint: Checkpoint) -> _Modules:
 # ---- the head
 
 
-def _with_head(config: ModelConfig, checkpoint: Checkpoint, modules: _Modules) -> ModelConfig:
+def _with_head(config: ModelConfig, checkpoint: Checkpoint, tensors: _Tensors) -> ModelConfig:
     """Tied or not by what is there. A head in the file serves, whatever the flag says, unless it is the embedding's
     own copy; without one the embedding serves where the config says that it does; else there is no head."""
-    embedding = modules.get(("embed_tokens", ""), {}).get("weight")
-    head = modules.get(("lm_head", ""), {})
+    embedding = tensors.get(("embed_tokens", ""), {}).get("weight")
+    head = tensors.get(("lm_head", ""), {})
     if not head and embedding is not None and not config.tie_word_embeddings:
         logger.warning(
             "%s has no lm_head, and config.json says that it is not the embedding: texts can be embedded, not written",
@@ -82,27 +82,27 @@ def _with_head(config: ModelConfig, checkpoint: Checkpoint, modules: _Modules) -
     return replace(config, tie_word_embeddings=False)
 
 
-# ---- forms
+# ---- formats
 
 
 def _is_quantised(kinds: dict[str, TensorEntry]) -> bool:
     return bool(kinds.keys() - {"weight", "bias"}) or ("weight" in kinds and kinds["weight"].dtype == FP8)
 
 
-def _corrections(config: ModelConfig, quant: QuantConfig, modules: _Modules) -> Iterator[Correction]:
-    """How many matrices more or fewer of which form there are than ``quant`` says: of those left dense, and of those
+def _corrections(config: ModelConfig, quant: QuantConfig, tensors: _Tensors) -> Iterator[Correction]:
+    """How many matrices more or fewer of which format there are than ``quant`` says: of those left dense, and of those
     with other bits or groups; the head, which it counts as dense."""
     specs, found = _specs(config), Counter[tuple[int, int, int, int]]()
-    for (param, part), kinds in modules.items():
+    for (param, part), kinds in tensors.items():
         spec = specs.get(_NUMBER.sub("", param))
         if spec is None:
             continue
         stated = (quant.bits, quant.group_size) if spec.quantizable else (16, 0)
         rows = dict(spec.parts).get(part, spec.out_features)
-        form = form_of(
-            Module(param, rows, spec.in_features, {k: kinds[k] for k in kinds if k != "bias"}), quant
+        found_format = format_of(
+            StoredLinear(param, rows, spec.in_features, {k: kinds[k] for k in kinds if k != "bias"}), quant
         )
-        own = stated if isinstance(form, str) else (form.bits, form.group_size)
+        own = stated if isinstance(found_format, str) else (found_format.bits, found_format.group_size)
         if own != stated:
             found[(rows, spec.in_features, *own)] += 1
             found[(rows, spec.in_features, *stated)] -= 1
@@ -112,8 +112,7 @@ def _corrections(config: ModelConfig, quant: QuantConfig, modules: _Modules) -> 
 def _specs(config: ModelConfig) -> dict[str, LinearSpec]:
     """The linears by name without the numbers of layer and expert, in which they do not differ."""
     one = config if config.moe is None else replace(config, moe=replace(config.moe, num_experts=1, top_k=1))
-    head = LinearSpec("lm_head", config.hidden_size, (("", config.vocab_size),), False, quantizable=False)
-    specs = [head]
-    for layer in {config.is_moe(n): n for n in range(config.num_layers)}.values():
+    specs = [head_linear(config)]
+    for layer, _ in kinds_of_layers(config):
         specs += layer_linears(one, layer)
     return {_NUMBER.sub("", spec.name): spec for spec in specs}

@@ -9,17 +9,17 @@ from typing import Protocol
 import torch
 
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec
+from qwenrt.config.layers import LinearSpec, num_parameters
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint
-from qwenrt.loader.checkpoint.forms import FLOATS, Form, Module, form_of
+from qwenrt.loader.checkpoint.formats import FLOATS, StoredLinear, WeightFormat, format_of
 from qwenrt.loader.checkpoint.header import TensorEntry
 from qwenrt.loader.checkpoint.names import NameTable
 from qwenrt.ops.types import Packed
 
 _REMEDY = (
     "Compare config.json and the files with the model's page. If they are one revision, complete, and as their author "
-    "wrote them, this version does not read a model of this form."
+    "wrote them, this version does not support them."
 )
 
 
@@ -40,18 +40,18 @@ class Loadable(Protocol):
 class Inventory:
     """Which checkpoint tensor fills which slot, and everything that is wrong with that.
 
-    ``slots``: parameter -> (part, kind) -> checkpoint name. ``forms``: (parameter, part) -> the module in the file and
-    the form it has there.
+    ``slots``: parameter -> (part, kind) -> checkpoint name. ``formats``: (parameter, part) -> the linear in the file
+    and the format it has there.
     """
 
     slots: dict[str, dict[tuple[str, str], str]] = field(default_factory=dict)
-    forms: dict[tuple[str, str], tuple[Module, Form]] = field(default_factory=dict)
+    formats: dict[tuple[str, str], tuple[StoredLinear, WeightFormat]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
 
     def raise_problems(self, checkpoint: Checkpoint) -> None:
         """One CheckpointError for all that was found, if anything was."""
@@ -62,7 +62,7 @@ class Inventory:
                 ("unexpected", self.unexpected),
                 ("incomplete", self.incomplete),
                 ("of the wrong shape or dtype", self.misshaped),
-                ("in a form that is not read", self.unread),
+                ("in a format that is not supported", self.unsupported),
             )
             if names
         ]
@@ -78,10 +78,10 @@ class Inventory:
 def check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Refuse files that cannot hold the model of config.json by far, before anything of its size is made.
 
-    At least half of what its parameters take in the form that config.json names; a head may be left away.
+    At least half of what its parameters take in the format that config.json names; a head may be missing.
     """
     bits = config.quant.bits if config.quant is not None else 16
-    parameters = config.num_parameters - config.vocab_size * config.hidden_size
+    parameters = num_parameters(config) - config.vocab_size * config.hidden_size
     least = parameters * bits // 16
     if least > checkpoint.nbytes:
         raise CheckpointError(
@@ -135,7 +135,7 @@ class _SlotCheck:
 
     def tensor(self, param: str, shape: tuple[int, ...]) -> None:
         slots = self.inventory.slots.get(param, {})
-        if len(shape) == 2 and param != "embed_tokens":  # routers and gates may be in any form of a linear
+        if len(shape) == 2 and param != "embed_tokens":  # routers and gates may be in any format of a linear
             self._part(param, "", shape, {kind: name for (_, kind), name in slots.items()}, bias=False)
         elif ("", "weight") not in slots:
             self.inventory.missing.append(self.table.source(param))
@@ -157,14 +157,14 @@ class _SlotCheck:
     def _part(
         self, param: str, part: str, shape: tuple[int, int], kinds: dict[str, str], *, bias: bool
     ) -> None:
-        module = self._module(param, part, shape, kinds)
-        form = form_of(module, self.config.quant)
-        if isinstance(form, str):
-            first = next(iter(module.kinds))
-            self.inventory.unread.append(f"{kinds[first].removesuffix(f'.{first}')} ({form})")
+        linear = self._stored(param, part, shape, kinds)
+        found = format_of(linear, self.config.quant)
+        if isinstance(found, str):
+            first = next(iter(linear.tensors))
+            self.inventory.unsupported.append(f"{kinds[first].removesuffix(f'.{first}')} ({found})")
             return
-        self.inventory.forms[param, part] = module, form
-        expected = form.expected(module)
+        self.inventory.formats[param, part] = linear, found
+        expected = found.expected(linear)
         if bias or (self.config.quant is not None and "bias" in kinds):
             expected["bias"] = ((shape[:1],), FLOATS)
         for kind, (shapes, dtypes) in expected.items():
@@ -174,9 +174,9 @@ class _SlotCheck:
                 self.inventory.missing.append(self.table.source(param, part, kind))
         self.inventory.unexpected += [name for kind, name in kinds.items() if kind not in expected]
 
-    def _module(self, param: str, part: str, shape: tuple[int, int], kinds: dict[str, str]) -> Module:
+    def _stored(self, param: str, part: str, shape: tuple[int, int], kinds: dict[str, str]) -> StoredLinear:
         name = f"{param}.{part}" if part and part != param else param
-        return Module(name, *shape, {k: self.entries[n] for k, n in kinds.items() if k != "bias"})
+        return StoredLinear(name, *shape, {k: self.entries[n] for k, n in kinds.items() if k != "bias"})
 
     def _shape(self, name: str, shapes: Sequence[tuple[int, ...]], dtypes: tuple[str, ...]) -> None:
         entry, shape = self.entries[name], shapes[0]
@@ -200,7 +200,7 @@ def _tie(inventory: Inventory) -> None:
 
 
 def unstacked(checkpoint: Checkpoint, config: ModelConfig, table: NameTable) -> Checkpoint:
-    """The same files with every tensor that holds a module of all experts seen as one matrix for each expert.
+    """The same files with every tensor that holds a linear of all experts seen as one matrix for each expert.
 
     Some writers keep [experts, in, out], others [experts, out, in]: a shape that fits only one tells which. What
     fits neither stays whole, and is found to be unexpected.

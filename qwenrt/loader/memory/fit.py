@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import num_parameters
+from qwenrt.config.model import DTYPE_BYTES
 from qwenrt.loader.memory.footprint import GIB, MemoryNeed, Storage, memory_need
 from qwenrt.loader.memory.preflight import largest_that
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOST_USERS = 4096
 # What a process takes before it holds a model: Python and torch on the host, the driver's context on a device.
 _RUNTIME = {"cpu": 256 * 2**20}
@@ -69,7 +70,7 @@ def place(
         itemsize = DTYPE_BYTES[dtype]
         return Placement(dtype, Storage(itemsize, itemsize, stored_bytes), _CONTEXT)
     if dtype == "auto":
-        small = free is None or config.num_parameters * stored_bytes <= _FILLS_MEMORY * free
+        small = free is None or num_parameters(config) * stored_bytes <= _FILLS_MEMORY * free
         dtype = "float32" if coded or quantize or small else "bfloat16"
     itemsize = DTYPE_BYTES[dtype]
     dense = stored_bytes if dtype == "float32" else itemsize

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 from qwenrt.config import ModelConfig, QuantConfig
-from qwenrt.config.layers import layer_linears, layer_tensors
+from qwenrt.config.layers import BLOCK_SIZE, kinds_of_layers, kv_bytes_per_token, layer_linears, layer_tensors
 from qwenrt.config.quant import ROUNDED
 from qwenrt.errors import ConfigError
 
 GIB = 2**30
-BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
 BATCH_TOKENS = 512  # computed in one step, unless the user says otherwise
 _WORD = 32  # bits; the kernels' layout starts every group of codes at a word
 _ROWS = 8  # output rows the kernels' layout stores together
@@ -75,7 +73,7 @@ class Linear(NamedTuple):
 def linears(config: ModelConfig) -> tuple[Linear, ...]:
     """Every linear of the layers; the head is not among them."""
     found: Counter[tuple[int, int, bool, int]] = Counter()
-    for layer, layers in _kinds_of_layers(config):
+    for layer, layers in kinds_of_layers(config):
         for spec in layer_linears(config, layer):
             part = max(rows for _, rows in spec.parts) if len(spec.parts) > 1 else 0
             found[spec.out_features, spec.in_features, spec.bias, part] += layers
@@ -86,17 +84,9 @@ def other_elements(config: ModelConfig) -> int:
     """Elements of all norms, routers and gates of shared experts."""
     layers = (
         layers * sum(map(math.prod, layer_tensors(config, layer).values()))
-        for layer, layers in _kinds_of_layers(config)
+        for layer, layers in kinds_of_layers(config)
     )
     return sum(layers) + config.hidden_size
-
-
-def _kinds_of_layers(config: ModelConfig) -> Iterator[tuple[int, int]]:
-    """(a layer, how many are like it): those with one MLP, and those with experts."""
-    sparse = config.num_moe_layers
-    for is_moe, number in ((False, config.num_layers - sparse), (True, sparse)):
-        if number:
-            yield next(n for n in range(config.num_layers) if config.is_moe(n) == is_moe), number
 
 
 def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:
@@ -152,9 +142,9 @@ def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = N
 
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dtype: str = "auto") -> int:
-    """Bytes of the KV cache for ``tokens``; int8 keeps a float32 scale and zero for each token and head."""
-    per_head = config.head_dim + 8 if kv_cache_dtype == "int8" else config.head_dim * dtype_bytes
-    return 2 * config.num_layers * config.num_kv_heads * per_head * tokens
+    """Bytes of the KV cache for ``tokens``."""
+    heads = (config.num_layers, config.num_kv_heads, config.head_dim)
+    return tokens * kv_bytes_per_token(*heads, dtype_bytes, kv_cache_dtype == "int8")
 
 
 def memory_need(

@@ -7,8 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import BLOCK_SIZE
 from qwenrt.errors import CapacityError
-from qwenrt.loader.memory.footprint import BATCH_TOKENS, BLOCK_SIZE, GIB, MemoryNeed, Storage, memory_need
+from qwenrt.loader.memory.footprint import BATCH_TOKENS, GIB, MemoryNeed, Storage, memory_need
 
 if TYPE_CHECKING:
     import torch

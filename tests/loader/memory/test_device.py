@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qwenrt.backends.cpu import CPUBackend, resources
+from qwenrt.config.layers import num_parameters
 from qwenrt.config.released import released_config
 from qwenrt.loader.memory import device as module
 from qwenrt.loader.memory.device import device_memory
@@ -72,7 +73,7 @@ def test_a_cpu_is_planned_as_its_backend_decides(
     monkeypatch.setattr(resources, "memory", lambda: (free, free))
     backend = CPUBackend(torch.device("cpu"))
     coded = config.quant is not None and config.quant.has_codes
-    dtype = backend.default_dtype("bfloat16", config.num_parameters * 4, coded)
+    dtype = backend.default_dtype("bfloat16", num_parameters(config) * 4, coded)
     placement = place(config, "cpu", "auto", free)
     assert placement.dtype == str(dtype).removeprefix("torch.")
     if backend.kernels is not None:

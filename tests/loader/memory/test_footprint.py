@@ -14,6 +14,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.backends.selfcheck import random_weight
 from qwenrt.config import ModelConfig, parse_model_config
+from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.errors import ConfigError
@@ -91,7 +92,7 @@ def test_it_counts_what_the_network_lists(values: dict[str, Any]) -> None:
     assert counted == wanted
     tensors = {name: dims for name, dims in model.tensor_specs.items() if name != "embed_tokens"}
     assert other_elements(config) == sum(torch.Size(dims).numel() for dims in tensors.values())
-    assert weight_bytes(config, BF16) == 2 * config.num_parameters
+    assert weight_bytes(config, BF16) == 2 * num_parameters(config)
 
 
 def _filled(config: ModelConfig, backend: Backend, dtype: torch.dtype, bits: int, group: int) -> Qwen:
@@ -174,7 +175,7 @@ def test_released_shapes_have_the_size_they_are_known_for(name: str) -> None:
     assert config is not None
     assert linears(config)
     if name in PUBLISHED:
-        counts = (config.num_parameters / 1e9, config.num_active_parameters / 1e9)
+        counts = (num_parameters(config) / 1e9, num_active_parameters(config) / 1e9)
         assert counts == pytest.approx(PUBLISHED[name], rel=0.02)
 
 

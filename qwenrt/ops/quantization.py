@@ -1,32 +1,15 @@
-"""The canonical form of weights: merging, dequantising, and rounding a dense matrix to it."""
+"""A dense matrix rounded to 8- or 4-bit codes, in groups of inputs that share a scale and a zero."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 
+from qwenrt.config.quant import GROUP_SIZE
 from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.ops.gptq import pack_gptq, unpack_gptq, with_codes
-from qwenrt.ops.stored import code_tensors
 from qwenrt.ops.types import CanonicalWeight
-
-__all__ = [
-    "CLIPS",
-    "dequantize",
-    "groups_of",
-    "merge",
-    "narrow_scales",
-    "pack_gptq",
-    "quantize_dense",
-    "quantize_rows",
-    "row_blocks",
-    "unpack_gptq",
-    "with_codes",
-    "zeros_in_scales",
-]
 
 # Shares of a group's range tried when rounding to 4 bits: clipping outliers often lowers the squared error.
 CLIPS = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78, 0.72), 8: (1.0,)}
@@ -36,80 +19,10 @@ _ZERO_BITS = 15  # of a float16 scale: the least of its 11 digits, where a zero 
 _BLOCK_ELEMENTS = 1 << 17  # elements converted at once: float32 temporaries stay in the second-level cache
 
 
-def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
-    """One weight whose outputs are those of ``weights`` in turn, or None where they cannot share one form.
-
-    Dense ones merge with dense ones; quantised ones when bits, group_size and perm are equal. A part
-    without a bias counts as one with zeros.
-    """
-    first = weights[0]
-    if len(weights) == 1:
-        return first
-    if len({(w.in_features, w.bits, w.group_size, w.dense is None) for w in weights}) > 1:
-        return None
-    if not all(_same_perm(first.perm, w.perm) for w in weights):
-        return None
-    bias = _merged_bias(weights)
-    if first.dense is not None:
-        dense = [w.dense for w in weights if w.dense is not None]
-        return CanonicalWeight(dense=torch.cat(dense), bias=bias)
-    if all(w.words for w in weights):
-        return dataclasses.replace(
-            first,
-            words=tuple(words for w in weights for words in w.words),
-            scales=torch.cat([w.scales for w in weights if w.scales is not None], dim=1),
-            zeros=torch.cat([w.zeros for w in weights if w.zeros is not None], dim=1),
-            bias=bias,
-        )
-    weights = [with_codes(w) for w in weights]
-    parts = [code_tensors(w) for w in weights]
-    return dataclasses.replace(
-        weights[0],
-        codes=torch.cat([codes for codes, _, _ in parts], dim=1),
-        scales=torch.cat([scales for _, scales, _ in parts], dim=1),
-        zeros=torch.cat([zeros for _, _, zeros in parts], dim=1),
-        bias=bias,
-    )
-
-
-def _same_perm(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a, b)
-
-
-def _merged_bias(weights: list[CanonicalWeight]) -> torch.Tensor | None:
-    given = [w.bias for w in weights if w.bias is not None]
-    if not given:
-        return None
-    return torch.cat([given[0].new_zeros(w.out_features) if w.bias is None else w.bias for w in weights])
-
-
-def dequantize(weight: CanonicalWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """[N, K] in ``dtype`` (default: that of the scales, or of the dense weight), columns in the order of x.
-
-    scale * (code - zero) is exact in float32 for float16 and bfloat16 scales and is rounded once to
-    ``dtype``, so float16 equals AutoGPTQ's half-precision product bit for bit.
-    """
-    if weight.dense is not None:
-        return weight.dense if dtype is None else weight.dense.to(dtype)
-    codes, scales, zeros = code_tensors(weight)
-    dtype = scales.dtype if dtype is None else dtype
-    out = torch.empty(codes.shape[1], codes.shape[0], dtype=dtype, device=codes.device)
-    for g in range(scales.shape[0]):
-        rows = slice(g * weight.group_size, (g + 1) * weight.group_size)
-        part = codes[rows].to(torch.float32).sub_(zeros[g]).mul_(scales[g])
-        if weight.perm is None:
-            out[:, rows] = part.t()
-        else:
-            out[:, weight.perm[rows].long()] = part.t().to(dtype)
-    return out
-
-
 def quantize_dense(
     weight: torch.Tensor,
     bits: int,
-    group_size: int = 128,
+    group_size: int = GROUP_SIZE,
     bias: torch.Tensor | None = None,
     *,
     sym: bool = False,
@@ -187,7 +100,9 @@ def groups_of(shape: tuple[int, int], bits: int, group_size: int, name: str) -> 
         raise ConfigError(f"quantising {name} to {bits} bits", "4 and 8 are supported", "Use int4 or int8.")
     size = shape[1] if group_size == -1 else min(group_size, shape[1])
     if size < 1:
-        raise ConfigError(f"quantising {name} of shape {list(shape)}", f"group_size {size}", "Use 128.")
+        raise ConfigError(
+            f"quantising {name} of shape {list(shape)}", f"group_size {size}", f"Use {GROUP_SIZE}."
+        )
     return size, math.ceil(shape[1] / size)
 
 

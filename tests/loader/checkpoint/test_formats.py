@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.config import QuantConfig
-from qwenrt.loader.checkpoint.forms import Awq, Dense, Fp8, Gptq, Module, form_of
+from qwenrt.loader.checkpoint.formats import Awq, Dense, Fp8, Gptq, StoredLinear, format_of
 from qwenrt.loader.checkpoint.header import TensorEntry
 from qwenrt.loader.checkpoint.names import KINDS, QWEN2
 
@@ -18,11 +18,11 @@ AWQ = QuantConfig(4, 32, method="awq")
 FP8 = QuantConfig(8, -1, method="fp8", block=(16, 32))
 
 
-def module(columns: int = 96, rows: int = 64, **kinds: tuple[str, tuple[int, ...]]) -> Module:
+def module(columns: int = 96, rows: int = 64, **kinds: tuple[str, tuple[int, ...]]) -> StoredLinear:
     entries = {
         kind: TensorEntry(kind, dtype, shape, 0, 0, Path("x")) for kind, (dtype, shape) in kinds.items()
     }
-    return Module("layers.0.o_proj", rows, columns, entries)
+    return StoredLinear("layers.0.o_proj", rows, columns, entries)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_bits_and_groups_of_gptq_are_those_of_its_tensors(
         "qzeros": ("I32", (groups, zeros)),
         "scales": ("F16", (groups, 64)),
     }
-    form = form_of(module(**kinds, **({"g_idx": ("I32", (96,))} if g_idx else {})), GPTQ)
+    form = format_of(module(**kinds, **({"g_idx": ("I32", (96,))} if g_idx else {})), GPTQ)
     assert isinstance(form, Gptq) and (form.bits, form.group_size) == found
     fits = form.expected(module(**kinds))["scales"][0] == ((groups, 64),)
     assert fits == ((groups, g_idx) != (4, False))
@@ -54,10 +54,10 @@ def test_bits_and_groups_of_gptq_are_those_of_its_tensors(
 def test_groups_that_may_be_of_two_sizes_need_an_order() -> None:
     quant = QuantConfig(4, 64, other_groups=(36, 40))  # three groups of 96 inputs either way
     kinds = {"qweight": ("I32", (12, 64)), "qzeros": ("I32", (3, 8)), "scales": ("F16", (3, 64))}
-    assert form_of(module(**kinds), quant) == (
+    assert format_of(module(**kinds), quant) == (
         "3 groups of scales may have 36 or 40 inputs each, and no g_idx tells"
     )
-    assert isinstance(form_of(module(**kinds, g_idx=("I32", (96,))), quant), Gptq)
+    assert isinstance(format_of(module(**kinds, g_idx=("I32", (96,))), quant), Gptq)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_scales_of_fp8_belong_to_what_their_shape_says(
     scale: str, shape: tuple[int, ...], block: tuple[int, int] | None
 ) -> None:
     kinds = {"weight": ("F8_E4M3", (64, 96)), scale: ("F32", shape)}
-    form = form_of(module(**kinds), FP8)
+    form = format_of(module(**kinds), FP8)
     assert form == Fp8(scale, block) and shape in form.expected(module(**kinds))[scale][0]
 
 
 def test_what_is_dense_is_dense_whatever_the_config_says() -> None:
     plain = module(weight=("BF16", (64, 96)))
-    assert all(form_of(plain, quant) == Dense() for quant in (None, GPTQ, AWQ, FP8))
+    assert all(format_of(plain, quant) == Dense() for quant in (None, GPTQ, AWQ, FP8))
     codes = module(qweight=("I32", (96, 8)), qzeros=("I32", (6, 8)), scales=("F16", (6, 64)))
-    assert form_of(codes, AWQ) == Awq(16)
-    assert form_of(codes, FP8) == "integer codes, and the method of quantization_config is fp8"
-    assert form_of(codes, None) == "config.json has no quantization_config"
+    assert format_of(codes, AWQ) == Awq(16)
+    assert format_of(codes, FP8) == "integer codes, and the method of quantization_config is fp8"
+    assert format_of(codes, None) == "config.json has no quantization_config"
 
 
 _shapes = st.lists(st.integers(0, 200) | st.just(2**62), max_size=3).map(tuple)
@@ -103,7 +103,7 @@ def test_any_tensors_have_a_form_or_a_reason(
     kinds: dict[str, tuple[str, tuple[int, ...]]], quant: QuantConfig | None, columns: int, rows: int
 ) -> None:
     one = module(columns, rows, **kinds)
-    form = form_of(one, quant)
+    form = format_of(one, quant)
     if isinstance(form, str):
         assert form
     else:
