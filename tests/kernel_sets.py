@@ -14,12 +14,12 @@ from qwenrt.backends.cpu import backend, kernels
 
 _LOADED = backend._load()
 _BEST = os.environ.get("QWENRT_KERNELS", "auto")
-LIBRARY = _LOADED if isinstance(_LOADED, kernels.Kernels) else None
-needs_kernels = pytest.mark.skipif(LIBRARY is None, reason="csrc was not built")
+KERNELS = _LOADED if isinstance(_LOADED, kernels.Kernels) else None
+needs_kernels = pytest.mark.skipif(KERNELS is None, reason="csrc was not built")
 WHY_NOT = str(_LOADED) if isinstance(_LOADED, kernels.KernelsUnavailable) else ""
 SETS: tuple[str, ...] = ("auto",)
-if LIBRARY is not None:
-    SETS = LIBRARY.isas
+if KERNELS is not None:
+    SETS = KERNELS.isas
     if _BEST in SETS:
         SETS = SETS[SETS.index(_BEST) :]
         _ALL = kernels.Kernels.isas.fget

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from qwenrt.backends.cpu import CPUBackend, dense12, kernels
 from qwenrt.ops.types import CanonicalWeight, Packed
-from tests.kernel_sets import LIBRARY, SETS
+from tests.kernel_sets import KERNELS, SETS
 
 pytestmark = [
     pytest.mark.skipif(
-        LIBRARY is None or not LIBRARY.serves12,
+        KERNELS is None or not KERNELS.serves12,
         reason="nothing here gains from it",
     ),
 ]
@@ -24,8 +24,8 @@ SHAPES = ((1, 64), (3, 7), (17, 65), (37, 300), (130, 515), (515, 1024))
 
 
 def served(threads: int = 2, isa: str = "auto") -> kernels.Kernels:
-    assert LIBRARY is not None
-    return LIBRARY.using(isa, threads)
+    assert KERNELS is not None
+    return KERNELS.using(isa, threads)
 
 
 def trained(n: int, k: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernel_sets import LIBRARY, SETS, needs_kernels
+from tests.kernel_sets import KERNELS, SETS, needs_kernels
 
 pytestmark = [
     needs_kernels,
@@ -22,8 +22,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 def linear(
     x: torch.Tensor, weight: torch.Tensor, isa: str, bias: torch.Tensor | None = None, threads: int = 2
 ) -> torch.Tensor:
-    assert LIBRARY is not None
-    return LIBRARY.using(isa, threads).dense16_linear(x, weight, bias)
+    assert KERNELS is not None
+    return KERNELS.using(isa, threads).dense16_linear(x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,11 +13,11 @@ from qwenrt.config import Environment
 from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
 from qwenrt.ops.types import CanonicalWeight
-from tests.kernel_sets import LIBRARY
+from tests.kernel_sets import KERNELS
 
 pytestmark = [
     pytest.mark.skipif(
-        LIBRARY is None or "avx2" not in LIBRARY.isas,
+        KERNELS is None or "avx2" not in KERNELS.isas,
         reason="AVX2's kernels alone have fixed point",
     ),
 ]
@@ -27,8 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def avx2(threads: int = 2) -> kernels.Kernels:
-    assert LIBRARY is not None
-    return LIBRARY.using("avx2", threads)
+    assert KERNELS is not None
+    return KERNELS.using("avx2", threads)
 
 
 def linear(

@@ -21,7 +21,7 @@ from qwenrt.errors import BackendError
 from qwenrt.llm import LLM, load_with
 from qwenrt.load_options import LoadOptions
 from tests.backends.test_cpu_kernels import random_weight
-from tests.kernel_sets import LIBRARY, SETS, needs_kernels
+from tests.kernel_sets import KERNELS, SETS, needs_kernels
 
 CPU = torch.device("cpu")
 pytestmark = needs_kernels
@@ -130,10 +130,10 @@ def _calls(k: kernels.Kernels) -> dict[str, Callable[[], Any]]:
     "name", sorted({*library._COMPUTE, "likeliest"} - {"rounds_dense", "dense12_serves", "read"})
 )
 def test_no_call_passes_over_what_the_library_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LIBRARY is not None
-    call = _calls(LIBRARY)[name]
+    assert KERNELS is not None
+    call = _calls(KERNELS)[name]
     for status, error in ((2, MemoryError), (3, BackendError), (9, BackendError)):
-        monkeypatch.setattr(LIBRARY._library, f"qwenrt_{name}", lambda *_, answer=status: answer)
+        monkeypatch.setattr(KERNELS._library, f"qwenrt_{name}", lambda *_, answer=status: answer)
         with pytest.raises(
             error, match="no memory for" if status == 2 else rf"\(status {status}\).* report it"
         ):
@@ -141,15 +141,15 @@ def test_no_call_passes_over_what_the_library_answers(name: str, monkeypatch: py
 
 
 def test_arguments_that_cannot_be_are_refused_by_the_library() -> None:
-    assert LIBRARY is not None
+    assert KERNELS is not None
     with pytest.raises(BackendError, match="an argument that cannot be"):
-        LIBRARY.rotary_store(Rotary(head_dim=7), None, 1)
+        KERNELS.rotary_store(Rotary(head_dim=7), None, 1)
     with pytest.raises(BackendError, match="an argument that cannot be"):
-        LIBRARY.quantize(rounding.Rounding(bits=3))
+        KERNELS.quantize(rounding.Rounding(bits=3))
     with pytest.raises(
         kernels.KernelsUnavailable, match=r"'avx9' were asked for; this CPU and build have .*scalar"
     ):
-        LIBRARY.using("avx9")
+        KERNELS.using("avx9")
 
 
 def test_nothing_here_relies_on_assert() -> None:

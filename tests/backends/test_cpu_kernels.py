@@ -26,11 +26,11 @@ from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import dequantize
-from tests.kernel_sets import LIBRARY, SETS, needs_kernels
+from tests.kernel_sets import KERNELS, SETS, needs_kernels
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-BUILT = LIBRARY is not None
+BUILT = KERNELS is not None
 # Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
 EXACT = 2e-6
 

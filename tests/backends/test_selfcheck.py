@@ -22,10 +22,10 @@ from qwenrt.model import trial
 from tests.backends.mutants import MUTANTS, Mutant
 from tests.backends.step_mutants import STEP_MUTANTS
 from tests.conftest import write_tiny_checkpoint
-from tests.kernel_sets import LIBRARY, needs_kernels
+from tests.kernel_sets import KERNELS, needs_kernels
 
 pytestmark = needs_kernels
-SETS = () if LIBRARY is None else LIBRARY.isas
+SETS = () if KERNELS is None else KERNELS.isas
 
 PLAIN = ModelConfig(
     model_type="qwen2",
