@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace) -> Path:
             for thing in things:
                 try:
                     result = run.row(thing, workers) if kind == "rows" else run.curve(thing, workers)
-                except SystemExit as reason:  # one engine's trouble is no reason to lose the others
+                except SystemExit as reason:  # one engine that fails does not lose the results of the others
                     say(f"{thing.key}: FAILED: {reason}")
                     failed.append(thing.key)
                     workers.of([])

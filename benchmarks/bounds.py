@@ -1,4 +1,4 @@
-"""What memory and instructions allow: the kernels that a decode step consists of, out of memory and out of the cache.
+"""The limits that memory and instructions set: the kernels of a decode step, with weights in memory and in the cache.
 
 On a shared machine both change within seconds: what the memory delivers, and what a neighbour on the other half of a
 core leaves of its instructions. A kernel can be no faster than the lesser of the two.
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 FORMATS = {"int4": "int4, activations int8", "int8": "int8, activations int16", "bf16": "bf16"}
 _COLUMNS, _ROWS = 2048, 11008  # gate_up_proj of Qwen-1.8B
-_CACHED_ROWS = 4096  # of it, 4 to 13 MB
+_CACHED_ROWS = 4096  # of these rows, 4 to 13 MB
 _MEMORY_BYTES = 2**28  # of matrices that are read one after the other, far more than any cache holds
-_CACHED_SECONDS = 0.02  # that a measurement out of the cache takes, about
+_CACHED_SECONDS = 0.02  # about how long a measurement with weights in the cache takes
 
 
 def sample(bandwidth: Bandwidth) -> Callable[[], dict[str, float]]:
@@ -36,18 +36,18 @@ def sample(bandwidth: Bandwidth) -> Callable[[], dict[str, float]]:
 def _products(name: str, threads: int, cached: bool) -> Callable[[], float]:
     import torch
 
-    from qwenrt.assembly import _random_rows
     from qwenrt.backends.cpu import CPUBackend
     from qwenrt.backends.cpu.activations import rule_of
+    from qwenrt.loader.random_weights import random_rows
 
     cpu = CPUBackend(torch.device("cpu"))
     activations = "int8" if name == "int4" else "int16"
     cpu.configure(num_threads=threads, activations=activations)
     bits = {"int4": 4, "int8": 8, "bf16": 16}[name]
     rows = _CACHED_ROWS if cached else _ROWS
-    weights = [cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32)]
+    weights = [cpu.pack_linear(random_rows(rows, _COLUMNS, bits), torch.float32)]
     while not cached and len(weights) * weights[0].nbytes < _MEMORY_BYTES:
-        weights.append(cpu.pack_linear(_random_rows(rows, _COLUMNS, bits), torch.float32))
+        weights.append(cpu.pack_linear(random_rows(rows, _COLUMNS, bits), torch.float32))
     x, nbytes = torch.randn(1, _COLUMNS), sum(weight.nbytes for weight in weights)
     how = rule_of(activations, weights[0])
 

@@ -110,7 +110,7 @@ def _tensors(shape: str, names: NameTable) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _matrix(rows: int, columns: int) -> torch.Tensor:
-    """Random weights of size 1/sqrt(columns); 512 rows repeat, which no kernel sees."""
+    """Random weights of size 1/sqrt(columns). 512 rows repeat, which makes no difference to a kernel's speed."""
     import torch
 
     block = (torch.randn(min(rows, 512), columns) / columns**0.5).bfloat16()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qwenrt.config import ModelConfig
 
 WEIGHTS = ("F16", "Q4_0", "Q8_0")
-_KEPT_BYTES = 8 * 2**30  # a larger F16 file goes away once what was wanted is made of it
+_KEPT_BYTES = 8 * 2**30  # a larger F16 file is deleted once it is quantised
 
 
 def model_file(shape: str, weights: str, cache: Path, threads: int) -> Path:
@@ -93,7 +93,7 @@ def write_f16(config: ModelConfig, path: Path) -> None:
 
 
 def _values(name: str, shape: tuple[int, ...], source: numpy.random.Generator) -> numpy.ndarray:
-    """Random rows of size 1/sqrt(columns); 512 of them repeat, which no kernel sees."""
+    """Random rows of size 1/sqrt(columns). 512 of them repeat, which makes no difference to a kernel's speed."""
     import numpy
 
     if len(shape) == 1:

@@ -19,11 +19,11 @@ class QwenrtEngine:
         import torch
 
         import qwenrt
-        from qwenrt.assembly import Settings
         from qwenrt.config.quant import rounded_form
         from qwenrt.llm import load_random
+        from qwenrt.load_options import LoadOptions
 
-        known = {field.name for field in dataclasses.fields(Settings)}
+        known = {field.name for field in dataclasses.fields(LoadOptions)}
         self.llm = load_random(config_of(shape), **{k: v for k, v in settings.items() if k in known})
         stats = self.llm.stats()
         config = self.llm.config

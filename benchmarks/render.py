@@ -17,14 +17,16 @@ PLOTS = {
 }
 # Why each curve has the shape that it has; bends without a reason here are faults.
 _REASONS = {
-    "context": "Of a step, the weights cost the same behind every context; attention reads the whole cache, in chunks "
-    "of 256 tokens that threads share, and grows with it in a straight line. One or two chunks leave less to share: "
-    "there a token of context costs up to twice as much. Points are minutes apart, and the memory's speed changes.",
-    "batch": "Two sequences cost little more than one and four less than twice as much: each weight is read once. From "
-    "then on the multiplications bound it and it stays about level, below a prompt of as many tokens: every sequence "
-    "needs the whole head for its next token, a prompt needs it once.",
-    "prompt": "Tokens are multiplied 128 at a time, and weights are unpacked once for all of them: up to there it "
-    "rises. Beyond 512 it falls, because attention's share grows with the length.",
+    "context": "In every step the weights take the same time, whatever the context. Attention reads the whole "
+    "cache, in chunks of 256 tokens that the threads share, so its time grows linearly. With one or two "
+    "chunks there is less to share, and a token of context costs up to twice as much. The points were "
+    "measured minutes apart, and the memory's speed changes.",
+    "batch": "Two sequences take little longer than one, and four less than twice as long, because each weight "
+    "is read once. From there on multiplications are the limit and the throughput stays about level, "
+    "below that of a prompt with as many tokens: every sequence needs the whole output layer for its "
+    "next token, a prompt needs it once.",
+    "prompt": "128 tokens are multiplied at a time, and weights are unpacked once for all of them, so the speed "
+    "rises up to there. Beyond 512 tokens it falls, because attention's share grows with the length.",
 }
 _ACTIVATIONS = {
     "int8": "activations int8",
@@ -35,65 +37,69 @@ _ACTIVATIONS = {
 _MARKS = {"goal": "✓ goal", "floor": "✓ floor", "below": "below floor"}
 _INTRODUCTION = """# Performance
 
-Written by `make benchmarks` from `benchmarks/results/`; `python -m benchmarks --render` writes it again without
-measuring. Everything runs on one machine, in one run, in turn: read the memory, qwenrt, read the memory, the peer, and
-again. A ratio is taken within a round, where both had the same machine; the table gives the median of the rounds.
-Absolute figures of a shared machine drift, ratios much less.
+`make benchmarks` writes this page from `benchmarks/results/`; `python -m benchmarks --render` writes it again without
+measuring. Everything is measured on one machine in one run, in turn: memory bandwidth, qwenrt, memory bandwidth, the
+peer, and again. A ratio compares the two engines within one round, under the same conditions; the table gives the
+median over the rounds. Absolute figures drift on a shared machine, ratios much less.
 """
 _BOUNDS_ARE = """\
-One answer is bound by what the memory delivers and by how fast instructions take weights in. On a shared machine both
-change within seconds: neighbours use the same memory, and the other halves of the same cores. So plain reading was
-measured in turn with the kernels of a step: with weights that lie in the cache, where instructions alone bound them,
-and with weights in memory. A kernel can be no faster than the lesser of the two."""
+Two things limit a single answer: the memory bandwidth, and how fast instructions process weights. On a shared machine
+both change within seconds, because other virtual machines use the same memory and the other hardware threads of the
+same cores. So three things were measured in turn: plain reading of memory, the kernels of a step with weights in the
+cache, where only instructions limit them, and the kernels with weights in memory. A kernel cannot be faster than the
+lower of the first two."""
 _EARLIER_INT4 = """\
 **Rows of int4 in groups of 128 are older than the present default**, which rounds in groups of 32: 4.5 bits a weight
-in place of 4.25, and much nearer to the exact model (below). They stand until they are measured again; nothing is said
-about its speed beside peers yet.
+in place of 4.25, and much nearer to the exact model (below). They stand until they are measured again; nothing is
+said about its speed beside peers yet.
 """
 _QUALITY_IS = """\
-Four texts of this repository (its README in two languages, two source files) go through a released model as its file
-has it, and with the linears of its layers rounded; embedding and head stay as they are. The mean divergence
-(Kullback-Leibler, in nats a token, with its standard error) says how far the next token's probabilities are from the
-exact ones. Bits are those of a weight with its scales and zeros. Q4_0 is llama.cpp's form, with the codes and scales of
-its own quantiser, multiplied by the same kernels. `int4` and `int8` are what `quantize=` makes; the other groups are
-qwenrt's own rounding as well. The files hold weights that were once rounded to about five bits in blocks of 32
-(scripts/fetch_models.py), which suits blocks of 32. On normally distributed weights, which nothing suits, the root mean
-square of what rounding moves them by is 7.8 % of theirs for `int4` and 8.6 % for Q4_0 (8.7 % in groups of 64, 9.5 % of
-128). `python -m benchmarks.quality DIR --json benchmarks/results/quality/NAME.json` measures again."""
+Four texts of this repository (its README in two languages, two source files) are read by a released model as its file
+has it, and again with the linear layers rounded; embedding and output layer stay as they are. The mean divergence
+(Kullback-Leibler, in nats a token, with its standard error) says how far the probabilities of the next token are from
+the exact ones. The bits are those of a weight including its share of scales and zero points. Q4_0 is llama.cpp's
+format, with the codes and scales of llama.cpp's quantiser, multiplied by the same kernels. `int4` and `int8` are what
+`quantize=` makes; the other group sizes are qwenrt's own rounding as well. The weights in these files were rounded to
+about five bits in blocks of 32 before (scripts/fetch_models.py), which favours blocks of 32. Normally distributed
+weights favour none: there the root mean square of the rounding error, relative to that of the weights, is 7.8 % for
+`int4` and 8.6 % for Q4_0 (8.7 % in groups of 64, 9.5 % in groups of 128). `python -m benchmarks.quality DIR --json
+benchmarks/results/quality/NAME.json` measures again."""
 _METHOD = """## How it is measured
 
-- **qwenrt** is the whole engine: token ids in, sampled token ids out, scheduler and sampler included. Prefill is a new
-  random prompt to its first token. Decode is the difference of a long and a short answer to the same prompts, which
-  are in the prefix cache.
+- **qwenrt** is the whole engine: token ids in, sampled token ids out, scheduler and sampler included. Prefill is a
+  new random prompt to its first token. Decode is the difference of a long and a short answer to the same prompts,
+  which are in the prefix cache.
 - **llama.cpp** is `llama_decode` and `llama_synchronize` of the PyPI package `llama-cpp-python` through its low-level
-  API, with random token ids: neither sampling nor Python between the steps is charged to it. Its files are random
+  API, with random token ids: neither sampling nor Python between the steps counts in its time. Its files are random
   weights of the same shape in its own `qwen` architecture, written with `gguf` in F16 and quantised by
-  `llama_model_quantize`, which keeps the head of a Q4_0 file in Q6_K. Weights are repacked by llama.cpp as it sees fit
-  (its default), prompts go in batches of 512, flash attention is automatic, and on where the cache is Q8_0.
+  `llama_model_quantize`, which keeps the head of a Q4_0 file in Q6_K. Weights are repacked by llama.cpp as it sees
+  fit (its default), prompts go in batches of 512, flash attention is automatic, and on where the cache is Q8_0.
 - **torch** is the same network in bfloat16: `F.linear`, `scaled_dot_product_attention`, a cache of keys and values.
-- **onnxruntime-genai** runs the same network as Qwen2 writes it, made int4 (head included, groups of 128,
-  `int4_accuracy_level=4`: inputs of linears in int8) by its own model builder, offline, from a random checkpoint. Its
-  steps include its choice of a token. No floor or goal is set against it.
-- Random weights take as long as trained ones: no kernel looks at values, but for activations int8, which leave blocks
-  with large values at int16; for massive activations, whose blocks are gone through twice; and for bfloat16 weights,
-  which lie in 12 bits where 16 upper bytes have nearly all of them. How many these are depends on the model. What
-  rounding costs is measured apart, on trained ones.
-- **Fraction of read** is the bytes of weights (and of the cache of keys and values) that a step has to read, by what
-  qwenrt's own reading loop reads in the same time over 1 GiB with the same threads, in the same round; the larger of
-  the two medians of five around qwenrt's turn. Of bfloat16 weights that is 12 bits each; llama.cpp and torch read 16.
-- **int8 head** means `quantize_head="int8"`; otherwise the head is bfloat16. Activations are what the inputs of
-  quantised linears are rounded to; beside bfloat16, int16 means that prompts are multiplied in fixed point of 14 bits
-  (the result differs by 1.4e-4, where activations in float16 make it 2.1e-4) and single tokens in float32.
-- **Start** is a fresh Python until it has loaded a checkpoint from disk and computed one token, pages and packed
-  weights cached by an earlier start; more than half of it is `import torch`.
-- "Others" is the largest share of the cores that other processes, or other machines on the same host, had during a
-  measurement. A round with more than 10 % of it is disturbed: it is measured again, and does not count unless all
-  rounds were.
+- **onnxruntime-genai** runs the same network in Qwen2's format. Its own model builder makes it int4 (output layer
+  included, groups of 128, `int4_accuracy_level=4`: inputs of linears in int8), offline, from a random checkpoint. Its
+  steps include the choice of a token. No floor or goal is set against it.
+- Random weights take as long as trained ones, with three exceptions where a kernel's work depends on values:
+  activations in int8, which leave blocks with large values in int16; outliers among activations, whose blocks are
+  multiplied twice; and bfloat16 weights, which are kept in 12 bits where 16 upper bytes cover nearly all of them. How
+  many these are depends on the model. What rounding costs is measured separately, on trained weights.
+- **Fraction of read** is the number of bytes of weights (and of the KV cache) that a step has to read, divided by
+  what qwenrt's own reading loop reads in the same time over 1 GiB with the same threads, in the same round: the
+  larger of the two medians of five around qwenrt's turn. A bfloat16 weight counts 12 bits for qwenrt, 16 for
+  llama.cpp and torch.
+- **int8 head** means `quantize_head="int8"`; otherwise the output layer (head) is bfloat16. "Activations" says what
+  the inputs of quantised linears are rounded to. With bfloat16 weights, int16 means that prompts are multiplied in
+  fixed point of 14 bits (the result differs by 1.4e-4; activations in float16 would make it 2.1e-4) and single tokens
+  in float32.
+- **Start** is the time from a fresh Python process until it has loaded a checkpoint from disk and computed one token,
+  with files and packed weights cached by an earlier start; more than half of it is `import torch`.
+- "Others" is the largest share of the cores that other processes, or other virtual machines on the same host, used
+  during a measurement. A round with more than 10 % is disturbed: it is measured again, and does not count unless all
+  rounds were disturbed.
 
 ## What is not in the table
 
-- openvino-genai: its models come out of another package's exporter (optimum-intel), and no export of a random network
-  of this shape was tried; so nothing is said about its speed here.
+- openvino-genai: its models are made by the exporter of another package (optimum-intel), and exporting a random
+  network of this shape was not tried, so there are no figures for it.
 - Dynamic NTK and LogN, which Qwen-1 applies in long contexts: llama.cpp's `qwen` architecture leaves them out, qwenrt
   computes them.
 """
@@ -105,8 +111,8 @@ def document(
     notes: str = "",
     quality: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page. ``notes``: what somebody
-    found out about these results, a profile's figures say. ``quality``: what benchmarks/quality.py found."""
+    """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page. ``notes``: what was
+    found out about these results, such as figures of a profile. ``quality``: what benchmarks/quality.py found."""
     known = {row.key: row for row in rows.table()}
     found = [(known[key], value) for key, value in results["rows"].items() if key in known]
     found.sort(key=lambda pair: list(known).index(pair[0].key))

@@ -80,6 +80,6 @@ def children_seconds() -> float:
 
 
 def _known_settings() -> set[str]:
-    from qwenrt.assembly import Settings
+    from qwenrt.load_options import LoadOptions
 
-    return {field.name for field in dataclasses.fields(Settings)}
+    return {field.name for field in dataclasses.fields(LoadOptions)}

@@ -38,12 +38,12 @@ class Summary:
 
 
 def disturbance(measured: Mapping[str, float]) -> float:
-    """The larger share of the cores that others had while one of the two engines was measured."""
+    """The larger share of the cores that other processes had while one of the two engines was measured."""
     return max(measured["ours_foreign"], measured["peer_foreign"])
 
 
 def undisturbed(rounds: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """The rounds that others left alone, whatever they showed."""
+    """The rounds in which other processes used little of the machine, whatever was measured."""
     return [r for r in rounds if disturbance(r) <= DISTURBED]
 
 

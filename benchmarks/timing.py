@@ -1,4 +1,4 @@
-"""Wall time of a piece of work, and how much of the machine others used meanwhile."""
+"""Wall time of a piece of work, and how much of the machine other processes used meanwhile."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Stopwatch:
 
     @property
     def foreign(self) -> float:
-        """The share of all cores that others had meanwhile, from 0 to 1; the system counts in ticks of 10 ms."""
+        """The share of all cores that other processes had meanwhile, from 0 to 1, in ticks of 10 ms."""
         return min(1.0, max(0.0, self._others) / max(self.seconds, 0.01) / (os.cpu_count() or 1))
 
 
 def busy_seconds() -> float:
-    """CPU seconds spent by everybody since the machine started, time taken by other machines on it included."""
+    """CPU seconds spent by all processes since the machine started, time taken by other machines on it included."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:

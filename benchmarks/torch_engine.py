@@ -79,7 +79,7 @@ class TorchEngine:
 
 
 def _random(rows: int, columns: int) -> torch.Tensor:
-    """Random weights [rows, columns]; rows repeat, which no kernel sees."""
+    """Random weights [rows, columns]; rows repeat, which makes no difference to a kernel's speed."""
     block = (torch.randn(min(rows, 512), columns) / columns**0.5).bfloat16()
     return block.repeat(-(-rows // 512), 1)[:rows].contiguous()
 

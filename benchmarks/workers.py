@@ -45,7 +45,7 @@ class Options:
 
 
 def check_peers(names: Iterable[str], options: Options) -> None:
-    """Says before anything is measured which peer is missing, and how to get it."""
+    """Say which peer is missing, and how to install it, before anything is measured."""
     for name in sorted(set(names) & set(_NEEDS)):
         modules, packages, option = _NEEDS[name]
         python = options.python(name)
@@ -107,7 +107,7 @@ class Worker:
 
 
 class Workers:
-    """The workers that are loaded now. No more than the next measurement needs: memory is for the models."""
+    """The workers that are loaded now: no more than the next measurement needs, since models fill the memory."""
 
     def __init__(self, options: Options) -> None:
         self._options = options

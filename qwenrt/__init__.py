@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM as LLM
     from qwenrt.llm import load as load
     from qwenrt.llm import load_tokenizer as load_tokenizer
+    from qwenrt.load_options import LoadOptions as LoadOptions
     from qwenrt.outputs import Delta as Delta
     from qwenrt.outputs import Generation as Generation
     from qwenrt.outputs import Usage as Usage
@@ -41,6 +42,7 @@ _LAZY = {
     "LLM": "qwenrt.llm",
     "load_tokenizer": "qwenrt.llm",
     "Tokenizer": "qwenrt.text.tokenizer.tokenizer",
+    "LoadOptions": "qwenrt.load_options",
     "SamplingParams": "qwenrt.sampling_params",
     "Generation": "qwenrt.outputs",
     "Delta": "qwenrt.outputs",

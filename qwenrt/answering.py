@@ -1,4 +1,4 @@
-"""From a chat prompt to its answers: content, thought and calls apart, whole or as a stream; thinking budgets."""
+"""The answers to a chat prompt, whole or as a stream, with content, thoughts and calls separated; thinking budgets."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 PLAIN = ReplyFormat(calls="none", thinking="none")
-# What Qwen3 was taught to read as the end of its time to think.
+# The sentence that Qwen3 was trained to end a thought with when its budget is used up.
 _OUT_OF_TIME = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     "\n</think>\n\n"
 )
-_OPENS_WITHIN = 4  # tokens in which an answer that begins with a thought has opened it
-_ANSWER_SHARE = 4  # one token in so many of max_tokens is kept for the answer when a thinking budget is set
+_OPENS_WITHIN = 4  # an answer that begins with a thought has its <think> among so many first tokens
+_ANSWER_SHARE = 4  # with a thinking budget, one of so many of max_tokens is reserved for the answer
 
 Submit = Callable[[list[int], "SamplingParams", Sequence[ReplyStream]], "Handle"]
 
@@ -58,8 +58,8 @@ class ReplyReader:
 class Answer:
     """The answers to one chat prompt.
 
-    Iterating gives their Deltas, once: text is content, thoughts are apart, calls come whole with the last one. Whoever
-    stops reading cancels the request. ``thinking_budget``: how many tokens a thought may have before it is closed.
+    Iterating gives their Deltas, once: text is content, thoughts are apart, calls come whole with the last one. Ending
+    the iteration early cancels the request. ``thinking_budget``: the longest thought, in tokens.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Answer:
         return _with_choices([self._transcript(streamed, reply) for streamed, reply in each])
 
     def _transcript(self, streamed: Generation, reply: ReplyStream) -> Generation:
-        """ReAct's text is all that was written, thoughts and calls included, and so the message is read from it."""
+        """The text of a ReAct answer includes its thoughts and calls, so the message is parsed from the whole of it."""
         cut_off = streamed.finish_reason in ("length", "abort")
         whole = parse_reply(reply.written, self._reader.reply_format, cut_off=cut_off)
         calls = streamed.message.get("tool_calls", [])
@@ -133,8 +133,8 @@ class Answer:
         yield from self._out_of_time(written, given, tokenizer)
 
     def _out_of_time(self, written: list[int], given: list[int], tokenizer: Tokenizer) -> Iterator[Delta]:
-        """The end of a thought that was cut, and the answer behind it. It is read by another ReplyStream, since the
-        engine may have gone on with the first one; what that one held back is shown now."""
+        """The end of a thought that was cut, and the answer after it. Another ReplyStream parses them, since the engine
+        may have advanced the first one; what the first one had held back is emitted now."""
         end = tokenizer.encode(_OUT_OF_TIME, allow_special=True)
         self._replies, _ = self._reader.replies(self._asked)
         detokenizer = Detokenizer(tokenizer)
@@ -156,7 +156,7 @@ class Answer:
 
 
 def deltas_of(handle: Handle) -> Iterator[Delta]:
-    """The deltas of a request, which is cancelled when nobody reads on."""
+    """The deltas of a request. It is cancelled when the reader stops before the end."""
     try:
         yield from handle
     finally:

@@ -12,11 +12,11 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from qwenrt.errors import ConfigError, RequestError, shown
+from qwenrt.errors import ConfigError, QwenrtError, RequestError, shown
 
 
 def as_integer(value: object) -> int | None:
-    """The integer a value is; None for what is none. Truth values are none."""
+    """``value`` as an integer; None where it is none. Truth values are no integers."""
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
@@ -26,7 +26,7 @@ def as_integer(value: object) -> int | None:
 
 
 def as_number(value: object) -> float | None:
-    """The finite number a value is; None for what is none. Truth values are none."""
+    """``value`` as a finite number; None where it is none. Truth values are no numbers."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
@@ -36,20 +36,31 @@ def as_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def flag(name: str, value: object) -> bool:
-    """A truth value, Python's or numpy's."""
+def flag(name: str, value: object, error: type[QwenrtError] = RequestError) -> bool:
+    """A truth value, Python's or numpy's; else ``error``."""
     if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
         return bool(value)
-    raise RequestError(name, f"got {shown(value)}", "It must be True or False.")
+    raise error(name, f"got {shown(value)}", "It must be True or False.")
 
 
 def as_list(name: str, value: object) -> list[Any]:
-    """A list, tuple, array, tensor or other iterable as a list; text is none."""
+    """A list, tuple, array, tensor or other iterable as a list; a text is refused."""
     if hasattr(value, "tolist") and not isinstance(value, type):  # a tensor or an array
         value = value.tolist()
     if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):
         raise RequestError(name, f"got {type(value).__name__}", "Pass a list.")
     return list(value)
+
+
+def as_token_ids(ids: object) -> list[int]:
+    """A caller's token ids as Python's integers. RequestError names one that is none."""
+    numbers = []
+    for token in as_list("token ids", ids):
+        number = as_integer(token)
+        if number is None:
+            raise RequestError("token ids", f"one is {shown(token)}", "Token ids are integers.")
+        numbers.append(number)
+    return numbers
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

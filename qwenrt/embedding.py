@@ -1,4 +1,4 @@
-"""Texts to vectors, by the recipe that lies in the checkpoint's directory."""
+"""Embeddings of texts, computed as the files of the checkpoint's directory say."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Embedder:
 
     @classmethod
     def load(cls, directory: Path, config: ModelConfig) -> Embedder:
-        """By the files of a model directory. What is wrong with them keeps nobody from generating."""
+        """From the files of a model directory. An error in them is raised by `embed` alone: generating goes on."""
         try:
             recipe = read_recipe(directory, config.hidden_size, config.max_position_embeddings)
             modules = [
@@ -48,7 +48,7 @@ class Embedder:
                 for module in recipe.modules
             ]
         except QwenrtError as error:
-            logger.warning("no embeddings with this model: %s", error)
+            logger.warning("this model cannot embed texts: %s", error)
             return cls(error=error)
         return cls(recipe, tuple(modules))
 
@@ -71,7 +71,7 @@ class Embedder:
         )
 
     def _prompt(self, instruction: str | None, name: str | None) -> str:
-        """What is put in front of each text."""
+        """The prompt that is put in front of each text."""
         prompts = self.recipe.prompts
         if instruction is not None:
             _require_text("instruction", instruction)
@@ -87,8 +87,8 @@ class Embedder:
         return prompts[name]
 
     def _token_ids(self, tokenizer: Tokenizer, texts: Sequence[object], prompt: str) -> list[list[int]]:
-        """The ids of each text behind the prompt, cut where the recipe says so, between what the tokenizer's own file
-        puts before and after a text."""
+        """The ids of each text with the prompt before it, cut to the recipe's length, and with the tokens that the
+        tokenizer's file puts before and after every text."""
         before, after = self._around(tokenizer)
         room = None if self.recipe.max_length is None else self.recipe.max_length - len(before) - len(after)
         if room is not None and room < 1:
@@ -108,12 +108,16 @@ class Embedder:
         if cut:
             most = self.recipe.max_length
             logger.warning(
-                "%d of %d texts were cut to %d tokens, as this model is told to", cut, len(made), most
+                "%d of %d texts were cut to %d tokens, this model's longest text",
+                cut,
+                len(made),
+                most,
             )
         return made
 
     def _pool(self, tokenizer: Tokenizer, prompt: str, shortest: int) -> Module:
-        """What makes a vector float32 [D'] of a text's final states [n, D]. ``shortest``: the least n."""
+        """The function from a text's final states [n, D] to a vector float32 [D']. ``shortest``: the smallest n of all
+        texts."""
         skipped = 0
         if prompt and not self.recipe.include_prompt:
             skipped = len(self._around(tokenizer)[0]) + len(tokenizer.encode(prompt))

@@ -46,7 +46,7 @@ class CapacityError(QwenrtError):
 
 
 class _Shown(reprlib.Repr):
-    """Values in few words, however large, deep or hostile to being shown they are."""
+    """Short texts of values that may be large, deeply nested, or fail when they are shown."""
 
     def repr_int(self, value: int, level: int) -> str:
         if value.bit_length() > 256:  # Python refuses to spell numbers of thousands of digits
@@ -99,7 +99,7 @@ def memory_ran_out(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors(asked: str) -> Iterator[None]:
-    """Within the block whatever says that memory ran out is raised as a CapacityError."""
+    """Within the block, every error that means that memory ran out is raised as a CapacityError."""
     try:
         yield
     except (MemoryError, ImportError, OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""How well the built-in model does: held-out questions, long documents, and what quantisation costs."""
+"""Evaluation on the built-in model's tasks: held-out questions, long documents, and the loss by quantisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from qwenrt.demo.samples import Sample
 from qwenrt.demo.world import World
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.files import opened
-from qwenrt.llm import LLM, load
+from qwenrt.llm import LLM, load_with
+from qwenrt.load_options import LoadOptions
 
 TOGETHER = 32  # questions that are answered at the same time
 LENGTHS = (1, 2, 4)  # of long documents, in training lengths
 DOCUMENTS = 6
-# Ways to run the same model: name -> arguments of load.
+# Ways to run the same model: name -> what changes of LoadOptions.
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8 weights": {"quantize": "int8"},
     "int4 weights": {"quantize": "int4"},
@@ -59,7 +60,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Failure:
-    """A question that was answered wrongly: what the conversation was, what was expected, what came."""
+    """A question that was answered wrongly: the conversation, the expected answer and the model's."""
 
     category: str
     asked: str
@@ -69,7 +70,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Answers:
-    """Scores by category over held-out questions, and what went wrong."""
+    """Scores by category over held-out questions, and the wrong answers."""
 
     scores: dict[str, Score]
     failures: tuple[Failure, ...]
@@ -136,20 +137,20 @@ def evaluate_demo(
     seed: int = 1,
     compare: bool = True,
     note: Callable[[str], None] | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> DemoReport:
     """Ask ``model`` about ``samples`` held-out questions of the demo's world and measure it on long documents.
 
     ``compare=False`` leaves out the long documents and the quantised variants. ``note`` is told what is being done.
-    ``settings`` go to `load`. Raises RequestError for numbers that make no sense, and whatever `load` raises.
+    ``options``: the fields of LoadOptions. Raises RequestError for numbers that make no sense, and what `load` raises.
     """
     if samples < 1:
         raise RequestError(f"samples={samples}", "nothing to ask", "Use at least 1.")
     tell = note or (lambda text: None)
     began = time.monotonic()
-    settings = {"max_num_seqs": TOGETHER, "progress": False, **settings}
+    wanted = LoadOptions(**{"max_num_seqs": TOGETHER, "progress": False, **options})
     questions = held_out_samples(samples, seed)
-    with load(str(model), **settings) as llm:
+    with load_with(model, wanted) as llm:
         tell(f"{len(questions)} held-out questions")
         answers = ask_all(llm, questions)
         train_length = llm.config.train_length
@@ -161,10 +162,10 @@ def evaluate_demo(
         variants["float"] = (answers.total, base)
         for name, (ntk, logn) in TECHNIQUES.items():
             tell(f"long documents: {name}")
-            rows[name] = _long_documents(model, ntk, logn, documents, settings)
+            rows[name] = _long_documents(model, ntk, logn, documents, wanted)
         for name, changes in VARIANTS.items():
             tell(name)
-            with load(str(model), **{**settings, **changes}) as llm:
+            with load_with(model, replace(wanted, **changes)) as llm:
                 # logits() runs without a cache, so an int8 cache does not show in the perplexity
                 changed = (
                     math.nan if "kv_cache_dtype" in changes else perplexity(llm, documents, train_length)
@@ -178,7 +179,7 @@ def evaluate_demo(
 
 
 def ask_all(llm: LLM, samples: Sequence[Sample]) -> Answers:
-    """Each sample as its own conversation, many at a time; right only if every graded turn is."""
+    """Ask each sample in a conversation of its own, many at the same time. One is right if every graded turn is."""
     with ThreadPoolExecutor(TOGETHER) as pool:
         failures = list(pool.map(lambda sample: answer(llm, sample), samples))
     scores: dict[str, Score] = {}
@@ -189,7 +190,7 @@ def ask_all(llm: LLM, samples: Sequence[Sample]) -> Answers:
 
 
 def answer(llm: LLM, sample: Sample) -> Failure | None:
-    """Have one conversation, the model's own answers as its history; the first wrong answer, or None."""
+    """Hold one conversation, with the model's own answers as its history. -> the first wrong answer, or None."""
     if sample.tools:
         return _with_tools(llm, sample)
     history: list[tuple[str, str]] = []
@@ -208,7 +209,7 @@ def answer(llm: LLM, sample: Sample) -> Failure | None:
 
 
 def _with_tools(llm: LLM, sample: Sample) -> Failure | None:
-    """The call, then, the tool's result being given, the final answer."""
+    """A tool call, and the final answer after the tool's result."""
     turn, tools = sample.turns[0], list(sample.tools)
     messages: list[dict[str, Any]] = [{"role": "user", "content": turn.user}]
     reply = llm.chat(messages=messages, tools=tools, temperature=0.0, max_tokens=128)
@@ -241,7 +242,8 @@ def _failure(sample: Sample, asked: str, expected: str, answered: str) -> Failur
 
 
 def held_out_documents(llm: LLM, tokens: int, count: int = DOCUMENTS) -> list[list[int]]:
-    """Long texts of the world as token ids, ``tokens`` each, about people and in an order training never saw."""
+    """Long texts about the demo's world as token ids, ``tokens`` each, about people and in an order that were not in
+    the training data."""
     assert llm.tokenizer is not None
     documents = []
     for number in range(count):
@@ -266,19 +268,19 @@ def perplexity(llm: LLM, documents: Sequence[Sequence[int]], length: int) -> flo
 
 
 def _long_documents(
-    model: str | Path, ntk: bool, logn: bool, documents: list[list[int]], settings: dict[str, Any]
+    model: str | Path, ntk: bool, logn: bool, documents: list[list[int]], options: LoadOptions
 ) -> dict[int, float]:
     flags = {"use_dynamic_ntk": ntk, "use_logn_attn": logn}
-    with _with_config(model, flags) as directory, load(str(directory), **settings) as llm:
+    with _with_config(model, flags, options) as directory, load_with(directory, options) as llm:
         return {k: perplexity(llm, documents, k * llm.config.train_length) for k in LENGTHS}
 
 
 @contextmanager
-def _with_config(model: str | Path, changes: dict[str, Any]) -> Iterator[Path]:
-    """A copy of a model's directory whose config.json says something else."""
+def _with_config(model: str | Path, changes: dict[str, Any], options: LoadOptions) -> Iterator[Path]:
+    """A copy of a model's directory with ``changes`` in its config.json."""
     from qwenrt.loader.hub.resolve import resolve
 
-    source = Path(resolve(str(model)))
+    source = resolve(model, options.source, options.revision, options.offline)
     with tempfile.TemporaryDirectory(prefix="qwenrt-eval-") as scratch:
         for file in source.iterdir():
             if file.suffix in (".json", ".tiktoken", ".safetensors"):

@@ -1,9 +1,9 @@
-"""The one door to files that nobody has vouched for: regular files of a bounded size, opened without waiting.
+"""Reading untrusted files: only regular files of a bounded size, opened without waiting.
 
-What lies in a model's directory may be a FIFO, a terminal or a device, whose reader would wait for ever or never come
-to an end, a link into a directory that is closed to this user, or may vanish while it is looked at. Whoever reads a
-file of a checkpoint, of a download cache, a saved conversation or training data does it from here, and what is wrong
-becomes the error of the caller's ``kind`` that says what lies there.
+What a model's directory holds may be a FIFO, a terminal or a device, where reading would wait or go on for ever; a link
+into a directory that this user may not read; or a file that disappears meanwhile. All reading of checkpoints, download
+caches, saved conversations and training data goes through here. What is wrong becomes an error of the caller's ``kind``
+that says what was found.
 """
 
 from __future__ import annotations

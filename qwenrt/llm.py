@@ -15,29 +15,26 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.answering import Answer, ReplyReader, deltas_of, generation_of
-from qwenrt.arguments import as_integer, as_list, flag
+from qwenrt.arguments import as_list, as_token_ids, flag
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
-from qwenrt.errors import ConfigError, RequestError, memory_errors, shown
+from qwenrt.errors import RequestError, memory_errors, shown
+from qwenrt.load_options import ABOUT, LoadOptions
 from qwenrt.loader.memory.device import check_room_for_torch
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
-from qwenrt.text.chat.chatml import build_chat
 from qwenrt.text.chat.conversations import as_history
 from qwenrt.text.chat.messages import given_tools
-from qwenrt.text.chat.prompt import Prompt
-from qwenrt.text.chat.react import DEFAULT_SYSTEM
 from qwenrt.text.chat.reranking import DEFAULT_TASK, rerank_prompt, verdict_ids
-from qwenrt.text.replies.reply_format import ReplyFormat
 
 if TYPE_CHECKING:
     import torch
 
     from qwenrt.assembly import Assembled
+    from qwenrt.backends.base import Backend
     from qwenrt.engine.async_engine import Handle
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+    from qwenrt.text.chat.prompt import Prompt
     from qwenrt.text.replies.parser import ReplyStream
-
-History = list[tuple[str, str]]
 
 
 def load(
@@ -59,49 +56,69 @@ def load(
     progress: bool | None = None,
     packed_cache: bool | str | PathLike[str] | None = None,
 ) -> LLM:
-    """Load a model, wherever it is, for whatever device is there.
+    """Load a model from wherever it is, for whatever device is there.
 
     model: an alias ("Qwen-7B-Chat"), a repository ("Qwen/Qwen-7B-Chat"), a local directory, or "demo" (built in).
-    device: "auto" | "cpu" | "cuda" | "cuda:1" | "npu" | "dcu" | a plugin's name.
-    dtype: "auto" | "float32" | "bfloat16" | "float16", of activations and of weights that are not quantised.
-    source: "auto" | "huggingface" | "modelscope"; revision: a branch, tag or commit; offline: True opens no socket.
-    quantize: None | "int8" | "int4": round dense weights at load. kv_cache_dtype: "auto" | "int8". quantize_head: as
-        quantize, the output layer; one that is the embedding too is then there twice: faster, more memory.
-    activations: "auto" | "exact" | "int16" | "int8", what the CPU's kernels round the inputs of quantised linears to;
-        all but "exact" also let prompts be multiplied with large 16-bit weights in fixed point (about 1e-4).
-    max_model_len: longest prompt and answer together, in tokens; None takes what the model and the memory allow.
-    max_num_seqs: how many requests are computed together; max_num_batched_tokens: how many tokens a step.
-    fallback: "warn" | "error" | "silent", where a device's own kernel cannot serve.
-    progress: None shows bars and one summary line on a terminal's stderr; True or False decides.
-    packed_cache: True or a directory keeps packed weights on disk, so that the next load maps them; None leaves it to
-    QWENRT_PACKED_CACHE.
+    The other arguments are the fields of `LoadOptions`; `help(qwenrt.load)` lists what each of them means.
 
     Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
     """
-    settings: dict[str, Any] = {name: value for name, value in locals().items() if name != "model"}
+    options = LoadOptions(
+        device=device,
+        dtype=dtype,
+        source=source,
+        revision=revision,
+        offline=offline,
+        quantize=quantize,
+        quantize_head=quantize_head,
+        kv_cache_dtype=kv_cache_dtype,
+        activations=activations,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        fallback=fallback,
+        progress=progress,
+        packed_cache=packed_cache,
+    )
+    return load_with(model, options)
+
+
+if load.__doc__ is not None:  # python -OO has none
+    load.__doc__ += "\n" + "".join(f"    {name}: {about}.\n" for name, about in ABOUT.items())
+
+
+def load_with(
+    model: str | PathLike[str],
+    options: LoadOptions,
+    environment: Environment | None = None,
+    backend: Backend | None = None,
+) -> LLM:
+    """As `load`, with its options in one piece. ``environment``: None reads the process's own; ``backend``: None takes
+    that of ``options.device``."""
     collecting = gc.isenabled()
-    gc.disable()  # a million objects are made and none is garbage: looking for some would take a fifth of a start
+    gc.disable()  # loading makes a million objects that all stay: collections would take a fifth of its time
     try:
         with memory_errors(f"loading {shown(model)}"):
             check_room_for_torch()
-            from qwenrt.assembly import Settings, assemble
+            from qwenrt.assembly import assemble
 
-            return LLM(assemble(_name(model), Settings(**settings), Environment.read()))
+            return LLM(assemble(_name(model), options, environment or Environment.read(), backend))
     finally:
         if collecting:
             gc.enable()
 
 
-def load_random(shape: str | ModelConfig, **settings: Any) -> LLM:
+def load_random(shape: str | ModelConfig, **options: Any) -> LLM:
     """Random weights of a released shape ("Qwen-1_8B", "Qwen-7B", ...), without a tokenizer: for benchmarks.
 
-    ``settings`` as for `load`, but for those that concern a download.
+    ``options``: the fields of LoadOptions; those that concern a download have no effect.
     """
+    checked = LoadOptions(**options)
     with memory_errors(f"loading {shown(shape)}"):
         check_room_for_torch()
-        from qwenrt.assembly import Settings, assemble_random
+        from qwenrt.assembly import assemble_random
 
-        return LLM(assemble_random(shape, Settings(**settings), Environment.read()))
+        return LLM(assemble_random(shape, checked, Environment.read()))
 
 
 def load_tokenizer(model: str | PathLike[str]) -> ChatTokenizer:
@@ -119,8 +136,9 @@ class LLM:
         self._assembled: Assembled | None = assembled
         self.name: str = assembled.name
         self.config: ModelConfig = assembled.config
-        self.generation_config: GenerationConfig = assembled.generation
-        self.tokenizer: ChatTokenizer | None = assembled.tokenizer
+        self.generation_config: GenerationConfig = assembled.prompter.generation
+        self.tokenizer: ChatTokenizer | None = assembled.prompter.tokenizer
+        self._prompter = assembled.prompter
         self.summary: str = assembled.summary
         self.backend = assembled.backend
         self.device = assembled.backend.device
@@ -144,12 +162,14 @@ class LLM:
 
         With ``query``: -> (response, history), the new pair appended to a copy of ``history``; ``system`` is not part
         of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
-        ``message`` is ready to append. ``enable_thinking``: for models that can do either, None takes their default.
-        ``thinking_budget``: tokens after which a thought is brought to its end. ``sampling`` changes single fields of
-        ``sampling_params`` or of the checkpoint's own defaults.
+        ``message`` is ready to append. ``enable_thinking``: for models that can answer with and without a thought, None
+        takes their default. ``thinking_budget``: the longest thought, in tokens; then the answer begins. ``sampling``
+        changes single fields of ``sampling_params`` or of the checkpoint's own defaults.
         """
         past, tools = as_history(history), given_tools(tools)
-        prompt, reader = self._chat_prompt(query, past, system, messages, tools, enable_thinking)
+        prompt, reader = self._alive().prompter.chat_prompt(
+            query, past, system, messages, tools, enable_thinking
+        )
         params = self._params(sampling_params, sampling)
         pair = messages is None and tools is None
         if pair and params.n != 1:
@@ -186,8 +206,8 @@ class LLM:
         if prompt_token_ids is not None:
             if query is not None or messages is not None or tools:
                 raise RequestError("stream", "prompt_token_ids beside a chat", "Pass one of the two.")
-            return deltas_of(self._submit(_token_ids(prompt_token_ids), params))
-        prompt, reader = self._chat_prompt(
+            return deltas_of(self._submit(as_token_ids(prompt_token_ids), params))
+        prompt, reader = self._alive().prompter.chat_prompt(
             query, as_history(history), system, messages, tools, enable_thinking
         )
         return iter(self._answer(prompt, params, reader, thinking_budget))
@@ -206,7 +226,7 @@ class LLM:
 
         Control tokens in a text stay plain text. ``sampling_params`` may be a list, one for each prompt.
         """
-        prompts, single = self._prompts(prompt, prompt_token_ids)
+        prompts, single = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
         if isinstance(sampling_params, Sequence):
             if len(sampling_params) != len(prompts):
                 found = f"{len(sampling_params)} for {len(prompts)} prompts"
@@ -221,7 +241,7 @@ class LLM:
             for ids, params in zip(prompts, each, strict=True):
                 handles.append(self._submit(ids, params))
             done = [generation_of(handle) for handle in handles]
-        except BaseException:  # one bad prompt, or Ctrl-C: nothing of the others goes on in the background
+        except BaseException:  # a bad prompt, or Ctrl-C: none of the other requests goes on in the background
             for handle in handles:
                 handle.cancel()
             raise
@@ -229,7 +249,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The model's logits after each token -> float32 [num_tokens, vocab_size] on the CPU; one prefill."""
-        logits: torch.Tensor = self._alive().engine.logits(_token_ids(token_ids))
+        logits: torch.Tensor = self._alive().engine.logits(as_token_ids(token_ids))
         return logits
 
     # ---- retrieval
@@ -244,17 +264,17 @@ class LLM:
     ) -> torch.Tensor:
         """Embeddings of texts -> float32 [len(texts), D] on the CPU, or [D] of a single text.
 
-        By the checkpoint's own recipe (modules.json and what it names, as sentence-transformers writes them); without
-        one as Qwen3-Embedding does it: the final state of the last token, of length 1. ``normalize``: whether the
-        length is 1, None as the recipe says. Queries have an ``instruction`` ("Given a question, retrieve passages that
-        answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
+        Computed as the checkpoint's modules.json and the files it names say (the format of sentence-transformers);
+        without one as in Qwen3-Embedding: the final state of the last token, normalised to length 1. ``normalize``:
+        whether vectors have length 1, None as the files say. Queries have an ``instruction`` ("Given a question,
+        retrieve passages that answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
         """
-        tokenizer = self._needs_tokenizer("embed")
+        alive = self._alive()
+        tokenizer = alive.prompter.needs_tokenizer("embed")
         listed = [texts] if isinstance(texts, str) else as_list("texts", texts)
         if not listed:
             raise RequestError("embed", "an empty list", "Pass at least one text.")
         normalize = None if normalize is None else flag("normalize", normalize)
-        alive = self._alive()
         vectors = alive.embedder.embed(alive.engine, tokenizer, listed, instruction, prompt_name, normalize)
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -263,12 +283,13 @@ class LLM:
 
         As Qwen3-Reranker does it: the probability of "yes" against "no" as the next token of its question.
         """
-        tokenizer = self._needs_tokenizer("rerank")
+        alive = self._alive()
+        tokenizer = alive.prompter.needs_tokenizer("rerank")
         listed = as_list("documents", documents)
         if not listed:
             return []
         prompts = [rerank_prompt(tokenizer, query, document, instruction) for document in listed]
-        logits = self._alive().engine.last_logits(prompts, verdict_ids(tokenizer))
+        logits = alive.engine.last_logits(prompts, verdict_ids(tokenizer))
         scores: list[float] = logits.softmax(-1)[:, 1].tolist()
         return scores
 
@@ -276,18 +297,22 @@ class LLM:
 
     @property
     def can_chat(self) -> bool:
-        """Whether it knows conversations: a Qwen-1 base model does not, of later ones all with a tokenizer do that
-        generate."""
-        if self.config.model_type == "qwen":
-            return self.generation_config.chat_format == "chatml"
-        return self.tokenizer is not None and self.config.is_causal and self.config.has_head
+        """Whether it knows conversations: a Qwen-1 base model does not. Of later ones all do that have a tokenizer and
+        can generate."""
+        return self._prompter.can_chat
 
     def explain(self) -> str:
-        """Which code serves which op of which layers, bytes of the weights, and why not the fast one."""
-        return self._alive().explain()
+        """A table: what serves each operation in how many places, and why where it is not the device's own kernel; then
+        the bytes of the weights."""
+        from qwenrt import summary
+
+        alive = self._alive()
+        return "\n".join([alive.summary, *summary.table(alive.backend, alive.model)])
 
     def stats(self) -> dict[str, Any]:
         """Figures of the engine (running, waiting, free blocks, ...) and of the model (bytes, limits)."""
+        from qwenrt import summary
+
         alive = self._alive()
         return {
             **alive.engine.stats(),
@@ -297,7 +322,7 @@ class LLM:
             "load_s": alive.load_s,
             "dtype": str(alive.dtype).removeprefix("torch."),
             "kernels": alive.backend.describe(),
-            "activations": alive.activations,
+            "activations": "+".join(summary.roundings(alive.backend, alive.model)),
         }
 
     def close(self) -> None:
@@ -327,72 +352,13 @@ class LLM:
             raise RequestError(f"using {self.name}", "it was closed", "Load it again with qwenrt.load(...).")
         return self._assembled
 
-    def _chat_prompt(
-        self,
-        query: str | None,
-        history: History,
-        system: str | None,
-        messages: Sequence[Mapping[str, Any]] | None,
-        tools: Sequence[Mapping[str, Any]] | None,
-        enable_thinking: bool | None,
-    ) -> tuple[Prompt, ReplyReader]:
-        if (query is None) == (messages is None):
-            found = "both a query and messages" if messages is not None else "neither a query nor messages"
-            raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
-        enable_thinking = None if enable_thinking is None else flag("enable_thinking", enable_thinking)
-        tokenizer = self._needs_tokenizer("chat")
-        if self.generation_config.chat_format == "raw":
-            raise RequestError(
-                f"chatting with {self.name}",
-                "it is a base model (chat_format 'raw'), which continues texts and knows no conversation",
-                "Use generate(prompt), or load the -Chat release of the model.",
-            )
-        chat_format = self._alive().chat_format
-        if isinstance(chat_format, ConfigError):
-            raise chat_format
-        assert chat_format is not None
-        is_qwen1 = self.config.model_type == "qwen"
-        window = self.generation_config.max_window_size if is_qwen1 else None
-        if messages is None:
-            assert query is not None
-            if is_qwen1 and not tools and not enable_thinking:
-                system = DEFAULT_SYSTEM if system is None else system
-                return Prompt(build_chat(tokenizer, query, history, system, window)), ReplyReader()
-            messages = [] if system is None else [{"role": "system", "content": system}]
-            for user, assistant in history:
-                messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-            messages += [{"role": "user", "content": query}]
-        prompt = chat_format.prompt(
-            tokenizer, messages, tools, enable_thinking=enable_thinking, max_window_size=window
-        )
-        thinking = chat_format.reply_format.thinking
-        if (
-            thinking == "open" and not prompt.in_thought
-        ):  # the template can also leave the thought to the model
-            thinking = "hybrid"
-        calls = chat_format.reply_format.calls
-        if tools and calls == "none":  # the template has a place for tools and names no tags: the common form
-            calls = "hermes"
-        reply_format = ReplyFormat(calls if tools else "none", thinking)
-        return prompt, ReplyReader(reply_format, prompt.in_thought, tools)
-
     def _answer(
         self, prompt: Prompt, params: SamplingParams, reader: ReplyReader, thinking_budget: int | None
     ) -> Answer:
         """The answers to a chat prompt, asked for."""
         submit = partial(self._submit, stop=prompt.stop)
-        tokenizer = self._needs_tokenizer("chat")
+        tokenizer = self._prompter.needs_tokenizer("chat")
         return Answer(submit, prompt.token_ids, params, reader, thinking_budget, tokenizer)
-
-    def _needs_tokenizer(self, asked: str) -> ChatTokenizer:
-        self._alive()
-        if self.tokenizer is None:
-            raise RequestError(
-                f"{asked} with {self.name}",
-                "it has no tokenizer file (tokenizer.json, vocab.json with merges.txt, or qwen.tiktoken)",
-                "Pass generate(prompt_token_ids=...), or add the file to the directory.",
-            )
-        return self.tokenizer
 
     def _params(self, given: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
         if given is not None and not isinstance(given, SamplingParams):
@@ -401,25 +367,6 @@ class LLM:
             )
         params = self.generation_config.sampling if given is None else given
         return params.with_(**changes) if changes else params
-
-    def _prompts(self, prompt: object, prompt_token_ids: object) -> tuple[list[list[int]], bool]:
-        """The prompts as token ids, and whether a single one was given."""
-        if (prompt is None) == (prompt_token_ids is None):
-            found = "neither" if prompt is None else "both"
-            raise RequestError("generate", f"{found} of prompt and prompt_token_ids", "Pass one of the two.")
-        if prompt_token_ids is not None:
-            listed = as_list("prompt_token_ids", prompt_token_ids)
-            if listed and as_integer(listed[0]) is None:
-                return [_token_ids(ids) for ids in listed], False
-            return [_token_ids(listed)], True
-        tokenizer = self._needs_tokenizer("generate from text")
-        texts = [prompt] if isinstance(prompt, str) else as_list("prompt", prompt)
-        for text in texts:
-            if not isinstance(text, str):
-                raise RequestError(
-                    "prompt", f"got {type(text).__name__}", "Pass a string or a list of strings."
-                )
-        return [[*tokenizer.prefix_ids, *tokenizer.encode(text)] for text in texts], isinstance(prompt, str)
 
     def _submit(
         self,
@@ -442,14 +389,3 @@ def _name(model: object) -> str:
             "a model's name", f"got {shown(model)}", "Pass a name, a repository or a directory."
         )
     return text
-
-
-def _token_ids(ids: object) -> list[int]:
-    return [_token_id(token) for token in as_list("token ids", ids)]
-
-
-def _token_id(token: object) -> int:
-    number = as_integer(token)
-    if number is None:
-        raise RequestError("token ids", f"one is {shown(token)}", "Token ids are integers.")
-    return number

@@ -23,7 +23,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One chosen token, its natural-log probability, and the likeliest alternatives (id -> logprob)."""
+    """One chosen token, its natural-log probability, and the most probable alternatives (id -> logprob)."""
 
     token_id: int
     logprob: float

@@ -11,8 +11,7 @@ import torch
 
 import qwenrt
 from qwenrt.arguments import as_integer, as_list, as_number, flag
-from qwenrt.assembly import Settings
-from qwenrt.errors import ConfigError, QwenrtError, RequestError, shown
+from qwenrt.errors import QwenrtError, RequestError, shown
 from tests.fuzz.values import Hostile
 
 
@@ -67,15 +66,6 @@ def test_sampling_params_hold_pythons_own_numbers() -> None:
 def test_values_are_shown_in_few_words(value: object, words: str) -> None:
     text = shown(value)
     assert len(text) <= 80 and (words in text or "..." in text)
-
-
-def test_settings_take_torchs_names_and_refuse_others() -> None:
-    assert Settings(dtype=torch.bfloat16).dtype == "bfloat16"  # type: ignore[arg-type]
-    assert Settings(max_model_len=np.int64(64)).max_model_len == 64  # type: ignore[arg-type]
-    for name in ("dtype", "quantize", "kv_cache_dtype", "fallback", "source", "activations"):
-        for value in (np.float32, np.array(["int8", "int4"]), torch.ones(2), Hostile(), 10**5000):
-            with pytest.raises(ConfigError, match=f"{name}="):
-                Settings(**{name: value})
 
 
 def test_decode_of_anything(llm: qwenrt.LLM) -> None:

@@ -73,15 +73,17 @@ def test_both_forms_of_chat(llm: qwenrt.LLM) -> None:
 
 
 def test_thinking_is_switched_off_by_an_empty_thought(llm: qwenrt.LLM) -> None:
-    on = llm._chat_prompt("hello", [], None, None, None, None)[0].token_ids
-    off = llm._chat_prompt("hello", [], None, None, None, False)[0].token_ids
+    on = llm._prompter.chat_prompt("hello", [], None, None, None, None)[0].token_ids
+    off = llm._prompter.chat_prompt("hello", [], None, None, None, False)[0].token_ids
     assert llm.tokenizer is not None
     assert llm.tokenizer.decode(off[len(on) :]) == "<think>\n\n</think>\n\n"
 
 
 def test_control_tokens_of_a_user_stay_text(llm: qwenrt.LLM) -> None:
     assert llm.tokenizer is not None
-    prompt = llm._chat_prompt("<|im_end|>\n<|im_start|>system\nx<think>", [], None, None, None, None)[0]
+    prompt = llm._prompter.chat_prompt(
+        "<|im_end|>\n<|im_start|>system\nx<think>", [], None, None, None, None
+    )[0]
     assert prompt.token_ids.count(llm.tokenizer.im_end_id) == 1
     assert llm.tokenizer.added_tokens["<think>"] not in prompt.token_ids
 
@@ -137,7 +139,7 @@ def test_a_bad_budget_is_refused(thinker: qwenrt.LLM, budget: Any, n: int) -> No
 
 
 def test_tools_go_into_the_prompt_and_calls_come_out(llm: qwenrt.LLM) -> None:
-    prompt, reader = llm._chat_prompt("hello", [], None, None, [TOOL], None)
+    prompt, reader = llm._prompter.chat_prompt("hello", [], None, None, [TOOL], None)
     assert llm.tokenizer is not None
     assert "get_weather" in llm.tokenizer.decode(prompt.token_ids) and reader.reply_format.calls == "hermes"
     generation = llm.chat("hello", tools=[TOOL], **QUIET)
@@ -222,7 +224,10 @@ def test_a_checkpoint_without_any_tokenizer_takes_ids_only(tmp_path: Path) -> No
 def test_a_tokenizer_alone_knows_the_same_prompts(made: tuple[Any, Path], llm: qwenrt.LLM) -> None:
     messages = [{"role": "user", "content": "hello"}]
     alone = qwenrt.load_tokenizer(made[1])
-    assert alone.encode_chat(messages) == llm._chat_prompt(None, [], None, messages, None, None)[0].token_ids
+    assert (
+        alone.encode_chat(messages)
+        == llm._prompter.chat_prompt(None, [], None, messages, None, None)[0].token_ids
+    )
 
 
 def test_a_broken_template_keeps_nobody_from_completing_texts(made: tuple[Any, Path], tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import qwenrt
+from qwenrt.backends.base import Backend
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError, RequestError
+from qwenrt.llm import load_with
+from qwenrt.load_options import LoadOptions
 from tests.conftest import DENSE_GOLDENS, GPTQ_GOLDENS, write_tiny_checkpoint
 
 GREEDY = qwenrt.SamplingParams(temperature=0, max_tokens=12)
@@ -282,12 +285,13 @@ def test_other_dtypes_run(tiny_dir: Path, llm: qwenrt.LLM, dtype: str) -> None:
         assert other.generate("abc", GREEDY).token_ids
 
 
-def test_what_does_not_fit_is_refused_with_figures(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenrt.backends.cpu import CPUBackend
+def test_what_does_not_fit_is_refused_with_figures(tiny_dir: Path) -> None:
+    class Small(Backend):
+        def memory(self) -> tuple[int, int]:
+            return 2**20, 2**21
 
-    monkeypatch.setattr(CPUBackend, "memory", lambda self: (2**20, 2**21))
     with pytest.raises(CapacityError, match=r"it needs .*GiB.*are free"):
-        qwenrt.load(tiny_dir, progress=False)
+        load_with(tiny_dir, LoadOptions(), backend=Small(torch.device("cpu")))
 
 
 def test_a_name_that_is_nothing(tmp_path: Path) -> None:
@@ -295,6 +299,17 @@ def test_a_name_that_is_nothing(tmp_path: Path) -> None:
         qwenrt.load(tmp_path / "nothing here", progress=False)
     with pytest.raises(RequestError, match="a model's name: got 3"):
         qwenrt.load(3)  # type: ignore[arg-type]
+
+
+def test_the_line_at_load_is_in_words_that_users_know(tiny_dir: Path) -> None:
+    with qwenrt.load(tiny_dir, device="cpu", quantize="int4", kv_cache_dtype="int8", progress=False) as other:
+        stored = "float32 and int4 weights ("
+        assert other.summary.startswith(f"{other.name} on cpu ({other.stats()['kernels']}): {stored}")
+        assert (
+            "computed in float32, " in other.summary and "int8 cache, context of 512 tokens" in other.summary
+        )
+        forms = [row for row in other.explain().splitlines()[2:] if " weights: " in row]
+        assert [form.partition(" weights")[0] for form in sorted(forms)] == ["float32", "int4"]
 
 
 def test_explain_names_every_op(llm: qwenrt.LLM) -> None:

@@ -27,8 +27,9 @@ EXAMPLES = """examples:
   qwenrt bench --model demo --prompt-tokens 128 --new-tokens 32 --json
 
 --shape takes random weights of that shape, so nothing is downloaded.
-Every figure is the median over the rounds. Decode reads every weight once per
-step: bandwidth_fraction is how much of the measured read bandwidth that is.
+Every figure is the median over the rounds. Decode reads every weight once for
+each step; bandwidth_fraction (--json) is the share of the memory's measured
+read speed that this takes.
 """
 
 
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="how fast a model runs here",
-        description="Measure prefill and decode, and the bandwidth of memory in the same run.",
+        description="Measure how fast prompts are read (prefill), answers are written (decode), and memory is read.",
         **example(EXAMPLES),
     )
     what = parser.add_mutually_exclusive_group(required=True)
@@ -47,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
     what.add_argument(
         "--shape", help="random weights shaped like a released model: Qwen-1_8B, Qwen2.5-0.5B, Qwen3-4B, ..."
     )
-    work = parser.add_argument_group("the work")
+    work = parser.add_argument_group("what is measured")
     work.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
     work.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     work.add_argument("--batch", type=int, default=1, metavar="N", help="requests at once (default: 1)")
@@ -137,7 +138,9 @@ def measure(llm: LLM, work: Work, buffer: torch.Tensor, terminal: Terminal) -> l
         whole_s = _generate(llm, source, work, 1 + work.new_tokens)
         rounds.append(Round(prefill_s, max(whole_s - prefill_s, 1e-9), bandwidth))
         if terminal.looked_at:
-            terminal.remark(f"round {number} of {work.rounds}: {prefill_s:.2f} s, {whole_s:.2f} s")
+            terminal.remark(
+                f"round {number} of {work.rounds}: prompt {prefill_s:.2f} s, prompt and answer {whole_s:.2f} s"
+            )
     return rounds
 
 
@@ -212,24 +215,32 @@ def _report(llm: LLM, work: Work, rounds: list[Round]) -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any], terminal: Terminal) -> None:
+    from qwenrt.summary import activations
+
     def row(label: str, text: str, style: str = "") -> None:
         terminal.say(f"{label:<15} {text}", style)
 
-    row("model", f"{report['model']}, {report['dtype']}, {report['quantize'] or 'not quantised at load'}")
-    rounded = f", {report['activations']} activations" if report["activations"] else ""
-    row("kernels", report["kernels"] + rounded)
+    quantized = f"rounded to {report['quantize']} at load" if report["quantize"] else "not rounded at load"
+    row("model", f"{report['model']}, computed in {report['dtype']}, {quantized}")
+    row("kernels", report["kernels"])
+    rounded = activations(report["activations"].split("+"), report["dtype"]) if report["activations"] else ""
+    if rounded:
+        row("activations", f"{rounded} where weights are quantised")
     row("machine", report["machine"])
     row(
         "versions",
         f"qwenrt {report['qwenrt']}, torch {report['torch']}, {counted(report['threads'], 'thread')}",
     )
     size = f"{report['prompt_tokens']} prompt and {report['new_tokens']} new tokens"
-    row("work", f"{report['batch']} x {size}, {_rounds(report['rounds'])}")
-    row("prefill", f"{report['prefill_tokens_per_s']:.1f} tokens/s", "bold")
-    row("decode", f"{report['decode_tokens_per_s']:.1f} tokens/s", "bold")
-    row("weights read", f"{readable_bytes(report['weight_bytes_per_token'])} per step")
-    row("bandwidth", f"{readable_bytes(report['read_bandwidth_bytes_per_s'])}/s read in the same run")
-    row("fraction", f"{report['bandwidth_fraction']:.2f} of it used by decode")
+    row("work", f"{counted(report['batch'], 'request')} of {size}, {_rounds(report['rounds'])}")
+    row("prefill", f"{report['prefill_tokens_per_s']:.1f} prompt tokens/s", "bold")
+    row("decode", f"{report['decode_tokens_per_s']:.1f} new tokens/s", "bold")
+    row(
+        "weights",
+        f"{readable_bytes(report['weight_bytes_per_token'])}, all read once for each step of decode",
+    )
+    row("memory speed", f"{readable_bytes(report['read_bandwidth_bytes_per_s'])}/s, measured in the same run")
+    row("used by decode", f"{100 * report['bandwidth_fraction']:.0f} % of that speed")
     row("load", f"{report['load_s']:.1f} s")
     if report["peak_rss_bytes"] is not None:
         row("peak memory", readable_bytes(report["peak_rss_bytes"]))

@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
         "--seed",
         type=int,
         default=DEFAULT_SEED,
-        help="used for every question anew, so the same conversation repeats (default: %(default)s)",
+        help="set anew for each question, so that a conversation can be repeated (default: %(default)s)",
     )
     add_sampling_options(parser)
     add_thinking_options(parser)
@@ -131,4 +131,4 @@ def ask(session: Session, query: str) -> None:
                 terminal.stream("\n")
     session.history.append((query, "".join(pieces).strip()))
     if reason == "length":
-        terminal.remark("[INFO] The answer reached its longest length; :conf max_tokens=N allows more.")
+        terminal.remark("[INFO] The answer was cut at max_tokens; :conf max_tokens=N allows more.")

@@ -1,4 +1,4 @@
-"""qwenrt doctor: what is here, which backend serves and why, what is missing and how to get it."""
+"""qwenrt doctor: versions, devices, the kernels that serve and why, and what is missing with its fix."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _WIDTH = 80
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="what is here, what is missing, and the fix",
-        description="Report versions, devices, which backend serves and why, what is missing and the fix.",
+        help="versions, devices and kernels, and how to get what is missing",
+        description="Report versions, devices and the kernels that serve here and why; what is missing, and the fix.",
         **example("examples:\n  qwenrt doctor\n  qwenrt doctor --device cuda --json\n"),
     )
-    parser.add_argument("--device", default="auto", help="would this device serve? (default: auto)")
+    parser.add_argument("--device", default="auto", help="the device to examine (default: auto)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=doctor)
 
@@ -48,7 +48,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
-    """Everything doctor knows, ready for JSON. Nothing here raises: what fails is reported."""
+    """All findings, ready for JSON. Nothing here raises: a failure is a finding."""
     problems: list[dict[str, str]] = []  # each: what, fix
     report: dict[str, Any] = {
         "qwenrt": __version__,
@@ -216,7 +216,7 @@ def _chosen(device: str, environment: Environment | None, problems: list[dict[st
     if device != "auto":
         why = "it was asked for"
     else:
-        why = "QWENRT_BACKEND says so" if preferred else "the first usable one in the list above"
+        why = "QWENRT_BACKEND says so" if preferred else "it is the first usable device above"
     return {"name": backend.name, "device": str(backend.device), "why": why, "kernels": backend.describe()}
 
 
@@ -245,19 +245,27 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
     for device in torch["devices"]:
         row(device["name"], f"{device['model']}, {readable_bytes(device['memory_bytes'])}")
     for backend in report["backends"]:
-        row(f"backend {backend['name']}", ("yes: " if backend["usable"] else "no: ") + backend["why"])
+        usable = "usable" if backend["usable"] else "not usable"
+        row(
+            f"device {backend['name']}",
+            usable + ("" if backend["why"] == "available" else f": {backend['why']}"),
+        )
     if report["cpu_kernels"]:
         row("CPU kernels", report["cpu_kernels"])
     settings = report["environment"]
     if settings:
-        row("cache", settings["cache_dir"])
-        row("hubs", _hubs(settings))
+        row("downloads", f"kept in {settings['cache_dir']}")
+        row("model hubs", _hubs(settings))
     chosen = report["backend"]
     if chosen["name"]:
-        what = f"{chosen['name']} on {chosen['device']} ({chosen['why']}); {chosen['kernels']}"
-        row("serves here", what, "bold")
+        where = (
+            chosen["device"]
+            if chosen["device"] == chosen["name"]
+            else f"{chosen['name']} ({chosen['device']})"
+        )
+        row("runs on", f"{where}, because {chosen['why']}: {chosen['kernels']}", "bold")
     else:
-        row("serves here", f"nothing: {chosen['why']}", "bold red")
+        row("runs on", f"nothing here: {chosen['why']}", "bold red")
     for problem in report["problems"]:
         row("to do", f"{problem['what']}. Fix: {problem['fix']}", "yellow")
     if not report["problems"]:
@@ -266,9 +274,9 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
 
 def _show_machine(found: dict[str, Any], row: Any) -> None:
     row("system", found["system"])
-    cores = f"{found['cores']} logical cores, {found['cores_allowed']} allowed to this process"
+    cores = f"{found['cores']} logical cores, {found['cores_allowed']} of them for this process"
     if found["cores_usable"]:
-        cores += f", {found['cores_usable']} worth using"
+        cores += f"; qwenrt uses {found['cores_usable']} by default"
     row("processor", f"{found['processor'] or 'unknown'}; {cores}")
     if found["instruction_sets"]:
         row("instructions", " ".join(found["instruction_sets"]))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.cli.options import example
-from qwenrt.cli.terminal import Terminal
+from qwenrt.cli.options import add_load_option, example
+from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.config.quant import rounded_form
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
+from qwenrt.load_options import CHOICES
 
 if TYPE_CHECKING:
     from qwenrt.loader.memory.fit import Option, Placement
@@ -47,17 +47,27 @@ def add_parser(subparsers: Any) -> None:
         metavar="MODEL_OR_CONFIG",
         help="a directory, a config.json, a model in the cache, or a released shape such as Qwen3-8B",
     )
-    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", "npu", "dcu"')
-    parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="free memory of the device, in place of what is found"
+    add_load_option(
+        parser, "device", help='where the model is to run: "auto", "cpu", "cuda", "cuda:1", "npu" or "dcu"'
     )
-    parser.add_argument("--ctx", type=int, metavar="N", help=f"tokens a user has (default: {_USUAL_CONTEXT})")
-    parser.add_argument("--users", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none", help="at load")
     parser.add_argument(
-        "--kv", "--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="how the cache is kept"
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="free memory of the device (default: what it has free now)",
     )
+    parser.add_argument(
+        "--ctx",
+        type=int,
+        metavar="N",
+        help=f"prompt and answer of each user, in tokens (default: {_USUAL_CONTEXT})",
+    )
+    parser.add_argument(
+        "--users", type=int, default=1, metavar="N", help="conversations at the same time (default: 1)"
+    )
+    add_load_option(parser, "dtype")
+    add_load_option(parser, "quantize", choices=("none", *CHOICES["quantize"]), default="none")
+    add_load_option(parser, "kv_cache_dtype", "--kv", dest="kv")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=estimate)
 
@@ -127,7 +137,7 @@ def examine(args: argparse.Namespace) -> Report:
 
 def find_config(name: str) -> tuple[ModelConfig, str]:
     """A config and where it is from: a file, a directory, the cache, or the table of released shapes."""
-    from qwenrt.config.released import RELEASED, released_config
+    from qwenrt.config.released import names_like, released_config
     from qwenrt.loader.hub.resolve import resolve
 
     path = Path(name).expanduser()
@@ -143,11 +153,10 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
             return config_of_shape, "the built-in table of released shapes"
         if name.count("/") > 1 or name.startswith((".", "~", os.sep)) or "\\" in name:
             raise
-        close = difflib.get_close_matches(name.rpartition("/")[2], RELEASED, 3)
         raise CheckpointError(
             f"estimating {name[:120]!r}",
             "it is no file, no directory, not in the cache, and no released shape",
-            f"Did you mean {' or '.join(close)}?" if close else f"Known shapes are: {', '.join(RELEASED)}.",
+            names_like(name.rpartition("/")[2]),
         ) from missing
     return _as_stored(read_model_config(directory), directory), str(directory)
 
@@ -225,51 +234,49 @@ def _show(report: Report, terminal: Terminal) -> None:
     def row(label: str, size: str, text: str = "", style: str = "") -> None:
         terminal.say(f"{label:<12} {size:>12}   {text}".rstrip(), style)
 
-    terminal.say(f"{report.model}: {config.model_type}, from {report.source}", "bold")
+    terminal.say(f"{report.model}: model type {config.model_type}, from {report.source}", "bold")
     active = num_active_parameters(config)
     part = "" if active == num_parameters(config) else f"{_billions(active)} of them active for a token"
     row("parameters", _billions(num_parameters(config)), part)
     row("weights", _gib(need.weights), _weights(report))
-    cached = (
-        f"{report.users} x {report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB, {_kv(report)}"
-    )
-    row("cache", _gib(need.cache), cached)
-    row("workspace", _gib(need.workspace), "activations, or what loading needs if that is more")
+    cached = f"{report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB in {_kv(report)}"
+    row("KV cache", _gib(need.cache), f"{counted(report.users, 'user')} with {cached}")
+    row("workspace", _gib(need.workspace), "for the activations of a step, or for loading if that takes more")
     row("runtime", _gib(report.placement.runtime), "Python and torch" if _on_cpu(report) else "the driver")
     row("total", _gib(report.needed), style="bold")
     if report.free is None:
         row("memory", "not known", f"of {report.device}: say how much it has with --memory GIB", "yellow")
     else:
         whole = "" if report.total is None else f" of {_gib(report.total)}"
-        words = "it fits" if report.fits else f"{_gib(report.needed - report.free)} too little"
+        words = "it fits" if report.fits else f"{_gib(report.needed - report.free)} are missing"
         row("memory", _gib(report.free), f"free{whole} on {report.device}: {words}", _colour(report.fits))
         _show_options(report, terminal)
     terminal.say()
-    terminal.say(f"assumed: {_assumed(report)}", "dim")
+    terminal.say(f"these figures assume: {_assumed(report)}", "dim")
 
 
 def _show_options(report: Report, terminal: Terminal) -> None:
     """What would fit: a line for each way to load."""
     terminal.say()
-    users = "1 user" if report.users == 1 else f"{report.users} users"
-    head = (f"context for {users}", f"users at {report.context}")
-    terminal.say(f"{'quantize':<10} {'cache':<9} {'weights':>12}   {head[0]:>20}   {head[1]:>16}", "bold")
+    terminal.say("what fits, by what the model is loaded with:")
+    head = (f"context for {counted(report.users, 'user')}", f"users with {report.context}")
+    terminal.say(f"{'quantize':<10} {'KV cache':<9} {'weights':>12}   {head[0]:>20}   {head[1]:>16}", "bold")
     for option in report.options:
         kv = "int8" if option.kv_cache_dtype == "int8" else report.placement.dtype
         quantize = option.quantize or "none"
         whole = option.longest == report.config.max_position_embeddings
-        longest = f"{option.longest}{' (all)' if whole else ''}" if option.longest else "-"
+        longest = f"{option.longest}{' (all)' if whole else ''}" if option.longest else "none"
         asked = (option.quantize, option.kv_cache_dtype) == (report.quantize, report.kv)
         line = f"{quantize:<10} {kv:<9} {_gib(option.need.weights):>12}   {longest:>20}   "
-        line += f"{option.most_users or '-':>16}"
-        terminal.say(line + ("   <- as asked" if asked else ""), _colour(bool(option.longest)))
+        line += f"{option.most_users or 'none':>16}"
+        terminal.say(line + ("   <- as asked for" if asked else ""), _colour(bool(option.longest)))
 
 
 def _assumed(report: Report) -> str:
     """What the figures rest on, in one line."""
     config = report.config
-    said = ["compiled kernels" if _on_cpu(report) else "plain torch", "512 tokens a step"]
-    said.insert(0, f"activations in {report.placement.dtype}")
+    said = ["with the compiled kernels" if _on_cpu(report) else "in plain torch", "512 tokens a step"]
+    said.insert(0, f"computed in {report.placement.dtype}")
     if config.dtype is None and report.placement.storage.stored == 2:
         said.append("16-bit weights in the file")
     if config.quant is not None and not config.quant.has_codes and report.quantize is None:
@@ -285,7 +292,7 @@ def _weights(report: Report) -> str:
     if quant is not None and quant.has_codes:
         return f"{quant.method} int{quant.bits} in groups of {quant.group_size}, the rest {dense}"
     if report.quantize:
-        return f"linears rounded to {rounded_form(report.quantize)}, the rest {dense}"
+        return f"linear layers rounded to {rounded_form(report.quantize)}, the rest {dense}"
     return dense
 
 
@@ -302,7 +309,7 @@ def _colour(good: bool | None) -> str:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _billions(count: int) -> str:

@@ -1,4 +1,4 @@
-"""qwenrt eval: how often a model is right about the demo's world, and what each way of running it costs."""
+"""qwenrt eval: how often a model answers right about the demo's world, and what rounding costs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EXAMPLES = """examples:
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
-        help="how often a model is right",
-        description="Ask a model held-out questions about the built-in demo's small world, and compare "
-        "context lengths and quantisations.",
+        help="how often a model answers right",
+        description="Ask a model questions about the built-in demo's small world that were not in its training data, "
+        "and compare context lengths and quantisations.",
         **example(EXAMPLES),
     )
     parser.add_argument("model", nargs="?", default="demo", help=f"{MODEL_HELP} (default: demo)")
@@ -28,8 +28,10 @@ def add_parser(subparsers: Any) -> None:
         "--samples", type=int, default=600, metavar="N", help="questions (default: %(default)s)"
     )
     parser.add_argument("-s", "--seed", type=int, default=1, help="which questions (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="questions only: no long documents, no variants")
-    parser.add_argument("--failures", type=int, default=0, metavar="N", help="show so many wrong answers")
+    parser.add_argument(
+        "--quick", action="store_true", help="questions only: no long documents, no quantised variants"
+    )
+    parser.add_argument("--failures", type=int, default=0, metavar="N", help="show N wrong answers")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     add_model_options(parser)
     parser.set_defaults(command=evaluate)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a model writes stops the answer, however often it is pressed, and nothing else."""
+"""Ctrl-C while a model writes stops the answer and nothing else, however often it is pressed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def one_interrupt() -> Iterator[None]:
-    """Within the block the first Ctrl-C raises KeyboardInterrupt; more of them do not disturb the tidying up.
+    """Within the block the first Ctrl-C raises KeyboardInterrupt; further ones do not interrupt the clean-up.
 
     Outside the main thread, where Python delivers no signals, this does nothing.
     """

@@ -1,4 +1,4 @@
-"""Where questions come from: a person at a terminal, or a pipe with one question per line."""
+"""Input of questions: from a terminal, or from a pipe with one question per line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Undecodable(Exception):
 
 
 class Lines:
-    """Reads messages: with a prompt and editing from a person, without either from a pipe."""
+    """Reads messages, with a prompt and line editing on a terminal, without either from a pipe."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
@@ -107,7 +107,7 @@ def _decode(raw: str | bytes) -> str:
 
 
 def _editor() -> Callable[[str], str] | None:
-    """A line editor with history and pasted blocks, where prompt_toolkit is installed."""
+    """prompt_toolkit's line editor, with history and pasted blocks; None where it is not installed."""
     if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
         return None
     try:

@@ -1,4 +1,4 @@
-"""What this machine has, as doctor and bench report it: system, processor, cores, memory."""
+"""The machine as doctor and bench report it: system, processor, cores, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What kernels for language models look for, as Linux spells it.
+# Instruction sets that kernels for language models use, as Linux spells them.
 _INSTRUCTION_SETS = frozenset(
     (
         *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni"),

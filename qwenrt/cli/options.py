@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from qwenrt.load_options import ABOUT, CHOICES, LoadOptions
 from qwenrt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qwenrt.llm import LLM
 
-_LOAD_OPTIONS = (
+# Options of `qwenrt.load` that commands have: how a model runs, and where its files come from.
+RUN_OPTIONS = (
     *("device", "dtype", "quantize", "quantize_head", "kv_cache_dtype", "activations"),
-    *("max_model_len", "fallback", "packed_cache", "source", "revision", "offline"),
+    *("max_model_len", "fallback", "packed_cache"),
 )
+SOURCE_OPTIONS = ("source", "revision", "offline")
+_TYPES = get_type_hints(LoadOptions)
 MODEL_HELP = '"demo", an alias such as Qwen-7B-Chat, a repository such as Qwen/Qwen-7B-Chat, or a directory'
 
 
@@ -29,64 +34,64 @@ def example(text: str) -> dict[str, Any]:
     return {"epilog": text, "formatter_class": _HelpFormatter}
 
 
+def add_load_option(parser: Any, name: str, *aliases: str, **changes: Any) -> None:
+    """An option of `qwenrt.load` as one of the command line: its name, default, choices and help are LoadOptions'.
+
+    ``changes`` go to add_argument: where the option differs for this command.
+    """
+    (option,) = (field for field in dataclasses.fields(LoadOptions) if field.name == name)
+    types = get_args(_TYPES[name]) or (_TYPES[name],)
+    told: dict[str, Any] = {"default": option.default, "help": ABOUT[name]}
+    if name in CHOICES:
+        told["choices"] = CHOICES[name]
+    elif int in types:
+        told |= {"type": int, "metavar": "N"}
+    elif bool in types and str in types:  # alone it means yes
+        told |= {"nargs": "?", "const": True, "metavar": "DIR"}
+    elif bool in types:
+        told["action"] = "store_true"
+    parser.add_argument(*aliases, "--" + name.replace("_", "-"), **told | changes)
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where a model's files come from."""
     group = parser.add_argument_group("where the files come from")
-    group.add_argument("--source", choices=("auto", "huggingface", "modelscope"), default="auto")
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
-    group.add_argument("--offline", action="store_true", default=None, help="open no network connection")
+    for name in SOURCE_OPTIONS:
+        add_load_option(group, name)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """All options of `qwenrt.load` that the command line has."""
     group = parser.add_argument_group("how the model runs")
-    group.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", "npu", "dcu", ...')
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    group.add_argument("--quantize", choices=("int8", "int4"), help="weight-only, while loading")
-    group.add_argument(
-        "--quantize-head",
-        choices=("int8", "int4"),
-        help="the output layer as well, which is left dense otherwise: a quarter of a small int4 model's time. A layer "
-        "that is the embedding too is then there twice: more memory",
-    )
-    group.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto")
-    group.add_argument(
-        "--activations",
-        choices=("auto", "exact", "int16", "int8"),
-        default="auto",
-        help="what the CPU rounds the inputs of quantised layers to: int8 is the fastest; exact also keeps prompts "
-        "beside 16-bit layers in float32",
-    )
-    group.add_argument("--max-model-len", type=int, metavar="N", help="longest context, in tokens")
-    group.add_argument(
-        "--fallback",
-        choices=("warn", "error", "silent"),
-        default="warn",
-        help="when a device has no fast code for a layer",
-    )
-    group.add_argument(
-        "--packed-cache",
-        nargs="?",
-        const="1",
-        metavar="DIR",
-        help="keep packed weights on disk: the next start maps them (default: QWENRT_PACKED_CACHE)",
-    )
+    for name in RUN_OPTIONS:
+        add_load_option(group, name)
     add_source_options(parser)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how tokens are chosen (default: the checkpoint's own settings)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="0 always takes the most probable token"
+    )
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the most probable tokens that add up to P"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
 
 
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("thinking (models that think before they answer)")
     group.add_argument(
-        "--thinking", choices=("on", "off"), help="for models that can do either (default: the model's own)"
+        "--thinking",
+        choices=("on", "off"),
+        help="for models that can do both (default: the model's own)",
     )
     group.add_argument(
-        "--thinking-budget", type=int, metavar="N", help="tokens after which a thought is brought to its end"
+        "--thinking-budget",
+        type=int,
+        metavar="N",
+        help="longest thought, in tokens; then the answer begins",
     )
 
 
@@ -102,7 +107,7 @@ def thinking_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of qwenrt.load that the options of ``add_model_options`` stand for."""
-    return {name: getattr(args, name) for name in _LOAD_OPTIONS}
+    return {name: getattr(args, name) for name in (*RUN_OPTIONS, *SOURCE_OPTIONS)}
 
 
 def load_model(args: argparse.Namespace) -> LLM:

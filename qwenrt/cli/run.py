@@ -49,8 +49,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--system", metavar="TEXT", help="the system prompt of a chat model (default: its own)"
     )
-    parser.add_argument("--json", action="store_true", help="print the whole result as JSON when it is done")
-    parser.add_argument("-s", "--seed", type=int, help="repeats an answer (default: another one each time)")
+    parser.add_argument("--json", action="store_true", help="print the complete result as JSON")
+    parser.add_argument(
+        "-s", "--seed", type=int, help="the same seed gives the same answer (default: a random one)"
+    )
     add_sampling_options(parser)
     add_thinking_options(parser)
     add_model_options(parser)

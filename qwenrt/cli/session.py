@@ -42,11 +42,11 @@ _SPOKEN_LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
 
 class Leave(Exception):
-    """The user wants to go."""
+    """The user ended the conversation."""
 
 
 class Session:
-    """One conversation: the model, what was said, and the settings that the next answer will use."""
+    """One conversation: the model, the history, and the settings for the next answer."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Where a command's words go: results to stdout, remarks to stderr; colour only where a person looks."""
+"""Output of commands: results go to stdout, remarks to stderr, with colours only on a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from typing import IO, Any
 
-# What a model writes is shown, never obeyed: control characters could move the cursor or retitle the window.
+# A model's control characters are shown as symbols: a terminal would obey them (move the cursor, set the title).
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t\r"}
 _VISIBLE |= {ord("\r"): "", 0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
@@ -23,8 +23,8 @@ def is_tty(stream: IO[str] | None) -> bool:
 
 
 def stand_in_for_closed_streams() -> bool:
-    """Where a shell closed stdin (``<&-``) or stderr, Python has None: an empty input and a sink take their place, and
-    their numbers, which the next file to be opened would get. Whether stdout is open."""
+    """Where a shell closed stdin (``<&-``) or stderr, Python has None. An empty input or /dev/null takes its place and
+    its file number, which the next file to be opened would get otherwise. -> whether stdout is open."""
     is_open = sys.stdout is not None
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
@@ -36,7 +36,7 @@ def stand_in_for_closed_streams() -> bool:
 
 
 def forgive_encoding() -> None:
-    """A console that cannot show a character (GBK, Latin-1) shows a question mark instead of failing."""
+    """Print a question mark for characters that the console's encoding (GBK, Latin-1) does not have."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")
@@ -55,14 +55,14 @@ class Terminal:
         _write(sys.stdout, text, style, end)
 
     def stream(self, piece: str) -> None:
-        """Words of a model, on stdout at once."""
+        """A piece of a model's text, on stdout at once."""
         self._thinking = False
         sys.stdout.write(piece.translate(_VISIBLE) if self.looked_at else piece)
         sys.stdout.flush()
 
     def answer(self, text: str, reasoning: str = "") -> None:
-        """A piece of an answer, on stdout at once. What the model thinks before it is shown, dimmed, to a person who
-        looks, and is no part of the result."""
+        """A piece of an answer, on stdout at once. A thought is shown dimmed on a terminal, and is no part of the
+        result."""
         if reasoning and self.looked_at:
             self._thinking = True
             _write(sys.stdout, reasoning, "dim", "")
@@ -70,7 +70,7 @@ class Terminal:
             self.stream(f"\n\n{text}" if self._thinking else text)
 
     def remark(self, text: str, style: str = "dim") -> None:
-        """Something about the work that is not its result, on stderr."""
+        """A remark that is no part of the result, on stderr."""
         sys.stdout.flush()
         _write(sys.stderr, text, style, "\n")
 

@@ -1,4 +1,4 @@
-"""Reading JSON that nobody has vouched for: files, and single fields with their limits."""
+"""Reading untrusted JSON: files, and single fields with their limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged 
 
 
 def read_json(path: Path, kind: type[QwenrtError] = ConfigError) -> dict[str, Any]:
-    """A JSON object from a file that nobody has vouched for. Raises ``kind`` that names what it really is."""
+    """A JSON object from an untrusted file. Raises ``kind``, which says what the file really is."""
     value = _read_value(path, kind)
     if not isinstance(value, dict):
         raise kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
@@ -117,6 +118,12 @@ def _values(shape: str) -> dict[str, Any]:
         if shared:
             values["shared_expert_intermediate_size"] = shared
     return values
+
+
+def names_like(name: str) -> str:
+    """What an error about an unknown shape advises: the known ones that are spelled alike, else all."""
+    close = difflib.get_close_matches(name, RELEASED, 3)
+    return f"Did you mean {' or '.join(close)}?" if close else f"Known shapes are: {', '.join(RELEASED)}."
 
 
 def _quantisation(suffix: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Full-parameter fine-tuning of a Qwen-1 checkpoint on conversations, with the network qwenrt serves."""
+"""Full-parameter fine-tuning of a Qwen-1 checkpoint on conversations, through the same network that generates."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FinetuneReport:
     losses: tuple[tuple[int, float], ...]
 
     def format(self) -> str:
-        """One line for a person."""
+        """The result in one line of text."""
         speed = self.tokens / max(self.seconds, 1e-9)
         return (
             f"{self.steps} steps over {self.entries} entries, {self.tokens} tokens in {self.seconds:.0f} s "
@@ -110,7 +110,7 @@ def finetune(
 
 
 def _claim(target: Path, source: Path, overwrite: bool) -> None:
-    """Make the output directory. RequestError where something of the user's lies in it, or nothing can be written."""
+    """Create the output directory. RequestError where it holds other files, or cannot be written to."""
     asked = f"writing the new checkpoint to {target}"
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def _claim(target: Path, source: Path, overwrite: bool) -> None:
 
 
 def _check_room(target: Path, config: ModelConfig, keeps_state: bool) -> None:
-    """RequestError where the disk is too full for what training writes: a run of hours must not end in that."""
+    """RequestError where the disk has too little room for what training writes: better now than after hours."""
     weights = num_parameters(config) * dtype_of(config).itemsize
     state = num_parameters(config) * 3 * 4 if keeps_state else 0  # weights and two moments in float32
     free = shutil.disk_usage(target).free
@@ -146,7 +146,7 @@ def _check_room(target: Path, config: ModelConfig, keeps_state: bool) -> None:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """torch's own number of threads, put back afterwards."""
+    """Let torch use ``count`` threads within the block; None leaves the number as it is."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)

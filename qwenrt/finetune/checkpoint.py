@@ -22,7 +22,7 @@ _COPIED = ("config.json", "generation_config.json", "tokenizer_config.json", "*.
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:
-    """What a new checkpoint is stored in: the dtype config.json names, else bfloat16."""
+    """The dtype that a new checkpoint is stored in: config.json's, else bfloat16."""
     dtype: torch.dtype = getattr(torch, config.dtype or "bfloat16")
     return dtype
 
@@ -55,7 +55,7 @@ def write_checkpoint(model: Qwen, source: Path, target: Path, dtype: torch.dtype
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A file that is either the old one or the new one, never half of one. CheckpointError where that fails."""
+    """Write to a temporary file and rename it, so that ``path`` is never half written. CheckpointError on failure."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata)

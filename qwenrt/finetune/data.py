@@ -1,4 +1,4 @@
-"""Training data: files of conversations -> tokens and labels -> batches."""
+"""Training data: from files of conversations to tokens and labels, and to batches."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Corpus:
         return self.starts[entry + 1] - self.starts[entry]
 
     def batches(self, seed: int, epoch: int, batch_tokens: int) -> list[list[int]]:
-        """Entry numbers of each step of an epoch: entries of like length together, so that little is padding."""
+        """Entry numbers of each step of an epoch: entries of similar length together, so that little is padding."""
         rng = random.Random(f"{seed}-{epoch}")
         order = list(range(len(self)))
         rng.shuffle(order)

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: the step under way is finished, so that nothing learned is lost."""
+"""Ctrl-C during training: the current step is finished, so that nothing learned is lost."""
 
 from __future__ import annotations
 

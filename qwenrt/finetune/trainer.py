@@ -1,4 +1,4 @@
-"""One training run: the network in float32, AdamW, and a state that can be taken up again."""
+"""One training run: the network in float32, AdamW, and a state from which a run that was cut goes on."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Trainer:
         self.losses: list[tuple[int, float]] = []
 
     def _own_weights(self) -> None:
-        """Loaded weights may be views of the file: training needs its own copy."""
+        """Copy the weights: loaded ones may be views of the file, which training must not write to."""
         for name in self.model.tensor_specs:
             tensor = self.model.get(name)
             assert isinstance(tensor, torch.Tensor)
@@ -149,8 +149,8 @@ class Trainer:
         return self.settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def too_short_to_learn(self) -> str | None:
-        """A sentence where all steps together can hardly change the model, else None. AdamW moves a weight by about the
-        learning rate in a step, whatever the gradient."""
+        """A warning where all steps together can hardly change the model, else None. AdamW moves a weight by about the
+        learning rate in each step, whatever the gradient."""
         change = sum(map(self.learning_rate, range(self.total_steps)))
         matrices = [p.detach() for p in self.parameters.values() if p.dim() > 1]
         usual = math.sqrt(sum(float(p.square().sum()) for p in matrices) / sum(p.numel() for p in matrices))
@@ -241,7 +241,7 @@ class Trainer:
         partial.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, target / CURVE_FILE)
 
-    # ---- state, so that a cut costs little
+    # ---- the state that is kept, so that little is lost when a run is cut
 
     def fingerprint(self) -> str:
         """What must be the same for a run to be continued."""

@@ -16,22 +16,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from qwenrt.assembly import ACTIVATIONS, Settings, assemble
-from qwenrt.backends.cpu import CPUBackend, activations, backend, kernels
+from qwenrt.backends.cpu import CPUBackend, activations
 from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.finetune.data import encode_entry
-from qwenrt.llm import LLM, load_tokenizer
+from qwenrt.llm import LLM, load_tokenizer, load_with
+from qwenrt.load_options import CHOICES, LoadOptions
 from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight
+from tests.kernel_sets import needs_kernels
 from tests.steps import run_step
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
-)
+pytestmark = needs_kernels
 LEAST_AGREEMENT, MOST_DIVERGENCE = 0.995, 1e-3
 
 
@@ -115,7 +114,7 @@ def conversations() -> list[tuple[list[int], torch.Tensor]]:
 
 def demo_logits(model: Path, bits: str | None, activations: str, kernels: str = "auto") -> torch.Tensor:
     """Logits of all positions of conversations(), those before the answers included."""
-    settings = Settings(
+    options = LoadOptions(
         device="cpu",
         dtype="float32",
         quantize=bits,
@@ -124,7 +123,7 @@ def demo_logits(model: Path, bits: str | None, activations: str, kernels: str = 
         fallback="silent",
     )
     environment = dataclasses.replace(Environment.read({}), kernels=kernels)
-    with LLM(assemble(str(model), settings, environment)) as llm:
+    with load_with(str(model), options, environment) as llm:
         return torch.cat([llm.logits(ids)[positions] for ids, positions in conversations()])
 
 
@@ -137,7 +136,7 @@ def defined_logits(model: Path, bits: str | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("outliers", CHANNELS)
 @pytest.mark.parametrize("bits", ["int4", "int8"])
-@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("activations", CHOICES["activations"])
 def test_the_demo_model(
     cpu: CPUBackend, models: dict[str, Path], outliers: str, bits: str, activations: str
 ) -> None:
@@ -208,8 +207,10 @@ def test_an_int8_cache(cpu: CPUBackend, tmp_path: Path, huge: str) -> None:
     save_file(
         with_huge_keys(load_file(DEMO / "model.safetensors"), HUGE[huge]), tmp_path / "model.safetensors"
     )
-    settings = Settings(device="cpu", dtype="float32", activations="exact", progress=False, fallback="silent")
-    with LLM(assemble(str(tmp_path), settings, Environment.read({}))) as llm, torch.no_grad():
+    options = LoadOptions(
+        device="cpu", dtype="float32", activations="exact", progress=False, fallback="silent"
+    )
+    with load_with(str(tmp_path), options, Environment.read({})) as llm, torch.no_grad():
         model = llm._assembled.model
         c = model.config
         shape = (c.num_layers, 13, 16, c.num_kv_heads, c.head_dim, torch.float32)
@@ -294,7 +295,7 @@ def beside_outliers(shape: str, bits: int, evened: bool, activations: str) -> tu
 LAYERS = [*((shape, 4) for shape in OUTLIERS), ("one block", 8)]
 outliers = pytest.mark.parametrize(("shape", "bits"), LAYERS)
 evened_or_not = pytest.mark.parametrize("evened", [False, True], ids=["plain", "evened"])
-ROUNDS_LITTLE = [choice for choice in ACTIVATIONS if choice != "int8"]
+ROUNDS_LITTLE = [choice for choice in CHOICES["activations"] if choice != "int8"]
 
 
 @outliers

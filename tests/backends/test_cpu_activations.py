@@ -12,20 +12,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qwenrt import summary
-from qwenrt.assembly import Settings, assemble
 from qwenrt.backends import selfcheck
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend, kernels
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
-from qwenrt.llm import LLM
+from qwenrt.llm import load_with
+from qwenrt.load_options import LoadOptions
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import dequantize
 from tests.backends.test_cpu_kernels import float64_linear, random_weight, summed
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 
 CPU = torch.device("cpu")
-BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
-pytestmark = pytest.mark.skipif(not BUILT, reason="csrc was not built")
+pytestmark = needs_kernels
 BLOCK_INPUTS = {4: 32, 8: 128}  # by the bits of the codes
 ROUNDED = ("int16", "int8")
 
@@ -287,17 +286,17 @@ def test_errors_are_as_small_as_is_said(cpu: CPUBackend, bits: int, outliers: bo
 )
 def test_the_line_at_load_says_what_is_rounded(quantize: str | None, activations: str, said: str) -> None:
     words = {"": "", "exact": "activations float32, "}.get(said, f"activations {said}, ")
-    settings = Settings(
+    options = LoadOptions(
         device="cpu", dtype="float32", quantize=quantize, activations=activations, progress=False
     )
-    with LLM(assemble("demo", settings, Environment.read({}))) as llm:
+    with load_with("demo", options, Environment.read({})) as llm:
         assert llm.stats()["activations"] == said
         assert words in llm.summary if said else "activations" not in llm.summary
 
 
 def test_the_line_at_load_speaks_of_small_layers() -> None:
-    assert summary._activations("exact+int16", "float32") == "activations int16 (float32 in small layers), "
-    assert summary._activations("int16+int8", "float32") == "activations int16 and int8, "
+    assert summary.activations(["exact", "int16"], "float32") == "int16 (float32 in small layers)"
+    assert summary.activations(["int16", "int8"], "float32") == "int16 and int8"
 
 
 def test_choices_are_checked(cpu: CPUBackend) -> None:
@@ -306,7 +305,7 @@ def test_choices_are_checked(cpu: CPUBackend) -> None:
     with pytest.raises(BackendError, match=r"activations 'int4': no such choice. Use one of: auto, exact"):
         cpu.configure(activations="int4")
     with pytest.raises(ConfigError, match="activations='int4'"):
-        Settings(activations="int4")
+        LoadOptions(activations="int4")
     assert Environment.read({"QWENRT_ACTIVATIONS": "int8"}).activations == "int8"
     assert Environment.read({}).activations == "auto"
 

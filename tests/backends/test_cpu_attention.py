@@ -10,15 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenrt.backends.binding import OpSpec
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend
 from qwenrt.ops import reference
 from qwenrt.ops.steps import LayerKV, StepPlan
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 
 CPU = torch.device("cpu")
-needs_kernels = pytest.mark.skipif(
-    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
-)
+needs_kernels = needs_kernels
 
 
 class Step:

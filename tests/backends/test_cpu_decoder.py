@@ -16,20 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qwenrt
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend
 from qwenrt.backends.stack import StackParts
 from qwenrt.config.model import ModelConfig
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import LayerKV, Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.conftest import write_tiny_checkpoint
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 from tests.steps import run_step, step_of
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
-)
+pytestmark = needs_kernels
 SIZE = 4  # of a block
 DENSE = ModelConfig(
     model_type="qwen2",

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.backends.cpu import CPUBackend, backend, dense12, kernels
+from qwenrt.backends.cpu import CPUBackend, dense12, kernels
 from qwenrt.ops.types import CanonicalWeight, Packed
-from tests.kernel_sets import SETS
+from tests.kernel_sets import KERNELS, SETS
 
-LOADED = backend._load()
 pytestmark = [
     pytest.mark.skipif(
-        isinstance(LOADED, kernels.KernelsUnavailable) or not LOADED.serves12,
+        KERNELS is None or not KERNELS.serves12,
         reason="nothing here gains from it",
     ),
 ]
@@ -25,8 +24,8 @@ SHAPES = ((1, 64), (3, 7), (17, 65), (37, 300), (130, 515), (515, 1024))
 
 
 def served(threads: int = 2, isa: str = "auto") -> kernels.Kernels:
-    assert isinstance(LOADED, kernels.Kernels)
-    return LOADED.using(isa, threads)
+    assert KERNELS is not None
+    return KERNELS.using(isa, threads)
 
 
 def trained(n: int, k: int) -> torch.Tensor:

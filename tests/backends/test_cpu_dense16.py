@@ -6,12 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwenrt.backends.cpu import backend, kernels
-from tests.kernel_sets import SETS
+from tests.kernel_sets import KERNELS, SETS, needs_kernels
 
-LOADED = backend._load()
 pytestmark = [
-    pytest.mark.skipif(isinstance(LOADED, kernels.KernelsUnavailable), reason="csrc was not built"),
+    needs_kernels,
     pytest.mark.parametrize("isa", SETS),
 ]
 # Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
@@ -24,8 +22,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 def linear(
     x: torch.Tensor, weight: torch.Tensor, isa: str, bias: torch.Tensor | None = None, threads: int = 2
 ) -> torch.Tensor:
-    assert isinstance(LOADED, kernels.Kernels)
-    return LOADED.using(isa, threads).dense16_linear(x, weight, bias)
+    assert KERNELS is not None
+    return KERNELS.using(isa, threads).dense16_linear(x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

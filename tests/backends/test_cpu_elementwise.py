@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 from qwenrt.backends import selfcheck
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend, kernels
 from qwenrt.ops import reference
 from qwenrt.ops.steps import LayerKV, StepPlan
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 
 CPU = torch.device("cpu")
 DEFINED = Backend(CPU)
-pytestmark = pytest.mark.skipif(
-    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
-)
+pytestmark = needs_kernels
 quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

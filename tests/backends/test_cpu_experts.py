@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config.model import MoeConfig
 from tests.backends.test_cpu_decoder import (
     DENSE,
@@ -20,10 +20,9 @@ from tests.backends.test_cpu_decoder import (
     build,
     check,
 )
+from tests.kernel_sets import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-    isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built"
-)
+pytestmark = needs_kernels
 EXPERTS = dataclasses.replace(DENSE, moe=MoeConfig(6, 2, 24, 40, dense_layers=frozenset((1,))))
 
 # Beside other sums in the router, an activation in the middle between two codes falls to the other.

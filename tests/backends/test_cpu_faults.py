@@ -16,18 +16,17 @@ import pytest
 import torch
 
 import qwenrt
-from qwenrt.backends.cpu import CPUBackend, backend, kernels, resources
+from qwenrt.backends.cpu import CPUBackend, kernels, resources
 from qwenrt.errors import BackendError
 from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import dequantize
 from tests.backends.test_cpu_kernels import float64_linear, random_weight
 from tests.conftest import write_tiny_checkpoint
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 from tests.steps import run_step
 
 CPU = torch.device("cpu")
-BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
-pytestmark = pytest.mark.skipif(not BUILT, reason="csrc was not built")
+pytestmark = needs_kernels
 ROUNDING = {"exact": 1e-5, "int16": 1e-3, "int8": 5e-2}  # of the largest value of a result
 
 

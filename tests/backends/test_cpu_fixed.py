@@ -7,17 +7,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenrt.assembly import Settings, assemble
 from qwenrt.backends.base import Backend
-from qwenrt.backends.cpu import CPUBackend, activations, backend, dense12, kernels
+from qwenrt.backends.cpu import CPUBackend, activations, dense12, kernels
 from qwenrt.config import Environment
-from qwenrt.llm import LLM
+from qwenrt.llm import load_with
+from qwenrt.load_options import LoadOptions
 from qwenrt.ops.types import CanonicalWeight
+from tests.kernel_sets import KERNELS
 
-LOADED = backend._load()
 pytestmark = [
     pytest.mark.skipif(
-        isinstance(LOADED, kernels.KernelsUnavailable) or "avx2" not in LOADED.isas,
+        KERNELS is None or "avx2" not in KERNELS.isas,
         reason="AVX2's kernels alone have fixed point",
     ),
 ]
@@ -27,8 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def avx2(threads: int = 2) -> kernels.Kernels:
-    assert isinstance(LOADED, kernels.Kernels)
-    return LOADED.using("avx2", threads)
+    assert KERNELS is not None
+    return KERNELS.using("avx2", threads)
 
 
 def linear(
@@ -179,8 +179,8 @@ def test_the_one_call_rounds_as_single_linears_do(monkeypatch: pytest.MonkeyPatc
     ids = list(range(40, 90))
 
     def logits(choice: str) -> torch.Tensor:
-        settings = Settings(device="cpu", dtype="float32", activations=choice, progress=False)
-        with LLM(assemble("demo", settings, Environment.read({"QWENRT_KERNELS": "avx2"}))) as llm:
+        options = LoadOptions(device="cpu", dtype="float32", activations=choice, progress=False)
+        with load_with("demo", options, Environment.read({"QWENRT_KERNELS": "avx2"})) as llm:
             return llm.logits(ids)
 
     exact = logits("exact")

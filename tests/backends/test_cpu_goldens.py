@@ -8,18 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwenrt.assembly import Settings, assemble
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import Environment, read_model_config
-from qwenrt.llm import LLM
+from qwenrt.llm import load_with
+from qwenrt.load_options import LoadOptions
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.types import Packed
 from tests.conftest import GPTQ_GOLDENS
-from tests.kernel_sets import SETS
+from tests.kernel_sets import SETS, needs_kernels
 from tests.steps import run_step
 
+pytestmark = needs_kernels
 BLOCK_SIZE = 16
 
 
@@ -27,8 +28,6 @@ BLOCK_SIZE = 16
 def cpu(request: pytest.FixtureRequest) -> CPUBackend:
     """The backend with the kernels of each instruction set."""
     backend = CPUBackend(torch.device("cpu"))
-    if backend.kernels is None:
-        pytest.skip("csrc was not built")
     backend.configure(request.param)
     return backend
 
@@ -73,7 +72,7 @@ def test_an_answer_is_the_same_bits_however_a_long_prompt_was_cut() -> None:
     """With rounded activations and an int8 cache, where each last bit would show."""
     answers = []
     for budget in (512, 290, 100):  # 300 tokens whole, and 268 + 32, 100 + 100 + 68 + 32
-        settings = Settings(
+        options = LoadOptions(
             device="cpu",
             dtype="float32",
             quantize="int4",
@@ -83,9 +82,7 @@ def test_an_answer_is_the_same_bits_however_a_long_prompt_was_cut() -> None:
             max_num_batched_tokens=budget,
             progress=False,
         )
-        with LLM(assemble("demo", settings, Environment.read({}))) as llm:
-            if not llm.stats()["activations"]:
-                pytest.skip("csrc was not built")
+        with load_with("demo", options, Environment.read({})) as llm:
             out = llm.generate(
                 prompt_token_ids=list(range(300, 600)), max_tokens=2, temperature=0, logprobs=5
             )

@@ -12,20 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from qwenrt.assembly import Settings, assemble
-from qwenrt.backends.cpu import CPUBackend, attention, backend, dense12, kernels, library, rounding
+from qwenrt.backends.cpu import CPUBackend, attention, dense12, kernels, library, rounding
 from qwenrt.backends.cpu.activations import EXACT
 from qwenrt.backends.cpu.decoder import Layer, StepStruct
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
-from qwenrt.llm import LLM
+from qwenrt.llm import LLM, load_with
+from qwenrt.load_options import LoadOptions
 from tests.backends.test_cpu_kernels import random_weight
-from tests.kernel_sets import SETS
+from tests.kernel_sets import KERNELS, SETS, needs_kernels
 
 CPU = torch.device("cpu")
-LOADED = backend._load()
-pytestmark = pytest.mark.skipif(isinstance(LOADED, kernels.KernelsUnavailable), reason="csrc was not built")
+pytestmark = needs_kernels
 two_sets = pytest.mark.skipif(len(SETS) < 2, reason="this machine has one instruction set")
 
 
@@ -54,11 +53,11 @@ def test_a_second_model_changes_nothing_of_the_first() -> None:
     ids = list(range(40, 80))
 
     def load(isa: str, threads: str, activations: str) -> LLM:
-        settings = Settings(
+        options = LoadOptions(
             device="cpu", dtype="float32", quantize="int4", activations=activations, progress=False
         )
         environment = {"QWENRT_KERNELS": isa, "QWENRT_NUM_THREADS": threads}
-        return LLM(assemble("demo", settings, Environment.read(environment)))
+        return load_with("demo", options, Environment.read(environment))
 
     with load(SETS[0], "2", "exact") as first:
         before, said = first.logits(ids), first.stats()
@@ -128,10 +127,10 @@ def _calls(k: kernels.Kernels) -> dict[str, Callable[[], Any]]:
     "name", sorted({*library._COMPUTE, "argmax_finite"} - {"rounds_dense", "dense12_serves", "read"})
 )
 def test_no_call_passes_over_what_the_library_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(LOADED, kernels.Kernels)
-    call = _calls(LOADED)[name]
+    assert KERNELS is not None
+    call = _calls(KERNELS)[name]
     for status, error in ((2, MemoryError), (3, BackendError), (9, BackendError)):
-        monkeypatch.setattr(LOADED._library, f"qwenrt_{name}", lambda *_, answer=status: answer)
+        monkeypatch.setattr(KERNELS._library, f"qwenrt_{name}", lambda *_, answer=status: answer)
         with pytest.raises(
             error, match="no memory for" if status == 2 else rf"\(status {status}\).* report it"
         ):
@@ -139,15 +138,15 @@ def test_no_call_passes_over_what_the_library_answers(name: str, monkeypatch: py
 
 
 def test_arguments_that_cannot_be_are_refused_by_the_library() -> None:
-    assert isinstance(LOADED, kernels.Kernels)
+    assert KERNELS is not None
     with pytest.raises(BackendError, match="an argument that cannot be"):
-        LOADED.rotary_store(Rotary(head_dim=7), None, 1)
+        KERNELS.rotary_store(Rotary(head_dim=7), None, 1)
     with pytest.raises(BackendError, match="an argument that cannot be"):
-        LOADED.quantize(rounding.Rounding(bits=3))
+        KERNELS.quantize(rounding.Rounding(bits=3))
     with pytest.raises(
         kernels.KernelsUnavailable, match=r"'avx9' were asked for; this CPU and build have .*scalar"
     ):
-        LOADED.using("avx9")
+        KERNELS.using("avx9")
 
 
 def test_nothing_here_relies_on_assert() -> None:

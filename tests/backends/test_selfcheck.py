@@ -23,10 +23,10 @@ from qwenrt.model import trial
 from tests.backends.mutants import MUTANTS, Mutant
 from tests.backends.step_mutants import STEP_MUTANTS
 from tests.conftest import write_tiny_checkpoint
+from tests.kernel_sets import KERNELS, needs_kernels
 
-LIBRARY = backend._load()
-pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Kernels), reason="csrc was not built")
-SETS = LIBRARY.isas if isinstance(LIBRARY, Kernels) else ()
+pytestmark = needs_kernels
+SETS = () if KERNELS is None else KERNELS.isas
 
 PLAIN = ModelConfig(
     model_type="qwen2",

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import bounds
 from benchmarks.__main__ import main
 from benchmarks.render import document
-from qwenrt.backends.cpu import backend, kernels
+from tests.kernel_sets import needs_kernels
 
 
 def a_sample(read: float, cache: float, memory: float) -> dict[str, float]:
@@ -43,7 +43,8 @@ def test_the_page_has_them_where_they_were_measured() -> None:
     assert "What bounds it" not in document(results, {})
     page = document(results | {"bounds": {**row, "samples": SAMPLES}}, {"bounds": "performance/bounds.svg"})
     assert "4 times, one after the other, 2026-01-02, commit abc:" in page
-    assert "because" in document(results, {}, "because") and "because" not in page
+    notes = "What a profile of these results showed."
+    assert notes in document(results, {}, notes) and notes not in page
     assert "(performance/bounds.svg)" in page and page.index("What bounds it") < page.index(
         "How it is measured"
     )
@@ -64,7 +65,7 @@ class _Memory:
         return 1e9
 
 
-@pytest.mark.skipif(isinstance(backend._load(), kernels.KernelsUnavailable), reason="csrc was not built")
+@needs_kernels
 def test_a_sample_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in (("_ROWS", 1024), ("_CACHED_ROWS", 512), ("_MEMORY_BYTES", 1), ("_CACHED_SECONDS", 0)):
         monkeypatch.setattr(bounds, name, small)

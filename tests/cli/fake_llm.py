@@ -1,16 +1,22 @@
-"""A model that answers by rule, in place of qwenrt.llm: what the command line does around a model is tested."""
+"""A model that answers by rule, in place of qwenrt.llm: what the command line does around a model is tested.
+
+It takes no call that the real one would not take: `as_the_real` holds each against the signature in its place.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 import time
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from qwenrt.config import GenerationConfig, parse_model_config
 from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.llm import LLM, load, load_random
 from qwenrt.outputs import Delta, Generation, Usage
 from qwenrt.sampling_params import SamplingParams
 
@@ -23,6 +29,24 @@ CONFIG = parse_model_config(
         "seq_length": 64,
     }
 )
+
+
+Fake = TypeVar("Fake", bound=Callable[..., Any])
+
+
+def as_the_real(real: Callable[..., Any]) -> Callable[[Fake], Fake]:
+    """A function in the place of ``real``: TypeError where that one would not take the call."""
+    signature = inspect.signature(real)
+
+    def held(fake: Fake) -> Fake:
+        @functools.wraps(fake)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            signature.bind(*args, **kwargs)
+            return fake(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return held
 
 
 class FakeLLM:
@@ -41,6 +65,7 @@ class FakeLLM:
         self.closed_streams = 0
         self.closed = False
 
+    @as_the_real(LLM.stream)
     def stream(self, query: str, history: Any = None, system: str = "", **rest: Any) -> Iterator[Delta]:
         self.calls.append({"query": query, "history": history, "system": system, **rest})
         return self._stream(query, history or [], rest["sampling_params"])
@@ -65,10 +90,12 @@ class FakeLLM:
         finally:
             self.closed_streams += 1
 
+    @as_the_real(LLM.chat)
     def chat(self, *, messages: list[dict[str, str]], sampling_params: SamplingParams) -> Generation:
         text = f"reply to {messages[-1]['content']}"
         return Generation(text, [1], "stop", Usage(3, 1), message={"role": "assistant", "content": text})
 
+    @as_the_real(LLM.generate)
     def generate(
         self, prompt: Any = None, sampling_params: Any = None, *, prompt_token_ids: Any = None
     ) -> Any:
@@ -114,14 +141,14 @@ def install(monkeypatch: Any = None, chat_format: str = "chatml") -> types.Simpl
     """Put the fake in the place of qwenrt.llm. Returns .llm and .loaded (the arguments of each load)."""
     made = types.SimpleNamespace(llm=FakeLLM(chat_format), loaded=[])
 
-    def load(model: str = "demo", **arguments: Any) -> FakeLLM:
+    def fake_load(model: str = "demo", **arguments: Any) -> FakeLLM:
         made.loaded.append((model, arguments))
         if model == "nowhere":
             raise CheckpointError("model 'nowhere'", "no such model", "Known are: demo.")
         return made.llm
 
     module: Any = types.ModuleType("qwenrt.llm")
-    module.load = module.load_random = load
+    module.load, module.load_random = as_the_real(load)(fake_load), as_the_real(load_random)(fake_load)
     if monkeypatch is None:
         sys.modules["qwenrt.llm"] = module
     else:

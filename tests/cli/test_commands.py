@@ -204,10 +204,10 @@ def test_doctor_text_fits_a_terminal(qwenrt: Qwenrt) -> None:
         "torch",
         "processor",
         "memory",
-        "backend cpu",
+        "device cpu",
         "CPU kernels",
-        "cache",
-        "serves here",
+        "downloads",
+        "runs on",
     ):
         assert f"\n{word}" in f"\n{done.out}"
     assert "it was asked for" in " ".join(done.out.split())
@@ -217,7 +217,7 @@ def test_doctor_text_fits_a_terminal(qwenrt: Qwenrt) -> None:
 def test_doctor_says_why_a_device_cannot_serve(qwenrt: Qwenrt) -> None:
     done = qwenrt("doctor", "--device", "npu")
     assert done.code == 1
-    assert "nothing: torch_npu cannot be imported" in " ".join(done.out.split())
+    assert "nothing here: torch_npu cannot be imported" in " ".join(done.out.split())
     assert "Available here: cpu" in " ".join(done.out.split())
 
 
@@ -231,7 +231,7 @@ def test_doctor_reports_a_torch_that_cannot_be_imported(
     assert "import of torch halted" in found["torch"]["error"]
     assert any("torch cannot be imported" in p["what"] and "torch" in p["fix"] for p in found["problems"])
     assert done.code == 1
-    assert "serves here     nothing: no torch" in done.out
+    assert "runs on         nothing here: no torch" in done.out
 
 
 def test_doctor_names_missing_packages_and_the_command(
@@ -312,7 +312,7 @@ def test_bench_json(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
 def test_bench_text_fits_a_terminal(model: tuple[str, ...], fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     done = qwenrt("bench", *model, *SMALL)
     assert done.code == 0
-    for word in ("prefill", "decode", "bandwidth", "fraction", "peak memory", "versions"):
+    for word in ("prefill", "decode", "memory speed", "used by decode", "peak memory", "versions"):
         assert f"\n{word}" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
 

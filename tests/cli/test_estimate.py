@@ -37,15 +37,15 @@ def as_json(qwenrt: Qwenrt, *argv: str) -> dict[str, Any]:
 def test_a_released_shape(qwenrt: Qwenrt) -> None:
     done = qwenrt("estimate", "Qwen2.5-7B", "--device", "cuda", "--memory", "24", "--ctx", "32768")
     assert done.code == 0
-    assert done.out.startswith("Qwen2.5-7B: qwen2, from the built-in table of released shapes\n")
+    assert done.out.startswith("Qwen2.5-7B: model type qwen2, from the built-in table of released shapes\n")
     for line in (
         "parameters         7.62 B",
         "weights         14.19 GiB   16-bit",
-        "cache            1.75 GiB   1 x 32768 tokens of 56.0 KiB, bfloat16",
+        "KV cache         1.75 GiB   1 user with 32768 tokens of 56.0 KiB in bfloat16",
         "free on cuda: it fits",
         "32768 (all)",
         "<- as asked",
-        "assumed: activations in bfloat16",
+        "these figures assume: computed in bfloat16",
     ):
         assert line in done.out
     assert max(map(len, done.out.splitlines())) <= 110
@@ -63,12 +63,12 @@ def test_files_that_are_here_decide_whether_the_head_is_the_embedding(qwenrt: Qw
 def test_what_does_not_fit_exits_with_1(qwenrt: Qwenrt) -> None:
     done = qwenrt("estimate", "Qwen3-30B-A3B", "--device", "cuda", "--memory", "24")
     assert done.code == 1
-    assert "GiB too little" in done.out and "3.35 B of them active for a token" in done.out
+    assert "GiB are missing" in done.out and "3.35 B of them active for a token" in done.out
     rows = [line.split() for line in done.out.splitlines() if line.startswith(("none", "int8", "int4"))]
     assert [row[:2] for row in rows] == [
         [q, kv] for q in ("none", "int8", "int4") for kv in ("bfloat16", "int8")
     ]
-    assert rows[0][4:6] == ["-", "-"] and int(rows[4][4]) > 8192
+    assert rows[0][4:6] == ["none", "none"] and int(rows[4][4]) > 8192
 
 
 def test_an_offer_of_the_table_does_fit(qwenrt: Qwenrt) -> None:
@@ -128,7 +128,7 @@ def test_memory_that_nobody_tells(qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(device_memory, "device_memory", lambda device: None)
     done = qwenrt("estimate", "Qwen3-0.6B", "--device", "npu")
     assert done.code == 0
-    assert "not known" in done.out and "--memory GIB" in done.out and "<- as asked" not in done.out
+    assert "not known" in done.out and "--memory GIB" in done.out and "<- as asked for" not in done.out
     assert as_json(qwenrt, "Qwen3-0.6B", "--device", "npu")["fits"] is None
 
 
@@ -187,4 +187,4 @@ def test_it_works_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "Qwen3-8B: qwen3" in done.stdout and " on cpu: " in done.stdout
+    assert "Qwen3-8B: model type qwen3" in done.stdout and " on cpu: " in done.stdout

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from qwenrt.llm import load
+from tests.cli.fake_llm import FakeLLM
 from tests.cli.test_terminal import CTRL_C, ENTER, PROMPT, Talk
 from tests.conftest import GOLDEN
 
@@ -40,6 +42,28 @@ def test_bench_on_a_golden(qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["weight_bytes_per_token"] == 4 * (weights + 64)
     for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "bandwidth_fraction", "load_s"):
         assert found[name] > 0
+
+
+def test_the_fake_has_what_the_real_model_has(tiny_chat: Path) -> None:
+    fake = FakeLLM()
+    with load(tiny_chat, progress=False) as real:
+        for name in (name for name in dir(fake) if not name.startswith("_")):
+            assert hasattr(real, name) or name in ("calls", "closed", "closed_streams"), name
+        stats = real.stats()
+        assert {name: type(value) for name, value in fake.stats().items()} == {
+            name: type(stats[name]) for name in fake.stats()
+        }
+        assert type(fake.generation_config) is type(real.generation_config) and fake.device == real.device
+
+
+def test_the_fake_takes_no_call_that_the_real_model_would_not() -> None:
+    fake = FakeLLM()
+    for call in (
+        lambda: fake.chat(message=[]),
+        lambda: fake.generate("a", tokens=[1], sampling=3, prompts=2),
+    ):
+        with pytest.raises(TypeError):
+            call()
 
 
 def test_run_repeats_with_a_seed(tiny_chat: Path, qwenrt: Qwenrt) -> None:
@@ -84,7 +108,7 @@ def test_ctrl_c_stops_the_real_engine(tiny_chat: Path) -> None:
         talk.type(":conf max_tokens=3" + ENTER)
         talk.until("max_tokens = 3", PROMPT)
         talk.type("hello again" + ENTER)
-        talk.until("reached its longest length", PROMPT)
+        talk.until("was cut at max_tokens", PROMPT)
         talk.type(":his" + ENTER)
         talk.until("History (1)")
         talk.type(":q" + ENTER)

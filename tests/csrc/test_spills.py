@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import pytest
 
 from qwenrt.backends.cpu import kernels
+from tests.kernel_sets import needs_kernels
 
 # Kernel -> its multiply instructions and, by its template's numbers, how many of them its hot loop has: what is
 # unrolled over sums, streams and places. Set-up and tails are other loops.
@@ -80,7 +81,7 @@ def hot_loops() -> Iterator[Loop]:
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump (binutils)")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64")
-@pytest.mark.skipif(not kernels.LIBRARY.is_file(), reason="csrc was not built")
+@needs_kernels
 def test_hot_loops_keep_their_sums_in_registers() -> None:
     comment = subprocess.run(["objdump", "-sj", ".comment", str(kernels.LIBRARY)], capture_output=True).stdout
     if b"GCC" not in comment:

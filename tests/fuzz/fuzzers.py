@@ -268,9 +268,9 @@ def _generate_two(llm: qwenrt.LLM, params: dict[str, Any]) -> None:
 
 def _load(name: str, value: Any) -> None:
     """With a value for one setting; one that is as usual loads nothing, since a load takes its time."""
-    from qwenrt.assembly import Settings
+    from qwenrt.load_options import LoadOptions
 
-    settings = Settings(**{name: value})
+    settings = LoadOptions(**{name: value})
     if name in ("device", "revision", "packed_cache", "source"):
         model, here = str(_tiny_model().resolve()), Path.cwd()
         with tempfile.TemporaryDirectory() as scratch:  # a text is a directory for packed_cache

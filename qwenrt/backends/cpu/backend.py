@@ -66,9 +66,7 @@ def kernel_status(kernels: str = "auto") -> str:
     cpu.configure(kernels)
     if cpu.kernels is None:
         return cpu.describe()
-    return (
-        f"{cpu.describe()} (QWENRT_KERNELS={cpu.kernels.isa}; what runs here: {', '.join(cpu.kernels.isas)})"
-    )
+    return f"{cpu.describe()}; QWENRT_KERNELS can be {', '.join(cpu.kernels.isas)} or off (now {cpu.kernels.isa})"
 
 
 @dataclass

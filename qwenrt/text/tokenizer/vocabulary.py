@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, and qwen.tiktoken files (`base64(token) rank` lines) that nobody has vouched for."""
+"""What a tokenizer is made of, and untrusted qwen.tiktoken files (lines of `base64(token) rank`)."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from qwenrt.backends.cpu.mapped_memory import _library
 from qwenrt.loader.checkpoint.mapping import Watch, map_file
 from tests.conftest import write_tiny_checkpoint
+from tests.kernel_sets import needs_kernels
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.skipif(_library() is None, reason="csrc was not built")
+pytestmark = needs_kernels
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,97 @@
+"""How a model is loaded: the options of `qwenrt.load`, which the command line has under the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+from qwenrt.arguments import flag, one_of, size
+from qwenrt.errors import ConfigError, shown
+
+DTYPES = ("float32", "bfloat16", "float16")
+# The texts that an option may be, where it may not be any other; None as well where that is its default.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("auto", *DTYPES),
+    "source": ("auto", "huggingface", "modelscope"),
+    "quantize": ("int8", "int4"),
+    "quantize_head": ("int8", "int4"),
+    "kv_cache_dtype": ("auto", "int8"),
+    "activations": ("auto", "exact", "int16", "int8"),
+    "fallback": ("warn", "error", "silent"),
+}
+# What each option means: its help on the command line, and its line in `help(qwenrt.load)`.
+ABOUT: dict[str, str] = {
+    "device": 'where the model runs: "cpu", "cuda", "cuda:1", "npu", "dcu" or the name of a plugin; auto takes the '
+    "first that can be used",
+    "dtype": "of activations, and of weights that are not quantised; auto lets the device choose",
+    "source": "the hub that a name is looked up in; auto asks HuggingFace, and ModelScope where that cannot be reached",
+    "revision": "branch, tag or commit of the repository (default: the newest)",
+    "offline": "open no network connection (default: as QWENRT_OFFLINE or HF_HUB_OFFLINE says)",
+    "quantize": "round dense weights while loading; int8 takes 8.25 bits a weight, int4 takes 4.5",
+    "quantize_head": "round the output layer as well, which otherwise stays dense: it is a quarter of a small int4 "
+    "model's time. An output layer that is also the embedding is then in memory twice",
+    "kv_cache_dtype": "how the cache keeps keys and values: auto as activations are, int8 in a half or a quarter "
+    "of that",
+    "activations": "what the CPU rounds the inputs of quantised layers to: int8 is the fastest, exact rounds nothing, "
+    "auto is int16 in large layers and exact in small ones (default: as QWENRT_ACTIVATIONS says, else auto). All but "
+    "exact also multiply prompts by large 16-bit layers in fixed point, with an error of about 1e-4",
+    "max_model_len": "longest prompt and answer together, in tokens (default: what the model and the memory allow)",
+    "max_num_seqs": "how many requests are computed at the same time",
+    "max_num_batched_tokens": "how many tokens are computed in one step",
+    "fallback": "what happens where a device has no fast code for an operation, so that plain torch serves: a "
+    "warning, an error, or nothing",
+    "progress": "progress bars and one summary line on stderr (default: where stderr is a terminal)",
+    "packed_cache": "keep packed weights on disk, in this directory or in qwenrt's own, so that the next load maps "
+    "them (default: as QWENRT_PACKED_CACHE says)",
+}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded. `qwenrt.load` takes each field as a keyword, and `help(qwenrt.load)` says what it means.
+
+    Every field is checked when this is made. Raises ConfigError, which names the option, what was given and what may
+    be given. torch's dtypes and devices, and numbers of other libraries, become Python's own values. A device that is
+    not here, or a revision that no repository can have, is found when the model is loaded.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    source: str = "auto"
+    revision: str | None = None
+    offline: bool | None = None
+    quantize: str | None = None
+    quantize_head: str | None = None
+    kv_cache_dtype: str = "auto"
+    activations: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    fallback: str = "warn"
+    progress: bool | None = None
+    packed_cache: bool | str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = _checked(option.name, getattr(self, option.name), option.default)
+            object.__setattr__(self, option.name, value)
+
+
+def _checked(name: str, value: Any, default: object) -> Any:
+    """``value`` as Python's own, if the option may have it. None may stand where it is the default."""
+    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+        value = str(value).removeprefix("torch.")  # torch.bfloat16 -> "bfloat16", without importing torch
+    if name in CHOICES:
+        one_of(name, value, CHOICES[name] if default is not None else (None, *CHOICES[name]))
+        return value
+    if value is None and default is None:
+        return None
+    if name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        return size(name, value)
+    if name in ("offline", "progress"):
+        return flag(name, value, ConfigError)
+    if isinstance(value, str) or (name == "packed_cache" and isinstance(value, (bool, PathLike))):
+        return value
+    expected = "a directory, True or False" if name == "packed_cache" else "text"
+    raise ConfigError(f"{name}={shown(value)}", f"a {type(value).__name__}", f"It must be {expected}.")
