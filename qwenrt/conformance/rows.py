@@ -10,7 +10,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.conformance import bounds
 from qwenrt.conformance.bounds import Near
 from qwenrt.conformance.case import NORMAL, TOKENS, Case, Checker, generator
-from qwenrt.conformance.compare import CONTIGUOUS, Finding, Inputs, laid_out, last_rows
+from qwenrt.conformance.compare import CONTIGUOUS, TRANSPOSED, Finding, Inputs, laid_out, last_rows
 from qwenrt.conformance.subjects import Subject
 
 DEFINED = Backend(torch.device("cpu"))
@@ -27,7 +27,7 @@ class RowsCase(Case):
     layout: str = CONTIGUOUS
 
     def checker(self) -> Checker:
-        return {"rms_norm": NormChecker, "silu_and_mul": SiluChecker}[self.op](self)
+        return NormChecker(self) if self.op == "rms_norm" else SiluChecker(self)
 
 
 def _rows(case: RowsCase, source: torch.Generator) -> torch.Tensor:
@@ -54,7 +54,9 @@ class NormChecker:
         for tokens in TOKENS:
             wanted = self.wanted.rows(torch.arange(len(x) - tokens, len(x)))
             finding.near(f"{tokens} tokens", op(last_rows(x, tokens), weight, _EPS), wanted, case.dtype)
-        heads = x.unflatten(0, (-1, 2))  # as norms of heads have it: [T, H, hd]
+        heads = (
+            x.view(-1, 2, case.width) if case.layout != TRANSPOSED else x[:, None]
+        )  # as norms of heads have it: [T, H, hd]
         finding.near("rows of heads", op(heads, weight, _EPS).flatten(0, 1), self.wanted, case.dtype)
         kept.unchanged(finding)
         return finding

@@ -34,7 +34,7 @@ class Form:
 
 
 DENSE = Form("dense")
-FORMS = (
+_WHOLE = (
     DENSE,
     Form("stored bfloat16", stored=torch.bfloat16),
     Form("stored float16", stored=torch.float16),
@@ -44,6 +44,7 @@ FORMS = (
     Form("int4 group 64", 4, 64),
     Form("int4 group 128", 4, 128),
     Form("int4 rows", 4, -1),
+    Form("int4 group 8", 4, 8),
     Form("int4 group 20", 4, 20),  # ends inside a word of 8 codes
     Form("int4 act-order", 4, 128, act_order=True),
     Form("int4 GPTQ words", 4, 128, act_order=True, words=True),
@@ -51,12 +52,13 @@ FORMS = (
     Form("int8 group 32", 8, 32),
     Form("int8 group 64", 8, 64),
     Form("int8 group 128", 8, 128),
+    Form("int8 group 31", 8, 31),
     Form("int8 rows", 8, -1),
     Form("int8 GPTQ words", 8, 128, act_order=True, words=True),
 )
 _MAIN = ("dense", "stored bfloat16", "stored float16", "int4 group 32", "int8 group 128")
-_PARTS = tuple(form for form in FORMS if form.name in _MAIN[1:])
-FORMS = (*FORMS, Form("parts", parts=_PARTS))
+_PARTS = tuple(form for form in _WHOLE if form.name in _MAIN[1:])
+FORMS = (*_WHOLE, Form("parts", parts=_PARTS))
 # Of each way to multiply, for ops that only compose it, and for matrices large enough for code of their own.
 MAIN_FORMS = tuple(form for form in FORMS if form.name in _MAIN)
 
