@@ -151,8 +151,9 @@ class RotaryStoreChecker:
     def near(self) -> tuple[Near, Near, torch.Tensor]:
         """Queries and keys of all tokens with what a backend may be off by, and values, which are only passed on."""
         case, (num_heads, kv_heads, head_dim) = self.case, self.case.heads
-        qk, v = self.qkv.view(len(self.qkv), -1, head_dim).split((num_heads + kv_heads, kv_heads), 1)
-        q, k = map(Near.exactly, qk.split((num_heads, kv_heads), 1))
+        rows = self.qkv.view(len(self.qkv), -1, head_dim)
+        qk, v = rows.split_with_sizes((num_heads + kv_heads, kv_heads), dim=1)
+        q, k = map(Near.exactly, qk.split_with_sizes((num_heads, kv_heads), dim=1))
         unit = bounds.unit(case.dtype)
         if self.norms is not None:
             q = bounds.rms_norm(q, self.norms[0], _EPS, case.dtype)
