@@ -44,13 +44,19 @@ def chosen(
 def run(todo: Iterable[tuple[Case, list[Subject]]]) -> Iterator[Outcome]:
     """Each case on its subjects. Whatever a backend raises is an outcome too. torch computes on one thread meanwhile:
     what there is to compute is small, and its threads would wait beside the backend's."""
-    threads = torch.get_num_threads()
+    threads, lacking = torch.get_num_threads(), dict[tuple[str, torch.dtype], str]()
     torch.set_num_threads(1)
     try:
         for case, subjects in todo:
             checker = case.checker()
             for subject in subjects:
-                yield Outcome(case, subject.name, _look(checker, subject))
+                key = (subject.name, case.dtype)
+                if key not in lacking:
+                    lacking[key] = subject.lacks(case.dtype)
+                if lacking[key]:
+                    yield Outcome(case, subject.name, Finding(served=[(case.op, False, lacking[key])]))
+                else:
+                    yield Outcome(case, subject.name, _look(checker, subject))
     finally:
         torch.set_num_threads(threads)
 

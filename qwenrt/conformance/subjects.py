@@ -33,6 +33,14 @@ class Subject:
     def device(self) -> torch.device:
         return self.backend.device
 
+    def lacks(self, dtype: torch.dtype) -> str:
+        """Why this device cannot compute in ``dtype`` at all, or nothing."""
+        try:
+            self.backend.check_dtype(dtype)
+        except BackendError:
+            return f"{self.device} has no {str(dtype).removeprefix('torch.')}"
+        return ""
+
     def resolve(
         self, op: str, dtype: torch.dtype, *, head_dim: int = 0, kind: str = ""
     ) -> tuple[Callable[..., Any], list[tuple[str, bool, str]]]:
@@ -53,7 +61,8 @@ def at_hand(device: str = "cpu") -> list[Subject]:
     if type(first).configure is Backend.configure:  # nothing to choose
         return [*subjects, Subject(device, first, first.rounding("linear"))]
     chosen = Environment.read().kernels
-    for kernels in _SETS if chosen == "auto" else (chosen,):
+    sets = _SETS[_SETS.index(chosen) :] if chosen in _SETS else (chosen,)
+    for kernels in _SETS if chosen == "auto" else sets:
         for activations in _ACTIVATIONS:
             backend = registry.create(device)
             try:

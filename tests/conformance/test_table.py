@@ -21,6 +21,7 @@ from qwenrt.conformance import cases, pairwise
 from qwenrt.conformance.compare import LAYOUTS, laid_out
 from qwenrt.conformance.run import chosen, run, summarise
 from qwenrt.conformance.subjects import DEFINITION, Subject, at_hand
+from qwenrt.errors import BackendError
 from qwenrt.ops import reference
 from qwenrt.ops.types import LayerKV, Packed, StepPlan
 
@@ -157,6 +158,21 @@ def test_what_limits_exclude_is_served_by_the_definition_and_the_reason_is_said(
     assert rows["float32"].served["own"] == ["half"]
     assert rows["bfloat16"].served["definition: no bfloat16 kernel"] == ["half"]
     assert all(row.worst.error <= row.worst.bound and not row.wrong for row in rows.values())
+
+
+def test_a_dtype_that_the_device_has_not_is_said_and_not_wrong() -> None:
+    class Old(Backend):
+        def check_dtype(self, dtype: torch.dtype) -> None:
+            if dtype == torch.bfloat16:
+                raise BackendError("dtype='bfloat16'", "not implemented", "Use float16.")
+
+        def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            assert x.dtype != torch.bfloat16
+            return reference.rotary(x, cos, sin)
+
+    rows = {row.dtype: row for row in summarise(run(chosen([Subject("old", Old(CPU))], ops=["rotary"])))}
+    assert rows["bfloat16"].served == {"definition: cpu has no bfloat16": ["old"]}
+    assert not any(row.wrong for row in rows.values()) and rows["float16"].worst.error > 0
 
 
 class AlwaysWrong(Backend):
