@@ -257,8 +257,7 @@ def decode_attention(
     whatever they hold. So it can be captured.
     """
     rows, heads, head_dim = q.shape
-    length = plan.table.shape[1] * kv.block_size
-    groups = heads // kv.k.shape[2]
+    length, kv_heads = plan.table.shape[1] * kv.block_size, kv.k.shape[2]
 
     def gathered(cache: torch.Tensor) -> torch.Tensor:
         return cache[plan.table].flatten(1, 2)
@@ -275,9 +274,9 @@ def decode_attention(
         seen = seen & (at > plan.position[:, None] - window)
     unseen = ~seen[:, :, None, None]
     keys, values = (x.float().masked_fill(unseen, 0.0).transpose(1, 2) for x in (keys, values))
-    scaled = (q.float() * scale).view(rows, -1, groups, head_dim)
+    scaled = (q.float() * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
     scores = (scaled @ keys.transpose(-1, -2)).masked_fill(~seen[:, None, None, :], -torch.inf)
-    return (scores.softmax(-1) @ values).view(rows, heads, head_dim).to(q.dtype)
+    return (scores.softmax(-1) @ values).reshape(rows, heads, head_dim).to(q.dtype)
 
 
 def decode_slots(plan_table: torch.Tensor, position: torch.Tensor, block_size: int) -> torch.Tensor:

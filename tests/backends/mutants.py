@@ -81,7 +81,8 @@ def matrix(**fields: Any) -> Wrong:
         native = w.data["native"]
         made = {name: value(native) if callable(value) else value for name, value in fields.items()}
         data = {**w.data, "native": but(native, **made)}
-        return right(x, Packed(w.kind, w.out_features, w.in_features, data, w.bias, w.bits, w.group_size))
+        misread = Packed(w.kind, w.out_features, w.in_features, data, w.bias, w.bits, w.group_size)
+        return right(x, misread, *args)
 
     return wrong
 
@@ -316,6 +317,7 @@ def rotary(cache: Callable[[Any], Any] = lambda c: c, **fields: Callable[[Any], 
     """The seam's kernel that misreads a field; a value is made of the struct."""
 
     def wrong(right: Wrong, struct: Any, kv: Any, tokens: int) -> Any:
+        struct.tokens = tokens
         kept = {name: value(struct) for name, value in fields.items()}
         memory = {name: v for name, v in kept.items() if isinstance(v, ctypes.Array)}
         kept.update({name: ctypes.addressof(v) for name, v in memory.items()})
@@ -325,8 +327,12 @@ def rotary(cache: Callable[[Any], Any] = lambda c: c, **fields: Callable[[Any], 
 
 
 def stored(change: Callable[[int], int]) -> Callable[[Any], Any]:
-    """The slots of the 33 tokens that the self-check of the seam stores."""
-    return lambda struct: numbers([change(slot) for slot in read(struct.slots, 33)] if struct.slots else [0])
+    """The slots of the step's tokens."""
+
+    def change_all(struct: Any) -> Any:
+        return numbers([change(slot) for slot in read(struct.slots, struct.tokens)] if struct.slots else [0])
+
+    return change_all
 
 
 ROTARY = [
@@ -390,7 +396,9 @@ CHOOSING = [
             "one of them twice": top(
                 lambda v, ids, whole: (v, ids.index_fill(1, torch.tensor([64]), int(ids[0, 0])), whole)
             ),
-            "last one too small": top(lambda v, ids, whole: (v - (torch.arange(65) == 64), ids, whole)),
+            "last one too small": top(
+                lambda v, ids, whole: (v - (torch.arange(65) == 64).float(), ids, whole)
+            ),
             "mass of the largest alone": top(lambda v, ids, whole: (v, ids, float(v.logsumexp(1)))),
         }
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qwenrt import summary
-from qwenrt.backends import selfcheck
 from qwenrt.backends.cpu import CPUBackend, kernels
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
@@ -219,7 +217,7 @@ def test_zeros_tiny_and_huge_activations(cpu: CPUBackend, isa: str, activations:
 
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("activations", ROUNDED)
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("bad", [float("nan"), 3e38])
 def test_what_cannot_be_rounded_follows_torch(
     cpu: CPUBackend, isa: str, activations: str, bad: float
 ) -> None:
@@ -234,17 +232,6 @@ def test_what_cannot_be_rounded_follows_torch(
         assert torch.allclose(y[1], wanted[1], rtol=1e-3, atol=1e-3, equal_nan=True)
         for row in {0, tokens - 1} - {1}:  # the others of the batch do not notice
             assert torch.equal(y[row], cpu.linear(x[row : row + 1], w)[0])
-
-
-def test_training_sees_the_exact_product(cpu: CPUBackend) -> None:
-    weight = random_weight(50, 64, 4, 32)
-    x = torch.randn(3, 64)
-    cpu.configure(activations="exact")
-    w = cpu.pack_linear(weight, torch.float32)
-    exact = cpu.linear(x, w)
-    cpu.configure(activations="int8")
-    assert not torch.equal(cpu.linear(x, w), exact)
-    assert torch.equal(cpu.linear(x.requires_grad_(), w), exact)
 
 
 # ---- how large the error is
@@ -376,20 +363,3 @@ def test_values_have_int16_beside_int8_queries_and_keys(cpu: CPUBackend, tokens:
     assert not bool((mixed[:, :64] == int16[:, :64]).any())
     w.value_rows = 96
     assert torch.equal(cpu.linear(x, w), int16)
-
-
-@pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
-def test_the_check_at_load_allows_the_rounding_and_no_more(
-    cpu: CPUBackend, activations: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes = [(300, 512, bits, group) for bits in (4, 8) for group in (32, 128, -1)]
-    cpu.configure(activations=activations)
-    assert selfcheck.check(cpu, torch.float32, (4, 4, 64), shapes) == {}
-    right = kernels.Kernels.quant_linear
-
-    def wrong(*args: Any) -> torch.Tensor | None:
-        y = right(*args)
-        return y if y is None else y.roll(1, dims=-1)
-
-    monkeypatch.setattr(kernels.Kernels, "quant_linear", wrong)
-    assert "differs from its definition" in selfcheck.check(cpu, torch.float32, (4, 4, 64), shapes)["linear"]

@@ -1,4 +1,5 @@
-"""Attention of csrc/ against its definition: ragged batches over scattered blocks, and the same bits in each batch."""
+"""Attention of csrc/: the same bits in every batch, cut and number of threads. That they are right is seen by
+qwenrt.conformance."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, atol: float = 5e-6) ->
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lens=st.lists(
         st.tuples(
@@ -97,7 +98,7 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, atol: float = 5e-6) ->
     isa=st.sampled_from(SETS),
     seed=st.integers(0, 99),
 )
-def test_ragged_steps_are_as_defined_and_the_same_alone(
+def test_sequences_of_a_ragged_step_are_the_same_alone(
     cpu: CPUBackend,
     lens: list[tuple[int, int]],
     num_kv_heads: int,
@@ -114,7 +115,6 @@ def test_ragged_steps_are_as_defined_and_the_same_alone(
     heads = (num_kv_heads * group, num_kv_heads, head_dim)
     step, scale = Step(cpu, lens, heads, size=size, quantized=quantized, seed=seed), head_dim**-0.5
     got = cpu.attention(*step.args, scale, window)
-    assert_close(got, reference.attention(*step.args, scale, window))
     start = 0
     for i, (q_len, _) in enumerate(lens):
         alone = cpu.attention(*step.part(i), scale, window)
@@ -145,14 +145,13 @@ def test_a_token_is_the_same_in_a_chunk_and_alone_and_with_any_threads(
 @needs_kernels
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4, 128), (8, 1, 80), (14, 2, 64)])
-def test_long_queries_are_as_defined_with_any_threads(
+def test_threads_change_no_bit_of_long_queries(
     cpu: CPUBackend, heads: tuple[int, int, int], quantized: bool
 ) -> None:
     for q_len, history, window in ((513, 0, 0), (513, 700, 0), (300, 90, 50), (300, 900, 300), (17, 2000, 0)):
         step, scale = Step(cpu, [(q_len, q_len + history)], heads, quantized=quantized, size=24), 0.1
         cpu.configure(num_threads=1)
         got = cpu.attention(*step.args, scale, window)
-        assert_close(got, reference.attention(*step.args, scale, window), 2e-5)
         cpu.configure(num_threads=3)
         assert torch.equal(cpu.attention(*step.args, scale, window), got)
 
@@ -172,17 +171,6 @@ def test_a_long_prompt_in_pieces_is_the_same_as_whole(cpu: CPUBackend, isa: str)
 
 
 @needs_kernels
-def test_what_is_not_finite_spreads_from_its_own_query_only(cpu: CPUBackend) -> None:
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        step = Step(cpu, [(40, 40), (3, 40), (30, 200)], (4, 2, 32))
-        step.q[20] = bad
-        got = cpu.attention(*step.args, 0.2)
-        assert bool(got[20].isnan().all())
-        got[20] = 0
-        assert bool(got.isfinite().all())
-
-
-@needs_kernels
 def test_torch_serves_nothing_that_is_in_the_cache(cpu: CPUBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(cpu, [(1, 20), (0, 5), (16, 16), (200, 230)], (4, 2, 32))
     wanted = reference.attention(*step.args, 0.2)
@@ -195,30 +183,14 @@ def test_torch_serves_nothing_that_is_in_the_cache(cpu: CPUBackend, monkeypatch:
 
 
 @needs_kernels
-@pytest.mark.parametrize("quantized", [False, True])
-def test_long_contexts(cpu: CPUBackend, quantized: bool) -> None:
-    lens = [(1, 5000), (8, 4097), (1, 1)]
-    step = Step(cpu, lens, (28, 4, 128), quantized=quantized)
-    step.q *= 4  # a sharp softmax: scores near 40 are rounded by 4e-6, their weights by as much
-    got = cpu.attention(*step.args, 128**-0.5)
-    assert_close(got, reference.attention(*step.args, 128**-0.5), 5e-5)
-
-
-@needs_kernels
 @pytest.mark.parametrize("isa", SETS)
-def test_what_is_not_finite_spreads_to_its_own_sequence_only(cpu: CPUBackend, isa: str) -> None:
+def test_a_query_that_is_not_finite_says_so_and_scores_may_be_huge(cpu: CPUBackend, isa: str) -> None:
     cpu.configure(isa)
     for bad in (float("nan"), float("inf"), -float("inf")):
         step = Step(cpu, [(1, 20), (3, 40)], (4, 2, 32))
         step.q[0] = bad
         got = cpu.attention(*step.args, 0.2)
         assert bool(got[0].isnan().all()) and bool(got[1:].isfinite().all())
-    step = Step(cpu, [(3, 40)], (4, 2, 32))
-    step.q[1, 2, 3] = float("nan")
-    got = cpu.attention(*step.args, 0.2)
-    assert bool(got[1, 2].isnan().all())
-    got[1, 2] = 0
-    assert bool(got.isfinite().all())
     huge = Step(cpu, [(1, 40)], (4, 2, 32))
     huge.q *= 1e6  # scores of a million: one key takes all the weight
     assert_close(cpu.attention(*huge.args, 1.0), reference.attention(*huge.args, 1.0))
@@ -233,16 +205,6 @@ def test_training_and_what_has_no_cache_keep_the_definition(cpu: CPUBackend) -> 
     assert torch.equal(out, reference.attention(q, k, v, None, plan, 0.25))
     out.sum().backward()
     assert q.grad is not None and bool(q.grad.any())
-
-
-@needs_kernels
-def test_rows_that_do_not_follow_each_other(cpu: CPUBackend) -> None:
-    step = Step(cpu, [(1, 50), (2, 9)], (4, 2, 32))
-    wanted = cpu.attention(*step.args, 0.2)
-    wide = torch.cat((step.q, torch.full((3, 2, 32), float("nan"))), dim=1)
-    assert torch.equal(cpu.attention(wide[:, :4], *step.args[1:], 0.2), wanted)
-    turned = step.q.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(cpu.attention(turned, *step.args[1:], 0.2), wanted)
 
 
 @needs_kernels

@@ -119,17 +119,6 @@ def test_which_weights_are_packed(cpu: CPUBackend) -> None:
     assert kind(large) == "dense16"
 
 
-def test_gradients_pass_through(cpu: CPUBackend) -> None:
-    weight, bias = trained(1024, 1024), torch.randn(1024)
-    packed = cpu.pack_linear(CanonicalWeight(dense=weight, bias=bias), torch.float32)
-    assert packed.kind == dense12.KIND
-    x = torch.randn(3, 1024, requires_grad=True)
-    y = cpu.linear(x, packed)
-    assert torch.allclose(y, F.linear(x, weight.float(), bias), rtol=1e-4, atol=1e-2)
-    y.sum().backward()
-    assert x.grad is not None and torch.allclose(x.grad[0], weight.float().sum(0), rtol=1e-3, atol=1e-2)
-
-
 def test_no_memory_for_activations_is_an_error(cpu: CPUBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = cpu.pack_linear(CanonicalWeight(dense=trained(1024, 1024)), torch.float32)
     assert cpu.kernels is not None

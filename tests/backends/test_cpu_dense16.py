@@ -15,7 +15,7 @@ pytestmark = [
 # Largest error, as a share of sum |x| |W|, that float32 sums in any order may have.
 EXACT = 2e-6
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 25, 31, 64)  # both sides of where another kernel takes over
-SHAPES = ((1, 1), (3, 7), (16, 8), (17, 9), (37, 300), (130, 515), (515, 1025), (40, 2051))
+SHAPES = ((3, 7), (17, 9), (130, 515), (40, 2051))
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -37,16 +37,13 @@ def test_every_shape_is_near_float64_and_the_same_for_all_threads(
         x, weight, bias = torch.randn(tokens, k), torch.randn(n, k).to(dtype), torch.randn(n)
         if tokens % 2:  # nothing cancels: what was rounded away shows
             x, weight = x.abs(), weight.abs()
-        for added in (None, bias):
-            y = linear(x, weight, isa, added)
-            wanted, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
-            if added is not None:
-                wanted, size = wanted + added, size + added.abs()
-            assert ((y - wanted).abs() <= EXACT * size).all(), f"{tokens} tokens"
-            for threads in (1, 3):
-                assert torch.equal(linear(x, weight, isa, added, threads), y), (
-                    f"{tokens} tokens, {threads} threads"
-                )
+        y = linear(x, weight, isa, bias)
+        wanted = x.double() @ weight.double().t() + bias
+        size = x.double().abs() @ weight.double().abs().t() + bias.abs()
+        assert ((y - wanted).abs() <= EXACT * size).all(), f"{tokens} tokens"
+        for threads in (1, 3):
+            same = torch.equal(linear(x, weight, isa, bias, threads), y)
+            assert same, f"{tokens} tokens, {threads} threads"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

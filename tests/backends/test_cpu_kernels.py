@@ -1,4 +1,4 @@
-"""The kernels of csrc/ against float64, their threads, and every way of not having them."""
+"""The kernels of csrc/ where qwenrt.conformance does not look: layouts, threads, and every way of not having them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
@@ -24,7 +22,7 @@ from qwenrt.backends.cpu import CPUBackend, backend, kernel_status, kernels, lib
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import dequantize
 from tests.kernel_sets import KERNELS, SETS, needs_kernels
 
@@ -79,39 +77,6 @@ def assert_exact(y: torch.Tensor, x: torch.Tensor, weight: CanonicalWeight) -> N
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    n=st.one_of(st.integers(1, 40), st.sampled_from([64, 201])),
-    k=st.one_of(st.integers(1, 140), st.sampled_from([128, 259])),
-    tokens=st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 33, 40]),
-    bits=st.sampled_from([4, 8]),
-    group_size=st.sampled_from([-1, 8, 16, 20, 24, 31, 64, 128]),
-    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    isa=st.sampled_from(SETS),
-)
-def test_quantised_linears_of_any_shape(
-    cpu: CPUBackend,
-    n: int,
-    k: int,
-    tokens: int,
-    bits: int,
-    group_size: int,
-    flags: tuple[bool, bool, bool],
-    isa: str,
-) -> None:
-    sym, shuffle, bias = flags
-    weight = random_weight(n, k, bits, group_size, sym=sym, shuffle=shuffle, bias=bias)
-    x = torch.randn(tokens, k)
-    cpu.configure(isa)
-    w = cpu.pack_linear(weight, torch.float32)
-    y = cpu.linear(x, w)
-    assert_exact(y, x, weight)
-    if w.kind == kernels.native_kind(bits):
-        rows = kernels.dequantize_blocks(w, 0, -(-n // kernels.BLOCK))
-        assert torch.equal(rows, dequantize(weight, torch.float32))
-
-
-@needs_kernels
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_sums_that_cancel_part_between_sets_by_no_more_than_is_said(cpu: CPUBackend, bits: int) -> None:
     """Activations far from zero and massive ones. A float32 sum of n terms in any order is off by n 2^-24 of the sum of
@@ -137,27 +102,14 @@ def test_sums_that_cancel_part_between_sets_by_no_more_than_is_said(cpu: CPUBack
 
 @needs_kernels
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_definition_agrees_and_threads_change_nothing(cpu: CPUBackend, bits: int) -> None:
-    weight = random_weight(1000, 1024, bits, 128, shuffle=True)
-    x = torch.randn(5, 1024)
+def test_threads_change_nothing(cpu: CPUBackend, bits: int) -> None:
+    weight = random_weight(1000, 256, bits, 128, shuffle=True)
+    x = torch.randn(5, 256)
     w = cpu.pack_linear(weight, torch.float32)
     y = cpu.linear(x, w)
-    defined = reference.linear(x, reference.pack(weight, torch.float32, CPU))
-    assert torch.allclose(y, defined, rtol=1e-5, atol=2e-4)
     for threads in (1, 3):
         cpu.configure(num_threads=threads)
         assert torch.equal(cpu.linear(x, w), y)
-
-
-@needs_kernels
-def test_scales_outside_float16_keep_their_float32(cpu: CPUBackend) -> None:
-    weight = quantization.quantize_dense(torch.randn(24, 64) * 1e-9, 4, 32)
-    assert weight.scales is not None and weight.scales.dtype == torch.float32
-    x = torch.randn(3, 64)
-    w = cpu.pack_linear(weight, torch.float32)
-    assert w.data["scales"].dtype == torch.float32
-    wanted, _ = float64_linear(x, weight)
-    assert torch.allclose(cpu.linear(x, w).double(), wanted, rtol=1e-4, atol=1e-14)
 
 
 @needs_kernels
@@ -172,67 +124,14 @@ def test_subnormal_and_extreme_float16_scales(cpu: CPUBackend, isa: str) -> None
 
 
 @needs_kernels
-def test_true_zeros_past_the_largest_code(cpu: CPUBackend) -> None:
-    for bits in (4, 8):
-        weight = random_weight(16, 32, bits, 16)
-        assert weight.zeros is not None
-        weight = dataclasses.replace(weight, zeros=torch.full_like(weight.zeros, 2**bits))
-        weight.zeros[0, 0] = 0  # type: ignore[index]
-        x = torch.randn(2, 32)
-        assert_exact(cpu.linear(x, cpu.pack_linear(weight, torch.float32)), x, weight)
-
-
-@needs_kernels
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
-def test_activations_that_are_not_finite_follow_torch(cpu: CPUBackend, bad: float) -> None:
-    weight = random_weight(20, 64, 4, 32)
-    x = torch.randn(2, 64)
-    x[1, 3:6] = bad
-    y = cpu.linear(x, cpu.pack_linear(weight, torch.float32))
-    wanted = x @ dequantize(weight, torch.float32).t() + weight.bias
-    assert torch.allclose(y, wanted, rtol=1e-3, atol=1e-3, equal_nan=True)
-    assert bool(torch.isfinite(y[0]).all())
-
-
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dense_16_bit_weights_stay_so_and_multiply_in_float32(cpu: CPUBackend, dtype: torch.dtype) -> None:
-    for n, k in ((1, 1), (7, 3), (33, 100), (130, 256), (9, 515)):
-        for tokens in (0, 1, 2, 3, 4, 7, 9, 20):
-            weight = CanonicalWeight(dense=torch.randn(n, k).to(dtype), bias=torch.randn(n))
-            x = torch.randn(tokens, k)
-            w = cpu.pack_linear(weight, torch.float32)
-            assert w.nbytes == 2 * n * k + 4 * n
-            assert_exact(cpu.linear(x, w), x, weight)
-    cpu.configure("scalar")
-    assert_exact(cpu.linear(x, w), x, weight)
-    assert w.data["weight"].data_ptr() == weight.dense.data_ptr()  # type: ignore[union-attr]
-    assert cpu.pack_linear(weight, dtype).kind == "dense"
-
-
-@needs_kernels
-def test_parts_and_16_bit_activations(cpu: CPUBackend) -> None:
-    parts = [random_weight(5, 64, bits, 32) for bits in (4, 8)]
-    packed = [cpu.pack_linear(part, torch.bfloat16) for part in parts]
-    x = torch.randn(3, 64).to(torch.bfloat16)
-    y = cpu.linear(x, Packed("parts", 10, 64, {"parts": packed}))
-    wanted = torch.cat([float64_linear(x, part)[0] for part in parts], dim=-1)
-    assert y.dtype == torch.bfloat16 and torch.allclose(y.double(), wanted, rtol=1e-2, atol=1e-1)
-
-
-@needs_kernels
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_gradients_reach_the_input_of_a_frozen_weight(cpu: CPUBackend, bits: int) -> None:
-    if bits == 16:
-        weight = CanonicalWeight(dense=torch.randn(50, 40).to(torch.bfloat16))
-    else:
-        weight = random_weight(50, 40, bits, 16, shuffle=True)
+def test_dense_16_bit_weights_stay_where_they_are(cpu: CPUBackend, dtype: torch.dtype) -> None:
+    dense = torch.randn(9, 515).to(dtype)
+    weight = CanonicalWeight(dense=dense, bias=torch.randn(9))
     w = cpu.pack_linear(weight, torch.float32)
-    x = torch.randn(3, 40, requires_grad=True)
-    grad = torch.randn(3, 50)
-    cpu.linear(x, w).backward(grad)
-    assert x.grad is not None
-    assert torch.allclose(x.grad, grad @ dequantize(weight, torch.float32), rtol=1e-4, atol=1e-4)
+    assert w.nbytes == 2 * 9 * 515 + 4 * 9
+    assert w.data["weight"].data_ptr() == dense.data_ptr()
+    assert cpu.pack_linear(weight, dtype).kind == "dense"
 
 
 @needs_kernels

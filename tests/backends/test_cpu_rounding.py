@@ -40,20 +40,20 @@ def _weights(rows: int, columns: int, spread: float, kinds: str, seed: int) -> t
     return w
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 300),
     bits=st.sampled_from([4, 8]),
     group_size=st.sampled_from([-1, 1, 7, 16, 31, 33, 64, 128]),
-    sym=st.booleans(),
+    sym=st.just(True),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     spread=st.sampled_from([1e-42, 1e-37, 1e-6, 0.02, 1.0, 1e4, 1e15]),
     kinds=st.text("rzcosn", max_size=8),
     isa=st.sampled_from(KERNELS.isas),
     seed=st.integers(0, 1000),
 )
-def test_codes_scales_and_zeros_are_the_definitions(
+def test_codes_around_a_middle_zero_are_the_definitions(
     rows: int,
     columns: int,
     bits: int,
