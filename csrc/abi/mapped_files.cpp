@@ -1,6 +1,6 @@
-// A mapped file that is cut while it is used answers a read past its new end with SIGBUS, which ends the process. Within
-// the mappings that are guarded here such a read gets zeros instead, and a mark that the engine looks at after each
-// step, before anything of it is given out. Nothing is paid as long as nothing faults.
+// A mapped file that is cut while it is used answers a read past its new end with SIGBUS, which ends the process.
+// Within the mappings that are guarded here such a read gets zeros instead, and a mark that the engine looks at after
+// each step, before anything of it is given out. Nothing is paid as long as nothing faults.
 #include "abi/qwenrt_cpu.h"
 
 #if defined(_WIN32)  // a file cannot be cut there while it is mapped

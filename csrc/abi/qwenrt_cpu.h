@@ -31,8 +31,8 @@ typedef struct {
   int64_t narrow_rows;  // of W, a multiple of 8: the first ones; all others have int16
 } QwenrtActivations;
 
-// As `zero` of 4-bit codes with float16 scales: a group's zero is what the last four bits of its scale say. The scale is
-// the whole float16, these bits included: they are its least ones.
+// As `zero` of 4-bit codes with float16 scales: a group's zero is what the last four bits of its scale say. The scale
+// is the whole float16, these bits included: they are its least ones.
 #define QWENRT_ZEROS_IN_SCALES (-1)
 
 typedef struct {
@@ -60,21 +60,22 @@ QWENRT_API int64_t qwenrt_size_of(const char* name);
 // "neondot", "neon" and "scalar".
 QWENRT_API const char* qwenrt_isa_at(int index);
 
-// With which of these sets a call is computed, and by how many threads, the caller included. Each call is given one, and
-// nothing else decides it: models with different ones serve beside each other.
+// With which of these sets a call is computed, and by how many threads, the caller included. Each call is given one,
+// and nothing else decides it: models with different ones serve beside each other.
 typedef struct QwenrtHandle QwenrtHandle;
-// A set by its name, or "auto": the best one -> a handle, which lasts as long as the process; NULL where this CPU or build
-// lacks it. Where the system starts fewer threads, it has these.
+// A set by its name, or "auto": the best one -> a handle, which lasts as long as the process; NULL where this CPU or
+// build lacks it. Where the system starts fewer threads, it has these.
 QWENRT_API const QwenrtHandle* qwenrt_open(const char* set, int threads);
 QWENRT_API const char* qwenrt_isa(const QwenrtHandle* with);
 QWENRT_API int qwenrt_threads(const QwenrtHandle* with);
 // codes [in_features][out_features], one a byte and below 2^bits -> words as in QwenrtQuantMatrix.
-QWENRT_API int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features,
-                           int64_t group_size, int bits);
-// stored [in_features * bits / 32, rounded up][out_features], inputs in order along it, lowest bits first, as GPTQ files
-// have them -> words as in QwenrtQuantMatrix. perm [in_features]: input k of words is input perm[k] of stored, or NULL.
-QWENRT_API int qwenrt_repack(const QwenrtHandle* with, const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
-                             int64_t out_features, int64_t group_size, int bits);
+QWENRT_API int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words, int64_t in_features,
+                           int64_t out_features, int64_t group_size, int bits);
+// stored [in_features * bits / 32, rounded up][out_features], inputs in order along it, lowest bits first, as GPTQ
+// files have them -> words as in QwenrtQuantMatrix. perm [in_features]: input k of words is input perm[k] of stored, or
+// NULL.
+QWENRT_API int qwenrt_repack(const QwenrtHandle* with, const uint32_t* stored, const int32_t* perm, uint32_t* words,
+                             int64_t in_features, int64_t out_features, int64_t group_size, int bits);
 
 // A dense matrix to be rounded in groups of inputs, and where its codes go.
 enum { QWENRT_BFLOAT16 = 0, QWENRT_FLOAT16 = 1, QWENRT_FLOAT32 = 2 };
@@ -99,11 +100,12 @@ QWENRT_API int qwenrt_quantize(const QwenrtHandle* with, const QwenrtRounding* a
 // Whether the handle's instruction set rounds activations beside float16 (is_half) or bfloat16 weights where it may.
 QWENRT_API int qwenrt_rounds_dense(const QwenrtHandle* with, int is_half);
 
-// A bfloat16 matrix in 12 bits a weight, without loss. A weight's upper byte is its sign and all but the last bit of its
-// exponent, and 16 of these have nearly all weights of a matrix: `smallest` to `smallest` + 7, with either sign. A code of
-// 4 bits names them: its first three are what is above `smallest`, the last one is the sign. The lower byte stays.
+// A bfloat16 matrix in 12 bits a weight, without loss. A weight's upper byte is its sign and all but the last bit of
+// its exponent, and 16 of these have nearly all weights of a matrix: `smallest` to `smallest` + 7, with either sign. A
+// code of 4 bits names them: its first three are what is above `smallest`, the last one is the sign. The lower byte
+// stays.
 #define QWENRT_CHUNK 64        // inputs of a row that lie together, the last ones filled up with anything
-#define QWENRT_CHUNK_BYTES 96  // 32 of codes (of lower bytes b and b + 32 in byte b), then 64 lower bytes: linear/dense12.h
+#define QWENRT_CHUNK_BYTES 96  // 32 of codes, byte b with those of lower bytes b and b + 32; then 64 lower bytes
 typedef struct {
   const uint8_t* chunks;  // [out_features][in_features / QWENRT_CHUNK, rounded up][QWENRT_CHUNK_BYTES]
   const float* bias;      // [out_features] or NULL
@@ -119,16 +121,17 @@ typedef struct {
 // Whether the handle's instruction set gains from 12 bits.
 QWENRT_API int qwenrt_dense12_serves(const QwenrtHandle* with);
 // w [out_features][in_features] -> the chunks and `first` of `to`, in place: `smallest`, sizes and memory are given.
-// Returns QWENRT_BAD_ARGUMENT where `smallest` is out of range, QWENRT_NOT_SERVED where more than 2^31 - 1 weights have no
-// code.
+// Returns QWENRT_BAD_ARGUMENT where `smallest` is out of range, QWENRT_NOT_SERVED where more than 2^31 - 1 weights have
+// no code.
 QWENRT_API int qwenrt_dense12_pack(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to);
 // Then the same w -> the inputs and the weights of `to`, likewise.
 QWENRT_API int qwenrt_dense12_pack_others(const QwenrtHandle* with, const uint16_t* w, const QwenrtDense12* to);
 // Rows [begin, end) as they were -> out [end - begin][in_features] bfloat16.
-QWENRT_API int qwenrt_dense12_unpack(const QwenrtHandle* with, const QwenrtDense12* w, uint16_t* out, int64_t begin, int64_t end);
+QWENRT_API int qwenrt_dense12_unpack(const QwenrtHandle* with, const QwenrtDense12* w, uint16_t* out, int64_t begin,
+                                     int64_t end);
 
-// What a linear's matrix is: 16 bits a weight as they are; QwenrtDense12; QwenrtQuantMatrix; or linears of the same inputs,
-// none of them in parts, whose outputs follow each other.
+// What a linear's matrix is: 16 bits a weight as they are; QwenrtDense12; QwenrtQuantMatrix; or linears of the same
+// inputs, none of them in parts, whose outputs follow each other.
 enum {
   QWENRT_DENSE_BFLOAT16 = 0,
   QWENRT_DENSE_FLOAT16 = 1,
@@ -144,15 +147,15 @@ typedef struct QwenrtLinear {
   int64_t part_count;
   int64_t out_features;
   int64_t in_features;
-  // Of a quantised matrix, what its codes are multiplied with. Of a dense one, whether that may be rounded where many tokens
-  // are faster so: to fixed point of 14 bits, where 256 inputs of a row of W share a scale and 32 of x; or with AMX, beside
-  // bfloat16, to the sum of two bfloat16.
+  // Of a quantised matrix, what its codes are multiplied with. Of a dense one, whether that may be rounded where many
+  // tokens are faster so: to fixed point of 14 bits, where 256 inputs of a row of W share a scale and 32 of x; or with
+  // AMX, beside bfloat16, to the sum of two bfloat16.
   QwenrtActivations activations;
 } QwenrtLinear;
 
 // y [tokens][out_features] = x [tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
-// Returns QWENRT_NOT_FINITE, and leaves y half written, where a quantised matrix meets infinities, NaN or numbers too large
-// to sum; QWENRT_NO_MEMORY where there is none to lay out x.
+// Returns QWENRT_NOT_FINITE, and leaves y half written, where a quantised matrix meets infinities, NaN or numbers too
+// large to sum; QWENRT_NO_MEMORY where there is none to lay out x.
 QWENRT_API int qwenrt_linear(const QwenrtHandle* with, const QwenrtLinear* w, const float* x, float* y, int64_t tokens);
 
 // Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.

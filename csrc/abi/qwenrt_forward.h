@@ -52,8 +52,8 @@ typedef struct {
   float eps;
 } QwenrtHead;
 
-// x [tokens][hidden]: layers [0, count) in turn, each with its cache, leave the residual stream in its place; then, of the
-// step's logit rows, logits [logit_row_count][out_features of the head]; head and logits may be NULL where there are none.
-// Returns what the first op that fails does; x, logits and the slots of the step's tokens then hold anything.
-QWENRT_API int qwenrt_forward(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches, int64_t count,
-                              const QwenrtHead* head, const QwenrtStep* step, float* x, float* logits);
+// x [tokens][hidden]: layers [0, count) in turn, each with its cache, leave the residual stream in its place; then, of
+// the step's logit rows, logits [logit_row_count][out_features of the head]; head and logits may be NULL where there
+// are none. Returns what the first op that fails does; x, logits and the slots of the step's tokens then hold anything.
+QWENRT_API int qwenrt_forward(const QwenrtHandle* with, const QwenrtLayer* layers, const QwenrtCache* caches,
+                              int64_t count, const QwenrtHead* head, const QwenrtStep* step, float* x, float* logits);

@@ -14,8 +14,8 @@ typedef struct {
   const int64_t* blocks;
 } QwenrtSequences;
 
-// One layer's cache, contiguous: slot s is row s. Codes where the scales are given: x = scale * code + zero. Where there
-// are factors x is (key - k_offset) / k_factor, and qwenrt_rotary_store multiplies queries by k_factor.
+// One layer's cache, contiguous: slot s is row s. Codes where the scales are given: x = scale * code + zero. Where
+// there are factors x is (key - k_offset) / k_factor, and qwenrt_rotary_store multiplies queries by k_factor.
 typedef struct {
   void* k;  // [slots][num_kv_heads][head_dim] float32 or uint8
   void* v;
@@ -34,13 +34,16 @@ typedef struct {
 // query rows are q_stride floats apart. Of the keys it may see, a query sees the last `window` (0: all). Only rows of
 // `sequences` are written; each is the same, bit for bit, in every batch and with any number of threads.
 // Returns QWENRT_BAD_ARGUMENT where head_dim is not a multiple of 8 up to 256 or the heads do not divide.
-QWENRT_API int qwenrt_attention(const QwenrtHandle* with, const QwenrtSequences* sequences, const QwenrtCache* cache, const float* q,
-                                int64_t q_stride, int64_t num_heads, float* out, float scale, int64_t window);
+QWENRT_API int qwenrt_attention(const QwenrtHandle* with, const QwenrtSequences* sequences, const QwenrtCache* cache,
+                                const float* q, int64_t q_stride, int64_t num_heads, float* out, float scale,
+                                int64_t window);
 
 // out [rows][dim] = x / sqrt(mean(x^2) + eps) * weight [dim], each product rounded by itself.
-QWENRT_API int qwenrt_rms_norm(const QwenrtHandle* with, const float* x, const float* weight, float* out, int64_t rows, int64_t dim, float eps);
+QWENRT_API int qwenrt_rms_norm(const QwenrtHandle* with, const float* x, const float* weight, float* out, int64_t rows,
+                               int64_t dim, float eps);
 // gate_up [tokens][2 * inner] -> out [tokens][inner] = silu(first half) * second half.
-QWENRT_API int qwenrt_silu_and_mul(const QwenrtHandle* with, const float* gate_up, float* out, int64_t tokens, int64_t inner);
+QWENRT_API int qwenrt_silu_and_mul(const QwenrtHandle* with, const float* gate_up, float* out, int64_t tokens,
+                                   int64_t inner);
 
 // One step's queries, keys and values on their way from the linear to attention and the cache.
 typedef struct {
@@ -61,4 +64,5 @@ typedef struct {
 } QwenrtRotary;
 
 // Writes a->qk and, where there is a cache, this step's keys and values to their slots.
-QWENRT_API int qwenrt_rotary_store(const QwenrtHandle* with, const QwenrtRotary* a, const QwenrtCache* cache, int64_t tokens);
+QWENRT_API int qwenrt_rotary_store(const QwenrtHandle* with, const QwenrtRotary* a, const QwenrtCache* cache,
+                                   int64_t tokens);

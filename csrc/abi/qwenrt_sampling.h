@@ -9,5 +9,5 @@ QWENRT_API int qwenrt_argmax_finite(const float* logits, int64_t count, int64_t*
 // The k largest of logits [count], falling, equal ones by their place: ids [k], and values [k] = (logit - largest) /
 // temperature, each of the two operations rounded. Where `logsumexp` is given: log(sum(exp((logit - largest) /
 // temperature))) of all. Returns QWENRT_NOT_SERVED where fewer than k are not NaN.
-QWENRT_API int qwenrt_topk(const QwenrtHandle* with, const float* logits, int64_t count, float largest, float temperature,
-                           int64_t k, float* values, int64_t* ids, float* logsumexp);
+QWENRT_API int qwenrt_topk(const QwenrtHandle* with, const float* logits, int64_t count, float largest,
+                           float temperature, int64_t k, float* values, int64_t* ids, float* logsumexp);

@@ -155,8 +155,8 @@ int64_t layer_tasks(int64_t most, int64_t work) {
   return most < threads * kTasksPerThread ? most : threads * kTasksPerThread;
 }
 
-int qwenrt_attention(const QwenrtHandle* with, const QwenrtSequences* sequences, const QwenrtCache* cache, const float* q, int64_t q_stride,
-                     int64_t num_heads, float* out, float scale, int64_t window) {
+int qwenrt_attention(const QwenrtHandle* with, const QwenrtSequences* sequences, const QwenrtCache* cache,
+                     const float* q, int64_t q_stride, int64_t num_heads, float* out, float scale, int64_t window) {
   const int64_t dim = cache->head_dim;
   if (dim < 8 || dim > 256 || dim % 8 || cache->num_kv_heads < 1 || num_heads % cache->num_kv_heads)
     return QWENRT_BAD_ARGUMENT;

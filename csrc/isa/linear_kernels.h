@@ -15,8 +15,8 @@ struct QuantInput {
   int64_t padded;  // groups * words_per_group * 32 / bits
 };
 
-// Activations rounded to integers, a scale for each block of one group's inputs. A block beside 4-bit codes is kByteBlock
-// inputs at most, else kPairBlock, so that sums over it fit in int32 whatever the group's size:
+// Activations rounded to integers, a scale for each block of one group's inputs. A block beside 4-bit codes is
+// kByteBlock inputs at most, else kPairBlock, so that sums over it fit in int32 whatever the group's size:
 //   |sum code q| <= 2^8 * kPairBlock * 32767 < 2^31, and with 4-bit codes products of bytes fit in int16.
 //
 // As bytes, |q| <= 127 in a narrow block, and in a wide one q = 256 * high + low, both int8. As pairs,
@@ -65,8 +65,8 @@ enum class BlockKind {
   kWide,
 };
 
-// One block of one token: q = round(x / scale), ties to even, as IntegerInput's low and, where it is wide, high say of a
-// tile of one token.
+// One block of one token: q = round(x / scale), ties to even, as IntegerInput's low and, where it is wide, high say of
+// a tile of one token.
 struct RoundedBlock {
   int32_t low[kPairBlock];
   int32_t high[kPairBlock];
@@ -78,8 +78,8 @@ struct RoundedBlock {
 constexpr int64_t kDenseSlab = 256;
 constexpr int64_t kDenseTile = 6;  // at most
 
-// The same in fixed point, for kernels that have fixed_rows: kFixedBlock inputs of a token share a scale. Two int16 of at
-// most kFixedLimit in 32 bits, the earlier input in the lower ones; kFixedBlock * kFixedLimit^2 < 2^31.
+// The same in fixed point, for kernels that have fixed_rows: kFixedBlock inputs of a token share a scale. Two int16 of
+// at most kFixedLimit in 32 bits, the earlier input in the lower ones; kFixedBlock * kFixedLimit^2 < 2^31.
 constexpr int64_t kFixedBlock = 32;
 constexpr float kFixedLimit = 8191;
 constexpr float kFixedFar = 128;       // times smaller than the largest beside it, a number has six bits or fewer
@@ -119,8 +119,8 @@ static inline int64_t next_tile(int64_t tokens) {
 // Chunks of one row of a 12-bit matrix.
 static inline int64_t chunks_of(const QwenrtDense12& w) { return (w.in_features + QWENRT_CHUNK - 1) / QWENRT_CHUNK; }
 
-// From one token's activations to the next one's beside 12 bits: whole chunks, and a line more, for tokens that are a power
-// of two apart would take each other's places in the first cache.
+// From one token's activations to the next one's beside 12 bits: whole chunks, and a line more, for tokens that are a
+// power of two apart would take each other's places in the first cache.
 static inline int64_t token_stride12(const QwenrtDense12& w) { return chunks_of(w) * QWENRT_CHUNK + 16; }
 
 static inline int64_t places_of(int bits, bool pairs) { return pairs || bits == 4 ? 2 : 1; }
@@ -133,9 +133,9 @@ struct Kernels {
   void (*dense16_rows)(const DenseProduct& product, int64_t begin, int64_t end);
   // n activations, a multiple of 8 and of a word's.
   BlockKind (*round_block)(const float* x, int64_t n, int bits, NarrowRule narrow, RoundedBlock& out);
-  // Rows of blocks [begin, end) of y [tokens][out_features]. A block's sum is exact and is added, in the order of blocks,
-  // by one fused multiply-add; so is a group's, less zero * sums. Every kernel, and every number of tokens, gives the
-  // same bits.
+  // Rows of blocks [begin, end) of y [tokens][out_features]. A block's sum is exact and is added, in the order of
+  // blocks, by one fused multiply-add; so is a group's, less zero * sums. Every kernel, and every number of tokens,
+  // gives the same bits.
   void (*integer_rows)(const QwenrtQuantMatrix& w, const IntegerInput& in, float* y, int64_t begin, int64_t end);
 
   // What follows is NULL or 0 where a set gains nothing from it.
@@ -144,8 +144,8 @@ struct Kernels {
   void (*fixed_rows)(const DenseProduct& product, const FixedInput& fixed, int64_t begin, int64_t end) = nullptr;
   // As dense16_rows of bfloat16 weights, with x split as well.
   void (*split_rows)(const DenseProduct& product, const SplitInput& split, int64_t begin, int64_t end) = nullptr;
-  // Rows [begin, end) of y [tokens][out_features] for few tokens. x [tokens][token_stride12], inputs past the row's end are
-  // zeros.
+  // Rows [begin, end) of y [tokens][out_features] for few tokens. x [tokens][token_stride12], inputs past the row's end
+  // are zeros.
   void (*dense12_rows)(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin,
                        int64_t end) = nullptr;
   // One row as it was, out [in_features].

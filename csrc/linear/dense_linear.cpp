@@ -25,7 +25,8 @@ struct Activations {
 };
 
 // Rows [begin, end) of 16-bit weights, all tokens.
-void multiply_rows(const Kernels& kernels, const DenseProduct& product, const Activations& in, int64_t begin, int64_t end) {
+void multiply_rows(const Kernels& kernels, const DenseProduct& product, const Activations& in, int64_t begin,
+                   int64_t end) {
   if (in.split.high) kernels.split_rows(product, in.split, begin, end);
   else if (in.fixed.pairs) kernels.fixed_rows(product, in.fixed, begin, end);
   else kernels.dense16_rows(product, begin, end);
@@ -65,7 +66,8 @@ void run_outliers_task(void* context, int64_t token) {
 // One block of a token to its lane of a tile; false where fixed point is not for it.
 bool fix_block(const float* x, float outlier, int64_t tile, int32_t* pairs, float* scale) {
   const float largest = largest_of(x, kFixedBlock);
-  if (!(largest <= kLargestFixed) || (largest > outlier && needs_residual(x, kFixedBlock, outlier, kFixedFar))) return false;
+  if (!(largest <= kLargestFixed) || (largest > outlier && needs_residual(x, kFixedBlock, outlier, kFixedFar)))
+    return false;
   const bool zeros = largest < kSmallestActivation;
   const float inverse = zeros ? 0.0f : kFixedLimit / largest;
   *scale = zeros ? 0.0f : largest / kFixedLimit;
@@ -225,11 +227,13 @@ int few_tokens(const Kernels& kernels, const QwenrtDense12& w, const float* x, f
   return QWENRT_OK;
 }
 
-int many_tokens(const Kernels& kernels, const QwenrtDense12& w, const float* x, float* y, int64_t tokens, bool rounded) {
+int many_tokens(const Kernels& kernels, const QwenrtDense12& w, const float* x, float* y, int64_t tokens,
+                bool rounded) {
   const bool split = Sizes(kernels, tokens, w.in_features, rounded, false).split;
   const int64_t together = split ? kSplitRows : kDenseRows, units = (w.out_features + together - 1) / together;
   const int64_t threads = units < pool_threads() ? units : pool_threads();
-  ManyTask task{&w, {nullptr, nullptr, x, y, tokens, w.out_features, w.in_features, false}, {}, together, &kernels, nullptr};
+  ManyTask task{&w,     {nullptr, nullptr, x, y, tokens, w.out_features, w.in_features, false}, {}, together, &kernels,
+                nullptr};
   if (!lay_out(kernels, task.product, rounded, task.in, array(task.rows, threads * together * w.in_features)))
     return QWENRT_NO_MEMORY;
   task.product.x = task.in.x;
@@ -250,7 +254,8 @@ int dense16_linear(const Kernels& kernels, DenseProduct product, bool rounded) {
   return QWENRT_OK;
 }
 
-int dense12_linear(const Kernels& kernels, const QwenrtDense12& w, const float* x, float* y, int64_t tokens, bool rounded) {
+int dense12_linear(const Kernels& kernels, const QwenrtDense12& w, const float* x, float* y, int64_t tokens,
+                   bool rounded) {
   const bool few = kernels.dense12_rows && tokens <= kFewTokens;
   return few ? few_tokens(kernels, w, x, y, tokens) : many_tokens(kernels, w, x, y, tokens, rounded);
 }

@@ -1,5 +1,6 @@
-// Rounds activations, lays them out as IntegerInput says and shares the rows between the threads. Where int16 would make
-// nothing of what is in a block beside an outlier, what rounding left, the residual, is rounded and multiplied as well.
+// Rounds activations, lays them out as IntegerInput says and shares the rows between the threads. Where int16 would
+// make nothing of what is in a block beside an outlier, what rounding left, the residual, is rounded and multiplied as
+// well.
 #include <math.h>
 #include <string.h>
 
@@ -97,8 +98,8 @@ float narrow_limit_without_outliers(const QwenrtQuantMatrix& w, const IntegerInp
   return float(double(narrowest) * sqrt(squares / double(std::max(count, int64_t(1)))));
 }
 
-// Rounds the blocks of a token: those with no value above `narrow` to int8, those that need a residual to int16. Whether
-// there are any of the latter.
+// Rounds the blocks of a token: those with no value above `narrow` to int8, those that need a residual to int16.
+// Whether there are any of the latter.
 bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narrow, float outlier) {
   const QwenrtQuantMatrix& w = *task.w;
   const IntegerInput& in = task.in;
@@ -144,8 +145,8 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
   return some;
 }
 
-// Every thread has read the last activations from these lines. Taken back one by one as they are written, they cost more
-// than rounding does.
+// Every thread has read the last activations from these lines. Taken back one by one as they are written, they cost
+// more than rounding does.
 void prefetch_for_write(const void* first, int64_t bytes) {
   const char* const lines = static_cast<const char*>(first);
 #ifdef QWENRT_X86
@@ -244,8 +245,9 @@ struct Room {
   uint8_t* wide;
 
   bool make(int64_t times) {
-    return scratch.room(array(low, times * sizes.low), array(high, times * sizes.high), array(scales, times * sizes.scales),
-                        array(sums, times * sizes.sums), array(wide, times * sizes.wide));
+    return scratch.room(array(low, times * sizes.low), array(high, times * sizes.high),
+                        array(scales, times * sizes.scales), array(sums, times * sizes.sums),
+                        array(wide, times * sizes.wide));
   }
   Room second() const {
     return {sizes, low + sizes.low, high + sizes.high, scales + sizes.scales, sums + sizes.sums, wide + sizes.wide};
@@ -255,7 +257,8 @@ struct Room {
 // x in `room`, as `in` then says.
 int lay_out(const QwenrtQuantMatrix& w, const float* x, const QwenrtActivations* how, const Kernels& kernels,
             const Room& room, IntegerInput& in, uint8_t* needs_residual) {
-  LayOutTask task{&w, &kernels, x, room.low, room.high, room.wide, room.scales, room.sums, in, how, needs_residual, {QWENRT_OK}};
+  LayOutTask task{&w,          &kernels,  x,  room.low, room.high,      room.wide,
+                  room.scales, room.sums, in, how,      needs_residual, {QWENRT_OK}};
   const bool by_token = in.layout == Layout::kByToken;
   memset(room.wide, 0, size_t(room.sizes.wide));
   if (!by_token && in.tiles * in.tile != in.tokens) {  // lanes that nobody writes
@@ -305,7 +308,8 @@ int multiply(const QwenrtQuantMatrix& w, const float* x, float* y, int64_t token
   if (narrow_blocks > 0)
     if (const int status = lay_out(w, x, how, kernels, room, narrow, needs_residual)) return status;
   if (narrow_blocks < blocks)
-    if (const int status = lay_out(w, x, nullptr, kernels, both ? room.second() : room, wide, needs_residual)) return status;
+    if (const int status = lay_out(w, x, nullptr, kernels, both ? room.second() : room, wide, needs_residual))
+      return status;
   const Shares shares = shares_of((blocks + 1) / 2, w.out_features * w.in_features * tokens);
   RowsTask rows{&w, &kernels, &narrow, &wide, y, narrow_blocks, blocks, shares};
   parallel_for(shares.count, run_rows_task, &rows);
@@ -352,8 +356,8 @@ int add_residuals(QwenrtQuantMatrix w, const float* x, float* y, int64_t tokens,
 
 }  // namespace
 
-int integer_linear_chunk(const Kernels& kernels, const QwenrtQuantMatrix& w, const QwenrtActivations& how, const float* x,
-                         float* y, int64_t tokens) {
+int integer_linear_chunk(const Kernels& kernels, const QwenrtQuantMatrix& w, const QwenrtActivations& how,
+                         const float* x, float* y, int64_t tokens) {
   uint8_t marked[kIntegerTokens] = {};
   if (const int status = multiply(w, x, y, tokens, &how, kernels, marked)) return status;
   return add_residuals(w, x, y, tokens, kernels, marked);

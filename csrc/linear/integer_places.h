@@ -1,5 +1,5 @@
-// Where rounded activations lie, as isa/linear_kernels.h says of IntegerInput. Internal linkage: units with special flags
-// have it.
+// Where rounded activations lie, as isa/linear_kernels.h says of IntegerInput. Internal linkage: units with special
+// flags have it.
 #pragma once
 #include "isa/linear_kernels.h"
 

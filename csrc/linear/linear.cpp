@@ -45,7 +45,8 @@ int qwenrt_linear(const QwenrtHandle* with, const QwenrtLinear* w, const float* 
     case QWENRT_DENSE_BFLOAT16:
     case QWENRT_DENSE_FLOAT16: {
       const uint16_t* const weight = static_cast<const uint16_t*>(w->matrix);
-      return dense16_linear(kernels, {weight, w->bias, x, y, tokens, w->out_features, w->in_features, is_half}, rounded);
+      return dense16_linear(kernels, {weight, w->bias, x, y, tokens, w->out_features, w->in_features, is_half},
+                            rounded);
     }
     case QWENRT_DENSE12:
       return dense12_linear(kernels, *static_cast<const QwenrtDense12*>(w->matrix), x, y, tokens, rounded);

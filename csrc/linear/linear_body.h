@@ -1,6 +1,6 @@
 // Linears in float32, written once over what the including file has defined: Floats and Words, a vector of which is one
-// float or one word of each row of kBlocks row blocks, or kWidth = kBlocks * 8 neighbouring inputs; kMostChains, sums that
-// a row is added up in beside one token; kVectors16, vectors of 16-bit values that are best loaded together; and
+// float or one word of each row of kBlocks row blocks, or kWidth = kBlocks * 8 neighbouring inputs; kMostChains, sums
+// that a row is added up in beside one token; kVectors16, vectors of 16-bit values that are best loaded together; and
 // kDenseRows<TILE>, rows of a dense matrix beside TILE tokens, whose sums fit into the registers.
 //
 // A quantised word is never unpacked: code j is masked where it lies, converted to float as code * 2^(bits * j), and
@@ -102,20 +102,23 @@ void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int6
 // STREAMS rows, `stride` from each other, times TILE tokens from `token` on: vectors run along the inputs.
 template <bool HALF, int TILE, int STREAMS>
 void dense_rows_times_tile(const DenseProduct& m, int64_t token, int64_t first, int64_t stride) {
-  constexpr int CHAINS = TILE == 1 ? 2 : 1, VECTORS = CHAINS > kVectors16 ? CHAINS : kVectors16, STEP = kWidth * VECTORS;
-  const float* const x = m.x + token * m.in_features;
+  constexpr int CHAINS = TILE == 1 ? 2 : 1, VECTORS = CHAINS > kVectors16 ? CHAINS : kVectors16,
+                STEP = kWidth * VECTORS;
+  const int64_t in_features = m.in_features, out_features = m.out_features;
+  const float *const x = m.x + token * in_features, *const bias = m.bias;
+  float* const y = m.y + token * out_features;
   Floats acc[CHAINS][STREAMS][TILE];
   UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = all(0); }); }); });
   const uint16_t* rows[STREAMS];
-  UNROLL(STREAMS, s, { rows[s] = m.w + (first + s * stride) * m.in_features; });
+  UNROLL(STREAMS, s, { rows[s] = m.w + (first + s * stride) * in_features; });
   int64_t k = 0;
-  for (; k + STEP <= m.in_features; k += STEP)
+  for (; k + STEP <= in_features; k += STEP)
     UNROLL(STREAMS, s, {
       Floats values[VECTORS];
       load16<HALF>(rows[s] + k, values);
       UNROLL(VECTORS, v, {
         UNROLL(TILE, t, {
-          const Floats xs = load(x + t * m.in_features + k + kWidth * v);
+          const Floats xs = load(x + t * in_features + k + kWidth * v);
           acc[v % CHAINS][s][t] = multiply_add(values[v], xs, acc[v % CHAINS][s][t]);
         });
       });
@@ -126,8 +129,8 @@ void dense_rows_times_tile(const DenseProduct& m, int64_t token, int64_t first, 
       Floats together = acc[0][s][t];
       UNROLL(CHAINS - 1, c, { together = add(together, acc[c + 1][s][t]); });
       float total = sum(together);
-      for (int64_t i = k; i < m.in_features; ++i) total += value16<HALF>(rows[s] + i) * x[t * m.in_features + i];
-      m.y[(token + t) * m.out_features + n] = m.bias ? total + m.bias[n] : total;
+      for (int64_t i = k; i < in_features; ++i) total += value16<HALF>(rows[s] + i) * x[t * in_features + i];
+      y[t * out_features + n] = bias ? total + bias[n] : total;
     });
   });
 }

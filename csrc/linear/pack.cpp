@@ -103,8 +103,8 @@ void run_repack_task(void* context, int64_t i) {
 
 }  // namespace
 
-int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words, int64_t in_features, int64_t out_features, int64_t group_size,
-                int bits) {
+int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words, int64_t in_features,
+                int64_t out_features, int64_t group_size, int bits) {
   if ((bits != 4 && bits != 8) || group_size < 1) return QWENRT_BAD_ARGUMENT;
   PoolLock lock(with->threads);
   PackTask task{codes, words, in_features, out_features, group_size, (in_features + group_size - 1) / group_size, bits};
@@ -113,8 +113,8 @@ int qwenrt_pack(const QwenrtHandle* with, const uint8_t* codes, uint32_t* words,
   return QWENRT_OK;
 }
 
-int qwenrt_repack(const QwenrtHandle* with, const uint32_t* stored, const int32_t* perm, uint32_t* words, int64_t in_features,
-                  int64_t out_features, int64_t group_size, int bits) {
+int qwenrt_repack(const QwenrtHandle* with, const uint32_t* stored, const int32_t* perm, uint32_t* words,
+                  int64_t in_features, int64_t out_features, int64_t group_size, int bits) {
   if ((bits != 4 && bits != 8) || group_size < 1) return QWENRT_BAD_ARGUMENT;
   const int64_t groups = (in_features + group_size - 1) / group_size;
   PoolLock lock(with->threads);

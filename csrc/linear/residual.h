@@ -1,6 +1,6 @@
-// Blocks of a token's activations that one scale for all of a block does not serve: those with an outlier, a value far above
-// the token's others, beside which many of the block's are far smaller and would lose their digits. W may make much of
-// these, so what rounding leaves of such a block, its residual, is multiplied as well.
+// Blocks of a token's activations that one scale for all of a block does not serve: those with an outlier, a value far
+// above the token's others, beside which many of the block's are far smaller and would lose their digits. W may make
+// much of these, so what rounding leaves of such a block, its residual, is multiplied as well.
 #pragma once
 #include <math.h>
 #include <stdint.h>

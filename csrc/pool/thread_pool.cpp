@@ -16,8 +16,8 @@
 
 namespace {
 
-// Long enough to bridge the Python between two ops of a token, short enough not to starve other threads; and then, while
-// other threads come first, long enough for that between two tokens: waking up costs as much as an op.
+// Long enough to bridge the Python between two ops of a token, short enough not to starve other threads; and then,
+// while other threads come first, long enough for that between two tokens: waking up costs as much as an op.
 constexpr auto kSpin = std::chrono::microseconds(200), kYield = std::chrono::microseconds(1000);
 
 inline void pause_cpu() {

@@ -7,7 +7,8 @@
 // the workers are started anew.
 void parallel_for(int64_t count, void (*task)(void* context, int64_t i), void* context);
 
-// Holds the pool for a caller that runs several parallel_for over shared scratch memory, and says with how many threads.
+// Holds the pool for a caller that runs several parallel_for over shared scratch memory, and says with how many
+// threads.
 class PoolLock {
  public:
   explicit PoolLock(int threads);
@@ -17,7 +18,8 @@ class PoolLock {
   PoolLock& operator=(const PoolLock&) = delete;
 };
 
-// Starts what so many threads need, the caller included. Returns how many there are: fewer where the system starts no more.
+// Starts what so many threads need, the caller included. Returns how many there are: fewer where the system starts no
+// more.
 int start_pool_threads(int threads);
 // Of the caller that holds the pool.
 int pool_threads();

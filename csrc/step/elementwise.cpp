@@ -55,7 +55,8 @@ void rotary_task(void* context, int64_t i) {
 
 }  // namespace
 
-int qwenrt_rms_norm(const QwenrtHandle* with, const float* x, const float* weight, float* out, int64_t rows, int64_t dim, float eps) {
+int qwenrt_rms_norm(const QwenrtHandle* with, const float* x, const float* weight, float* out, int64_t rows,
+                    int64_t dim, float eps) {
   PoolLock lock(with->threads);
   NormTask t{x, weight, out, rows, dim, 1, eps, layer_kernels(*with)};
   t.tasks = layer_tasks(rows, rows * dim * kRowWork);

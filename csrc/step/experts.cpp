@@ -18,7 +18,9 @@ struct Scored {
 };
 
 // NaN is the largest, as torch.topk has it.
-bool better(const Scored& a, const Scored& b) { return (a.score != a.score && b.score == b.score) || a.score > b.score; }
+bool better(const Scored& a, const Scored& b) {
+  return (a.score != a.score && b.score == b.score) || a.score > b.score;
+}
 
 struct Buffers {
   Scored* scores;   // [tokens][count]; when chosen, the first top_k of each token are its experts and their weights
@@ -31,8 +33,8 @@ struct Buffers {
 Scratch scratch;
 
 bool make_room(int64_t tokens, int64_t hidden, int64_t count, Buffers& b) {
-  return scratch.room(array(b.scores, tokens * count), array(b.gathered, tokens * hidden), array(b.total, tokens * hidden),
-                      array(b.tokens, tokens), array(b.weights, tokens));
+  return scratch.room(array(b.scores, tokens * count), array(b.gathered, tokens * hidden),
+                      array(b.total, tokens * hidden), array(b.tokens, tokens), array(b.weights, tokens));
 }
 
 constexpr int kLanes = 16;  // sums side by side, for the compiler's vectors

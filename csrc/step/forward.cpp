@@ -78,8 +78,9 @@ int attention_block(const QwenrtHandle* with, const QwenrtLayer& l, const Qwenrt
   const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
   if (const int status = qwenrt_rms_norm(with, x, l.input_norm, b.normed, tokens, hidden, l.eps)) return status;
   if (const int status = qwenrt_linear(with, &l.qkv, b.normed, b.qkv, tokens)) return status;
-  const QwenrtRotary rotary{b.qkv,       b.qk,           l.q_norm,   l.k_norm,        step.cos, step.sin, step.q_scale, step.slots,
-                            l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim, l.eps,    0};
+  const QwenrtRotary rotary{b.qkv,        b.qk,       l.q_norm,    l.k_norm,       step.cos,   step.sin,
+                            step.q_scale, step.slots, l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim,
+                            l.eps,        0};
   if (const int status = qwenrt_rotary_store(with, &rotary, &cache, tokens)) return status;
   const int64_t stride = (l.num_heads + l.num_kv_heads) * l.head_dim;
   const int attended = qwenrt_attention(with, step.sequences, &cache, b.qk, stride, l.num_heads, b.attended,
@@ -101,12 +102,13 @@ int mlp_block(const QwenrtHandle* with, const QwenrtLayer& l, int64_t tokens, co
 }
 
 // The logits of the tokens that are asked for.
-int logits_of(const QwenrtHandle* with, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b, const float* x,
-              float* logits) {
+int logits_of(const QwenrtHandle* with, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b,
+              const float* x, float* logits) {
   const int64_t hidden = head.linear.in_features;
   for (int64_t i = 0; i < step.logit_row_count; ++i) {
     const float* const row = x + step.logit_rows[i] * hidden;
-    if (const int status = qwenrt_rms_norm(with, row, head.norm, b.normed + i * hidden, 1, hidden, head.eps)) return status;
+    if (const int status = qwenrt_rms_norm(with, row, head.norm, b.normed + i * hidden, 1, hidden, head.eps))
+      return status;
   }
   return qwenrt_linear(with, &head.linear, b.normed, logits, step.logit_row_count);
 }

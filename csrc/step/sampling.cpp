@@ -94,8 +94,8 @@ int qwenrt_argmax_finite(const float* logits, int64_t count, int64_t* token, flo
   return finite ? QWENRT_OK : QWENRT_NOT_FINITE;
 }
 
-int qwenrt_topk(const QwenrtHandle* with, const float* logits, int64_t count, float largest, float temperature, int64_t k,
-                float* values, int64_t* ids, float* logsumexp) {
+int qwenrt_topk(const QwenrtHandle* with, const float* logits, int64_t count, float largest, float temperature,
+                int64_t k, float* values, int64_t* ids, float* logsumexp) {
   if (k < 1 || count > UINT32_MAX) return QWENRT_BAD_ARGUMENT;
   if (k > count) return QWENRT_NOT_SERVED;
   uint64_t* ranks = static_cast<uint64_t*>(malloc(size_t(count) * sizeof(uint64_t)));

@@ -1,11 +1,12 @@
-// A forward pass through decoder layers in one call against the ops it is made of, called one by one through the C ABI, with every
-// instruction set that runs here: the same bits. Experts against plain loops over the same linears.
+// A forward pass through decoder layers in one call against the ops it is made of, called one by one through the C ABI,
+// with every instruction set that runs here: the same bits. Experts against plain loops over the same linears.
 #include "abi/qwenrt_forward.h"
 #include "check.h"
 
 namespace {
 
-constexpr int64_t kHidden = 40, kHeads = 4, kKvHeads = 2, kDim = 8, kInner = 24, kVocabulary = 37, kVocabularyOfSlots = 64;
+constexpr int64_t kHidden = 40, kHeads = 4, kKvHeads = 2, kDim = 8, kInner = 24, kVocabulary = 37,
+                  kVocabularyOfSlots = 64;
 
 // A linear and all that it points at, on the heap so that a sanitizer sees a read past it.
 struct Weight {
@@ -27,7 +28,8 @@ struct Weight {
     if (bits == 12) {
       std::vector<uint16_t> w;
       for (int64_t i = 0; i < n * k; ++i) w.push_back(uint16_t((random.bits() & 0x80ff) | (58 + random.below(4)) << 8));
-      chunks.resize(size_t(n * ((k + QWENRT_CHUNK - 1) / QWENRT_CHUNK) * QWENRT_CHUNK_BYTES)), first.resize(size_t(n + 1));
+      chunks.resize(size_t(n * ((k + QWENRT_CHUNK - 1) / QWENRT_CHUNK) * QWENRT_CHUNK_BYTES)),
+          first.resize(size_t(n + 1));
       dense12 = {chunks.data(), bias.data(), first.data(), nullptr, nullptr, n, k, 59};
       CHECK(qwenrt_dense12_pack(with, w.data(), &dense12) == QWENRT_OK, "pack");
       inputs.resize(size_t(first.back())), halves.resize(size_t(first.back()));
@@ -191,10 +193,12 @@ struct Step {
   std::vector<float> cos, sin;
   QwenrtSequences sequences{};
   QwenrtStep step{};
-  Step(int64_t longer, Random& random) : tokens(longer + 2), first{0, longer}, lens{longer, 2}, logit_rows{longer - 1, longer + 1} {
+  Step(int64_t longer, Random& random)
+      : tokens(longer + 2), first{0, longer}, lens{longer, 2}, logit_rows{longer - 1, longer + 1} {
     for (int64_t i = 0; i < 16; ++i) blocks.push_back(15 - i);
     for (int64_t s = 0; s < 2; ++s)
-      for (int64_t p = 0; p < lens[size_t(s)]; ++p) slots.push_back(blocks[size_t(tables[size_t(s)] + p / 4)] * 4 + p % 4);
+      for (int64_t p = 0; p < lens[size_t(s)]; ++p)
+        slots.push_back(blocks[size_t(tables[size_t(s)] + p / 4)] * 4 + p % 4);
     cos = random.floats(tokens * kDim), sin = random.floats(tokens * kDim);
     sequences = {2, first.data(), lens.data(), lens.data(), tables.data(), blocks.data()};
     step = {&sequences, cos.data(), sin.data(), nullptr, slots.data(), kDim, tokens, logit_rows.data(), 2};
@@ -203,13 +207,16 @@ struct Step {
 
 void attention_by_ops(const QwenrtLayer& l, const Step& s, Kv& kv, std::vector<float>& x) {
   const QwenrtCache cache = kv.cache();
-  std::vector<float> normed(x.size()), qk(size_t(s.tokens * (kHeads + kKvHeads) * kDim)), out(size_t(s.tokens * kHeads * kDim));
+  std::vector<float> normed(x.size()), qk(size_t(s.tokens * (kHeads + kKvHeads) * kDim)),
+      out(size_t(s.tokens * kHeads * kDim));
   qwenrt_rms_norm(with, x.data(), l.input_norm, normed.data(), s.tokens, kHidden, l.eps);
   const std::vector<float> qkv = apply(l.qkv, normed, s.tokens);
   const QwenrtRotary rotary{qkv.data(),     qk.data(), l.q_norm, l.k_norm, s.cos.data(), s.sin.data(), nullptr,
                             s.slots.data(), kHeads,    kKvHeads, kDim,     kDim,         l.eps,        0};
   CHECK(qwenrt_rotary_store(with, &rotary, &cache, s.tokens) == QWENRT_OK, "rotary");
-  CHECK(qwenrt_attention(with, &s.sequences, &cache, qk.data(), (kHeads + kKvHeads) * kDim, kHeads, out.data(), l.scale, l.window) == QWENRT_OK, "attention");
+  CHECK(qwenrt_attention(with, &s.sequences, &cache, qk.data(), (kHeads + kKvHeads) * kDim, kHeads, out.data(), l.scale,
+                         l.window) == QWENRT_OK,
+        "attention");
   const std::vector<float> o = apply(l.o, out, s.tokens);
   for (size_t i = 0; i < x.size(); ++i) x[i] += o[i];
 }
@@ -222,11 +229,13 @@ void check_head(const QwenrtHead& head, const Step& s, const std::vector<float>&
     qwenrt_rms_norm(with, x.data() + token * kHidden, head.norm, row.data(), 1, kHidden, head.eps);
     normed.insert(normed.end(), row.begin(), row.end());
   }
-  CHECK(apply(head.linear, normed, int64_t(s.logit_rows.size())) == logits, "%s: the head of %d tokens", qwenrt_isa(with), int(s.tokens));
+  CHECK(apply(head.linear, normed, int64_t(s.logit_rows.size())) == logits, "%s: the head of %d tokens",
+        qwenrt_isa(with), int(s.tokens));
 }
 
 void test_stack(int64_t longer, int activations, bool with_experts) {
-  Model m(uint64_t(longer) * 8 + uint64_t(activations), activations, 7, longer % 3 + 1, longer % 2 == 0, longer % 2 == 1);
+  Model m(uint64_t(longer) * 8 + uint64_t(activations), activations, 7, longer % 3 + 1, longer % 2 == 0,
+          longer % 2 == 1);
   if (with_experts) m.layers[1].experts = &m.mixture, m.layers[1].gate_up = m.layers[1].down = QwenrtLinear{};
   Step s(longer, m.random);
   const std::vector<float> x = m.random.floats(s.tokens * kHidden);
@@ -236,7 +245,9 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
     std::vector<QwenrtCache> caches;
     for (Kv& kv : fused) caches.push_back(kv.cache());
     std::vector<float> out = x, wanted = x, logits(2 * kVocabulary, NAN);
-    CHECK(qwenrt_forward(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data()) == QWENRT_OK, "stack");
+    CHECK(qwenrt_forward(with, m.layers.data(), caches.data(), 3, &m.head, &s.step, out.data(), logits.data()) ==
+              QWENRT_OK,
+          "stack");
     check_head(m.head, s, out, logits);
     for (size_t i = 0; i < 3; ++i) {
       const QwenrtLayer& l = m.layers[i];
@@ -249,7 +260,8 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
         continue;
       }
       for (int64_t t = 0; t < s.tokens; ++t) {
-        const std::vector<double> y = experts(*l.experts, {normed.begin() + t * kHidden, normed.begin() + (t + 1) * kHidden});
+        const std::vector<double> y =
+            experts(*l.experts, {normed.begin() + t * kHidden, normed.begin() + (t + 1) * kHidden});
         for (int64_t j = 0; j < kHidden; ++j) wanted[size_t(t * kHidden + j)] += float(y[size_t(j)]);
       }
     }

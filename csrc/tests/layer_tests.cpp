@@ -190,7 +190,10 @@ void test_rotary(bool codes, bool fitted) {
       for (int64_t h = 0; slots[size_t(t)] >= 0 && h < kv_heads; ++h)
         for (int64_t i = 0; i < dim; ++i) {
           const int64_t cell = slots[size_t(t)] * kv_heads + h;
-          check_near(cache.key(cell, i), qk[size_t((t * (heads + kv_heads) + heads + h) * dim + i)], fitted ? 0.06 : codes ? 0.02 : 0,
+          check_near(cache.key(cell, i), qk[size_t((t * (heads + kv_heads) + heads + h) * dim + i)],
+                     fitted  ? 0.06
+                     : codes ? 0.02
+                             : 0,
                      isa, "stored key");
           check_near(cache.value(cell, i), qkv[size_t((t * all + heads + kv_heads + h) * dim + i)], codes ? 0.005 : 0,
                      isa, "stored value");

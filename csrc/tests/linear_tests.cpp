@@ -232,7 +232,8 @@ void test_nothing() {
   });
 }
 
-QwenrtLinear dense16(const std::vector<uint16_t>& w, const float* bias, int64_t n, int64_t k, bool is_half, bool may_round) {
+QwenrtLinear dense16(const std::vector<uint16_t>& w, const float* bias, int64_t n, int64_t k, bool is_half,
+                     bool may_round) {
   const int kind = is_half ? QWENRT_DENSE_FLOAT16 : QWENRT_DENSE_BFLOAT16;
   return {kind, 0, w.data(), bias, 0, n, k, rounded(may_round ? QWENRT_INT16 : QWENRT_EXACT)};
 }
@@ -267,8 +268,8 @@ void test_dense16(int count) {
           const double fixed = tokens >= 32 ? sizes * fmax(largest_w, largest_x) / 8191 : 0;
           const double step = !may_round ? 0 : splits ? (is_half ? 0 : size * ldexp(1, -16)) : fixed;
           CHECK(fabs(y[size_t(t * n + r)] - wanted) <= size * kExactness + step,
-                "%s n=%d k=%d tokens=%d half=%d rounded=%d: %g for %g", isa, int(n), int(k), int(tokens), is_half, may_round,
-                y[size_t(t * n + r)], wanted);
+                "%s n=%d k=%d tokens=%d half=%d rounded=%d: %g for %g", isa, int(n), int(k), int(tokens), is_half,
+                may_round, y[size_t(t * n + r)], wanted);
         }
     });
   }
@@ -330,10 +331,11 @@ void test_dense12(int count) {
           for (int64_t c = 0; c < k; ++c) {
             const double weight = bfloat_to_float(w[size_t(r * k + c)]), product = weight * x[size_t(t * k + c)];
             // A weight without a code is added to what stands in for it.
-            sum += product, size += fabs(product) + fabs(bfloat_to_float(uint16_t(smallest << 8)) * x[size_t(t * k + c)]);
+            sum += product,
+                size += fabs(product) + fabs(bfloat_to_float(uint16_t(smallest << 8)) * x[size_t(t * k + c)]);
           }
-          CHECK(fabs(y[size_t(t * n + r)] - sum) <= size * most, "%s n=%d k=%d tokens=%d rounded=%d: %g for %g", isa, int(n),
-                int(k), int(tokens), may_round, y[size_t(t * n + r)], sum);
+          CHECK(fabs(y[size_t(t * n + r)] - sum) <= size * most, "%s n=%d k=%d tokens=%d rounded=%d: %g for %g", isa,
+                int(n), int(k), int(tokens), may_round, y[size_t(t * n + r)], sum);
         }
     });
   }

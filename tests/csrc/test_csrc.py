@@ -36,6 +36,22 @@ def test_the_built_library(compiler: list[str], tmp_path: Path, test: str) -> No
     assert said.endswith(f"{' '.join(sets)}: ok\n")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_no_unit_of_a_set_has_a_function_that_others_could_get(
+    compiler: list[str], setup_module: ModuleType, tmp_path: Path
+) -> None:
+    """Of equal inline functions the linker keeps one: a set's could end up in code that any CPU runs."""
+    root, unit = ROOT / "csrc", str(tmp_path / "unit.o")
+    for name, flags in setup_module.SETS.get(setup_module.machine(), {}).items():
+        for file in setup_module.sources(root, name):
+            done = subprocess.run([*compiler, *FLAGS, *flags, "-O0", "-g0", "-c", str(file), "-o", unit])
+            if done.returncode:
+                pytest.skip(f"the compiler does not know {name}")
+            symbols = subprocess.run(["nm", "-C", unit], capture_output=True, text=True, check=True).stdout
+            assert not [line for line in symbols.splitlines() if " W " in line or " u " in line], file
+
+
 def test_portable_code_under_address_and_undefined_sanitizers(
     compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
 ) -> None:

@@ -1,5 +1,5 @@
-// AMX kernels of prompts: a tile of 16 tokens times one of 16 rows is one instruction. Fewer tokens, and everything else,
-// are AVX-512's.
+// AMX kernels of prompts: a tile of 16 tokens times one of 16 rows is one instruction. Fewer tokens, and everything
+// else, are AVX-512's.
 #include "isa/linear_kernels.h"
 
 #ifdef QWENRT_X86
@@ -150,8 +150,8 @@ enum Shape { kOneGroup, kOneBlockEach, kAnyShape };
 
 // Adds a batch's dot products of up to kTile tokens, as Kernels::integer_rows says.
 template <Shape SHAPE, bool WIDE>
-void add_batch(const QwenrtQuantMatrix& w, const IntegerInput& in, const Batch& batch, const Rows& blocks, int64_t token,
-               const Dots& dots, Totals& totals) {
+void add_batch(const QwenrtQuantMatrix& w, const IntegerInput& in, const Batch& batch, const Rows& blocks,
+               int64_t token, const Dots& dots, Totals& totals) {
   const int64_t left = in.tokens - token, tokens = left < kTile ? left : kTile;
   const int count = SHAPE == kAnyShape ? batch.count : kAtOnce;
   const bool begins = SHAPE != kAnyShape || batch.first % in.blocks_per_group == 0;
@@ -192,8 +192,10 @@ using AddBatch = decltype(&add_batch<kAnyShape, false>);
 
 AddBatch adder_of(const Batch& batch, const IntegerInput& in, bool wide) {
   const int64_t parts = in.blocks_per_group;
-  if (batch.count == kAtOnce && parts == 1) return wide ? add_batch<kOneBlockEach, true> : add_batch<kOneBlockEach, false>;
-  if (batch.count == kAtOnce && parts == kAtOnce) return wide ? add_batch<kOneGroup, true> : add_batch<kOneGroup, false>;
+  if (batch.count == kAtOnce && parts == 1)
+    return wide ? add_batch<kOneBlockEach, true> : add_batch<kOneBlockEach, false>;
+  if (batch.count == kAtOnce && parts == kAtOnce)
+    return wide ? add_batch<kOneGroup, true> : add_batch<kOneGroup, false>;
   return wide ? add_batch<kAnyShape, true> : add_batch<kAnyShape, false>;
 }
 
@@ -289,7 +291,8 @@ void amx_split_rows(const DenseProduct& m, const SplitInput& split, int64_t begi
         const int64_t rows[2] = {row, row + kTile < whole ? row + kTile : row};
         const int64_t tiles[2] = {token, token + kTile < m.tokens ? token + kTile : token};
         compiler_barrier();
-        multiply_split({m.w + rows[0] * m.in_features, m.w + rows[1] * m.in_features}, split, tiles, m.in_features, quarters);
+        multiply_split({m.w + rows[0] * m.in_features, m.w + rows[1] * m.in_features}, split, tiles, m.in_features,
+                       quarters);
         compiler_barrier();
         for (int r = 0; r < 1 + (rows[1] != row); ++r)
           for (int t = 0; t < 1 + (tiles[1] != token); ++t) {

@@ -1,4 +1,5 @@
-// AVX2 kernels of bfloat16 weights in 12 bits: a shuffle looks up the upper bytes, unpacking joins them with the lower ones.
+// AVX2 kernels of bfloat16 weights in 12 bits: a shuffle looks up the upper bytes, unpacking joins them with the lower
+// ones.
 #include "isa/avx2/vectors.h"
 #include "linear/half.h"
 
@@ -12,8 +13,8 @@ INLINE __m256i palette_of(const QwenrtDense12& w) {
   return _mm256_broadcastsi128_si256(_mm_add_epi8(above, _mm_set1_epi8(char(w.smallest))));
 }
 
-// Half H of a chunk, whose codes are `codes`: 32 weights as two registers of bfloat16: inputs 0 to 7 are every other one
-// of the first, 8 to 15 those between; then the same of the next 16.
+// Half H of a chunk, whose codes are `codes`: 32 weights as two registers of bfloat16: inputs 0 to 7 are every other
+// one of the first, 8 to 15 those between; then the same of the next 16.
 template <int H>
 INLINE void join_bytes(const uint8_t* chunk, __m256i codes, __m256i palette, __m256i (&words)[2]) {
   const __m256i code = _mm256_and_si256(H ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
@@ -43,7 +44,8 @@ INLINE void ask_ahead(const uint8_t* chunk) {
 template <int TILE, int STREAMS, bool ONCE>
 void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, int64_t first, int64_t stride) {
   constexpr int CHAINS = TILE == 1 ? 2 : 1;
-  const int64_t row_bytes = chunks_of(w) * QWENRT_CHUNK_BYTES, distance = stride * row_bytes, x_stride = token_stride12(w);
+  const int64_t row_bytes = chunks_of(w) * QWENRT_CHUNK_BYTES, distance = stride * row_bytes,
+                x_stride = token_stride12(w);
   const __m256i palette = palette_of(w), upper_halves = _mm256_set1_epi32(int(0xffff0000));
   __m256 acc[CHAINS][STREAMS][TILE];
   UNROLL(CHAINS, c, { UNROLL(STREAMS, s, { UNROLL(TILE, t, { acc[c][s][t] = _mm256_setzero_ps(); }); }); });
@@ -59,7 +61,8 @@ void dense12_rows_times_tile(const QwenrtDense12& w, const float* x, float* y, i
         __m256i words[2];
         join_bytes<h>(row, codes, palette, words);
         UNROLL(4, j, {
-          const __m256i one = j % 2 ? _mm256_and_si256(words[j / 2], upper_halves) : _mm256_slli_epi32(words[j / 2], 16);
+          const __m256i one =
+              j % 2 ? _mm256_and_si256(words[j / 2], upper_halves) : _mm256_slli_epi32(words[j / 2], 16);
           UNROLL(TILE, t, {
             const __m256 xs = _mm256_loadu_ps(in[t] + 32 * h + 8 * j);
             acc[j % CHAINS][s][t] = _mm256_fmadd_ps(_mm256_castsi256_ps(one), xs, acc[j % CHAINS][s][t]);

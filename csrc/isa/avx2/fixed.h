@@ -1,8 +1,8 @@
-// 16-bit weights and activations in fixed point: what many tokens are multiplied in where rounding is allowed. A product
-// of two int16 with its neighbour is one instruction, as eight in float32 are, and adds up sixteen.
+// 16-bit weights and activations in fixed point: what many tokens are multiplied in where rounding is allowed. A
+// product of two int16 with its neighbour is one instruction, as eight in float32 are, and adds up sixteen.
 //
-// 14 bits each, as float16 has 11: a row's weights of a slab share a scale, and a token's activations of kFixedBlock inputs,
-// whose products then fit in int32. Internal linkage: included by panels.cpp alone.
+// 14 bits each, as float16 has 11: a row's weights of a slab share a scale, and a token's activations of kFixedBlock
+// inputs, whose products then fit in int32. Internal linkage: included by panels.cpp alone.
 #pragma once
 #include "isa/avx2/vectors.h"
 
@@ -177,7 +177,8 @@ inline void fixed_times_tokens(const FixedPanel& panel, const int32_t* x, const 
                                int64_t tokens, int64_t some, int64_t blocks) {
   each_tile(tokens, some, [&](auto tile, int64_t done) {
     constexpr int TILE = decltype(tile)::value;
-    fixed_times_tile<TILE>(panel, x + done * blocks * kBlockPairs, scales + done * blocks, sums + done * kPanel, blocks);
+    fixed_times_tile<TILE>(panel, x + done * blocks * kBlockPairs, scales + done * blocks, sums + done * kPanel,
+                           blocks);
   });
 }
 

@@ -245,7 +245,8 @@ struct Cursor {
 
 // sums[first...] += scale * the dot products of one block.
 template <int COUNT, int TILE, int STREAMS>
-INLINE void add_scaled(const __m256i (&products)[COUNT][TILE], const float* scales, int first, Sums<STREAMS, TILE>& sums) {
+INLINE void add_scaled(const __m256i (&products)[COUNT][TILE], const float* scales, int first,
+                       Sums<STREAMS, TILE>& sums) {
   UNROLL(TILE, t, {
     const __m256 scale = _mm256_broadcast_ss(scales + t);
     UNROLL(COUNT, s, {
@@ -347,7 +348,8 @@ INLINE void store_tile(const QwenrtQuantMatrix& w, const IntegerInput& in, const
     const int64_t block = row_block + s * stride;
     UNROLL(TILE, t, {
       if (tile * TILE + t < in.tokens)
-        store_rows(w, y + (tile * TILE + t) * w.out_features, _mm256_load_ps(totals + (s * TILE + t) * QWENRT_BLOCK), &block);
+        store_rows(w, y + (tile * TILE + t) * w.out_features, _mm256_load_ps(totals + (s * TILE + t) * QWENRT_BLOCK),
+                   &block);
     });
   });
 }
@@ -442,7 +444,8 @@ BlockKind avx2_round_block(const float* x, int64_t n, int bits, NarrowRule narro
     most = _mm256_max_epi32(most, bits_of);
     totals = _mm256_add_ps(totals, _mm256_castsi256_ps(bits_of));
   }
-  const float largest = _mm_cvtss_f32(_mm_castsi128_ps(fold(most, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); })));
+  const float largest =
+      _mm_cvtss_f32(_mm_castsi128_ps(fold(most, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); })));
   if (!(largest <= kLargestActivation)) return BlockKind::kNotFinite;
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));

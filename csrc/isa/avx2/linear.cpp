@@ -1,5 +1,5 @@
-// AVX2, FMA and F16C kernels of the linears: those in float32 are the common bodies over AVX2's vectors, but for many tokens
-// beside 16-bit weights; the others have files of their own.
+// AVX2, FMA and F16C kernels of the linears: those in float32 are the common bodies over AVX2's vectors, but for many
+// tokens beside 16-bit weights; the others have files of their own.
 #include "isa/linear_kernels.h"
 
 #ifdef QWENRT_X86

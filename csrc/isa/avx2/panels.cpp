@@ -1,6 +1,6 @@
-// AVX2 kernels of 16-bit weights and many tokens. These are bound by the multiply-adds: a panel of rows is converted once
-// and stays in the first cache while all tokens pass over it, in float32 or, where that is asked for, in fixed point. A row's
-// sums are added up in the same order wherever in a task or a panel it is.
+// AVX2 kernels of 16-bit weights and many tokens. These are bound by the multiply-adds: a panel of rows is converted
+// once and stays in the first cache while all tokens pass over it, in float32 or, where that is asked for, in fixed
+// point. A row's sums are added up in the same order wherever in a task or a panel it is.
 #include "isa/avx2/vectors.h"
 
 #ifdef QWENRT_X86
@@ -114,8 +114,8 @@ struct Panel {
   FixedPanel fixed;
 };
 
-// Inputs [k, k + inputs) of `rows`, times tokens [from, from + some): in fixed point, if it is asked for, where these weights
-// bear it.
+// Inputs [k, k + inputs) of `rows`, times tokens [from, from + some): in fixed point, if it is asked for, where these
+// weights bear it.
 template <bool HALF>
 void panel_times_slab(Panel& panel, const uint16_t* const* rows, const DenseProduct& m, const FixedInput& fixed,
                       int64_t from, int64_t some, int64_t k, int64_t inputs) {

@@ -1,5 +1,5 @@
-// Floats and Words of linear/linear_body.h for AVX2: the 8 rows of one block in one register. And what the other kernels of
-// this folder share. Everything here has internal linkage: no other translation unit can end up with it.
+// Floats and Words of linear/linear_body.h for AVX2: the 8 rows of one block in one register. And what the other
+// kernels of this folder share. Everything here has internal linkage: no other translation unit can end up with it.
 #pragma once
 #include "isa/linear_kernels.h"
 
@@ -90,8 +90,8 @@ INLINE void store_rows(const QwenrtQuantMatrix& w, float* y, Floats value, const
   for (int64_t i = n; i < w.out_features; ++i) y[i] = w.bias ? lanes[i - n] + w.bias[i] : lanes[i - n];
 }
 
-// Asks for a line of weights that a step reads once. AMD's cores then keep it out of the second cache, which leaves room
-// for the rest of the step (1 to 2 % of it); on Intel's the same hint takes two thirds of the speed.
+// Asks for a line of weights that a step reads once. AMD's cores then keep it out of the second cache, which leaves
+// room for the rest of the step (1 to 2 % of it); on Intel's the same hint takes two thirds of the speed.
 template <bool ONCE>
 INLINE void ask_for(const char* line) {
   _mm_prefetch(line, ONCE ? _MM_HINT_NTA : _MM_HINT_T0);

@@ -34,7 +34,8 @@ void quant_rows(const QwenrtQuantMatrix& w, const QuantInput& in, float* y, int6
           const uint32_t word = words[(g * w.words_per_group + i) * QWENRT_BLOCK];
           const float* xs = x + (g * group_inputs + i * per_word) * in.tile;
           for (int j = 0; j < per_word; ++j) {
-            const uint32_t in_place = j == per_word - 1 ? word >> (32 - bits) : word & (((1u << bits) - 1) << (bits * j));
+            const uint32_t in_place =
+                j == per_word - 1 ? word >> (32 - bits) : word & (((1u << bits) - 1) << (bits * j));
             part[j] += float(in_place) * xs[j * in.tile];
           }
         }
