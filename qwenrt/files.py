@@ -1,9 +1,9 @@
-"""The one door to files that nobody has vouched for: regular files of a bounded size, opened without waiting.
+"""The only way to open untrusted files: regular files of a bounded size, opened without waiting.
 
-What lies in a model's directory may be a FIFO, a terminal or a device, whose reader would wait for ever or never come
-to an end, a link into a directory that is closed to this user, or may vanish while it is looked at. Whoever reads a
-file of a checkpoint, of a download cache, a saved conversation or training data does it from here, and what is wrong
-becomes the error of the caller's ``kind`` that says what lies there.
+What a model's directory holds may be a FIFO, a terminal or a device, whose reader would wait for ever or never come
+to an end, a link into a directory that is closed to this user, or may vanish while it is looked at. Files of
+checkpoints and download caches, saved conversations and training data are all opened here, and a failure becomes an
+error of the caller's ``kind`` that says what was found.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _check_regular(path: Path, mode: int, kind: type[QwenrtError], asked: str) -
 def _error(
     path: Path, kind: type[QwenrtError], asked: str, error: OSError | ValueError, missing: str
 ) -> QwenrtError:
-    """What a failure of the system means for whoever wanted the file."""
+    """Our error for a failure of the system."""
     number = getattr(error, "errno", None)
     linked = _by_link(path)
     if number == errno.ENOENT and linked:

@@ -1,4 +1,4 @@
-"""Reading JSON that nobody has vouched for: files, and single fields with their limits."""
+"""Untrusted JSON: whole files, and single fields checked against limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged 
 
 
 def read_json(path: Path, kind: type[QwenrtError] = ConfigError) -> dict[str, Any]:
-    """A JSON object from a file that nobody has vouched for. Raises ``kind`` that names what it really is."""
+    """A JSON object from an untrusted file. Raises ``kind``, saying what the file really is."""
     value = _read_value(path, kind)
     if not isinstance(value, dict):
         raise kind(
@@ -82,9 +82,9 @@ def _read_value(path: Path, kind: type[QwenrtError]) -> Any:
         raise kind(
             asked,
             f"not valid JSON ({str(error)[:120]}) in {len(raw)} bytes",
-            "Mend it there if it was edited; if it ends too early, the copy was cut off (`qwenrt pull` fetches it).",
+            "Correct it there if it was edited; if it ends too early, it was truncated (`qwenrt pull` fetches it).",
         ) from error
-    said = _servers_answer(value) if isinstance(value, dict) else None
+    said = _server_error(value) if isinstance(value, dict) else None
     if said is not None:
         found = f"a server's answer instead of the file: {said}"
         raise kind(asked, found, "Delete it and fetch the file again.")
@@ -121,7 +121,7 @@ def has_more_values(raw: bytes, most: int) -> bool:
 
 def _has_more_marks(plain: bytes, most: int) -> bool:
     """Whether more than ``most`` of _MARKS stand outside of strings, where every quote begins or ends one."""
-    import numpy as np  # here, because hardly any file is looked at so closely
+    import numpy as np  # imported here, as few files need it
 
     count, inside = 0, False
     for start in range(0, len(plain), _CLOSELY):
@@ -135,8 +135,8 @@ def _has_more_marks(plain: bytes, most: int) -> bool:
     return False
 
 
-def _servers_answer(value: dict[str, Any]) -> str | None:
-    """What a server said where its error was saved under the name of the file it did not give."""
+def _server_error(value: dict[str, Any]) -> str | None:
+    """The message of a server's error that was saved in place of the file."""
     names = {name.lower(): name for name in value}
     if not names or not names.keys() <= _SERVERS_WORDS:
         return None

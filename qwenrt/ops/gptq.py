@@ -138,7 +138,7 @@ def _checked_g_idx(
 ) -> torch.Tensor:
     """``g_idx`` as int64 on the CPU, what it stands for where it is a placeholder, or CheckpointError."""
     asked = f"{name}: reading g_idx, the group of each of {in_features} inputs"
-    remedy = "Scales and g_idx are not of one quantisation: whoever made the file must write it anew."
+    remedy = "Scales and g_idx are not of one quantisation: its author must write the file again."
     if g_idx.is_floating_point() or tuple(g_idx.shape) != (in_features,):
         found = f"it has shape {list(g_idx.shape)} and dtype {dtype_name(g_idx.dtype)}"
         raise CheckpointError(asked, f"{found}, expected integers [{in_features}]", remedy)

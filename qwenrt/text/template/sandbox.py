@@ -85,7 +85,7 @@ class JinjaTemplate:
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text, a TemplateText where the template wrote some of it. ``variables`` hold str, numbers, None, lists
-        and dicts only; a plain str is text from outside.
+        and dicts only; a plain str is untrusted text.
 
         Raises RequestError with the template's own words where it refuses the conversation, and wherever it
         fails or goes over a limit.
@@ -99,7 +99,7 @@ class JinjaTemplate:
             raise RequestError(asked, error.found, error.remedy or _TOO_MUCH) from error
         except QwenrtError:
             raise
-        except Exception as error:  # the template is a program: it may fail in any way
+        except Exception as error:  # a template is a program: it may fail in any way
             remedy = _UNSUPPORTED if _NO_SUCH.match(str(error)) else _BROKEN
             raise RequestError(asked, f"{type(error).__name__}: {str(error)[:300]}", remedy) from error
         finally:
@@ -113,11 +113,11 @@ class JinjaTemplate:
 
 _BROKEN = "The template does not fit this conversation, or the file is damaged."
 _TOO_MUCH = (
-    "A template may do so much for a conversation of this size and no more: shorten it, or mend the template."
+    "The work a template may do is limited by the size of the conversation: shorten it, or fix the template."
 )
-_NOT_READ = "Mend the template, or take it away: then a built-in one serves."
+_NOT_READ = "Fix the template, or remove it: a built-in one is used then."
 _NO_SUCH = re.compile("No (?:filter|test) named")
-_UNSUPPORTED = "The template uses what is not supported here: write that part of it in another way."
+_UNSUPPORTED = "The template uses a feature that is not supported: write that part in another way."
 
 
 class _Generation(Extension):
@@ -144,7 +144,7 @@ class _Counted:
 
 
 class _Generator(CodeGenerator):
-    """Has the texts in a template written as the template's own."""
+    """Makes the literals of a template the template's own text."""
 
     def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
         if isinstance(node.value, str):
@@ -154,7 +154,7 @@ class _Generator(CodeGenerator):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja with everything replaced that makes values, so that each is accounted for in the current Budget."""
+    """Jinja with every operation that makes values replaced by one that charges the current Budget."""
 
     intercepted_binops = frozenset(_OPERATORS)
     code_generator_class = _Generator
@@ -265,7 +265,7 @@ def _added(left: str, right: str) -> str:
 
 @pass_context
 def _output(context: Context, value: Any) -> str:
-    """Everything that is written goes through here, into whichever buffer."""
+    """All output goes through here, into whichever buffer."""
     return str(current.get().made(text(value)))
 
 

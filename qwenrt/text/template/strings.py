@@ -1,4 +1,4 @@
-"""What a chat template does with text: writing values, the operators of text, the methods of str, each at its cost."""
+"""What a chat template does with text: writing values, operators, methods of str, each with its cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Lookup(Protocol):
 def text(value: Any) -> str:
     """A value as the text that a template writes for it. Objects of the renderer itself are never shown.
 
-    What is written for anything but a text is nobody's own: the template did not choose those characters.
+    What is written for a value other than a text is not the template's own: it did not choose those characters.
     """
     budget = current.get()
     if isinstance(value, str):
