@@ -23,7 +23,6 @@ class GenerationConfig:
 
     chat_format: str | None = None
     eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE
     stop_words_ids: tuple[tuple[int, ...], ...] = ()
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(top_p=0.8))
@@ -40,11 +39,9 @@ class GenerationConfig:
         for token in (t for s in stops for t in s):
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
                 raise bad(where, "a token id", token, "an integer >= 0")
-        pad = token_ids(generation, "pad_token_id", where)
         return cls(
             chat_format=chat_format,
             eos_token_ids=token_ids(generation, "eos_token_id", where),
-            pad_token_id=pad[0] if pad else None,
             max_window_size=integer(generation, "max_window_size", where, 1, 2**31, DEFAULT_MAX_WINDOW_SIZE),
             stop_words_ids=tuple(tuple(s) for s in stops),
             sampling=_sampling(generation, where),

@@ -36,10 +36,9 @@ logger = logging.getLogger("qwenrt")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: tensors and bytes of the checkpoint, names that are known and not needed; whether
-    packed weights of an earlier load were mapped."""
+    """What was loaded: bytes of the checkpoint, names of tensors that are known and not needed; whether packed weights
+    of an earlier load were mapped."""
 
-    num_tensors: int
     nbytes: int
     ignored: tuple[str, ...]
     mapped: bool = False
@@ -73,7 +72,7 @@ def load_weights(
     checkpoint = unstacked(checkpoint, config, table)
     inventory = take_inventory(checkpoint, model, config, table)
     inventory.raise_problems(checkpoint)
-    report = LoadReport(len(checkpoint.tensors), checkpoint.nbytes, tuple(inventory.ignored))
+    report = LoadReport(checkpoint.nbytes, tuple(inventory.ignored))
     cache: PackedCache | None = None
     if packed_cache is not None:
         settings = {"layers": rounding_description(quantize), "head": rounding_description(quantize_head)}
