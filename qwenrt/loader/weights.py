@@ -18,7 +18,7 @@ from qwenrt.config.quant import ROUNDED, rounded_group, rounding_description
 from qwenrt.errors import CapacityError, CheckpointError, memory_ran_out
 from qwenrt.loader.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
 from qwenrt.loader.checkpoint.formats import Fp8, ReadOptions
-from qwenrt.loader.checkpoint.inventory import Inventory, Loadable, parts_of, take_inventory, unstacked
+from qwenrt.loader.checkpoint.inventory import Inventory, Loadable, parts_of, split_experts, take_inventory
 from qwenrt.loader.checkpoint.names import table_for
 from qwenrt.loader.memory.footprint import codes_of
 from qwenrt.loader.packed_cache.cache import PackedCache
@@ -69,7 +69,7 @@ def load_weights(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     bits = quantize_bits(quantize, config)
     table = table_for(config.model_type)
-    checkpoint = unstacked(checkpoint, config, table)
+    checkpoint = split_experts(checkpoint, config, table)
     inventory = take_inventory(checkpoint, model, config, table)
     inventory.raise_problems(checkpoint)
     report = LoadReport(checkpoint.nbytes, tuple(inventory.ignored))
@@ -77,7 +77,7 @@ def load_weights(
     if packed_cache is not None:
         settings = {"layers": rounding_description(quantize), "head": rounding_description(quantize_head)}
         cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, settings)
-        if cache.fill(model, checkpoint, backend):
+        if cache.load_into(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
     head_bits = QUANTIZE_BITS.get(quantize_head or "") if config.has_head else None
     loader = _Loader(TensorReader(checkpoint), inventory, backend, dtype, bits, head_bits)
@@ -98,7 +98,7 @@ def load_weights(
             raise
         raise _out_of_memory(checkpoint, error) from error
     if cache is not None:
-        cache.keep(model, loader.reader)
+        cache.save(model, loader.reader)
     return report
 
 

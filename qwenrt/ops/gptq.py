@@ -12,11 +12,11 @@ from qwenrt.ops.stored import (
     SCALE_DTYPES,
     WORD_BITS,
     WORD_DTYPES,
+    bias_unless_zero,
     check_stored,
     dtype_name,
     gptq_shapes,
     half_scales,
-    real_bias,
 )
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import code_tensors, pack_words, unpack_words, with_codes
@@ -84,7 +84,7 @@ def unpack_gptq(
         bits=quant.bits,
         group_size=group_size,
         perm=perm,
-        bias=real_bias(bias),
+        bias=bias_unless_zero(bias),
         words=(qweight,),
         num_inputs=in_features,
     )

@@ -110,7 +110,7 @@ def take_inventory(
                 inventory.unexpected.append(f"{name} (the same as {slots[slot.part, slot.kind]})")
             slots[slot.part, slot.kind] = name
     if config.tie_word_embeddings:
-        _tie(inventory)
+        _tie_embeddings(inventory)
     check = _TensorCheck(checkpoint, config, table, inventory)
     for param, shape in model.tensor_specs.items():
         check.tensor(param, shape)
@@ -189,7 +189,7 @@ class _TensorCheck:
             self.inventory.misshaped.append(f"{name} {entry.dtype}, expected {' or '.join(dtypes)}")
 
 
-def _tie(inventory: Inventory) -> None:
+def _tie_embeddings(inventory: Inventory) -> None:
     """Embedding and head are one matrix, under whichever of the two names the file has it."""
     slots = inventory.slots
     if "embed_tokens" not in slots and "lm_head" in slots:
@@ -199,7 +199,7 @@ def _tie(inventory: Inventory) -> None:
         slots["lm_head"] = slots["embed_tokens"]
 
 
-def unstacked(checkpoint: Checkpoint, config: ModelConfig, table: NameTable) -> Checkpoint:
+def split_experts(checkpoint: Checkpoint, config: ModelConfig, table: NameTable) -> Checkpoint:
     """The same files with every tensor that holds a linear of all experts seen as one matrix for each expert.
 
     Some writers keep [experts, in, out], others [experts, out, in]: a shape that fits only one decides. What fits

@@ -66,7 +66,7 @@ class PackedCache:
         content = _content(checkpoint, config)
         return cls(directory / f"{name}-{key}.safetensors", {**settings, "content": content})
 
-    def fill(self, model: Loadable, checkpoint: Checkpoint, backend: Backend) -> bool:
+    def load_into(self, model: Loadable, checkpoint: Checkpoint, backend: Backend) -> bool:
         """Set the weights of ``model`` from the file; False where it is absent, damaged or of other content."""
         try:
             found = packed_file.open_file(self.path, self.wanted)
@@ -85,7 +85,7 @@ class PackedCache:
         logger.info("weights mapped from %s", self.path)
         return True
 
-    def keep(self, model: Loadable, reader: TensorReader) -> bool:
+    def save(self, model: Loadable, reader: TensorReader) -> bool:
         """Write the weights of ``model``, which ``reader`` read, for the next load; False, with a warning, where
         that fails."""
         writing = _Description(reader)

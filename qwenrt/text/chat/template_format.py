@@ -91,7 +91,7 @@ class TemplateFormat:
         request = _Request(tokenizer, template, variables, add_generation_prompt)
         if window is None:
             return self._prompt(request, checked)
-        remaining = _trimmings(checked)
+        remaining = _truncations(checked)
         dropped = bisect_left(
             range(len(remaining) - 1),
             True,
@@ -170,7 +170,7 @@ def _without_end(rendered: str, end: str) -> str:
     return rendered[:at]
 
 
-def _trimmings(messages: Sequence[Message]) -> list[list[Message]]:
+def _truncations(messages: Sequence[Message]) -> list[list[Message]]:
     """The conversation with its oldest 0, 1, 2, ... exchanges left out, down to the last one."""
     kept_first = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
     later = [

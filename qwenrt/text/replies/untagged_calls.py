@@ -79,7 +79,7 @@ class UntaggedBody:
             return self._takes_between(char)
         self._text.append(char)
         self._value(char)
-        return self._head is None or self._is_promising(char)
+        return self._head is None or self._may_be_call(char)
 
     def _takes_language(self, char: str) -> bool:
         if char.isspace() or char in "{[":
@@ -128,7 +128,7 @@ class UntaggedBody:
             if self._depth == 0:
                 self._state = "between"
 
-    def _is_promising(self, char: str) -> bool:
+    def _may_be_call(self, char: str) -> bool:
         """Whether what was read of the value, the first object of a list included, may begin a call of a tool."""
         assert self._head is not None
         if char.isspace() and not self._in_string:

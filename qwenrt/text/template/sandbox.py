@@ -25,7 +25,7 @@ from qwenrt.text.template.budget import CONTAINER, ITEM, MAX_INT_BITS, Budget, L
 from qwenrt.text.template.library import ATTRIBUTES, FILTERS, FUNCTIONS, TESTS, escaped
 from qwenrt.text.template.provenance import Escaped, TemplateText, joined, ownership
 from qwenrt.text.template.sources import MAX_SOURCE_CHARS
-from qwenrt.text.template.strings import METHODS, braces, concat, percent, text
+from qwenrt.text.template.strings import METHODS, concat, format_braces, format_percent, text
 
 MAX_TOKENS = 30_000  # the longest released template has a tenth; compiling takes seconds beyond
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -181,13 +181,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
 
     def wrap_str_format(self, value: Any) -> None:
-        """`call` has str.format done by `braces`."""
+        """`call` has str.format done by `format_braces`."""
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = current.get()
         budget.step()
         if operator == "%" and isinstance(left, str):
-            return percent(left, right)
+            return format_percent(left, right)
         if operator == "+" and isinstance(left, (str, list, tuple)):
             budget.reserve(budget.size(left) + budget.size(right))
             if isinstance(left, str) and isinstance(right, str):
@@ -211,9 +211,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             named = {key: value for key, value in named.items() if key not in _JINJAS}
             if name == "format":
-                return braces(owner, args, named, __self)
+                return format_braces(owner, args, named, __self)
             if name == "format_map":
-                return braces(owner, (), args[0], __self)
+                return format_braces(owner, (), args[0], __self)
             return METHODS[name](owner, *args, **named)
         if isinstance(owner, (list, tuple)):
             budget.read(owner, deep=True)  # it looks through its items

@@ -62,7 +62,7 @@ def concat(*values: Any) -> str:
 # ---- formats
 
 
-def percent(form: str, values: Any) -> str:
+def format_percent(form: str, values: Any) -> str:
     """The operator % of a str and the filter `format`, piece by piece: no width makes much out of nothing."""
     budget = current.get()
     arguments = _Arguments(values)
@@ -137,7 +137,9 @@ def _count(given: Any) -> int | None:
     raise LimitError("rendering", f"a width or precision of {given!r:.20}")
 
 
-def braces(form: str, args: Sequence[Any], named: Mapping[str, Any], lookup: Lookup, level: int = 0) -> str:
+def format_braces(
+    form: str, args: Sequence[Any], named: Mapping[str, Any], lookup: Lookup, level: int = 0
+) -> str:
     """str.format, piece by piece, its fields looked up as everywhere in the sandbox."""
     budget = current.get()
     if level > _MAX_NESTED:
@@ -155,7 +157,7 @@ def braces(form: str, args: Sequence[Any], named: Mapping[str, Any], lookup: Loo
         value = _field(field, args, named, lookup)
         if conversion is not None:
             value = _written(_WRITERS[conversion], value, budget)
-        spec = braces(spec or "", args, named, lookup, level + 1)
+        spec = format_braces(spec or "", args, named, lookup, level + 1)
         if spec:
             digits = re.findall("[0-9]+", spec)
             budget.reserve(_NUMBER + budget.size(value) + sum(_count(number) or 0 for number in digits))

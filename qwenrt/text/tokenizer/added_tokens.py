@@ -201,7 +201,7 @@ def _added_token(entry: object, token_id: object, where: str) -> AddedToken:
     return AddedToken(nfc(content) if normalized else content, token_id, special, normalized, **around)
 
 
-class Found(NamedTuple):
+class TokenMatch(NamedTuple):
     """Where a token stands in a text, with the white space that it takes along."""
 
     start: int
@@ -221,7 +221,7 @@ class AddedTokenFinder:
         starts = "".join(map(re.escape, sorted(lengths)))
         self._start = re.compile(f"[{starts}]") if starts else None
 
-    def find(self, text: str, words_only: bool = False) -> Iterator[Found]:
+    def find(self, text: str, words_only: bool = False) -> Iterator[TokenMatch]:
         """The tokens in the text, in their order. ``words_only``: control tokens are passed over, and what is
         inside them too."""
         end = position = 0
@@ -238,7 +238,7 @@ class AddedTokenFinder:
                 start -= 1
             while token.rstrip and stop < len(text) and text[stop] in _BLANK:
                 stop += 1
-            yield Found(start, stop, token.id)
+            yield TokenMatch(start, stop, token.id)
             end = position = stop
 
     def _at(self, text: str, start: int) -> AddedToken | None:
