@@ -26,7 +26,8 @@ from qwenrt.config import read_model_config
 from qwenrt.engine.model_runner import ntk_alpha
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops.types import CanonicalWeight, StepPlan
+from qwenrt.ops.steps import StepPlan
+from qwenrt.ops.types import CanonicalWeight
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/thread_pool.cpp")

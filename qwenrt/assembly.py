@@ -16,7 +16,8 @@ import torch
 from qwenrt import summary
 from qwenrt.arguments import flag, one_of, size
 from qwenrt.backends import registry, selfcheck
-from qwenrt.backends.base import Backend, Binding
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import Binding
 from qwenrt.config import Environment, GenerationConfig, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
 from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters
@@ -24,7 +25,7 @@ from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.embedding import Embedder
 from qwenrt.engine.async_engine import AsyncEngine
-from qwenrt.engine.engine import Engine
+from qwenrt.engine.engine import Engine, EngineOptions
 from qwenrt.errors import BackendError, CheckpointError, ConfigError
 from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.as_stored import as_stored
@@ -278,13 +279,7 @@ def _build(
         fill(model, dtype)
     backend.empty_cache()  # of what loading needed besides
     model.bind()
-    _report_fallbacks(model.backend.bindings, settings.fallback)
-    engine = Engine(
-        model,
-        backend,
-        text.tokenizer,
-        eos_token_ids=_eos(config, text),
-        vocab_limit=None if text.tokenizer is None else text.tokenizer.vocab_size,
+    options = EngineOptions(
         max_model_len=longest,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -292,6 +287,14 @@ def _build(
         kv_cache_dtype=settings.kv_cache_dtype,
         num_blocks=_num_blocks(config, backend, dtype, settings, longest),
     )
+    engine = Engine(
+        model,
+        text.tokenizer,
+        options,
+        eos_token_ids=_eos(config, text),
+        vocab_limit=None if text.tokenizer is None else text.tokenizer.vocab_size,
+    )
+    _report_fallbacks(backend.bindings, settings.fallback)
     built = Assembled(
         name,
         config,

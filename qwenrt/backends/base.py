@@ -6,105 +6,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, OpSpec
+from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
+from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.config.layers import kv_bytes_per_token
 from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.types import (
-    CanonicalWeight,
-    Experts,
-    Head,
-    LayerKV,
-    LayerWeights,
-    Packed,
-    StepInputs,
-    StepPlan,
-)
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class Stack(Protocol):
-    """A whole stack of layers over the cache as one function. ``has_head``: whether it knows the head as well."""
-
-    has_head: bool
-
-    def __call__(
-        self, x: torch.Tensor, step: StepInputs, kv: list[LayerKV], due: list[int] | None = None
-    ) -> torch.Tensor | None:
-        """x [T, D], which may be changed, one cache per layer -> the residual stream after the layers [T, D], or, where
-        ``due`` names tokens of the step, their logits [len(due), vocab_size]; None for a step it does not serve."""
-
+from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerKV, StepPlan, Vocabulary
+from qwenrt.ops.types import CanonicalWeight, Experts, Packed
 
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
 )
-# What a backend may override: the primitive ops; the seams of a decoder layer that compose them; and what a whole step
-# is asked for, where None stands for a device that has no way of its own.
-PRIMITIVES = ("rms_norm", "linear", "rotary", "store_kv", "attention", "silu_and_mul")
-SEAMS = {
-    "norm_linear": ("rms_norm", "linear"),
-    "rotary_store_kv": ("rotary", "store_kv"),
-    "linear_add": ("linear",),
-    "norm_gate_up_silu": ("rms_norm", "linear", "silu_and_mul"),
-    "norm_moe_add": ("rms_norm", "linear", "silu_and_mul"),
-}
-WHOLES = ("fuse_layers", "likeliest", "top")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an override serves, as data. Empty means no limit. ``needs``: conditions the backend checks by name."""
-
-    dtypes: tuple[torch.dtype, ...] = ()
-    head_dim: tuple[int, ...] = ()
-    kinds: tuple[str, ...] = ()  # Packed.kind of the weight
-    needs: tuple[str, ...] = ()
-    note: str = ""
-
-
-def native(
-    *,
-    dtypes: tuple[torch.dtype, ...] = (),
-    head_dim: tuple[int, ...] = (),
-    kinds: tuple[str, ...] = (),
-    needs: tuple[str, ...] = (),
-    note: str = "",
-) -> Callable[[Method], Method]:
-    """Marks a method as this device's own code and states where it serves; elsewhere the definition does."""
-    limits = Limits(dtypes, head_dim, kinds, needs, note)
-
-    def mark(method: Method) -> Method:
-        method.native = limits  # type: ignore[attr-defined]
-        return method
-
-    return mark
-
-
-@dataclass(frozen=True)
-class OpSpec:
-    """One use of an op at model build: which op, in which layer, with what shape facts."""
-
-    op: str
-    where: str
-    dtype: torch.dtype
-    head_dim: int = 0
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Binding:
-    """Which code serves one use of an op: the backend's own or the definition, and why not its own."""
-
-    op: str
-    where: str
-    kind: str
-    native: bool
-    why: str = ""
 
 
 @dataclass
@@ -162,10 +81,11 @@ class Backend:
         if op in WHOLES:  # called as they are; the others are bound by `resolve`
             setattr(self, op, getattr(Backend, op).__get__(self))
 
-    def note_wholes(self, fused: bool) -> None:
-        """Say in ``bindings`` which of WHOLES serve; ``fused``: whether the layers have one function."""
+    def note_wholes(self, stacks: list[Stack]) -> None:
+        """Say in ``bindings`` which of WHOLES serve; ``stacks``: those of a model."""
+        self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
-            serves = op not in self.demoted and (fused or op != "fuse_layers")
+            serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
             self.bindings.append(Binding(op, "model", "", serves, self.demoted.get(op, "")))
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
@@ -209,6 +129,11 @@ class Backend:
     ) -> torch.Tensor:
         return reference.attention(q, k, v, kv, plan, scale, window)
 
+    def decode_attention(
+        self, q: torch.Tensor, kv: LayerKV, plan: DecodePlan, scale: float, window: int = 0
+    ) -> torch.Tensor:
+        return reference.decode_attention(q, kv, plan, scale, window)
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.silu_and_mul(gate_up)
 
@@ -227,7 +152,7 @@ class Backend:
         sin: torch.Tensor,
         q_scale: torch.Tensor | None,
         kv: LayerKV | None,
-        plan: StepPlan,
+        plan: StepPlan | DecodePlan,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """qkv [T, (H + 2 KVH) hd] -> rotated q [T, H, hd] and k, v [T, KVH, hd], k and v stored as well.
 
@@ -265,19 +190,39 @@ class Backend:
         """
         normed = self.rms_norm(x, norm, eps)
         weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
-
-        def mlp(tokens: torch.Tensor, gate_up: Packed, down: Packed) -> torch.Tensor:
-            return self._wide_linear(self.silu_and_mul(self.linear(tokens, gate_up)), down, x.dtype)
-
         total = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             token, rank = (chosen == expert).nonzero(as_tuple=True)
-            y = mlp(normed.index_select(0, token), w.gate_up[expert], w.down[expert])
+            y = self._mlp(normed.index_select(0, token), w.gate_up[expert], w.down[expert], x.dtype)
             total = total.index_add(0, token, y * weights[token, rank].unsqueeze(-1))
-        if w.shared is not None and w.shared_gate is not None:
-            gate = torch.sigmoid(F.linear(normed, w.shared_gate.to(normed.dtype)))
-            total = total + gate * mlp(normed, *w.shared)
-        return x + total
+        return x + self._shared_expert(normed, w, total)
+
+    def _shared_expert(self, normed: torch.Tensor, w: Experts, total: torch.Tensor) -> torch.Tensor:
+        """``total`` [T, D] and what the expert that serves every token adds, where there is one."""
+        if w.shared is None or w.shared_gate is None:
+            return total
+        gate = torch.sigmoid(F.linear(normed, w.shared_gate.to(normed.dtype)))
+        return total + gate * self._mlp(normed, *w.shared, total.dtype)
+
+    def _mlp(self, x: torch.Tensor, gate_up: Packed, down: Packed, dtype: torch.dtype) -> torch.Tensor:
+        """[T, D] -> [T, D] in ``dtype``: one expert."""
+        return self._wide_linear(self.silu_and_mul(self.linear(x, gate_up)), down, dtype)
+
+    def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        """As norm_moe_add of few tokens, and the device is not asked which experts: ``w.stacked``."""
+        assert w.stacked is not None
+        gate_up, down = w.stacked
+        normed = self.rms_norm(x, norm, eps)
+        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+        chosen, order = chosen.sort(dim=-1)
+        weights = weights.gather(1, order).unsqueeze(-1)
+        total = torch.zeros_like(x)
+        for rank in range(w.top_k):
+            inner = self.silu_and_mul(reference.linear_of_each(normed, gate_up, chosen[:, rank]))
+            scaled = inner if x.dtype == normed.dtype else inner * 2.0**-_HEADROOM_BITS
+            y = reference.linear_of_each(scaled, down, chosen[:, rank]).to(x.dtype)
+            total = total + (y if x.dtype == normed.dtype else y * 2.0**_HEADROOM_BITS) * weights[:, rank]
+        return x + self._shared_expert(normed, w, total)
 
     def _wide_linear(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
         """linear(x) for a sum in ``dtype``. Some float16 models have outputs beyond 65504 at a few tokens: where the
@@ -286,27 +231,32 @@ class Backend:
             return self.linear(x, w)
         return self.linear(x * 2.0**-_HEADROOM_BITS, w).to(dtype) * 2.0**_HEADROOM_BITS
 
-    # ---- all layers at once
+    # ---- whole steps
 
-    def fuse_layers(self, layers: list[LayerWeights], head: Head, dtype: torch.dtype) -> Stack | None:
-        """One function for a whole stack of layers, where the device has one for these weights. The seams serve instead
-        wherever there is None, and the head's own ops where it has none."""
-        return None
+    def stacks(self, parts: StackParts) -> list[Stack]:
+        """What computes whole steps of a model, best first; the last one serves every step."""
+        seams = SeamStack(self, parts)
+        graphs = None if "stacks" in self.demoted else self.graphs()
+        return [seams] if graphs is None else [GraphStack(self, parts, graphs, seams), seams]
 
-    # ---- choosing tokens
+    def graphs(self) -> Graphs | None:
+        """How this device captures a step that decodes; None where nothing is gained: it computes as it is told."""
+        return None if self.device.type == "cpu" else EagerGraphs()
 
-    def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]] | None:
-        """Of each row of logits float32 [B, V]: the first of the largest, its value, and whether all are finite; None
-        where the device has no faster way than torch's argmax and sum."""
-        return None
+    @property
+    def depth(self) -> int:
+        """How many steps may be under way when the next one is begun: 1 where the device computes by itself."""
+        return 0 if self.device.type == "cpu" else 1
 
-    def top(
-        self, row: torch.Tensor, largest: float, heat: float, k: int, with_whole: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """The k largest of (row - largest) / heat, row float32 [V] and ``largest`` its largest -> values float32
-        [1, k], falling, their ids int64 [1, k], and the logsumexp of all V (0 unless ``with_whole``); None where
-        torch's topk is to serve. Of equal values any may be taken."""
-        return None
+    def choose(self, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> torch.Tensor:
+        """A token of each row of logits float32 [R, V >= vocabulary.size] -> int64 [R] on the device, NOT_FINITE where
+        a row is not finite, as reference.choose. Logits may be changed."""
+        logits = logits[:, : vocabulary.size]
+        unused = vocabulary.unused_on(logits.device) if vocabulary.unused else None
+        if all(draw.greedy for draw in draws):
+            return reference.choose(logits, None, 0, unused)
+        width = max(draw.width(logits.shape[1]) for draw in draws)
+        return reference.choose(logits, DrawTensors.of(draws, logits.device), width, unused)
 
     # ---- layouts
 
@@ -369,15 +319,32 @@ class Backend:
         """What alloc_kv takes for one slot of all layers."""
         return kv_bytes_per_token(num_layers, num_kv_heads, head_dim, dtype.itemsize, quantized)
 
-    def plan(
-        self, q_lens: list[int], kv_lens: list[int], block_table: list[list[int]], slots: list[int]
-    ) -> StepPlan:
-        """Host lists of one step -> what every layer of the step shares, on the device."""
-        return StepPlan(
-            q_lens, kv_lens, torch.tensor(slots, dtype=torch.int64, device=self.device), block_table
-        )
-
     # ---- the device
+
+    def send(self, values: list[int] | np.ndarray) -> torch.Tensor:
+        """Numbers of the host on the device, integers as int64, without waiting for it."""
+        host = (
+            torch.tensor(values, dtype=torch.int64) if isinstance(values, list) else torch.from_numpy(values)
+        )
+        if self.device.type == "cpu":
+            return host
+        host = host.pin_memory() if self.device.type == "cuda" else host  # kept until the copy is done
+        return host.to(self.device, non_blocking=True)
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to bring a tensor to the host -> what waits for it, and for nothing that is asked later, and gives
+        it."""
+        if tensor.device.type == "cpu":
+            return lambda: tensor
+        host = tensor.to("cpu", non_blocking=True)
+        done = torch.get_device_module(self.device).Event()
+        done.record()
+
+        def wait() -> torch.Tensor:
+            done.synchronize()
+            return host
+
+        return wait
 
     def configure(
         self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"

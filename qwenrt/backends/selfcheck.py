@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec
 from qwenrt.config.quant import ROUNDED
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.types import CanonicalWeight, LayerKV, StepPlan
+from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
+from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import with_codes
 
 # Largest error allowed, relative to the largest value of the definition's result.
@@ -48,8 +50,8 @@ def check(
         "silu_and_mul": lambda: _worst(_silu_and_mul(backend, dtype)),
         "rotary": lambda: _worst(_rotary(backend, dtype, heads)),
         "rotary_store_kv": lambda: _worst(_rotary_store_kv(backend, dtype, heads)),
-        "likeliest": lambda: _worst(_likeliest(backend)),
-        "top": lambda: _worst(_top(backend)),
+        "decode_attention": lambda: _worst(_decode_attention(backend, dtype, heads)),
+        "choose": lambda: _worst(_choose(backend)),
     }
     bad = {}
     for op, run in checks.items():
@@ -239,7 +241,7 @@ def _linear(
 
 
 def _store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
-    """Tokens to slots of several blocks, out of order and one nowhere; other slots must keep what they hold."""
+    """Tokens to slots of several blocks, out of order; other slots must keep what they hold."""
     _, num_kv_heads, head_dim = heads
     normal = _generator(backend)
     slots = _slots(backend)
@@ -252,10 +254,8 @@ def _store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int])
 
 
 def _slots(backend: Backend) -> torch.Tensor:
-    """Where 33 tokens go in a cache of four blocks: late ones first, the second token nowhere."""
-    slots = list(range(60, 27, -1))
-    slots[1] = -1
-    return torch.tensor(slots, device=backend.device)
+    """Where 33 tokens go in a cache of four blocks: late ones first."""
+    return backend.send(list(range(60, 27, -1)))
 
 
 def _two_caches(
@@ -284,7 +284,7 @@ def _rotary_store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int
     qkv[1] *= 1e-3  # as small as eps
     norms = (normal(head_dim).to(dtype), normal(head_dim).to(dtype), 1e-6)
     angles, q_scale = normal(tokens, head_dim // 2).repeat(1, 2), normal(tokens).abs() + 0.5
-    plan = backend.plan([tokens], [61], [[0, 1, 2, 3]], slots.tolist())
+    plan = StepPlan([tokens], [61], slots, [[0, 1, 2, 3]])
     offset, factor = normal(num_kv_heads, head_dim), normal(num_kv_heads, head_dim).abs().exp2()
     defined = Backend(backend.device)
     for qk_norms, scale, quantized in ((norms, q_scale, False), (None, None, False), (None, q_scale, True)):
@@ -319,8 +319,7 @@ def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]
     now = [slots[-q:] for q, slots in zip(q_lens, every, strict=True)]
     keys, values = (normal(sum(kv_lens), num_kv_heads, head_dim).to(dtype) for _ in range(2))
     index = torch.tensor([slot for slots in every for slot in slots], device=backend.device)
-    plan = backend.plan(q_lens, kv_lens, tables, [slot for slots in now for slot in slots])
-    plain = StepPlan(plan.q_lens, plan.kv_lens, plan.slots, tables)
+    plan = StepPlan(q_lens, kv_lens, backend.send([slot for slots in now for slot in slots]), tables)
     q = normal(plan.num_tokens, num_heads, head_dim).to(dtype)
     assert plan.slots is not None
     places = {slot: i for i, slot in enumerate(index.tolist())}
@@ -333,7 +332,30 @@ def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]
             args = (q, keys[step], values[step], kv)
             scale = head_dim**-0.5
             got = backend.attention(*args, plan, scale, window)
-            yield relative(got, reference.attention(*args, plain, scale, window))
+            yield relative(got, reference.attention(*args, plan, scale, window))
+
+
+def _decode_attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
+    """A token of each of three sequences over both kinds of cache, with NaN in unused slots and blocks of others behind
+    those in use; all keys, and a window."""
+    head_dim, num_kv_heads = heads[2], min(heads[1], 2)
+    num_heads = num_kv_heads * (heads[0] // heads[1])
+    normal, lengths = _generator(backend), (1, 37, 64)
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(3, 4).to(backend.device)
+    position = backend.send([length - 1 for length in lengths])
+    plan = DecodePlan(position, table, reference.decode_slots(table, position, _BLOCK))
+    slots = [
+        int(table[i, p // _BLOCK]) * _BLOCK + p % _BLOCK for i, n in enumerate(lengths) for p in range(n)
+    ]
+    keys, values = (normal(len(slots), num_kv_heads, head_dim).to(dtype) for _ in range(2))
+    q = normal(len(lengths), num_heads, head_dim).to(dtype)
+    for quantized in (False, True):
+        kv = backend.alloc_kv(1, 12, _BLOCK, num_kv_heads, head_dim, dtype, quantized)[0]
+        fill_cache(kv, math.nan)
+        reference.store_kv(keys, values, kv, backend.send(slots))
+        for window in (0, 20):
+            args = (q, kv, plan, head_dim**-0.5, window)
+            yield relative(backend.decode_attention(*args), reference.decode_attention(*args))
 
 
 # ---- between the linears
@@ -378,26 +400,35 @@ def _logits(backend: Backend) -> torch.Tensor:
     return logits
 
 
-def _likeliest(backend: Backend) -> Iterator[float]:
+# Ways to draw, each with several numbers: all tokens, the largest few, those that hold a share, and cuts between
+# equals.
+_DRAWS = [
+    Draw(temperature, top_k, top_p, min_p, uniform)
+    for temperature, top_k, top_p, min_p in (
+        (0.7, 65, 1.0, 0.0),
+        (0.7, 0, 0.6, 0.0),
+        (1.3, 40, 0.9, 0.01),
+        (1.0, 0, 1.0, 0.0),
+    )
+    for uniform in (0.02, 0.3, 0.55, 0.8, 0.97, 0.9999)
+]
+
+
+def _choose(backend: Backend) -> Iterator[float]:
+    """Greedy tokens of rows of all sorts, ids without a token among them; and drawn ones of a flat row, in which each
+    number has its own token."""
     logits = _logits(backend)
-    found = backend.likeliest(logits)
-    for (token, largest, finite), row in zip(found or (), logits, strict=found is not None):
-        numbers = row.nan_to_num(-math.inf, math.inf, -math.inf)
-        wanted = (int(numbers.argmax()), float(numbers.max()), bool(row.isfinite().all()))
-        yield 0.0 if (token, largest, finite) == wanted else math.inf
+    size = logits.shape[1]
+    unused = frozenset({0, 700, size - 1})
+    for vocabulary in (Vocabulary(size), Vocabulary(size - 1), Vocabulary(size, unused)):
+        yield _same_tokens(backend, logits, [Draw()] * len(logits), vocabulary)
+    row = logits[1].clamp(max=3.0) / 2  # a few equal ones at the top, and most of the mass in the middle
+    flat = row.expand(len(_DRAWS), size)
+    for vocabulary in (Vocabulary(size), Vocabulary(size, unused)):
+        yield _same_tokens(backend, flat, _DRAWS, vocabulary)
 
 
-def _top(backend: Backend) -> Iterator[float]:
-    row, heat, k = _logits(backend)[1], 0.7, 65
-    row[-1] = 4.5  # or nothing else counts
-    largest = float(row.max())
-    scaled = (row - largest) / heat
-    wanted, _ = scaled.topk(k)
-    for with_whole in (True, False):
-        found = backend.top(row, largest, heat, k, with_whole)
-        if found is None:
-            continue
-        values, ids, whole = found
-        yield relative(values[0], wanted)
-        yield relative(scaled[ids[0]], wanted) if len(set(ids[0].tolist())) == k else math.inf
-        yield abs(whole - (float(scaled.logsumexp(0)) if with_whole else 0.0))
+def _same_tokens(backend: Backend, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> float:
+    got = backend.choose(logits.clone(), draws, vocabulary)
+    wanted = Backend.choose(backend, logits.clone(), draws, vocabulary)
+    return 0.0 if got.shape == wanted.shape and bool((got == wanted).all()) else math.inf

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from qwenrt.engine.engine import Engine, Request
+from qwenrt.engine.engine import Engine
 from qwenrt.engine.output_processor import RequestOutput
+from qwenrt.engine.requests import Request
 from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams

@@ -42,10 +42,6 @@ class BlockManager:
         """How many blocks hold ``num_tokens``."""
         return -(-num_tokens // self.block_size)
 
-    def users(self, block: int) -> int:
-        """How many sequences hold a block."""
-        return self._users[block]
-
     def admit(self, seq: Sequence, reserve: int = 0) -> bool:
         """Give a sequence without blocks room for all its tokens, shared ones first; False (and nothing
         changed) where fewer than ``reserve`` blocks would stay free. Sets ``num_computed`` to the tokens found
@@ -60,7 +56,7 @@ class BlockManager:
                 del self._idle[block]
             self._users[block] += 1
         seq.block_table = found + [self._take() for _ in range(missing)]
-        seq.num_computed = len(found) * self.block_size
+        seq.num_computed = seq.num_stored = len(found) * self.block_size
         seq.num_committed = len(found)
         if found:
             seq.chain = self._registered[found[-1]][1]
@@ -68,7 +64,7 @@ class BlockManager:
 
     def grow(self, seq: Sequence) -> bool:
         """Make sure a running sequence has a slot for its last token; False where no block is free."""
-        if len(seq.token_ids) <= len(seq.block_table) * self.block_size:
+        if seq.num_known <= len(seq.block_table) * self.block_size:
             return True
         if self.num_free == 0:
             return False
@@ -80,7 +76,7 @@ class BlockManager:
         if not self.prefix_caching:
             return
         size = self.block_size
-        while (seq.num_committed + 1) * size <= seq.num_computed:
+        while (seq.num_committed + 1) * size <= seq.num_stored:
             i = seq.num_committed
             key: Key = (seq.chain, tuple(seq.token_ids[i * size : (i + 1) * size]))
             same = self._by_key.get(key)
@@ -108,13 +104,6 @@ class BlockManager:
         for block in seq.block_table:
             if block in self._registered:
                 self._unregister(block)
-
-    def clear(self) -> None:
-        """Forget every shared block, for when the weights change."""
-        for block in list(self._registered):
-            self._unregister(block)
-        self._blank.extend(self._idle)
-        self._idle.clear()
 
     def _find(self, seq: Sequence) -> list[int]:
         if not self.prefix_caching:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
@@ -11,35 +13,23 @@ from typing import Any
 
 import torch
 
-from qwenrt.backends.base import Backend
+from qwenrt.backends.stack import Outcome
 from qwenrt.engine.block_manager import BlockManager
-from qwenrt.engine.kv_cache import KVCache, block_bytes
+from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
+from qwenrt.engine.requests import Bounds, Request
 from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
-from qwenrt.errors import BackendError, CapacityError, ConfigError, QwenrtError, RequestError, shown
+from qwenrt.errors import BackendError, CapacityError, ConfigError, QwenrtError, RequestError
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
+from qwenrt.ops.steps import Draw, Vocabulary
 from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
-
-MAX_STOP_SEQUENCES = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked request: what `Engine.check` makes and `Engine.enqueue` takes."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    rules: StopRules
-    skip_special_tokens: bool
-    replies: tuple[ReplyStream, ...] = ()
 
 
 @dataclass
@@ -50,14 +40,55 @@ class _Running:
     open: dict[int, OutputProcessor] = field(default_factory=dict)  # by index
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """max_model_len: prompt and answer together, in tokens. max_num_seqs: sequences computed together;
+    max_num_batched_tokens: tokens a step. The cache has ``num_blocks`` blocks of ``block_size`` tokens, or without a
+    number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
+    way when the next one is begun; the backend's choice if not given. Raises ConfigError."""
+
+    max_model_len: int
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    num_blocks: int | None = None
+    prefix_caching: bool = True
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")
+        if self.num_blocks is None:
+            blocks = self.max_num_seqs * -(-self.max_model_len // self.block_size)
+            object.__setattr__(self, "num_blocks", blocks)
+
+    @property
+    def blocks(self) -> int:
+        """num_blocks, chosen."""
+        assert self.num_blocks is not None
+        return self.num_blocks
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step under way: its sequences, each with the tokens of its cache that hold what they must when it is done, and
+    the cache it began with (its epoch); and those whose next token it chooses, in the order of the outcome's rows."""
+
+    batch: list[tuple[Sequence, int]]
+    stored: list[tuple[Sequence, int, int]]
+    choosing: list[Sequence]
+    draws: list[Draw | None]
+    outcome: Outcome
+
+
 class Engine:
     """Many requests over one model: continuous batching, chunked prefill, a paged cache with shared prefixes.
 
     eos_token_ids: end a text unless ignore_eos. vocab_limit: the real size of the vocabulary, ids from there on
-    are never drawn (None: no padding), nor are ids that the tokenizer has no token for. max_model_len: prompt
-    and answer together, in tokens. max_num_seqs: sequences computed together; max_num_batched_tokens: tokens a
-    step. The cache has ``num_blocks`` blocks of ``block_size`` tokens, or as many as ``cache_bytes`` holds;
-    without either, max_num_seqs times max_model_len. A context can be no longer than the cache.
+    are never drawn (None: no padding), nor are ids that the tokenizer has no token for.
 
     Not safe for threads: AsyncEngine puts a thread around it. `check` may be called from any thread.
     """
@@ -65,64 +96,64 @@ class Engine:
     def __init__(
         self,
         model: Qwen,
-        backend: Backend,
         tokenizer: Tokenizer | None,
+        options: EngineOptions,
         *,
         eos_token_ids: Iterable[int] = (),
         vocab_limit: int | None = None,
-        max_model_len: int,
-        max_num_seqs: int = 16,
-        max_num_batched_tokens: int = 512,
-        block_size: int = 16,
-        kv_cache_dtype: str = "auto",
-        num_blocks: int | None = None,
-        cache_bytes: int | None = None,
-        prefix_caching: bool = True,
     ) -> None:
-        sizes = {
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "block_size": block_size,
-        }
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")
-        per_block = block_bytes(model.config, backend, model.dtype, kv_cache_dtype, block_size)
-        if num_blocks is None:
-            num_blocks = max_num_seqs * -(-max_model_len // block_size)
-            num_blocks = num_blocks if cache_bytes is None else min(num_blocks, cache_bytes // per_block)
-        if num_blocks < 1:
-            raise CapacityError(
-                "a KV cache",
-                f"{cache_bytes} bytes hold no block of {block_size} tokens ({per_block} bytes)",
-                'Give it more memory, or set kv_cache_dtype="int8".',
-            )
-        self._config, self._tokenizer = model.config, tokenizer
+        backend, self._config, self._tokenizer = model.backend, model.config, tokenizer
         self._eos = tuple(eos_token_ids)
-        self.max_model_len = max_model_len
-        self.context_limit = min(max_model_len, num_blocks * block_size)
+        rows = min(options.max_num_seqs, options.max_num_batched_tokens)
         cache = KVCache(
             model.config,
             backend,
             model.dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            block_size=block_size,
-            num_blocks=num_blocks,
+            kv_cache_dtype=options.kv_cache_dtype,
+            block_size=options.block_size,
+            num_blocks=options.blocks,
+            num_spare=0 if backend.graphs() is None else rows,
         )
-        if kv_cache_dtype == "int8":
+        if options.kv_cache_dtype == "int8":
             model.fit_key_codes(cache.layers)
-        self.cache_bytes = cache.nbytes
-        self.runner = ModelRunner(model, backend, cache)
-        self.blocks = BlockManager(num_blocks, block_size, prefix_caching)
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
         size = min(vocab_limit or model.config.vocab_size, model.config.vocab_size)
-        self.sampler = Sampler(vocab_limit, _absent_ids(tokenizer, size), backend)
+        vocabulary = Vocabulary(size, frozenset(_unused_ids(tokenizer, size)))
+        self._bounds = Bounds(
+            model.config.vocab_size,
+            options.max_model_len,
+            options.blocks,
+            options.block_size,
+            tokenizer is not None,
+        )
+        self.cache_bytes = cache.nbytes
+        self.runner = ModelRunner(
+            model,
+            backend,
+            cache,
+            vocabulary,
+            max_num_seqs=rows,
+            max_model_len=self._bounds.context_limit,
+            depth=options.depth,
+        )
+        self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching)
+        self.scheduler = Scheduler(self.blocks, options.max_num_seqs, options.max_num_batched_tokens)
+        self.sampler = Sampler(vocabulary, backend)
         self.num_generated = 0
         self._ids = itertools.count()
         self._seq_ids = itertools.count()
         self._requests: dict[str, _Running] = {}
+        self._launched: deque[_Launched] = deque()
         self._outbox: list[RequestOutput] = []
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._bounds.max_model_len
+
+    @property
+    def context_limit(self) -> int:
+        """The same, as far as the cache reaches."""
+        return self._bounds.context_limit
 
     # ---- requests
 
@@ -148,33 +179,11 @@ class Engine:
         ``replies``: what reads each of the n completions, where they are answers with thoughts or calls. Raises
         RequestError, or CapacityError where the cache can never hold it.
         """
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                "sampling_params", f"got {type(params).__name__}", "Pass a qwenrt.SamplingParams."
-            )
+        self._bounds.check_params(params)
         self.runner.model.needs_head("generating")
         self.runner.model.needs_causal("generating")
-        prompt = self._check_prompt(prompt_token_ids)
-        if params.stop and self._tokenizer is None:
-            raise RequestError(
-                f"stop={list(params.stop)!r:.80}",
-                "this model has no tokenizer to find text with",
-                "Use stop_token_ids.",
-            )
-        outside = [i for i in params.logit_bias or () if i >= self._config.vocab_size]
-        if outside:
-            raise RequestError(
-                f"logit_bias for token {shown(outside[0])}",
-                f"the vocabulary has {self._config.vocab_size} ids",
-                f"Ids go from 0 to {self._config.vocab_size - 1}.",
-            )
-        sequences = [_stop_sequence(s) for s in stop_sequences]
-        if len(sequences) > MAX_STOP_SEQUENCES:
-            raise RequestError(
-                "stop_sequences",
-                f"{len(sequences)} of them",
-                f"At most {MAX_STOP_SEQUENCES} are searched for.",
-            )
+        prompt = self._bounds.check_prompt(prompt_token_ids)
+        sequences = self._bounds.check_stops(stop_sequences)
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos))
         rules = StopRules.build(ends, sequences, self.context_limit)
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
@@ -188,16 +197,23 @@ class Engine:
             )
         running = self._requests[request.request_id] = _Running(request)
         leader: Sequence | None = None
-        for index in range(request.params.n):
+        params, prompt = request.params, request.prompt_token_ids
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        most = request.rules.context_limit
+        if params.max_tokens is not None:
+            most = min(most, len(prompt) + params.max_tokens)
+        for index in range(params.n):
             seq = Sequence(
                 next(self._seq_ids),
-                request.prompt_token_ids,
-                request.params,
-                alpha=ntk_alpha(len(request.prompt_token_ids), self._config),
+                prompt,
+                params,
+                ntk_alpha=ntk_alpha(len(prompt), self._config),
                 request_id=request.request_id,
                 index=index,
                 leader=leader if self.blocks.prefix_caching else None,
-                banned_until_min=tuple(request.rules.ids) if request.params.min_tokens else (),
+                banned_until_min=tuple(request.rules.ids) if params.min_tokens else (),
+                max_len=most,
+                seed=seed,
             )
             leader = leader or seq
             reply = request.replies[index] if request.replies else None
@@ -216,30 +232,28 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute or report anything."""
-        return bool(self._requests or self._outbox)
+        return bool(self._requests or self._outbox or self._launched)
 
     # ---- the loop
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch -> what each completion in it gained, and the ends of cancelled requests.
+        """Begin to compute one batch, and finish those begun before -> what each completion gained, and the ends of
+        cancelled requests.
 
-        A failure within the computation ends the requests of this batch with a typed error; the others go on.
+        A failure within the computation ends the requests of its batch with a typed error; the others go on.
         """
-        batch = self.scheduler.schedule()
-        if batch:
-            try:
-                due, sampled = self._compute(batch)
-            except Exception as error:
-                self._fail(batch, error)
-            else:
-                self._postprocess(batch, due, sampled)
+        begun = self._launch()
+        # The host chooses some of its tokens: the next step cannot begin before.
+        waits = begun is None or None in begun.draws
+        for _ in range(len(self._launched) - (0 if waits else self.runner.depth)):
+            self._collect(self._launched.popleft())
         outputs, self._outbox = self._outbox, []
         return outputs
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """The logits after each token of a text -> float32 [num_tokens, vocab_size] on the CPU; leaves no trace."""
         self.runner.model.needs_head("logits")
-        ids = self._check_ids(token_ids)
+        ids = self._bounds.check_ids(token_ids)
         if len(ids) > self.max_model_len:
             raise RequestError(
                 f"logits of {len(ids)} tokens",
@@ -258,7 +272,7 @@ class Engine:
     def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
         """The logits of ``token_ids`` after each prompt -> float32 [len(prompts), len(token_ids)] on the CPU."""
         self.runner.model.needs_head("logits")
-        ids = self._check_ids(token_ids)
+        ids = self._bounds.check_ids(token_ids)
         self.runner.model.needs_causal("scoring what comes next")
 
         def read(states: list[torch.Tensor]) -> torch.Tensor:
@@ -271,7 +285,7 @@ class Engine:
     ) -> torch.Tensor:
         if not prompts:
             raise RequestError("reading texts", "an empty list", "Pass at least one text.")
-        checked = [self._check_ids(prompt) for prompt in prompts]
+        checked = [self._bounds.check_ids(prompt) for prompt in prompts]
         longest = max(map(len, checked))
         if longest > self.max_model_len:
             raise RequestError(
@@ -300,24 +314,42 @@ class Engine:
 
     # ---- inside
 
-    def _compute(self, batch: list[tuple[Sequence, int]]) -> tuple[list[Sequence], Sampled]:
-        logits = self.runner.step(batch)
-        due = [seq for seq, count in batch if count == seq.num_remaining]
-        if logits is None:
-            return due, Sampled([], [])
-        return due, self.sampler.sample(logits, due)
+    def _launch(self) -> _Launched | None:
+        """Begin to compute what is scheduled now; None where nothing is, or where it failed."""
+        batch = self.scheduler.schedule()
+        if not batch:
+            return None
+        try:
+            outcome, draws = self.runner.launch(batch, self.sampler.draw_of)
+        except Exception as error:
+            self._fail(batch, error)
+            return None
+        choosing = [seq for seq, count in batch if self.scheduler.launch(seq, count)]
+        stored = [(seq, seq.num_computed, seq.epoch) for seq, _ in batch]
+        self._launched.append(_Launched(batch, stored, choosing, draws, outcome))
+        return self._launched[-1]
 
-    def _postprocess(self, batch: list[tuple[Sequence, int]], due: list[Sequence], sampled: Sampled) -> None:
-        failed = {
-            seq.request_id: seq for seq, token in zip(due, sampled.token_ids, strict=True) if token is None
-        }
+    def _collect(self, done: _Launched) -> None:
+        """Wait for a step, and give its tokens to those sequences that still go on."""
+        for seq in done.choosing:
+            seq.in_flight -= 1
+        try:
+            sampled = self._sampled(done)
+        except Exception as error:
+            self._fail(done.batch, error)
+            return
+        going_on = [
+            (seq, token, logprob)
+            for seq, token, logprob in zip(done.choosing, sampled.token_ids, sampled.logprobs, strict=True)
+            if seq.status is not Status.FINISHED
+        ]
+        failed = {seq.request_id: seq for seq, token, _ in going_on if token is None}
         for seq in failed.values():
-            self._end_request(seq.request_id, self._non_finite(seq), distrust=True)
-        for seq, count in batch:
-            if seq.status is Status.RUNNING:
-                self.scheduler.advance(seq, count)
-        for seq, token, logprob in zip(due, sampled.token_ids, sampled.logprobs, strict=True):
-            if token is None or seq.status is not Status.RUNNING:
+            self._end_request(seq.request_id, self._non_finite(seq), discard_cache=True)
+        for seq, num_stored, epoch in done.stored:
+            self.scheduler.collect(seq, num_stored, epoch)
+        for seq, token, logprob in going_on:
+            if token is None or seq.status is Status.FINISHED:
                 continue
             seq.token_ids.append(token)
             self.num_generated += 1
@@ -327,6 +359,17 @@ class Engine:
                 self._end_request(seq.request_id, error)
             else:
                 self._report(seq, delta)
+
+    def _sampled(self, done: _Launched) -> Sampled:
+        """What a step chose, and what the host chooses from its logits."""
+        sampled = Sampled(done.outcome.tokens(), [None] * len(done.choosing))
+        ours = [row for row, draw in enumerate(done.draws) if draw is None]
+        ours = [row for row in ours if done.choosing[row].status is not Status.FINISHED]
+        if ours:
+            found = self.sampler.sample(done.outcome.logits[ours], [done.choosing[row] for row in ours])
+            for row, token, logprob in zip(ours, found.token_ids, found.logprobs, strict=True):
+                sampled.token_ids[row], sampled.logprobs[row] = token, logprob
+        return sampled
 
     def _report(self, seq: Sequence, delta: Delta) -> None:
         if delta.finish_reason is None:
@@ -344,17 +387,19 @@ class Engine:
         typed = _typed(error, f"computing {count} tokens of {len(batch)} sequences")
         typed.__cause__ = error
         traceback.clear_frames(error.__traceback__)  # whoever keeps the error does not keep its tensors
-        for request_id in dict.fromkeys(seq.request_id for seq, _ in batch):
-            self._end_request(request_id, typed, distrust=True)
+        for request_id in dict.fromkeys(
+            seq.request_id for seq, _ in batch if seq.status is not Status.FINISHED
+        ):
+            self._end_request(request_id, typed, discard_cache=True)
 
-    def _end_request(self, request_id: str, error: QwenrtError | None, distrust: bool = False) -> None:
-        """Free what a request holds and report its end; ``distrust``: its cache blocks may hold anything."""
+    def _end_request(self, request_id: str, error: QwenrtError | None, discard_cache: bool = False) -> None:
+        """Free what a request holds and report its end; ``discard_cache``: its cache blocks may hold anything."""
         running = self._requests.pop(request_id)
         ends = list(running.open.values())
         for i, end in enumerate(ends):
             seq = end.seq
             delta = end.abort()
-            if distrust:
+            if discard_cache:
                 self.blocks.forget(seq)
             self._release(seq)
             self._outbox.append(RequestOutput(request_id, delta, i == len(ends) - 1, error))
@@ -366,7 +411,7 @@ class Engine:
     def _non_finite(self, seq: Sequence) -> BackendError:
         """The error that names the layer where the numbers of a sequence overflowed."""
         try:
-            where = self.runner.first_overflow(seq.token_ids, seq.alpha)
+            where = self.runner.first_overflow(seq.token_ids, seq.ntk_alpha)
         except Exception as error:  # the computation itself is in doubt here: say what is known
             where = f"a part that could not be found ({type(error).__name__})"
         return BackendError(
@@ -375,61 +420,12 @@ class Engine:
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
 
-    def _check_prompt(self, prompt_token_ids: List[int]) -> list[int]:
-        prompt = self._check_ids(prompt_token_ids)
-        if len(prompt) > self.max_model_len - 1:
-            raise RequestError(
-                f"a prompt of {len(prompt)} tokens",
-                f"the context is {self.max_model_len} tokens, one of them for the answer",
-                "Shorten the prompt, or load with a larger max_model_len.",
-            )
-        if len(prompt) > self.context_limit - 1:
-            raise CapacityError(
-                f"a prompt of {len(prompt)} tokens",
-                f"the KV cache holds {self.context_limit} tokens in {self.blocks.num_blocks} blocks",
-                'Shorten the prompt, free memory before loading, or set kv_cache_dtype="int8".',
-            )
-        return prompt
 
-    def _check_ids(self, token_ids: List[int]) -> list[int]:
-        if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, List):
-            raise RequestError(
-                "prompt token ids", f"got {type(token_ids).__name__}", "Pass a list of integers."
-            )
-        ids = list(token_ids)
-        if not ids:
-            raise RequestError("prompt token ids", "an empty list", "Pass at least one token.")
-        size = self._config.vocab_size
-        for i in ids:
-            if type(i) is not int or not 0 <= i < size:
-                raise RequestError(
-                    f"prompt token id {shown(i)}",
-                    f"the vocabulary has {size} ids",
-                    f"Ids are integers from 0 to {size - 1}.",
-                )
-        return ids
-
-
-def _absent_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
+def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
     """The ids below ``size`` that lie in gaps of an extended vocabulary: they have no token."""
     if tokenizer is None:
         return []
     return [i for i in tokenizer.unused_ids() if i < size]
-
-
-def _stop_sequence(sequence: object) -> tuple[int, ...]:
-    ok = (
-        isinstance(sequence, List)
-        and not isinstance(sequence, (str, bytes))
-        and 0 < len(sequence) <= MAX_STOP_SEQUENCES
-        and all(type(i) is int and i >= 0 for i in sequence)
-    )
-    if not ok:
-        raise RequestError(
-            "stop_sequences", f"one is {sequence!r:.80}", "Each must be a non-empty list of token ids."
-        )
-    assert isinstance(sequence, List)
-    return tuple(sequence)
 
 
 def _typed(error: Exception, asked: str) -> QwenrtError:

@@ -7,13 +7,14 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CapacityError, ConfigError
-from qwenrt.ops.types import LayerKV
+from qwenrt.ops.steps import LayerKV
 
 KV_CACHE_DTYPES = ("auto", "int8")
 
 
 class KVCache:
-    """``layers``: one LayerKV per decoder layer, ``num_blocks`` blocks of ``block_size`` slots each.
+    """``layers``: one LayerKV per decoder layer, ``num_blocks`` blocks of ``block_size`` slots each, and behind them
+    ``spare_blocks``, which no sequence owns.
 
     ``kv_cache_dtype`` "auto" keeps the activation dtype, "int8" codes each token and head with its own range.
     """
@@ -27,10 +28,13 @@ class KVCache:
         kv_cache_dtype: str,
         block_size: int,
         num_blocks: int,
+        num_spare: int = 0,
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.nbytes = num_blocks * block_bytes(config, backend, dtype, kv_cache_dtype, block_size)
-        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.spare_blocks = list(range(num_blocks, num_blocks + num_spare))
+        every = num_blocks + num_spare
+        self.nbytes = every * block_bytes(config, backend, dtype, kv_cache_dtype, block_size)
+        shape = (config.num_layers, every, block_size, config.num_kv_heads, config.head_dim)
         try:
             self.layers: list[LayerKV] = backend.alloc_kv(*shape, dtype, kv_cache_dtype == "int8")
         except (RuntimeError, MemoryError) as error:

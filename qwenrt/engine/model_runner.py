@@ -1,32 +1,87 @@
-"""From a scheduled step to logits: flat tensors in, one row per sequence that is due a token out."""
+"""From a scheduled batch to a step, and to the stack that computes it; whole texts without a cache."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from qwenrt.backends.base import Backend
+from qwenrt.backends.stack import Outcome, StackParts
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.sequence import Sequence
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops.types import StepPlan
+from qwenrt.ops.steps import FROM_BEFORE, Draw, Step, StepPlan, Vocabulary
+
+DrawOf = Callable[[Sequence], Draw | None]
 
 
 class ModelRunner:
-    """Runs one model over one paged cache."""
+    """Runs one model over one paged cache. ``depth``: how many steps may be under way when the next one is begun."""
 
-    def __init__(self, model: Qwen, backend: Backend, cache: KVCache) -> None:
+    def __init__(
+        self,
+        model: Qwen,
+        backend: Backend,
+        cache: KVCache,
+        vocabulary: Vocabulary,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        depth: int | None = None,
+    ) -> None:
         self.model, self.backend, self.cache = model, backend, cache
+        self.depth = backend.depth if depth is None else depth
+        parts = StackParts(model, cache.layers, vocabulary, max_num_seqs, max_model_len, cache.spare_blocks)
+        self.stacks = backend.stacks(parts)
+        backend.note_wholes(self.stacks)
+        self._last: tuple[dict[int, int], Outcome] | None = None  # rows of the step before, by sequence
 
     @torch.no_grad()
-    def step(self, batch: list[tuple[Sequence, int]]) -> torch.Tensor | None:
-        """Compute the scheduled tokens of each sequence and store their keys and values.
+    def launch(self, batch: list[tuple[Sequence, int]], draw_of: DrawOf) -> tuple[Outcome, list[Draw | None]]:
+        """Begin to compute the scheduled tokens of each sequence: their keys and values are stored, and of each
+        sequence whose tokens are then all computed the next one is chosen, as ``draw_of`` says -> the outcome, a row
+        for each of these in order, and how each is drawn."""
+        step, rows = self.step_of(batch, draw_of)
+        stack = next(stack for stack in self.stacks if stack.why_not(step) is None)
+        before = None if self._last is None else self._last[1]
+        self._last = None
+        outcome = stack.run(step, before)
+        if self.depth:
+            self._last = rows, outcome
+        return outcome, step.draws
 
-        -> float32 logits [R, vocab_size], a row for each sequence whose tokens are then all computed, in the
-        batch's order; None where every sequence is still within its prompt.
-        """
-        token_ids, plan, alphas, due = self._prepare(batch)
-        return self.model.next_logits(token_ids, plan, alphas, self.cache.layers, due)
+    def step_of(self, batch: list[tuple[Sequence, int]], draw_of: DrawOf) -> tuple[Step, dict[int, int]]:
+        """A batch in numbers, and the row of logits of each sequence that gets a token."""
+        ids: list[int] = []
+        logit_rows: list[int] = []
+        draws: list[Draw | None] = []
+        rows: dict[int, int] = {}
+        fed: list[int] = []
+        for seq, count in batch:
+            start, end = seq.num_computed, seq.num_computed + count
+            ids.extend(seq.token_ids[start:end])
+            fed.append(-1)
+            if end > len(seq.token_ids):
+                assert self._last is not None and end == len(seq.token_ids) + 1
+                ids.append(FROM_BEFORE)
+                fed[-1] = self._last[0][seq.seq_id]
+            if end == seq.num_known:
+                rows[seq.seq_id] = len(logit_rows)
+                logit_rows.append(len(ids) - 1)
+                draws.append(draw_of(seq))
+        step = Step(
+            [count for _, count in batch],
+            [seq.num_computed + count for seq, count in batch],
+            [seq.block_table for seq, _ in batch],
+            [seq.ntk_alpha for seq, _ in batch],
+            ids,
+            logit_rows,
+            draws,
+            fed,
+        )
+        return step, rows
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -56,25 +111,3 @@ class ModelRunner:
 
     def _cacheless(self, lens: list[int]) -> StepPlan:
         return StepPlan(lens, lens, causal=self.model.config.is_causal)
-
-    def _prepare(
-        self, batch: list[tuple[Sequence, int]]
-    ) -> tuple[torch.Tensor, StepPlan, list[int], list[int]]:
-        size = self.cache.block_size
-        ids: list[int] = []
-        slots: list[int] = []
-        due: list[int] = []
-        for seq, count in batch:
-            start, end, table = seq.num_computed, seq.num_computed + count, seq.block_table
-            ids.extend(seq.token_ids[start:end])
-            slots.extend(table[p // size] * size + p % size for p in range(start, end))
-            if end == len(seq.token_ids):
-                due.append(len(ids) - 1)
-        plan = self.backend.plan(
-            [count for _, count in batch],
-            [seq.num_computed + count for seq, count in batch],
-            [seq.block_table for seq, _ in batch],
-            slots,
-        )
-        token_ids = torch.tensor(ids, dtype=torch.int64, device=self.backend.device)
-        return token_ids, plan, [seq.alpha for seq, _ in batch], due

@@ -2,132 +2,84 @@
 
 The order: ids past the real vocabulary cut off, those in its gaps ruled out; log-probabilities taken for who
 asked; logit_bias; repetition, presence and frequency penalties; ids banned before min_tokens; then the
-likeliest token, or temperature, top_k, top_p, min_p and a draw.
+likeliest token, or temperature, top_k, top_p, min_p and a draw (ops/reference.py, `choose`). Rows that need only the
+last part are chosen where their logits are computed; here are the others.
 """
 
 from __future__ import annotations
 
-import math
-import random
-import secrets
-from collections.abc import Callable, Iterable
+import hashlib
+import struct
 from dataclasses import dataclass
 
 import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.engine.sequence import Sequence
+from qwenrt.ops.steps import Draw, Vocabulary
 from qwenrt.outputs import TokenLogprob
 from qwenrt.sampling_params import SamplingParams
-
-# How many of the likeliest tokens are sorted first; the whole vocabulary only where they hold less than top_p.
-_FIRST_SORTED = 1024
-# By how much a sum of probabilities may differ between two ways to add them up, with a wide margin.
-_SUMS_DIFFER = 1e-5
-
-Seen = tuple[int, float, bool]  # of a row: its first largest, that logit, whether all are finite
 
 
 @dataclass
 class Sampled:
-    """One step's outcome, in the order of the rows. A token is None where its logits were not finite."""
+    """What the host chose, in the order of the rows. A token is None where its logits were not finite."""
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]
 
 
 class Sampler:
-    """Keeps what each sequence's sampling needs between steps: its random numbers and its token counts.
+    """How each sequence's next token is chosen: by a Draw wherever that depends on its logits alone, else here.
 
-    ``vocab_limit``: ids from here on are padding of the embedding and never drawn; ``absent``: nor are these
-    below it, which have no token. What ``backend`` does better than torch it does; tokens are the same.
+    It keeps the token counts of sequences with penalties.
     """
 
-    def __init__(
-        self, vocab_limit: int | None = None, absent: Iterable[int] = (), backend: Backend | None = None
-    ) -> None:
-        self.vocab_limit = vocab_limit
-        self._absent = torch.tensor(list(absent), dtype=torch.int64)
-        self._absent_ids = frozenset(self._absent.tolist())
-        self._backend = backend
-        self._randoms: dict[int, random.Random] = {}
+    def __init__(self, vocabulary: Vocabulary, backend: Backend) -> None:
+        self._vocabulary, self._backend = vocabulary, backend
+        self._unused: torch.Tensor | None = None
         self._counts: dict[int, TokenCounts] = {}
+
+    def draw_of(self, seq: Sequence) -> Draw | None:
+        """How its next token is chosen; None where that takes more than its logits: `sample` does."""
+        params = seq.params
+        if params.logprobs is not None or _edits(seq):
+            return None
+        return _draw(seq)
 
     @torch.no_grad()
     def sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
         """logits float32 [B, V], a row per sequence; they may be changed."""
-        logits = logits[:, : self.vocab_limit]
-        seen = self._look(logits)
-        if seen is not None and self._settled(seen, seqs):
-            return Sampled([token if ok else None for token, _, ok in seen], [None] * len(seqs))
-        if seen is None:
-            finite = logits.sum(-1).isfinite()
-        else:
-            finite = torch.tensor([ok for _, _, ok in seen], device=logits.device)
-        if len(self._absent):
-            seen = None  # of what is changed now
-            self._absent = self._absent.to(logits.device)
-            logits.index_fill_(1, self._absent, -torch.inf)
+        logits = logits[:, : self._vocabulary.size]
+        finite = logits.isfinite().all(-1).tolist()
+        if self._vocabulary.unused:
+            if self._unused is None:
+                self._unused = self._vocabulary.unused_on(logits.device)
+            logits.index_fill_(1, self._unused, -torch.inf)
         raw: dict[int, torch.Tensor] = {}
         for row, seq in enumerate(seqs):
             edits = _edits(seq)
             if seq.params.logprobs is not None:
                 raw[row] = logits[row].clone() if edits else logits[row]
             if edits:
-                seen = None
                 self._edit(logits[row], seq)
-        chosen = torch.where(finite, self._choose(logits, seqs, seen), -1).tolist()
+        good = [row for row, ok in enumerate(finite) if ok]
+        tokens: list[int | None] = [None] * len(seqs)
         logprobs: list[TokenLogprob | None] = [None] * len(seqs)
-        for row, own in raw.items():
-            if chosen[row] >= 0:
-                logprobs[row] = _logprob(own, chosen[row], seqs[row].params.logprobs or 0)
-        return Sampled([None if token < 0 else token for token in chosen], logprobs)
-
-    def _look(self, logits: torch.Tensor) -> list[Seen] | None:
-        """Each row as the backend sees it in one pass, or None where it has none."""
-        return None if self._backend is None else self._backend.likeliest(logits)
-
-    def _settled(self, seen: list[Seen], seqs: list[Sequence]) -> bool:
-        """Whether these are the tokens already: the likeliest of rows that nothing changes."""
-        return self._absent_ids.isdisjoint(token for token, _, _ in seen) and all(map(_plain, seqs))
-
-    def _choose(self, logits: torch.Tensor, seqs: list[Sequence], seen: list[Seen] | None) -> torch.Tensor:
-        """The likeliest token of greedy rows, a drawn one of the others -> int64 [B]."""
-        drawn = [i for i, seq in enumerate(seqs) if not seq.params.greedy]
-        if not drawn:
-            return logits.argmax(-1)
-        tokens = logits.new_empty(len(seqs), dtype=torch.int64)
-        greedy = [i for i, seq in enumerate(seqs) if seq.params.greedy]
-        if greedy:
-            tokens[greedy] = logits[greedy].argmax(-1)
-        # One by one on a CPU, where a row's temporaries stay in its cache; together where a launch costs more.
-        together = 1 if logits.device.type == "cpu" else len(drawn)
-        for start in range(0, len(drawn), together):
-            rows = drawn[start : start + together]
-            uniforms = [self._random(seqs[i]).random() for i in rows]
-            if len(rows) == 1 and self._backend is not None:
-                i = rows[0]
-                found = seen[i : i + 1] if seen is not None else self._look(logits[i : i + 1])
-                largest = found[0][1] if found else math.nan
-                token = _draw_one(self._backend, logits[i], largest, seqs[i].params, uniforms[0])
-                if token is not None:
-                    tokens[i] = token
-                    continue
-            tokens[rows] = draw(logits[rows], [seqs[i].params for i in rows], uniforms)
-        return tokens
+        if good:
+            # What was ruled out is the least there is, for `choose` refuses rows with infinities.
+            rows = logits[good].clamp_(min=torch.finfo(logits.dtype).min)
+            draws = [_draw(seqs[row]) for row in good]
+            chosen = self._backend.choose(rows, draws, Vocabulary(self._vocabulary.size))
+            for row, token in zip(good, chosen.tolist(), strict=True):
+                tokens[row] = token
+                if row in raw:
+                    logprobs[row] = _logprob(raw[row], token, seqs[row].params.logprobs or 0)
+        return Sampled(tokens, logprobs)
 
     def forget(self, seq: Sequence) -> None:
         """A finished sequence needs no state."""
-        self._randoms.pop(seq.seq_id, None)
         self._counts.pop(seq.seq_id, None)
-
-    def _random(self, seq: Sequence) -> random.Random:
-        source = self._randoms.get(seq.seq_id)
-        if source is None:
-            seed = seq.params.seed
-            number = secrets.randbits(64) if seed is None else (seed + seq.index) % 2**64
-            source = self._randoms[seq.seq_id] = random.Random(number)
-        return source
 
     def _edit(self, row: torch.Tensor, seq: Sequence) -> None:
         """logit_bias, penalties and the ban on stopping early, in place on one row [V]."""
@@ -150,17 +102,12 @@ def _penalises(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
-def _plain(seq: Sequence) -> bool:
-    """Whether its token is the likeliest one, and nothing else is asked."""
-    return seq.params.greedy and seq.params.logprobs is None and not _edits(seq)
-
-
 def _edits(seq: Sequence) -> bool:
     params = seq.params
     return (
         bool(params.logit_bias)
         or _penalises(params)
-        or (params.min_tokens > seq.num_output and bool(seq.banned_until_min))
+        or (params.min_tokens > seq.num_known - seq.prompt_len and bool(seq.banned_until_min))
     )
 
 
@@ -217,124 +164,20 @@ class TokenCounts:
             self._written = torch.cat((self._written, self._written.new_zeros(more)))
 
 
-def draw(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> torch.Tensor:
-    """One token per row -> int64 [B]. logits float32 [B, V]; ``uniforms`` in [0, 1).
-
-    The kept tokens' probabilities are summed in the order of their ids, and the token where the sum passes
-    the row's uniform is taken: a last-bit difference in the logits can hardly change it, a neighbour in the
-    batch not at all.
-    """
-    device = logits.device
-    heat = torch.tensor([max(p.temperature, 1e-8) for p in params], device=device).unsqueeze(1)
-    # The largest becomes 0 first, so that a tiny temperature cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)).div_(heat)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=device).unsqueeze(1)
-    vocab = logits.shape[1]
-    # A row's tokens must not depend on its neighbours, not even which of two equal ones is kept: rows are
-    # looked at together only where they need as many of their likeliest tokens.
-    groups: dict[int, list[int]] = {}
-    for i, p in enumerate(params):
-        wanted = p.top_k or (_FIRST_SORTED if p.top_p < 1 else vocab)
-        groups.setdefault(min(wanted, vocab), []).append(i)
-    chosen = torch.empty(len(params), dtype=torch.int64, device=device)
-    for width, rows in groups.items():
-        limits = [params[i] for i in rows]
-        every = len(rows) == len(params)
-        some, goal = (scaled, target) if every else (scaled[rows], target[rows])
-        if all(p.top_k == 0 and p.top_p == 1 for p in limits):
-            chosen[rows] = _at(some, limits, goal).squeeze(1)
-        else:
-            chosen[rows] = _draw_likeliest(some, limits, goal, width)
-    return chosen
+def _draw(seq: Sequence) -> Draw:
+    params = seq.params
+    if params.greedy:
+        return Draw()
+    uniform = uniform_at(seq.seed, seq.index, seq.num_known)
+    return Draw(params.temperature, params.top_k, params.top_p, params.min_p, uniform)
 
 
-def _at(scaled: torch.Tensor, params: list[SamplingParams], target: torch.Tensor) -> torch.Tensor:
-    """Where the running sum of each row's softmax, after min_p, passes ``target`` [B, 1] of the whole
-    -> int64 [B, 1]. The largest of ``scaled`` is 0."""
-    if any(p.min_p for p in params):
-        floor = torch.tensor([p.min_p for p in params], device=scaled.device).log().unsqueeze(1)
-        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
-    total = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
-    whole = total[:, -1:]
-    # A product rounded up to the whole would point behind the last token.
-    target = torch.minimum(target * whole, whole.nextafter(torch.zeros_like(whole)))
-    # Of a row with NaN, whose token nobody asks for, the place may lie anywhere.
-    return torch.searchsorted(total, target, right=True).clamp_(max=scaled.shape[1] - 1)
-
-
-def _draw_likeliest(
-    scaled: torch.Tensor, params: list[SamplingParams], target: torch.Tensor, width: int
-) -> torch.Tensor:
-    """`draw` for rows that top_k or top_p cut: only the ``width`` likeliest are looked at, or more where top_p
-    reaches further."""
-    kept, ids, enough = _keep(scaled, params, width)
-    ids, order = ids.sort(dim=-1)
-    chosen = ids.gather(1, _at(kept.gather(1, order), params, target)).squeeze(1)
-    rows = [i for i, ok in enumerate(enough) if not ok]
-    if rows:
-        wider = min(scaled.shape[1], 32 * width)
-        chosen[rows] = _draw_likeliest(scaled[rows], [params[i] for i in rows], target[rows], wider)
-    return chosen
-
-
-def _keep(
-    scaled: torch.Tensor, params: list[SamplingParams], width: int
-) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-    """The ``width`` likeliest of each row, those that top_k and then top_p drop at -inf, and their ids; and for
-    each row whether that is all there is to keep."""
-    best, ids = scaled.topk(width, dim=-1)
-    kept, _, enough = _cut(best, params, scaled.shape[1], lambda: scaled.logsumexp(-1, keepdim=True))
-    return kept, ids, enough
-
-
-def _cut(
-    best: torch.Tensor, params: list[SamplingParams], vocab: int, whole_row: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-    """``best`` [B, width], the likeliest of ``vocab`` tokens as they fall, with those dropped at -inf; the mass before
-    each, [B, width] float64; and for each row whether that is all there is to keep. ``whole_row``: the logsumexp of
-    each row [B, 1]."""
-    device, width = best.device, best.shape[1]
-    ks = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device).unsqueeze(1)
-    rank = torch.arange(width, device=device).unsqueeze(0)
-    best = best.masked_fill(rank >= ks, -torch.inf)
-    # The mass top_p is a share of: of the k kept by top_k, or of the whole row.
-    whole = best.logsumexp(-1, keepdim=True)
-    if not all(p.top_k for p in params):
-        whole = torch.where(ks < vocab, whole, whole_row())
-    probs = (best - whole).exp()
-    before = probs.cumsum(-1, dtype=torch.float64) - probs
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
-    dropped = (before >= top_p) & (top_p < 1) & (rank > 0)
-    enough: list[bool] = (dropped[:, -1] | (ks.squeeze(1) <= width)).tolist()
-    return best.masked_fill(dropped, -torch.inf), before, enough
-
-
-def _draw_one(
-    backend: Backend, row: torch.Tensor, largest: float, params: SamplingParams, uniform: float
-) -> int | None:
-    """`draw` for one row [V] from what the backend finds; None where it cannot tell, above all where the cut falls
-    between equal values, of which topk's choice counts."""
-    vocab = row.shape[0]
-    width = min(params.top_k or _FIRST_SORTED, vocab)
-    if (params.top_k == 0 and params.top_p == 1) or not math.isfinite(largest):
-        return None
-    more = min(width + 1, vocab)
-    found = backend.top(row, largest, max(params.temperature, 1e-8), more, params.top_k == 0)
-    if found is None:
-        return None
-    values, ids, whole = found
-    best, ids = values[:, :width], ids[:, :width]
-    kept, before, enough = _cut(best, [params], vocab, lambda: torch.tensor([[whole]]))
-    if not enough[0]:
-        return None
-    if params.top_p < 1 and bool(((before - params.top_p).abs() < _SUMS_DIFFER).any()):
-        return None
-    count = int(kept.isfinite().sum())
-    if count < more and bool(values[0, count - 1] == values[0, count]):
-        return None
-    ids, order = ids.sort(dim=-1)
-    target = torch.tensor([[uniform]], dtype=torch.float64)
-    return int(ids.gather(1, _at(kept.gather(1, order), [params], target)))
+def uniform_at(seed: int, index: int, position: int) -> float:
+    """The number in [0, 1) by which completion ``index`` of a request draws its token at ``position`` (the tokens
+    before it): 53 bits of BLAKE2b over the three. It depends on nothing else, so it is known before the logits."""
+    message = struct.pack("<QQQ", seed % 2**64, index, position)
+    digest = hashlib.blake2b(message, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def _logprob(raw: torch.Tensor, chosen: int, alternatives: int) -> TokenLogprob:

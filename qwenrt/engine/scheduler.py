@@ -59,10 +59,19 @@ class Scheduler:
                 budget -= batch[-1][1]
         return batch
 
-    def advance(self, seq: Sequence, num_tokens: int) -> None:
-        """These tokens of the step are now in the cache."""
+    def launch(self, seq: Sequence, num_tokens: int) -> bool:
+        """A step computes these tokens now -> whether it chooses the next one."""
         seq.num_computed += num_tokens
-        self.blocks.commit(seq)
+        chooses = seq.num_computed == seq.num_known
+        seq.in_flight += chooses
+        return chooses
+
+    def collect(self, seq: Sequence, num_stored: int, epoch: int) -> None:
+        """A step is done after which ``num_stored`` tokens of the cache it began with (``epoch``) hold what they
+        must."""
+        if seq.epoch == epoch and seq.status is Status.RUNNING:
+            seq.num_stored = num_stored
+            self.blocks.commit(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Done, cancelled or failed, whether it runs or waits: its blocks are free again."""
@@ -76,7 +85,7 @@ class Scheduler:
     def _decodes(self) -> list[Sequence]:
         ready: list[Sequence] = []
         for seq in list(self.running):
-            if seq.status is not Status.RUNNING or seq.num_remaining != 1:
+            if seq.status is not Status.RUNNING or seq.num_remaining != 1 or seq.ends_here:
                 continue
             while not self.blocks.grow(seq):
                 latest = self.running[-1]

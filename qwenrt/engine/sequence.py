@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from enum import Enum
 
 from qwenrt.sampling_params import SamplingParams
@@ -18,26 +19,35 @@ class Status(Enum):
 class Sequence:
     """The tokens of one completion, prompt first, and the cache blocks that hold their keys and values.
 
-    ``alpha`` is the NTK factor, chosen from the whole prompt and never changed: cached keys were rotated with
+    ``ntk_alpha`` is the NTK factor, chosen from the whole prompt and never changed: cached keys were rotated with
     it. ``seq_id`` grows with arrival. ``leader``: the completion of the same prompt to wait for, so that its
-    blocks can be shared. ``num_computed`` counts the tokens whose keys and values are in the cache;
-    ``num_committed`` the full blocks offered for sharing and ``chain`` the identity of the last of them.
-    ``banned_until_min`` are the ids that may not be drawn before ``params.min_tokens``.
+    blocks can be shared. ``max_len``: tokens, prompt included, at which it ends whatever they are. ``seed``: of its
+    draws. ``banned_until_min`` are the ids that may not be drawn before ``params.min_tokens``.
+
+    A step that computes its tokens may still be under way: ``num_computed`` counts the tokens whose keys and values are
+    in the cache when all steps are done, ``num_stored`` those of steps that are; ``in_flight`` the tokens that steps
+    under way are choosing, which follow ``token_ids``. ``num_committed`` counts the full blocks offered for sharing,
+    ``chain`` is the identity of the last of them. ``epoch`` changes whenever its cache is given up.
     """
 
     __slots__ = (
-        "alpha",
         "banned_until_min",
         "block_table",
         "chain",
+        "epoch",
+        "in_flight",
         "index",
         "leader",
+        "max_len",
+        "ntk_alpha",
         "num_cached",
         "num_committed",
         "num_computed",
+        "num_stored",
         "params",
         "prompt_len",
         "request_id",
+        "seed",
         "seq_id",
         "status",
         "token_ids",
@@ -49,17 +59,21 @@ class Sequence:
         prompt_token_ids: list[int],
         params: SamplingParams,
         *,
-        alpha: int = 1,
+        ntk_alpha: int = 1,
         request_id: str = "",
         index: int = 0,
         leader: Sequence | None = None,
         banned_until_min: tuple[int, ...] = (),
+        max_len: int = 2**31,
+        seed: int | None = None,
     ) -> None:
         self.seq_id, self.request_id, self.index = seq_id, request_id, index
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(prompt_token_ids)
-        self.params, self.alpha, self.leader = params, alpha, leader
-        self.banned_until_min = banned_until_min
+        self.params, self.ntk_alpha, self.leader = params, ntk_alpha, leader
+        self.banned_until_min, self.max_len = banned_until_min, max_len
+        self.seed = secrets.randbits(64) if seed is None else seed
+        self.in_flight = self.epoch = 0
         self.status = Status.WAITING
         self.num_cached: int | None = None  # prompt tokens found in the cache at first admission
         self.block_table: list[int]
@@ -68,9 +82,10 @@ class Sequence:
     def reset(self) -> None:
         """Nothing of it is in the cache any more: the next admission computes its tokens anew."""
         self.block_table = []
-        self.num_computed = 0
+        self.num_computed = self.num_stored = 0
         self.num_committed = 0
-        self.chain: int | tuple[int, ...] = (self.alpha,)
+        self.epoch += 1
+        self.chain: int | tuple[int, ...] = (self.ntk_alpha,)
 
     @property
     def num_output(self) -> int:
@@ -79,15 +94,26 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        """Known tokens that are not computed yet: 1 while decoding, more while prefilling."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens that are not computed yet: 1 while decoding, more while prefilling."""
+        return self.num_known - self.num_computed
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of it that there are, those that steps under way are choosing included."""
+        return len(self.token_ids) + self.in_flight
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether the tokens under way are its last ones, whatever they are."""
+        return self.in_flight > 0 and self.num_known >= self.max_len
 
     @property
     def held_back(self) -> bool:
-        """Whether it waits for its leader to compute the prompt they share."""
+        """Whether it waits: for a token of its own that a step is choosing, or for its leader to compute the prompt
+        they share."""
         leader = self.leader
-        return (
+        return self.in_flight > 0 or (
             leader is not None
             and leader.status is not Status.FINISHED
-            and leader.num_computed < leader.prompt_len
+            and leader.num_stored < leader.prompt_len
         )

@@ -26,7 +26,8 @@ from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops.types import Packed, StepPlan
+from qwenrt.ops.steps import StepPlan
+from qwenrt.ops.types import Packed
 
 STATE_FILE = "training_state.safetensors"  # in the output directory while training goes on
 CURVE_FILE = "loss_curve.json"

@@ -13,7 +13,7 @@ import torch
 from qwenrt.model.layers import DecoderLayer
 from qwenrt.model.rotary import RotaryTables
 from qwenrt.ops import reference
-from qwenrt.ops.types import LayerKV
+from qwenrt.ops.steps import LayerKV
 
 _TOKENS = 16  # random ones, each with its opposite
 _SPREADS = 4.0  # standard deviations that a channel goes from its middle

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig, MoeConfig
-from qwenrt.ops.types import Experts, LayerKV, LayerWeights, Packed, StepInputs, StepPlan
+from qwenrt.ops.steps import DecodePlan, LayerKV, RotaryRows, StepPlan
+from qwenrt.ops.types import Experts, LayerWeights, Packed
 
 
 class Weights(dict[str, "Packed | torch.Tensor"]):
@@ -102,16 +104,37 @@ class DecoderLayer:
         keys: torch.Tensor = self._rotary_store_kv(qkv, w.heads, w.qk_norms, *still, None, None, plan)[1]
         return keys
 
-    def forward(self, x: torch.Tensor, step: StepInputs, kv: LayerKV | None) -> torch.Tensor:
+    def bind_decode(self, backend: Backend, dtype: torch.dtype) -> str | None:
+        """Choose the code of what decoding over DecodePlan asks for besides -> why it cannot be had, or None."""
+        mlp = self.weights.mlp
+        if isinstance(mlp, Experts):
+            if (why := mlp.stack()) is not None:
+                return f"{self.prefix}: {why}"
+            kind = mlp.gate_up[0].kind
+            self._norm_moe_add_each = backend.resolve(
+                OpSpec("norm_moe_add_each", self.prefix, dtype, self.heads[2], kind)
+            )
+        self._decode_attention = backend.resolve(
+            OpSpec("decode_attention", self.prefix, dtype, self.heads[2])
+        )
+        return None
+
+    def forward(
+        self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, kv: LayerKV | None
+    ) -> torch.Tensor:
         """x [T, D] -> [T, D]; this step's keys and values go to ``kv``."""
-        w = self.weights
+        w, decodes = self.weights, isinstance(plan, DecodePlan)
         qkv = self._norm_linear(x, w.input_norm, w.eps, w.qkv_proj)
         q, k, v = self._rotary_store_kv(
-            qkv, w.heads, w.qk_norms, step.cos, step.sin, step.q_scale, kv, step.plan
+            qkv, w.heads, w.qk_norms, rotary.cos, rotary.sin, rotary.q_scale, kv, plan
         )
-        attended = self._attention(q, k, v, kv, step.plan, w.scale, w.window).flatten(1)
-        x = self._o_add(attended, w.o_proj, x)
+        if decodes:
+            attended = self._decode_attention(q, kv, plan, w.scale, w.window)
+        else:
+            attended = self._attention(q, k, v, kv, plan, w.scale, w.window)
+        x = self._o_add(attended.flatten(1), w.o_proj, x)
         if isinstance(w.mlp, Experts):
-            return self._norm_moe_add(x, w.post_norm, w.eps, w.mlp)
+            norm_moe_add = self._norm_moe_add_each if decodes else self._norm_moe_add
+            return norm_moe_add(x, w.post_norm, w.eps, w.mlp)
         gate_up, down = w.mlp
         return self._down_add(self._norm_gate_up_silu(x, w.post_norm, w.eps, gate_up), down, x)

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec
+from qwenrt.backends.stack import RotaryTable
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, head_linear, layer_linears, layer_tensors
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.model.key_codes import fit_key_codes, random_tokens
 from qwenrt.model.layers import DecoderLayer, Weights
-from qwenrt.model.rotary import RotaryTables, logn_scale
-from qwenrt.ops.types import Experts, Head, LayerKV, Packed, StepInputs, StepPlan
+from qwenrt.model.rotary import RotaryTables, logn_scale, ntk_alpha
+from qwenrt.ops.steps import DecodePlan, LayerKV, RotaryRows, StepPlan
+from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
 
 
 class Qwen:
@@ -107,11 +110,24 @@ class Qwen:
         self.backend.bindings.clear()
         for layer in self.layers:
             layer.bind(self.backend, self.dtype, self.weights)
-        head = Head(self.weights.tensor("norm"), self.config.rms_norm_eps, self.lm_head)
-        self._stack = self.backend.fuse_layers([layer.weights for layer in self.layers], head, self.dtype)
+        self.head = Head(self.weights.tensor("norm"), self.config.rms_norm_eps, self.lm_head)
         self._final_norm = self.backend.resolve(OpSpec("rms_norm", "norm", self.dtype))
         self._head = self.backend.resolve(OpSpec("linear", "lm_head", self.dtype, kind=self.lm_head.kind))
-        self.backend.note_wholes(fused=self.fused)
+
+    def bind_decode(self) -> str | None:
+        """Choose the code of steps over DecodePlan too -> why this model has none, or None."""
+        whys = (layer.bind_decode(self.backend, self.dtype) for layer in self.layers)
+        return next((why for why in whys if why is not None), None)
+
+    @property
+    def layer_weights(self) -> list[LayerWeights]:
+        """What each decoder layer is made of."""
+        return [layer.weights for layer in self.layers]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head, padding included."""
+        return self.config.vocab_size
 
     @property
     def weight_bytes(self) -> int:
@@ -149,129 +165,77 @@ class Qwen:
         self,
         token_ids: torch.Tensor,
         plan: StepPlan,
-        alphas: list[int],
+        ntk_alphas: list[int],
         kv: list[LayerKV] | None = None,
     ) -> torch.Tensor:
-        """token_ids int64 [T], ``alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
+        """token_ids int64 [T], ``ntk_alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
         final norm. ``kv``: one cache per layer, or None to attend over this step's tokens alone."""
-        if kv is not None:
-            x = self.at_once(token_ids, plan, alphas, kv)
-            if x is not None:
-                return x
-        return self.by_seams(token_ids, plan, alphas, kv)
-
-    @property
-    def fused(self) -> bool:
-        """Whether the backend has one function for all layers."""
-        return self._stack is not None
-
-    def at_once(
-        self,
-        token_ids: torch.Tensor,
-        plan: StepPlan,
-        alphas: list[int],
-        kv: list[LayerKV],
-        due: list[int] | None = None,
-    ) -> torch.Tensor | None:
-        """As forward, or as next_logits where tokens are ``due``, in one call for all layers; None where there is none
-        or where it does not serve this step."""
-        if self._stack is None:
-            return None
-        x, step = self._enter(token_ids, plan, alphas)
-        if due and self._stack.has_head:
-            return self._stack(x, step, kv, due)
-        y = self._stack(x, step, kv)
-        if y is None:
-            return None
-        hidden = self._leave(y)
-        return self.logits(_rows(hidden, due)) if due else hidden
-
-    def by_seams(
-        self,
-        token_ids: torch.Tensor,
-        plan: StepPlan,
-        alphas: list[int],
-        kv: list[LayerKV] | None,
-    ) -> torch.Tensor:
-        """As forward, op by op."""
-        hidden = torch.empty(0)
-        for _, state in self.states(token_ids, plan, alphas, kv):
-            hidden = state
-        return hidden
-
-    def next_logits(
-        self,
-        token_ids: torch.Tensor,
-        plan: StepPlan,
-        alphas: list[int],
-        kv: list[LayerKV],
-        due: list[int],
-    ) -> torch.Tensor | None:
-        """As forward -> the logits after the tokens at the places ``due`` of the step, float32 [len(due), vocab_size];
-        None where there are none."""
-        if not due:
-            self.forward(token_ids, plan, alphas, kv)
-            return None
-        logits = self.at_once(token_ids, plan, alphas, kv, due)
-        return (
-            self.logits(_rows(self.by_seams(token_ids, plan, alphas, kv), due)) if logits is None else logits
-        )
+        x = self.run_layers(self.embed(token_ids), self.rotary(plan, ntk_alphas), plan, kv)
+        return self.final_norm(x)
 
     def states(
-        self,
-        token_ids: torch.Tensor,
-        plan: StepPlan,
-        alphas: list[int],
-        kv: list[LayerKV] | None = None,
+        self, token_ids: torch.Tensor, plan: StepPlan, ntk_alphas: list[int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """forward, step by step: (name of a part, the residual stream [T, D] after it), the final norm last.
-
-        The residual stream of a float16 model is float32: some of these models leave float16's range."""
-        x, step = self._enter(token_ids, plan, alphas)
+        """forward without a cache, step by step: (name of a part, the residual stream [T, D] after it), the final norm
+        last."""
+        x, rotary = self.embed(token_ids), self.rotary(plan, ntk_alphas)
         yield "embed_tokens", x
-        for i, layer in enumerate(self.layers):
-            x = layer.forward(x, step, None if kv is None else kv[i])
+        for layer in self.layers:
+            x = layer.forward(x, rotary, plan, None)
             yield layer.prefix, x
-        yield "norm", self._leave(x)
+        yield "norm", self.final_norm(x)
 
-    def _enter(
-        self, token_ids: torch.Tensor, plan: StepPlan, alphas: list[int]
-    ) -> tuple[torch.Tensor, StepInputs]:
-        """The embedded tokens [T, D] and what the layers share."""
-        spans = [
-            (kv_len - q_len, kv_len, alpha)
-            for q_len, kv_len, alpha in zip(plan.q_lens, plan.kv_lens, alphas, strict=True)
-        ]
-        longest = max(plan.kv_lens, default=1)
-        q_scale = None
-        if longest > self.config.train_length and self.config.use_logn_attn:
-            positions = torch.tensor([p for start, end, _ in spans for p in range(start, end)])
-            q_scale = logn_scale(positions, self.config)
-            q_scale = None if q_scale is None else q_scale.to(token_ids.device)
-        cos, sin = self._rotary.rows(spans)
-        x = F.embedding(token_ids, self.embed_tokens).to(self.dtype).to(self._stream_dtype)
-        return x, StepInputs(cos, sin, q_scale, plan)
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> the residual stream before the layers [T, D]. That of a float16 model is float32: some of these
+        models leave float16's range."""
+        return F.embedding(token_ids, self.embed_tokens).to(self.dtype).to(self._stream_dtype)
 
     @property
     def _stream_dtype(self) -> torch.dtype:
-        """Of the residual stream, which in some models leaves float16's range."""
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
-    def _leave(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._final_norm(x, self.weights.tensor("norm"), self.config.rms_norm_eps)
+    def rotary(self, plan: StepPlan, ntk_alphas: list[int]) -> RotaryRows:
+        """What the positions of a step's tokens do to queries and keys."""
+        spans = [
+            (kv_len - q_len, kv_len, alpha)
+            for q_len, kv_len, alpha in zip(plan.q_lens, plan.kv_lens, ntk_alphas, strict=True)
+        ]
+        cos, sin = self._rotary.rows(spans)
+        q_scale = None
+        if self.config.use_logn_attn and max(plan.kv_lens, default=1) > self.config.train_length:
+            positions = torch.tensor([p for start, end, _ in spans for p in range(start, end)])
+            q_scale = logn_scale(positions, self.config)
+        return RotaryRows(cos, sin, None if q_scale is None else q_scale.to(self.backend.device))
+
+    def rotary_table(self, length: int) -> RotaryTable:
+        """The same of every position below ``length``, for each NTK factor of a prompt no longer than that."""
+        alphas = sorted({ntk_alpha(n, self.config) for n in range(1, length + 1)})
+        parts = [self._rotary.rows([(0, length, alpha)]) for alpha in alphas]
+        q_scale = logn_scale(torch.arange(length), self.config)
+        rows = RotaryRows(
+            torch.cat([cos for cos, _ in parts]),
+            torch.cat([sin for _, sin in parts]),
+            None if q_scale is None else q_scale.to(self.backend.device),
+        )
+        return RotaryTable(rows, {alpha: i * length for i, alpha in enumerate(alphas)})
+
+    def run_layers(
+        self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, kv: list[LayerKV] | None
+    ) -> torch.Tensor:
+        """The residual stream before the layers -> after them [T, D]."""
+        for i, layer in enumerate(self.layers):
+            x = layer.forward(x, rotary, plan, None if kv is None else kv[i])
+        return x
+
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the layers -> hidden states [T, D]."""
+        y: torch.Tensor = self._final_norm(x, self.head.norm, self.head.eps)
         return y
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""
         logits: torch.Tensor = self._head(hidden, self.lm_head)
         return logits.float()
-
-
-def _rows(hidden: torch.Tensor, due: list[int]) -> torch.Tensor:
-    """The rows ``due`` of hidden [T, D], which are in order."""
-    if len(due) == hidden.shape[0]:
-        return hidden
-    return hidden.index_select(0, torch.tensor(due, device=hidden.device))
 
 
 def _name_parts(packed: Packed, spec: LinearSpec) -> None:

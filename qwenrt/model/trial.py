@@ -1,7 +1,7 @@
 """At load, a few steps of a small random model of the same kinds, through what will serve and through the definitions.
 
 `qwenrt.backends.selfcheck` looks at each op first; here is what only a step shows: which layer's weights, cache, window
-and norms an op is given, which tokens are due, and the one call for all layers.
+and norms an op is given, whose logits are wanted, and each stack that computes steps as a whole.
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ from dataclasses import dataclass
 import torch
 
 from qwenrt.backends import selfcheck
-from qwenrt.backends.base import PRIMITIVES, SEAMS, Backend
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import PRIMITIVES, SEAMS
+from qwenrt.backends.stack import Outcome, Stack, StackParts
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
+from qwenrt.ops.steps import FROM_BEFORE, Draw, LayerKV, Step, Vocabulary
+from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import dequantize
 
 FormOf = Callable[[LinearSpec], tuple[int, int]]
 
 # Ops by themselves are within the self-check's tolerance; a few layers make more of what is left.
 _LAYERS_ADD = 5.0
-_SAME_KERNELS = 1e-4  # the one call beside the seams
+_SAME_KERNELS = 1e-4  # a stack beside the seams in float32
 # A token between two experts, or a value between two codes, may go either way by the last digit of what is before.
 _EITHER_WAY = 0.3
 
 _BLOCK = 16
 # Three sequences by their block ids, and how many tokens of each a step has: prompts in chunks, of which one is longer
-# than what kernels take at once, then decoding; at last one token alone.
-_TABLES = ((9, 2, 6, 4), (1, 7), (5,))
-_STEPS = ((21, 5, 0), (35, 1, 0), (1, 1, 11), (0, 1, 0))
-_DUE = ((), (16, 34, 35), (0, 1, 12), (0,))  # tokens of each step whose logits are wanted
+# than what kernels take at once, then decoding: all, then without the first, whose places the others take, then one of
+# them into a new block; at last one token alone. Blocks 0 and 8 are nobody's.
+_TABLES = ((9, 2, 6, 4), (1, 7), (5, 3))
+_STEPS = ((21, 5, 0), (35, 1, 0), (1, 1, 14), (1, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 0))
+_LOGIT_ROWS = ((), (16, 34, 35), (0, 1, 15), (0, 1, 2), (0, 1), (0, 1), (0,))
+# For each sequence of a step the row of the step before that chose its token, -1 where it is the host's.
+_FED = ((-1, -1), (-1, -1), (-1, -1, -1), (0, 1, 2), (1, -1), (0, 1), (0,))
 _TOKENS = [sum(step[i] for step in _STEPS) for i in range(len(_TABLES))]
+_NUM_BLOCKS = max(map(max, _TABLES)) + 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Kinds:
 
 def check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kinds) -> dict[str, str]:
     """Demote what differs from its definition at this model's shapes: ops by themselves, ops in steps of a small model,
-    the one call for all layers -> what was demoted and why."""
+    stacks -> what was demoted and why."""
     specs = Qwen(config, backend, dtype).linear_specs.values()
     shapes = {(spec.out_features, spec.in_features, *kinds.form_of(spec)) for spec in specs}
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
@@ -59,20 +66,20 @@ def check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kind
 
 
 def _check_steps(weights: _Weights, backend: Backend, dtype: torch.dtype, int8_cache: bool) -> dict[str, str]:
-    """Seams beside definitions over a plain cache, as reading and storing codes was looked at; the one call beside the
+    """Seams beside definitions over a plain cache, as reading and storing codes was looked at; other stacks beside the
     seams over the cache that serves."""
     bad: dict[str, str] = {}
     has_experts = weights.config.moe is not None
-    wanted = _run(weights.model(Backend(backend.device), dtype), False, _by_seams)
+    wanted = _run(weights.model(Backend(backend.device), dtype), False)
     allowed = _LAYERS_ADD * (selfcheck.TOLERANCE[dtype] + backend.rounding("linear"))
     if has_experts and (dtype != torch.float32 or backend.rounding("linear")):
         allowed += _EITHER_WAY
 
-    def by_seams() -> tuple[Qwen, _Outcome]:
+    def by_seams() -> tuple[Qwen, _Run]:
         model = weights.model(backend, dtype)
-        return model, _run(model, False, _by_seams)
+        return model, _run(model, False, wanted)
 
-    made: list[tuple[Qwen, _Outcome]] = []
+    made: list[tuple[Qwen, _Run]] = []
 
     def seams() -> float:
         made[:] = [by_seams()]
@@ -83,15 +90,18 @@ def _check_steps(weights: _Weights, backend: Backend, dtype: torch.dtype, int8_c
         if why is not None:
             bad |= _blame(backend, seams, allowed, f"{why} in steps of a small model")
     model, beside = made[0] if made else by_seams()
-    if model.fused:
-        expected = _run(model, True, _by_seams) if int8_cache else beside
+    others = len(backend.stacks(_parts(model, int8_cache))) - 1
+    expected = _run(model, True) if int8_cache and others else beside
+    same = _SAME_KERNELS if dtype == torch.float32 else selfcheck.TOLERANCE[dtype]
+    for index in range(others):
         why = selfcheck.complaint(
-            lambda: _difference(_run(model, int8_cache, _at_once), expected),
-            _SAME_KERNELS + _EITHER_WAY * (int8_cache and has_experts),
+            lambda index=index: _difference(_run(model, int8_cache, expected, index), expected),  # type: ignore[misc]
+            same + _EITHER_WAY * (int8_cache and has_experts),
         )
         if why is not None:
-            bad["fuse_layers"] = why
-            backend.demote("fuse_layers", why)
+            bad["stacks"] = why
+            backend.demote("stacks", why)
+            break
     return bad
 
 
@@ -225,76 +235,92 @@ def _dense(weight: CanonicalWeight, dtype: torch.dtype) -> CanonicalWeight:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What the steps gave, and the cache of each layer after them."""
+class _Run:
+    """What the steps gave, the tokens that each fed to the next, and the cache of each layer after them."""
 
-    states: list[torch.Tensor]
+    logits: list[torch.Tensor]
+    tokens: list[list[int | None]]
     kv: list[LayerKV]
 
 
-Way = Callable[[Qwen, torch.Tensor, StepPlan, list[int], list[LayerKV], list[int]], torch.Tensor]
-
-
-def _by_seams(
-    model: Qwen,
-    ids: torch.Tensor,
-    plan: StepPlan,
-    alphas: list[int],
-    kv: list[LayerKV],
-    due: list[int],
-) -> torch.Tensor:
-    hidden = model.by_seams(ids, plan, alphas, kv)
-    return model.logits(hidden[due]) if due else hidden
-
-
-def _at_once(
-    model: Qwen,
-    ids: torch.Tensor,
-    plan: StepPlan,
-    alphas: list[int],
-    kv: list[LayerKV],
-    due: list[int],
-) -> torch.Tensor:
-    """As _by_seams; an error where the one call does not serve a step."""
-    got = model.at_once(ids, plan, alphas, kv, due)
-    if got is None:
-        raise RuntimeError("the one call for all layers does not serve a step that it should")
-    return got
-
-
-def _run(model: Qwen, int8_cache: bool, way: Way) -> _Outcome:
-    config, backend = model.config, model.backend
-    blocks = max(map(max, _TABLES)) + 1
-    shape = (config.num_layers, blocks, _BLOCK, config.num_kv_heads, config.head_dim)
-    kv = backend.alloc_kv(*shape, model.dtype, int8_cache)
+def _parts(model: Qwen, int8_cache: bool) -> StackParts:
+    """The small model over a cache whose slots all hold 1, with a spare block for each row of a step."""
+    config, rows = model.config, len(_TABLES) + 1
+    shape = (config.num_layers, _NUM_BLOCKS + rows, _BLOCK, config.num_kv_heads, config.head_dim)
+    kv = model.backend.alloc_kv(*shape, model.dtype, int8_cache)
     for layer in kv:
         selfcheck.fill_cache(layer, 1.0)
     if int8_cache:
         model.fit_key_codes(kv)
+    spare = list(range(_NUM_BLOCKS, _NUM_BLOCKS + rows))
+    return StackParts(model, kv, Vocabulary(config.vocab_size), rows, len(_TABLES[0]) * _BLOCK, spare)
+
+
+@torch.no_grad()
+def _run(model: Qwen, int8_cache: bool, wanted: _Run | None = None, index: int = -1) -> _Run:
+    """The steps, by the stack of a model with an ``index``, or by the seams where it says that it serves none. Where
+    the tokens it chose are not the ``wanted`` ones, those are what the next step is fed: two may be as likely."""
+    parts = _parts(model, int8_cache)
+    stacks = model.backend.stacks(parts)
+    before: Outcome | None = None
+    logits, tokens = [], []
+    for i, step in enumerate(_steps(model.config)):
+        stack: Stack = stacks[index] if stacks[index].why_not(step) is None else stacks[-1]
+        before = stack.run(step, before)
+        if before.served_by is not stack:
+            raise RuntimeError(f"{stack.name} does not serve a step that it should")
+        logits.append(before.logits.clone())
+        tokens.append(before.tokens())
+        own = Backend.choose(model.backend, before.logits.clone(), _drawn(step), parts.vocabulary)
+        if step.draws and own.tolist() != before.chosen.tolist():
+            raise RuntimeError(f"{stack.name} chooses other tokens than its logits say")
+        if wanted is not None and tokens[-1] != wanted.tokens[i]:
+            tokens[-1] = wanted.tokens[i]
+            chosen = model.backend.send([token or 0 for token in wanted.tokens[i]])
+            before = dataclasses.replace(before, chosen=chosen)
+    kv = [_without_spare(layer) for layer in parts.cache]
+    return _Run(logits, tokens, kv)
+
+
+def _without_spare(kv: LayerKV) -> LayerKV:
+    sides = ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")
+    cut = {side: tensor[:_NUM_BLOCKS] for side in sides if (tensor := getattr(kv, side)) is not None}
+    return dataclasses.replace(kv, **cut)
+
+
+def _drawn(step: Step) -> list[Draw]:
+    return [draw for draw in step.draws if draw is not None]
+
+
+def _steps(config: ModelConfig) -> Iterator[Step]:
     alphas = [ntk_alpha(tokens, config) for tokens in _TOKENS]
-    states, done = [], [0] * len(_TABLES)
-    for lens, due in zip(_STEPS, _DUE, strict=True):
+    done = [0] * len(_TABLES)
+    for lens, rows, fed in zip(_STEPS, _LOGIT_ROWS, _FED, strict=True):
         here = [i for i, q_len in enumerate(lens) if q_len]
-        slots = [
-            _TABLES[i][p // _BLOCK] * _BLOCK + p % _BLOCK
-            for i in here
-            for p in range(done[i], done[i] + lens[i])
-        ]
         done = [a + b for a, b in zip(done, lens, strict=True)]
-        tables = [list(_TABLES[i][: -(-done[i] // _BLOCK)]) for i in here]
-        plan = backend.plan([lens[i] for i in here], [done[i] for i in here], tables, slots)
-        ids = (torch.tensor(slots) * 7 + len(slots)) % config.vocab_size
-        args = (ids.to(backend.device), plan, [alphas[i] for i in here], kv, list(due))
-        states.append(way(model, *args))
-    return _Outcome(states, kv)
+        ids: list[int] = []
+        for i, row in zip(here, fed, strict=True):
+            ids += [(7 * p + 131 * i) % config.vocab_size for p in range(done[i] - lens[i], done[i])]
+            if row >= 0:
+                ids[-1] = FROM_BEFORE
+        yield Step(
+            [lens[i] for i in here],
+            [done[i] for i in here],
+            [list(_TABLES[i][: -(-done[i] // _BLOCK)]) for i in here],
+            [alphas[i] for i in here],
+            ids,
+            list(rows),
+            [Draw() if row % 2 else Draw(0.8, top_k=5, uniform=0.4) for row in rows],
+            list(fed),
+        )
 
 
-def _difference(got: _Outcome, wanted: _Outcome) -> float:
+def _difference(got: _Run, wanted: _Run) -> float:
     return max(_errors(got, wanted))
 
 
-def _errors(got: _Outcome, wanted: _Outcome) -> Iterator[float]:
-    for a, b in zip(got.states, wanted.states, strict=True):
-        yield selfcheck.relative(a, b)
+def _errors(got: _Run, wanted: _Run) -> Iterator[float]:
+    for a, b, rows in zip(got.logits, wanted.logits, _LOGIT_ROWS, strict=True):
+        yield selfcheck.relative(a, b) if rows else 0.0
     for ours, theirs in zip(got.kv, wanted.kv, strict=True):
         yield selfcheck.cache_error(ours, theirs)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed, StepPlan
+from qwenrt.ops.steps import NOT_FINITE, DecodePlan, DrawTensors, LayerKV, StepPlan
+from qwenrt.ops.types import CanonicalWeight, Packed
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -141,10 +142,7 @@ def fit_to_codes(q: torch.Tensor, k: torch.Tensor, kv: LayerKV | None) -> tuple[
 
 
 def store_kv(k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
-    """Write k, v [T, KVH, hd] of this step to their slots (int64 [T]; -1 writes nowhere). Changes ``kv``."""
-    if (slots < 0).any():
-        keep = slots >= 0
-        k, v, slots = k[keep], v[keep], slots[keep]
+    """Write k, v [T, KVH, hd] of this step to their slots, int64 [T]. Changes ``kv``."""
     if kv.quantized:
         for x, codes, scale, zero in ((k, kv.k, kv.k_scale, kv.k_zero), (v, kv.v, kv.v_scale, kv.v_zero)):
             assert scale is not None and zero is not None
@@ -248,3 +246,134 @@ def _attend(
         if window:
             mask = mask.triu(m - n - window + 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+def decode_attention(
+    q: torch.Tensor, kv: LayerKV, plan: DecodePlan, scale: float, window: int = 0
+) -> torch.Tensor:
+    """As attention, for one token of each sequence whose key and value are in ``kv``: q [B, H, hd] -> [B, H, hd].
+
+    No length is the host's: every slot of every row of the table is looked at, and those not in use are masked,
+    whatever they hold. So it can be captured.
+    """
+    rows, heads, head_dim = q.shape
+    length = plan.table.shape[1] * kv.block_size
+    groups = heads // kv.k.shape[2]
+
+    def gathered(cache: torch.Tensor) -> torch.Tensor:
+        return cache[plan.table].flatten(1, 2)
+
+    keys, values = gathered(kv.k), gathered(kv.v)
+    if kv.quantized:
+        assert kv.k_scale is not None and kv.k_zero is not None
+        assert kv.v_scale is not None and kv.v_zero is not None
+        keys = dequantize_kv(keys, gathered(kv.k_scale), gathered(kv.k_zero), q.dtype)
+        values = dequantize_kv(values, gathered(kv.v_scale), gathered(kv.v_zero), q.dtype)
+    at = torch.arange(length, device=q.device)
+    seen = at <= plan.position[:, None]
+    if window:
+        seen = seen & (at > plan.position[:, None] - window)
+    unseen = ~seen[:, :, None, None]
+    keys, values = (x.float().masked_fill(unseen, 0.0).transpose(1, 2) for x in (keys, values))
+    scaled = (q.float() * scale).view(rows, -1, groups, head_dim)
+    scores = (scaled @ keys.transpose(-1, -2)).masked_fill(~seen[:, None, None, :], -torch.inf)
+    return (scores.softmax(-1) @ values).view(rows, heads, head_dim).to(q.dtype)
+
+
+def decode_slots(plan_table: torch.Tensor, position: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Where the tokens at ``position`` int64 [B] go, by their rows of the table int64 [B, W] -> slots int64 [B]."""
+    block = plan_table.gather(1, (position // block_size).unsqueeze(1)).squeeze(1)
+    return block * block_size + position % block_size
+
+
+def choose(
+    logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One token of each row of logits float32 [R, V] -> int64 [R], NOT_FINITE where a row is not finite.
+
+    Ids ``unused`` int64 are never chosen. A row's token is the first of its largest logits at temperature 0 (all rows
+    where ``draw`` is None). Else logits are divided by the temperature, and kept are: the top_k largest (0: all); of
+    these, as they fall, those before which less than top_p of their probability lies, the first always; of these, those
+    at least min_p times as likely as the first. Of equal ones the lower id comes first. The kept tokens' probabilities
+    are summed in the order of ids, in float64, and the token where the sum passes ``uniform`` of the whole is taken: a
+    last-bit difference in the logits can hardly change it, a neighbour in the batch not at all.
+
+    ``width``: how many of a row's largest are sorted, at least Draw.width of each row. No shape depends on data and
+    nothing waits for the device, so it can be captured.
+    """
+    finite = logits.isfinite().all(-1)
+    if unused is not None and unused.numel():
+        logits = logits.index_fill(1, unused, -torch.inf)
+    tokens = logits.argmax(-1)
+    if draw is not None:
+        tokens = torch.where(draw.temperature > 0, _drawn(logits, draw, width), tokens)
+    return torch.where(finite, tokens, NOT_FINITE)
+
+
+def _drawn(logits: torch.Tensor, draw: DrawTensors, width: int) -> torch.Tensor:
+    """`choose` of rows with a temperature; what it gives of others, and of rows with NaN, means nothing."""
+    vocab = logits.shape[1]
+    # The largest becomes 0 first, so that a tiny temperature cannot overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / draw.temperature.clamp(min=1e-8).unsqueeze(1)
+    kept = scaled >= draw.min_p.log().unsqueeze(1)
+    mass = scaled.exp().double()
+    if width:
+        kept = kept & _among_first(scaled, mass, draw, width)
+    total = mass.masked_fill(~kept, 0.0).cumsum(-1)
+    whole = total[:, -1:]
+    # A product rounded up to the whole would point behind the last token.
+    goal = torch.minimum(draw.uniform.unsqueeze(1) * whole, whole.nextafter(torch.zeros_like(whole)))
+    return torch.searchsorted(total, goal, right=True).clamp(max=vocab - 1).squeeze(1)
+
+
+def _among_first(scaled: torch.Tensor, mass: torch.Tensor, draw: DrawTensors, width: int) -> torch.Tensor:
+    """Which of each row [R, V] top_k and top_p keep -> bool [R, V]."""
+    best = scaled.topk(width).values
+    rank = torch.arange(width, device=scaled.device)
+    counts = torch.where(draw.top_k > 0, draw.top_k, scaled.shape[1]).unsqueeze(1)
+    first = best.exp().double().masked_fill(rank >= counts, 0.0)
+    every = torch.where(draw.top_k > 0, first.sum(-1), mass.sum(-1)).unsqueeze(1)
+    before = first.cumsum(-1) - first
+    top_p = draw.top_p.double().unsqueeze(1)
+    counted = (rank < counts) & ((before < top_p * every) | (top_p >= 1) | (rank == 0))
+    count = counted.sum(-1, keepdim=True)
+    last = best.gather(1, count - 1)
+    # Of those equal to the last one, as many as are left, the lower ids first.
+    equal = scaled == last
+    left = count - (best > last).sum(-1, keepdim=True)
+    kept = (scaled > last) | (equal & (equal.cumsum(-1) <= left))
+    return kept | ((draw.top_k == 0) & (draw.top_p >= 1)).unsqueeze(1)
+
+
+def advance(ids: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
+    """The tokens that were chosen are the next input: ids int64 [R] and position int64 [R] change in their place. A row
+    that is not finite goes on with any token; what comes of it is dropped."""
+    ids.copy_(tokens.clamp(min=0))
+    position.add_(1)
+
+
+def linear_of_each(x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+    """x [T, K], ``w`` with a leading axis of E linears of one kind and shape (types.stacked), ``which``
+    int64 [T] -> [T, N]: token t by linear which[t]. Nothing waits for the device, so it can be captured."""
+    if w.kind == "parts":
+        y = torch.cat([linear_of_each(x, part, which) for part in w.data["parts"]], dim=-1)
+        return y if w.bias is None else y + w.bias[which]
+    data = {name: value[which] for name, value in w.data.items() if isinstance(value, torch.Tensor)}
+    bias = None if w.bias is None else w.bias[which]
+    if w.kind == "dense":
+        y = torch.einsum("tk,tnk->tn", x, data["weight"])
+    else:
+        if "perm" in data:
+            x = x.gather(1, data["perm"].long())
+        y = torch.einsum("tk,tkn->tn", x, _dequantize_each(w, data, x.dtype))
+    return y if bias is None else y + bias
+
+
+def _dequantize_each(w: Packed, data: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """As dequantize, of tensors with a leading axis -> [T, K, N]."""
+    codes = data["codes"]
+    if w.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1, 2)[:, : w.in_features]
+    group = torch.arange(w.in_features, device=codes.device) // w.group_size
+    step = codes.to(torch.int16) - data["zeros"].to(torch.int16).index_select(1, group)
+    return (step.float() * data["scales"].float().index_select(1, group)).to(dtype)

@@ -1,8 +1,9 @@
-"""What flows between the model, the ops and the backends."""
+"""Weights, in the one form that files are brought to and as a backend packs them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,6 +97,58 @@ class Experts:
     norm_topk_prob: bool
     shared: tuple[Packed, Packed] | None = None
     shared_gate: torch.Tensor | None = None
+    stacked: tuple[Packed, Packed] | None = (
+        None  # gate_up and down of all experts, where they can be told apart late
+    )
+
+    def stack(self) -> str | None:
+        """Set ``stacked``: all experts' tensors in one, of which each expert's become views. The reason where their
+        kinds or shapes differ, or are not plain torch's; then nothing changes."""
+        if self.stacked is None:
+            made = [stacked(side) for side in (self.gate_up, self.down)]
+            if made[0] is None or made[1] is None:
+                kinds = sorted({packed.kind for packed in (*self.gate_up, *self.down)})
+                return f"experts of kinds {', '.join(kinds)} cannot be stacked"
+            self.stacked = made[0], made[1]
+        return None
+
+
+def stacked(weights: list[Packed]) -> Packed | None:
+    """Linears of one kind and shape as one with a leading axis, for reference.linear_of_each; their own tensors become
+    views of its. None where they cannot be."""
+    first = weights[0]
+    if any(_form(w) != _form(first) for w in weights) or first.kind not in (
+        "dense",
+        "w4a16",
+        "w8a16",
+        "parts",
+    ):
+        return None
+    whole = dataclasses.replace(first, data={})
+    if first.kind == "parts":
+        parts = [stacked(list(side)) for side in zip(*(w.data["parts"] for w in weights), strict=True)]
+        if None in parts:
+            return None
+        whole.data["parts"] = parts
+    for name, tensor in first.data.items():
+        if isinstance(tensor, torch.Tensor):
+            whole.data[name] = torch.stack([w.data[name] for w in weights])
+            for w, view in zip(weights, whole.data[name], strict=True):
+                w.data[name] = view
+    if first.bias is not None:
+        whole.bias = torch.stack([w.bias for w in weights if w.bias is not None])
+        for w, view in zip(weights, whole.bias, strict=True):
+            w.bias = view
+    return whole
+
+
+def _form(w: Packed) -> tuple[object, ...]:
+    """What must be alike for linears to be stacked."""
+    tensors = {
+        name: (value.shape, value.dtype) for name, value in w.data.items() if isinstance(value, torch.Tensor)
+    }
+    parts = tuple(part.kind for part in w.data.get("parts", ()))
+    return w.kind, tensors, parts, w.group_size, w.bias is None
 
 
 @dataclass
@@ -126,69 +179,3 @@ class Head:
     norm: torch.Tensor
     eps: float
     linear: Packed
-
-
-@dataclass
-class StepInputs:
-    """What every layer of a step shares: each token's rows of cos and sin, LogN's factors, and the plan."""
-
-    cos: torch.Tensor  # [T, rotary_dim] float32
-    sin: torch.Tensor
-    q_scale: torch.Tensor | None  # [T] float32
-    plan: StepPlan
-
-
-@dataclass
-class LayerKV:
-    """One layer's paged cache. Slot s lives at block s // block_size, row s % block_size.
-
-    ``k``, ``v`` [num_blocks, block_size, num_kv_heads, head_dim] in the activation dtype, or uint8 codes with
-    ``k_scale``, ``k_zero``, ``v_scale``, ``v_zero`` float32 [num_blocks, block_size, num_kv_heads]:
-    x = scale * code + zero (zero is the smallest value of that token and head).
-    ``k_offset``, ``k_factor`` float32 [num_kv_heads, head_dim], beside codes only: x then is (k - k_offset) / k_factor
-    of a rotated key k, and the query that reads it is multiplied by k_factor (reference.fit_to_codes).
-    """
-
-    k: torch.Tensor
-    v: torch.Tensor
-    k_scale: torch.Tensor | None = None
-    k_zero: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
-    v_zero: torch.Tensor | None = None
-    k_offset: torch.Tensor | None = None
-    k_factor: torch.Tensor | None = None
-
-    @property
-    def quantized(self) -> bool:
-        return self.k_scale is not None
-
-    @property
-    def block_size(self) -> int:
-        return int(self.k.shape[1])
-
-
-@dataclass
-class StepPlan:
-    """One step over a batch of B sequences and T flat tokens, the same for every layer.
-
-    ``q_lens``, ``kv_lens``: tokens of each sequence computed now, and in the cache after this step (history
-    included); sum(q_lens) == T. Token j of sequence b has position kv_lens[b] - q_lens[b] + j.
-    ``slots`` int64 [T]: where each token's key and value go (-1: nowhere). ``block_table``: per sequence, its
-    block ids. A plan without a cache (``slots is None``) attends over the step's own tokens only: training,
-    `logits()` and embeddings; there ``causal`` may be False, and each token sees all of its sequence.
-    """
-
-    q_lens: list[int]
-    kv_lens: list[int]
-    slots: torch.Tensor | None = None
-    block_table: list[list[int]] = field(default_factory=list)
-    causal: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)  # what the backend's plan() adds for itself
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.q_lens)
-
-    @property
-    def has_history(self) -> bool:
-        return any(q != kv for q, kv in zip(self.q_lens, self.kv_lens, strict=True))

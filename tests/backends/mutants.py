@@ -339,7 +339,6 @@ ROTARY = [
             "cos for sin": rotary(sin=lambda s: s.cos),
             "half of the channels turned": rotary(rotary_dim=lambda s: s.rotary_dim // 2),
             "stale slot": rotary(slots=stored(lambda slot: slot % 16)),
-            "nowhere is a slot": rotary(slots=stored(lambda slot: max(slot, 0))),
             "next slot": rotary(slots=stored(lambda slot: slot + 1)),
             "int8: middle of keys ignored": rotary(cache=lambda c: but(c, k_offset=_zeros(4096))),
             "int8: factor of keys ignored": rotary(cache=lambda c: but(c, k_offset=None, k_factor=None)),
@@ -375,7 +374,7 @@ def top(change: Callable[[torch.Tensor, torch.Tensor, float], Any], **instead: A
 
 
 CHOOSING = [
-    *mutants("likeliest", "likeliest")(
+    *mutants("likeliest", "choose")(
         {
             "second likeliest": second,
             "last logit ignored": lambda right, x: right(x[:, :-1].contiguous()),
@@ -384,7 +383,7 @@ CHOOSING = [
             "first row only": lambda right, x: right(x[:1]) * len(x),
         }
     ),
-    *mutants("top", "top")(
+    *mutants("top", "choose")(
         {
             "heat ignored": top(lambda *found: found, heat=1.0),
             "ids off by one": top(lambda values, ids, whole: (values, ids - 1, whole)),

@@ -117,7 +117,7 @@ def _zero_off(linear: Any) -> Any:
 
 
 STEP_MUTANTS = [
-    *mutants("decoder", "fuse_layers")(
+    *mutants("decoder", "stacks")(
         {
             "last layer skipped": step(layers=lambda a: a[:-1]),
             "first layer skipped": step(layers=lambda a: a[1:], caches=lambda c: c[1:]),
@@ -148,18 +148,18 @@ STEP_MUTANTS = [
             "no memory": lambda right, *args: _no_memory(),
         }
     ),
-    *mutants("decoder", "fuse_layers", "logn")(
+    *mutants("decoder", "stacks", "logn")(
         {
             "LogN ignored": step(q_scale=lambda s: None),
         }
     ),
-    *mutants("decoder", "fuse_layers", "qk-norm")(
+    *mutants("decoder", "stacks", "qk-norm")(
         {
             "norms of heads ignored": step(layers=each(q_norm=lambda a: None, k_norm=lambda a: None)),
             "keys by the norm of queries": step(layers=each(k_norm=lambda a: a.q_norm)),
         }
     ),
-    *mutants("decoder", "fuse_layers", "window")(
+    *mutants("decoder", "stacks", "window")(
         {
             "window ignored": step(layers=each(window=lambda a: 0)),
             "window + 1": step(layers=each(window=lambda a: a.window and a.window + 1)),
@@ -169,7 +169,7 @@ STEP_MUTANTS = [
             ),
         }
     ),
-    *mutants("decoder", "fuse_layers", "int8-cache")(
+    *mutants("decoder", "stacks", "int8-cache")(
         {
             "int8: fit of keys ignored": step(
                 caches=lambda c: [but(a, k_offset=None, k_factor=None) for a in c]
@@ -181,7 +181,7 @@ STEP_MUTANTS = [
             "int8: caches swapped": step(caches=lambda c: c[::-1]),
         }
     ),
-    *mutants("decoder", "fuse_layers", "experts")(
+    *mutants("decoder", "stacks", "experts")(
         {
             "wrong expert": experts(down=turned("down")),
             "gate of another expert": experts(gate_up=turned("gate_up")),
@@ -191,7 +191,7 @@ STEP_MUTANTS = [
             "router's rows off by one": experts(count=lambda e: e.count - 1, shared_gate=lambda e: None),
         }
     ),
-    *mutants("decoder", "fuse_layers", "codes")(
+    *mutants("decoder", "stacks", "codes")(
         {
             "keys and values of qkv's parts": parts(lambda p: [p[0], p[2], p[1]]),
             "zero + 1 in one layer": step(layers=lambda a: [but(a[0], o=_zero_off(a[0].o)), *a[1:]]),

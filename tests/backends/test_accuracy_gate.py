@@ -24,7 +24,9 @@ from qwenrt.finetune.data import encode_entry
 from qwenrt.llm import LLM, load_tokenizer
 from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.types import CanonicalWeight, LayerKV
+from qwenrt.ops.steps import LayerKV
+from qwenrt.ops.types import CanonicalWeight
+from tests.steps import run_step
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -190,13 +192,12 @@ def cached_logits(llm: LLM, kv: list[LayerKV]) -> torch.Tensor:
     """Logits of all positions of some conversations, their keys and values in ``kv``, each prompt in two cuts."""
     model, found = llm._assembled.model, []
     for ids, positions in conversations()[:CACHED]:
-        hidden = []
+        rows = []
         blocks = list(range(-(-len(ids) // kv[0].block_size)))
         for cut in (slice(0, len(ids) // 2), slice(len(ids) // 2, len(ids))):
-            slots = list(range(cut.start, cut.stop))
-            plan = model.backend.plan([len(slots)], [cut.stop], [blocks], slots)
-            hidden.append(model.forward(torch.tensor(ids[cut]), plan, [1], kv))
-        found.append(model.logits(torch.cat(hidden))[positions])
+            lens = [cut.stop - cut.start], [cut.stop]
+            rows.append(run_step(model, kv, ids[cut], *lens, [blocks]).logits)
+        found.append(torch.cat(rows)[positions])
     return torch.cat(found)
 
 

@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 
 import qwenrt
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
+from qwenrt.backends.stack import StackParts
 from qwenrt.config.model import ModelConfig
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed
+from qwenrt.ops.steps import LayerKV, Vocabulary
+from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.conftest import write_tiny_checkpoint
 from tests.kernel_sets import SETS
+from tests.steps import run_step, step_of
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -105,45 +108,32 @@ class Cache:
                 assert tensor is not None
                 tensor.fill_(float("nan"))
         self.tokens = [torch.randint(0, config.vocab_size, (length,)) for length in lengths]
+        self.parts = StackParts(model, self.layers, Vocabulary(config.vocab_size), len(lengths), 256)
 
-    def step(self, spans: list[tuple[int, int]], due: list[int] | None = None) -> torch.Tensor:
-        """Hidden states of tokens [start, end) of each sequence, or the logits of those that are ``due``."""
-        numbered = list(zip(spans, self.tables, strict=True))
-        slots = [t[p // SIZE] * SIZE + p % SIZE for (a, b), t in numbered for p in range(a, b)]
-        ids = torch.cat([x[a:b] for x, (a, b) in zip(self.tokens, spans, strict=True)])
-        plan = self.model.backend.plan([b - a for a, b in spans], [b for _, b in spans], self.tables, slots)
-        with torch.no_grad():
-            if due is None:
-                return self.model.forward(ids, plan, [1] * len(spans), self.layers)
-            logits = self.model.next_logits(ids, plan, [1] * len(spans), self.layers, due)
-        assert logits is not None
-        return logits
+    def step(
+        self, spans: list[tuple[int, int]], rows: list[int] | None = None, seams: bool = False
+    ) -> torch.Tensor:
+        """The logits of tokens [start, end) of each sequence, or of those ``rows`` of them, by the best stack or by the
+        seams; ``served_by`` then says which stack computed them."""
+        ids = torch.cat([x[a:b] for x, (a, b) in zip(self.tokens, spans, strict=True)]).tolist()
+        lens = [b - a for a, b in spans], [b for _, b in spans]
+        outcome = run_step(self.model, self.layers, ids, *lens, self.tables, rows=rows, seams=seams)
+        self.served_by = outcome.served_by.name
+        return outcome.logits
 
 
 def both_ways(
     model: Qwen, lengths: list[int], steps: list[list[tuple[int, int]]], *, int8: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(fused, by the seams) of each step, each way with a cache of its own."""
-    stack = model._stack
-    assert stack is not None
-    served = []
-
-    def counted(*args: object) -> torch.Tensor | None:
-        served.append(stack(*args))  # type: ignore[arg-type]
-        return served[-1]
-
+    """(in one call, by the seams) of each step, each way with a cache of its own."""
     caches = []
     for _ in range(2):
         torch.manual_seed(5)
         caches.append(Cache(model, lengths, int8))
     results = []
     for spans in steps:
-        model._stack = counted
-        fused = caches[0].step(spans)
-        model._stack = None
-        results.append((fused, caches[1].step(spans)))
-    model._stack = stack
-    assert len(served) == len(steps) and all(y is not None for y in served)
+        results.append((caches[0].step(spans), caches[1].step(spans, seams=True)))
+        assert caches[0].served_by == "one call" and caches[1].served_by == "seams"
     return results
 
 
@@ -157,9 +147,9 @@ STEPS = [
 
 def check(model: Qwen, *, int8: bool = False, most: float = 0.0) -> None:
     """``most``: what the ways may differ by, as a share of the largest number."""
-    for fused, seams in both_ways(model, LENGTHS, STEPS, int8=int8):
-        assert bool(fused.isfinite().all())
-        assert float((fused - seams).abs().max()) <= most * float(seams.abs().max())
+    for whole, seams in both_ways(model, LENGTHS, STEPS, int8=int8):
+        assert bool(whole.isfinite().all())
+        assert float((whole - seams).abs().max()) <= most * float(seams.abs().max())
 
 
 # ---- the same bits
@@ -216,8 +206,8 @@ def test_threads_and_batches_change_no_bit(cpu: CPUBackend, threads: int) -> Non
     model = build(cpu, config)
     wanted = both_ways(model, LENGTHS, STEPS)
     cpu.configure(num_threads=threads, activations="int16")
-    for (fused, _), (before, _) in zip(both_ways(model, LENGTHS, STEPS), wanted, strict=True):
-        assert torch.equal(fused, before)
+    for (whole, _), (before, _) in zip(both_ways(model, LENGTHS, STEPS), wanted, strict=True):
+        assert torch.equal(whole, before)
     cache = Cache(model, [12])
     whole = cache.step([(0, 12)])
     alone = torch.cat([cache.step([(i, i + 1)]) for i in range(12)])
@@ -228,8 +218,8 @@ def test_threads_and_batches_change_no_bit(cpu: CPUBackend, threads: int) -> Non
 
 
 @pytest.mark.parametrize("form", ["int4", "int8", "bfloat16", "float32", "parts"])
-@pytest.mark.parametrize("due", [[11], [0, 3, 11], [9, 2], list(range(12))])
-def test_logits_of_the_tokens_that_are_due(cpu: CPUBackend, form: str, due: list[int]) -> None:
+@pytest.mark.parametrize("rows", [[11], [0, 3, 11], [9, 2], list(range(12))])
+def test_logits_of_some_tokens(cpu: CPUBackend, form: str, rows: list[int]) -> None:
     model = build(cpu, DENSE)
     if form == "parts":
         head = parts(cpu, [60, 40], DENSE.hidden_size, None)
@@ -237,34 +227,22 @@ def test_logits_of_the_tokens_that_are_due(cpu: CPUBackend, form: str, due: list
         head = cpu.pack_linear(weight(100, DENSE.hidden_size, form, None), torch.float32)
     model.set_linear("lm_head", head)
     model.bind()
-    assert model._stack is not None and model._stack.has_head == (form not in ("float32", "parts"))
-    fused = Cache(model, [9, 3])
-    logits = fused.step([(0, 9), (0, 3)], due)
-    model._stack = None
-    seams = Cache(model, [9, 3])
-    seams.tokens = fused.tokens
-    assert torch.equal(logits, seams.step([(0, 9), (0, 3)], due))
-    assert torch.equal(fused.step([(8, 9), (2, 3)]), seams.step([(8, 9), (2, 3)]))  # the caches hold the same
+    whole, seams = Cache(model, [9, 3]), Cache(model, [9, 3])
+    seams.tokens = whole.tokens
+    logits = whole.step([(0, 9), (0, 3)], rows)
+    assert whole.served_by == "one call"
+    assert torch.equal(logits, seams.step([(0, 9), (0, 3)], rows, seams=True))
+    last = [(8, 9), (2, 3)]
+    assert torch.equal(whole.step(last), seams.step(last, seams=True))  # the caches hold the same
 
 
-def test_what_the_stack_refuses_is_computed_by_the_seams_without_asking_again(cpu: CPUBackend) -> None:
+def test_a_step_that_the_one_call_gives_up_is_computed_by_the_seams(cpu: CPUBackend) -> None:
     model = build(cpu, DENSE)
     model.embed_tokens[9, 3] = float("nan")
-    stack, answers = model._stack, []
-    assert stack is not None
-
-    class Counted:
-        has_head = True
-
-        def __call__(self, *args: object) -> torch.Tensor | None:
-            answers.append(stack(*args))  # type: ignore[arg-type]
-            return answers[-1]
-
-    model._stack = Counted()  # type: ignore[assignment]
     cache = Cache(model, [4, 4])
     cache.tokens = [torch.tensor([1, 2, 9, 4]), torch.tensor([5, 6, 7, 8])]
     bad, good = cache.step([(0, 4), (0, 4)], [3, 7])
-    assert answers == [None] and bool(good.isfinite().all()) and not bool(bad.isfinite().any())
+    assert cache.served_by == "seams" and bool(good.isfinite().all()) and not bool(bad.isfinite().any())
 
 
 # ---- what the stack does not serve
@@ -273,9 +251,9 @@ def test_what_the_stack_refuses_is_computed_by_the_seams_without_asking_again(cp
 def test_long_prompts_beside_short_ones_go_through_the_stack(cpu: CPUBackend) -> None:
     model = build(cpu, DENSE)
     cache = Cache(model, [70, 3])
-    fused = cache.step([(0, 70), (0, 3)])
-    model._stack = None
-    assert torch.equal(cache.step([(0, 70), (0, 3)]), fused)
+    whole = cache.step([(0, 70), (0, 3)])
+    assert cache.served_by == "one call"
+    assert torch.equal(cache.step([(0, 70), (0, 3)], seams=True), whole)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
@@ -289,14 +267,11 @@ def test_what_is_not_finite_is_left_to_the_seams_and_to_its_own_sequence(
     clean.tokens = [torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])]
     wanted = clean.step([(0, 4), (0, 4)])
     model.embed_tokens[9, 3] = bad
-    stack, answers = model._stack, []
-    model._stack = lambda *args: answers.append(stack(*args)) or answers[-1]  # type: ignore[misc,func-returns-value]
     cache = Cache(model, [4, 4])
     cache.tokens = [torch.tensor([1, 2, 9, 4]), torch.tensor([5, 6, 7, 8])]
     got = cache.step([(0, 4), (0, 4)])
-    assert len(answers) == 1
     if bad != 3e38:
-        assert answers == [None] and not bool(got[2].isfinite().all())
+        assert cache.served_by == "seams" and not bool(got[2].isfinite().all())
     # What is not finite may spoil its own sequence, earlier tokens of the step included, but no other.
     for here in [slice(4, 8)] if bad != 3e38 else [slice(0, 2), slice(4, 8)]:
         if activations == "exact":  # sums in the order of another number of tokens
@@ -305,7 +280,7 @@ def test_what_is_not_finite_is_left_to_the_seams_and_to_its_own_sequence(
             assert torch.equal(got[here], wanted[here])
 
 
-def test_weights_that_the_kernel_knows_nothing_of_are_not_fused(cpu: CPUBackend) -> None:
+def test_weights_that_the_kernels_know_nothing_of_go_by_the_seams(cpu: CPUBackend) -> None:
     for form in ("float32", "int4"):
         model = Qwen(DENSE, cpu, torch.float32)
         for name, shape in model.tensor_specs.items():
@@ -318,10 +293,9 @@ def test_weights_that_the_kernel_knows_nothing_of_are_not_fused(cpu: CPUBackend)
                 name, cpu.pack_linear(weight(*shape, "float32" if plain else "int4", bias), torch.float32)
             )
         model.bind()
-        assert (model._stack is None) == (form == "float32")
+        assert len(cpu.stacks(Cache(model, [1]).parts)) == (1 if form == "float32" else 2)
     model.backend.demoted["rms_norm"] = "it was wrong"
-    model.bind()
-    assert model._stack is None
+    assert len(cpu.stacks(Cache(model, [1]).parts)) == 1
 
 
 Q, KV = DENSE.num_heads * DENSE.head_dim, DENSE.num_kv_heads * DENSE.head_dim
@@ -344,22 +318,6 @@ def test_parts_of_qkv_know_which_rows_are_values(cpu: CPUBackend, rows: list[int
 
 
 # ---- caches, models and threads that come and go
-
-
-def test_a_cache_that_was_replaced_is_the_one_that_is_used(cpu: CPUBackend) -> None:
-    model = build(cpu, DENSE)
-    first = Cache(model, [5])
-    wanted = first.step([(0, 5)])
-    second = Cache(model, [5])
-    second.tokens = first.tokens
-    for layer in first.layers:
-        layer.k.fill_(float("nan"))
-    assert torch.equal(second.step([(0, 5)]), wanted)
-    assert bool(torch.isnan(first.layers[0].k).all())
-    second.layers[:] = Cache(model, [5]).layers  # the same list with other tensors in it
-    assert torch.equal(second.step([(0, 5)]), wanted)
-    used = second.layers[0].k.view(-1, 2, 16)[torch.tensor(second.tables[0])[0] * SIZE]
-    assert bool(used.isfinite().all())
 
 
 def in_threads(*tasks: Callable[[], None]) -> None:
@@ -391,7 +349,9 @@ def test_models_side_by_side_and_in_threads_of_their_own(tmp_path: Path) -> None
             wanted.append(llm.generate(prompt_token_ids=prompt, max_tokens=20, temperature=0).token_ids)
     assert wanted[0] != wanted[1]
     with load(directories[0]) as a, load(directories[1]) as b:
-        assert all(llm._alive().model._stack is not None for llm in (a, b))
+        for llm in (a, b):
+            stacks = llm._alive().engine._alive().runner.stacks
+            assert [stack.name for stack in stacks] == ["one call", "seams"]
 
         def ask(llm: qwenrt.LLM, tokens: list[int]) -> None:
             for _ in range(3):
@@ -409,16 +369,17 @@ def test_models_side_by_side_and_in_threads_of_their_own(tmp_path: Path) -> None
 def test_a_stack_keeps_the_weights_it_points_at(cpu: CPUBackend) -> None:
     model = build(cpu, DENSE, "mixed")
     cache = Cache(model, [6])
-    wanted, stack = cache.step([(0, 6)]), model._stack
+    wanted = cache.step([(0, 6)])
     again = Cache(model, [6])
-    again.tokens = cache.tokens
+    stack = cpu.stacks(again.parts)[0]
     model.layers.clear()
     norm = model.weights["norm"], model.weights["embed_tokens"]
     model.weights.clear()
     model.weights["norm"], model.weights["embed_tokens"] = norm
     gc.collect()
     filler = [torch.full((48, 48), float("nan")) for _ in range(200)]  # takes what was freed
-    assert stack is not None and torch.equal(again.step([(0, 6)]), wanted)
+    step = step_of(cache.tokens[0].tolist(), [6], [6], again.tables)
+    assert stack.name == "one call" and torch.equal(stack.run(step).logits, wanted)
     del filler
 
 

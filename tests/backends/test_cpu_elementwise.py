@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenrt.backends import selfcheck
-from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec
 from qwenrt.backends.cpu import CPUBackend, backend, kernels
 from qwenrt.ops import reference
-from qwenrt.ops.types import LayerKV, StepPlan
+from qwenrt.ops.steps import LayerKV, StepPlan
 from tests.kernel_sets import SETS
 
 CPU = torch.device("cpu")
@@ -111,8 +112,6 @@ def test_rotary_and_its_store(
     angles = torch.randn(tokens, head_dim // (4 if partial else 2)).repeat(1, 2)
     q_scale = torch.rand(tokens) + 1 if scaled else None
     slots = torch.randperm(4 * (tokens + 1))[:tokens]
-    if tokens > 1:
-        slots[1] = -1
     plan = StepPlan([tokens], [tokens], slots if cache != "none" else None, [list(range(tokens + 1))])
     ours, defined = kv_pair(cpu, kv_heads, head_dim, "int8" in cache, tokens + 1)
     if "fitted" in cache:

@@ -47,11 +47,11 @@ def test_experts_of_equal_scores_are_chosen_as_torch_does(cpu: CPUBackend, count
     model = build(cpu, dataclasses.replace(DENSE, num_layers=1, moe=moe), "bfloat16")
     router = model.weights.tensor("layers.0.router")
     router.zero_()
-    for fused, seams in both_ways(model, LENGTHS, STEPS):
-        assert torch.allclose(fused, seams, rtol=1e-6, atol=1e-6)
+    for whole, seams in both_ways(model, LENGTHS, STEPS):
+        assert torch.allclose(whole, seams, rtol=1e-6, atol=1e-6)
     router[torch.arange(count), torch.arange(count) % 3] = 2.0  # three different scores, of no sum
-    for fused, seams in both_ways(model, LENGTHS, STEPS):
-        assert torch.allclose(fused, seams, rtol=1e-5, atol=1e-5)
+    for whole, seams in both_ways(model, LENGTHS, STEPS):
+        assert torch.allclose(whole, seams, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_and_threads_change_no_bit_of_experts(cpu: CPUBackend) -> None:
@@ -87,9 +87,9 @@ def test_checkpoints_with_experts_answer_the_same_both_ways(tmp_path: Path, kind
     moe = tiny_models.QWEN2_MOE if kind == "Qwen2Moe" else {**tiny_models.MOE, "head_dim": 8}
     tiny_models.build(kind, {**moe, "mlp_only_layers": [1]}, tmp_path)
     with tiny_models.load(tmp_path, quantize="int4", activations="exact") as llm:
-        model, answers = llm._alive().model, []
-        assert model._stack is not None
+        stacks, answers = llm._alive().engine._alive().runner.stacks, []
+        assert [stack.name for stack in stacks] == ["one call", "seams"]
         for _ in range(2):
             answers.append(llm.generate(prompt_token_ids=[5, 6, 7], max_tokens=24, temperature=0).token_ids)
-            model._stack = None
+            del stacks[:-1]
     assert answers[0] == answers[1] and len(answers[0]) == 24

@@ -23,6 +23,7 @@ from qwenrt.ops.weights import dequantize
 from tests.backends.test_cpu_kernels import float64_linear, random_weight
 from tests.conftest import write_tiny_checkpoint
 from tests.kernel_sets import SETS
+from tests.steps import run_step
 
 CPU = torch.device("cpu")
 BUILT = not isinstance(backend._load(), kernels.KernelsUnavailable)
@@ -188,16 +189,12 @@ def test_a_child_of_a_process_that_loaded_computes_the_same(cpu: CPUBackend, che
         model = llm._alive().model
 
         def tokens() -> list[int]:
-            from qwenrt.ops.types import StepPlan
-
             ids = [3, 4, 5, 6]
             for _ in range(4):
                 kv = model.backend.alloc_kv(2, 1, 16, 4, 16, torch.float32, False)
-                plan = model.backend.plan([len(ids)], [len(ids)], [[0]], list(range(len(ids))))
-                assert isinstance(plan, StepPlan)
-                with torch.no_grad():
-                    hidden = model.forward(torch.tensor(ids), plan, [1], kv)
-                    ids.append(int(model.logits(hidden[-1:])[:, : llm.tokenizer.vocab_size].argmax()))
+                outcome = run_step(model, kv, ids, [len(ids)], [len(ids)], [[0]], rows=[len(ids) - 1])
+                assert outcome.served_by.name == "one call"
+                ids.append(int(outcome.logits[:, : llm.tokenizer.vocab_size].argmax()))
             return ids[4:]
 
         assert tokens() == wanted

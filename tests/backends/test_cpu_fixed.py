@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenrt.assembly import Settings, assemble
+from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend, activations, backend, dense12, kernels
 from qwenrt.config import Environment
 from qwenrt.llm import LLM
@@ -174,7 +175,7 @@ def test_large_linears_are_rounded_unless_exact_is_asked_for(cpu: CPUBackend) ->
             assert cpu.activations_of(w) == ("int16" if rows in rounded else "")
 
 
-def test_a_fused_stack_rounds_as_single_linears_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_one_call_rounds_as_single_linears_do(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = list(range(40, 90))
 
     def logits(choice: str) -> torch.Tensor:
@@ -185,7 +186,7 @@ def test_a_fused_stack_rounds_as_single_linears_do(monkeypatch: pytest.MonkeyPat
     exact = logits("exact")
     assert torch.equal(logits("int16"), exact)  # all its linears are small
     monkeypatch.setattr(activations, "_LARGE", 1)
-    fused = logits("int16")
-    assert not torch.equal(fused, exact) and torch.allclose(fused, exact, atol=2e-2)
-    monkeypatch.setattr(CPUBackend, "fuse_layers", lambda *args: None)
-    assert torch.allclose(logits("int16"), fused, atol=1e-3)
+    whole = logits("int16")
+    assert not torch.equal(whole, exact) and torch.allclose(whole, exact, atol=2e-2)
+    monkeypatch.setattr(CPUBackend, "stacks", Backend.stacks)
+    assert torch.allclose(logits("int16"), whole, atol=1e-3)

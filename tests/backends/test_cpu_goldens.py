@@ -18,6 +18,7 @@ from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.types import Packed
 from tests.conftest import GPTQ_GOLDENS
 from tests.kernel_sets import SETS
+from tests.steps import run_step
 
 BLOCK_SIZE = 16
 
@@ -60,10 +61,8 @@ def test_recorded_logits_hold_through_the_kernels(golden_dir: Path, name: str, c
     alpha = ntk_alpha(len(prompt), config)
     logits, done = [], 0
     for ids in (prompt, *new.split(1)):
-        slots = list(range(done, done + len(ids)))
         done += len(ids)
-        plan = cpu.plan([len(ids)], [done], table, slots)
-        logits.append(model.logits(model.forward(ids, plan, [alpha], kv)))
+        logits.append(run_step(model, kv, ids.tolist(), [len(ids)], [done], table, [alpha]).logits)
     torch.testing.assert_close(logits[0], golden["0.prefill_logits"], atol=1e-4, rtol=0)
     steps = torch.cat([logits[0][-1:], *logits[1:]])
     torch.testing.assert_close(steps, golden["0.step_logits"], atol=1e-4, rtol=0)

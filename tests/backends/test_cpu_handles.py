@@ -15,8 +15,7 @@ import torch
 from qwenrt.assembly import Settings, assemble
 from qwenrt.backends.cpu import CPUBackend, attention, backend, dense12, kernels, library, rounding
 from qwenrt.backends.cpu.activations import EXACT
-from qwenrt.backends.cpu.decoder import Layer
-from qwenrt.backends.cpu.decoder import Step as DecoderStep
+from qwenrt.backends.cpu.decoder import Layer, StepStruct
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
@@ -122,7 +121,7 @@ def _calls(k: kernels.Kernels) -> dict[str, Callable[[], Any]]:
         "rms_norm": lambda: k.rms_norm(x, x[0], 1e-6),
         "silu_and_mul": lambda: k.silu_and_mul(x),
         "rotary_store": lambda: k.rotary_store(Rotary(), None, 2),
-        "decoder": lambda: k.decoder(layers, caches, None, DecoderStep(), x, None),
+        "decoder": lambda: k.decoder(layers, caches, None, StepStruct(), x, None),
         "likeliest": lambda: k.likeliest(x),
         "top": lambda: k.top(x[0], 1.0, 1.0, 3, False),
     }

@@ -18,7 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenrt.backends.base import Backend, OpSpec
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec
 from qwenrt.backends.cpu import CPUBackend, backend, kernel_status, kernels, library, resources
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.errors import BackendError

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from qwenrt.backends import registry, selfcheck
-from qwenrt.backends.base import Backend, OpSpec, native
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec, native
 from qwenrt.errors import BackendError
 from qwenrt.ops import reference
-from qwenrt.ops.types import LayerKV, Packed
+from qwenrt.ops.steps import LayerKV
+from qwenrt.ops.types import Packed
 
 CPU = torch.device("cpu")
 

@@ -176,7 +176,7 @@ def test_what_serves_a_real_model_is_what_was_looked_at(
 
 
 @pytest.mark.parametrize(
-    ("method", "op"), [("decoder", "fuse_layers"), ("attend", "attention"), ("top", "top")]
+    ("method", "op"), [("decoder", "stacks"), ("attend", "attention"), ("top", "choose")]
 )
 def test_a_model_is_served_without_what_is_wrong_and_says_so(
     tmp_path: Path, method: str, op: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -11,11 +11,11 @@ from qwenrt.sampling_params import SamplingParams
 
 
 def sequence(seq_id: int, ids: list[int], alpha: int = 1) -> Sequence:
-    return Sequence(seq_id, ids, SamplingParams(), alpha=alpha)
+    return Sequence(seq_id, ids, SamplingParams(), ntk_alpha=alpha)
 
 
 def compute(manager: BlockManager, seq: Sequence) -> None:
-    seq.num_computed = len(seq.token_ids)
+    seq.num_computed = seq.num_stored = len(seq.token_ids)
     manager.commit(seq)
 
 
@@ -30,7 +30,7 @@ def test_a_prefix_is_shared_but_its_last_token_is_computed() -> None:
     assert longer.num_computed == 8
     assert longer.block_table[:2] == first.block_table
     assert again.block_table[0] == first.block_table[0] and again.block_table[1] != first.block_table[1]
-    assert manager.users(first.block_table[0]) == 3
+    assert manager._users[first.block_table[0]] == 3
 
 
 def test_another_ntk_factor_is_another_prefix() -> None:
@@ -90,19 +90,6 @@ def test_distrusted_blocks_are_not_found_again() -> None:
     assert not manager._find(sequence(1, [1, 2, 3, 4, 5]))
 
 
-def test_cleared_blocks_are_free_and_not_found() -> None:
-    manager = BlockManager(4, 2)
-    done, running = sequence(0, [1, 2, 3]), sequence(1, [5, 6, 7])
-    for seq in (done, running):
-        manager.admit(seq)
-        compute(manager, seq)
-    manager.free(done)
-    manager.clear()
-    assert manager.num_free == 2 and manager.num_findable == 0
-    manager.free(running)
-    assert manager.num_free == 4
-
-
 def test_admission_leaves_the_reserve_alone() -> None:
     manager = BlockManager(4, 2)
     assert not manager.admit(sequence(0, [1, 2, 3]), reserve=3)
@@ -117,7 +104,7 @@ def check(manager: BlockManager, held: list[Sequence], size: int) -> None:
         assert len(seq.block_table) == len(set(seq.block_table))
         for block in seq.block_table:
             counts[block] += 1
-    assert counts == [manager.users(block) for block in range(manager.num_blocks)]
+    assert counts == [manager._users[block] for block in range(manager.num_blocks)]
     assert manager.num_free == counts.count(0)
     for seq in held:
         for block in seq.block_table[seq.num_computed // size :]:

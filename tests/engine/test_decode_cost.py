@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenrt.backends.cpu.backend import CPUBackend
 from qwenrt.config import parse_model_config
-from qwenrt.engine.engine import Engine
+from qwenrt.engine.engine import Engine, EngineOptions
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.sampling_params import SamplingParams
@@ -62,7 +62,7 @@ def engine() -> Engine:
         bias = torch.zeros(spec.out_features) if spec.bias else None
         model.set_linear(name, backend.pack_linear(CanonicalWeight(dense=dense, bias=bias), torch.float32))
     model.bind()
-    return Engine(model, backend, None, max_model_len=64, max_num_seqs=2)
+    return Engine(model, None, EngineOptions(max_model_len=64, max_num_seqs=2))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.engine.engine import Engine
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops.types import StepPlan
+from qwenrt.ops.steps import StepPlan
 from qwenrt.sampling_params import SamplingParams
 from tests.conftest import DENSE_GOLDENS, GPTQ_GOLDENS
-from tests.engine.conftest import golden_model, golden_record, last, make_engine, run, tokens
+from tests.engine.conftest import (
+    RecordingSampler,
+    golden_model,
+    golden_record,
+    last,
+    make_engine,
+    run,
+    tokens,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -24,27 +31,13 @@ def keys_of(name: str) -> list[str]:
     return sorted({key.rsplit(".", 1)[0] for key in golden_record(name)})
 
 
-def record_logits(engine: Engine) -> dict[tuple[str, int], list[torch.Tensor]]:
-    """The logits every token was taken from, per completion."""
-    rows: dict[tuple[str, int], list[torch.Tensor]] = {}
-    sample = engine.sampler.sample
-
-    def recording(logits: torch.Tensor, seqs: list[Any]) -> Any:
-        for row, seq in zip(logits, seqs, strict=True):
-            rows.setdefault((seq.request_id, seq.index), []).append(row.clone())
-        return sample(logits, seqs)
-
-    engine.sampler.sample = recording  # type: ignore[method-assign]
-    return rows
-
-
 @pytest.mark.parametrize("name", DENSE_GOLDENS + GPTQ_GOLDENS)
 def test_recorded_tokens_and_logits_alone_and_together(name: str) -> None:
     golden = golden_record(name)
     keys = keys_of(name)
     for alone in (True, False):
         engine = make_engine(name, max_num_batched_tokens=64, prefix_caching=False)
-        rows = record_logits(engine)
+        rows = RecordingSampler(engine).rows
         for key in keys:
             count = len(golden[f"{key}.new_tokens"])
             params = GREEDY.with_(max_tokens=count + 1)
@@ -143,7 +136,7 @@ def test_preempted_sequences_go_on_where_they_were() -> None:
 def test_a_shared_prefix_is_reported_and_changes_nothing() -> None:
     engine, golden = make_engine("ntk_logn"), golden_record("ntk_logn")
     prompt = golden["6.ids"].tolist()
-    rows = record_logits(engine)
+    rows = RecordingSampler(engine).rows
     engine.add(prompt, GREEDY, request_id="cold")
     cold = run(engine)["cold"]
     engine.add(prompt, GREEDY, request_id="warm")
@@ -209,7 +202,7 @@ def test_an_int8_cache_stays_close_and_does_not_depend_on_the_cutting() -> None:
     rows: list[torch.Tensor] = []
     for budget in (128, 7):
         engine = make_engine("ntk_logn", kv_cache_dtype="int8", max_num_batched_tokens=budget)
-        recorded = record_logits(engine)
+        recorded = RecordingSampler(engine).rows
         engine.add(golden["6.ids"].tolist(), GREEDY.with_(max_tokens=1), request_id="r")
         run(engine)
         rows.append(recorded["r", 0][0])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwenrt.engine.kv_cache import block_bytes
 from qwenrt.errors import CapacityError, ConfigError
 from qwenrt.ops import reference
-from tests.engine.conftest import golden_model, make_engine
+from tests.engine.conftest import make_engine
 
 
 def shipped_scheme(x: torch.Tensor) -> torch.Tensor:
@@ -54,8 +53,6 @@ def test_the_bytes_of_a_block_are_those_allocated() -> None:
 def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_dtype: got 'int3'.*auto, int8"):
         make_engine(kv_cache_dtype="int3")
-    with pytest.raises(CapacityError, match=r"100 bytes hold no block of 16 tokens \(24576 bytes\)"):
-        make_engine(cache_bytes=100)
     with pytest.raises(ConfigError, match="block_size: got 0"):
         make_engine(block_size=0)
 
@@ -65,8 +62,5 @@ def test_memory_that_is_not_there_is_a_typed_error() -> None:
         make_engine(num_blocks=2**44)
 
 
-def test_the_cache_is_as_large_as_its_memory_allows() -> None:
-    model = golden_model("ntk_logn")
-    one = block_bytes(model.config, model.backend, model.dtype, "auto", 16)
-    assert make_engine(cache_bytes=10 * one + 5).blocks.num_blocks == 10
+def test_without_a_size_the_cache_holds_every_sequence() -> None:
     assert make_engine(max_model_len=64, max_num_seqs=3).blocks.num_blocks == 12

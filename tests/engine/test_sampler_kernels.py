@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu.backend import CPUBackend
-from qwenrt.engine.sampler import Sampler
-from qwenrt.engine.sequence import Sequence
-from qwenrt.sampling_params import SamplingParams
+from qwenrt.ops.steps import NOT_FINITE, Draw, Vocabulary
 
 BACKEND = CPUBackend(torch.device("cpu"))
+KERNELS: Any = BACKEND.kernels
 pytestmark = pytest.mark.skipif(BACKEND.kernels is None, reason=BACKEND.unavailable or "built")
 
 
@@ -28,8 +29,7 @@ def random_row(seed: int, size: int, steps: float) -> torch.Tensor:
 @given(st.integers(0, 10**6), st.integers(1, 3000), st.sampled_from([0.0, 2.0, 0.1]))
 def test_the_likeliest_is_the_first_of_the_largest(seed: int, size: int, steps: float) -> None:
     rows = torch.stack([random_row(seed + i, size + 5, steps) for i in range(2)])[:, :size]
-    seen = BACKEND.likeliest(rows)
-    assert seen is not None
+    seen = KERNELS.likeliest(rows)
     for row, (token, largest, finite) in zip(rows, seen, strict=True):
         assert (largest, finite) == (float(row.max()), True)
         assert token == row.tolist().index(largest)
@@ -41,8 +41,8 @@ def test_one_number_that_is_not_finite_is_seen_anywhere(size: int, bad: float) -
     for place in {0, size // 2, size - 1}:
         rows = torch.full((1, size), 3e38)
         rows[0, place] = bad
-        seen = BACKEND.likeliest(rows)
-        assert seen is not None and not seen[0][2]
+        seen = KERNELS.likeliest(rows)
+        assert not seen[0][2]
         assert 0 <= seen[0][0] < size
 
 
@@ -60,7 +60,7 @@ def test_top_is_a_stable_sort(seed: int, size: int, k: int, steps: float, heat: 
     largest = float(row.max())
     if largest == -torch.inf:
         return
-    found = BACKEND.top(row, largest, heat, k, True)
+    found = KERNELS.top(row, largest, heat, k, True)
     assert found is not None
     values, ids, whole = found
     order = row.sort(descending=True, stable=True).indices[:k]
@@ -71,7 +71,7 @@ def test_top_is_a_stable_sort(seed: int, size: int, k: int, steps: float, heat: 
 
 
 def test_top_refuses_a_row_with_too_few_numbers() -> None:
-    assert BACKEND.top(torch.tensor([1.0, torch.nan, 0.0]), 1.0, 1.0, 3, True) is None
+    assert KERNELS.top(torch.tensor([1.0, torch.nan, 0.0]), 1.0, 1.0, 3, True) is None
 
 
 @settings(deadline=None, max_examples=80)
@@ -86,18 +86,14 @@ def test_top_refuses_a_row_with_too_few_numbers() -> None:
     st.booleans(),
 )
 def test_the_same_tokens_as_torch(
-    seed: int, size: int, steps: float, k: int, p: float, min_p: float, heat: float, edited: bool
+    seed: int, size: int, steps: float, k: int, p: float, min_p: float, heat: float, gaps: bool
 ) -> None:
-    params = SamplingParams(
-        temperature=heat, top_k=k, top_p=p, min_p=min_p, seed=seed, presence_penalty=float(edited)
-    )
-    absent = [i for i in random.Random(seed).sample(range(size), size // 3)]
-    rows = torch.stack([random_row(seed + i, size + 3, steps) for i in range(3)])
+    rule = (heat, k, p, min_p) if heat else (0.0, 0, 1.0, 0.0)
+    draws = [Draw(*rule, uniform) for uniform in (0.0, 0.31, 0.77, 0.999999)]
+    unused = random.Random(seed).sample(range(size), size // 3) if gaps else []
+    rows = torch.stack([random_row(seed + i // 2, size + 3, steps) for i in range(4)])
     rows[1, 0] = torch.nan
-    results = []
-    for backend in (None, BACKEND):
-        sampler = Sampler(size, absent, backend)
-        seqs = [Sequence(i, [0], params) for i in range(3)]
-        results.append([sampler.sample(rows.clone(), seqs).token_ids for _ in range(3)])
-    assert results[0] == results[1]
-    assert all(tokens[1] is None and tokens[0] is not None for tokens in results[1])
+    vocabulary = Vocabulary(size, frozenset(unused))
+    tokens = BACKEND.choose(rows.clone(), draws, vocabulary).tolist()
+    assert tokens == Backend.choose(BACKEND, rows.clone(), draws, vocabulary).tolist()
+    assert tokens[1] == NOT_FINITE and all(0 <= token < size for i, token in enumerate(tokens) if i != 1)

@@ -22,10 +22,12 @@ def sequence(seq_id: int, length: int, token: int | None = None) -> Sequence:
 
 
 def advance(scheduler: Scheduler, batch: list[tuple[Sequence, int]]) -> None:
-    """What the engine does after a forward pass, with made-up tokens."""
+    """What the engine does when a step is begun and when it is done, with made-up tokens."""
     for seq, count in batch:
-        scheduler.advance(seq, count)
-        if seq.num_remaining == 0:
+        chooses = scheduler.launch(seq, count)
+        seq.in_flight -= chooses
+        scheduler.collect(seq, seq.num_computed, seq.epoch)
+        if chooses:
             seq.token_ids.append(seq.seq_id)
 
 
@@ -178,5 +180,5 @@ def test_no_prompt_ends_in_a_short_piece_where_that_can_be(
     while seq.num_remaining > 0 and sum(got) < prompt:
         ((_, count),) = scheduler.schedule()
         got.append(count)
-        scheduler.advance(seq, count)
+        scheduler.launch(seq, count)
     assert got == pieces

@@ -13,7 +13,7 @@ from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops.types import StepPlan
+from qwenrt.ops.steps import StepPlan
 from tests.conftest import DENSE_GOLDENS, GPTQ_GOLDENS
 
 

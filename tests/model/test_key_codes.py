@@ -15,7 +15,8 @@ from qwenrt.loader.weights import load_weights
 from qwenrt.model import key_codes
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops import quantization
-from qwenrt.ops.types import CanonicalWeight, LayerKV, Packed
+from qwenrt.ops.steps import LayerKV
+from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.model.tiny_models import build
 
 CPU = Backend(torch.device("cpu"))

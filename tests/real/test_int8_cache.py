@@ -13,6 +13,7 @@ from qwenrt.config import read_model_config
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
+from tests.steps import run_step
 
 real: Any = pytest.importorskip("tests.real.conftest")  # where checkpoints lie
 
@@ -32,8 +33,7 @@ def log_probabilities(model: Qwen, ids: list[int], quantized: bool) -> torch.Ten
     kv = backend.alloc_kv(*shape, quantized)
     if quantized:
         model.fit_key_codes(kv)
-    plan = backend.plan([n], [n], [blocks], list(range(n)))
-    return model.logits(model.forward(torch.tensor(ids), plan, [1], kv)).log_softmax(-1)
+    return run_step(model, kv, ids, [n], [n], [blocks]).logits.log_softmax(-1)
 
 
 @pytest.mark.parametrize("size", ["0.5B", "1.5B"])

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from qwenrt.ops import reference
-from qwenrt.ops.types import LayerKV, StepPlan
+from qwenrt.ops.steps import LayerKV, StepPlan
 
 HEAD_DIMS = tuple(range(8, 257, 8))
-_KEY = "cpu_attention"  # of StepPlan.extra
 
 
 class Sequences(ctypes.Structure):
@@ -50,14 +47,6 @@ class Cache(ctypes.Structure):
 Attend = Callable[[Sequences, Cache, torch.Tensor, torch.Tensor, float, int], None]
 
 
-@dataclass(frozen=True)
-class Division:
-    """One step's sequences as the kernel is told."""
-
-    native: Sequences
-    memory: list[array[int]]  # what ``native`` points at
-
-
 def cache_struct(kv: LayerKV) -> Cache:
     """Where a layer's cache lies, as the kernels are told."""
     _, block_size, num_kv_heads, head_dim = kv.k.shape
@@ -77,30 +66,11 @@ def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def divide(plan: StepPlan, in_cache: bool | None = None) -> Division | None:
-    """The kernel's view of a step, made once for all layers; None where tokens are not in the cache.
-
-    ``in_cache``: whether each token has a slot, where that is known already.
-    """
-    if _KEY not in plan.extra:
-        if in_cache is None:
-            slots = plan.slots
-            in_cache = slots is not None and (slots.numel() == 0 or int(slots.min()) >= 0)
-        plan.extra[_KEY] = _divide(plan) if in_cache else None
-    division: Division | None = plan.extra[_KEY]
-    return division
-
-
-def _divide(plan: StepPlan) -> Division:
-    q_lens, kv_lens = array("q", plan.q_lens), array("q", plan.kv_lens)
-    starts, tables, blocks, start = array("q"), array("q"), array("q"), 0
-    for q_len, table in zip(plan.q_lens, plan.block_table, strict=True):
-        starts.append(start)
-        tables.append(len(blocks))
-        blocks.extend(table)
-        start += q_len
-    memory = [starts, q_lens, kv_lens, tables, blocks]
-    return Division(Sequences(len(starts), *(numbers.buffer_info()[0] for numbers in memory)), memory)
+def sequences_struct(plan: StepPlan) -> Sequences:
+    """A step's sequences as the kernels are told; it points into ``plan.ragged``."""
+    ragged = plan.ragged
+    arrays = ragged.first_tokens, ragged.q_lens, ragged.kv_lens, ragged.first_blocks, ragged.blocks
+    return Sequences(len(plan.q_lens), *(numbers.ctypes.data for numbers in arrays))
 
 
 def attention(
@@ -115,10 +85,10 @@ def attention(
 ) -> torch.Tensor:
     """As reference.attention; ``attend`` is the kernel."""
     wanted = q.dtype if kv is None or not kv.quantized else torch.uint8
-    if kv is None or q.requires_grad or kv.k.dtype != wanted or (division := divide(plan)) is None:
+    if kv is None or q.requires_grad or kv.k.dtype != wanted or plan.slots is None:
         return reference.attention(q, k, v, kv, plan, scale, window)
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     out = torch.empty(q.shape)
-    attend(division.native, cache_struct(kv), q, out, scale, window)
+    attend(sequences_struct(plan), cache_struct(kv), q, out, scale, window)
     return out

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from qwenrt.backends.base import Backend, OpSpec, Stack, native
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec, native
 from qwenrt.backends.cpu import attention as paged
-from qwenrt.backends.cpu import dense12, elementwise, resources, torch_threads
+from qwenrt.backends.cpu import dense12, elementwise, resources, sampling, torch_threads
 from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, INT16, rounded_to, rounds_dense, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack, Linear
 from qwenrt.backends.cpu.huge_pages import huge_buffer
@@ -29,9 +30,11 @@ from qwenrt.backends.cpu.kernels import (
 )
 from qwenrt.backends.cpu.library import KernelsUnavailable
 from qwenrt.backends.cpu.rounding import quantize, rounds_alike
+from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.types import CanonicalWeight, Head, LayerKV, LayerWeights, Packed, StepPlan
+from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
+from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import with_codes
 
 logger = logging.getLogger("qwenrt")
@@ -310,7 +313,7 @@ class CPUBackend(Backend):
         sin: torch.Tensor,
         q_scale: torch.Tensor | None,
         kv: LayerKV | None,
-        plan: StepPlan,
+        plan: StepPlan | DecodePlan,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not elementwise.served(qkv, *(qk_norms[:2] if qk_norms else ())):
             return super().rotary_store_kv(qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
@@ -318,17 +321,19 @@ class CPUBackend(Backend):
         call = self.kernels.rotary_store
         return elementwise.rotary_store_kv(call, qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
 
-    # ---- all layers at once
+    # ---- whole steps
 
-    def fuse_layers(self, layers: list[LayerWeights], head: Head, dtype: torch.dtype) -> Stack | None:
-        """As Backend.fuse_layers, where the kernels serve every op of every layer."""
-        if self.kernels is None or dtype != torch.float32 or not layers:
-            return None
-        spec = OpSpec("", "", dtype, layers[0].heads[2])
+    def stacks(self, parts: StackParts) -> list[Stack]:
+        """As Backend.stacks; first the one call, where the kernels serve every op of every layer."""
+        stacks, network = super().stacks(parts), parts.network
+        if self.kernels is None or network.dtype != torch.float32:
+            return stacks
+        spec = OpSpec("", "", network.dtype, network.layer_weights[0].heads[2])
         ops = ("linear", "rms_norm", "silu_and_mul", "attention", "rotary_store_kv")
         if any(self.why_not(op, spec) is not None for op in ops):
-            return None
-        return DecoderStack.of(layers, head, self._linear_struct, self.kernels.decoder)
+            return stacks
+        made = DecoderStack.of(self, parts, self._linear_struct, self.kernels.decoder, SeamStack(self, parts))
+        return stacks if made is None else [made, *stacks]
 
     def _linear_struct(self, w: Packed) -> Linear | None:
         shape = (w.out_features, w.in_features)
@@ -344,34 +349,15 @@ class CPUBackend(Backend):
         is_half = int(weight.dtype == torch.float16)
         return Linear(None, None, weight.data_ptr(), bias, None, 0, *shape, is_half, how)
 
-    # ---- a step around the layers
-
     def empty_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """As Backend.empty_kv, on huge pages: on small ones the first token of a slot takes a page fault for each half
         of each layer."""
         return huge_buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
-    def plan(
-        self, q_lens: list[int], kv_lens: list[int], block_table: list[list[int]], slots: list[int]
-    ) -> StepPlan:
-        """As Backend.plan; attention's share of it is made from the lists, while they are at hand."""
-        plan = super().plan(q_lens, kv_lens, block_table, slots)
-        if self.kernels is not None:
-            paged.divide(plan, in_cache=min(slots, default=0) >= 0)
-        return plan
-
-    def likeliest(self, logits: torch.Tensor) -> list[tuple[int, float, bool]] | None:
-        """As Backend.likeliest. One pass of one thread: torch would wake threads that then spin beside ours."""
-        if self.kernels is None or logits.dtype != torch.float32 or logits.stride(1) != 1:
-            return None
-        return self.kernels.likeliest(logits) if logits.shape[1] else None
-
-    def top(
-        self, row: torch.Tensor, largest: float, heat: float, k: int, with_whole: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        if self.kernels is None or row.dtype != torch.float32 or row.stride(0) != 1:
-            return None
-        return self.kernels.top(row, largest, heat, k, with_whole)
+    def choose(self, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> torch.Tensor:
+        if self.kernels is None or logits.stride(1) != 1:
+            return super().choose(logits, draws, vocabulary)
+        return sampling.choose(self.kernels, logits, draws, vocabulary)
 
     # ---- the device
 

@@ -1,17 +1,17 @@
-"""A whole stack of decoder layers, and the head, in one call of csrc/: between two ops of a step no Python runs."""
+"""The stack of csrc/: all decoder layers and the head of a step in one call, between whose ops no Python runs."""
 
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Callable
 
 import torch
 
-from qwenrt.backends.cpu import attention
 from qwenrt.backends.cpu.activations import Activations
-from qwenrt.backends.cpu.attention import Cache, address, cache_struct
-from qwenrt.ops.types import Experts, Head, LayerKV, LayerWeights, Packed, StepInputs
+from qwenrt.backends.cpu.attention import Cache, address, cache_struct, sequences_struct
+from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, chosen_from, token_ids
+from qwenrt.ops.steps import RotaryRows, Step, StepPlan
+from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
 
 
 class Linear(ctypes.Structure):
@@ -67,7 +67,7 @@ class Layer(ctypes.Structure):
     )
 
 
-class Step(ctypes.Structure):
+class StepStruct(ctypes.Structure):
     """QwenrtStep of csrc/qwenrt_decoder.h."""
 
     _fields_ = (
@@ -94,12 +94,12 @@ class HeadStruct(ctypes.Structure):
 
 
 LinearOf = Callable[[Packed], "Linear | None"]
-Run = Callable[
+Forward = Callable[
     [
         "ctypes.Array[Layer]",
         "ctypes.Array[Cache]",
         "HeadStruct | None",
-        Step,
+        StepStruct,
         torch.Tensor,
         "torch.Tensor | None",
     ],
@@ -137,7 +137,7 @@ class _Structs:
         return Layer(*norms, qkv, o, *mlp, experts, *w.heads, w.window, w.eps, w.scale)
 
     def head(self, head: Head) -> HeadStruct | None:
-        """None where the kernel knows nothing of one."""
+        """None where the kernels know nothing of one."""
         if head.linear.kind == "parts":
             return None
         try:
@@ -176,59 +176,76 @@ class _Structs:
 
 
 class DecoderStack:
-    """Layers and head as the kernel is told of them. Keeps what they point at alive."""
+    """Steps of a float32 model on the CPU in one call, ``forward`` of the kernels. Keeps what they point at alive.
+
+    A head that the kernels know nothing of follows by the seams. Where the call finds numbers that are not finite it
+    gives up, and the seams compute the whole step: they keep one sequence's away from the others.
+    """
+
+    name = "one call"
 
     def __init__(
-        self,
-        layers: list[LayerWeights],
-        head: Head,
-        structs: tuple[list[Layer], HeadStruct | None],
-        memory: list[object],
-        run: Run,
+        self, backend: Device, parts: StackParts, structs: _Structs, forward: Forward, seams: SeamStack
     ) -> None:
-        self._pointed_at, self._run = (layers, head, memory), run
-        self._layers, self._head = (Layer * len(structs[0]))(*structs[0]), structs[1]
-        self._vocabulary, self.has_head = head.linear.out_features, structs[1] is not None
-        self._held: tuple[list[LayerKV], ctypes.Array[Cache]] = ([], (Cache * 0)())
+        """Raises _Unserved where a part is of a kind that the kernels know nothing of."""
+        self._backend, self._parts, self._forward, self._seams = backend, parts, forward, seams
+        weights, head = list(parts.network.layer_weights), parts.network.head
+        layers = [structs.layer(w) for w in weights]
+        self._layers, self._head = (Layer * len(layers))(*layers), structs.head(head)
+        self._pointed_at = structs.memory, weights, head
+        self._caches = (Cache * len(parts.cache))(*map(cache_struct, parts.cache))
 
     @classmethod
-    def of(cls, layers: list[LayerWeights], head: Head, linear_of: LinearOf, run: Run) -> DecoderStack | None:
-        """None where a layer has a part that the kernel knows nothing of."""
-        made = _Structs(linear_of)
+    def of(
+        cls, backend: Device, parts: StackParts, linear_of: LinearOf, forward: Forward, seams: SeamStack
+    ) -> DecoderStack | None:
+        """None where a layer has a part that the kernels know nothing of."""
         try:
-            structs = [made.layer(w) for w in layers]
+            return cls(backend, parts, _Structs(linear_of), forward, seams)
         except _Unserved:
             return None
-        return cls(layers, head, (structs, made.head(head)), made.memory, run)
 
-    def __call__(
-        self, x: torch.Tensor, step: StepInputs, kv: list[LayerKV], due: list[int] | None = None
-    ) -> torch.Tensor | None:
-        """As Stack of x float32 [T, D], which is changed; None for a step that the seams must serve."""
-        plan = step.plan
-        division = attention.divide(plan)
-        if division is None or not division.native.count or plan.slots is None:
-            return None
-        if x.requires_grad or kv[0].k.dtype not in (torch.float32, torch.uint8):
-            return None
-        held, caches = self._held
-        if len(held) != len(kv) or not all(map(operator.is_, held, kv)):
-            caches = (Cache * len(kv))(*(cache_struct(layer) for layer in kv))
-            self._held = list(kv), caches
-        x, asked = x.contiguous(), due or []
-        wanted = (ctypes.c_int64 * len(asked))(*asked)
-        logits = torch.empty(len(asked), self._vocabulary) if asked else None
-        struct = Step(
-            ctypes.addressof(division.native),
-            step.cos.data_ptr(),
-            step.sin.data_ptr(),
-            address(step.q_scale),
+    def why_not(self, step: Step) -> str | None:
+        return None if step.num_tokens else "a step without tokens"
+
+    def run(self, step: Step, before: Outcome | None = None) -> Outcome:
+        network, backend = self._parts.network, self._backend
+        plan = StepPlan(
+            step.q_lens, step.kv_lens, backend.send(step.slots(self._parts.block_size)), step.tables
+        )
+        x = network.embed(token_ids(backend, step, before)).contiguous()
+        rotary, rows = network.rotary(plan, step.ntk_alphas), step.logit_rows
+        logits = torch.empty(len(rows), network.vocab_size) if rows and self._head is not None else None
+        if not self._compute(x, rotary, plan, rows, logits):
+            return self._seams.run(step, before)
+        if rows and logits is None:
+            logits = network.logits(network.final_norm(x[rows]))
+        return chosen_from(
+            self, backend, x[:0] if logits is None else logits, step.draws, self._parts.vocabulary
+        )
+
+    def _compute(
+        self,
+        x: torch.Tensor,
+        rotary: RotaryRows,
+        plan: StepPlan,
+        rows: list[int],
+        logits: torch.Tensor | None,
+    ) -> bool:
+        """x float32 [T, D] -> the residual stream after the layers in its place, and the ``logits`` of its ``rows``
+        where they are given; False where it gave up."""
+        assert plan.slots is not None
+        sequences, wanted = sequences_struct(plan), (ctypes.c_int64 * len(rows))(*rows)
+        cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
+        struct = StepStruct(
+            ctypes.addressof(sequences),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            address(rotary.q_scale),
             plan.slots.data_ptr(),
-            step.cos.shape[1],
+            cos.shape[1],
             x.shape[0],
             ctypes.addressof(wanted),
-            len(asked),
+            0 if logits is None else len(rows),
         )
-        if not self._run(self._layers, caches, self._head, struct, x, logits):
-            return None
-        return x if logits is None else logits
+        return self._forward(self._layers, self._caches, self._head, struct, x, logits)

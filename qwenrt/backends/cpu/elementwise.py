@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from qwenrt.backends.cpu.attention import Cache, cache_struct
-from qwenrt.ops.types import LayerKV, StepPlan
+from qwenrt.ops.steps import DecodePlan, LayerKV, StepPlan
 
 
 class Rotary(ctypes.Structure):
@@ -50,7 +50,7 @@ def rotary_store_kv(
     sin: torch.Tensor,
     q_scale: torch.Tensor | None,
     kv: LayerKV | None,
-    plan: StepPlan,
+    plan: StepPlan | DecodePlan,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As Backend.rotary_store_kv, qkv float32; ``rotary_store`` is the kernel."""
     num_heads, num_kv_heads, head_dim = heads

@@ -12,7 +12,7 @@ import torch
 
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, Sequences
-from qwenrt.backends.cpu.decoder import HeadStruct, Layer, Step
+from qwenrt.backends.cpu.decoder import HeadStruct, Layer, StepStruct
 from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
@@ -230,7 +230,7 @@ class Kernels:
         layers: ctypes.Array[Layer],
         caches: ctypes.Array[Cache],
         head: HeadStruct | None,
-        step: Step,
+        step: StepStruct,
         x: torch.Tensor,
         logits: torch.Tensor | None,
     ) -> bool:

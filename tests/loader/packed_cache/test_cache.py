@@ -27,7 +27,7 @@ from qwenrt.loader.packed_cache import file as packed_file
 from qwenrt.loader.packed_cache.file import Damaged
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops.types import StepPlan
+from qwenrt.ops.steps import StepPlan
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CPU = torch.device("cpu")

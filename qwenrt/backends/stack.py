@@ -1,0 +1,188 @@
+"""One step of a model as a whole: whoever computes one is a Stack, and its result an Outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from qwenrt.ops.steps import (
+    FROM_BEFORE,
+    NOT_FINITE,
+    DecodePlan,
+    Draw,
+    LayerKV,
+    RotaryRows,
+    Step,
+    StepPlan,
+    Vocabulary,
+)
+from qwenrt.ops.types import Head, LayerWeights
+
+
+class Device(Protocol):
+    """What a stack asks of its backend beside the ops; qwenrt.backends.base.Backend says what each is."""
+
+    device: torch.device
+
+    def send(self, values: list[int] | np.ndarray) -> torch.Tensor: ...
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]: ...
+
+    def choose(self, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> torch.Tensor: ...
+
+
+class Network(Protocol):
+    """What a stack sees of a model: its weights, and its parts op by op."""
+
+    dtype: torch.dtype
+    head: Head
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head, padding included."""
+
+    @property
+    def layer_weights(self) -> Sequence[LayerWeights]:
+        """Every decoder layer's."""
+
+    def bind_decode(self) -> str | None:
+        """Make `run_layers` serve DecodePlan as well -> why it cannot, or None."""
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> the residual stream before the layers [T, D]."""
+
+    def rotary(self, plan: StepPlan, ntk_alphas: list[int]) -> RotaryRows:
+        """The rows of a step's tokens."""
+
+    def rotary_table(self, length: int) -> RotaryTable:
+        """The rows of every position below ``length``, for all NTK factors that sequences of such a length have."""
+
+    def run_layers(
+        self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, kv: list[LayerKV] | None
+    ) -> torch.Tensor:
+        """The residual stream before the layers -> after them [T, D], op by op."""
+
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the layers -> hidden states [T, D]."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, D] -> float32 [R, vocab_size]."""
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Rows of RotaryRows on the device: those of NTK factor a begin at ``first[a]``; LogN's by position, or None."""
+
+    rows: RotaryRows
+    first: dict[int, int]
+
+
+@dataclass(frozen=True)
+class StackParts:
+    """What stacks are made for: a model, its cache, and the largest step."""
+
+    network: Network
+    cache: list[LayerKV]
+    vocabulary: Vocabulary
+    max_rows: int  # sequences computed together
+    max_model_len: int  # tokens of a sequence
+    spare_blocks: list[int] = field(
+        default_factory=list
+    )  # of the cache, max_rows that no sequence ever owns, or none
+
+    @property
+    def block_size(self) -> int:
+        return self.cache[0].block_size
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave: of each of its R rows of logits the chosen token, which may still be being computed.
+
+    ``chosen`` int64 [R] on the device, NOT_FINITE where a row was not finite, nothing of meaning where the step's draw
+    was None. ``fetched`` waits for them alone and gives them on the host. ``logits`` float32 [R, V] last until the next
+    step. ``served_by``: the stack that computed it.
+    """
+
+    chosen: torch.Tensor
+    fetched: Callable[[], torch.Tensor]
+    logits: torch.Tensor
+    served_by: Stack
+
+    def tokens(self) -> list[int | None]:
+        """Waits for the device; None for a row that was not finite."""
+        return [None if token == NOT_FINITE else token for token in self.fetched().tolist()]
+
+
+class Stack(Protocol):
+    """Computes whole steps of one model over its cache."""
+
+    name: str
+
+    def why_not(self, step: Step) -> str | None:
+        """The reason it does not serve a step, as data; None where it does."""
+
+    def run(self, step: Step, before: Outcome | None = None) -> Outcome:
+        """Begin to compute a step it serves: store keys and values, choose tokens. ``before``: the step before, whose
+        tokens may be this one's input. What `run` needs of the step it has read when it returns."""
+
+
+class SeamStack:
+    """A step op by op, through the seams of a backend: it serves everything, on any device."""
+
+    name = "seams"
+
+    def __init__(self, backend: Device, parts: StackParts) -> None:
+        self._backend, self._parts = backend, parts
+
+    def why_not(self, step: Step) -> str | None:
+        return None
+
+    def run(self, step: Step, before: Outcome | None = None) -> Outcome:
+        backend, network = self._backend, self._parts.network
+        ids = token_ids(backend, step, before)
+        slots = backend.send(step.slots(self._parts.block_size))
+        plan = StepPlan(step.q_lens, step.kv_lens, slots, step.tables)
+        x = network.embed(ids)
+        x = network.run_layers(x, network.rotary(plan, step.ntk_alphas), plan, self._parts.cache)
+        if len(step.logit_rows) < step.num_tokens:
+            x = x.index_select(0, backend.send(step.logit_rows))
+        logits = network.logits(network.final_norm(x)) if step.logit_rows else x
+        return chosen_from(self, backend, logits, step.draws, self._parts.vocabulary)
+
+
+def token_ids(backend: Device, step: Step, before: Outcome | None) -> torch.Tensor:
+    """A step's tokens int64 [T] on the device, those of the step before among them."""
+    ids = backend.send(step.token_ids)
+    if FROM_BEFORE not in step.token_ids:
+        return ids
+    assert before is not None
+    source = [0] * step.num_tokens
+    place = 0
+    for row, q_len in zip(step.fed, step.q_lens, strict=True):
+        if row >= 0:
+            source[place + q_len - 1] = row
+        place += q_len
+    fed = before.chosen.index_select(0, backend.send(source)).clamp(min=0)
+    return torch.where(ids == FROM_BEFORE, fed, ids)
+
+
+def chosen_from(
+    stack: Stack, backend: Device, logits: torch.Tensor, draws: list[Draw | None], vocabulary: Vocabulary
+) -> Outcome:
+    """The outcome of a step by its logits float32 [R, V]: rows that have a draw are chosen by it, the host chooses the
+    others."""
+    own = [i for i, draw in enumerate(draws) if draw is not None]
+    asked = [draw for draw in draws if draw is not None]
+    if len(own) == len(draws):
+        chosen = backend.choose(logits, asked, vocabulary) if draws else torch.empty(0, dtype=torch.int64)
+        return Outcome(chosen, backend.fetch(chosen), logits, stack)
+    chosen = torch.zeros(len(draws), dtype=torch.int64, device=logits.device)
+    if own:
+        index = backend.send(own)
+        chosen[index] = backend.choose(logits.index_select(0, index), asked, vocabulary)
+    return Outcome(chosen, backend.fetch(chosen), logits, stack)
