@@ -19,7 +19,7 @@ class QwenrtEngine:
         import torch
 
         import qwenrt
-        from qwenrt.config.quant import rounded_form
+        from qwenrt.config.quant import rounding_description
         from qwenrt.llm import load_random
         from qwenrt.load_options import LoadOptions
 
@@ -34,7 +34,7 @@ class QwenrtEngine:
             "version": qwenrt.__version__,
             "torch": torch.__version__,
             "left_out": sorted(set(settings) - known),
-            "rounded": rounded_form(settings.get("quantize")),
+            "rounded": rounding_description(settings.get("quantize")),
             "kv_bytes_per_token": self.llm.backend.kv_bytes_per_token(*heads, dtype, int8_cache),
             **{k: stats[k] for k in ("weight_bytes_per_token", "load_s", "dtype", "kernels")},
         }

@@ -131,7 +131,7 @@ def _check_regular(path: Path, mode: int, kind: type[QwenrtError], asked: str) -
 def _error(
     path: Path, kind: type[QwenrtError], asked: str, error: OSError | ValueError, missing: str
 ) -> QwenrtError:
-    """What a failure of the system means for whoever wanted the file."""
+    """Our error for a failure of the system."""
     number = getattr(error, "errno", None)
     linked = _by_link(path)
     if number == errno.ENOENT and linked:

@@ -13,13 +13,13 @@ from qwenrt.cli.options import add_load_option, example
 from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.layers import num_active_parameters, num_parameters
-from qwenrt.config.quant import rounded_form
+from qwenrt.config.quant import rounding_description
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import is_there
 from qwenrt.load_options import CHOICES
 
 if TYPE_CHECKING:
-    from qwenrt.loader.memory.fit import Option, Placement
+    from qwenrt.loader.memory.fit import DeviceLayout, Option
     from qwenrt.loader.memory.footprint import MemoryNeed
 
 GIB = 2**30
@@ -86,13 +86,13 @@ class Report:
     users: int
     quantize: str | None
     kv: str
-    placement: Placement
+    layout: DeviceLayout
     need: MemoryNeed
     options: list[Option]
 
     @property
     def needed(self) -> int:
-        return self.need.total + self.placement.runtime
+        return self.need.total + self.layout.runtime
 
     @property
     def fits(self) -> bool | None:
@@ -111,7 +111,7 @@ def estimate(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Report:
-    from qwenrt.loader.memory.fit import Workload, options, place
+    from qwenrt.loader.memory.fit import Workload, device_layout, options
     from qwenrt.loader.memory.footprint import BATCH_TOKENS, memory_need
 
     for name, value, most in (("--ctx", args.ctx, _MOST), ("--users", args.users, 4096)):
@@ -122,16 +122,16 @@ def examine(args: argparse.Namespace) -> Report:
     config, source = find_config(args.model)
     device, free, total = _device(args.device, args.memory)
     quantize = None if args.quantize == "none" else args.quantize
-    placed = partial(place, config, device, args.dtype, free)
-    placement = placed(quantize)
+    layout_of = partial(device_layout, config, device, args.dtype, free)
+    layout = layout_of(quantize)
     context = args.ctx or min(_USUAL_CONTEXT, config.max_position_embeddings)
     need = memory_need(
-        config, placement.storage, context, users=args.users, quantize=quantize, kv_cache_dtype=args.kv
+        config, layout.storage, context, users=args.users, quantize=quantize, kv_cache_dtype=args.kv
     )
-    found = options(config, placed, Workload(context, args.users), free, BATCH_TOKENS) if free else []
+    found = options(config, layout_of, Workload(context, args.users), free, BATCH_TOKENS) if free else []
     return Report(
         *(args.model, source, config, device, free, total, context, args.users, quantize, args.kv),
-        *(placement, need, found),
+        *(layout, need, found),
     )
 
 
@@ -203,7 +203,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "parameters": num_parameters(config),
         "active_parameters": num_active_parameters(config),
         "device": report.device,
-        "dtype": report.placement.dtype,
+        "dtype": report.layout.dtype,
         "context": report.context,
         "users": report.users,
         "quantize": report.quantize,
@@ -212,7 +212,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "kv_bytes_per_token": _token_bytes(report),
         "cache_bytes": report.need.cache,
         "workspace_bytes": report.need.workspace,
-        "runtime_bytes": report.placement.runtime,
+        "runtime_bytes": report.layout.runtime,
         "total_bytes": report.needed,
         "memory_free_bytes": report.free,
         "memory_total_bytes": report.total,
@@ -225,7 +225,7 @@ def as_json(report: Report) -> dict[str, Any]:
 def _token_bytes(report: Report) -> int:
     from qwenrt.loader.memory.footprint import cache_bytes
 
-    return cache_bytes(report.config, 1, report.placement.storage.activation, report.kv)
+    return cache_bytes(report.config, 1, report.layout.storage.activation, report.kv)
 
 
 def _show(report: Report, terminal: Terminal) -> None:
@@ -242,7 +242,7 @@ def _show(report: Report, terminal: Terminal) -> None:
     cached = f"{report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB in {_kv(report)}"
     row("KV cache", _gib(need.cache), f"{counted(report.users, 'user')} with {cached}")
     row("workspace", _gib(need.workspace), "for the activations of a step, or for loading if that takes more")
-    row("runtime", _gib(report.placement.runtime), "Python and torch" if _on_cpu(report) else "the driver")
+    row("runtime", _gib(report.layout.runtime), "Python and torch" if _on_cpu(report) else "the driver")
     row("total", _gib(report.needed), style="bold")
     if report.free is None:
         row("memory", "not known", f"of {report.device}: say how much it has with --memory GIB", "yellow")
@@ -262,7 +262,7 @@ def _show_options(report: Report, terminal: Terminal) -> None:
     head = (f"context for {counted(report.users, 'user')}", f"users with {report.context}")
     terminal.say(f"{'quantize':<10} {'KV cache':<9} {'weights':>12}   {head[0]:>20}   {head[1]:>16}", "bold")
     for option in report.options:
-        kv = "int8" if option.kv_cache_dtype == "int8" else report.placement.dtype
+        kv = "int8" if option.kv_cache_dtype == "int8" else report.layout.dtype
         quantize = option.quantize or "none"
         whole = option.longest == report.config.max_position_embeddings
         longest = f"{option.longest}{' (all)' if whole else ''}" if option.longest else "none"
@@ -276,8 +276,8 @@ def _assumed(report: Report) -> str:
     """What the figures rest on, in one line."""
     config = report.config
     said = ["with the compiled kernels" if _on_cpu(report) else "in plain torch", "512 tokens a step"]
-    said.insert(0, f"computed in {report.placement.dtype}")
-    if config.dtype is None and report.placement.storage.stored == 2:
+    said.insert(0, f"computed in {report.layout.dtype}")
+    if config.dtype is None and report.layout.storage.stored == 2:
         said.append("16-bit weights in the file")
     if config.quant is not None and not config.quant.has_codes and report.quantize is None:
         said.append("FP8 weights turned into 16 bits at load")
@@ -287,17 +287,17 @@ def _assumed(report: Report) -> str:
 
 
 def _weights(report: Report) -> str:
-    quant, storage = report.config.quant, report.placement.storage
+    quant, storage = report.config.quant, report.layout.storage
     dense = f"{8 * storage.dense}-bit"
     if quant is not None and quant.has_codes:
         return f"{quant.method} int{quant.bits} in groups of {quant.group_size}, the rest {dense}"
     if report.quantize:
-        return f"linear layers rounded to {rounded_form(report.quantize)}, the rest {dense}"
+        return f"linear layers rounded to {rounding_description(report.quantize)}, the rest {dense}"
     return dense
 
 
 def _kv(report: Report) -> str:
-    return "int8" if report.kv == "int8" else report.placement.dtype
+    return "int8" if report.kv == "int8" else report.layout.dtype
 
 
 def _on_cpu(report: Report) -> bool:

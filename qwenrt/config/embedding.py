@@ -44,9 +44,9 @@ class EmbeddingRecipe:
 
     pooling: one of POOLINGS, or several whose vectors are joined. include_prompt: whether the prompt's tokens are
     pooled as well. modules: what follows, in its order. prompts: texts to put in front, by name; default_prompt: the
-    name of the one that is meant where none is asked for. max_length: tokens that are read of a text; the rest is left
-    out, on the left with truncate_left. lower_case: of the text. as_written: a text ends as tokenizer.json says, with
-    nothing where it says nothing; otherwise with <|endoftext|> there.
+    name of the one used where none is asked for. max_length: tokens that are read of a text; the rest is left out, on
+    the left with truncate_left. lower_case: the text is lower-cased. as_written: a text ends as the post-processor of
+    tokenizer.json says; otherwise with <|endoftext|> where it says nothing.
     """
 
     pooling: tuple[str, ...] = ("lasttoken",)

@@ -1,4 +1,4 @@
-"""config.json of each generation -> ModelConfig, and what is said about the others."""
+"""config.json of each generation -> ModelConfig, and the errors for unsupported families."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def parse_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | 
     quant = _with_sidecar(quant or {}, quantize or {})
     parsed = QuantConfig.from_dict(quant, "the quantisation config") if quant else None
     if model_type == "qwen":
-        return _of_this_world(qwen1.read(text, parsed, where), where)
+        return _check_total_size(qwen1.read(text, parsed, where), where)
     if isinstance(model_type, str) and model_type in qwen2.MODEL_TYPES:
-        return _of_this_world(qwen2.read(model_type, text, parsed, where), where)
+        return _check_total_size(qwen2.read(model_type, text, parsed, where), where)
     raise _unsupported(model_type, where)
 
 
-# What a wrapper and its text_config may both say: of the first kind the text's own word counts, of the second what
-# says more.
+# Settings that a wrapper and its text_config may both have. Of _READ the value in text_config counts, of _JOINED the
+# more specific one.
 _READ = (
     *LIMITS,
     *("rms_norm_eps", "hidden_act", "attention_bias", "qkv_bias", "norm_topk_prob", "decoder_sparse_step"),
@@ -87,11 +87,11 @@ _JOINED = ("rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings
 
 
 def _with_outer(outer: Mapping[str, Any], text: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The text's own entries, and from the level around it what they leave open.
+    """The entries of text_config, completed by those of the level around it.
 
-    Where both say something else the text's own serves and a warning names both, but for what says more on one of the
-    levels: tied is what either calls so (a saved text_config carries the class's default), and of positions every
-    statement is kept under ``outer_rope`` for the reader.
+    Where the two differ the value in text_config is used and a warning names both, with two exceptions: embeddings are
+    tied if either level says so (a saved text_config carries the class's default), and all settings of positions are
+    kept, those of the outer level under ``outer_rope``.
     """
     if text is outer:
         return dict(text)
@@ -113,8 +113,8 @@ def _with_outer(outer: Mapping[str, Any], text: Mapping[str, Any], where: str) -
 
 
 def _with_sidecar(quant: Mapping[str, Any], sidecar: Mapping[str, Any]) -> dict[str, Any]:
-    """quantization_config of config.json, and from quantize_config.json what it leaves open; where both say something
-    else of one method, config.json's serves and a warning names both."""
+    """quantization_config of config.json, completed by quantize_config.json; where the two differ for one method,
+    the value in config.json is used and a warning names both."""
     methods = [level.get("quant_method") or "gptq" for level in (quant, sidecar) if level]
     if methods[1:] and methods[0] != methods[1]:
         return dict(quant)
@@ -126,8 +126,8 @@ def _with_sidecar(quant: Mapping[str, Any], sidecar: Mapping[str, Any]) -> dict[
     return {**sidecar, **{name: value for name, value in quant.items() if value is not None}}
 
 
-def _of_this_world(config: ModelConfig, where: str) -> ModelConfig:
-    """Sizes that are harmless one by one may be absurd together: refused before anything is counted out or made."""
+def _check_total_size(config: ModelConfig, where: str) -> ModelConfig:
+    """The config, unless its sizes, each of them valid, are absurd together: refused before anything is allocated."""
     experts = config.num_moe_layers * (config.moe.num_experts if config.moe is not None else 0)
     for what, count, most in (
         ("parameters", num_parameters(config), MAX_PARAMETERS),

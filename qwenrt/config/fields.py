@@ -82,9 +82,9 @@ def _read_value(path: Path, kind: type[QwenrtError]) -> Any:
         raise kind(
             asked,
             f"not valid JSON ({str(error)[:120]}) in {len(raw)} bytes",
-            "Mend it there if it was edited; if it ends too early, the copy was cut off (`qwenrt pull` fetches it).",
+            "Correct it there if it was edited; if it ends too early, it was truncated (`qwenrt pull` fetches it).",
         ) from error
-    said = _servers_answer(value) if isinstance(value, dict) else None
+    said = _server_error(value) if isinstance(value, dict) else None
     if said is not None:
         found = f"a server's answer instead of the file: {said}"
         raise kind(asked, found, "Delete it and fetch the file again.")
@@ -121,7 +121,7 @@ def has_more_values(raw: bytes, most: int) -> bool:
 
 def _has_more_marks(plain: bytes, most: int) -> bool:
     """Whether more than ``most`` of _MARKS stand outside of strings, where every quote begins or ends one."""
-    import numpy as np  # here, because hardly any file is looked at so closely
+    import numpy as np  # imported here, as few files need it
 
     count, inside = 0, False
     for start in range(0, len(plain), _CLOSELY):
@@ -135,8 +135,8 @@ def _has_more_marks(plain: bytes, most: int) -> bool:
     return False
 
 
-def _servers_answer(value: dict[str, Any]) -> str | None:
-    """What a server said where its error was saved under the name of the file it did not give."""
+def _server_error(value: dict[str, Any]) -> str | None:
+    """The message of a server's error that was saved in place of the file."""
     names = {name.lower(): name for name in value}
     if not names or not names.keys() <= _SERVERS_WORDS:
         return None

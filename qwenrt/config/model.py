@@ -48,11 +48,10 @@ class ModelConfig:
     ``train_length`` is Qwen-1's seq_length: the length NTK and LogN are relative to, not the longest context.
     ``qkv_bias``, ``o_bias``, ``mlp_bias``: which linears have biases. ``qk_norm``: queries and keys are normalised
     head by head. ``windows``: for each layer how many tokens a query sees, itself included (0: all); empty where no
-    layer is limited. ``is_causal``: whether a token sees only what stands before it; models for embeddings may have it
-    otherwise, and generate nothing. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the
-    checkpoint leaves the choice open. ``tie_word_embeddings``: the head is the embedding. Files decide:
-    loader.checkpoint.as_stored gives the config of what was found in them; ``has_head`` is False where that is no head
-    at all, which is enough for embeddings.
+    layer is limited. ``is_causal``: whether a token sees only earlier ones; some models for embeddings see later ones
+    as well, and generate nothing. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the
+    checkpoint does not say. ``tie_word_embeddings``: the head is the embedding; ``has_head``: False where the files
+    have no head at all, which is enough for embeddings. Files overrule config.json: see loader.checkpoint.as_stored.
     """
 
     model_type: str

@@ -10,11 +10,11 @@ from qwenrt.config.fields import bad, boolean, first_given, integer
 from qwenrt.errors import ConfigError
 
 Method = Literal["gptq", "awq", "fp8"]
-GROUP_SIZE = 128  # inputs that share a scale, where nothing else is said
+GROUP_SIZE = 128  # inputs that share a scale, by default
 FP8_BLOCK = (
     128,
     128,
-)  # (rows, columns) that share a scale, where a file has blocks and its config names none
+)  # (rows, columns) that share a scale, where the config of a file with blocks names no size
 _SUPPORTED = "gptq (4 and 8 bits), awq (4 bits, gemm), fp8 (e4m3), compressed-tensors (float-quantized)"
 _DENSE = "Load the dense release of the model, with quantize= if it is too large."
 
@@ -32,15 +32,16 @@ class Correction(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """``method`` "gptq" and "awq" store codes of ``bits`` in groups of ``group_size`` inputs (-1: one group for
-    all); ``zero_offset`` is added to stored zeros (1 in the v1 format of AutoGPTQ, 0 in v2 and in AWQ).
-    "fp8" stores float8_e4m3fn values and what to multiply them by: one number for each ``block`` (rows, columns),
-    or, without ``block``, for each row or for the whole matrix. ``zeros_in_scales``: the zeros of 4-bit codes lie in
-    their scales' last bits and take no memory of their own beside our kernels.
+    """``method`` "gptq" and "awq" store codes of ``bits`` in groups of ``group_size`` inputs (-1: one group for all);
+    ``zero_offset`` is added to stored zeros (1 in the v1 format of AutoGPTQ, 0 in v2 and in AWQ). "fp8" stores
+    float8_e4m3fn values and what to multiply them by: one number for each ``block`` (rows, columns), or, without
+    ``block``, for each row or for the whole matrix. ``zeros_in_scales``: the zeros of 4-bit codes lie in their scales'
+    last bits and take no memory of their own beside our kernels.
 
-    This is what a config says of all linears; which form each one has is told by the file
+    This is what a config says of all linears; the format of each one is told by the file
     (loader/checkpoint/formats.py). ``other_groups``: group sizes that a config names for some of them (GPTQ's
-    ``dynamic``). ``corrections``: what the file's headers, once they were read, show to lie in another form."""
+    ``dynamic``). ``corrections``: what the file's headers, once they were read, show to have another format.
+    """
 
     bits: int
     group_size: int
@@ -55,7 +56,7 @@ class QuantConfig:
 
     @property
     def has_codes(self) -> bool:
-        """Whether the integer codes on disk are what is served; fp8 is turned into other weights at load."""
+        """Whether the weights on disk are integer codes, which are served as they are; fp8 is converted at load."""
         return self.method != "fp8"
 
     @classmethod
@@ -84,7 +85,7 @@ ROUNDED = {
 }
 
 
-def rounded_form(quantize: str | None) -> str | None:
+def rounding_description(quantize: str | None) -> str | None:
     """``quantize`` in full: "int4 in groups of 32"."""
     return None if quantize is None else f"{quantize} in groups of {ROUNDED[quantize].group_size}"
 
@@ -104,8 +105,8 @@ def _group_size(quant: Mapping[str, Any], where: str, default: int = GROUP_SIZE)
 def _other_groups(quant: Mapping[str, Any], group_size: int, where: str) -> tuple[int, ...]:
     """The group sizes that ``dynamic`` gives to some modules.
 
-    Its patterns are not read: which module is left dense, and the bits of the others, show in the file itself, and a
-    pattern from a file could take for ever to match.
+    Its patterns are not read: which linear is dense, and the bits of the others, are told by the file itself, and an
+    untrusted pattern could take for ever to match.
     """
     rules = quant.get("dynamic")
     if rules is None or rules is False:

@@ -17,7 +17,7 @@ _PLAIN = (
     "mrope",
 )  # text alone has all sections of mrope at the same position, which is plain as well
 _LAYER_KINDS = ("full_attention", "sliding_attention")
-_CLASS_DEFAULT = 10000.0  # what writers fill in where they were told nothing
+_CLASS_DEFAULT = 10000.0  # what tools write where nothing was set
 _CHECK = "Check the file against the model's repository."
 logger = logging.getLogger("qwenrt")
 
@@ -26,10 +26,10 @@ def read_rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[fl
     """(rope_theta, YaRN or None for plain positions).
 
     ``config`` may hold rope_parameters, rope_scaling and rope_theta, and those of the level around it under
-    "outer_rope". What says more wins: YaRN over plain positions, a base over the class's default of 10000; a warning
-    names both. Two that contradict each other are a ConfigError.
+    "outer_rope". The more specific wins, with a warning that names both: YaRN over plain positions, a base
+    over the class's default of 10000. A contradiction is a ConfigError.
     """
-    stated = list(_statements(config, where))
+    stated = list(_settings(config, where))
     for label, level in (*stated, ("config.json", config)):
         if level.get("partial_rotary_factor") not in (None, 1, 1.0):
             found = f"partial_rotary_factor in {label} is {level['partial_rotary_factor']!r:.40}"
@@ -45,8 +45,8 @@ def read_rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[fl
     return _theta(config, stated, where), scaled[0][1] if scaled else None
 
 
-def _statements(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, what it says) of each place that describes positions."""
+def _settings(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, settings) of each place in the file that describes positions."""
     outer = config.get("outer_rope") or {}
     for level, place in ((config, ""), (outer, " of the outer level")):
         for name in _NAMES:
@@ -94,9 +94,7 @@ def _kind(rope: Mapping[str, Any], where: str) -> str:
     scaled = [kind for kind in named if kind not in _PLAIN]
     if any(kind != "yarn" for kind in scaled):
         found = f"the rope type is {next(kind for kind in scaled if kind != 'yarn')!r:.80}"
-        raise ConfigError(
-            f"reading {where}", found, "Supported are 'default' and 'yarn'; guessing would be wrong."
-        )
+        raise ConfigError(f"reading {where}", found, "Supported are 'default' and 'yarn'.")
     if scaled:
         return "yarn"
     if rope.get("factor") not in (None, 1, 1.0):

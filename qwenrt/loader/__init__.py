@@ -1,1 +1,1 @@
-"""From a name to packed weights on a device: find the files, check them, place every tensor."""
+"""From a name to packed weights on a device: find the files, check them, assign every tensor."""

@@ -1,4 +1,4 @@
-"""One progress bar on stderr, silent where nobody looks."""
+"""One progress bar on stderr, silent unless that is a terminal."""
 
 from __future__ import annotations
 

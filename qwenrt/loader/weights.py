@@ -1,4 +1,4 @@
-"""From a checked checkpoint to a model with packed weights: place, merge, pack, and account for every tensor."""
+"""From a checked checkpoint to a model with packed weights: every tensor is accounted for, read, merged and packed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.config.model import DTYPE_BYTES
-from qwenrt.config.quant import ROUNDED, rounded_form, rounded_group
-from qwenrt.errors import CapacityError, CheckpointError, ConfigError, memory_ran_out
+from qwenrt.config.quant import ROUNDED, rounded_group, rounding_description
+from qwenrt.errors import CapacityError, CheckpointError, memory_ran_out
 from qwenrt.loader.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorReader, open_checkpoint
 from qwenrt.loader.checkpoint.formats import Fp8, ReadOptions
-from qwenrt.loader.checkpoint.inventory import Inventory, Loadable, parts_of, take_inventory, unstacked
+from qwenrt.loader.checkpoint.inventory import Inventory, Loadable, parts_of, split_experts, take_inventory
 from qwenrt.loader.checkpoint.names import table_for
+from qwenrt.loader.memory.footprint import codes_of
 from qwenrt.loader.packed_cache.cache import PackedCache
 from qwenrt.loader.progress import ByteBar
 from qwenrt.ops.types import CanonicalWeight, Packed
@@ -27,18 +28,17 @@ from qwenrt.ops.weights import dequantize, merge
 
 QUANTIZE_BITS = {name: form.bits for name, form in ROUNDED.items()}
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPE_BYTES}
-_FLOAT16_END = 65520.0  # from here on values become infinite in float16
-_CHECKED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
-_CHECKED_PART = 2**20  # bytes at its begin, middle and end that are searched in a larger one
+_FLOAT16_OVERFLOW = 65520.0  # from here on values become infinite in float16
+_SCANNED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
+_SCANNED_PART = 2**20  # bytes at the beginning, middle and end of a larger one that are searched
 logger = logging.getLogger("qwenrt")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: tensors and bytes of the checkpoint, names that were known and skipped; whether packed weights
+    """What was loaded: bytes of the checkpoint, names of tensors that are known and not needed; whether packed weights
     of an earlier load were mapped."""
 
-    num_tensors: int
     nbytes: int
     ignored: tuple[str, ...]
     mapped: bool = False
@@ -58,31 +58,31 @@ def load_weights(
 ) -> LoadReport:
     """Fill ``model`` from a checkpoint, each linear packed by ``backend`` as soon as its parts are read.
 
-    ``quantize`` "int8" or "int4" rounds dense linears at load, ``quantize_head`` likewise lm_head, which is left as
-    it is otherwise. On the CPU a dense tensor that already has ``dtype`` and needs no merge stays a view of the
-    file. ``progress`` None shows a bar on a terminal only. ``packed_cache``: a directory where packed weights are
-    kept, from which the next load maps them. Before any data is read every tensor is accounted for: one
-    CheckpointError lists what is missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` makes no
-    sense. CapacityError: memory ran out. ``config`` is what as_stored() made of it. Values are searched for NaN and
-    infinity in full in small tensors, in samples of large ones.
+    ``quantize`` "int8" or "int4" rounds dense linears at load, ``quantize_head`` likewise lm_head, which is left as it
+    is otherwise. On the CPU a dense tensor that already has ``dtype`` and needs no merge stays a view of the file.
+    ``progress`` None shows a bar on a terminal only. ``packed_cache``: a directory where packed weights are kept, from
+    which the next load maps them. Before any data is read every tensor is accounted for: one CheckpointError lists
+    what is missing, unexpected, incomplete or mis-shaped. ConfigError: ``quantize`` contradicts the checkpoint.
+    CapacityError: memory ran out. ``config`` is what as_stored() made of it. Values are searched for NaN and infinity
+    in full in small tensors, in samples of large ones.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     bits = quantize_bits(quantize, config)
     table = table_for(config.model_type)
-    checkpoint = unstacked(checkpoint, config, table)
+    checkpoint = split_experts(checkpoint, config, table)
     inventory = take_inventory(checkpoint, model, config, table)
     inventory.raise_problems(checkpoint)
-    report = LoadReport(len(checkpoint.tensors), checkpoint.nbytes, tuple(inventory.ignored))
+    report = LoadReport(checkpoint.nbytes, tuple(inventory.ignored))
     cache: PackedCache | None = None
     if packed_cache is not None:
-        way = {"layers": rounded_form(quantize), "head": rounded_form(quantize_head)}
-        cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, way)
-        if cache.fill(model, checkpoint, backend):
+        settings = {"layers": rounding_description(quantize), "head": rounding_description(quantize_head)}
+        cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, settings)
+        if cache.load_into(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
     head_bits = QUANTIZE_BITS.get(quantize_head or "") if config.has_head else None
     loader = _Loader(TensorReader(checkpoint), inventory, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
-        served = f"int{bits}" if bits else _DTYPE_NAMES[loader.kept(torch.bfloat16)]
+        served = f"int{bits}" if bits else _DTYPE_NAMES[loader.weight_dtype(torch.bfloat16)]
         logger.info("FP8 weights are turned into %s at load: no FP8 kernel serves here", served)
     try:
         with ByteBar("loading weights", checkpoint.nbytes, progress) as bar:
@@ -98,26 +98,15 @@ def load_weights(
             raise
         raise _out_of_memory(checkpoint, error) from error
     if cache is not None:
-        cache.keep(model, loader.reader)
+        cache.save(model, loader.reader)
     return report
 
 
 def quantize_bits(quantize: str | None, config: ModelConfig) -> int | None:
-    """Bits that dense weights are rounded to at load, or None. Raises ConfigError when that makes no sense."""
-    if quantize is None:
-        return None
-    if quantize not in QUANTIZE_BITS:
-        raise ConfigError(f"quantize={quantize!r}", "not a known way", 'Use None, "int8" or "int4".')
-    bits = QUANTIZE_BITS[quantize]
-    if config.quant is None or not config.quant.has_codes:
-        return bits
-    if config.quant.bits == bits:
-        return None
-    raise ConfigError(
-        f"quantize={quantize!r}",
-        f"the checkpoint is already quantised to {config.quant.bits} bits",
-        "Load it without quantize, or load the model's dense release.",
-    )
+    """Bits that dense weights are rounded to at load, or None. Raises ConfigError where the checkpoint is quantised to
+    others."""
+    codes = codes_of(config, quantize)
+    return None if codes is None or quantize is None or codes is config.quant else codes.bits
 
 
 def bits_of(spec: LinearSpec, bits: int | None, head_bits: int | None) -> int | None:
@@ -162,8 +151,8 @@ class _Loader:
             _check_finite(name, tensor)
         return tensor
 
-    def kept(self, stored: torch.dtype) -> torch.dtype:
-        """What dense weights of a dtype are kept in beside the model's activations."""
+    def weight_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype in which dense weights of the dtype ``stored`` are kept."""
         return self.backend.weight_dtype(_DTYPE_NAMES.get(stored), self.dtype)
 
     def tensor(self, param: str) -> torch.Tensor:
@@ -174,13 +163,13 @@ class _Loader:
             weight = self._canonical(param, "", ReadOptions(keep_words=False, fp8_dtype=torch.float32))
             tensor = dequantize(weight, None if weight.dense is not None else torch.float32)
             if weight.bias is not None:
-                remedy = "No Qwen has one there: this version does not read such a model."
+                remedy = "No Qwen has one there: this version does not support such a model."
                 raise CheckpointError(f"reading {param}", f"it has a bias, {slots['', 'bias']}", remedy)
         else:
             read = self._read(slots["", "weight"])
             assert read is not None
             tensor = read
-        dtype = self.kept(tensor.dtype) if param == "embed_tokens" else self.dtype
+        dtype = self.weight_dtype(tensor.dtype) if param == "embed_tokens" else self.dtype
         _check_range(param, tensor, dtype)
         result = tensor.to(self.backend.device, dtype)
         self._release(slots)
@@ -193,7 +182,7 @@ class _Loader:
         bits = bits_of(spec, self.bits, self.head_bits)
         if isinstance(tied, torch.Tensor):
             packed = self._pack(spec, [self._rounded(spec, CanonicalWeight(dense=tied, shared=True), bits)])
-        elif any(self._gives_codes(spec, part) for part, _ in parts):
+        elif any(self._becomes_codes(spec, part) for part, _ in parts):
             options = ReadOptions(self.backend.packs_words(), None if self.bits == 8 else self._fp8_dtype())
             weights = [self._canonical(spec.name, part, options, spec.bias) for part, _ in parts]
             weights = [w if w.dense is None else self._rounded(spec, w, bits) for w in weights]
@@ -219,7 +208,7 @@ class _Loader:
         """One weight as the backend wants it; several that cannot be merged, side by side."""
         for weight in weights:
             if weight.dense is not None:
-                _check_range(spec.name, weight.dense, self.kept(weight.dense.dtype))
+                _check_range(spec.name, weight.dense, self.weight_dtype(weight.dense.dtype))
             if weight.bias is not None:
                 _check_range(f"{spec.name}.bias", weight.bias, self.dtype)
         packed = [self.backend.pack_linear(weight, self.dtype) for weight in weights]
@@ -228,7 +217,7 @@ class _Loader:
         return Packed("parts", spec.out_features, spec.in_features, {"parts": packed})
 
     def _dense(self, spec: LinearSpec, parts: Sequence[tuple[str, int]]) -> CanonicalWeight:
-        """The whole linear as one matrix: the file's own memory for a single part, else one merge buffer."""
+        """The whole linear as one matrix: a view of the file for a single part, else one merge buffer."""
         options = ReadOptions(keep_words=False, fp8_dtype=self._fp8_dtype())
         if len(parts) == 1:
             return self._canonical(spec.name, parts[0][0], options, spec.bias)
@@ -253,22 +242,22 @@ class _Loader:
         return CanonicalWeight(dense=buffer, bias=bias)
 
     def _merged_dtype(self, spec: LinearSpec, parts: Sequence[tuple[str, int]]) -> torch.dtype:
-        """The dtype that holds every part: of a float32 part beside bfloat16 ones nothing is rounded away."""
+        """The dtype that holds every part: a float32 part beside bfloat16 ones is not rounded."""
         found: torch.dtype | None = None
         for part, _ in parts:
             linear, format_ = self.inventory.formats[spec.name, part]
             stored = getattr(torch, TORCH_DTYPES[linear.tensors["weight"].dtype])
             own = self._fp8_dtype() if isinstance(format_, Fp8) else stored
-            own = own if self.bits is not None else self.kept(own)
+            own = own if self.bits is not None else self.weight_dtype(own)
             found = own if found is None else torch.promote_types(found, own)
         assert found is not None
         return found
 
     def _fp8_dtype(self) -> torch.dtype:
-        """What FP8 values become: what dense weights are kept in, or float32 where they are rounded to codes next."""
-        return self.kept(torch.bfloat16) if self.bits is None else torch.float32
+        """The dtype that FP8 values become: that of dense weights, or float32 where they are rounded to codes next."""
+        return self.weight_dtype(torch.bfloat16) if self.bits is None else torch.float32
 
-    def _gives_codes(self, spec: LinearSpec, part: str) -> bool:
+    def _becomes_codes(self, spec: LinearSpec, part: str) -> bool:
         _, format_ = self.inventory.formats[spec.name, part]
         return format_.bits < 16 or (isinstance(format_, Fp8) and self.bits == 8)
 
@@ -285,19 +274,19 @@ class _Loader:
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise CheckpointError for NaN or infinity: everywhere in a small tensor, in three samples of a large one."""
     flat = tensor.reshape(-1)
-    if tensor.nbytes <= _CHECKED_WHOLE:
+    if tensor.nbytes <= _SCANNED_WHOLE:
         samples = [flat]
     else:
-        size = _CHECKED_PART // tensor.itemsize
+        size = _SCANNED_PART // tensor.itemsize
         starts = (0, (flat.numel() - size) // 2, flat.numel() - size)
         samples = [flat[start : start + size] for start in starts]
     bad = sum(int((~torch.isfinite(sample)).sum()) for sample in samples)
     if bad:
         raise CheckpointError(
             f"tensor {name!r} is damaged",
-            f"{bad} of {sum(sample.numel() for sample in samples)} values that were looked at are NaN or infinite",
-            "If its author's copy has the same sha256, training or conversion broke it: use an earlier step of it, or "
-            "another release.",
+            f"{bad} of {sum(sample.numel() for sample in samples)} values that were scanned are NaN or infinite",
+            "Compare its sha256 with the model page's: where they agree, training or conversion broke it; use an "
+            "earlier step or another release.",
         )
 
 
@@ -307,7 +296,7 @@ def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         return
     parts = (tensor[start : start + 4096] for start in range(0, len(tensor), 4096))
     largest = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
-    if largest >= _FLOAT16_END:
+    if largest >= _FLOAT16_OVERFLOW:
         raise CheckpointError(
             f"loading {name!r} in float16",
             f"it has values of up to {largest:.3g}, and float16 ends at {torch.finfo(dtype).max:g}",

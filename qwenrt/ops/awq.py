@@ -10,9 +10,9 @@ from qwenrt.ops.stored import (
     WORD_BITS,
     WORD_DTYPES,
     awq_shapes,
+    bias_unless_zero,
     check_stored,
     half_scales,
-    real_bias,
 )
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import code_tensors
@@ -64,7 +64,7 @@ def unpack_awq(
         zeros=_unpack_columns(qzeros).to(torch.int16),
         bits=_BITS,
         group_size=group,
-        bias=real_bias(bias),
+        bias=bias_unless_zero(bias),
     )
 
 

@@ -12,11 +12,11 @@ from qwenrt.ops.stored import (
     SCALE_DTYPES,
     WORD_BITS,
     WORD_DTYPES,
+    bias_unless_zero,
     check_stored,
     dtype_name,
     gptq_shapes,
     half_scales,
-    real_bias,
 )
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import code_tensors, pack_words, unpack_words, with_codes
@@ -84,7 +84,7 @@ def unpack_gptq(
         bits=quant.bits,
         group_size=group_size,
         perm=perm,
-        bias=real_bias(bias),
+        bias=bias_unless_zero(bias),
         words=(qweight,),
         num_inputs=in_features,
     )
@@ -138,7 +138,7 @@ def _checked_g_idx(
 ) -> torch.Tensor:
     """``g_idx`` as int64 on the CPU, what it stands for where it is a placeholder, or CheckpointError."""
     asked = f"{name}: reading g_idx, the group of each of {in_features} inputs"
-    remedy = "Scales and g_idx are not of one quantisation: whoever made the file must write it anew."
+    remedy = "Scales and g_idx are not of one quantisation: its author must write the file again."
     if g_idx.is_floating_point() or tuple(g_idx.shape) != (in_features,):
         found = f"it has shape {list(g_idx.shape)} and dtype {dtype_name(g_idx.dtype)}"
         raise CheckpointError(asked, f"{found}, expected integers [{in_features}]", remedy)

@@ -86,7 +86,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def real_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+def bias_unless_zero(bias: torch.Tensor | None) -> torch.Tensor | None:
     """``bias``, or None where it is all zeros: quantisation tools add one to linears that have none."""
     return bias if bias is not None and bool(bias.any()) else None
 

@@ -12,7 +12,7 @@ from qwenrt.ops.types import CanonicalWeight
 
 
 def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
-    """One weight whose outputs are those of ``weights`` in turn, or None where they cannot share one form.
+    """One weight whose outputs are those of ``weights`` in turn, or None where they cannot be merged.
 
     Dense ones merge with dense ones; quantised ones when bits, group_size and perm are equal. A part
     without a bias counts as one with zeros.

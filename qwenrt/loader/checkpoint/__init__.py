@@ -1,1 +1,1 @@
-"""A checkpoint's files: which tensors they hold, under which names and in which form."""
+"""A checkpoint's files: which tensors they hold, under which names and in which format."""

@@ -1,4 +1,4 @@
-"""What a checkpoint's files say about the network where config.json leaves it open or says otherwise; no torch."""
+"""What a checkpoint's files say about the network, which counts more than config.json. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ logger = logging.getLogger("qwenrt")
 
 
 def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """``config`` with what the files decide: whether the head is the embedding, and which linears have another
-    format than its quantisation says. Every figure of memory, and loading itself, follows the result.
+    """``config``, corrected by the files: whether the head is the embedding, and which linears have another
+    format than its quantisation says. Estimates of memory and loading itself use the result.
 
     Reads headers and, where a config says that head and embedding are one and the file has both, those two.
     """
@@ -49,9 +49,9 @@ _Tensors = dict[tuple[str, str], dict[str, TensorEntry]]  # (parameter, part) ->
 def _tensors(config: ModelConfig, checkpoint: Checkpoint) -> _Tensors:
     table, found = table_for(config.model_type), _Tensors()
     for name, entry in checkpoint.tensors.items():
-        place = table.locate(name)
-        if place is not None and not place.ignored:
-            found.setdefault((place.param, place.part), {})[place.kind] = entry
+        slot = table.locate(name)
+        if slot is not None and not slot.ignored:
+            found.setdefault((slot.param, slot.part), {})[slot.kind] = entry
     return found
 
 
@@ -59,8 +59,9 @@ def _tensors(config: ModelConfig, checkpoint: Checkpoint) -> _Tensors:
 
 
 def _with_head(config: ModelConfig, checkpoint: Checkpoint, tensors: _Tensors) -> ModelConfig:
-    """Tied or not by what is there. A head in the file serves, whatever the flag says, unless it is the embedding's
-    own copy; without one the embedding serves where the config says that it does; else there is no head."""
+    """The config with tied embeddings or not, as the file has them. A head in the file is used, whatever the flag
+    says, unless it is a copy of the embedding; without one the embedding is used if the config says so; else there is
+    no head."""
     embedding = tensors.get(("embed_tokens", ""), {}).get("weight")
     head = tensors.get(("lm_head", ""), {})
     if not head and embedding is not None and not config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what a model wants: every tensor is accounted for before any of it is read."""
+"""Which tensors a checkpoint holds, and which a model needs: every tensor is accounted for before any of it is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REMEDY = (
 
 
 class Loadable(Protocol):
-    """What load_weights needs of a model: what it wants, and where to put it."""
+    """What load_weights needs of a model: which weights it wants, and how they are set."""
 
     linear_specs: dict[str, LinearSpec]
     tensor_specs: dict[str, tuple[int, ...]]
@@ -38,7 +38,7 @@ class Loadable(Protocol):
 
 @dataclass
 class Inventory:
-    """Which checkpoint tensor fills which slot, and everything that is wrong with that.
+    """Which checkpoint tensor fills which parameter, and everything that is wrong.
 
     ``slots``: parameter -> (part, kind) -> checkpoint name. ``formats``: (parameter, part) -> the linear in the file
     and the format it has there.
@@ -54,7 +54,7 @@ class Inventory:
     unsupported: list[str] = field(default_factory=list)
 
     def raise_problems(self, checkpoint: Checkpoint) -> None:
-        """One CheckpointError for all that was found, if anything was."""
+        """Raise one CheckpointError that lists all problems, if there are any."""
         found = [
             f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
             for what, names in (
@@ -76,7 +76,7 @@ class Inventory:
 
 
 def check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Refuse files that cannot hold the model of config.json by far, before anything of its size is made.
+    """Refuse files that are far too small for the model of config.json, before anything of its size is allocated.
 
     At least half of what its parameters take in the format that config.json names; a head may be missing.
     """
@@ -95,23 +95,23 @@ def check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
 def take_inventory(
     checkpoint: Checkpoint, model: Loadable, config: ModelConfig, table: NameTable
 ) -> Inventory:
-    """Compare the checkpoint's headers with what the model wants. Reads no data."""
+    """Compare the checkpoint's headers with the weights that the model needs. Reads no data."""
     inventory = Inventory()
     wanted = model.linear_specs.keys() | model.tensor_specs.keys()
     for name in checkpoint.tensors:
-        place = table.locate(name)
-        if place is None or (not place.ignored and place.param not in wanted):
+        slot = table.locate(name)
+        if slot is None or (not slot.ignored and slot.param not in wanted):
             inventory.unexpected.append(name)
-        elif place.ignored:
+        elif slot.ignored:
             inventory.ignored.append(name)
         else:
-            slots = inventory.slots.setdefault(place.param, {})
-            if (place.part, place.kind) in slots:
-                inventory.unexpected.append(f"{name} (the same as {slots[place.part, place.kind]})")
-            slots[place.part, place.kind] = name
+            slots = inventory.slots.setdefault(slot.param, {})
+            if (slot.part, slot.kind) in slots:
+                inventory.unexpected.append(f"{name} (the same as {slots[slot.part, slot.kind]})")
+            slots[slot.part, slot.kind] = name
     if config.tie_word_embeddings:
-        _tie(inventory)
-    check = _SlotCheck(checkpoint, config, table, inventory)
+        _tie_embeddings(inventory)
+    check = _TensorCheck(checkpoint, config, table, inventory)
     for param, shape in model.tensor_specs.items():
         check.tensor(param, shape)
     for spec in model.linear_specs.values():
@@ -125,8 +125,8 @@ def parts_of(spec: LinearSpec, slots: dict[tuple[str, str], str]) -> Sequence[tu
     return (("", spec.out_features),) if whole else spec.parts
 
 
-class _SlotCheck:
-    """Checks the slots of one parameter after the other; what is wrong goes into the inventory."""
+class _TensorCheck:
+    """Checks the tensors of one parameter after the other; problems go into the inventory."""
 
     def __init__(
         self, checkpoint: Checkpoint, config: ModelConfig, table: NameTable, inventory: Inventory
@@ -189,7 +189,7 @@ class _SlotCheck:
             self.inventory.misshaped.append(f"{name} {entry.dtype}, expected {' or '.join(dtypes)}")
 
 
-def _tie(inventory: Inventory) -> None:
+def _tie_embeddings(inventory: Inventory) -> None:
     """Embedding and head are one matrix, under whichever of the two names the file has it."""
     slots = inventory.slots
     if "embed_tokens" not in slots and "lm_head" in slots:
@@ -199,11 +199,11 @@ def _tie(inventory: Inventory) -> None:
         slots["lm_head"] = slots["embed_tokens"]
 
 
-def unstacked(checkpoint: Checkpoint, config: ModelConfig, table: NameTable) -> Checkpoint:
+def split_experts(checkpoint: Checkpoint, config: ModelConfig, table: NameTable) -> Checkpoint:
     """The same files with every tensor that holds a linear of all experts seen as one matrix for each expert.
 
-    Some writers keep [experts, in, out], others [experts, out, in]: a shape that fits only one tells which. What
-    fits neither stays whole, and is found to be unexpected.
+    Some writers keep [experts, in, out], others [experts, out, in]: a shape that fits only one decides. What fits
+    neither is kept as it is, and found to be unexpected.
     """
     moe = config.moe
     if moe is None:

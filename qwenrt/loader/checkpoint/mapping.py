@@ -1,4 +1,4 @@
-"""Files mapped into memory, and a watch over those that a model was loaded from."""
+"""Files mapped into memory, and a watch for those of a loaded model being truncated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def map_file(file: BinaryIO, path: Path) -> mmap.mmap:
 
 
 class Watch:
-    """Over the files that were mapped in this thread within `collecting`."""
+    """Watches the files that a thread maps within `collecting`."""
 
     def __init__(self) -> None:
         from qwenrt.backends.cpu.mapped_memory import lost_mappings
@@ -45,11 +45,11 @@ class Watch:
         self.files: list[Guarded] = []
         self._lost_mappings = lost_mappings
         self._lost, self._next = lost_mappings(), 0.0
-        self._error: CheckpointError | None = None  # what is lost stays lost
+        self._error: CheckpointError | None = None  # data that was lost once does not come back
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """What this thread maps within the block is watched; `check` at its end."""
+        """Files that this thread maps within the block are watched; they are checked at its end."""
         before = getattr(_collecting, "watch", None)
         _collecting.watch = self
         try:
@@ -59,7 +59,8 @@ class Watch:
         self.check()
 
     def check(self) -> None:
-        """Raise CheckpointError where one of the files was cut. Cheap: looks only after a fault, or now and then."""
+        """Raise CheckpointError where one of the files was truncated. Cheap: looks only after a fault, or once a
+        second."""
         if self._error is not None:
             raise self._error
         lost, now = self._lost_mappings(), time.monotonic()

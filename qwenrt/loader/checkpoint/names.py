@@ -1,4 +1,4 @@
-"""Checkpoint tensor name -> where it belongs in the model: one table per Qwen generation."""
+"""Checkpoint tensor name -> the model's parameter that it fills: one table per Qwen generation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NUMBER = "(?:0|[1-9][0-9]{0,5})"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one checkpoint tensor goes.
+class ParamSlot:
+    """What one checkpoint tensor fills.
 
     ``param``: the parameter's name in the model ("layers.3.qkv_proj"); ``part``: the part of a merged linear it
     fills ("gate", "up"), "" for the whole; ``kind``: one of KINDS, or "ignored" for a tensor that is known and
@@ -31,12 +31,12 @@ class Place:
         return self.kind == "ignored"
 
 
-IGNORED = Place("", "", "ignored")
+IGNORED = ParamSlot("", "", "ignored")
 
 
 @dataclass(frozen=True)
 class NameTable:
-    """The names of one generation, matched from end to end; ``{n}`` stands for a layer's number, ``{e}`` for an
+    """The names of one generation, matched as a whole; ``{n}`` stands for a layer's number, ``{e}`` for an
     expert's.
 
     ``linears``: module path -> (parameter, part), to be followed by one of KINDS. ``tensors``: full name ->
@@ -81,12 +81,12 @@ class NameTable:
     def _ignored(self) -> re.Pattern[str]:
         return re.compile(f"{self._prefixes}(?:{'|'.join(self.ignored)})")
 
-    def locate(self, name: str) -> Place | None:
-        """The place of the checkpoint tensor ``name``; IGNORED for a known buffer; None if it is unknown."""
+    def locate(self, name: str) -> ParamSlot | None:
+        """The slot of the checkpoint tensor ``name``; IGNORED for a known buffer; None if it is unknown."""
         for pattern, param, part in self._rules:
             if match := pattern.fullmatch(name):
                 groups = match.groupdict()
-                return Place(param.format(**groups), part, groups.get("kind") or "weight")
+                return ParamSlot(param.format(**groups), part, groups.get("kind") or "weight")
         return IGNORED if self._ignored.fullmatch(name) else None
 
     def expert_of(self, name: str) -> str | None:
@@ -105,8 +105,8 @@ class NameTable:
     def source(self, param: str, part: str = "", kind: str = "weight") -> str:
         """The name under which a checkpoint holds a parameter: locate's inverse, for messages and for writing."""
         numbers = _numbers(param)
-        for path, place in self.linears.items():
-            if (place[0].format(**numbers), place[1]) == (param, part):
+        for path, (owner, own_part) in self.linears.items():
+            if (owner.format(**numbers), own_part) == (param, part):
                 return f"{path.format(**numbers)}.{kind}"
         for path, owner in self.tensors.items():
             if owner.format(**numbers) == param:
@@ -166,7 +166,7 @@ QWEN2 = NameTable(
         **_mlp("experts.{e}.", "experts.{e}."),
         "model.layers.{n}.mlp.experts.{e}.gate_up_proj": ("layers.{n}.experts.{e}.gate_up_proj", ""),
         **_mlp("shared_expert.", "shared_expert."),
-        # dense in the network, in whatever form a quantising tool left them in the file
+        # dense in the network, in whatever format a quantising tool left them in the file
         "model.layers.{n}.mlp.gate": ("layers.{n}.router", ""),
         "model.layers.{n}.mlp.shared_expert_gate": ("layers.{n}.shared_expert_gate", ""),
         "lm_head": ("lm_head", ""),

@@ -1,6 +1,6 @@
-"""Fetch a repository's large files so that a download goes on where any earlier one, of any process, stopped.
+"""Fetch a repository's large files; a download resumes where an earlier one, of any process, stopped.
 
-huggingface-hub resumes within one call only: what a killed process had fetched is lost. Large files are therefore
+huggingface-hub resumes within one call only: a killed process loses what it had fetched. Large files are therefore
 fetched here, with its functions, into ``parts``, checked against their sha256, and moved to where the client keeps
 finished files; it then finds them there.
 """
@@ -31,12 +31,12 @@ _log = logging.getLogger(__name__)
 PARALLEL = 4
 TIMEOUT = 30.0  # seconds a hub may take to describe a repository
 MAX_PLAIN_BYTES = 50 * 10**9  # http_get refuses a larger file; the client has another way, hf_xet
-_DAMAGED = "Try again; if it happens again, something on the way changes files: use another endpoint."
+_DAMAGED = "Try again; if it happens again, a proxy on the way changes files: use another endpoint."
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: where its bytes are, for an hour or so, and what they must be."""
+    """A file of a repository: its address, which is valid for about an hour, its size and its hash."""
 
     name: str
     url: str
@@ -47,23 +47,23 @@ class RemoteFile:
 
 
 class Stopped(Exception):
-    """Another file failed or the user gave up: this one stops at its next bytes and keeps them."""
+    """Another file failed or the user interrupted: this one stops after its next bytes, and keeps them."""
 
 
 def repository(pull: Pull) -> Any:
-    """What the hub says of the repository: its commit and its files. The first question of every fetch, and the one
-    that shows a hub that does not answer: the client itself would wait for ever."""
+    """The hub's description of the repository: its commit and its files. The first request of every download, with a
+    time limit: the client itself would wait for ever for a hub that does not answer."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=pull.endpoint, token=pull.token or False, library_name="qwenrt")
-    return _patiently(lambda: api.model_info(pull.repo, revision=pull.revision, timeout=TIMEOUT))
+    return _with_retries(lambda: api.model_info(pull.repo, revision=pull.revision, timeout=TIMEOUT))
 
 
 def fetch_shards(pull: Pull, info: Any) -> None:
     """Bring every weight file of the repository that ``info`` describes to the client's store.
 
-    Raises CheckpointError when the disk cannot hold them or a file's contents are not what its hash promises, and
-    whatever the client raises.
+    Raises CheckpointError when the disk cannot hold them or a file does not match its hash, and whatever the
+    client raises.
     """
     commit = str(info.sha)
     names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
@@ -86,7 +86,7 @@ def fetch_shards(pull: Pull, info: Any) -> None:
         _in_parallel(files, lambda file, stop: _fetch_one(pull, file, parts, store, bar, stop))
 
 
-def _patiently(call: Callable[[], Any]) -> Any:
+def _with_retries(call: Callable[[], Any]) -> Any:
     """Call again, after the wait the server asks for (at most 30 s) or a growing one, while it is busy."""
     for wait in (1.0, 2.0, 4.0, None):
         try:
@@ -106,14 +106,14 @@ def _status(error: Exception) -> int | None:
 
 
 def _describe(pull: Pull, name: str, commit: str) -> RemoteFile | None:
-    """What a HEAD request says of a file; None where the client is left to fetch it: its hash is not told, or it is
-    too large for plain HTTP."""
+    """A file as a HEAD request describes it; None where the client has to fetch it: its hash is unknown, or it is too
+    large for plain HTTP."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
     url = hf_hub_url(pull.repo, name, revision=commit, endpoint=pull.endpoint)
     token = pull.token or False
-    metadata = _patiently(lambda: get_hf_file_metadata(url, token=token))
+    metadata = _with_retries(lambda: get_hf_file_metadata(url, token=token))
     etag, size = metadata.etag or "", metadata.size
     if len(etag) != 64 or any(c not in "0123456789abcdef" for c in etag) or size is None:
         return None
@@ -169,7 +169,7 @@ def _fetch_one(
 ) -> None:
     """Fetch one file, or what is missing of it; another process that fetches the same one is waited for."""
     part, done = parts / f"{file.sha256}.part", store / file.sha256
-    with _alone(part, file, stop):
+    with _locked(part, file, stop):
         if is_there(done, CheckpointError):
             part.unlink(missing_ok=True)
             bar.add(file.size)
@@ -177,21 +177,21 @@ def _fetch_one(
         try:
             # closed before it is moved or deleted: Windows does neither to an open file
             with part.open("ab") as stream:
-                _get(pull, file, stream, bar, stop)
-        except _TooMuch:
+                _append(pull, file, stream, bar, stop)
+        except _TooManyBytes:
             part.unlink()
             found = (
                 f"{file.name}: more than the {file.size} bytes that were announced are sent; it was deleted"
             )
             pull.fail(found, _DAMAGED)
         except OSError as error:
-            if "onsistency" in str(error):  # the client's word for a size that is not the announced one
+            if "onsistency" in str(error):  # the client's error for a size other than the announced one
                 part.unlink()
             raise
         if _sha256(part) != file.sha256:
             part.unlink()
             pull.fail(
-                f"{file.name} ({file.size} bytes) does not have the contents its hash promises; it was deleted",
+                f"{file.name} ({file.size} bytes) does not match its hash; it was deleted",
                 _DAMAGED,
             )
         (pull.cache_dir / "verified" / file.sha256).touch()
@@ -199,7 +199,7 @@ def _fetch_one(
 
 
 @contextlib.contextmanager
-def _alone(part: Path, file: RemoteFile, stop: threading.Event) -> Iterator[None]:
+def _locked(part: Path, file: RemoteFile, stop: threading.Event) -> Iterator[None]:
     """Hold the lock of a part; waiting for another process ends when ``stop`` is set."""
     from filelock import FileLock, Timeout
 
@@ -220,9 +220,9 @@ def _alone(part: Path, file: RemoteFile, stop: threading.Event) -> Iterator[None
         lock.release()
 
 
-def _get(pull: Pull, file: RemoteFile, stream: BinaryIO, bar: ByteBar, stop: threading.Event) -> None:
-    """Append what is missing to ``stream``. While bytes arrive, a connection that is cut and an address that ran
-    out on the way cost a new try each: some versions of the client go on after neither, none after the second."""
+def _append(pull: Pull, file: RemoteFile, stream: BinaryIO, bar: ByteBar, stop: threading.Event) -> None:
+    """Append what is missing to ``stream``. While bytes arrive, a connection that was cut and an address that
+    expired are each tried again: some versions of the client resume after neither, none after the second."""
     from huggingface_hub.file_download import http_get
 
     if stream.tell() > file.size:
@@ -234,7 +234,7 @@ def _get(pull: Pull, file: RemoteFile, stream: BinaryIO, bar: ByteBar, stop: thr
         try:
             return http_get(
                 source.url,
-                cast(Any, _Counted(stream, file.size, bar, stop)),
+                cast(Any, _CountingFile(stream, file.size, bar, stop)),
                 resume_size=have,
                 headers=dict(source.headers),
                 expected_size=file.size,
@@ -245,12 +245,12 @@ def _get(pull: Pull, file: RemoteFile, stream: BinaryIO, bar: ByteBar, stop: thr
                 raise
 
 
-class _TooMuch(Exception):
+class _TooManyBytes(Exception):
     """More bytes arrive than the file has."""
 
 
-class _Counted:
-    """The file that http_get writes to: counts bytes for the bar, keeps them at once, and can be stopped."""
+class _CountingFile:
+    """The file that http_get writes to: counts bytes for the bar, writes them at once, and can be stopped."""
 
     def __init__(self, stream: BinaryIO, size: int, bar: ByteBar, stop: threading.Event) -> None:
         self._stream, self._size, self._bar, self._stop = stream, size, bar, stop
@@ -259,7 +259,7 @@ class _Counted:
         if self._stop.is_set():
             raise Stopped
         if self._stream.tell() + len(data) > self._size:
-            raise _TooMuch
+            raise _TooManyBytes
         written: int = self._stream.write(data)
         self._bar.add(len(data))
         return written

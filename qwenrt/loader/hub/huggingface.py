@@ -20,9 +20,9 @@ _TOKEN_ADVICE = (
 
 
 def fetch(pull: Pull) -> Path:
-    """The directory of the repository's files; what is here already is not fetched again, a cut file is resumed.
+    """The directory of the repository's files; cached files are not fetched again, partial ones are resumed.
 
-    Raises CheckpointError in words a user can act on; Unreachable where another source may help.
+    Raises CheckpointError; Unreachable where another source may have the model.
     """
     from huggingface_hub import snapshot_download
 
@@ -54,7 +54,7 @@ def fetch(pull: Pull) -> Path:
 
 
 def _explain(pull: Pull, error: Exception) -> NoReturn:
-    """Raise what a failure of the client means. Its classes are looked up by name: they moved between versions."""
+    """Raise our error for a failure of the client. Its classes are looked up by name: they moved between versions."""
     names = {cls.__name__ for cls in type(error).__mro__}
     response: Any = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
@@ -62,7 +62,7 @@ def _explain(pull: Pull, error: Exception) -> NoReturn:
     if pull.offline and names & {"LocalEntryNotFoundError", "IncompleteSnapshotError"}:
         pull.not_cached(error)
     if "OfflineModeIsEnabled" in names:
-        pull.fail("HF_HUB_OFFLINE is set", "Unset it, or pass offline=True to use only what is here.", error)
+        pull.fail("HF_HUB_OFFLINE is set", "Unset it, or pass offline=True to use only cached files.", error)
     if "GatedRepoError" in names:
         pull.fail(f"the repository is gated (HTTP {status})", _TOKEN_ADVICE, error)
     if "RevisionNotFoundError" in names:
@@ -84,16 +84,16 @@ def _explain(pull: Pull, error: Exception) -> NoReturn:
     if isinstance(error, OSError) and "onsistency" in str(error):
         pull.fail(
             f"a file arrived with the wrong size ({str(error).splitlines()[0][:200]})",
-            "Try again; if it happens again, the mirror is out of order: use another endpoint.",
+            "Try again; if it happens again, the mirror is broken: use another endpoint.",
             error,
         )
     if isinstance(error, ValueError):  # JSON that is not: a captive portal, a proxy's page
-        pull.unreachable(f"it answered, but not as a model hub does: {error}", error)
+        pull.unreachable(f"it answered, but not like a model hub: {error}", error)
     pull.fail(f"{type(error).__name__}: {str(error)[:300]}", "Try again; what was fetched is kept.", error)
 
 
 def _root(error: BaseException) -> str:
-    """The first cause in few words."""
+    """The first cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -122,7 +122,7 @@ def _verify(pull: Pull, directory: Path) -> None:
                 path.unlink(missing_ok=True)
                 blob.unlink(missing_ok=True)
                 pull.fail(
-                    f"{path.name} ({size} bytes) does not have the contents its hash promises; it was deleted",
+                    f"{path.name} ({size} bytes) does not match its hash; it was deleted",
                     "Try again; if it happens again, something on the way changes files: use another endpoint.",
                 )
             with contextlib.suppress(OSError):  # a cache that may only be read: verified again the next time

@@ -47,7 +47,7 @@ def fetch(pull: Pull) -> Path:
 
 
 def _explain(pull: Pull, error: Exception) -> NoReturn:
-    """Raise what a failure of the client means; the causes of a failed file lie in ``failed_files``."""
+    """Raise our error for a failure of the client; the causes of a failed file lie in ``failed_files``."""
     causes = list(_causes(error))
     main = next((cause for cause in causes if not hasattr(cause, "failed_files")), error)
     for cause in causes:

@@ -1,4 +1,4 @@
-"""What is asked of a model hub, whichever it is, and the failures all hubs share."""
+"""One download from a model hub, and the failures that all hubs share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from qwenrt.errors import CheckpointError
 
-# Never fetched: *.py (code), *.bin (pickles), and what lies in subdirectories (other formats of the weights), but for
+# Never fetched: *.py (code), *.bin (pickles), and files in subdirectories (other formats of the weights), but for
 # additional_chat_templates/*.jinja and the settings of numbered folders (1_Pooling/config.json).
 SMALL_FILES = ("*.json", "*.tiktoken", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 WEIGHT_FILES = ("*.safetensors",)
@@ -20,7 +20,7 @@ NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "url
 
 @dataclass(frozen=True)
 class Pull:
-    """One repository to bring to this machine. ``show``: progress bars on stderr (None: only on a terminal)."""
+    """One repository to download. ``show``: progress bars on stderr (None: only on a terminal)."""
 
     hub: str
     repo: str
@@ -59,17 +59,17 @@ class Pull:
 
 
 class Unreachable(CheckpointError):
-    """A hub did not answer, or something else answered in its place: another source may."""
+    """A hub did not answer, or something else answered in its place: another source may have the model."""
 
 
 class NotCached(CheckpointError):
-    """Offline, and the files are not all here."""
+    """Offline, and some files are not in the cache."""
 
 
 def out_of_space(pull: Pull, error: BaseException | None) -> None:
-    """Raise for a full or read-only disk, wherever in a chain of exceptions it lies.
+    """Raise for a full or read-only disk, wherever in a chain of exceptions it is.
 
-    What lies below a network's error is the network's: an SSLError's errno 1 is not EPERM, and a firewall's EACCES
+    The causes of a network error are about the network: an SSLError's errno 1 is not EPERM, and a firewall's EACCES
     does not mean the disk.
     """
     seen = 0

@@ -1,4 +1,4 @@
-"""From a model's name to a directory on this machine: built in, local, HuggingFace or ModelScope."""
+"""From a model's name to a directory: built in, local, from HuggingFace or from ModelScope."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 SOURCES = ("auto", "huggingface", "modelscope")
 DEMO = Path(__file__).parents[2] / "demo"
 
-# Later generations are many: their repositories have the names people use.
+# Later generations are many: a name of this form is that of a repository.
 _LATER = re.compile(r"(?:qwen(?:1\.5|2|2\.5|3)|qwq)-[a-z0-9][a-z0-9._-]{0,60}[a-z0-9]", re.IGNORECASE)
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
@@ -93,7 +93,7 @@ def resolve(
             _log.warning("%s: %s; using the files in %s", error.asked, error.found, directory)
             return directory
 
-    return _first_that_has_it(pull, source, env)
+    return _from_any_source(pull, source, env)
 
 
 def _fetch(pull: Pull, weights: bool) -> Path:
@@ -102,8 +102,8 @@ def _fetch(pull: Pull, weights: bool) -> Path:
     return directory
 
 
-def _first_that_has_it(pull: Callable[[str], Path], source: str, env: Environment) -> Path:
-    """Ask the sources in turn; a source is passed over only if it cannot be reached or, offline, has nothing."""
+def _from_any_source(pull: Callable[[str], Path], source: str, env: Environment) -> Path:
+    """Ask the sources in turn; one is skipped only if it cannot be reached or, offline, has nothing in the cache."""
     hubs = ("huggingface", "modelscope") if source == "auto" else (source,)
     failures: list[CheckpointError] = []
     for hub in hubs:
@@ -176,14 +176,14 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
             )
         raise CheckpointError(
             f"cannot load the model in {path}",
-            f"there is no such directory{_nearest(path)}",
+            f"there is no such directory{_suggestion(path)}",
             "Check the path, or give a name on a hub, as 'Qwen/Qwen-7B-Chat'.",
         )
     return None
 
 
-def _nearest(path: Path) -> str:
-    """Words on what there is: the names beside a misspelt one, or how much of the path exists."""
+def _suggestion(path: Path) -> str:
+    """What exists: names close to a misspelt one, or how much of the path."""
     parent = next((place for place in path.absolute().parents if place.is_dir()), None)
     if parent is None:
         return ""
@@ -221,7 +221,7 @@ def _repo_id(name: str) -> str:
 
 
 def _check(pull: Pull, directory: Path, weights: bool) -> None:
-    """A fetched directory must hold a whole model before anybody uses it."""
+    """Raise CheckpointError unless a fetched directory holds a complete model."""
     if not is_there(directory / "config.json", CheckpointError):
         if pull.offline:
             pull.not_cached()

@@ -17,7 +17,7 @@ _QUERY = ("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits
 
 
 def device_memory(device: str, root: Path = Path("/")) -> tuple[int, int] | None:
-    """(free, total) bytes of "cpu", "cuda", "cuda:1", "dcu", ...; None where nothing here can tell."""
+    """(free, total) bytes of "cpu", "cuda", "cuda:1", "dcu", ...; None where it is not known."""
     name, _, index = device.partition(":")
     number = int(index) if index.isdecimal() else 0
     if name == "cpu":
@@ -28,11 +28,11 @@ def device_memory(device: str, root: Path = Path("/")) -> tuple[int, int] | None
 
 
 def _host_memory(root: Path) -> tuple[int, int] | None:
-    """What the CPU's backend says."""
+    """As the CPU backend measures it."""
     resources = _resources()
     try:
         free, total = resources.memory(root)
-    except (AttributeError, OSError, ValueError):  # a system that tells in none of the known ways
+    except (AttributeError, OSError, ValueError):  # a system without any of the known interfaces
         return None
     return int(free), int(total)
 
@@ -63,7 +63,7 @@ def check_room_for_torch() -> None:
 
 
 def _nvidia_smi(number: int) -> tuple[int, int] | None:
-    """Of the driver's own tool, in MiB; its numbering is that of the bus."""
+    """From nvidia-smi, which numbers devices in the order of the bus."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--id={number}", *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_S
@@ -78,7 +78,7 @@ def _nvidia_smi(number: int) -> tuple[int, int] | None:
 
 
 def _sysfs(number: int, root: Path) -> tuple[int, int] | None:
-    """Of the amdgpu driver and those derived from it."""
+    """From the amdgpu driver and those derived from it."""
     cards = sorted((root / "sys/class/drm").glob("card[0-9]*/device/mem_info_vram_total"))
     try:
         total = int(cards[number].read_text(encoding="ascii"))

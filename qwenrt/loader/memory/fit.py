@@ -45,7 +45,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Placement:
+class DeviceLayout:
     """A model on a device: the dtype it computes in, how it is kept, and what the process takes beside it."""
 
     dtype: str
@@ -53,9 +53,9 @@ class Placement:
     runtime: int
 
 
-def place(
+def device_layout(
     config: ModelConfig, device: str, dtype: str, free: int | None, quantize: str | None = None
-) -> Placement:
+) -> DeviceLayout:
     """What loading with dtype="auto" or the one named does on a device, its own kernels taken to be there.
 
     A CPU computes in float32 unless a dense model would then fill most of the ``free`` memory, and keeps dense
@@ -68,31 +68,31 @@ def place(
     if name != "cpu":
         dtype = stored if dtype == "auto" else dtype
         itemsize = DTYPE_BYTES[dtype]
-        return Placement(dtype, Storage(itemsize, itemsize, stored_bytes), _CONTEXT)
+        return DeviceLayout(dtype, Storage(itemsize, itemsize, stored_bytes), _CONTEXT)
     if dtype == "auto":
         small = free is None or num_parameters(config) * stored_bytes <= _FILLS_MEMORY * free
         dtype = "float32" if coded or quantize or small else "bfloat16"
     itemsize = DTYPE_BYTES[dtype]
     dense = stored_bytes if dtype == "float32" else itemsize
     storage = Storage(itemsize, dense, stored_bytes, kernels=True, on_host=True)
-    return Placement(dtype, storage, _RUNTIME["cpu"])
+    return DeviceLayout(dtype, storage, _RUNTIME["cpu"])
 
 
 def options(
     config: ModelConfig,
-    placed: Callable[[str | None], Placement],
+    layout_of: Callable[[str | None], DeviceLayout],
     work: Workload,
     free: int,
     batch_tokens: int,
 ) -> list[Option]:
-    """Every way to load, mildest first, each with what would fit into ``free`` bytes. ``placed``: quantize ->
-    Placement."""
+    """Every way to load, from the most to the least exact, each with what would fit into ``free`` bytes.
+    ``layout_of``: quantize -> DeviceLayout."""
     coded = config.quant is not None and config.quant.has_codes
     found = []
     for quantize in (None,) if coded else (None, "int8", "int4"):
-        placement = placed(quantize)
-        needed = partial(memory_need, config, placement.storage, batch_tokens=batch_tokens)
-        room = free - placement.runtime
+        layout = layout_of(quantize)
+        needed = partial(memory_need, config, layout.storage, batch_tokens=batch_tokens)
+        room = free - layout.runtime
         for kv in ("auto", "int8"):
             found.append(_option(needed, quantize, kv, work, room, config.max_position_embeddings))
     return found

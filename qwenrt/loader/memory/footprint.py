@@ -15,10 +15,10 @@ from qwenrt.config import ModelConfig, QuantConfig
 from qwenrt.config.layers import BLOCK_SIZE, kinds_of_layers, kv_bytes_per_token, layer_linears, layer_tensors
 from qwenrt.config.quant import ROUNDED
 from qwenrt.errors import ConfigError
+from qwenrt.ops.stored import WORD_BITS, num_groups
 
 GIB = 2**30
 BATCH_TOKENS = 512  # computed in one step, unless the user says otherwise
-_WORD = 32  # bits; the kernels' layout starts every group of codes at a word
 _ROWS = 8  # output rows the kernels' layout stores together
 _PADDING_WORTH = 1.25  # groups that fill their words worse than this stay in plain torch's layout
 _UNPACKING = (
@@ -118,11 +118,12 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
     if quant is None:
         return rows * columns * storage.dense + has_bias * rows * storage.activation
     group = columns if quant.group_size == -1 else min(quant.group_size, columns)
-    groups, words = -(-columns // group), -(-group * quant.bits // _WORD)
+    groups = num_groups(columns, quant.group_size)
+    words = -(-group * quant.bits // WORD_BITS)  # the kernels' layout starts every group of codes at a word
     order = 4 * columns if quant.desc_act else 0
-    if storage.kernels and words * _WORD <= group * quant.bits * _PADDING_WORTH:
-        zeros_apart = not (quant.sym or quant.zeros_in_scales)
-        per_group = 4 * words + 2 + (2 if zeros_apart else 0)  # codes, a float16 scale, an int16 zero
+    if storage.kernels and words * WORD_BITS <= group * quant.bits * _PADDING_WORTH:
+        separate_zeros = not (quant.sym or quant.zeros_in_scales)
+        per_group = 4 * words + 2 + (2 if separate_zeros else 0)  # codes, a float16 scale, an int16 zero
         return -(-rows // _ROWS) * _ROWS * groups * per_group + order + has_bias * rows * 4
     codes = rows * -(-columns * quant.bits // 8)
     return codes + groups * rows * (2 + 2) + order + has_bias * rows * storage.activation

@@ -1,9 +1,8 @@
 """Packed weights kept on disk: the next load of the same checkpoint maps them instead of packing again.
 
-What is kept is what packing made. A tensor that still is the checkpoint's own memory (a dense matrix in its dtype) is
-named, not copied: the checkpoint has to be there anyway, and its map is as quick as ours. A file is found by the
-checkpoint's directory and by all that decides how it is packed; whether it is of this content stands inside it, so that
-a changed checkpoint replaces its old file.
+Only the tensors that packing made are written. One that still is the checkpoint's mapped memory (a dense matrix in its
+dtype) is named, not copied: the checkpoint has to be there anyway. A file is found by the checkpoint's directory and by
+the settings of packing; the content that it was made of is described inside, so that a changed checkpoint replaces it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ logger = logging.getLogger("qwenrt")
 
 @dataclass(frozen=True)
 class PackedCache:
-    """The place of one checkpoint's packed weights. Nothing here raises: a cache that fails is a cache less."""
+    """The file of one checkpoint's packed weights. Nothing here raises: without the cache a load is only slower."""
 
     path: Path
     wanted: dict[str, Any]
@@ -53,7 +52,7 @@ class PackedCache:
         dtype: torch.dtype,
         quantize: dict[str, str | None],
     ) -> PackedCache:
-        """Where under ``directory`` the weights of ``checkpoint``, packed so, are kept."""
+        """The file under ``directory`` for the weights of ``checkpoint`` packed with these settings."""
         settings = {
             "format": FORMAT,
             "qwenrt": str(sys.modules["qwenrt"].__version__),
@@ -67,13 +66,13 @@ class PackedCache:
         content = _content(checkpoint, config)
         return cls(directory / f"{name}-{key}.safetensors", {**settings, "content": content})
 
-    def fill(self, model: Loadable, checkpoint: Checkpoint, backend: Backend) -> bool:
-        """Give ``model`` its weights from here; False where they are not here, are damaged or of something else."""
+    def load_into(self, model: Loadable, checkpoint: Checkpoint, backend: Backend) -> bool:
+        """Set the weights of ``model`` from the file; False where it is absent, damaged or of other content."""
         try:
             found = packed_file.open_file(self.path, self.wanted)
             if found is None:
                 return False
-            reading = _Reading(found, TensorReader(checkpoint), backend)
+            reading = _Restorer(found, TensorReader(checkpoint), backend)
             made = reading.weights(model)
         except (Damaged, QwenrtError) as reason:
             logger.warning("the packed weights in %s are ignored: %s", self.path, reason)
@@ -86,17 +85,17 @@ class PackedCache:
         logger.info("weights mapped from %s", self.path)
         return True
 
-    def keep(self, model: Loadable, reader: TensorReader) -> bool:
+    def save(self, model: Loadable, reader: TensorReader) -> bool:
         """Write the weights of ``model``, which ``reader`` read, for the next load; False, with a warning, where
-        that cannot be."""
-        writing = _Writing(reader)
+        that fails."""
+        writing = _Description(reader)
         try:
             weights = {
                 name: writing.weight(name, model.get(name))
                 for name in (*model.tensor_specs, *model.linear_specs)
             }
             size = packed_file.write(self.path, writing.tensors, {**self.wanted, "weights": weights})
-        except (OSError, _CannotKeep) as error:
+        except (OSError, _NotStorable) as error:
             logger.warning("the packed weights are not kept in %s: %s", self.path.parent, error)
             return False
         logger.info("packed weights kept in %s (%.0f MiB)", self.path, size / 2**20)
@@ -108,7 +107,7 @@ def _content(checkpoint: Checkpoint, config: ModelConfig) -> str:
 
     Of each file: its name, size, time of change, every tensor's name, dtype, shape and place, and samples of its bytes.
     The time catches any change by a program; the samples catch another file under an old time (cp -p, unpacked
-    archives). config.json and quantize_config.json count as what was understood of them.
+    archives). config.json and quantize_config.json count as what was read from them.
     """
     digest = hashlib.sha256(repr(config).encode())
     for shard in checkpoint.shards:
@@ -122,12 +121,12 @@ def _content(checkpoint: Checkpoint, config: ModelConfig) -> str:
     return digest.hexdigest()
 
 
-class _CannotKeep(Exception):
-    """Why weights cannot be described."""
+class _NotStorable(Exception):
+    """Some weight cannot be described; the text says why."""
 
 
 @dataclass
-class _Writing:
+class _Description:
     """Weights -> a description of them; their tensors are collected by name, each memory once."""
 
     reader: TensorReader
@@ -157,9 +156,9 @@ class _Writing:
 
     def _tensor(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
         if not isinstance(tensor, torch.Tensor):
-            raise _CannotKeep(f"{name} is a {type(tensor).__name__}")
+            raise _NotStorable(f"{name} is a {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.dtype not in packed_file.STORED:
-            raise _CannotKeep(f"{name} is a {tensor.layout} tensor of {tensor.dtype}")
+            raise _NotStorable(f"{name} is a {tensor.layout} tensor of {tensor.dtype}")
         dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
         source = self.reader.origin(tensor)
         if source is not None:
@@ -172,8 +171,8 @@ class _Writing:
 
 
 @dataclass
-class _Reading:
-    """The inverse of _Writing over a checked file; what does not fit is Damaged."""
+class _Restorer:
+    """The inverse of _Description over a checked file; raises Damaged for what does not fit."""
 
     file: packed_file.PackedFile
     reader: TensorReader
@@ -197,7 +196,7 @@ class _Reading:
                 if (packed.out_features, packed.in_features) != (spec.out_features, spec.in_features):
                     raise Damaged(f"{name} has shape {[packed.out_features, packed.in_features]}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise Damaged(f"its description makes no sense ({type(error).__name__}: {error})") from error
+            raise Damaged(f"its description is invalid ({type(error).__name__}: {error})") from error
         return made
 
     def _packed(self, fields: dict[str, Any]) -> Packed:

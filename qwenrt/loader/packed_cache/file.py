@@ -1,9 +1,9 @@
-"""One safetensors file of tensors and a description, written so that a reader sees all of it or nothing.
+"""One safetensors file of tensors and a description, written atomically: a reader sees all of it or nothing.
 
-``write`` makes a temporary file beside its target, syncs it and renames it, so that a cut, a full disk or a second
-writer leaves the old file or the new one. ``open_file`` maps a file and trusts nothing before it is checked: the
-header against a digest of its own, every byte of data against sums of its pages. Reading each page is what a first use
-would do anyway, so the check costs little more than mapping the pages early.
+``write`` makes a temporary file beside its target, syncs it and renames it, so that a crash, a full disk or a second
+writer leaves the old file or the new one. ``open_file`` maps a file and checks everything before it is used: the
+header against a digest of its own, every byte of data against sums of its pages. The first use would read
+each page anyway, so the check costs little more than mapping the pages early.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PART = ".part"
 
 
 class Damaged(Exception):
-    """Why a file cannot be used; the text completes "it is ignored: "."""
+    """The file cannot be used; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], description: dict[str, A
 
 
 def _new_part(path: Path) -> tuple[FileIO, Path]:
-    """A new file beside ``path``, locked: that says that somebody still writes."""
+    """A new file beside ``path``, locked as long as it is being written."""
     while True:
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PART}")
         file = part.open("xb", buffering=0)
@@ -143,7 +143,7 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    """The new name survives a power cut as well, where the system can promise that."""
+    """Make the new name survive a power cut, where the system supports that."""
     with contextlib.suppress(OSError):
         fd = os.open(directory, os.O_RDONLY)
         try:
@@ -153,7 +153,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Parts of this file whose writers were killed: nobody holds their lock any more."""
+    """Delete parts of this file whose writers were killed: they are not locked any more."""
     if fcntl is None:
         return
     for part in path.parent.glob(f".{path.name}.*{_PART}"):
@@ -166,9 +166,9 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def open_file(path: Path, wanted: dict[str, Any]) -> PackedFile | None:
-    """The file if it is there, undamaged, and its description has the items of ``wanted``; None if there is none.
+    """The file if it is there, undamaged, and its description has the items of ``wanted``; None if there is no file.
 
-    Raises Damaged for anything else that stands in its place: nothing of it was used then.
+    Raises Damaged for any other file: nothing of it was used then.
     """
     try:
         if not is_there(path, CheckpointError):
@@ -210,7 +210,7 @@ def _checked_header(path: Path, mapped: mmap.mmap) -> tuple[tuple[TensorEntry, .
     digest = texts.get("digest")
     blank = raw.replace(str(digest).encode(), _DIGEST.encode(), 1)
     if digest == _DIGEST or hashlib.sha256(blank).hexdigest() != digest:
-        raise Damaged("its header is not what was written")
+        raise Damaged("its header does not match its digest")
     return entries, texts
 
 
@@ -236,8 +236,8 @@ def digest_of(flat: torch.Tensor) -> str:
     """A digest of bytes, uint8 [n]: of the sum of each 4 KiB of them as 64-bit words.
 
     Integer sums are the same on every machine and run at the memory's speed. A changed bit changes its page's sum, and
-    pages that changed places change the digest; what is not noticed is a forger's work, or words that changed places
-    within a page.
+    pages that changed places change the digest; a forgery, or words that changed places within a
+    page, are not noticed.
     """
     digest = hashlib.sha256(str(flat.numel()).encode())
     words = flat.numel() // 8
@@ -251,7 +251,7 @@ def digest_of(flat: torch.Tensor) -> str:
 def _page_sums(flat: torch.Tensor, words: int) -> Iterator[torch.Tensor]:
     if not words:
         return
-    if flat.data_ptr() % 8:  # an odd view of something; files of ours are aligned
+    if flat.data_ptr() % 8:  # a view that is not aligned; the data of our files is
         flat = flat.clone()
     pages = flat.view(torch.int64).view(-1, _PAGE_WORDS)
     step = _SUMMED_AT_ONCE // _PAGE_WORDS

@@ -1,1 +1,1 @@
-"""Messages to prompts: ChatML and ReAct of Qwen-1, chat templates of all others; conversations kept in files."""
+"""Messages to prompts: ChatML and ReAct for Qwen-1, chat templates for all others; conversations saved in files."""

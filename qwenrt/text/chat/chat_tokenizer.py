@@ -17,7 +17,7 @@ from qwenrt.text.tokenizer.tokenizer import Tokenizer, is_qwen1
 
 
 class ChatTokenizer(Tokenizer):
-    """A tokenizer that hands conversations on to the chat format of its directory; without a directory, Qwen-1's."""
+    """A tokenizer that passes conversations on to the chat format of its directory; without a directory, Qwen-1's."""
 
     def encode_chat(
         self,
@@ -39,7 +39,7 @@ class ChatTokenizer(Tokenizer):
 
     @cached_property
     def chat_format(self) -> ChatFormat:
-        """How the model of the directory is talked to. Read when it is first asked for: Jinja is slow to import."""
+        """The chat format of the directory. Read on first use: Jinja is slow to import."""
         directory = self.directory
         if directory is None:
             return ReactFormat()

@@ -1,4 +1,4 @@
-"""How one checkpoint is talked to: from messages to a prompt, and how its answers are to be read."""
+"""The chat format of a checkpoint: how messages become a prompt, and in which format it answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qwenrt.text.chat.chatml import build_messages
 from qwenrt.text.chat.prompt import Prompt
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.template.sources import CONFIG_FILE, template_sources
-from qwenrt.text.tokenizer.added_tokens import NAMED_TOKENS, token_form
+from qwenrt.text.tokenizer.added_tokens import NAMED_TOKENS, token_content
 
 if TYPE_CHECKING:
     from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 
 class ChatFormat(Protocol):
-    """Builds prompts, and says in which form the answers to them come."""
+    """Builds prompts, and says in which format the answers to them come."""
 
     @property
     def reply_format(self) -> ReplyFormat: ...
@@ -55,14 +55,14 @@ class ReactFormat:
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
     ) -> Prompt:
-        """The prompt. RequestError where it is to think, which Qwen-1 was not taught."""
+        """The prompt. RequestError for thinking, which Qwen-1 was not trained for."""
         if enable_thinking:
             raise RequestError("enable_thinking=True", "Qwen-1 does not think", "Leave it out.")
         return build_messages(tokenizer, messages, tools, max_window_size, add_generation_prompt)
 
 
 class RawFormat:
-    """A base model (chat_format "raw"), which continues texts and knows no conversation."""
+    """A base model (chat_format "raw"), which continues texts and has no chat format."""
 
     reply_format = ReplyFormat(calls="none", thinking="none")
 
@@ -80,7 +80,7 @@ def load_chat_format(directory: str | Path, model_type: str, chat_format: str | 
     """The chat format of a model directory.
 
     ``chat_format``: as generation_config.json names it; "raw" has no conversations. ``model_type``: "qwen" is
-    Qwen-1. All others are talked to through a template of the directory (see template.sources; of several, "tool_use"
+    Qwen-1. All others use a template of the directory (see template.sources; of several, "tool_use"
     is taken where there are tools), else through a built-in one (see builtin_templates.family). Raises ConfigError
     for a template that cannot be used.
     """
@@ -98,7 +98,7 @@ def _template_format(directory: Path, model_type: str) -> ChatFormat:
 
     config_file = directory / CONFIG_FILE
     config = read_json(config_file) if is_there(config_file, ConfigError) else {}
-    tokens = {name: token_form(config.get(name)) for name in NAMED_TOKENS}
+    tokens = {name: token_content(config.get(name)) for name in NAMED_TOKENS}
     token_texts = {name: text for name, text in tokens.items() if text is not None}
     templates = {name: JinjaTemplate(*source) for name, source in template_sources(directory, config).items()}
     if not templates:

@@ -1,4 +1,4 @@
-"""OpenAI-shaped messages and tools, checked: what every chat format of every generation begins with."""
+"""OpenAI-shaped messages and tools, checked: the input of every chat format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Message:
 
 
 def check_messages(messages: object) -> list[Message]:
-    """The messages, each checked by itself; their order is for the chat format to judge."""
+    """The messages, each checked by itself; the chat format checks their order."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise RequestError(
             "messages",

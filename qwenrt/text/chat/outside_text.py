@@ -1,4 +1,4 @@
-"""Texts from outside on their way into a chat template and out of it again (see template.provenance)."""
+"""Untrusted texts on their way into a chat template, and the control tokens of what it renders (see provenance)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from qwenrt.errors import RequestError
 from qwenrt.text.template.budget import MAX_DEPTH
-from qwenrt.text.template.provenance import belonging, own_view, plain
-from qwenrt.text.tokenizer.added_tokens import FormFinder
+from qwenrt.text.template.provenance import masked, plain, with_ownership
+from qwenrt.text.tokenizer.added_tokens import AddedTokenFinder
 
 _THOUGHT_TAG = re.compile("</?think>")
 
 
-def outside(value: Any, where: str, level: int = 0) -> Any:
+def untrusted(value: Any, where: str, level: int = 0) -> Any:
     """A fresh copy of JSON-like data, its texts and keys plain. RequestError for what is not JSON."""
     if isinstance(value, str):
         return plain(value)
@@ -28,27 +28,27 @@ def outside(value: Any, where: str, level: int = 0) -> Any:
             if not isinstance(key, str):
                 found = f"a key of type {type(key).__name__}"
                 raise RequestError(where, found, "It must be expressible as JSON: keys are strings.")
-            copied[plain(key)] = outside(inner, where, level + 1)
+            copied[plain(key)] = untrusted(inner, where, level + 1)
         return copied
     if isinstance(value, (list, tuple)):
-        return [outside(inner, where, level + 1) for inner in value]
+        return [untrusted(inner, where, level + 1) for inner in value]
     found = f"Object of type {type(value).__name__} is not JSON serializable"
     raise RequestError(where, found, "It must be expressible as JSON.")
 
 
-def speech(value: str) -> str:
-    """The assistant's own words: the tags of its thoughts count as if the template had written them."""
+def assistant_text(value: str) -> str:
+    """The text of an assistant's message: the tags of its thoughts count as written by the template."""
     value = plain(value)
     own = bytearray(len(value))
     for tag in _THOUGHT_TAG.finditer(value):
         own[tag.start() : tag.end()] = b"\1" * len(tag[0])
-    return belonging(value, bytes(own))
+    return with_ownership(value, bytes(own))
 
 
-def segments(rendered: str, control: FormFinder) -> Iterator[tuple[str, int | None]]:
+def split_at_control_tokens(rendered: str, control: AddedTokenFinder) -> Iterator[tuple[str, int | None]]:
     """(text, id of the control token that the template wrote behind it) until (the rest, None)."""
     text, end = plain(rendered), 0
-    for found in control.find(own_view(rendered)):
+    for found in control.find(masked(rendered)):
         yield text[end : found.start], found.id
         end = found.end
     yield text[end:], None

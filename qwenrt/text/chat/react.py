@@ -50,7 +50,7 @@ def parse_messages(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> Turns:
     """OpenAI-shaped messages as turns; calls, results and ``tools`` become ReAct text inside them."""
-    checked = [_as_spoken(f"messages[{i}]", m) for i, m in enumerate(check_messages(messages))]
+    checked = [_normalized(f"messages[{i}]", m) for i, m in enumerate(check_messages(messages))]
     if not any(m.role == "user" for m in checked):
         raise _invalid("Expecting at least one user message", "Add a message with role 'user'.")
     system = DEFAULT_SYSTEM
@@ -74,7 +74,7 @@ def parse_messages(
         history.append((user[1], assistant[1].rstrip()))
     if tools:
         instruction = react_instruction(tools) + "\n\nQuestion: "
-        # In front of the last *answered* question where there is one: odd, but how Qwen-1 was served.
+        # In front of the last *answered* question where there is one: odd, but so does the published code of Qwen-1.
         if history:
             history[-1] = (instruction + history[-1][0], history[-1][1])
         else:
@@ -91,8 +91,8 @@ def react_instruction(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _as_spoken(where: str, message: Message) -> Message:
-    """The message as Qwen-1 was served it: blank ends cut off, arguments as JSON text."""
+def _normalized(where: str, message: Message) -> Message:
+    """The message as Qwen-1 was trained on it: white space at the ends removed, arguments as JSON text."""
     calls = tuple(
         Call(call.name, call.arguments, call.id)
         if isinstance(call.arguments, str)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrt.errors import RequestError
 from qwenrt.text.chat.messages import Message, check_messages, check_tools
-from qwenrt.text.chat.outside_text import outside, segments
+from qwenrt.text.chat.outside_text import split_at_control_tokens, untrusted
 from qwenrt.text.chat.prompt import Prompt, check_window
 from qwenrt.text.chat.template_messages import prepared, template_messages
 from qwenrt.text.replies.reply_format import ReplyFormat
-from qwenrt.text.template.provenance import TemplateText, own_view, plain
+from qwenrt.text.template.provenance import TemplateText, masked, plain
 from qwenrt.text.template.sandbox import JinjaTemplate
 from qwenrt.text.tokenizer.vocabulary import IM_END, IM_START
 
@@ -30,7 +30,7 @@ class _Request:
 
     tokenizer: Tokenizer
     template: JinjaTemplate
-    variables: Mapping[str, Any]  # for the template, but for the messages
+    variables: Mapping[str, Any]  # of the template, without the messages
     answer: bool  # whether an answer is to follow
 
 
@@ -66,8 +66,8 @@ class TemplateFormat:
 
         Messages that end with the assistant's are continued (with ``add_generation_prompt`` off: closed).
         ``max_window_size``: the oldest exchanges, each a user message with all that answers it, are left out
-        until the prompt has at most so many tokens; the last one and system messages stay whatever their size.
-        Raises RequestError for what the model's template does not know: tools, a switch for thinking, a conversation
+        until the prompt has at most that many tokens; the last one and system messages stay whatever their size.
+        Raises RequestError for what the model's template does not support: tools, a switch for thinking, a conversation
         in this order.
         """
         window = check_window(max_window_size)
@@ -86,12 +86,12 @@ class TemplateFormat:
             "documents": None,  # as transformers passes it
             **self._token_texts,
             **switch,
-            "tools": outside(list(tools), "tools") if tools else None,
+            "tools": untrusted(list(tools), "tools") if tools else None,
         }
         request = _Request(tokenizer, template, variables, add_generation_prompt)
         if window is None:
             return self._prompt(request, checked)
-        remaining = _trimmings(checked)
+        remaining = _truncations(checked)
         dropped = bisect_left(
             range(len(remaining) - 1),
             True,
@@ -112,11 +112,11 @@ class TemplateFormat:
         if continues:
             rendered = _without_end(rendered, _end_of_turn(tokenizer))
         ids: list[int] = []
-        for text, token_id in segments(rendered, tokenizer.control_tokens):
+        for text, token_id in split_at_control_tokens(rendered, tokenizer.control_tokens):
             ids += tokenizer.encode(text)
             if token_id is not None:
                 ids.append(token_id)
-        turn = own_view(rendered).rpartition(IM_START)[2]
+        turn = masked(rendered).rpartition(IM_START)[2]
         in_thought = request.answer and turn.rfind(OPEN) > turn.rfind(CLOSE)
         return Prompt(ids, in_thought=in_thought)
 
@@ -136,14 +136,14 @@ class TemplateFormat:
         return {}
 
     def _read_reply_format(self) -> ReplyFormat:
-        """Calls by the tags that the template writes, thinking by what it writes in front of an answer."""
+        """The format of calls by the tags in the template, thinking by what it writes before an answer."""
         source = self._default.source + self._for_tools.source
         calls = "xml" if "<function=" in source else "hermes" if "<tool_call>" in source else "none"
         thinking = "hybrid" if OPEN in source or CLOSE in source or "enable_thinking" in source else "none"
         probe = {**self._token_texts, "messages": [{"role": "user", "content": "Hello"}], "tools": None}
         try:
             rendered = self._default.render({**probe, "add_generation_prompt": True})
-        except RequestError:  # it wants another conversation, and will say so to whoever holds one
+        except RequestError:  # it needs another conversation; the error is raised when one is rendered
             rendered = ""
         if rendered.rstrip().endswith(OPEN):
             thinking = "open"
@@ -159,7 +159,7 @@ def _end_of_turn(tokenizer: Tokenizer) -> str:
 
 def _without_end(rendered: str, end: str) -> str:
     """A conversation without the end of its last turn, so that the answer goes on from there."""
-    at = own_view(rendered).rfind(end)
+    at = masked(rendered).rfind(end)
     rest = plain(rendered[at + len(end) :] if at >= 0 else rendered)
     if at <= 0 or rest.strip():
         raise RequestError(
@@ -170,7 +170,7 @@ def _without_end(rendered: str, end: str) -> str:
     return rendered[:at]
 
 
-def _trimmings(messages: Sequence[Message]) -> list[list[Message]]:
+def _truncations(messages: Sequence[Message]) -> list[list[Message]]:
     """The conversation with its oldest 0, 1, 2, ... exchanges left out, down to the last one."""
     kept_first = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
     later = [

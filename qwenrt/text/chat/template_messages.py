@@ -1,4 +1,4 @@
-"""Checked messages as the data that a chat template is rendered with, everything from outside as plain text."""
+"""Checked messages as the data that a chat template is rendered with, all untrusted text as plain str."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from qwenrt.errors import RequestError
 from qwenrt.text.chat.messages import Call, Message, out_of_place, unmatched
-from qwenrt.text.chat.outside_text import outside, speech
+from qwenrt.text.chat.outside_text import assistant_text, untrusted
+from qwenrt.text.replies.strict_json import refuse_constant, unique_keys
 from qwenrt.text.template.provenance import TemplateText, plain
 
 
@@ -74,24 +75,26 @@ def _parsed(index: int, call: Call, allow_text_arguments: bool) -> Call:
 
 
 def _template_message(where: str, message: Message) -> dict[str, Any]:
-    role = "tool" if message.role == "function" else message.role  # one of five words, so it is nobody's text
-    content = speech(message.text) if role == "assistant" else plain(message.text)
+    role = (
+        "tool" if message.role == "function" else message.role
+    )  # one of five known words, never the caller's text
+    content = assistant_text(message.text) if role == "assistant" else plain(message.text)
     entry: dict[str, Any] = {"role": TemplateText(role), "content": content}
     if message.reasoning is not None:
         entry["reasoning_content"] = plain(message.reasoning)
     if message.name is not None:
-        entry["name"] = outside(message.name, where)
+        entry["name"] = untrusted(message.name, where)
     if message.tool_call_id is not None:
-        entry["tool_call_id"] = outside(message.tool_call_id, f"{where}: tool_call_id")
+        entry["tool_call_id"] = untrusted(message.tool_call_id, f"{where}: tool_call_id")
     if message.calls:
         entry["tool_calls"] = [_template_call(where, call) for call in message.calls]
     return entry
 
 
 def _template_call(where: str, call: Call) -> dict[str, Any]:
-    arguments = outside(call.arguments, f"{where}: arguments of {call.name!r:.80}")
-    function = {"name": outside(call.name, where), "arguments": arguments}
-    entry = {} if call.id is None else {"id": outside(call.id, f"{where}: id of a call")}
+    arguments = untrusted(call.arguments, f"{where}: arguments of {call.name!r:.80}")
+    function = {"name": untrusted(call.name, where), "arguments": arguments}
+    entry = {} if call.id is None else {"id": untrusted(call.id, f"{where}: id of a call")}
     return {
         **entry,
         "type": "function",
@@ -104,17 +107,7 @@ def _object(text: str) -> dict[str, Any] | None:
     if not text.strip():
         return {}
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(value := dict(pairs)) < len(pairs):
-        raise ValueError("a key twice")
-    return value
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from qwenrt.text.replies.reply import read_json, tool_call, unique_keys, write_json
+from qwenrt.text.replies.reply import tool_call
 from qwenrt.text.replies.schema_values import ParameterSchema
+from qwenrt.text.replies.strict_json import read_json, unique_keys, write_json
 from qwenrt.text.replies.tags import Tags
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
@@ -19,7 +20,7 @@ Verdict = Literal["more", "end", "broken"]
 
 
 class Body(Protocol):
-    """Reads the text between the tags of one call; the caller keeps it too, in case it is no call."""
+    """Parses the text between the tags of one call; the caller keeps the text, in case it is no call."""
 
     @property
     def tags(self) -> Tags:

@@ -34,7 +34,7 @@ def parse_reply(
     reply_format: in which form the model thinks and calls. in_thought: the prompt ended inside a thought (ReAct's
     "Thought:", or "<think>"; the format "open" says the same of every prompt). tools: as they were given to the
     model; their schemas type the values of Qwen3-Coder's calls. Nothing is checked against them: a call of an
-    unknown tool is passed on. cut_off: the text ends because there was no room for more.
+    unknown tool is returned as well. cut_off: max_tokens ended the text.
 
     This is what a ReplyStream says, but for the content of ReAct: a stream cannot see a second "Final Answer:" coming,
     nor take back what was said before a thought.
@@ -53,13 +53,13 @@ def parse_reply(
 class ReplyStream:
     """parse_reply for text that arrives in pieces.
 
-    Held back is only what may yet be a tag, the white space that a tag would drop, and a call until its closing
+    Only what may become a tag is held back, white space that a tag would drop, and a call until its closing
     tag. Joined over all pieces, content, reasoning and tool_calls are those of the Reply. The cost is linear in
     the text, whatever the pieces.
 
-    ``stop``: strings that end the answer where its content first says one, which is cut there. They are searched for
-    in the content between two calls; what is thought and what is called never ends an answer. stopped: one was found.
-    written: all the text so far, as the model wrote it.
+    ``stop``: strings that end the answer where its content first contains one, which is cut there. They are searched
+    for in the content between two calls; what is thought and what is called never ends an answer. stopped: one was
+    found. written: all the text so far, as the model wrote it.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ReplyStream:
         return self._piece(self._parts(answer), reasoning, searched)
 
     def finish(self, cut_off: bool = False) -> tuple[Piece, Reply]:
-        """The end: what was not shown yet, and the whole answer. ``cut_off``: there was no room for more."""
+        """The end: what was not shown yet, and the whole answer. ``cut_off``: max_tokens ended it."""
         reasoning, answer = self._thinking.finish() if self._thinking else ("", "")
         parts = self._parts(answer)
         if self._calls:

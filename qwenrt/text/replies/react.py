@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qwenrt.text.replies.reply import Part, Reply, read_json, tool_call
+from qwenrt.text.replies.reply import Part, Reply, tool_call
+from qwenrt.text.replies.strict_json import read_json
 from qwenrt.text.tokenizer.detokenizer import StopMatcher
 
 _ACTION, _INPUT, _OBSERVATION = "\nAction:", "\nAction Input:", "\nObservation:"
@@ -24,7 +25,7 @@ def parse_react(text: str, cut_off: bool = False) -> Reply:
     a call it is what follows the last "Final Answer:", or the whole text.
 
     The arguments are the text that the model wrote, JSON or not, as Qwen-1 was served; "{}" where it wrote none.
-    ``cut_off``: the text ends because there was no room for more. Then a call whose arguments are no whole JSON
+    ``cut_off``: max_tokens ended the text. Then a call whose arguments are no whole JSON
     object is text.
     """
     lines = _from_line_start(text)

@@ -1,4 +1,4 @@
-"""In which form a model thinks and calls tools: what the prompt taught it, and how its answer is read."""
+"""How a model writes thoughts and calls of tools, and so how its answers are parsed."""
 
 from __future__ import annotations
 

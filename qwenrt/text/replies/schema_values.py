@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwenrt.text.replies.reply import read_json, write_json
+from qwenrt.text.replies.strict_json import read_json, write_json
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "null": type(None),

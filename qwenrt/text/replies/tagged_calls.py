@@ -128,16 +128,16 @@ class TaggedCalls:
         in_fence = isinstance(self._body, UntaggedBody) and not self._body.bare
         if is_tag and (text in self._openings or (text == FENCE and not in_fence)):
             # The next one begins where this one should have ended.
-            content = self._close("", closed=False) if verdict == "end" else self._give_back("")
+            content = self._close("", closed=False) if verdict == "end" else self._as_content("")
             return content + self._in_content(text, is_tag)
-        return self._close(text, closed=True) if verdict == "end" else self._give_back(text)
+        return self._close(text, closed=True) if verdict == "end" else self._as_content(text)
 
     def _close(self, text: str, closed: bool) -> str:
         """The call ends with ``text``, its closing tag, or where it must end without one."""
         try:
             calls, rest = self._body.read(closed)
         except ValueError:
-            return self._give_back(text)
+            return self._as_content(text)
         self._calls += calls
         ends_function = isinstance(self._body, FunctionBody) and text.endswith(END_FUNCTION)
         self._state = "after_function" if ends_function else "outside"
@@ -148,7 +148,7 @@ class TaggedCalls:
         half_a_tag = END_CALL.startswith(rest.strip())
         return "" if half_a_tag else self._content.push(rest)
 
-    def _give_back(self, text: str) -> str:
+    def _as_content(self, text: str) -> str:
         """It was no call: all of it is content."""
         self._state = "outside"
         if isinstance(self._body, UntaggedBody):

@@ -7,22 +7,22 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from qwenrt.text.replies.call_bodies import END_CALL, FENCE, Verdict, call_of
-from qwenrt.text.replies.reply import read_json
+from qwenrt.text.replies.strict_json import read_json
 from qwenrt.text.replies.tags import Tags
 
 _KEYS = ("name", "arguments")
 
 
 class UntaggedBody:
-    """``{"name": ..., "arguments": ...}``, one or more, or a list of them, in a fenced block whose opening was read; or
-    ``bare`` at the beginning of an answer, whose first bracket was read.
+    """``{"name": ..., "arguments": ...}``, one or more, or a list of them, in a fenced block whose opening was read;
+    or ``bare`` at the beginning of an answer, whose first bracket was read.
 
-    The block is a call if every object in it has these two keys and no other, the name is one of ``tools`` and
-    nothing else stands in it: any other JSON is an answer. It is read character by character, so that a block that is
-    no call is let go of at the first character that shows it: its language, its first key, its name. A fence within a
-    string of the JSON is part of the string, unless it begins a line, where no JSON string goes on.
-    Bare calls end where something else begins. ``openings``: tags that may begin a call of another form. ``may_close``:
-    a code block is open, whose end this fence is unless it names JSON.
+    The block is a call if every object in it has these two keys and no other, the name is one of ``tools`` and nothing
+    else stands in it: any other JSON is an answer. It is read character by character, so that a block that is no call
+    becomes content at the first character that shows it: its language, its first key, its name. A fence within a
+    string of the JSON is part of the string, unless it begins a line, where no JSON string goes on. Bare calls end
+    where something else begins. ``openings``: tags that may begin a call of another form. ``may_close``: a code block
+    is open, whose end this fence is unless it names JSON.
 
     opened: as far as it was read, it began a code block that is still open.
     """
@@ -79,7 +79,7 @@ class UntaggedBody:
             return self._takes_between(char)
         self._text.append(char)
         self._value(char)
-        return self._head is None or self._is_promising(char)
+        return self._head is None or self._may_be_call(char)
 
     def _takes_language(self, char: str) -> bool:
         if char.isspace() or char in "{[":
@@ -128,7 +128,7 @@ class UntaggedBody:
             if self._depth == 0:
                 self._state = "between"
 
-    def _is_promising(self, char: str) -> bool:
+    def _may_be_call(self, char: str) -> bool:
         """Whether what was read of the value, the first object of a list included, may begin a call of a tool."""
         assert self._head is not None
         if char.isspace() and not self._in_string:

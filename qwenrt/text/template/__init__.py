@@ -1,1 +1,1 @@
-"""Chat templates in a sandbox: what they may call, at what cost, and who wrote which character of what they render."""
+"""Chat templates in a sandbox: what they may call, at what cost, and which characters are their own."""

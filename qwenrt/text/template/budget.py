@@ -1,4 +1,4 @@
-"""What one rendering of a template may use: steps, time and characters. A template is somebody else's program."""
+"""What one rendering of a template may use: steps, time and characters. A template is an untrusted program."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qwenrt.errors import RequestError
 
 STEPS = 200_000  # loop rounds, calls, filters, outputs and comparisons; the longest released template needs hundreds
 STEPS_PER_VALUE = 200  # more for each value in the data: a template may look at every message many times
-MOST_STEPS = 2_000_000  # and never more, however long the conversation
+MOST_STEPS = 2_000_000  # and at most, however long the conversation
 CHARS = 4 * 2**20  # characters that a template may make in all, of which the output is one part
 CHARS_PER_CHAR = 64  # more for each character in the data
-MOST_CHARS = 64 * 2**20  # and never more: ten times the text of a million tokens, in at most five bytes each
+MOST_CHARS = 64 * 2**20  # and at most: ten times the text of a million tokens, in at most five bytes each
 STEPS_PER_SECOND = 200_000  # of processor time: far below what is usual
 READ_PER_STEP = 256  # characters
 ITEMS_PER_STEP = 16
@@ -32,7 +32,7 @@ Cost = Callable[..., None]  # (budget, the template's arguments): draws for what
 
 
 class LimitError(RequestError):
-    """A template used more than it was given. Internal: the renderer adds whose template it was."""
+    """A template used more than it may. Internal: the renderer adds which template it was."""
 
 
 class Budget:
@@ -60,7 +60,7 @@ class Budget:
         self._deadline = time.thread_time() + self._steps / STEPS_PER_SECOND
 
     def step(self, count: int = 1) -> None:
-        """Some work is about to be done: one step, or more where it is much."""
+        """Charge for work that is about to be done: one step, or more."""
         self._steps -= count
         self._until_clock -= count
         if self._steps < 0:
@@ -71,7 +71,7 @@ class Budget:
                 raise LimitError("rendering", "it takes too long")
 
     def read(self, value: Any, deep: bool = False) -> None:
-        """An operation is about to look at all of a text, or at the items of a list (``deep``: and into them)."""
+        """Charge for reading all of a text, or the items of a list (``deep``: and what they contain)."""
         if isinstance(value, str):
             self.step(len(value) // READ_PER_STEP)
         elif isinstance(value, (list, tuple, dict)):
@@ -80,18 +80,18 @@ class Budget:
                 self.step(self.size(value) // READ_PER_STEP)
 
     def reserve(self, chars: int) -> None:
-        """Refuse what would make so many characters, before it is made."""
+        """LimitError, before it is done, for an operation that would make that many characters."""
         self.step(1 + min(chars, 2**40) // 4096)
         if chars > self.chars:
             raise LimitError("rendering", f"it makes more than {self._largest} characters")
 
     def spend(self, chars: int) -> None:
-        """So many characters are about to be made."""
+        """Charge for that many characters."""
         self.reserve(chars)
         self.chars -= chars
 
     def made(self, value: Any) -> Any:
-        """Account for a value that was made, and pass it on. An iterator becomes a list."""
+        """Charge for a value that was made, and return it. An iterator becomes a list."""
         if isinstance(value, Iterator):
             value = self.listed(value)
         if isinstance(value, str):
@@ -151,7 +151,7 @@ class Budget:
 
 
 def metered(function: Callable[..., Any], cost: Cost | None = None) -> Callable[..., Any]:
-    """The one way from a template to an operation: filters, tests, methods, operators and functions come by it.
+    """The operation, charged to the budget: all filters, tests, methods, operators and functions are wrapped in this.
 
     The arguments are charged as what is read, ``cost`` draws for what is more than that, and the result is charged
     as what was made. What an iterator would yield later it yields at once.

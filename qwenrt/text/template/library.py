@@ -29,7 +29,7 @@ from qwenrt.text.template.strings import (
     cost_of_replace,
     cost_of_trim,
     cost_of_width,
-    percent,
+    format_percent,
     text,
 )
 
@@ -310,7 +310,7 @@ _OWN: dict[str, tuple[Callable[..., Any], Cost | None]] = {
     "e": (escaped, _cost_of_escape),
     "escape": (escaped, _cost_of_escape),
     "forceescape": (_forceescape, _cost_of_escape),
-    "format": (lambda form, *values, **named: percent(text(form), named or values), None),
+    "format": (lambda form, *values, **named: format_percent(text(form), named or values), None),
     "indent": (_indent, None),
     "join": (_join, None),
     "list": (_list, None),

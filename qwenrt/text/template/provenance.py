@@ -1,10 +1,10 @@
-"""Text inside a rendering that knows which of its characters the template wrote itself.
+"""Rendered text that knows which of its characters the template wrote itself, and which are untrusted.
 
-What a template writes is parsed for control tokens; what a user, a tool or a tool's schema says must not be, wherever
-the template puts it and whatever it writes around it (`'<' ~ name ~ '>'`). So texts from outside are plain `str`, and
-the template's own are `TemplateText`: equal to the same characters in every way, with one byte beside each that says
-whose it is. What joins, cuts or changes texts carries these bytes along. What does not know how returns a plain str,
-which counts as outside: a fault here can make text of a control token, never a control token of text.
+Control tokens are looked for in what a template writes, and never in what a user, a tool or a tool's schema says,
+wherever the template puts it and whatever it writes around it (`'<' ~ name ~ '>'`). So untrusted texts are plain
+`str`, and the template's own are `TemplateText`: equal to the same characters in every way, with one byte beside each
+that says whether the template wrote it. Operations that join, cut or change texts carry these bytes along. Others
+return a plain str, which is untrusted: a bug here can turn a control token into text, never text into a control token.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, SupportsIndex
 _OWN, _OUTSIDE = b"\1", b"\0"
 _OWN_RUN = re.compile(rb"\x01+")
 _MOST_STRETCHED = 2**16  # characters that are looked at one by one when a text grows as its case changes
-NOBODYS = "\ud800"  # stands for an outside character in `own_view`: no form of a token holds a lone surrogate
+MASK = "\ud800"  # replaces an untrusted character in `masked`: no token contains a lone surrogate
 
 
 class TemplateText(str):
-    """A str with ``own``: for each character 1 where the template wrote it, 0 where it came from outside.
+    """A str with ``own``: for each character 1 where the template wrote it, 0 where it is untrusted.
 
     Text that is put in place of other text (`replace`) is the template's only where what it replaces was.
     """
@@ -42,7 +42,7 @@ class TemplateText(str):
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         own = self.own[key] if isinstance(key, slice) else bytes((self.own[key],))
-        return belonging(str.__getitem__(self, key), own)
+        return with_ownership(str.__getitem__(self, key), own)
 
     def __add__(self, other: str) -> str:
         return joined((self, other)) if isinstance(other, str) else NotImplemented
@@ -51,7 +51,7 @@ class TemplateText(str):
         return joined((other, self)) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, times: SupportsIndex) -> str:
-        return belonging(str.__mul__(self, times), self.own * times)
+        return with_ownership(str.__mul__(self, times), self.own * times)
 
     __rmul__ = __mul__
 
@@ -65,7 +65,7 @@ class TemplateText(str):
         foreign = bytes(len(new))
         if not old:
             text = str.replace(self, old, new, count)
-            return belonging(text, _OWN * len(text) if _all(own) and _all(put) else bytes(len(text)))
+            return with_ownership(text, _OWN * len(text) if _all(own) and _all(put) else bytes(len(text)))
         pieces = str.split(self, old, count)
         masks, at = [own[: len(pieces[0])]], len(pieces[0])
         for piece in pieces[1:]:
@@ -73,7 +73,7 @@ class TemplateText(str):
             at += len(old)
             masks.append(own[at : at + len(piece)])
             at += len(piece)
-        return belonging(str.join(new, pieces), b"".join(masks))
+        return with_ownership(str.join(new, pieces), b"".join(masks))
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
         return _pieces(self, str.split(self, sep, maxsplit), sep)
@@ -97,15 +97,15 @@ class TemplateText(str):
 
     def strip(self, chars: str | None = None, /) -> str:
         left, right = len(self) - len(str.lstrip(self, chars)), len(str.rstrip(self, chars))
-        return belonging(str.strip(self, chars), ownership(self)[left:right])
+        return with_ownership(str.strip(self, chars), ownership(self)[left:right])
 
     def lstrip(self, chars: str | None = None, /) -> str:
         text = str.lstrip(self, chars)
-        return belonging(text, ownership(self)[len(self) - len(text) :])
+        return with_ownership(text, ownership(self)[len(self) - len(text) :])
 
     def rstrip(self, chars: str | None = None, /) -> str:
         text = str.rstrip(self, chars)
-        return belonging(text, ownership(self)[: len(text)])
+        return with_ownership(text, ownership(self)[: len(text)])
 
     def removeprefix(self, prefix: str, /) -> str:
         return self[len(prefix) :] if prefix and self.startswith(prefix) else self
@@ -137,33 +137,33 @@ def ownership(text: str) -> bytes:
     return text.own if isinstance(text, TemplateText) else bytes(len(text))
 
 
-def belonging(text: str, own: bytes) -> str:
-    """The text with what is known of its characters; plain where the template wrote none of them."""
+def with_ownership(text: str, own: bytes) -> str:
+    """The text with its ownership; plain where the template wrote none of its characters."""
     return TemplateText(text, own) if _OWN in own else plain(text)
 
 
 def plain(text: str) -> str:
-    """The same characters as text from outside, whatever kind of str they came in."""
+    """The same characters as untrusted text, whatever kind of str they came in."""
     return str.__str__(text)
 
 
 def joined(texts: Iterable[Any], separator: str = "") -> str:
-    """The texts joined by the separator, each keeping its own. TypeError for what is no str."""
+    """The texts joined by the separator, each with its ownership. TypeError for what is no str."""
     parts = list(texts)
     text = str.join(separator, parts)
     if not any(isinstance(part, TemplateText) for part in (separator, *parts)):
         return text
-    return belonging(text, ownership(separator).join(map(ownership, parts)))
+    return with_ownership(text, ownership(separator).join(map(ownership, parts)))
 
 
-def own_view(text: str) -> str:
-    """The text, as long as it is, with a lone surrogate in place of every character from outside."""
+def masked(text: str) -> str:
+    """The text, in its length, with a lone surrogate in place of every untrusted character."""
     own = ownership(text)
     view, end = [], 0
     for run in _OWN_RUN.finditer(own):
-        view += [NOBODYS * (run.start() - end), plain(text[run.start() : run.end()])]
+        view += [MASK * (run.start() - end), plain(text[run.start() : run.end()])]
         end = run.end()
-    return "".join(view) + NOBODYS * (len(text) - end)
+    return "".join(view) + MASK * (len(text) - end)
 
 
 def _all(own: bytes) -> bool:
@@ -171,19 +171,19 @@ def _all(own: bytes) -> bool:
 
 
 def _pieces(text: str, pieces: Iterable[str], separator: str | None) -> list[str]:
-    """The pieces that a text was cut into, in their order, with what is known of each. None: at white space."""
+    """The pieces that a text was cut into, in their order, each with its ownership. None: at white space."""
     own, found, at = ownership(text), [], 0
     for piece in pieces:
         if separator is None:
             at = str.find(text, piece, at)
-        found.append(belonging(piece, own[at : at + len(piece)]))
+        found.append(with_ownership(piece, own[at : at + len(piece)]))
         at += len(piece) + len(separator or "")
     return found
 
 
 def _padded(text: str, padded: str, left: int) -> str:
     own = ownership(text)
-    return belonging(padded, bytes(left) + own + bytes(len(padded) - left - len(own)))
+    return with_ownership(padded, bytes(left) + own + bytes(len(padded) - left - len(own)))
 
 
 def _in_case(name: str, by_character: bool) -> Callable[[str], str]:
@@ -193,12 +193,12 @@ def _in_case(name: str, by_character: bool) -> Callable[[str], str]:
     def method(self: str) -> str:
         text, own = change(self), ownership(self)
         if len(text) == len(self):  # no character ever becomes none, so each became one
-            return belonging(text, own)
+            return with_ownership(text, own)
         if not by_character or _OWN not in own or len(self) > _MOST_STRETCHED:
             return plain(text)
         lengths = [len(change(character)) for character in plain(self)]
         stretched = b"".join(own[i : i + 1] * length for i, length in enumerate(lengths))
-        return belonging(text, stretched) if len(stretched) == len(text) else plain(text)
+        return with_ownership(text, stretched) if len(stretched) == len(text) else plain(text)
 
     method.__name__ = name
     return method

@@ -25,7 +25,7 @@ from qwenrt.text.template.budget import CONTAINER, ITEM, MAX_INT_BITS, Budget, L
 from qwenrt.text.template.library import ATTRIBUTES, FILTERS, FUNCTIONS, TESTS, escaped
 from qwenrt.text.template.provenance import Escaped, TemplateText, joined, ownership
 from qwenrt.text.template.sources import MAX_SOURCE_CHARS
-from qwenrt.text.template.strings import METHODS, braces, concat, percent, text
+from qwenrt.text.template.strings import METHODS, concat, format_braces, format_percent, text
 
 MAX_TOKENS = 30_000  # the longest released template has a tenth; compiling takes seconds beyond
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -85,7 +85,7 @@ class JinjaTemplate:
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text, a TemplateText where the template wrote some of it. ``variables`` hold str, numbers, None, lists
-        and dicts only; a plain str is text from outside.
+        and dicts only; a plain str is untrusted text.
 
         Raises RequestError with the template's own words where it refuses the conversation, and wherever it
         fails or goes over a limit.
@@ -99,7 +99,7 @@ class JinjaTemplate:
             raise RequestError(asked, error.found, error.remedy or _TOO_MUCH) from error
         except QwenrtError:
             raise
-        except Exception as error:  # the template is a program: it may fail in any way
+        except Exception as error:  # a template is a program: it may fail in any way
             remedy = _UNSUPPORTED if _NO_SUCH.match(str(error)) else _BROKEN
             raise RequestError(asked, f"{type(error).__name__}: {str(error)[:300]}", remedy) from error
         finally:
@@ -113,11 +113,11 @@ class JinjaTemplate:
 
 _BROKEN = "The template does not fit this conversation, or the file is damaged."
 _TOO_MUCH = (
-    "A template may do so much for a conversation of this size and no more: shorten it, or mend the template."
+    "The work a template may do is limited by the size of the conversation: shorten it, or fix the template."
 )
-_NOT_READ = "Mend the template, or take it away: then a built-in one serves."
+_NOT_READ = "Fix the template, or remove it: a built-in one is used then."
 _NO_SUCH = re.compile("No (?:filter|test) named")
-_UNSUPPORTED = "The template uses what is not supported here: write that part of it in another way."
+_UNSUPPORTED = "The template uses a feature that is not supported: write that part in another way."
 
 
 class _Generation(Extension):
@@ -144,7 +144,7 @@ class _Counted:
 
 
 class _Generator(CodeGenerator):
-    """Has the texts in a template written as the template's own."""
+    """Makes the literals of a template the template's own text."""
 
     def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
         if isinstance(node.value, str):
@@ -154,7 +154,7 @@ class _Generator(CodeGenerator):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja with everything replaced that makes values, so that each is accounted for in the current Budget."""
+    """Jinja with every operation that makes values replaced by one that charges the current Budget."""
 
     intercepted_binops = frozenset(_OPERATORS)
     code_generator_class = _Generator
@@ -181,13 +181,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
 
     def wrap_str_format(self, value: Any) -> None:
-        """`call` has str.format done by `braces`."""
+        """`call` has str.format done by `format_braces`."""
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = current.get()
         budget.step()
         if operator == "%" and isinstance(left, str):
-            return percent(left, right)
+            return format_percent(left, right)
         if operator == "+" and isinstance(left, (str, list, tuple)):
             budget.reserve(budget.size(left) + budget.size(right))
             if isinstance(left, str) and isinstance(right, str):
@@ -211,9 +211,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             named = {key: value for key, value in named.items() if key not in _JINJAS}
             if name == "format":
-                return braces(owner, args, named, __self)
+                return format_braces(owner, args, named, __self)
             if name == "format_map":
-                return braces(owner, (), args[0], __self)
+                return format_braces(owner, (), args[0], __self)
             return METHODS[name](owner, *args, **named)
         if isinstance(owner, (list, tuple)):
             budget.read(owner, deep=True)  # it looks through its items
@@ -265,7 +265,7 @@ def _added(left: str, right: str) -> str:
 
 @pass_context
 def _output(context: Context, value: Any) -> str:
-    """Everything that is written goes through here, into whichever buffer."""
+    """All output goes through here, into whichever buffer."""
     return str(current.get().made(text(value)))
 
 

@@ -1,4 +1,4 @@
-"""The chat templates of a model directory, as text: which there are and where they are written."""
+"""The chat templates of a model directory, as text: and the files that they are in."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, Te
         raise ConfigError(
             f"reading {where}",
             f"none of {len(named) or len(found)} templates is named 'default'",
-            "Name the one for plain conversations so.",
+            "Name the one for plain conversations 'default'.",
         )
     return found
 

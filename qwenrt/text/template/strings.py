@@ -1,4 +1,4 @@
-"""What a chat template does with text: writing values, the operators of text, the methods of str, each at its cost."""
+"""What a chat template does with text: writing values, operators, methods of str, each with its cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Lookup(Protocol):
 def text(value: Any) -> str:
     """A value as the text that a template writes for it. Objects of the renderer itself are never shown.
 
-    What is written for anything but a text is nobody's own: the template did not choose those characters.
+    What is written for a value other than a text is not the template's own: it did not choose those characters.
     """
     budget = current.get()
     if isinstance(value, str):
@@ -62,7 +62,7 @@ def concat(*values: Any) -> str:
 # ---- formats
 
 
-def percent(form: str, values: Any) -> str:
+def format_percent(form: str, values: Any) -> str:
     """The operator % of a str and the filter `format`, piece by piece: no width makes much out of nothing."""
     budget = current.get()
     arguments = _Arguments(values)
@@ -137,7 +137,9 @@ def _count(given: Any) -> int | None:
     raise LimitError("rendering", f"a width or precision of {given!r:.20}")
 
 
-def braces(form: str, args: Sequence[Any], named: Mapping[str, Any], lookup: Lookup, level: int = 0) -> str:
+def format_braces(
+    form: str, args: Sequence[Any], named: Mapping[str, Any], lookup: Lookup, level: int = 0
+) -> str:
     """str.format, piece by piece, its fields looked up as everywhere in the sandbox."""
     budget = current.get()
     if level > _MAX_NESTED:
@@ -155,7 +157,7 @@ def braces(form: str, args: Sequence[Any], named: Mapping[str, Any], lookup: Loo
         value = _field(field, args, named, lookup)
         if conversion is not None:
             value = _written(_WRITERS[conversion], value, budget)
-        spec = braces(spec or "", args, named, lookup, level + 1)
+        spec = format_braces(spec or "", args, named, lookup, level + 1)
         if spec:
             digits = re.findall("[0-9]+", spec)
             budget.reserve(_NUMBER + budget.size(value) + sum(_count(number) or 0 for number in digits))

@@ -1,4 +1,4 @@
-"""Added tokens: which ones a model directory lists, and where their forms occur in a text."""
+"""Added tokens: which ones a model directory lists, and where their contents occur in a text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qwenrt.text.tokenizer.vocabulary import (
 
 REQUIRED = (END_OF_TEXT, IM_START, IM_END)
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-# The control tokens of the generations after the first, for files that list forms and ids only. All other added
+# The control tokens of the generations after the first, for files that list contents and ids only. All other added
 # tokens (<think>, <tool_call>, <|fim_prefix|>, ...) are text that a reader wants to see.
 CONTROL_TOKENS = frozenset(REQUIRED) | {
     *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>"),
@@ -43,8 +43,10 @@ _TAGS = frozenset(
     ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 )
 _CONTROL_SHAPE = re.compile("<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|im_start|>; DeepSeek's bars are wide
-_TAG_SHAPE = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")  # <answer>, [INST]; a template's prose is no structure
-MAX_FORM_CHARS = 256
+_TAG_SHAPE = re.compile(
+    r"<[^<>]+>|\[[^\[\]]+\]"
+)  # <answer>, [INST]; other text of a template is no structure
+MAX_TOKEN_CHARS = 256
 # As \w and \s of the tokenizers library, which has Unicode's definitions; Python's differ in these.
 _WORD_CATEGORIES = ("L", "M", "Nd", "Nl", "Pc")
 _MORE_WORD = re.compile("[\u200c\u200d\u24b6-\u24e9]")
@@ -67,7 +69,7 @@ def read_added_tokens(
 
     They are those of tokenizer.json (``tokenizer_json`` is its added_tokens, None without the file) and of
     tokenizer_config.json; where neither lists any, those of added_tokens.json; where none does, the three that
-    every Qwen has, from ``first_free_id``. Those three are also looked for in ``vocab`` (form -> id). A model with
+    every Qwen has, from ``first_free_id``. Those three are also looked for in ``vocab`` (content -> id). A model with
     none of the three, but with an eos_token of its own among its added tokens, is one that was trained with other
     control tokens.
 
@@ -77,18 +79,18 @@ def read_added_tokens(
     Raises ConfigError naming the entry, or which of the three is missing.
     """
     found: dict[str, AddedToken] = {}
-    forms: dict[int, str] = {}
+    contents: dict[int, str] = {}
 
     def add(listed: Listed) -> None:
         for where, token in listed:
-            known = found.setdefault(token.form, token)
-            if token.special and not known.special:  # either file may say so
-                found[token.form] = replace(known, special=True)
-            other = forms.setdefault(token.id, token.form)
-            if known.id != token.id or other != token.form:
+            known = found.setdefault(token.content, token)
+            if token.special and not known.special:  # either file may call it special
+                found[token.content] = replace(known, special=True)
+            other = contents.setdefault(token.id, token.content)
+            if known.id != token.id or other != token.content:
                 raise ConfigError(
                     f"reading {where}",
-                    f"{token.form!r} has id {token.id}, but "
+                    f"{token.content!r} has id {token.id}, but "
                     + (f"{known.id} elsewhere" if known.id != token.id else f"that is the id of {other!r}"),
                     FETCH_ALL_AGAIN,
                 )
@@ -98,15 +100,15 @@ def read_added_tokens(
     add(_from_decoder(decoder, f"{directory / 'tokenizer_config.json'}, added_tokens_decoder"))
     path = directory / "added_tokens.json"
     if not found and is_there(path, ConfigError):
-        add(_from_forms(read_json(path), str(path)))
-    in_vocab = {form: vocab[form] for form in REQUIRED if form in vocab and form not in found}
+        add(_from_contents(read_json(path), str(path)))
+    in_vocab = {content: vocab[content] for content in REQUIRED if content in vocab and content not in found}
     if not found and not in_vocab:
-        in_vocab = {form: first_free_id + i for i, form in enumerate(REQUIRED)}
-    add(_from_forms(in_vocab, str(directory)))
+        in_vocab = {content: first_free_id + i for i, content in enumerate(REQUIRED)}
+    add(_from_contents(in_vocab, str(directory)))
     named = _named_tokens(tokenizer_config) & set(found)
-    missing = [form for form in REQUIRED if form not in found]
+    missing = [content for content in REQUIRED if content not in found]
     if missing and (
-        len(missing) < len(REQUIRED) or token_form(tokenizer_config.get("eos_token")) not in found
+        len(missing) < len(REQUIRED) or token_content(tokenizer_config.get("eos_token")) not in found
     ):
         raise ConfigError(
             f"reading {directory}",
@@ -117,7 +119,7 @@ def read_added_tokens(
     return tuple(
         replace(
             token,
-            special=(token.special or token.form in named) and token.form not in _TAGS,
+            special=(token.special or token.content in named) and token.content not in _TAGS,
             control=_is_control(token, named, templates),
         )
         for token in sorted(found.values(), key=lambda token: token.id)
@@ -125,28 +127,28 @@ def read_added_tokens(
 
 
 def _named_tokens(tokenizer_config: Mapping[str, Any]) -> set[str]:
-    """The forms that tokenizer_config.json itself calls special."""
+    """The contents that tokenizer_config.json itself calls special."""
     values = [tokenizer_config.get(name) for name in NAMED_TOKENS]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = tokenizer_config.get(name)
         values += more if isinstance(more, list) else more.values() if isinstance(more, dict) else []
-    return {form for value in values if (form := token_form(value)) is not None}
+    return {content for value in values if (content := token_content(value)) is not None}
 
 
-def token_form(value: object) -> str | None:
-    """The form of a token that tokenizer_config.json names: a text, or an object with its content."""
-    form = value.get("content") if isinstance(value, dict) else value
-    return form if isinstance(form, str) else None
+def token_content(value: object) -> str | None:
+    """The content of a token that tokenizer_config.json names: a text, or an object with its content."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
 
 
 def _is_control(token: AddedToken, named: Collection[str], templates: str) -> bool:
-    form = token.form
+    content = token.content
     return (
         token.special
-        or form in named
-        or form in _TAGS
-        or _CONTROL_SHAPE.fullmatch(form) is not None
-        or (form in templates and _TAG_SHAPE.fullmatch(form) is not None)
+        or content in named
+        or content in _TAGS
+        or _CONTROL_SHAPE.fullmatch(content) is not None
+        or (content in templates and _TAG_SHAPE.fullmatch(content) is not None)
     )
 
 
@@ -168,38 +170,38 @@ def _from_decoder(entries: object, where: str) -> Listed:
         yield at, _added_token(entry, int(key) if re.fullmatch("[0-9]{1,9}", key) else key, at)
 
 
-def _from_forms(entries: Mapping[str, object], where: str) -> Listed:
-    for form, token_id in entries.items():
-        at = f"{where}, {form!r:.60}"
-        special = form in CONTROL_TOKENS
-        yield at, _added_token({"content": form, "special": special, "normalized": False}, token_id, at)
+def _from_contents(entries: Mapping[str, object], where: str) -> Listed:
+    for content, token_id in entries.items():
+        at = f"{where}, {content!r:.60}"
+        special = content in CONTROL_TOKENS
+        yield at, _added_token({"content": content, "special": special, "normalized": False}, token_id, at)
 
 
 def _added_token(entry: object, token_id: object, where: str) -> AddedToken:
-    form = entry.get("content") if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or not isinstance(form, str):
+    content = entry.get("content") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(content, str):
         raise ConfigError(f"reading {where}", f"{entry!r:.60} has no content", FETCH_ALL_AGAIN)
-    if not 0 < len(form) <= MAX_FORM_CHARS or re.search("[\ud800-\udfff]", form):
+    if not 0 < len(content) <= MAX_TOKEN_CHARS or re.search("[\ud800-\udfff]", content):
         raise ConfigError(
             f"reading {where}",
-            f"content {form!r:.60}",
-            f"It must be 1 to {MAX_FORM_CHARS} characters of text.",
+            f"content {content!r:.60}",
+            f"It must be 1 to {MAX_TOKEN_CHARS} characters of text.",
         )
     if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
-        found = f"id {token_id!r:.40} of {form!r:.60} is not 0 to {MAX_TOKEN_ID}"
+        found = f"id {token_id!r:.40} of {content!r:.60} is not 0 to {MAX_TOKEN_ID}"
         raise ConfigError(f"reading {where}", found, FETCH_ALL_AGAIN)
     for name in ("lstrip", "rstrip", "single_word", "special", "normalized"):
         value = entry.get(name, False)
         if not isinstance(value, bool):
             raise ConfigError(f"reading {where}", f"{name} is {value!r:.40}", "It must be true or false.")
     # The ends of texts and turns are control tokens whatever a file says: they must never show in an answer.
-    special = entry.get("special", False) or form in REQUIRED
+    special = entry.get("special", False) or content in REQUIRED
     normalized = entry.get("normalized", not special)
     around = {name: entry.get(name, False) for name in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(nfc(form) if normalized else form, token_id, special, normalized, **around)
+    return AddedToken(nfc(content) if normalized else content, token_id, special, normalized, **around)
 
 
-class Found(NamedTuple):
+class TokenMatch(NamedTuple):
     """Where a token stands in a text, with the white space that it takes along."""
 
     start: int
@@ -207,19 +209,19 @@ class Found(NamedTuple):
     id: int
 
 
-class FormFinder:
-    """Finds the forms of tokens in a text, leftmost and longest first, in time linear in the text."""
+class AddedTokenFinder:
+    """Finds the contents of tokens in a text, leftmost and longest first, in time linear in the text."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
-        self._tokens = {token.form: token for token in tokens}
+        self._tokens = {token.content: token for token in tokens}
         lengths: dict[str, set[int]] = {}
-        for form in self._tokens:
-            lengths.setdefault(form[0], set()).add(len(form))
+        for content in self._tokens:
+            lengths.setdefault(content[0], set()).add(len(content))
         self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
         starts = "".join(map(re.escape, sorted(lengths)))
         self._start = re.compile(f"[{starts}]") if starts else None
 
-    def find(self, text: str, words_only: bool = False) -> Iterator[Found]:
+    def find(self, text: str, words_only: bool = False) -> Iterator[TokenMatch]:
         """The tokens in the text, in their order. ``words_only``: control tokens are passed over, and what is
         inside them too."""
         end = position = 0
@@ -229,14 +231,14 @@ class FormFinder:
             position = start + 1
             if token is None:
                 continue
-            position = stop = start + len(token.form)
+            position = stop = start + len(token.content)
             if (words_only and token.control) or (token.single_word and _goes_on(text, start, stop)):
                 continue
             while token.lstrip and start > end and text[start - 1] in _BLANK:
                 start -= 1
             while token.rstrip and stop < len(text) and text[stop] in _BLANK:
                 stop += 1
-            yield Found(start, stop, token.id)
+            yield TokenMatch(start, stop, token.id)
             end = position = stop
 
     def _at(self, text: str, start: int) -> AddedToken | None:

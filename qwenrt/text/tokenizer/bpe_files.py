@@ -14,9 +14,9 @@ from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, ConfigError
 from qwenrt.files import is_there
 from qwenrt.text.template.sources import template_sources
-from qwenrt.text.tokenizer.added_tokens import read_added_tokens, token_form
+from qwenrt.text.tokenizer.added_tokens import read_added_tokens, token_content
 from qwenrt.text.tokenizer.merges import check_forms, check_ids, is_byte_level, merged_ranks, split_merges
-from qwenrt.text.tokenizer.qwen1 import QWEN1_FILE, is_cut_off
+from qwenrt.text.tokenizer.qwen1 import QWEN1_FILE, is_truncated
 from qwenrt.text.tokenizer.tokenizer_json import read_tokenizer_json
 from qwenrt.text.tokenizer.vocabulary import (
     FETCH_ALL_AGAIN,
@@ -50,7 +50,7 @@ def read_bpe(directory: Path) -> Vocabulary:
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> str:
-    """What the directory's chat templates say. One that cannot be read is refused where somebody wants to chat."""
+    """The text of the directory's chat templates. Errors in them are raised when a chat needs them, not here."""
     try:
         return "\n".join(source.text for source in template_sources(directory, config).values())
     except ConfigError:
@@ -97,7 +97,7 @@ def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any], templates
         raise ConfigError(
             f"reading {merges_path}",
             f"its {len(merges)} merges end before token {unmerged[last]} of {VOCAB_FILE} ({last!r:.60})",
-            "The file is cut off: fetch it again.",
+            "The file is truncated: fetch it again.",
         )
     return Vocabulary(ranks, added, unmerged)
 
@@ -105,11 +105,11 @@ def _from_vocab_and_merges(directory: Path, config: Mapping[str, Any], templates
 def _from_ranks(directory: Path, config: Mapping[str, Any], templates: str) -> Vocabulary:
     ranks = read_base_vocab(directory / QWEN1_FILE)
     added = read_added_tokens(directory, None, config, {}, len(ranks), templates)
-    if is_cut_off(ranks) or added[0].id > len(ranks):
+    if is_truncated(ranks) or added[0].id > len(ranks):
         raise CheckpointError(
             f"reading {directory / QWEN1_FILE}",
             f"it holds {len(ranks)} tokens, the first added token is {added[0].id}",
-            "The file is cut off or from another model: fetch it again.",
+            "The file is truncated or from another model: fetch it again.",
         )
     return Vocabulary(ranks, added)
 
@@ -136,8 +136,8 @@ def _ordinary(vocab: Mapping[str, int], added: tuple[AddedToken, ...], where: st
     """The vocabulary without added tokens that are listed in it as well, in their plain spelling."""
     ordinary = dict(vocab)
     for token in added:
-        if ordinary.get(token.form) == token.id and not is_byte_level(token.form):
-            del ordinary[token.form]
+        if ordinary.get(token.content) == token.id and not is_byte_level(token.content):
+            del ordinary[token.content]
     check_forms(ordinary, where)
     return ordinary
 
@@ -152,8 +152,8 @@ def _merged(
     """merged_ranks, but for the added tokens; refuses a list of merges that lost many of its entries."""
     ranks, unmerged = merged_ranks(vocab, merges, where)
     for token in added:
-        if unmerged.get(token.form.encode()) == token.id:
-            del unmerged[token.form.encode()]
+        if unmerged.get(token.content.encode()) == token.id:
+            del unmerged[token.content.encode()]
     if len(unmerged) > _MAX_UNMERGED * len(vocab):
         raise ConfigError(
             f"reading {source}",
@@ -169,14 +169,15 @@ def _check_collisions(vocabulary: Vocabulary, directory: Path) -> None:
     ordinary = {**vocabulary.unmerged, **vocabulary.ranks}
     by_id = {token_id: token for token, token_id in ordinary.items()}
     for token in vocabulary.added:
-        form = token.form.encode()
-        spelled = ordinary.get(form)
-        other = by_id.get(token.id, form)
-        if other != form:
-            found = f"id {token.id} of the added token {token.form!r:.60} is that of the ordinary token {other!r:.60}"
+        content = token.content.encode()
+        spelled = ordinary.get(content)
+        other = by_id.get(token.id, content)
+        if other != content:
+            added = f"id {token.id} of the added token {token.content!r:.60}"
+            found = f"{added} is that of the ordinary token {other!r:.60}"
         elif spelled is not None and (spelled != token.id or token.control):
             found = (
-                f"ordinary token {spelled} is spelled like the added token {token.form!r:.60} ({token.id})"
+                f"ordinary token {spelled} is spelled like the added token {token.content!r:.60} ({token.id})"
             )
         else:
             continue
@@ -186,19 +187,19 @@ def _check_collisions(vocabulary: Vocabulary, directory: Path) -> None:
 def _eos_token_id(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary) -> int | None:
     """The id of tokenizer_config.json's eos_token: <|im_end|> in chat models, <|endoftext|> in base models."""
     eos = config.get("eos_token")
-    form = token_form(eos)
+    content = token_content(eos)
     if eos is None:
         return None
-    if form is None:
+    if content is None:
         raise ConfigError(
-            f"reading {path}, eos_token", f"it is {eos!r:.80}", "It must be the form of a token."
+            f"reading {path}, eos_token", f"it is {eos!r:.80}", "It must be the content of a token."
         )
-    ids = {token.form: token.id for token in vocabulary.added}
-    token_id = ids.get(form, vocabulary.ranks.get(form.encode("utf-8", "surrogatepass")))
+    ids = {token.content: token.id for token in vocabulary.added}
+    token_id = ids.get(content, vocabulary.ranks.get(content.encode("utf-8", "surrogatepass")))
     if token_id is None:
         raise ConfigError(
             f"reading {path}, eos_token",
-            f"{form!r:.60} is no token of this vocabulary ({len(vocabulary.ranks)} tokens, {len(ids)} added)",
+            f"{content!r:.60} is no token of this vocabulary ({len(vocabulary.ranks)} tokens, {len(ids)} added)",
             FETCH_ALL_AGAIN,
         )
     return token_id

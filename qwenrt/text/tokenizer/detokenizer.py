@@ -1,4 +1,4 @@
-"""Token ids to text as they arrive: whole characters only, and nothing that a stop string may yet claim."""
+"""Token ids to text as they arrive: whole characters only, and nothing that may turn out to be a stop string."""
 
 from __future__ import annotations
 

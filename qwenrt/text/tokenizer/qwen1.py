@@ -24,7 +24,7 @@ QWEN1_FILE = "qwen.tiktoken"
 EXTRA_VOCAB_FILE = "qwen_extra.tiktoken"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
 RELEASED_RANKS = 151643  # tokens in the released qwen.tiktoken
-_RELEASED_TOKEN = (b"Hello", 9707)  # tells the released vocabulary, whole or cut off, from one of its own
+_RELEASED_TOKEN = (b"Hello", 9707)  # tells the released vocabulary, whole or truncated, from any other
 
 
 def read_qwen1(directory: Path, extra_vocab_files: Sequence[str | Path] = ()) -> Vocabulary:
@@ -43,24 +43,24 @@ def read_qwen1(directory: Path, extra_vocab_files: Sequence[str | Path] = ()) ->
     extended = dict(ranks)
     ids = [token.id for token in vocabulary.added]
     for path in extra_vocab_files or _extra_vocab_files(directory, configs[1][1]):
-        read_extra_vocab(Path(path), extended, {form.encode() for form in SPECIAL_TOKENS}, ids)
+        read_extra_vocab(Path(path), extended, {content.encode() for content in SPECIAL_TOKENS}, ids)
     return Vocabulary(extended, vocabulary.added)
 
 
 def with_control_tokens(ranks: Mapping[bytes, int], name: str) -> Vocabulary:
     """The 208 control tokens right after ``ranks``, which are 0..n-1 (what read_base_vocab returns)."""
-    for form in SPECIAL_TOKENS:
-        if form.encode() in ranks:
+    for content in SPECIAL_TOKENS:
+        if content.encode() in ranks:
             raise CheckpointError(
                 f"vocabulary {name}",
-                f"ordinary token {ranks[form.encode()]} is spelled like the control token {form}",
+                f"ordinary token {ranks[content.encode()]} is spelled like the control token {content}",
                 "Control tokens are not part of the vocabulary file: remove it.",
             )
-    added = [AddedToken(form, len(ranks) + i, True, True) for i, form in enumerate(SPECIAL_TOKENS)]
+    added = [AddedToken(content, len(ranks) + i, True, True) for i, content in enumerate(SPECIAL_TOKENS)]
     return Vocabulary(ranks, tuple(added))
 
 
-def is_cut_off(ranks: Mapping[bytes, int]) -> bool:
+def is_truncated(ranks: Mapping[bytes, int]) -> bool:
     """Whether these are the first lines of the released vocabulary, and not all of them."""
     token, rank = _RELEASED_TOKEN
     return ranks.get(token) == rank and len(ranks) != RELEASED_RANKS
@@ -85,13 +85,13 @@ def _check_end_of_text(
     path: Path,
     configs: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> None:
-    """Refuse a vocabulary cut off at a line end: it reads well but would move every control token.
+    """Refuse a vocabulary truncated at a line end: it can be read, but would shift every control token.
 
     Where the directory names end-of-sequence ids they must be ours; where it names none, a file that begins
     like the released vocabulary must have its length.
     """
     eod_id, im_end_id = len(ranks), len(ranks) + SPECIAL_TOKENS.index(IM_END)
-    cut_off = is_cut_off(ranks)
+    cut_off = is_truncated(ranks)
     named_any = False
     for name, config in configs:
         eos = config.get("eos_token_id")
@@ -103,12 +103,12 @@ def _check_end_of_text(
                 f"reading {path}",
                 f"it holds {len(ranks)} tokens, so {END_OF_TEXT} is id {eod_id}, "
                 f"but eos_token_id in {name} is {eos!r:.80}",
-                "One of the two files is cut off or from another model: fetch both again.",
+                "One of the two files is truncated or from another model: fetch both again.",
             )
     if cut_off and not named_any:
         raise CheckpointError(
             f"reading {path}",
             f"it begins like the released vocabulary but holds {len(ranks)} tokens, not {RELEASED_RANKS}",
-            "Fetch the file again; it may be cut off. (An own vocabulary needs eos_token_id in "
+            "Fetch the file again; it may be truncated. (A vocabulary of your own needs eos_token_id in "
             "generation_config.json.)",
         )

@@ -1,4 +1,4 @@
-"""Text <-> token ids for every Qwen, over tiktoken. Control tokens spelled in a text stay text."""
+"""Text <-> token ids for every Qwen, over tiktoken. Control tokens written in a text stay text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwenrt.arguments import as_integer, as_list, flag
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, RequestError, shown
 from qwenrt.files import is_there
-from qwenrt.text.tokenizer.added_tokens import FormFinder
+from qwenrt.text.tokenizer.added_tokens import AddedTokenFinder
 from qwenrt.text.tokenizer.bpe_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE, read_bpe
 from qwenrt.text.tokenizer.qwen1 import QWEN1_FILE, SPECIAL_TOKENS, read_qwen1, with_control_tokens
 from qwenrt.text.tokenizer.unicode import nfc, without_surrogates
@@ -37,12 +37,12 @@ _Kind = TypeVar("_Kind", bound="Tokenizer")
 class Tokenizer:
     """Text to token ids and back. One object may be used by any number of threads.
 
-    added_tokens: all tokens that no merge produces, form -> id; special_tokens: those among them that
-    skip_special_tokens drops; special_ids: their ids as a set; control_tokens: finds those that build prompts (see
+    added_tokens: all tokens that no merge produces, content -> id; special_tokens: those among them that
+    skip_special_tokens drops; special_ids: their ids as a set; control_tokens: finds those that structure prompts (see
     vocabulary.AddedToken). eod_id, im_start_id, im_end_id: the three that every Qwen has; a model with other control
-    tokens has its own end of text and None for the two of turns. eos_token_id: what tokenizer_config.json names, None
-    where it names none. prefix_ids: what stands before a text that is to be continued; empty in every Qwen.
-    vocab_size: largest id + 1; some ids below may have no token. directory: the one it was read from, if any.
+    tokens has its own end of text and None for the two of turns. eos_token_id: the one that tokenizer_config.json
+    names, or None. prefix_ids: ids put before a text that is to be continued; empty in every Qwen. vocab_size: largest
+    id + 1; some ids below may have no token. directory: the one it was read from, if any.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Tokenizer:
         self.eos_token_id = vocabulary.eos_token_id
         self.prefix_ids = list(vocabulary.prefix_ids)
         self.suffix_ids = None if vocabulary.suffix_ids is None else list(vocabulary.suffix_ids)
-        self.added_tokens = {token.form: token.id for token in vocabulary.added}
-        self.special_tokens = {token.form: token.id for token in vocabulary.added if token.special}
+        self.added_tokens = {token.content: token.id for token in vocabulary.added}
+        self.special_tokens = {token.content: token.id for token in vocabulary.added if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
-        self.control_tokens = FormFinder(token for token in vocabulary.added if token.control)
+        self.control_tokens = AddedTokenFinder(token for token in vocabulary.added if token.control)
         eod_id = self.special_tokens.get(END_OF_TEXT, vocabulary.eos_token_id)
         assert eod_id is not None  # read_added_tokens saw to it
         self.eod_id = eod_id
@@ -68,11 +68,11 @@ class Tokenizer:
         self._bytes: list[bytes | None] = [None] * self.vocab_size
         for token, token_id in ordinary.items():
             self._bytes[token_id] = token
-        for form, token_id in self.added_tokens.items():
-            self._bytes[token_id] = form.encode()
+        for content, token_id in self.added_tokens.items():
+            self._bytes[token_id] = content.encode()
         self._nfc = nfc if vocabulary.nfc else str
         self._as_written, self._composed = (
-            FormFinder(token for token in vocabulary.added if token.normalized is normalized)
+            AddedTokenFinder(token for token in vocabulary.added if token.normalized is normalized)
             for normalized in (False, True)
         )
         self._has_words = not all(token.control for token in vocabulary.added)
@@ -83,7 +83,7 @@ class Tokenizer:
         """Read a model directory: tokenizer.json, or vocab.json with merges.txt, or qwen.tiktoken.
 
         A Qwen-1 directory (config.json says so, or there is qwen.tiktoken and no config.json) keeps to its
-        qwen.tiktoken; only that one has extensions (``extra_vocab_files``, see qwen1_vocabulary). Raises
+        qwen.tiktoken; only that one has extensions (``extra_vocab_files``, see qwen1.py). Raises
         CheckpointError or ConfigError naming the file.
         """
         directory = _directory(path)
@@ -126,9 +126,9 @@ class Tokenizer:
                 ids.append(added)
         return ids
 
-    def token_id(self, form: str) -> int | None:
+    def token_id(self, content: str) -> int | None:
         """The id of an added token, such as <think>; None where this vocabulary has no such token."""
-        return self.added_tokens.get(form) if isinstance(form, str) else None
+        return self.added_tokens.get(content) if isinstance(content, str) else None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, errors: str = "replace") -> str:
         """The text of ``ids``: their bytes joined, then decoded as UTF-8 with any codec error handler.
@@ -160,7 +160,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; an added token's are its form."""
+        """The bytes of one token; an added token's are its content."""
         index = _index(token_id)
         token = self._bytes[index] if 0 <= index < self.vocab_size else None
         if token is None:
@@ -197,7 +197,7 @@ class Tokenizer:
         return ids + self._encoding.encode_ordinary(text[start:])
 
 
-def _cut(finder: FormFinder, text: str, words_only: bool) -> Iterator[tuple[str, int | None]]:
+def _cut(finder: AddedTokenFinder, text: str, words_only: bool) -> Iterator[tuple[str, int | None]]:
     """(text before a token, the token's id) for each one found, then (the rest, None)."""
     end = 0
     for found in finder.find(text, words_only):

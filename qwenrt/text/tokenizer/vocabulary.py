@@ -12,7 +12,7 @@ from qwenrt.files import read_downloaded
 
 MAX_VOCAB_BYTES = 16 * 2**20  # the released file has 2.5 MB
 MAX_TOKEN_ID = 2**21 - 1  # tables are indexed by id, so an absurd id would be an absurd allocation
-_FETCH_AGAIN = "Fetch the file again; it may be damaged or cut off."
+_FETCH_AGAIN = "Fetch the file again; it may be damaged or truncated."
 FETCH_ALL_AGAIN = "Fetch the tokenizer's files again: they are damaged or from different models."
 _INK = bytes(b for b in range(256) if not bytes([b]).isspace())
 _BOM = b"\xef\xbb\xbf"
@@ -30,15 +30,15 @@ SPLIT_PATTERN = (
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that no merge produces: its form stands for its id wherever control tokens are recognised.
+    """A token that no merge produces: its content stands for its id wherever control tokens are recognised.
 
     special: decoding with skip_special_tokens drops it (`<|im_end|>`; not `<think>`). control: it is part of a
-    prompt's structure, so that its form in a text from outside stays text; the others are words, and are found in any
-    text. normalized: it is looked for in the NFC form of a text, else in the text as written. lstrip, rstrip: it
+    prompt's structure, so that its content in a text from outside stays text; the others are words, and are found in
+    any text. normalized: it is looked for in the NFC form of a text, else in the text as written. lstrip, rstrip: it
     takes white space beside it along; single_word: it counts only where no word goes on beside it.
     """
 
-    form: str
+    content: str
     id: int
     special: bool
     normalized: bool = False

@@ -7,27 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.errors import ConfigError
-from qwenrt.loader.checkpoint.names import KINDS, QWEN1, Place, table_for
+from qwenrt.loader.checkpoint.names import KINDS, QWEN1, ParamSlot, table_for
 
 
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("transformer.wte.weight", Place("embed_tokens", "", "weight")),
-        ("transformer.ln_f.weight", Place("norm", "", "weight")),
-        ("lm_head.weight", Place("lm_head", "", "weight")),
-        ("transformer.h.0.ln_1.weight", Place("layers.0.input_norm", "", "weight")),
-        ("transformer.h.79.ln_2.weight", Place("layers.79.post_norm", "", "weight")),
-        ("transformer.h.3.attn.c_attn.weight", Place("layers.3.qkv_proj", "", "weight")),
-        ("transformer.h.3.attn.c_attn.bias", Place("layers.3.qkv_proj", "", "bias")),
-        ("transformer.h.3.attn.c_proj.qweight", Place("layers.3.o_proj", "", "qweight")),
-        ("transformer.h.3.mlp.w2.weight", Place("layers.3.gate_up_proj", "gate", "weight")),
-        ("transformer.h.3.mlp.w1.g_idx", Place("layers.3.gate_up_proj", "up", "g_idx")),
-        ("transformer.h.3.mlp.c_proj.scales", Place("layers.3.down_proj", "", "scales")),
-        ("h.3.mlp.c_proj.weight", Place("layers.3.down_proj", "", "weight")),  # saved without its wrapper
+        ("transformer.wte.weight", ParamSlot("embed_tokens", "", "weight")),
+        ("transformer.ln_f.weight", ParamSlot("norm", "", "weight")),
+        ("lm_head.weight", ParamSlot("lm_head", "", "weight")),
+        ("transformer.h.0.ln_1.weight", ParamSlot("layers.0.input_norm", "", "weight")),
+        ("transformer.h.79.ln_2.weight", ParamSlot("layers.79.post_norm", "", "weight")),
+        ("transformer.h.3.attn.c_attn.weight", ParamSlot("layers.3.qkv_proj", "", "weight")),
+        ("transformer.h.3.attn.c_attn.bias", ParamSlot("layers.3.qkv_proj", "", "bias")),
+        ("transformer.h.3.attn.c_proj.qweight", ParamSlot("layers.3.o_proj", "", "qweight")),
+        ("transformer.h.3.mlp.w2.weight", ParamSlot("layers.3.gate_up_proj", "gate", "weight")),
+        ("transformer.h.3.mlp.w1.g_idx", ParamSlot("layers.3.gate_up_proj", "up", "g_idx")),
+        ("transformer.h.3.mlp.c_proj.scales", ParamSlot("layers.3.down_proj", "", "scales")),
+        ("h.3.mlp.c_proj.weight", ParamSlot("layers.3.down_proj", "", "weight")),  # saved without its wrapper
     ],
 )
-def test_a_known_name_has_its_place(name: str, place: Place) -> None:
+def test_a_known_name_has_its_place(name: str, place: ParamSlot) -> None:
     assert QWEN1.locate(name) == place
 
 
@@ -73,7 +73,7 @@ def test_other_names_are_unknown(name: str) -> None:
 @settings(deadline=None, max_examples=200)
 def test_no_text_breaks_it(name: str) -> None:
     place = QWEN1.locate(name)
-    assert place is None or isinstance(place, Place)
+    assert place is None or isinstance(place, ParamSlot)
 
 
 def test_source_is_the_inverse_of_locate() -> None:

@@ -344,7 +344,7 @@ def test_a_file_is_closed_before_it_is_moved_or_deleted(
     monkeypatch.setattr(Path, "replace", closed(Path.replace))
     monkeypatch.setattr(Path, "unlink", closed(Path.unlink))
     hub = start(altered={WEIGHTS: bytes(len(files[WEIGHTS]))})
-    assert "its hash promises" in failure(tmp_path, hub).found
+    assert "does not match its hash" in failure(tmp_path, hub).found
     hub.altered = {WEIGHTS: bytes(500)}
     assert "wrong size" in failure(tmp_path, hub).found
     hub.altered.clear()
@@ -360,12 +360,12 @@ def test_who_waits_for_another_process_can_be_stopped(
 
     def wait() -> None:
         try:
-            with downloads._alone(tmp_path / "00.part", file, stop):
+            with downloads._locked(tmp_path / "00.part", file, stop):
                 outcome.append("held")
         except downloads.Stopped:
             outcome.append("stopped")
 
-    with downloads._alone(tmp_path / "00.part", file, never):
+    with downloads._locked(tmp_path / "00.part", file, never):
         thread = threading.Thread(target=wait)
         thread.start()
         thread.join(0.2)
@@ -419,7 +419,7 @@ def test_contents_that_are_not_what_was_promised(
     bad = b"x" * (500 if kind == "short" else len(files[WEIGHTS]))
     hub = start(altered={WEIGHTS: bad})
     error = failure(tmp_path, hub, source)
-    assert any(word in error.found for word in ("wrong size", "damaged", "its hash promises"))
+    assert any(word in error.found for word in ("wrong size", "damaged", "does not match its hash"))
     assert not [p for p in (tmp_path / "cache").rglob(WEIGHTS) if p.exists()]
     hub.altered.clear()
     assert (fetch(tmp_path, hub, source) / WEIGHTS).read_bytes() == files[WEIGHTS]

@@ -13,7 +13,7 @@ from qwenrt.config.layers import num_parameters
 from qwenrt.config.released import released_config
 from qwenrt.loader.memory import device as module
 from qwenrt.loader.memory.device import device_memory
-from qwenrt.loader.memory.fit import Workload, options, place
+from qwenrt.loader.memory.fit import Workload, device_layout, options
 from qwenrt.loader.memory.footprint import GIB, memory_need
 from qwenrt.loader.memory.preflight import largest_that
 
@@ -74,25 +74,25 @@ def test_a_cpu_is_planned_as_its_backend_decides(
     backend = CPUBackend(torch.device("cpu"))
     coded = config.quant is not None and config.quant.has_codes
     dtype = backend.default_dtype("bfloat16", num_parameters(config) * 4, coded)
-    placement = place(config, "cpu", "auto", free)
-    assert placement.dtype == str(dtype).removeprefix("torch.")
+    layout = device_layout(config, "cpu", "auto", free)
+    assert layout.dtype == str(dtype).removeprefix("torch.")
     if backend.kernels is not None:
-        assert placement.storage.dense == backend.weight_dtype("bfloat16", dtype).itemsize
+        assert layout.storage.dense == backend.weight_dtype("bfloat16", dtype).itemsize
 
 
 def test_another_device_computes_in_the_dtype_of_the_file() -> None:
     config = released_config("Qwen3-8B")
     assert config is not None
-    assert place(config, "cuda:1", "auto", None).dtype == "bfloat16"
-    assert place(config, "npu", "float32", None).storage.dense == 4
+    assert device_layout(config, "cuda:1", "auto", None).dtype == "bfloat16"
+    assert device_layout(config, "npu", "float32", None).storage.dense == 4
 
 
 @pytest.mark.parametrize("free", [2, 6, 9, 14, 24, 80])
 def test_the_largest_that_fits_is_the_largest(free: int) -> None:
     config = released_config("Qwen3-8B")
     assert config is not None
-    placement, work = place(config, "cuda", "auto", free * GIB), Workload(4096, 2)
-    found = options(config, lambda _: placement, work, free * GIB, 512)
+    layout, work = device_layout(config, "cuda", "auto", free * GIB), Workload(4096, 2)
+    found = options(config, lambda _: layout, work, free * GIB, 512)
     assert [(o.quantize, o.kv_cache_dtype) for o in found] == [
         (quantize, kv) for quantize in (None, "int8", "int4") for kv in ("auto", "int8")
     ]
@@ -100,8 +100,8 @@ def test_the_largest_that_fits_is_the_largest(free: int) -> None:
         settings = {"quantize": option.quantize, "kv_cache_dtype": option.kv_cache_dtype}
 
         def fits(context: int, users: int, settings: dict[str, str | None] = settings) -> bool:
-            need = memory_need(config, placement.storage, context, users=users, **settings)  # type: ignore[arg-type]
-            return need.total + placement.runtime <= free * GIB
+            need = memory_need(config, layout.storage, context, users=users, **settings)  # type: ignore[arg-type]
+            return need.total + layout.runtime <= free * GIB
 
         assert option.longest == 0 or fits(option.longest, 2)
         assert option.longest == config.max_position_embeddings or not fits(option.longest + 1, 2)
@@ -112,7 +112,9 @@ def test_the_largest_that_fits_is_the_largest(free: int) -> None:
 def test_a_quantised_checkpoint_has_one_weight() -> None:
     config = released_config("Qwen2.5-7B-Instruct-AWQ")
     assert config is not None
-    found = options(config, lambda _: place(config, "cuda", "auto", None), Workload(512), 24 * GIB, 512)
+    found = options(
+        config, lambda _: device_layout(config, "cuda", "auto", None), Workload(512), 24 * GIB, 512
+    )
     assert [(o.quantize, o.kv_cache_dtype) for o in found] == [(None, "auto"), (None, "int8")]
 
 

@@ -89,7 +89,8 @@ def test_the_estimate_is_what_packing_takes(
 
 def test_the_arithmetic_needs_no_torch() -> None:
     memory = ("preflight", "footprint", "fit", "device")
-    modules = ", ".join([*(f"qwenrt.loader.memory.{n}" for n in memory), "qwenrt.loader.hub.resolve"])
+    others = ("qwenrt.loader.hub.resolve", "qwenrt.loader.checkpoint.as_stored")
+    modules = ", ".join([*(f"qwenrt.loader.memory.{n}" for n in memory), *others])
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template  # noqa
 
 from qwenrt.errors import RequestError
 from qwenrt.text.chat.builtin_templates import TEMPLATES
-from qwenrt.text.chat.outside_text import outside
+from qwenrt.text.chat.outside_text import untrusted
 from qwenrt.text.chat.template_format import TemplateFormat
 from qwenrt.text.template.provenance import TemplateText
 from qwenrt.text.template.sandbox import JinjaTemplate
@@ -302,14 +302,14 @@ def test_words_in_a_prompt_are_found_whoever_says_them(tmp_path):
 )
 def test_what_is_not_json_is_refused(value, found):
     with pytest.raises(RequestError, match=f"tools: {found}"):
-        outside(value, "tools")
+        untrusted(value, "tools")
 
 
 def test_endless_data_is_refused():
     endless = []
     endless.append(endless)
     with pytest.raises(RequestError, match="nested more than 90 deep"):
-        outside(endless, "tools")
+        untrusted(endless, "tools")
 
 
 def test_no_kind_of_str_brings_its_own_characters_along():
@@ -320,5 +320,5 @@ def test_no_kind_of_str_brings_its_own_characters_along():
             return TemplateText("<think>")
 
     for value in (Liar("<think>"), TemplateText("<think>")):
-        assert type(outside(value, "tools")) is str and outside(value, "tools") == "<think>"
-        assert [type(key) for key in outside({value: 1}, "tools")] == [str]
+        assert type(untrusted(value, "tools")) is str and untrusted(value, "tools") == "<think>"
+        assert [type(key) for key in untrusted({value: 1}, "tools")] == [str]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenrt.text.template.provenance import NOBODYS, TemplateText, joined, own_view, ownership, plain
+from qwenrt.text.template.provenance import MASK, TemplateText, joined, masked, ownership, plain
 
 # The template writes in capitals, the outside in small letters; both have blanks, lines and letters that grow.
 OWN, OUTSIDE = "ABß <|>\n", "xyŉ <|>\n"
@@ -31,7 +31,7 @@ def check(found: object, wanted: object) -> None:
     for text in found if isinstance(found, (list, tuple)) else [found]:
         if isinstance(text, str):
             assert len(ownership(text)) == len(text)
-            assert not set("xyŉXYʼ") & set(own_view(text))
+            assert not set("xyŉXYʼ") & set(masked(text))
 
 
 NO_ARGUMENT = ["strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "upper", "lower", "title", "capitalize",
@@ -70,17 +70,17 @@ def test_every_operation_gives_what_str_gives_and_keeps_apart(
 
 def test_what_was_written_stays_the_templates_own() -> None:
     text = joined(["u<", TemplateText("<|END|> "), "x"])
-    assert own_view(text) == NOBODYS * 2 + "<|END|> " + NOBODYS
-    assert own_view(text.lower()) == NOBODYS * 2 + "<|end|> " + NOBODYS
-    assert own_view(text.split("|")[1]) == "END"
-    assert own_view(text[2:].strip()) == "<|END|> " + NOBODYS
-    assert own_view(TemplateText("-").join(["a", "b"])) == NOBODYS + "-" + NOBODYS
-    assert own_view(TemplateText.replace(TemplateText("aXb"), "X", TemplateText("<Y>"))) == "a<Y>b"
+    assert masked(text) == MASK * 2 + "<|END|> " + MASK
+    assert masked(text.lower()) == MASK * 2 + "<|end|> " + MASK
+    assert masked(text.split("|")[1]) == "END"
+    assert masked(text[2:].strip()) == "<|END|> " + MASK
+    assert masked(TemplateText("-").join(["a", "b"])) == MASK + "-" + MASK
+    assert masked(TemplateText.replace(TemplateText("aXb"), "X", TemplateText("<Y>"))) == "a<Y>b"
     assert (
-        own_view(TemplateText.replace("aXb", "X", TemplateText("<Y>"))) == NOBODYS * 5
+        masked(TemplateText.replace("aXb", "X", TemplateText("<Y>"))) == MASK * 5
     )  # it replaced outside text
-    assert own_view(TemplateText("ß").upper()) == "SS"
-    assert [own_view(line) for line in joined([TemplateText("A\n"), "x\n"]).splitlines()] == ["A", NOBODYS]
+    assert masked(TemplateText("ß").upper()) == "SS"
+    assert [masked(line) for line in joined([TemplateText("A\n"), "x\n"]).splitlines()] == ["A", MASK]
 
 
 def test_a_text_that_is_no_text_is_refused_as_str_does() -> None:

@@ -179,7 +179,10 @@ def test_refuses_added_tokens(tmp_path: Path, more: Any, found: str) -> None:
             {"tokenizer_config_json": {"added_tokens_decoder": [1]}},
             r"added_tokens_decoder: a JSON list, not an object",
         ),
-        ({"tokenizer_config_json": {"eos_token": 3}}, r"eos_token: it is 3\. It must be the form of a token"),
+        (
+            {"tokenizer_config_json": {"eos_token": 3}},
+            r"eos_token: it is 3\. It must be the content of a token",
+        ),
         ({"tokenizer_config_json": {"eos_token": ["x"]}}, r"eos_token: it is \['x'\]"),
         ({"tokenizer_config_json": {"eos_token": {"id": 3}}}, r"eos_token: it is \{'id': 3\}"),
         (

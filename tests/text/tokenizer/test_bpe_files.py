@@ -195,7 +195,9 @@ def test_ranks_that_were_cut_off(tmp_path: Path, released_vocab: Path) -> None:
     assert Tokenizer.from_dir(tmp_path).token_id("<think>") == FIRST + 24
     (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines[:-1]))
     refused(
-        tmp_path, r"it holds 272 tokens, the first added token is 273\. The file is cut off", CheckpointError
+        tmp_path,
+        r"it holds 272 tokens, the first added token is 273\. The file is truncated",
+        CheckpointError,
     )
     (tmp_path / "tokenizer_config.json").unlink()
     released = released_vocab.read_bytes().splitlines(keepends=True)

@@ -59,7 +59,7 @@ def test_refuses_a_bad_line(path: Path, line: bytes, found: str) -> None:
     assert len(lines()) == 271
     with pytest.raises(CheckpointError, match=r"qwen\.tiktoken, line 272: .*" + found) as error:
         read(path, b"\n".join([*lines(), line]))
-    assert error.value.remedy == "Fetch the file again; it may be damaged or cut off."
+    assert error.value.remedy == "Fetch the file again; it may be damaged or truncated."
 
 
 def test_refuses_missing_bytes(path: Path) -> None:
