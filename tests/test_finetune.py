@@ -202,7 +202,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(base, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "train_step", step)
     assert (tmp_path / "cut" / STATE_FILE).exists()
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    with pytest.raises(CheckpointError, match="a run with epochs=8. Use the same"):
+    with pytest.raises(CheckpointError, match=r"a run with epochs=8\. Use the same"):
         finetune(base, ENTRIES, tmp_path / "cut", epochs=9, **QUICK)
     report = finetune(base, ENTRIES, tmp_path / "cut", epochs=8, save_every=2, **QUICK)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
@@ -438,17 +438,15 @@ def test_a_file_that_is_not_there_nothing_to_learn_and_a_vocabulary_too_large(ba
         finetune(base, tmp_path / "none.json", tmp_path / "out", **QUICK)
     with pytest.raises(RequestError, match="none of 0 entries has anything to learn"):
         finetune(base, [], tmp_path / "out", **QUICK)
-    with pytest.raises(RequestError, match="in its first 8 tokens.*larger max_length"):
+    with pytest.raises(RequestError, match=r"in its first 8 tokens.*larger max_length"):
         finetune(base, ENTRIES, tmp_path / "out", **{**QUICK, "max_length": 8})
     (base / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
     with pytest.raises(ConfigError, match=r"464 tokens.*300"):
         finetune(base, ENTRIES, tmp_path / "out", **QUICK)
 
 
-def test_entries_that_are_cut_before_anything_is_learnt_are_counted(base, tmp_path, caplog):
-    asked = {"from": "user", "value": "long " * 40}
-    cut = {"conversations": [asked, {"from": "assistant", "value": "yes"}]}
-    finetune(base, [*ENTRIES, cut], tmp_path / "out", epochs=1, **QUICK)
+def test_entries_with_nothing_to_learn_are_counted(base, tmp_path, caplog):
+    finetune(base, [*ENTRIES, {"text": ""}], tmp_path / "out", epochs=1, **QUICK)
     assert "1 of 7 entries have nothing to learn in their first 96 tokens" in caplog.text
 
 

@@ -71,9 +71,9 @@ def finetune(
     ``seed``; ``from_scratch`` begins with random weights of the shape in config.json. ``threads``: of torch, on
     the CPU. Every ``save_every`` steps, and at Ctrl-C (which raises KeyboardInterrupt after the step), the state is
     kept in ``output_dir``, and the same call goes on from there (``resume``); one with another model, data or setting
-    is refused. The same seed and number of threads give the same weights. An ``output_dir`` that holds anything else is refused unless ``overwrite``, and so is the model's
-    own. Raises RequestError for settings, data and ``output_dir``, CheckpointError and ConfigError for the model's
-    files.
+    is refused. The same seed and number of threads give the same weights. An ``output_dir`` that holds anything else is
+    refused unless ``overwrite``, and so is the model's own. Raises RequestError for settings, data and ``output_dir``,
+    CheckpointError and ConfigError for the model's files.
     """
     options = TrainingSettings(**settings)
     source, target = Path(model_dir), Path(output_dir)

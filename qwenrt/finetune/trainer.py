@@ -76,7 +76,9 @@ class TrainingSettings:
             number = as_number(given)
             if number is None or not low <= number <= high:
                 raise RequestError(
-                    f"{name}={shown(given)}", "not a number in range", f"Use a number from {low:g} to {high:g}."
+                    f"{name}={shown(given)}",
+                    "not a number in range",
+                    f"Use a number from {low:g} to {high:g}.",
                 )
             object.__setattr__(self, name, number)
 
