@@ -91,7 +91,7 @@ float even_limit(const QwenrtQuantMatrix& w, const IntegerInput& in, const float
     float values[kPairBlock];
     const int64_t padded = padded_of(w, block);
     const float* source = inputs_of(w, x, block, padded, values);
-    if (is_uneven(source, padded, massive, kFar)) return;
+    if (is_uneven(source, block.inputs, massive, kFar)) return;
     squares += total_of<double>(source, block.inputs, [](double value) { return value * value; });
     count += block.inputs;
   });
@@ -118,7 +118,7 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
       return;
     }
     const float largest = scale * (kind == 1 && w.bits == 4 ? kNarrowLimit : kWideLimit);  // but for the last digits
-    if (task.uneven && largest * 1.001f > massive && is_uneven(source, padded, massive, kFar)) {
+    if (task.uneven && largest * 1.001f > massive && is_uneven(source, block.inputs, massive, kFar)) {
       some = true;
       kind = task.kernels->round_block(source, padded, w.bits, -1.0f, outlier, low, high, &scale, &sum);
     }
@@ -296,7 +296,7 @@ void leave_rest(const QwenrtQuantMatrix& w, const IntegerInput& in, const float*
     float values[kPairBlock];
     const int64_t padded = padded_of(w, block);
     const float* source = inputs_of(w, x, block, padded, values);
-    if (!is_uneven(source, padded, massive, kFar)) return;
+    if (!is_uneven(source, block.inputs, massive, kFar)) return;
     const float largest = largest_of(source, padded), scale = largest / kWideLimit, inverse = kWideLimit / largest;
     for (int64_t i = 0; i < block.inputs; ++i) {
       const double rounded = double(scale) * double(nearbyintf(source[i] * inverse));
