@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from qwenrt.backends.base import Backend
 from qwenrt.model.qwen import Qwen
+from qwenrt.ops.types import Packed
 
 
 def line(
@@ -19,7 +22,8 @@ def line(
 
 
 def table(backend: Backend, model: Qwen) -> list[str]:
-    """Lines: op, kind of weight, what serves it in how many places, and why or with which note; then bytes by kind."""
+    """Lines: op, kind of weight, what serves it in how many places, and why or with which note; then bytes by kind,
+    those of linears in parts by the kind of each part."""
     rows: dict[tuple[str, str, str, str], int] = {}
     for b in backend.bindings:
         key = (b.op, b.kind, backend.name if b.native else "plain torch", b.why)
@@ -31,14 +35,20 @@ def table(backend: Backend, model: Qwen) -> list[str]:
         for (op, kind, served, note), count in sorted(rows.items())
     ]
     sizes: dict[str, int] = {}
-    for packed in model.linears():
-        sizes[packed.kind] = sizes.get(packed.kind, 0) + packed.nbytes
-    return lines + [f"{kind} weights: {nbytes / 2**20:.1f} MiB" for kind, nbytes in sizes.items()]
+    for piece in _pieces(model):
+        sizes[piece.kind] = sizes.get(piece.kind, 0) + piece.nbytes
+    return lines + [f"{kind} weights: {_size(nbytes)}" for kind, nbytes in sizes.items()]
+
+
+def _pieces(model: Qwen) -> Iterator[Packed]:
+    """Every linear, or its parts where they have several forms."""
+    for linear in model.linears():
+        yield from linear.data.get("parts", [linear])
 
 
 def _weights(model: Qwen) -> str:
     config = model.config
-    bits = {packed.bits for linear in model.linears() for packed in linear.data.get("parts", [linear])}
+    bits = {piece.bits for piece in _pieces(model)}
     kinds = "+".join(f"int{b}" if b < 16 else "dense" for b in sorted(bits))
     if config.quant is not None and config.quant.method == "fp8":
         kinds += " (from FP8)"

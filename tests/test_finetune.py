@@ -453,7 +453,7 @@ def test_entries_with_nothing_to_learn_are_counted(base, tmp_path, caplog):
 def test_quantised_weights_are_refused(base, tmp_path):
     quantised = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     (base / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(ConfigError, match="4-bit GPTQ"):
+    with pytest.raises(ConfigError, match=r"quantised \(gptq int4\)"):
         finetune(base, ENTRIES, tmp_path / "out", **QUICK)
 
 

@@ -282,7 +282,11 @@ def _weights(report: Report) -> str:
     quant, storage = report.config.quant, report.placement.storage
     dense = f"{8 * storage.dense}-bit"
     if quant is not None and quant.has_codes:
-        return f"{quant.method} int{quant.bits} in groups of {quant.group_size}, the rest {dense}"
+        from qwenrt.loader.footprint import forms_of
+
+        groups = {-1: "whole rows"}
+        forms = [f"int{bits} in groups of {groups.get(size, size)}" for bits, size in forms_of(report.config)]
+        return f"{quant.method} {' and '.join(forms)}, the rest {dense}"
     if report.quantize:
         return f"linears rounded to {rounded_form(report.quantize)}, the rest {dense}"
     return dense

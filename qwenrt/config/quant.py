@@ -49,6 +49,11 @@ class QuantConfig:
     zeros_in_scales: bool = False
 
     @property
+    def name(self) -> str:
+        """As people say it: "gptq int4", "fp8"."""
+        return f"{self.method} int{self.bits}" if self.has_codes else self.method
+
+    @property
     def has_codes(self) -> bool:
         """Whether the integer codes on disk are what is served; fp8 is turned into other weights at load."""
         return self.method != "fp8"

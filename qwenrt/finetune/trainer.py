@@ -107,7 +107,7 @@ class Trainer:
         if config.quant is not None:
             raise ConfigError(
                 f"fine-tuning {source}",
-                f"its weights are {config.quant.bits}-bit GPTQ codes",
+                f"its weights are quantised ({config.quant.name})",
                 "Fine-tune the unquantised checkpoint.",
             )
         if config.model_type != "qwen":
@@ -279,7 +279,7 @@ class Trainer:
         digest = hashlib.sha256(repr(self.model.config).encode())
         for name, parameter in self.parameters.items():
             digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().numpy())
+            digest.update(parameter.detach().contiguous().numpy().data)
         return digest.hexdigest()
 
     def save_state(self, path: Path) -> None:

@@ -24,7 +24,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 FP8 = "F8_E4M3"
 _SCALES = ("F16", "BF16", "F32")
 _WORD = 32
-_CODE_BITS = (4, 8)
+CODE_BITS = (4, 8)
 _USUAL_BLOCK = (128, 128)  # of FP8 files whose config names none
 Shape = tuple[int, ...]
 Expected = dict[str, tuple[tuple[Shape, ...], tuple[str, ...]]]  # kind -> (right shapes, right dtypes)
@@ -238,12 +238,12 @@ def _fp8_grids(module: Module, block: tuple[int, int] | None) -> tuple[Shape, ..
 def _gptq(module: Module, quant: QuantConfig) -> Form | str:
     """GPTQ with the bits that its words have, and the group size that its number of groups shows."""
     words = module.kinds["qweight"].shape
-    likely = [b for b in (quant.bits, *_CODE_BITS) if words[:1] == (math.ceil(module.columns * b / _WORD),)]
+    likely = [b for b in (quant.bits, *CODE_BITS) if words[:1] == (math.ceil(module.columns * b / _WORD),)]
     zeros = module.kinds["qzeros"].shape[1:] if "qzeros" in module.kinds else ()
     for bits in (2, 3, 5, 6, 7):  # 32 codes of 3 bits lie in three words
         sizes = [(math.ceil(n / _WORD) * bits,) for n in (module.columns, module.rows)]
         if not likely and [words[:1], zeros] == sizes:
-            return f"codes of {bits} bits; those of {' and '.join(map(str, _CODE_BITS))} are read"
+            return f"codes of {bits} bits; those of {' and '.join(map(str, CODE_BITS))} are read"
     bits = likely[0] if likely else quant.bits
     groups = module.kinds["scales"].shape[:1] if "scales" in module.kinds else ()
     group = _group_of(module, quant, groups)

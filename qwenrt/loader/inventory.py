@@ -12,7 +12,7 @@ from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.checkpoint import Checkpoint
-from qwenrt.loader.forms import FLOATS, Form, Module, form_of
+from qwenrt.loader.forms import CODE_BITS, FLOATS, Form, Module, form_of
 from qwenrt.loader.header import TensorEntry
 from qwenrt.loader.names import NameTable
 from qwenrt.ops.types import Packed
@@ -78,11 +78,11 @@ class Inventory:
 def check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Refuse files that cannot hold the model of config.json by far, before anything of its size is made.
 
-    At least half of what its parameters take in the form that config.json names; a head may be left away.
+    At least half of what its parameters take in codes of the fewest bits that are read, whatever config.json says of
+    their form, which the headers tell; a head may be left away.
     """
-    bits = config.quant.bits if config.quant is not None else 16
     parameters = config.num_parameters - config.vocab_size * config.hidden_size
-    least = parameters * bits // 16
+    least = parameters * min(CODE_BITS) // 16
     if least > checkpoint.nbytes:
         raise CheckpointError(
             f"the {len(checkpoint.tensors)} tensors in {checkpoint.directory} are not the model that "
