@@ -144,7 +144,8 @@ class LLM:
         With ``query``: -> (response, history), the new pair appended to a copy of ``history``; ``system`` is not part
         of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
         ``message`` is ready to append. ``enable_thinking``: for models that can do either, None takes their default.
-        ``thinking_budget``: tokens after which a thought is brought to its end. ``sampling`` changes single fields of
+        ``thinking_budget``: tokens after which a thought is brought to its end; refused for models that do not think.
+        ``sampling`` changes single fields of
         ``sampling_params`` or of the checkpoint's own defaults.
         """
         past, tools = as_history(history), given_tools(tools)
@@ -244,7 +245,8 @@ class LLM:
         """Embeddings of texts -> float32 [len(texts), D] on the CPU, or [D] of a single text.
 
         By the checkpoint's own recipe (modules.json and what it names, as sentence-transformers writes them); without
-        one as Qwen3-Embedding does it: the final state of the last token, of length 1. ``normalize``: whether the
+        one as Qwen3-Embedding does it: the final state of the last token, of length 1; a model that was made to write
+        says so in a warning. ``normalize``: whether the
         length is 1, None as the recipe says. Queries have an ``instruction`` ("Given a question, retrieve passages that
         answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
         """
