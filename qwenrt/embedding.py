@@ -31,8 +31,8 @@ Module = Callable[[torch.Tensor], torch.Tensor]
 class Embedder:
     """A recipe, and ``modules``: what follows the pooling, float32 [B, K] -> [B, N] each, on the CPU.
 
-    ``error``: why the recipe of this checkpoint cannot be followed. ``doubt``: why its vectors may be worth little, said
-    with the first of them.
+    ``error``: why the recipe of this checkpoint cannot be followed. ``doubt``: why its vectors may be worth little,
+    which is said with the first of them.
     """
 
     recipe: EmbeddingRecipe = field(default_factory=EmbeddingRecipe)
