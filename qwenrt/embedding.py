@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qwenrt.config import ModelConfig
 from qwenrt.config.embedding import DenseModule, EmbeddingRecipe, read_recipe
-from qwenrt.errors import CheckpointError, QwenrtError, RequestError
+from qwenrt.errors import CheckpointError, QwenrtError, RequestError, shown
 from qwenrt.loader.checkpoint import TensorReader, open_checkpoint
 from qwenrt.model.pooling import dense, pool
 
@@ -88,7 +88,7 @@ class Embedder:
             return ""
         if not isinstance(name, str) or name not in prompts:
             known = ", ".join(map(repr, prompts)) or "none"
-            raise RequestError(f"prompt_name={name!r:.80}", "unknown", f"This model's prompts: {known}.")
+            raise RequestError(f"prompt_name={shown(name)}", "unknown", f"This model's prompts: {known}.")
         return prompts[name]
 
     def _token_ids(self, tokenizer: Tokenizer, texts: Sequence[object], prompt: str) -> list[list[int]]:

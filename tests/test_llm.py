@@ -202,7 +202,10 @@ def test_ids_past_the_vocabulary_are_never_drawn(llm: qwenrt.LLM) -> None:
             "does not think",
         ),
         (lambda m: m.chat("q", thinking_budget=9), "thinking_budget=9: this model does not think"),
-        (lambda m: m.stream(messages=[{"role": "user", "content": "q"}], thinking_budget=9), "does not think"),
+        (
+            lambda m: m.stream(messages=[{"role": "user", "content": "q"}], thinking_budget=9),
+            "does not think",
+        ),
         (lambda m: m.logits([]), "empty"),
     ],
 )

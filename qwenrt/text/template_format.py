@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.errors import RequestError
+from qwenrt.errors import RequestError, shown
 from qwenrt.text.chat_template import Prompt, check_window
 from qwenrt.text.jinja_template import JinjaTemplate
 from qwenrt.text.message_checks import Message, check_messages, check_tools
@@ -141,7 +141,9 @@ class TemplateFormat:
             enable_thinking = extra.get("enable_thinking")
         extra.pop("enable_thinking", None)
         if not isinstance(enable_thinking, bool | None):
-            raise RequestError("enable_thinking", f"got {enable_thinking!r:.80}", "Pass True, False or None.")
+            raise RequestError(
+                "enable_thinking", f"got {shown(enable_thinking)}", "Pass True, False or None."
+            )
         known = template.variables - _RESERVED - set(self._token_texts)
         unknown = [name for name in extra if name not in known]
         if unknown:

@@ -41,7 +41,17 @@ def test_every_question_is_asked_with_the_seed(fake: SimpleNamespace, qwenrt: Qw
 @pytest.mark.parametrize("command", [":help", ":h"])
 def test_help(command: str, fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     out = qwenrt("chat", stdin=command + "\n").out
-    for name in (":exit", ":clear-his", ":history", ":seed", ":conf", ":reset-conf", ":reset-system", ":save", ":load"):
+    for name in (
+        ":exit",
+        ":clear-his",
+        ":history",
+        ":seed",
+        ":conf",
+        ":reset-conf",
+        ":reset-system",
+        ":save",
+        ":load",
+    ):
         assert name in out
     assert max(map(len, out.splitlines())) <= 80
     assert not fake.llm.calls

@@ -182,7 +182,7 @@ def test_results_in_the_order_of_the_calls(tokenizer, text):
         ([user("a"), tool("b")], {}, "Expecting role assistant before role tool"),
         ([user("a")], {"tools": {"name": "f"}}, "tools: got dict"),
         ([user("a")], {"tools": [5]}, "tools[0]: got int"),
-        ([user("a")], {"tools": [{"name": {1}}]}, "tools: Object of type set"),
+        ([user("a")], {"tools": [{"name": "f", "x": {1}}]}, "tools: Object of type set"),
         ([user("a")], {"enable_thinking": "no"}, "enable_thinking: got 'no'"),
         ([user("a")], {"max_window_size": -1}, "max_window_size: got -1"),
         (
