@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenrt.config import qwen1, qwen2
-from qwenrt.config.fields import LIMITS, bad, contradiction, token_ids
+from qwenrt.config.fields import LIMITS, bad, contradiction, first_given, token_ids
 from qwenrt.config.model import ModelConfig
 from qwenrt.config.quant import QuantConfig
-from qwenrt.errors import ConfigError
+from qwenrt.errors import ConfigError, shown
 
 # model_type of a file that holds more than text -> the generation of its text. Vision and audio are left out.
 _WRAPPERS = {
@@ -40,8 +40,13 @@ _KNOWN = {  # model_type -> (what it is, what is missing)
 def read_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
     """The config of any supported generation; ConfigError with a sentence for the others."""
     where = "config.json"
-    model_type = config.get("model_type", "qwen")  # the first uploads of Qwen-1 named none
-    quant = config.get("quantization_config")
+    model_type = config.get("model_type")
+    if model_type is None:
+        if config.get("seq_length") is None:  # the first uploads of Qwen-1 named no model_type, and had this
+            remedy = f'Add it, as the model\'s page has it ("model_type": "{qwen2.MODEL_TYPES[0]}" is one).'
+            raise ConfigError(f"reading {where}", "no model_type", remedy)
+        model_type = "qwen"
+    quant = first_given(config, _QUANT, where, strict=False)
     text = config
     if isinstance(model_type, str) and model_type in _WRAPPERS:
         text = config if config.get("text_config") is None else config["text_config"]
@@ -49,7 +54,7 @@ def read_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | N
             raise bad(where, "text_config", text, "an object")
         text = _with_outer(config, text, where)
         model_type = _WRAPPERS[model_type]
-        quant = text.get("quantization_config")
+        quant = first_given(text, _QUANT, where, strict=False)
     if quant is not None and not isinstance(quant, Mapping):
         raise bad(where, "quantization_config", quant, "an object")
     quant = _with_sidecar(quant or {}, quantize or {})
@@ -67,7 +72,9 @@ _READ = (
     *LIMITS,
     *("rms_norm_eps", "hidden_act", "attention_bias", "qkv_bias", "norm_topk_prob", "decoder_sparse_step"),
     *("mlp_only_layers", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    "quantization_config",
 )
+_QUANT = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
 _JOINED = ("rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings")
 
 
@@ -85,8 +92,8 @@ def _with_outer(outer: Mapping[str, Any], text: Mapping[str, Any], where: str) -
         if value is None:
             continue
         if name in _READ and name in joined and joined[name] != value:
-            shown = f"{name} {value!r:.60} in text_config"
-            contradiction(where, shown, f"{joined[name]!r:.60} beside it", strict=False)
+            used = f"{name} {value!r:.60} in text_config"
+            contradiction(where, used, f"{joined[name]!r:.60} beside it", strict=False)
         joined[name] = value
     ends = [i for level in (text, outer) for i in token_ids(level, "eos_token_id", where)]
     joined["eos_token_id"] = list(dict.fromkeys(ends))
@@ -99,9 +106,11 @@ def _with_outer(outer: Mapping[str, Any], text: Mapping[str, Any], where: str) -
 
 def _with_sidecar(quant: Mapping[str, Any], sidecar: Mapping[str, Any]) -> dict[str, Any]:
     """quantization_config of config.json, and from quantize_config.json what it leaves open; where both say something
-    else of one method, config.json's serves and a warning names both."""
+    else, config.json's serves and a warning names both."""
     methods = [level.get("quant_method") or "gptq" for level in (quant, sidecar) if level]
     if methods[1:] and methods[0] != methods[1]:
+        used = f"quant_method {methods[0]!r:.40} in quantization_config"
+        contradiction("config.json", used, f"{methods[1]!r:.40} in quantize_config.json", strict=False)
         return dict(quant)
     for name in ("bits", "group_size", "desc_act", "sym", "checkpoint_format"):
         ours, theirs = quant.get(name), sidecar.get(name)
@@ -135,10 +144,13 @@ def text_model_type(config: Mapping[str, Any]) -> str:
 
 def _unsupported(model_type: object, where: str) -> ConfigError:
     supported = f"This version of qwenrt runs model_type {', '.join(('qwen', *qwen2.MODEL_TYPES))}."
-    found = f"model_type is {str(model_type)[:80]!r}"
+    found = f"model_type is {shown(model_type)}"
     if isinstance(model_type, str) and model_type in _KNOWN:
         what, missing = _KNOWN[model_type]
         return ConfigError(f"reading {where}", f"{found} ({what}): it has {missing}", supported)
-    newer = isinstance(model_type, str) and model_type.startswith("qwen")
+    spelt = model_type.lower().replace("-", "_") if isinstance(model_type, str) else ""
+    if spelt != model_type and spelt in ("qwen", *qwen2.MODEL_TYPES, *_WRAPPERS):
+        return ConfigError(f"reading {where}", found, f'Write "model_type": "{spelt}".')
+    newer = spelt.startswith("qwen")
     note = " (a Qwen this version does not know)" if newer else " (not a Qwen)"
     return ConfigError(f"reading {where}", found + note, supported)
