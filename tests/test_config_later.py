@@ -209,6 +209,10 @@ def test_the_sidecar_of_a_quantised_checkpoint_completes_config_json(
     assert "bits 4 in quantization_config" in caplog.text and "8 in quantize_config.json" in caplog.text
     ModelConfig.from_dict(BASE | {"quantization_config": ours}, {"quant_method": "awq", "w_bit": 4})
     assert "quant_method 'gptq' in quantization_config" in caplog.text
+    with pytest.raises(ConfigError, match=r"reading quantize_config.json: no bits"):
+        ModelConfig.from_dict(BASE, {"group_size": 128})
+    with pytest.raises(ConfigError, match=r"reading quantization_config of config.json: no bits"):
+        ModelConfig.from_dict(BASE | {"quantization_config": {"group_size": 128}})
 
 
 def test_the_older_name_of_a_compressed_files_quantisation() -> None:

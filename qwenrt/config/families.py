@@ -57,8 +57,9 @@ def read_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | N
         quant = first_given(text, _QUANT, where, strict=False)
     if quant is not None and not isinstance(quant, Mapping):
         raise bad(where, "quantization_config", quant, "an object")
+    place = f"quantization_config of {where}" if quant else "quantize_config.json"
     quant = _with_sidecar(quant or {}, quantize or {})
-    parsed = QuantConfig.from_dict(quant, "the quantisation config") if quant else None
+    parsed = QuantConfig.from_dict(quant, place) if quant else None
     if model_type == "qwen":
         return _of_this_world(qwen1.read(text, parsed, where), where)
     if isinstance(model_type, str) and model_type in qwen2.MODEL_TYPES:

@@ -180,7 +180,7 @@ def integer(
         raise ConfigError(
             f"reading {where}",
             f"no {name}",
-            f"A config.json of this kind has one: add it, or check that {where} is this model's own file.",
+            f"A file of this kind has one: add it, or check that {where} is this model's own file.",
         )
     high = LIMITS.get(name, 2**31) if high is None else high
     value = whole(value)

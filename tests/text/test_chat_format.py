@@ -316,7 +316,9 @@ def test_several_templates_are_files_beside_the_default_one(tmp_path, text):
     assert text(chat, [user("hi")]) == "plain hiNone"
     assert text(chat, [user("hi")], [TOOL]) == "f hi"
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ConfigError, match="none of 1 templates is named 'default'"):
+    with pytest.raises(
+        ConfigError, match=r"additional_chat_templates: it has tool_use.jinja alone.*Add.*chat_template"
+    ):
         load_chat_format(tmp_path, "qwen2")
     config = {"chat_template": "from the config{{ messages[0].content }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
