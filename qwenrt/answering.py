@@ -73,9 +73,12 @@ class Answer:
     ) -> None:
         self._submit, self._prompt, self._asked, self._reader = submit, prompt, params, reader
         self._replies, self._params = reader.replies(params)
-        if thinking_budget is None or reader.reply_format.thinking == "none":
+        if thinking_budget is None:
             self._deltas = deltas_of(submit(prompt, self._params, self._replies))
             return
+        if reader.reply_format.thinking == "none":
+            asked = f"thinking_budget={shown(thinking_budget)}"
+            raise RequestError(asked, "this model does not think", "Leave it out.")
         budget = as_integer(thinking_budget)
         if budget is None or budget < 1 or params.n != 1:
             raise RequestError(

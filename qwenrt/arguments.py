@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from qwenrt.errors import ConfigError, QwenrtError, RequestError, shown
@@ -20,6 +20,8 @@ def as_integer(value: object) -> int | None:
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+            return None
         return operator.index(value)  # type: ignore[arg-type]
     except Exception:  # an object may do anything when it is asked
         return None
@@ -44,12 +46,18 @@ def flag(name: str, value: object, error: type[QwenrtError] = RequestError) -> b
 
 
 def as_list(name: str, value: object) -> list[Any]:
-    """A list, tuple, array, tensor or other iterable as a list; a text is refused."""
-    if hasattr(value, "tolist") and not isinstance(value, type):  # a tensor or an array
-        value = value.tolist()
-    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):
-        raise RequestError(name, f"got {type(value).__name__}", "Pass a list.")
-    return list(value)
+    """A list, tuple, array, tensor or other iterable as a list; text is none, and neither is what has no order of its
+    own or would lose its values: sets and mappings."""
+    given = type(value).__name__
+    try:
+        if hasattr(value, "tolist") and not isinstance(value, type):  # a tensor or an array
+            value = value.tolist()
+        if isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, Set, Mapping)):
+            return list(value)
+    except Exception as error:  # an object may do anything when it is asked
+        found = f"{given}, which cannot be gone through ({type(error).__name__})"
+        raise RequestError(name, f"got {found}", "Pass a list.") from error
+    raise RequestError(name, f"got {given}", "Pass a list.")
 
 
 def as_token_ids(ids: object) -> list[int]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qwenrt.config import ModelConfig
 from qwenrt.config.embedding import DenseModule, EmbeddingRecipe, read_recipe
-from qwenrt.errors import CheckpointError, QwenrtError, RequestError
+from qwenrt.errors import CheckpointError, QwenrtError, RequestError, shown
 from qwenrt.loader.checkpoint.checkpoint import TensorReader, open_checkpoint
 from qwenrt.model.pooling import dense, pool
 
@@ -27,16 +27,18 @@ logger = logging.getLogger("qwenrt")
 Module = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Embedder:
     """A recipe, and ``modules``: what follows the pooling, float32 [B, K] -> [B, N] each, on the CPU.
 
-    ``error``: why the recipe of this checkpoint cannot be followed.
+    ``error``: why the recipe of this checkpoint cannot be followed. ``doubt``: why its vectors may be worth little,
+    which is said with the first of them.
     """
 
     recipe: EmbeddingRecipe = field(default_factory=EmbeddingRecipe)
     modules: tuple[Module, ...] = ()
     error: QwenrtError | None = None
+    doubt: str = ""
 
     @classmethod
     def load(cls, directory: Path, config: ModelConfig) -> Embedder:
@@ -50,7 +52,7 @@ class Embedder:
         except QwenrtError as error:
             logger.warning("this model cannot embed texts: %s", error)
             return cls(error=error)
-        return cls(recipe, tuple(modules))
+        return cls(recipe, tuple(modules), doubt=_doubt(directory, config, recipe))
 
     def embed(
         self,
@@ -64,6 +66,9 @@ class Embedder:
         """As LLM.embed, of a list of texts."""
         if self.error is not None:
             raise self.error
+        if self.doubt and tokenizer.suffix_ids is None:  # models for embeddings say how a text ends
+            logger.warning("%s", self.doubt)
+            self.doubt = ""
         prompt = self._prompt(instruction, prompt_name)
         ids = self._token_ids(tokenizer, texts, prompt)
         return self._finished(
@@ -83,7 +88,7 @@ class Embedder:
             return ""
         if not isinstance(name, str) or name not in prompts:
             known = ", ".join(map(repr, prompts)) or "none"
-            raise RequestError(f"prompt_name={name!r:.80}", "unknown", f"This model's prompts: {known}.")
+            raise RequestError(f"prompt_name={shown(name)}", "unknown", f"This model's prompts: {known}.")
         return prompts[name]
 
     def _token_ids(self, tokenizer: Tokenizer, texts: Sequence[object], prompt: str) -> list[list[int]]:
@@ -144,6 +149,16 @@ class Embedder:
         if after is None:
             after = [] if self.recipe.as_written else [tokenizer.eod_id]
         return tokenizer.prefix_ids, after
+
+
+def _doubt(directory: Path, config: ModelConfig, recipe: EmbeddingRecipe) -> str:
+    """A sentence for a directory in which nothing but this call speaks of embeddings; else nothing."""
+    if recipe.as_written or recipe.prompts or not (config.is_causal and config.has_head):
+        return ""
+    return (
+        f"{directory} has no recipe for embeddings (modules.json): a text's vector is the state of its last token, as "
+        "Qwen3-Embedding has it. Models that were made to write texts give vectors that tell little about likeness."
+    )
 
 
 def _normalized(vectors: torch.Tensor) -> torch.Tensor:

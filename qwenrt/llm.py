@@ -163,8 +163,9 @@ class LLM:
         With ``query``: -> (response, history), the new pair appended to a copy of ``history``; ``system`` is not part
         of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
         ``message`` is ready to append. ``enable_thinking``: for models that can answer with and without a thought, None
-        takes their default. ``thinking_budget``: the longest thought, in tokens; then the answer begins. ``sampling``
-        changes single fields of ``sampling_params`` or of the checkpoint's own defaults.
+        takes their default. ``thinking_budget``: the longest thought, in tokens; then the answer begins; refused for
+        models that do not think. ``sampling`` changes single fields of ``sampling_params`` or of the checkpoint's own
+        defaults.
         """
         past, tools = as_history(history), given_tools(tools)
         prompt, reader = self._alive().prompter.chat_prompt(
@@ -265,9 +266,10 @@ class LLM:
         """Embeddings of texts -> float32 [len(texts), D] on the CPU, or [D] of a single text.
 
         Computed as the checkpoint's modules.json and the files it names say (the format of sentence-transformers);
-        without one as in Qwen3-Embedding: the final state of the last token, normalised to length 1. ``normalize``:
-        whether vectors have length 1, None as the files say. Queries have an ``instruction`` ("Given a question,
-        retrieve passages that answer it") or one of the model's own prompts, by ``prompt_name``; documents mostly none.
+        without one as in Qwen3-Embedding: the final state of the last token, normalised to length 1; a model that was
+        made to write says so in a warning. ``normalize``: whether vectors have length 1, None as the files say.
+        Queries have an ``instruction`` ("Given a question, retrieve passages that answer it") or one of the model's
+        own prompts, by ``prompt_name``; documents mostly none.
         """
         alive = self._alive()
         tokenizer = alive.prompter.needs_tokenizer("embed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -132,7 +132,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 def _stop_ids(ids: object) -> tuple[int, ...]:
     if ids is None:
         return ()
-    ids = as_list("sampling parameter stop_token_ids", ids)
+    ids = list(ids) if isinstance(ids, Set) else as_list("sampling parameter stop_token_ids", ids)
     if len(ids) > MAX_STOP_CHARS:
         raise _bad("stop_token_ids", ids, f"a list of at most {MAX_STOP_CHARS} token ids")
     return tuple(dict.fromkeys(_token_id("stop_token_ids", i, "token ids >= 0") for i in ids))

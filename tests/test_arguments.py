@@ -36,13 +36,44 @@ def test_numbers_of_other_libraries() -> None:
     )
 
 
+class Unreadable:
+    """Whatever is looked for in it, nothing is found but an error of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("no")
+
+    __str__ = __repr__ = __iter__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{1: "a"}, {1, 2}, frozenset((1,)), "ab", b"ab", 3, None, Unreadable()],
+    ids=lambda v: type(v).__name__,
+)
+def test_what_is_no_list(llm: Any, value: Any) -> None:
+    """Sets have no order of their own, and of a mapping only the keys would be seen."""
+    for asked in (
+        lambda: as_list("texts", value),
+        lambda: llm.generate(prompt_token_ids=value),
+        lambda: llm.tokenizer.decode(value),
+        lambda: llm.logits(value),
+        lambda: llm.embed([value] if isinstance(value, str) else value, prompt_name=value),
+    ):
+        with pytest.raises(RequestError):
+            asked()
+    assert as_integer(value) == (3 if value == 3 else None)
+
+
 def test_sampling_params_hold_pythons_own_numbers() -> None:
     params = qwenrt.SamplingParams(
         top_k=np.int64(5),
         temperature=np.float32(0.5),
         seed=torch.tensor(7),
         logit_bias={np.int64(3): np.float32(1)},
-        stop_token_ids=np.array([1, 2]),
+        stop_token_ids={1, 2},
         max_tokens=np.uint16(9),
     )
     kept = (params.top_k, params.temperature, params.seed, params.max_tokens)

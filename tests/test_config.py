@@ -108,6 +108,9 @@ def test_parameter_counts_of_the_releases(shape: tuple[int, ...], parameters: in
         ({"model_type": "qwen9"}, "model_type is 'qwen9' (a Qwen this version does not know)"),
         ({"model_type": "llama"}, "model_type is 'llama' (not a Qwen)"),
         ({"model_type": ["qwen"]}, "(not a Qwen)"),
+        ({"model_type": "Qwen3"}, """model_type is 'Qwen3'. Write "model_type": "qwen3"."""),
+        ({"model_type": "qwen2-VL"}, 'Write "model_type": "qwen2_vl".'),
+        ({"model_type": None, "seq_length": None}, "no model_type. Add it"),
         ({"quantization_config": {"bits": 3, "group_size": 128}}, "3-bit GPTQ"),
         ({"quantization_config": {"bits": 4, "group_size": 0}}, "group_size is 0"),
         (

@@ -133,6 +133,49 @@ def test_contradictions_name_both_places(levels: tuple[dict[str, Any], ...], nam
     assert "ownload" not in str(caught.value) and "etch" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("levels", "named"),
+    [
+        (({"layer_types": ["sliding_attention"] * 4, "sliding_window": 64},), ("use_sliding_window false",)),
+        (({"layer_types": ["full_attention"] * 3},), ("num_hidden_layers 4", "3 layer_types")),
+        (
+            (
+                {
+                    "quantization_config": {"bits": 4},
+                    "compression_config": {"quant_method": "compressed-tensors"},
+                },
+            ),
+            ("quantization_config", "compression_config"),
+        ),
+        (
+            ({"quantization_config": {"bits": 4}}, {"quantization_config": {"bits": 8}}),
+            ("'bits': 8} in text_config", "'bits': 4} beside it"),
+        ),
+    ],
+)
+def test_what_contradicts_and_does_no_harm_is_named_in_a_warning(
+    levels: tuple[dict[str, Any], ...], named: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    read(*levels)
+    assert len(caplog.records) == 1 and all(word in caplog.text for word in named), caplog.text
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention", 5, None])
+def test_a_kind_of_layers_that_is_not_computed_is_refused_whatever_the_window(kind: Any) -> None:
+    for limited in (False, True):
+        with pytest.raises(ConfigError, match="layer_types is"):
+            read({"layer_types": [kind] * 4, "use_sliding_window": limited, "sliding_window": 64})
+
+
+def test_a_name_that_stands_twice_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Readers of JSON take the last, and say nothing."""
+    plain = json.dumps(BASE)
+    (tmp_path / "config.json").write_text(f'{plain[:-1]}, "rope_theta": 5e5, "x": {{"y": 1, "y": 1}}}}')
+    assert ModelConfig.from_dir(tmp_path).rope_theta == 5e5
+    assert len(caplog.records) == 1
+    assert "config.json says rope_theta 500000.0 and before that 1000000.0: the first is used" in caplog.text
+
+
 def test_plain_positions_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     for rope in ({}, {"rope_scaling": None}, {"rope_scaling": {}}, {"rope_parameters": PLAIN}):
         assert read(rope).yarn is None
@@ -165,6 +208,19 @@ def test_the_sidecar_of_a_quantised_checkpoint_completes_config_json(
     assert config.quant is not None and config.quant.zero_offset == 0 and not caplog.records
     parse_model_config(BASE | {"quantization_config": ours}, {"bits": 8, "group_size": 128})
     assert "bits 4 in quantization_config" in caplog.text and "8 in quantize_config.json" in caplog.text
+    ModelConfig.from_dict(BASE | {"quantization_config": ours}, {"quant_method": "awq", "w_bit": 4})
+    assert "quant_method 'gptq' in quantization_config" in caplog.text
+    with pytest.raises(ConfigError, match=r"reading quantize_config.json: no bits"):
+        ModelConfig.from_dict(BASE, {"group_size": 128})
+    with pytest.raises(ConfigError, match=r"reading quantization_config of config.json: no bits"):
+        ModelConfig.from_dict(BASE | {"quantization_config": {"group_size": 128}})
+
+
+def test_the_older_name_of_a_compressed_files_quantisation() -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    about = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    quant = read({"compression_config": about}).quant
+    assert quant is not None and quant.method == "fp8"
 
 
 def test_dynamic_rules_of_gptq_tell_group_sizes_alone() -> None:

@@ -189,6 +189,27 @@ def test_texts_begin_and_end_as_the_tokenizer_says(
         assert (abs(length - 1) < 1e-5) is not listed
 
 
+@pytest.mark.parametrize(
+    ("doubtful", "given"),
+    [
+        (True, {}),
+        (False, {"modules": POOLED, "1_Pooling__config_json": pooling("lasttoken")}),
+        (False, {"processor": ending(EOD)}),
+        (False, {"config_sentence_transformers_json": {"prompts": {"query": "Query: "}}}),
+        (False, {"changes": {"is_causal": False}}),
+    ],
+)
+def test_a_model_made_to_write_says_once_that_its_vectors_tell_little(
+    make: Make, caplog: pytest.LogCaptureFixture, doubtful: bool, given: dict[str, Any]
+) -> None:
+    _, directory = make(**given)
+    with load(directory) as llm:
+        assert "recipe" not in caplog.text  # those who chat are not told
+        for _ in range(2):
+            llm.embed("hello world")
+    assert caplog.text.count("has no recipe for embeddings (modules.json)") == doubtful
+
+
 def test_prompts(make: Make) -> None:
     oracle, directory = make(
         processor=ending(EOD, before=(IM_END,)),

@@ -7,17 +7,21 @@ import json
 import logging
 import shutil
 import signal
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.finetune import finetune
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus, encode_entry, read_entries
-from qwenrt.finetune.trainer import STATE_FILE, Trainer
+from qwenrt.finetune.trainer import STATE_FILE, Trainer, TrainingSettings
+from qwenrt.text.tokenizer import load_tokenizer
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 CONFIG = {
@@ -199,7 +203,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(base, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "train_step", step)
     assert (tmp_path / "cut" / STATE_FILE).exists()
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    with pytest.raises(CheckpointError, match="other data or settings"):
+    with pytest.raises(CheckpointError, match=r"a run with epochs=8\. Use the same"):
         finetune(base, ENTRIES, tmp_path / "cut", epochs=9, **QUICK)
     report = finetune(base, ENTRIES, tmp_path / "cut", epochs=8, save_every=2, **QUICK)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
@@ -235,6 +239,51 @@ def test_the_second_ctrl_c_stops_within_the_step(base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt) as stopped:
         finetune(base, ENTRIES, tmp_path / "out", **QUICK)
     assert stopped.value.args == () and not (tmp_path / "out" / STATE_FILE).exists()
+
+
+def test_a_run_goes_on_only_with_all_that_decides_its_result(base, tmp_path):
+    """Each setting, the data, and the weights and configuration it began with."""
+    finetune(base, ENTRIES, tmp_path / "first", epochs=1, **QUICK)
+    finetune(base, ENTRIES, tmp_path / "second", epochs=1, **{**QUICK, "seed": 1})
+    config, tokenizer = ModelConfig.from_dir(base), load_tokenizer(base)
+
+    def trainer(source="first", entries=ENTRIES, config=config, threads=None, **settings):
+        options = TrainingSettings(**{"epochs": 2, "batch_tokens": 256, "max_length": 96, **settings})
+        corpus = Corpus.encode(tokenizer, entries, options.max_length)
+        return Trainer(tmp_path / source, config, corpus, options, tokenizer.eod_id, threads)
+
+    state = tmp_path / STATE_FILE
+    begun = trainer()
+    begun.train_step(begun.schedule[0][0])
+    begun.save_state(state)
+    trainer(epochs=np.int64(2), max_grad_norm=1).load_state(state)  # the same, said otherwise
+    others = {
+        "epochs": 3,
+        "max_steps": 1,
+        "decay_steps": 50,
+        "learning_rate": 1e-4,
+        "min_learning_rate_ratio": 0.5,
+        "batch_tokens": 128,
+        "max_length": 64,
+        "warmup_ratio": 0.5,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.99,
+        "max_grad_norm": 2.0,
+        "seed": 5,
+        "from_scratch": True,
+    }
+    assert others.keys() == {field.name for field in fields(TrainingSettings)}
+    for name, value in others.items():
+        with pytest.raises(CheckpointError, match=f"a run with.* {name}="):
+            trainer(**{name: value}).load_state(state)
+    with pytest.raises(CheckpointError, match=r"a run with another data\."):
+        trainer(entries=ENTRIES[1:]).load_state(state)
+    with pytest.raises(CheckpointError, match=r"a run with another model\."):
+        trainer("second").load_state(state)
+    with pytest.raises(CheckpointError, match=r"a run with another model\."):
+        trainer(config=replace(config, rms_norm_eps=1e-3)).load_state(state)
+    with pytest.raises(CheckpointError, match=r"a run with threads=None\."):
+        trainer(threads=1).load_state(state)
 
 
 def test_a_damaged_state_is_named(base, tmp_path):
@@ -372,6 +421,12 @@ def test_entries_that_make_no_sense_are_named(base, tmp_path, entry, found):
         {"warmup_ratio": 2},
         {"save_every": 0},
         {"seed": 1, "max_steps": 0},
+        {"seed": "one"},
+        {"threads": -1},
+        {"save_every": "often"},
+        {"learning_rate": float("nan")},
+        {"weight_decay": True},
+        {"from_scratch": "no"},
     ],
 )
 def test_settings_out_of_range(base, tmp_path, bad):
@@ -382,17 +437,24 @@ def test_settings_out_of_range(base, tmp_path, bad):
 def test_a_file_that_is_not_there_nothing_to_learn_and_a_vocabulary_too_large(base, tmp_path):
     with pytest.raises(RequestError, match="no such file"):
         finetune(base, tmp_path / "none.json", tmp_path / "out", **QUICK)
-    with pytest.raises(RequestError, match="no entry with anything to learn"):
+    with pytest.raises(RequestError, match="none of 0 entries has anything to learn"):
         finetune(base, [], tmp_path / "out", **QUICK)
+    with pytest.raises(RequestError, match=r"in its first 8 tokens.*larger max_length"):
+        finetune(base, ENTRIES, tmp_path / "out", **{**QUICK, "max_length": 8})
     (base / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
     with pytest.raises(ConfigError, match=r"464 tokens.*300"):
         finetune(base, ENTRIES, tmp_path / "out", **QUICK)
 
 
+def test_entries_with_nothing_to_learn_are_counted(base, tmp_path, caplog):
+    finetune(base, [*ENTRIES, {"text": ""}], tmp_path / "out", epochs=1, **QUICK)
+    assert "1 of 7 entries have nothing to learn in their first 96 tokens" in caplog.text
+
+
 def test_quantised_weights_are_refused(base, tmp_path):
     quantised = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     (base / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(ConfigError, match="4-bit GPTQ"):
+    with pytest.raises(ConfigError, match=r"quantised \(gptq int4\)"):
         finetune(base, ENTRIES, tmp_path / "out", **QUICK)
 
 

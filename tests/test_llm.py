@@ -204,6 +204,11 @@ def test_ids_past_the_vocabulary_are_never_drawn(llm: qwenrt.LLM) -> None:
             lambda m: m.chat(messages=[{"role": "user", "content": "q"}], enable_thinking=True),
             "does not think",
         ),
+        (lambda m: m.chat("q", thinking_budget=9), "thinking_budget=9: this model does not think"),
+        (
+            lambda m: m.stream(messages=[{"role": "user", "content": "q"}], thinking_budget=9),
+            "does not think",
+        ),
         (lambda m: m.logits([]), "empty"),
     ],
 )

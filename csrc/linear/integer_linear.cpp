@@ -91,7 +91,7 @@ float narrow_limit_without_outliers(const QwenrtQuantMatrix& w, const IntegerInp
     float values[kPairBlock];
     const int64_t padded = padded_of(w, block);
     const float* source = inputs_of(w, x, block, padded, values);
-    if (needs_residual(source, padded, outlier, kFar)) return;
+    if (needs_residual(source, block.inputs, outlier, kFar)) return;
     squares += total_of<double>(source, block.inputs, [](double value) { return value * value; });
     count += block.inputs;
   });
@@ -119,7 +119,7 @@ bool lay_out_blocks(LayOutTask& task, int64_t token, const float* x, float narro
     }
     // But for the last digits:
     const float largest = rounded.scale * (kind == BlockKind::kNarrow && w.bits == 4 ? kNarrowLimit : kWideLimit);
-    if (task.needs_residual && largest * 1.001f > outlier && needs_residual(source, padded, outlier, kFar)) {
+    if (task.needs_residual && largest * 1.001f > outlier && needs_residual(source, block.inputs, outlier, kFar)) {
       some = true;
       kind = task.kernels->round_block(source, padded, w.bits, {-1.0f, to_mean}, rounded);
     }
@@ -325,7 +325,7 @@ void residual_of(const QwenrtQuantMatrix& w, const IntegerInput& in, const float
     float values[kPairBlock];
     const int64_t padded = padded_of(w, block);
     const float* source = inputs_of(w, x, block, padded, values);
-    if (!needs_residual(source, padded, outlier, kFar)) return;
+    if (!needs_residual(source, block.inputs, outlier, kFar)) return;
     const float largest = largest_of(source, padded), scale = largest / kWideLimit, inverse = kWideLimit / largest;
     for (int64_t i = 0; i < block.inputs; ++i) {
       const double rounded = double(scale) * double(nearbyintf(source[i] * inverse));

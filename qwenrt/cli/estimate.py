@@ -290,7 +290,11 @@ def _weights(report: Report) -> str:
     quant, storage = report.config.quant, report.layout.storage
     dense = f"{8 * storage.dense}-bit"
     if quant is not None and quant.has_codes:
-        return f"{quant.method} int{quant.bits} in groups of {quant.group_size}, the rest {dense}"
+        from qwenrt.loader.memory.footprint import forms_of
+
+        groups = {-1: "whole rows"}
+        forms = [f"int{bits} in groups of {groups.get(size, size)}" for bits, size in forms_of(report.config)]
+        return f"{quant.method} {' and '.join(forms)}, the rest {dense}"
     if report.quantize:
         return f"linear layers rounded to {rounding_description(report.quantize)}, the rest {dense}"
     return dense

@@ -33,6 +33,7 @@ HELP = '''Commands:
   :reset-conf            back to how it was at the start
   :system                show the system prompt
   :system TEXT           set the system prompt
+  :reset-system          back to the model's own
   :save FILE             save the conversation as JSON
   :load FILE             go on with a saved conversation
 Longer messages: end a line with "\\", or start and end with """.
@@ -73,6 +74,7 @@ class Session:
             ("conf", self._conf),
             ("reset-conf", self._reset_conf),
             ("system", self._set_system),
+            ("reset-system", self._reset_system),
             ("save", self._save),
             ("load", self._load),
         ]
@@ -176,6 +178,10 @@ class Session:
     def _reset_conf(self, rest: str) -> None:
         self.params = self._original.with_(seed=self.params.seed)
         self.terminal.say("[INFO] Settings are as they were at the start")
+
+    def _reset_system(self, rest: str) -> None:
+        self.system = None
+        self._set_system("")
 
     def _set_system(self, rest: str) -> None:
         if rest:

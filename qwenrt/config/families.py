@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt.config import qwen1, qwen2
-from qwenrt.config.fields import LIMITS, bad, contradiction, read_json, token_ids
+from qwenrt.config.fields import LIMITS, bad, contradiction, first_given, read_json, token_ids
 from qwenrt.config.layers import num_parameters
 from qwenrt.config.model import ModelConfig
 from qwenrt.config.quant import QuantConfig
-from qwenrt.errors import ConfigError
+from qwenrt.errors import ConfigError, shown
 from qwenrt.files import is_there
 
 # model_type of a file that holds more than text -> the generation of its text. Vision and audio are left out.
@@ -55,8 +55,13 @@ def parse_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | 
     """From the content of config.json and of quantize_config.json. ConfigError for what is contradictory, absurdly
     large, or of a family that is not supported."""
     where = "config.json"
-    model_type = config.get("model_type", "qwen")  # the first uploads of Qwen-1 named none
-    quant = config.get("quantization_config")
+    model_type = config.get("model_type")
+    if model_type is None:
+        if config.get("seq_length") is None:  # the first uploads of Qwen-1 named no model_type, and had this
+            remedy = f'Add it, as the model\'s page has it ("model_type": "{qwen2.MODEL_TYPES[0]}" is one).'
+            raise ConfigError(f"reading {where}", "no model_type", remedy)
+        model_type = "qwen"
+    quant = first_given(config, _QUANT, where, strict=False)
     text = config
     if isinstance(model_type, str) and model_type in _WRAPPERS:
         text = config if config.get("text_config") is None else config["text_config"]
@@ -64,11 +69,12 @@ def parse_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | 
             raise bad(where, "text_config", text, "an object")
         text = _with_outer(config, text, where)
         model_type = _WRAPPERS[model_type]
-        quant = text.get("quantization_config")
+        quant = first_given(text, _QUANT, where, strict=False)
     if quant is not None and not isinstance(quant, Mapping):
         raise bad(where, "quantization_config", quant, "an object")
+    place = f"quantization_config of {where}" if quant else "quantize_config.json"
     quant = _with_sidecar(quant or {}, quantize or {})
-    parsed = QuantConfig.from_dict(quant, "the quantisation config") if quant else None
+    parsed = QuantConfig.from_dict(quant, place) if quant else None
     if model_type == "qwen":
         return _check_total_size(qwen1.read(text, parsed, where), where)
     if isinstance(model_type, str) and model_type in qwen2.MODEL_TYPES:
@@ -82,7 +88,9 @@ _READ = (
     *LIMITS,
     *("rms_norm_eps", "hidden_act", "attention_bias", "qkv_bias", "norm_topk_prob", "decoder_sparse_step"),
     *("mlp_only_layers", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    "quantization_config",
 )
+_QUANT = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
 _JOINED = ("rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings")
 
 
@@ -100,8 +108,8 @@ def _with_outer(outer: Mapping[str, Any], text: Mapping[str, Any], where: str) -
         if value is None:
             continue
         if name in _READ and name in joined and joined[name] != value:
-            shown = f"{name} {value!r:.60} in text_config"
-            contradiction(where, shown, f"{joined[name]!r:.60} beside it", strict=False)
+            used = f"{name} {value!r:.60} in text_config"
+            contradiction(where, used, f"{joined[name]!r:.60} beside it", strict=False)
         joined[name] = value
     ends = [i for level in (text, outer) for i in token_ids(level, "eos_token_id", where)]
     joined["eos_token_id"] = list(dict.fromkeys(ends))
@@ -117,6 +125,8 @@ def _with_sidecar(quant: Mapping[str, Any], sidecar: Mapping[str, Any]) -> dict[
     the value in config.json is used and a warning names both."""
     methods = [level.get("quant_method") or "gptq" for level in (quant, sidecar) if level]
     if methods[1:] and methods[0] != methods[1]:
+        used = f"quant_method {methods[0]!r:.40} in quantization_config"
+        contradiction("config.json", used, f"{methods[1]!r:.40} in quantize_config.json", strict=False)
         return dict(quant)
     for name in ("bits", "group_size", "desc_act", "sym", "checkpoint_format"):
         ours, theirs = quant.get(name), sidecar.get(name)
@@ -150,10 +160,13 @@ def text_model_type(config: Mapping[str, Any]) -> str:
 
 def _unsupported(model_type: object, where: str) -> ConfigError:
     supported = f"This version of qwenrt runs model_type {', '.join(('qwen', *qwen2.MODEL_TYPES))}."
-    found = f"model_type is {str(model_type)[:80]!r}"
+    found = f"model_type is {shown(model_type)}"
     if isinstance(model_type, str) and model_type in _KNOWN:
         what, missing = _KNOWN[model_type]
         return ConfigError(f"reading {where}", f"{found} ({what}): it has {missing}", supported)
-    newer = isinstance(model_type, str) and model_type.startswith("qwen")
+    spelt = model_type.lower().replace("-", "_") if isinstance(model_type, str) else ""
+    if spelt != model_type and spelt in ("qwen", *qwen2.MODEL_TYPES, *_WRAPPERS):
+        return ConfigError(f"reading {where}", found, f'Write "model_type": "{spelt}".')
+    newer = spelt.startswith("qwen")
     note = " (a Qwen this version does not know)" if newer else " (not a Qwen)"
     return ConfigError(f"reading {where}", found + note, supported)

@@ -77,7 +77,7 @@ def _read_value(path: Path, kind: type[QwenrtError]) -> Any:
         what="configuration file",
     )
     try:
-        value = parse_json(raw)
+        value = parse_json(raw, twice=_Twice(path) if len(raw) <= _CLOSELY else None)
     except ValueError as error:
         raise kind(
             asked,
@@ -91,13 +91,30 @@ def _read_value(path: Path, kind: type[QwenrtError]) -> Any:
     return value
 
 
-def parse_json(raw: bytes, most: int = MAX_JSON_VALUES) -> Any:
+class _Twice:
+    """Makes the objects of a file; a name that has two values, of which readers take the last, is worth a warning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            for name, value in pairs:
+                if value != made[name]:
+                    used = f"{name} {shown(made[name], 60)}"
+                    contradiction(str(self.path), used, f"before that {shown(value, 60)}", strict=False)
+        return made
+
+
+def parse_json(raw: bytes, most: int = MAX_JSON_VALUES, twice: _Twice | None = None) -> Any:
     """The value of JSON text in UTF-8. ValueError for anything else, for more than ``most`` values, and for nesting
-    that Python's reader does not follow; what is made takes at most about 64 bytes a value, beside the text."""
+    that Python's reader does not follow; what is made takes at most about 64 bytes a value, beside the text.
+    ``twice``: makes the objects, where one is to look at them."""
     if has_more_values(raw, most):
         raise ValueError(f"more than {most} values")
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=twice)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if raw.count(b"[") + raw.count(b"{") > MAX_JSON_DEPTH:
@@ -163,7 +180,7 @@ def integer(
         raise ConfigError(
             f"reading {where}",
             f"no {name}",
-            f"A config.json of this kind has one: add it, or check that {where} is this model's own file.",
+            f"A file of this kind has one: add it, or check that {where} is this model's own file.",
         )
     high = LIMITS.get(name, 2**31) if high is None else high
     value = whole(value)

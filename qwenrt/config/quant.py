@@ -55,6 +55,11 @@ class QuantConfig:
     zeros_in_scales: bool = False
 
     @property
+    def name(self) -> str:
+        """As people say it: "gptq int4", "fp8"."""
+        return f"{self.method} int{self.bits}" if self.has_codes else self.method
+
+    @property
     def has_codes(self) -> bool:
         """Whether the weights on disk are integer codes, which are served as they are; fp8 is converted at load."""
         return self.method != "fp8"

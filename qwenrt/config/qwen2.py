@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from qwenrt.config.fields import bad, boolean, first_given, integer, number, token_ids
+from qwenrt.config.fields import bad, boolean, contradiction, first_given, integer, number, token_ids
 from qwenrt.config.model import DTYPE_BYTES, ModelConfig, MoeConfig
 from qwenrt.config.quant import QuantConfig
 from qwenrt.config.rope import read_rope
@@ -80,7 +80,12 @@ def _head_dim(model_type: str, config: Mapping[str, Any], hidden: int, heads: in
 
 def _windows(model_type: str, config: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...]:
     """For each layer the tokens a query sees. Released files name a window and leave use_sliding_window off."""
-    if not boolean(config, "use_sliding_window", where, False):
+    limited = boolean(config, "use_sliding_window", where, False)
+    kinds = _layer_kinds(config, layers, where, strict=limited)
+    if not limited:
+        if _LAYER_TYPES[1] in kinds and config.get("sliding_window"):
+            other = f"{_LAYER_TYPES[1]} in layer_types"
+            contradiction(where, "use_sliding_window false", other, strict=False)
         return ()
     if "sliding_window" not in config:
         raise ConfigError(
@@ -94,14 +99,23 @@ def _windows(model_type: str, config: Mapping[str, Any], layers: int, where: str
         )
         return ()
     window = integer(config, "sliding_window", where, 1, 2**31)
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        known = isinstance(kinds, list) and len(kinds) == layers
-        if not known or not all(kind in _LAYER_TYPES for kind in kinds):
-            raise bad(where, "layer_types", kinds, f"a list of {layers} of {' and '.join(_LAYER_TYPES)}")
+    if kinds:
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     first = 0 if model_type == "qwen3_moe" else integer(config, "max_window_layers", where, 0, 2**31, 28)
     return tuple(window if layer >= first else 0 for layer in range(layers))
+
+
+def _layer_kinds(config: Mapping[str, Any], layers: int, where: str, *, strict: bool) -> list[str]:
+    """layer_types, empty where there are none. ``strict``: they decide, so that there must be one for each layer."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return []
+    known = isinstance(kinds, list) and all(kind in _LAYER_TYPES for kind in kinds)
+    if not known or (strict and len(kinds) != layers):
+        raise bad(where, "layer_types", kinds, f"a list of {layers} of {' and '.join(_LAYER_TYPES)}")
+    if len(kinds) != layers:
+        contradiction(where, f"num_hidden_layers {layers}", f"{len(kinds)} layer_types", strict=False)
+    return list(kinds)
 
 
 # ---- experts

@@ -20,7 +20,7 @@ from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
 from qwenrt.finetune.data import Corpus, read_entries
-from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings
+from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings, whole_number
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("qwenrt")
@@ -71,15 +71,15 @@ def finetune(
     ``max_length`` (longer entries are cut on the right), ``weight_decay``, ``adam_beta2``, ``max_grad_norm``,
     ``seed``; ``from_scratch`` begins with random weights of the shape in config.json. ``threads``: of torch, on
     the CPU. Every ``save_every`` steps, and at Ctrl-C (which raises KeyboardInterrupt after the step), the state is
-    kept in ``output_dir``, and the same call goes on from there (``resume``). The same seed and number of threads give
-    the same weights. An ``output_dir`` that holds anything else is refused unless ``overwrite``, and so is the model's
-    own. Raises RequestError for settings, data and ``output_dir``, CheckpointError and ConfigError for the model's
-    files.
+    kept in ``output_dir``, and the same call goes on from there (``resume``); one with another model, data or setting
+    is refused. The same seed and number of threads give the same weights. An ``output_dir`` that holds anything else is
+    refused unless ``overwrite``, and so is the model's own. Raises RequestError for settings, data and ``output_dir``,
+    CheckpointError and ConfigError for the model's files.
     """
     options = TrainingSettings(**settings)
     source, target = Path(model_dir), Path(output_dir)
-    if save_every is not None and save_every < 1:
-        raise RequestError(f"save_every={save_every}", "not a number of steps", "Use at least 1.")
+    save_every = None if save_every is None else whole_number("save_every", save_every, 1)
+    threads = None if threads is None else whole_number("threads", threads, 1)
     config = read_model_config(source)
     tokenizer = Tokenizer.from_dir(source)
     entries = read_entries(data) if isinstance(data, (str, Path)) else list(data)
@@ -93,7 +93,7 @@ def finetune(
     _claim(target, source, overwrite)
     _check_room(target, config, bool(save_every))
     with _threads(threads):
-        trainer = Trainer(source, config, corpus, options, pad_id=tokenizer.eod_id)
+        trainer = Trainer(source, config, corpus, options, tokenizer.eod_id, threads)
         if (short := trainer.too_short_to_learn()) is not None:
             logger.warning("%s", short)
         state = target / STATE_FILE

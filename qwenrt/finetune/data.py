@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from qwenrt.errors import RequestError
 from qwenrt.files import read
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger("qwenrt")
 
 MAX_DATA_BYTES = 2**30
 MAX_DATA_VALUES = 16 * 10**6
@@ -151,8 +154,13 @@ class Corpus:
             ids.append(torch.tensor(entry_ids[:max_length], dtype=torch.int32))
             labels.append(torch.tensor(entry_labels[:max_length], dtype=torch.int32))
             starts.append(starts[-1] + len(ids[-1]))
+        dropped = len(entries) - len(ids)
         if not ids:
-            raise RequestError("training data", "no entry with anything to learn", "Give at least one.")
+            found = f"none of {len(entries)} entries has anything to learn in its first {max_length} tokens"
+            raise RequestError("training data", found, "Give at least one, or a larger max_length.")
+        if dropped:
+            found = "have nothing to learn in their first"
+            logger.warning("%d of %d entries %s %d tokens", dropped, len(entries), found, max_length)
         return cls(torch.cat(ids), torch.cat(labels), starts)
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from qwenrt.arguments import as_integer, as_number, flag
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig, read_json
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError, shown
@@ -55,40 +57,58 @@ class TrainingSettings:
     from_scratch: bool = False
 
     def __post_init__(self) -> None:
-        whole = {"epochs": self.epochs, "batch_tokens": self.batch_tokens, "max_length": self.max_length}
-        for name, steps in (("max_steps", self.max_steps), ("decay_steps", self.decay_steps)):
-            if steps is not None:
-                whole[name] = steps
-        for name, value in whole.items():
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31:
-                raise RequestError(
-                    f"{name}={shown(value)}", "not a usable number", "Use an integer of at least 1."
-                )
+        counts = {name: getattr(self, name) for name in ("epochs", "batch_tokens", "max_length")}
+        optional = {name: getattr(self, name) for name in ("max_steps", "decay_steps")}
+        counts |= {name: steps for name, steps in optional.items() if steps is not None}
+        for name, value in counts.items():
+            object.__setattr__(self, name, whole_number(name, value, 1))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
+        object.__setattr__(self, "from_scratch", flag("from_scratch", self.from_scratch))
         limits = {
-            "learning_rate": (self.learning_rate, 0.0, 10.0),
-            "min_learning_rate_ratio": (self.min_learning_rate_ratio, 0.0, 1.0),
-            "warmup_ratio": (self.warmup_ratio, 0.0, 1.0),
-            "weight_decay": (self.weight_decay, 0.0, 10.0),
-            "adam_beta2": (self.adam_beta2, 0.0, 0.999999),
-            "max_grad_norm": (self.max_grad_norm, 1e-6, 1e6),
+            "learning_rate": (0.0, 10.0),
+            "min_learning_rate_ratio": (0.0, 1.0),
+            "warmup_ratio": (0.0, 1.0),
+            "weight_decay": (0.0, 10.0),
+            "adam_beta2": (0.0, 0.999999),
+            "max_grad_norm": (1e-6, 1e6),
         }
-        for name, (number, low, high) in limits.items():
-            if not isinstance(number, (int, float)) or not low <= number <= high:
+        for name, (low, high) in limits.items():
+            given = getattr(self, name)
+            number = as_number(given)
+            if number is None or not low <= number <= high:
                 raise RequestError(
-                    f"{name}={shown(number)}", "out of range", f"Use a number from {low:g} to {high:g}."
+                    f"{name}={shown(given)}",
+                    "not a number in range",
+                    f"Use a number from {low:g} to {high:g}.",
                 )
+            object.__setattr__(self, name, number)
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """An integer from ``least`` to 2^31. Raises RequestError."""
+    number = as_integer(value)
+    if number is None or not least <= number <= 2**31:
+        remedy = f"Use an integer of at least {least}."
+        raise RequestError(f"{name}={shown(value)}", "not a usable number", remedy)
+    return number
 
 
 class Trainer:
     """One run: the model in float32, AdamW, and where in the corpus it is."""
 
     def __init__(
-        self, source: Path, config: ModelConfig, corpus: Corpus, settings: TrainingSettings, pad_id: int
+        self,
+        source: Path,
+        config: ModelConfig,
+        corpus: Corpus,
+        settings: TrainingSettings,
+        pad_id: int,
+        threads: int | None = None,
     ) -> None:
         if config.quant is not None:
             raise ConfigError(
                 f"fine-tuning {source}",
-                f"its weights are {config.quant.bits}-bit GPTQ codes",
+                f"its weights are quantised ({config.quant.name})",
                 "Fine-tune the unquantised checkpoint.",
             )
         if config.model_type != "qwen":
@@ -97,7 +117,7 @@ class Trainer:
                 f"its model_type is {config.model_type!r}",
                 "Only Qwen-1 is fine-tuned: later ones have other chat templates, some a head tied to the embedding.",
             )
-        self.corpus, self.settings, self.pad_id = corpus, settings, pad_id
+        self.corpus, self.settings, self.pad_id, self.threads = corpus, settings, pad_id, threads
         backend = Backend(torch.device("cpu"))
         self.model = Qwen(config, backend, torch.float32)
         if settings.from_scratch:
@@ -109,6 +129,7 @@ class Trainer:
             self._own_weights()
         self.model.bind()
         self.parameters = dict(self.model.tensors())
+        self._origin = self._digest()
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         decayed = [p for p in self.parameters.values() if p.dim() > 1]
@@ -118,10 +139,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay, fused=True
         )
-        self.schedule = [
-            corpus.batches(settings.seed, e, settings.batch_tokens) for e in range(settings.epochs)
-        ]
-        steps = sum(map(len, self.schedule))
+        self.schedule: list[list[list[int]]] = []
+        steps = 0
+        for epoch in range(settings.epochs):
+            if settings.max_steps is None or steps < settings.max_steps:
+                self.schedule.append(corpus.batches(settings.seed, epoch, settings.batch_tokens))
+                steps += len(self.schedule[-1])
         self.total_steps = min(steps, settings.max_steps or steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.losses: list[tuple[int, float]] = []
@@ -243,9 +266,22 @@ class Trainer:
 
     # ---- the state that is kept, so that little is lost when a run is cut
 
-    def fingerprint(self) -> str:
-        """What must be the same for a run to be continued."""
-        return json.dumps([asdict(self.settings), self.corpus.digest(), self.total_steps], sort_keys=True)
+    def identity(self) -> dict[str, object]:
+        """Everything that decides the result, by name: what must be the same for a run to be continued."""
+        return {
+            **asdict(self.settings),
+            "threads": self.threads,
+            "data": self.corpus.digest(),
+            "model": self._origin,
+        }
+
+    def _digest(self) -> str:
+        """Of the weights and the configuration that training begins with."""
+        digest = hashlib.sha256(repr(self.model.config).encode())
+        for name, parameter in self.parameters.items():
+            digest.update(name.encode())
+            digest.update(parameter.detach().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def save_state(self, path: Path) -> None:
         """Weights, both moments and the position, in one file that is replaced whole."""
@@ -254,7 +290,7 @@ class Trainer:
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "losses": self.losses}
-        save_atomically(tensors, path, {"fingerprint": self.fingerprint(), "state": json.dumps(about)})
+        save_atomically(tensors, path, {"identity": json.dumps(self.identity()), "state": json.dumps(about)})
 
     def load_state(self, path: Path) -> None:
         """Go on from what save_state wrote. CheckpointError where it belongs to another run or is damaged."""
@@ -263,16 +299,21 @@ class Trainer:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads(metadata["state"])
+            about, identity = json.loads(metadata["state"]), dict(json.loads(metadata["identity"]))
         except Exception as error:  # the library has no base class of its own
             raise CheckpointError(
                 f"resuming from {path}", f"not readable ({str(error)[:80]})", "Delete it to begin anew."
             ) from error
-        if metadata.get("fingerprint") != self.fingerprint():
+        other = [
+            f"another {name}" if name in ("data", "model") else f"{name}={shown(identity.get(name))}"
+            for name, value in self.identity().items()
+            if identity.get(name) != value
+        ]
+        if other:
             raise CheckpointError(
                 f"resuming from {path}",
-                "it belongs to a run with other data or settings",
-                "Use the same ones, another output directory, or resume=False (--no-resume).",
+                f"it belongs to a run with {', '.join(other)}",
+                "Use the same, another output directory, or resume=False (--no-resume).",
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():

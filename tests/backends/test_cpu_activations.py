@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qwenrt import summary
+from qwenrt.backends import selfcheck
 from qwenrt.backends.cpu import CPUBackend, kernels
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
@@ -42,11 +43,11 @@ def uneven_blocks(x: torch.Tensor, weight: CanonicalWeight) -> torch.Tensor:
     the block, zeros aside, is more than 512 times smaller."""
     limit = 8 * x.abs().mean(1, keepdim=True)
     uneven = torch.zeros(x.shape, dtype=torch.bool)
-    for inputs, whole in blocks_of(weight):
+    for inputs, _ in blocks_of(weight):
         size = x[:, inputs].abs()
         largest = size.amax(1, keepdim=True)
         small = ((size > 0) & (size < largest / 512)).sum(1, keepdim=True)
-        uneven[:, inputs] = (largest > limit) & (small * 4 >= whole)
+        uneven[:, inputs] = (largest > limit) & (small * 4 >= size.shape[1])
     return uneven
 
 
@@ -159,6 +160,18 @@ def test_what_is_beside_a_massive_value_keeps_its_digits(
     wanted = float64_linear(x, weight)[0]
     errors = [float((y.double() - wanted).norm() / wanted.norm()) for y in (with_, without)]
     assert errors[0] < max(1.5 * errors[1], 1e-4)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(
+    ("inputs", "bits", "group_size"), [(33, 8, 128), (20, 8, 128), (161, 8, 128), (33, 4, 128)]
+)
+def test_the_self_check_passes_a_group_longer_than_the_row(
+    cpu: CPUBackend, isa: str, inputs: int, bits: int, group_size: int
+) -> None:
+    """What fills a block up to whole vectors counts for nothing where it is asked whether a block is uneven."""
+    cpu.configure(isa, activations="int16")
+    assert selfcheck.check(cpu, torch.float32, (2, 2, 32), [(64, inputs, bits, group_size)]) == {}
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -41,7 +41,17 @@ def test_every_question_is_asked_with_the_seed(fake: SimpleNamespace, qwenrt: Qw
 @pytest.mark.parametrize("command", [":help", ":h"])
 def test_help(command: str, fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     out = qwenrt("chat", stdin=command + "\n").out
-    for name in (":exit", ":clear-his", ":history", ":seed", ":conf", ":reset-conf", ":save", ":load"):
+    for name in (
+        ":exit",
+        ":clear-his",
+        ":history",
+        ":seed",
+        ":conf",
+        ":reset-conf",
+        ":reset-system",
+        ":save",
+        ":load",
+    ):
         assert name in out
     assert max(map(len, out.splitlines())) <= 80
     assert not fake.llm.calls
@@ -202,6 +212,9 @@ def test_system(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     done = qwenrt("chat", stdin=":system\n:system You are a cat.\na\n")
     assert "[INFO] System prompt: the model's own" in done.out
     assert fake.llm.calls[0]["system"] == "You are a cat."
+    done = qwenrt("chat", "--system", "Meow.", stdin=":reset-system\na\n")
+    assert "[INFO] System prompt: the model's own" in done.out
+    assert fake.llm.calls[-1]["system"] is None
 
 
 def test_save_and_load(fake: SimpleNamespace, qwenrt: Qwenrt, tmp_path: Path) -> None:

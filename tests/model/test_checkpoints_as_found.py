@@ -15,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qwenrt.backends.cpu.kernels import Kernels
+from qwenrt.cli import main
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import INDEX, open_checkpoint
 from qwenrt.loader.memory.footprint import weight_bytes
 from qwenrt.loader.memory.preflight import storage_of
+from qwenrt.ops.types import Packed
 from tests.model.tiny_models import (
     MOE,
     PROMPT,
@@ -211,7 +214,9 @@ def test_a_quantised_router_is_the_matrix_its_codes_mean(tmp_path: Path, kind: s
     assert error_against(oracle, tmp_path) <= 1e-3
 
 
-def test_gptq_whose_modules_have_other_bits_and_groups_or_none(tmp_path: Path) -> None:
+def test_gptq_whose_modules_have_other_bits_and_groups_or_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``dynamic`` of GPTQModel: its patterns are not matched, the file tells; a pattern could match for ever."""
     oracle = build("Qwen2", WIDE, tmp_path)
     tensors = weights(tmp_path)
@@ -245,6 +250,12 @@ def test_gptq_whose_modules_have_other_bits_and_groups_or_none(tmp_path: Path) -
         assert model.get("layers.1.down_proj").kind.startswith("dense")
         counted = weight_bytes(config, storage_of(backend, torch.float32, "float32"))
         assert abs(counted - model.weight_bytes) <= 0.02 * model.weight_bytes
+        assert "int4+int8+dense weights" in llm.summary
+        sizes = [line.split(" weights")[0] for line in llm.explain().splitlines() if " weights: " in line]
+        assert {"w8a16", "w4a16", "dense"} == {kind.partition("-")[0] for kind in sizes}
+    assert main(["estimate", str(tmp_path), "--device", "cpu", "--memory", "1"]) == 0
+    said = "gptq int4 in groups of 32 and int4 in groups of 24 and int8 in groups of 16, the rest"
+    assert said in capsys.readouterr().out
     # without g_idx the groups that the config names must tell
     for name in [k for k in state if k.endswith("g_idx")]:
         del state[name]
@@ -254,6 +265,37 @@ def test_gptq_whose_modules_have_other_bits_and_groups_or_none(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"q_proj.scales \[4, 64\], expected \[2, 64\]") as caught:
         load(tmp_path)
     assert "ownload" not in str(caught.value)
+
+
+def test_the_check_at_load_looks_at_each_form_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at those that config.json does not name: here the kernel of 8 bits is wrong, of which one part is made."""
+    build("Qwen2", WIDE, tmp_path)
+    tensors = weights(tmp_path)
+    eights = [name for name in linears(tensors) if "layers.1" in name and "k_proj" in name]
+    fours = [name for name in linears(tensors) if name not in eights]
+    state = gptq_state({k: v for k, v in tensors.items() if k[: k.rindex(".")] not in eights}, fours, 4, 32)[
+        0
+    ]
+    wide = {k: v for k, v in tensors.items() if k[: k.rindex(".")] in eights}
+    state |= gptq_state(wide, eights, 8, 16)[0]
+    rewrite(tmp_path, state, quantization_config=gptq_config(4, 32))
+    with load(tmp_path) as llm:
+        if llm.backend.kernels is None:
+            pytest.skip("csrc was not built")
+        assert not llm.backend.demoted
+        wanted = llm.logits(PROMPT)
+    multiply = Kernels.quant_linear
+
+    def wrong(self: Kernels, x: torch.Tensor, w: Packed, how: Any) -> torch.Tensor | None:
+        y = multiply(self, x, w, how)
+        return y if y is None or w.bits == 4 else y * 1.01
+
+    monkeypatch.setattr(Kernels, "quant_linear", wrong)
+    with load(tmp_path) as llm:
+        assert llm.backend.demoted.keys() == {"linear"}
+        assert torch.allclose(llm.logits(PROMPT), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_codes_of_bits_that_are_not_read_are_named(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 FP8 = "F8_E4M3"
 _SCALES = ("F16", "BF16", "F32")
 _CODES = ("I32",)
-_CODE_BITS = (4, 8)
+CODE_BITS = (4, 8)
 Expected = dict[str, tuple[tuple[Shape, ...], tuple[str, ...]]]  # kind -> (right shapes, right dtypes)
 
 
@@ -223,12 +223,12 @@ def _fp8(linear: StoredLinear, quant: QuantConfig) -> WeightFormat:
 def _gptq(linear: StoredLinear, quant: QuantConfig) -> WeightFormat | str:
     """GPTQ with the bits that its words have, and the group size that its number of groups shows."""
     words = linear.tensors["qweight"].shape
-    likely = [b for b in (quant.bits, *_CODE_BITS) if words[:1] == (-(-linear.columns * b // WORD_BITS),)]
+    likely = [b for b in (quant.bits, *CODE_BITS) if words[:1] == (-(-linear.columns * b // WORD_BITS),)]
     zeros = linear.tensors["qzeros"].shape[1:] if "qzeros" in linear.tensors else ()
     for bits in (2, 3, 5, 6, 7):  # 32 codes of 3 bits lie in three words
         sizes = [(-(-n // WORD_BITS) * bits,) for n in (linear.columns, linear.rows)]
         if not likely and [words[:1], zeros] == sizes:
-            return f"codes of {bits} bits; those of {' and '.join(map(str, _CODE_BITS))} are read"
+            return f"codes of {bits} bits; those of {' and '.join(map(str, CODE_BITS))} are read"
     bits = likely[0] if likely else quant.bits
     groups = linear.tensors["scales"].shape[:1] if "scales" in linear.tensors else ()
     group = _group_of(linear, quant, groups)

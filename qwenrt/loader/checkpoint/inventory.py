@@ -12,7 +12,7 @@ from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, num_parameters
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint
-from qwenrt.loader.checkpoint.formats import FLOATS, StoredLinear, WeightFormat, format_of
+from qwenrt.loader.checkpoint.formats import CODE_BITS, FLOATS, StoredLinear, WeightFormat, format_of
 from qwenrt.loader.checkpoint.header import TensorEntry
 from qwenrt.loader.checkpoint.names import NameTable
 from qwenrt.ops.types import Packed
@@ -78,11 +78,11 @@ class Inventory:
 def check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Refuse files that are far too small for the model of config.json, before anything of its size is allocated.
 
-    At least half of what its parameters take in the format that config.json names; a head may be missing.
+    At least half of what its parameters take in codes of the fewest bits that are read, whatever config.json says of
+    their format, which the headers tell; a head may be missing.
     """
-    bits = config.quant.bits if config.quant is not None else 16
     parameters = num_parameters(config) - config.vocab_size * config.hidden_size
-    least = parameters * bits // 16
+    least = parameters * min(CODE_BITS) // 16
     if least > checkpoint.nbytes:
         raise CheckpointError(
             f"the {len(checkpoint.tensors)} tensors in {checkpoint.directory} are not the model that "

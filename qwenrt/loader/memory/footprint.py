@@ -112,6 +112,20 @@ def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:
     return form
 
 
+def forms_of(config: ModelConfig) -> list[tuple[int, int]]:
+    """(bits, group size) of every kind of codes that the checkpoint's linears have, those of the most weights first."""
+    quant = config.quant
+    if quant is None or not quant.has_codes:
+        return []
+    weights = Counter(
+        {(quant.bits, quant.group_size): sum(n * rows * k for n, rows, k, *_ in linears(config))}
+    )
+    for rows, columns, bits, group_size, number in quant.corrections:
+        if bits < 16:
+            weights[bits, group_size] += number * rows * columns
+    return [form for form, count in weights.most_common() if count > 0]
+
+
 def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) -> int:
     """One of these linears once it is packed, its bias included."""
     _, rows, columns, has_bias, _ = linear

@@ -67,10 +67,25 @@ def check_tools(tools: object) -> list[Mapping[str, Any]]:
             if not isinstance(kind, str) or kind != "function":
                 raise RequestError(where, f"type is {shown(kind)}", "Supported is: 'function'.")
             tool = tool["function"]
-        if not isinstance(tool, Mapping):
-            raise RequestError(where, f"got {type(tool).__name__}", "Pass a dict that describes a function.")
-        functions.append(tool)
+        functions.append(_function(where, tool))
     return functions
+
+
+def _function(where: str, tool: object) -> Mapping[str, Any]:
+    """A description of a function, of which an answer's calls need the name and the schema of its parameters. Qwen-1's
+    own have name_for_model, and a list of parameters."""
+    if not isinstance(tool, Mapping):
+        raise RequestError(where, f"got {type(tool).__name__}", "Pass a dict that describes a function.")
+    name, parameters = tool.get("name_for_model"), tool.get("parameters")
+    if not isinstance(name, str) or not name:
+        name = tool.get("name")
+    if not isinstance(name, str) or not name:
+        found = "it has no name" if name is None else f"its name is {shown(name)}"
+        raise RequestError(where, found, "Pass {'type': 'function', 'function': {'name': str, ...}}.")
+    if not isinstance(parameters, Mapping | list | tuple | None):
+        found = f"the parameters of {shown(name)} are {shown(parameters)}"
+        raise RequestError(where, found, "Pass a JSON schema, {'type': 'object', 'properties': {...}}.")
+    return tool
 
 
 def out_of_place(role: str) -> RequestError:

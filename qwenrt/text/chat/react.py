@@ -178,8 +178,6 @@ def _tool_specs(tools: object) -> list[dict[str, str]]:
             "name_for_human": _text_of(where, tool, "name_for_human", "name"),
             "description_for_model": _text_of(where, tool, "description_for_model", "description"),
         }
-        if not spec["name_for_model"]:
-            raise RequestError(where, "it has no name", "Give the function a 'name'.")
         parameters = tool.get("parameters")
         if parameters is None:  # as OpenAI reads it: a function without parameters
             parameters = {"type": "object", "properties": {}}

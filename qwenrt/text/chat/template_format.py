@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.errors import RequestError
+from qwenrt.errors import RequestError, shown
 from qwenrt.text.chat.messages import Message, check_messages, check_tools
 from qwenrt.text.chat.outside_text import split_at_control_tokens, untrusted
 from qwenrt.text.chat.prompt import Prompt, check_window
@@ -122,6 +122,10 @@ class TemplateFormat:
 
     def _switch(self, template: JinjaTemplate, enable_thinking: bool | None) -> dict[str, bool]:
         """The template's variable that turns thinking on or off, where the caller asks for one of the two."""
+        if not isinstance(enable_thinking, bool | None):
+            raise RequestError(
+                "enable_thinking", f"got {shown(enable_thinking)}", "Pass True, False or None."
+            )
         if enable_thinking is None:
             return {}
         if "enable_thinking" in template.variables:

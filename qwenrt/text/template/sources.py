@@ -43,13 +43,17 @@ def template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, Te
     found = {
         n: TemplateSource(source, f"{where} {n!r:.40}") for n, source in named.items() if n in _USED
     } | found
-    if "default" not in found and (found or named):
-        raise ConfigError(
-            f"reading {where}",
-            f"none of {len(named) or len(found)} templates is named 'default'",
-            "Name the one for plain conversations 'default'.",
-        )
-    return found
+    if "default" in found or not (found or named):
+        return found
+    if named:
+        names = f"none of {len(named)} templates is named 'default'"
+        raise ConfigError(f"reading {where}", names, "Name the one for plain conversations so.")
+    alone = f"it has {', '.join(path.name for path in there.values())} alone"
+    raise ConfigError(
+        f"reading {directory / TEMPLATE_FOLDER}",
+        alone,
+        f"Add the template for plain conversations, {TEMPLATE_FILE}.",
+    )
 
 
 def _named(given: object, where: str) -> dict[str, str]:

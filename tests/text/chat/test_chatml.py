@@ -320,8 +320,12 @@ def test_parallel_calls_become_one_after_another(swapped: bool, with_ids: bool) 
         ([{"type": "code", "function": {}}], "tools[0]: type is 'code'"),
         ([{"type": "function", "function": "f"}], "tools[0]: got str"),
         ([{}], "tools[0]: it has no name"),
-        ([{"name": 5}], "tools[0]: name: got int"),
-        ([{"name": "f", "parameters": {1, 2}}], "tools[0]: parameters: Object of type set"),
+        ([{"name": 5}], "tools[0]: its name is 5"),
+        ([{"name": ""}], "tools[0]: its name is ''"),
+        ([{"type": "web_search"}], "tools[0]: it has no name"),
+        ([{"name": "f", "parameters": {1, 2}}], "tools[0]: the parameters of 'f' are {1, 2}"),
+        ([{"name": "f", "parameters": "{}"}], "tools[0]: the parameters of 'f' are '{}'"),
+        ([{"name": "f", "parameters": {"a": {1, 2}}}], "tools[0]: parameters: Object of type set"),
     ],
 )
 def test_refused_tools(tools: Any, text: str) -> None:
