@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwenrt.config import read_model_config
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.finetune import finetune
 from qwenrt.finetune.checkpoint import save_atomically
