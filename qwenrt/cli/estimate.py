@@ -224,7 +224,8 @@ def _show(report: Report, terminal: Terminal) -> None:
     def row(label: str, size: str, text: str = "", style: str = "") -> None:
         terminal.say(f"{label:<12} {size:>12}   {text}".rstrip(), style)
 
-    terminal.say(f"{report.model}: {config.model_type}, from {report.source}", "bold")
+    origin = "" if report.source == report.model else f", from {report.source}"
+    terminal.say(f"{report.model}: {config.model_type}{origin}", "bold")
     active = config.num_active_parameters
     part = "" if active == config.num_parameters else f"{_billions(active)} of them active for a token"
     row("parameters", _billions(config.num_parameters), part)
