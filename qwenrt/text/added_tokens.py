@@ -62,6 +62,7 @@ def read_added_tokens(
     vocab: Mapping[str, int],
     first_free_id: int,
     templates: str = "",
+    composes: bool = True,
 ) -> tuple[AddedToken, ...]:
     """The added tokens of a directory, by id.
 
@@ -70,6 +71,8 @@ def read_added_tokens(
     every Qwen has, from ``first_free_id``. Those three are also looked for in ``vocab`` (form -> id). A model with
     none of the three, but with an eos_token of its own among its added tokens, is one that was trained with other
     control tokens.
+
+    ``composes``: whether texts are composed (NFC) before the forms that are "normalized" are looked for, which are so too.
 
     Which of them are control tokens: those that a file calls special, those that tokenizer_config.json names as ends
     and beginnings, those written `<|...|>`, the family's tags of thoughts and calls, and the tags (`<...>`, `[...]`)
@@ -117,6 +120,7 @@ def read_added_tokens(
     return tuple(
         replace(
             token,
+            form=nfc(token.form) if composes and token.normalized else token.form,
             special=(token.special or token.form in named) and token.form not in _TAGS,
             control=_is_control(token, named, templates),
         )
@@ -196,11 +200,11 @@ def _added_token(entry: object, token_id: object, where: str) -> AddedToken:
     special = entry.get("special", False) or form in REQUIRED
     normalized = entry.get("normalized", not special)
     around = {name: entry.get(name, False) for name in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(nfc(form) if normalized else form, token_id, special, normalized, **around)
+    return AddedToken(form, token_id, special, normalized, **around)
 
 
 class Found(NamedTuple):
-    """Where a token stands in a text, with the white space that it takes along."""
+    """Where a token stands in a text, with the white space that it takes along, in which the next may begin."""
 
     start: int
     end: int
@@ -208,10 +212,13 @@ class Found(NamedTuple):
 
 
 class FormFinder:
-    """Finds the forms of tokens in a text, leftmost and longest first, in time linear in the text."""
+    """Finds the forms of tokens in a text, leftmost and longest first, in time linear in the text. Of two tokens of one
+    form, composed, the first counts."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
-        self._tokens = {token.form: token for token in tokens}
+        self._tokens: dict[str, AddedToken] = {}
+        for token in tokens:
+            self._tokens.setdefault(token.form, token)
         lengths: dict[str, set[int]] = {}
         for form in self._tokens:
             lengths.setdefault(form[0], set()).add(len(form))
@@ -237,7 +244,7 @@ class FormFinder:
             while token.rstrip and stop < len(text) and text[stop] in _BLANK:
                 stop += 1
             yield Found(start, stop, token.id)
-            end = position = stop
+            end = stop
 
     def _at(self, text: str, start: int) -> AddedToken | None:
         lengths = self._lengths[text[start]]
