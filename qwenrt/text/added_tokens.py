@@ -72,7 +72,7 @@ def read_added_tokens(
     none of the three, but with an eos_token of its own among its added tokens, is one that was trained with other
     control tokens.
 
-    ``composes``: whether texts are composed (NFC) before the forms that are "normalized" are looked for, which are so too.
+    ``composes``: whether texts are composed (NFC) before "normalized" forms are looked for, which are so too.
 
     Which of them are control tokens: those that a file calls special, those that tokenizer_config.json names as ends
     and beginnings, those written `<|...|>`, the family's tags of thoughts and calls, and the tags (`<...>`, `[...]`)
