@@ -66,8 +66,9 @@ weights favour none: there the root mean square of the rounding error, relative 
 benchmarks/results/quality/NAME.json` measures again."""
 _LAUNCHES = """## Kernels for one token
 
-A device that computes by itself waits for whoever tells it what to do. Counted on the 24 layers of Qwen-1.8B, in bfloat16
-and with int4 weights, for one token of one sequence by the definitions in plain torch (`tests/backends/test_launches.py`):
+A device that computes by itself waits for whoever tells it what to do. Counted on the 24 layers of Qwen-1.8B, in
+bfloat16 and with int4 weights, for one token of one sequence by the definitions in plain torch
+(`tests/backends/test_launches.py`):
 
 | | bfloat16 | int4 | waits for the device |
 |---|---|---|---|
@@ -75,8 +76,8 @@ and with int4 weights, for one token of one sequence by the definitions in plain
 | the layers' operations one by one | 1040 | 2312 | 0 |
 | a captured step (`GraphStack`), choice of the token included | 1281 | 2553 | 0 |
 
-What is captured launches more kernels, since it looks at whole rows of the block table, but the host asks for them all at
-once. None of this has been timed on a GPU yet. Steps on a CPU are one call of the C++ library and launch none.
+What is captured launches more kernels, since it looks at whole rows of the block table, but the host asks for them
+all at once. None of this has been timed on a GPU yet. Steps on a CPU are one call of the C++ library and launch none.
 """
 _METHOD = """## How it is measured
 
