@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.config import GenerationConfig, ModelConfig, QuantConfig, YarnConfig, parse_model_config
+from qwenrt.config import (
+    GenerationConfig,
+    ModelConfig,
+    QuantConfig,
+    YarnConfig,
+    parse_model_config,
+    read_model_config,
+)
 from qwenrt.config.layers import num_parameters
 from qwenrt.errors import ConfigError
 
