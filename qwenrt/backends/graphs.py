@@ -166,7 +166,8 @@ class GraphStack:
 
     def __init__(self, backend: Device, parts: StackParts, graphs: Graphs, seams: SeamStack) -> None:
         self._backend, self._parts, self._graphs, self._seams = backend, parts, graphs, seams
-        self._sizes = tuple(size for size in graphs.sizes if size <= parts.max_rows) or (parts.max_rows,)
+        most = min(parts.max_rows, graphs.sizes[-1])
+        self._sizes = (*(size for size in graphs.sizes if size < most), most)
         self._captured: dict[tuple[int, int, int | None], Graph] = {}
         self._failed: str | None = None
         self._rows: RowTable | None = None
