@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.config import GenerationConfig, ModelConfig, QuantConfig, YarnConfig, parse_model_config
+from qwenrt.config import (
+    GenerationConfig,
+    ModelConfig,
+    QuantConfig,
+    YarnConfig,
+    parse_model_config,
+    read_model_config,
+)
 from qwenrt.config.layers import num_parameters
 from qwenrt.errors import ConfigError
 
@@ -171,7 +178,7 @@ def test_a_name_that_stands_twice_in_a_file(tmp_path: Path, caplog: pytest.LogCa
     """Readers of JSON take the last, and say nothing."""
     plain = json.dumps(BASE)
     (tmp_path / "config.json").write_text(f'{plain[:-1]}, "rope_theta": 5e5, "x": {{"y": 1, "y": 1}}}}')
-    assert ModelConfig.from_dir(tmp_path).rope_theta == 5e5
+    assert read_model_config(tmp_path).rope_theta == 5e5
     assert len(caplog.records) == 1
     assert "config.json says rope_theta 500000.0 and before that 1000000.0: the first is used" in caplog.text
 
@@ -208,12 +215,12 @@ def test_the_sidecar_of_a_quantised_checkpoint_completes_config_json(
     assert config.quant is not None and config.quant.zero_offset == 0 and not caplog.records
     parse_model_config(BASE | {"quantization_config": ours}, {"bits": 8, "group_size": 128})
     assert "bits 4 in quantization_config" in caplog.text and "8 in quantize_config.json" in caplog.text
-    ModelConfig.from_dict(BASE | {"quantization_config": ours}, {"quant_method": "awq", "w_bit": 4})
+    parse_model_config(BASE | {"quantization_config": ours}, {"quant_method": "awq", "w_bit": 4})
     assert "quant_method 'gptq' in quantization_config" in caplog.text
     with pytest.raises(ConfigError, match=r"reading quantize_config.json: no bits"):
-        ModelConfig.from_dict(BASE, {"group_size": 128})
+        parse_model_config(BASE, {"group_size": 128})
     with pytest.raises(ConfigError, match=r"reading quantization_config of config.json: no bits"):
-        ModelConfig.from_dict(BASE | {"quantization_config": {"group_size": 128}})
+        parse_model_config(BASE | {"quantization_config": {"group_size": 128}})
 
 
 def test_the_older_name_of_a_compressed_files_quantisation() -> None:

@@ -15,13 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import read_model_config
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.finetune import finetune
 from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus, encode_entry, read_entries
 from qwenrt.finetune.trainer import STATE_FILE, Trainer, TrainingSettings
-from qwenrt.text.tokenizer import load_tokenizer
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 CONFIG = {
@@ -146,7 +145,6 @@ def test_batches_take_every_entry_once_and_keep_to_the_budget(base):
 def test_padding_and_batching_do_not_change_the_loss(base):
     corpus = Corpus.encode(Tokenizer.from_dir(base), ENTRIES, 96)
     settings = {k: v for k, v in QUICK.items() if k not in ("threads", "progress")}
-    from qwenrt.config import read_model_config
     from qwenrt.finetune.trainer import TrainingSettings
 
     trainer = Trainer(base, read_model_config(base), corpus, TrainingSettings(**settings), pad_id=256)
@@ -245,7 +243,7 @@ def test_a_run_goes_on_only_with_all_that_decides_its_result(base, tmp_path):
     """Each setting, the data, and the weights and configuration it began with."""
     finetune(base, ENTRIES, tmp_path / "first", epochs=1, **QUICK)
     finetune(base, ENTRIES, tmp_path / "second", epochs=1, **{**QUICK, "seed": 1})
-    config, tokenizer = ModelConfig.from_dir(base), load_tokenizer(base)
+    config, tokenizer = read_model_config(base), Tokenizer.from_dir(base)
 
     def trainer(source="first", entries=ENTRIES, config=config, threads=None, **settings):
         options = TrainingSettings(**{"epochs": 2, "batch_tokens": 256, "max_length": 96, **settings})
