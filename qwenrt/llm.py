@@ -7,6 +7,7 @@ serves all callers, so any thread may use one LLM.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
     from qwenrt.text.chat.prompt import Prompt
     from qwenrt.text.replies.parser import ReplyStream
+
+logger = logging.getLogger("qwenrt")
 
 
 def load(
@@ -368,7 +371,21 @@ class LLM:
                 "sampling_params", f"got {type(given).__name__}", "Pass qwenrt.SamplingParams(...)."
             )
         params = self.generation_config.sampling if given is None else given
-        return params.with_(**changes) if changes else params
+        return self._seeing_control_tokens(params.with_(**changes) if changes else params)
+
+    def _seeing_control_tokens(self, params: SamplingParams) -> SamplingParams:
+        """A stop string that is a control token, which is left out of every text, ends one by its id."""
+        hidden = self.tokenizer.special_tokens if self.tokenizer is not None and params.stop else {}
+        ids = [hidden[stop] for stop in params.stop if stop in hidden]
+        for stop in params.stop:
+            inside = next((form for form in hidden if form in stop and stop not in hidden), None)
+            if inside is not None:
+                logger.warning(
+                    "stop %s is never found: %s is left out of texts; it would end one by itself",
+                    shown(stop),
+                    inside,
+                )
+        return params.with_(stop_token_ids=(*params.stop_token_ids, *ids)) if ids else params
 
     def _submit(
         self,

@@ -31,7 +31,8 @@ class SamplingParams:
     n: how many completions. logprobs: how many alternatives to report per token (None reports none).
     stop: strings that end the text and are cut from it. In a chat that is the answer: what a thought or a call of a
     tool says ends nothing, unless include_reasoning_in_stop searches in all that is written, tags included (as it
-    always is in a completion, and for Qwen-1's ReAct). stop_token_ids: ids that end it, wherever they are drawn.
+    always is in a completion, and for Qwen-1's ReAct). One that is a control token ends it by its id.
+    stop_token_ids: ids that end it, wherever they are drawn.
     max_tokens: None lets the text run to the end of the context. min_tokens: no stop before that many.
     ignore_eos: go on past the end-of-text tokens.
     """

@@ -30,7 +30,7 @@ def line(name: str, backend: Backend, model: Qwen, *, cache: str, context: int, 
 def table(backend: Backend, model: Qwen) -> list[str]:
     """Lines: operation, form of the weights, what serves it in how many places, and why or with which note; then bytes
     by form."""
-    forms = {piece.kind: _form(piece) for piece in _pieces(model)}
+    forms = {"parts": "several forms"} | {piece.kind: _form(piece) for piece in _pieces(model)}
     rows: dict[tuple[str, str, str, str], int] = {}
     for b in backend.bindings:
         key = (b.op, forms.get(b.kind, b.kind), backend.name if b.native else "plain torch", b.why)

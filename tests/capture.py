@@ -29,7 +29,7 @@ _REFUSED = {
     "unique_consecutive",
     "_unique2",
 }
-_VIEWS = {
+VIEWS = {
     "alias",
     "as_strided",
     "chunk",
@@ -83,7 +83,7 @@ class CaptureGuard(TorchDispatchMode):
             self._made.append(tensor)
             if tensor.numel():
                 self._known.add(tensor.untyped_storage().data_ptr())
-        if name not in _VIEWS:
+        if name not in VIEWS:
             self.launches[name] += 1
         return out
 

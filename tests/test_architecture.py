@@ -100,6 +100,12 @@ def test_no_circle_of_modules_is_left() -> None:
     assert not left, {str(p.relative_to(ROOT)): sorted(q.stem for q in found) for p, found in left.items()}
 
 
+def test_files_that_the_decisions_name_are_there() -> None:
+    text = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w./-]+\.(?:py|cpp|h))`", text):
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), f"docs/decisions.md names {name}"
+
+
 def test_every_room_is_on_the_map() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for room in sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()):

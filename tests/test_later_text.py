@@ -138,6 +138,26 @@ def test_a_bad_budget_is_refused(thinker: qwenrt.LLM, budget: Any, n: int) -> No
         thinker.chat(messages=[{"role": "user", "content": "hello"}], thinking_budget=budget, n=n)
 
 
+@pytest.mark.parametrize("form", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_a_stop_string_that_is_a_control_token_ends_a_text(
+    llm: qwenrt.LLM, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is left out of what is written, so that no search of the text could find it."""
+    assert llm.tokenizer is not None
+    said = {"logit_bias": {llm.tokenizer.token_id(form): 100.0}, "temperature": 0, "ignore_eos": True}
+    ask = {"messages": [{"role": "user", "content": "hello"}]}
+    for stop in (form, ["x", form]):
+        for reply in (
+            llm.generate("hello", stop=stop, max_tokens=4, **said),
+            llm.chat(**ask, stop=stop, max_tokens=4, **said),
+            list(llm.stream(**ask, stop=stop, max_tokens=4, **said))[-1],
+        ):
+            assert reply.finish_reason == "stop" and reply.usage.completion_tokens == 1
+    assert not caplog.records
+    assert llm.generate("hello", stop=f"a{form}", max_tokens=4, **said).finish_reason == "length"
+    assert f"{form} is left out of texts" in caplog.text
+
+
 def test_tools_go_into_the_prompt_and_calls_come_out(llm: qwenrt.LLM) -> None:
     prompt, reader = llm._prompter.chat_prompt("hello", [], None, None, [TOOL], None)
     assert llm.tokenizer is not None

@@ -6,6 +6,7 @@
 // lies, and asked for before it is needed.
 #pragma once
 #include "attention/cells.h"
+#include "isa/unroll.h"
 
 namespace {
 
@@ -80,23 +81,31 @@ INLINE void dot_products(const float* const* q, const Cell* k, const int64_t* ce
   }
 }
 
+// f(count, i, h, place, stop) for the rows of each head, a step of places [place, stop) after the other: `count` of
+// them from the i-th on, of key head h, as many together as share what they read. Asks for what comes next.
+template <class Cell, class Each>
+INLINE void each_step(const Rows& rows, Ahead<Cell> ahead, const Each& f) {
+  for (int64_t place = rows.first; place < rows.last; place += kStep) {
+    const int64_t stop = least_of(place + kStep, rows.end);
+    for (int64_t h = rows.first_head, i = 0; h < rows.last_head; ++h) {
+      ahead.ask();
+      const int64_t end = i + rows.count();
+      for (; end - i >= 4; i += 4) f(Index<4>(), i, h, place, stop);
+      for (; end - i >= 2; i += 2) f(Index<2>(), i, h, place, stop);
+      for (; i < end; ++i) f(Index<1>(), i, h, place, stop);
+    }
+  }
+}
+
 // scores[row][place] = q k, of all rows.
 template <class Cell>
 void score(const Attention& a, const Rows& rows, ChunkMemory& m) {
   const int64_t head_dim = a.cache.head_dim;
   const Cell* k = static_cast<const Cell*>(a.cache.k);
-  Ahead<Cell> ahead(k, m.cells, head_dim, rows);
-  for (int64_t place = rows.first; place < rows.last; place += kStep) {
-    const int64_t stop = least_of(place + kStep, rows.end);
-    for (int64_t h = rows.first_head, i = 0; h < rows.last_head; ++h) {
-      ahead.ask();
-      const Cell* keys = k + h * head_dim;
-      const int64_t end = i + rows.count();
-      for (; end - i >= 4; i += 4) dot_products<4>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place, stop);
-      for (; end - i >= 2; i += 2) dot_products<2>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place, stop);
-      for (; i < end; ++i) dot_products<1>(m.queries + i, keys, m.cells, head_dim, m.scores + i, place, stop);
-    }
-  }
+  each_step(rows, Ahead<Cell>(k, m.cells, head_dim, rows),
+            [&](auto count, int64_t i, int64_t h, int64_t place, int64_t stop) __attribute__((always_inline)) {
+    dot_products<count>(m.queries + i, k + h * head_dim, m.cells, head_dim, m.scores + i, place, stop);
+  });
 }
 
 // q k of places [first, last) -> weights exp(score - largest) of places [begin, end) of these, and 0 in the others.
@@ -205,18 +214,10 @@ template <class Cell>
 void weigh(const Attention& a, const Rows& rows, ChunkMemory& m) {
   const int64_t head_dim = a.cache.head_dim;
   const Cell* v = static_cast<const Cell*>(a.cache.v);
-  Ahead<Cell> ahead(v, m.cells, head_dim, rows);
-  for (int64_t place = rows.first; place < rows.last; place += kStep) {
-    const int64_t stop = least_of(place + kStep, rows.end);
-    for (int64_t h = rows.first_head, i = 0; h < rows.last_head; ++h) {
-      ahead.ask();
-      const Cell* values = v + h * head_dim;
-      const int64_t end = i + rows.count();
-      for (; end - i >= 4; i += 4) add_values<4>(m.scores + i, values, m.cells, head_dim, place, stop, m.outs + i);
-      for (; end - i >= 2; i += 2) add_values<2>(m.scores + i, values, m.cells, head_dim, place, stop, m.outs + i);
-      for (; i < end; ++i) add_values<1>(m.scores + i, values, m.cells, head_dim, place, stop, m.outs + i);
-    }
-  }
+  each_step(rows, Ahead<Cell>(v, m.cells, head_dim, rows),
+            [&](auto count, int64_t i, int64_t h, int64_t place, int64_t stop) __attribute__((always_inline)) {
+    add_values<count>(m.scores + i, v + h * head_dim, m.cells, head_dim, place, stop, m.outs + i);
+  });
 }
 
 // One pass over the chunk's keys [begin, end) that any of its rows may see.

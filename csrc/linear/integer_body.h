@@ -177,18 +177,15 @@ BlockKind round_block(const float* x, int64_t n, int bits, NarrowRule narrow, Ro
   if (!(largest <= kLargestActivation)) return BlockKind::kNotFinite;
   const float total =
       ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
-  const bool wide = largest > narrow.largest || largest * float(n) > narrow.to_mean * total;
-  const bool zeros = largest < kSmallestActivation;
-  const float limit = wide ? kWideLimit : kNarrowLimit;
-  out.scale = zeros ? 0.0f : largest / limit;
-  const float inverse = zeros ? 0.0f : limit / largest;
+  const BlockScale block = scale_of(largest, total, n, narrow);
+  out.scale = block.scale;
   int32_t q[kPairBlock], all_of_them = 0;
-  for (int64_t i = 0; i < n; i += 8) round8(x + i, inverse, q + i);
+  for (int64_t i = 0; i < n; i += 8) round8(x + i, block.inverse, q + i);
   for (int64_t i = 0; i < n; ++i) all_of_them += q[i];
   out.sum = all_of_them;
-  if (wide) place_wide(q, n, bits, out.low, out.high);
+  if (block.wide) place_wide(q, n, bits, out.low, out.high);
   else place_bytes(q, n, bits, out.low);
-  return wide ? BlockKind::kWide : BlockKind::kNarrow;
+  return block.wide ? BlockKind::kWide : BlockKind::kNarrow;
 }
 
 }  // namespace

@@ -42,4 +42,17 @@ inline void place_wide(int32_t* q, int64_t n, int bits, int32_t* low, int32_t* h
 constexpr float kNarrowLimit = 127;
 constexpr float kWideLimit = 32639;  // 127 * 256 + 127: the upper byte is 127 at most; pairs are rounded alike
 
+// How a block is rounded whose largest activation and sum of sizes these are.
+struct BlockScale {
+  bool wide;
+  float scale, inverse;
+};
+
+inline BlockScale scale_of(float largest, float total, int64_t n, NarrowRule narrow) {
+  const bool wide = largest > narrow.largest || largest * float(n) > narrow.to_mean * total;
+  const bool zeros = largest < kSmallestActivation;
+  const float limit = wide ? kWideLimit : kNarrowLimit;
+  return {wide, zeros ? 0.0f : largest / limit, zeros ? 0.0f : limit / largest};
+}
+
 }  // namespace

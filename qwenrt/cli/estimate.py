@@ -234,7 +234,8 @@ def _show(report: Report, terminal: Terminal) -> None:
     def row(label: str, size: str, text: str = "", style: str = "") -> None:
         terminal.say(f"{label:<12} {size:>12}   {text}".rstrip(), style)
 
-    terminal.say(f"{report.model}: model type {config.model_type}, from {report.source}", "bold")
+    origin = "" if report.source == report.model else f", from {report.source}"
+    terminal.say(f"{report.model}: model type {config.model_type}{origin}", "bold")
     active = num_active_parameters(config)
     part = "" if active == num_parameters(config) else f"{_billions(active)} of them active for a token"
     row("parameters", _billions(num_parameters(config)), part)

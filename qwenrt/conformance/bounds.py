@@ -118,4 +118,5 @@ def rotary(x: Near, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) ->
         other = head.roll(half, -1)
         return torch.cat((head * cos.unsqueeze(1) + other * sin.unsqueeze(1), rest), -1)
 
-    return Near(value, turned(x.error) + 4 * FLOAT32 * turned(x.value.abs())).rounded(unit(dtype))
+    moved = turned(x.error) + 4 * FLOAT32 * turned(x.value.abs()) + floor(dtype)
+    return Near(value, moved).rounded(unit(dtype))

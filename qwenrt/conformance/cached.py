@@ -299,19 +299,22 @@ class AttentionChecker:
     def near(self) -> Near:
         """A weight of the softmax is off by what its score is, twice, and where weights are rounded for the second
         product, by that; errors of results add up with the sizes of values, which attention over them weighs."""
+        case = self.case
         value = self._defined(self.values.double())
         spread = self._defined(self.values.double().abs()) + 1e-6
         scores = self.q.double().norm(dim=-1, keepdim=True)
         if len(self.keys):
-            longest = self.keys.double().norm(dim=-1).max()
-            scores = scores * longest * self.scale
-        off = (16 + 4 * scores) * bounds.FLOAT32
-        if self.case.dtype != torch.float32:
-            off = off + (4 + scores / 2) * bounds.unit(self.case.dtype)
-        if self.case.cache == INT8 and len(self.keys):
-            # Sizes have codes of their own, a step away at most; a value near zero is a code beside a zero far from it.
-            largest = self.values.double().abs().max()
-            return Near(value, off * (spread + largest / 255) + 4 * bounds.FLOAT32 * largest)
+            scores = scores * self.keys.double().norm(dim=-1).max() * self.scale
+        apart = 3 if case.cache == INT8 else 1  # a kernel may add up codes and zeros of keys apart
+        off = (16 + 4 * apart * scores) * bounds.FLOAT32
+        if case.dtype != torch.float32:
+            off = off + (4 + scores / 2) * bounds.unit(case.dtype)
+        if case.cache == INT8 and len(self.keys):
+            # Sizes have codes of their own, a step away at most. Codes and zeros of values may be added up apart too: a
+            # value near zero is then a code and a zero that are far from it.
+            largest, longest = self.values.double().abs().max(), max(n for _, n in self.sequences.lens)
+            terms = min(longest, case.window or longest)
+            return Near(value, off * (spread + largest / 255) + bounds.sums(terms) * 2 * largest)
         return Near(value, off * spread)
 
     def check(self, subject: Subject) -> Finding:

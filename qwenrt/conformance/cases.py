@@ -77,7 +77,6 @@ OPS = (
         "pack_linear",
         LinearCase,
         {"dtype": DTYPES, "form": FORMS, "shape": SHAPES, "bias": (True, False)},
-        linear=True,
     ),
     Op(
         "norm_linear",
@@ -126,7 +125,7 @@ OPS = (
         {
             "dtype": DTYPES,
             "form": MAIN_FORMS,
-            "experts": ((6, 2), (4, 4), (40, 9)),
+            "experts": ((6, 2), (4, 4), (16, 5)),
             "sizes": ((48, 24, 0), (64, 40, 72)),
             "norm_topk": (True, False),
             "layout": (CONTIGUOUS, ROWS_APART),

@@ -51,6 +51,12 @@ def test_a_released_shape(qwenrt: Qwenrt) -> None:
     assert max(map(len, done.out.splitlines())) <= 110
 
 
+def test_a_path_is_said_once(qwenrt: Qwenrt, tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "m")
+    done = qwenrt("estimate", str(directory))
+    assert done.out.splitlines()[0] == f"{directory}: model type {read_model_config(directory).model_type}"
+
+
 def test_files_that_are_here_decide_whether_the_head_is_the_embedding(qwenrt: Qwenrt, tmp_path: Path) -> None:
     directory = write_tiny_checkpoint(tmp_path / "m", tie_word_embeddings=True)
     with_files = as_json(qwenrt, str(directory))

@@ -23,6 +23,7 @@ from qwenrt.loader.checkpoint.checkpoint import INDEX, open_checkpoint
 from qwenrt.loader.memory.footprint import weight_bytes
 from qwenrt.loader.memory.preflight import storage_of
 from qwenrt.ops.types import Packed
+from tests.kernel_sets import needs_kernels
 from tests.model.tiny_models import (
     MOE,
     PROMPT,
@@ -267,6 +268,7 @@ def test_gptq_whose_modules_have_other_bits_and_groups_or_none(
     assert "ownload" not in str(caught.value)
 
 
+@needs_kernels
 def test_the_check_at_load_looks_at_each_form_in_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,8 +284,6 @@ def test_the_check_at_load_looks_at_each_form_in_the_file(
     state |= gptq_state(wide, eights, 8, 16)[0]
     rewrite(tmp_path, state, quantization_config=gptq_config(4, 32))
     with load(tmp_path) as llm:
-        if llm.backend.kernels is None:
-            pytest.skip("csrc was not built")
         assert not llm.backend.demoted
         wanted = llm.logits(PROMPT)
     multiply = Kernels.quant_linear

@@ -450,11 +450,9 @@ BlockKind avx2_round_block(const float* x, int64_t n, int bits, NarrowRule narro
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals), _mm256_extractf128_ps(totals, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   const float total = _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-  const bool wide = largest > narrow.largest || largest * float(n) > narrow.to_mean * total;
-  const bool zeros = largest < kSmallestActivation;
-  const float limit = wide ? kWideLimit : kNarrowLimit;
-  out.scale = zeros ? 0.0f : largest / limit;
-  const __m256 inverse = _mm256_set1_ps(zeros ? 0.0f : limit / largest);
+  const BlockScale block = scale_of(largest, total, n, narrow);
+  out.scale = block.scale;
+  const __m256 inverse = _mm256_set1_ps(block.inverse);
   alignas(32) int32_t q[kPairBlock];
   __m256i all = _mm256_setzero_si256();
   for (int64_t i = 0; i < n; i += 8) {
@@ -464,9 +462,9 @@ BlockKind avx2_round_block(const float* x, int64_t n, int bits, NarrowRule narro
   }
   out.sum = _mm_cvtsi128_si32(fold(all, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
   if (bits == 8) place_pairs(q, n, out.low);
-  else if (n == kByteBlock) place_byte_block(q, wide, out.low, out.high);
-  else if (wide) place_wide(q, n, bits, out.low, out.high);
+  else if (n == kByteBlock) place_byte_block(q, block.wide, out.low, out.high);
+  else if (block.wide) place_wide(q, n, bits, out.low, out.high);
   else place_bytes(q, n, bits, out.low);
-  return bits == 8 || !wide ? BlockKind::kNarrow : BlockKind::kWide;
+  return bits == 8 || !block.wide ? BlockKind::kNarrow : BlockKind::kWide;
 }
 #endif

@@ -76,17 +76,14 @@ BlockKind round_block(const float* x, int64_t n, int bits, NarrowRule narrow, Ro
     lanes[i % 8] += magnitude;
   }
   const float total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  const bool wide = largest > narrow.largest || largest * float(n) > narrow.to_mean * total;
-  const bool zeros = largest < kSmallestActivation;
-  const float limit = wide ? kWideLimit : kNarrowLimit;
-  out.scale = zeros ? 0.0f : largest / limit;
-  const float inverse = zeros ? 0.0f : limit / largest;
+  const BlockScale block = scale_of(largest, total, n, narrow);
+  out.scale = block.scale;
   int32_t q[kPairBlock], all = 0;
-  for (int64_t i = 0; i < n; ++i) all += q[i] = int32_t(lrintf(x[i] * inverse));
+  for (int64_t i = 0; i < n; ++i) all += q[i] = int32_t(lrintf(x[i] * block.inverse));
   out.sum = all;
-  if (wide) place_wide(q, n, bits, out.low, out.high);
+  if (block.wide) place_wide(q, n, bits, out.low, out.high);
   else place_bytes(q, n, bits, out.low);
-  return wide ? BlockKind::kWide : BlockKind::kNarrow;
+  return block.wide ? BlockKind::kWide : BlockKind::kNarrow;
 }
 
 // Sum of codes * activations over words [0, count) of one row and one token, from `low` or from `high`.

@@ -64,6 +64,7 @@ def read_added_tokens(
     vocab: Mapping[str, int],
     first_free_id: int,
     templates: str = "",
+    composes: bool = True,
 ) -> tuple[AddedToken, ...]:
     """The added tokens of a directory, by id.
 
@@ -72,6 +73,8 @@ def read_added_tokens(
     every Qwen has, from ``first_free_id``. Those three are also looked for in ``vocab`` (content -> id). A model with
     none of the three, but with an eos_token of its own among its added tokens, is one that was trained with other
     control tokens.
+
+    ``composes``: whether texts are composed (NFC) before "normalized" forms are looked for, which are so too.
 
     Which of them are control tokens: those that a file calls special, those that tokenizer_config.json names as ends
     and beginnings, those written `<|...|>`, the family's tags of thoughts and calls, and the tags (`<...>`, `[...]`)
@@ -119,6 +122,7 @@ def read_added_tokens(
     return tuple(
         replace(
             token,
+            content=nfc(token.content) if composes and token.normalized else token.content,
             special=(token.special or token.content in named) and token.content not in _TAGS,
             control=_is_control(token, named, templates),
         )
@@ -198,11 +202,11 @@ def _added_token(entry: object, token_id: object, where: str) -> AddedToken:
     special = entry.get("special", False) or content in REQUIRED
     normalized = entry.get("normalized", not special)
     around = {name: entry.get(name, False) for name in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(nfc(content) if normalized else content, token_id, special, normalized, **around)
+    return AddedToken(content, token_id, special, normalized, **around)
 
 
 class TokenMatch(NamedTuple):
-    """Where a token stands in a text, with the white space that it takes along."""
+    """Where a token stands in a text, with the white space that it takes along, in which the next may begin."""
 
     start: int
     end: int
@@ -210,10 +214,13 @@ class TokenMatch(NamedTuple):
 
 
 class AddedTokenFinder:
-    """Finds the contents of tokens in a text, leftmost and longest first, in time linear in the text."""
+    """Finds the contents of tokens in a text, leftmost and longest first, in time linear in the text. Of two tokens of
+    one content, composed, the first counts."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
-        self._tokens = {token.content: token for token in tokens}
+        self._tokens: dict[str, AddedToken] = {}
+        for token in tokens:
+            self._tokens.setdefault(token.content, token)
         lengths: dict[str, set[int]] = {}
         for content in self._tokens:
             lengths.setdefault(content[0], set()).add(len(content))
@@ -239,7 +246,7 @@ class AddedTokenFinder:
             while token.rstrip and stop < len(text) and text[stop] in _BLANK:
                 stop += 1
             yield TokenMatch(start, stop, token.id)
-            end = position = stop
+            end = stop
 
     def _at(self, text: str, start: int) -> AddedToken | None:
         lengths = self._lengths[text[start]]

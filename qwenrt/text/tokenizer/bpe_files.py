@@ -61,9 +61,8 @@ def _from_tokenizer_json(directory: Path, config: Mapping[str, Any], templates: 
     path = directory / TOKENIZER_FILE
     file = read_tokenizer_json(path)
     vocab = check_ids(file.vocab, f"{path}, model.vocab")
-    added = read_added_tokens(
-        directory, file.added_tokens, config, vocab, max(vocab.values(), default=-1) + 1, templates
-    )
+    first_free = max(vocab.values(), default=-1) + 1
+    added = read_added_tokens(directory, file.added_tokens, config, vocab, first_free, templates, file.nfc)
     ordinary = _ordinary(vocab, added, f"{path}, model.vocab")
     merges = split_merges(file.merges, where := lambda number: f"{path}, model.merges[{number}]")
     ranks, unmerged = _merged(ordinary, merges, where, added, f"{path}, model.merges")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Oracle
 
@@ -303,16 +303,27 @@ def test_tags_of_thoughts_and_calls_stay_in_an_answer_whatever_a_file_calls_them
 FLAGS = st.fixed_dictionaries(
     {name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")}
 )
-WORDS = ["ab", "abc", "b c", "й", "aи\u0306b", "<|x|>"]
+WORDS = ["ab", "abc", "b c", "й", "aи\u0306b", "<|x|>", " c"]  # the last begins in what another takes along
 
 
 @settings(deadline=None, max_examples=150)
 @given(
     st.lists(FLAGS, min_size=len(WORDS), max_size=len(WORDS)),
     st.text(alphabet="abc йи\u0306\n\t\u3000_x1你<|>\u200d²", max_size=24),
+    st.booleans(),
+)
+@example(
+    [{"lstrip": False, "rstrip": True, "single_word": False, "normalized": True}] * len(WORDS),
+    "ab c c ab",
+    True,
+)
+@example(
+    [{"lstrip": False, "rstrip": False, "single_word": False, "normalized": True}] * len(WORDS),
+    "aи\u0306b",
+    False,
 )
 def test_words_are_found_as_tokenizers_finds_them(
-    tmp_path_factory: pytest.TempPathFactory, flags: list[dict[str, bool]], text: str
+    tmp_path_factory: pytest.TempPathFactory, flags: list[dict[str, bool]], text: str, composes: bool
 ) -> None:
     directory = tmp_path_factory.mktemp("words")
     added = [
@@ -322,5 +333,6 @@ def test_words_are_found_as_tokenizers_finds_them(
             for i, (word, flag) in enumerate(zip(WORDS, flags, strict=True))
         ),
     ]
-    tokenizer = load_json(directory, added_tokens=added)
+    normalizer = {"type": "NFC"} if composes else None
+    tokenizer = load_json(directory, added_tokens=added, normalizer=normalizer)
     assert tokenizer.encode(text) == oracle_of(directory).encode(text, add_special_tokens=False).ids
