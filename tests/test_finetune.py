@@ -145,7 +145,6 @@ def test_batches_take_every_entry_once_and_keep_to_the_budget(base):
 def test_padding_and_batching_do_not_change_the_loss(base):
     corpus = Corpus.encode(Tokenizer.from_dir(base), ENTRIES, 96)
     settings = {k: v for k, v in QUICK.items() if k not in ("threads", "progress")}
-    from qwenrt.config import read_model_config
     from qwenrt.finetune.trainer import TrainingSettings
 
     trainer = Trainer(base, read_model_config(base), corpus, TrainingSettings(**settings), pad_id=256)

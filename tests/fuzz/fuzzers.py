@@ -188,7 +188,7 @@ def _tiny_model() -> Path:
 
 
 @functools.cache
-def _templated() -> qwenrt.Tokenizer:
+def _templated() -> ChatTokenizer:
     """The tokenizer of a later generation, with a template of its own."""
     files = {"tokenizer_json": small_json(), "chat_template_jinja": TEMPLATES["qwen3"], "config_json": _LATER}
     return ChatTokenizer.from_dir(write(Path(tempfile.mkdtemp(prefix="qwenrt-fuzz-")), **files))

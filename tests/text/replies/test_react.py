@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.text.chat.chatml import parse_messages
+from qwenrt.text.chat.react import parse_messages
 from qwenrt.text.replies.parser import Piece, Reply, ReplyStream, parse_reply
 
 PARTS = st.lists(
