@@ -38,17 +38,17 @@ def blocks_of(weight: CanonicalWeight) -> Iterator[tuple[slice, int]]:
             yield slice(first, min(first + BLOCK_INPUTS[weight.bits], end)), whole
 
 
-def uneven_blocks(x: torch.Tensor, weight: CanonicalWeight) -> torch.Tensor:
+def residual_blocks(x: torch.Tensor, weight: CanonicalWeight) -> torch.Tensor:
     """Inputs [T, K] that are in a block with a value of more than 8 times the token's mean, beside which a quarter of
     the block, zeros aside, is more than 512 times smaller."""
     limit = 8 * x.abs().mean(1, keepdim=True)
-    uneven = torch.zeros(x.shape, dtype=torch.bool)
+    residual = torch.zeros(x.shape, dtype=torch.bool)
     for inputs, _ in blocks_of(weight):
         size = x[:, inputs].abs()
         largest = size.amax(1, keepdim=True)
         small = ((size > 0) & (size < largest / 512)).sum(1, keepdim=True)
-        uneven[:, inputs] = (largest > limit) & (small * 4 >= size.shape[1])
-    return uneven
+        residual[:, inputs] = (largest > limit) & (small * 4 >= size.shape[1])
+    return residual
 
 
 def rounded_to(x: torch.Tensor, weight: CanonicalWeight, narrow: torch.Tensor) -> torch.Tensor:
@@ -70,20 +70,20 @@ def rounded_linear(x: torch.Tensor, weight: CanonicalWeight, activations: str) -
     """The definition: x rounded block by block to a scale of its largest value, then the product in float64.
 
     int8 beside 4-bit codes: blocks whose largest value is more than 4 times the token's root mean square or 5 times
-    the block's mean are rounded to int16. In uneven blocks, what int16 leaves is rounded again.
+    the block's mean are rounded to int16. What int16 leaves of residual_blocks is rounded again.
     """
     columns = x if weight.perm is None else x[:, weight.perm.long()]
-    uneven = uneven_blocks(columns, weight)
-    even = columns.double().masked_fill(uneven, 0.0)
-    rms = (even.square().sum(1, keepdim=True) / (~uneven).sum(1, keepdim=True).clamp(1)).sqrt()
-    narrow = ~uneven & (activations == "int8" and weight.bits == 4)
+    residual = residual_blocks(columns, weight)
+    even = columns.double().masked_fill(residual, 0.0)
+    rms = (even.square().sum(1, keepdim=True) / (~residual).sum(1, keepdim=True).clamp(1)).sqrt()
+    narrow = ~residual & (activations == "int8" and weight.bits == 4)
     for inputs, whole in blocks_of(weight):
         block = columns[:, inputs].abs()
         largest = block.amax(1, keepdim=True)
         narrow[:, inputs] &= (largest <= 4 * rms) & (largest * whole <= 5 * block.sum(1, keepdim=True))
     used = rounded_to(columns, weight, narrow)
-    rest = (columns.double() - used).float().masked_fill(~uneven, 0.0)
-    used += rounded_to(rest, weight, torch.zeros_like(uneven))
+    rest = (columns.double() - used).float().masked_fill(~residual, 0.0)
+    used += rounded_to(rest, weight, torch.zeros_like(residual))
     w = dequantize(dataclasses.replace(weight, perm=None), torch.float64)
     y = used @ w.t()
     return y if weight.bias is None else y + weight.bias.double()
@@ -126,7 +126,7 @@ def test_linears_of_any_shape_follow_the_definition(
     x = torch.randn(tokens, k) * torch.rand(tokens, 1).mul(20).sub(10).exp2()
     x[:, k // 2] *= 300  # some blocks are wide beside narrow ones
     x[1::2, k // 3] *= 300
-    x[::3, k // 4] *= 3000  # and some are uneven
+    x[::3, k // 4] *= 3000  # and some need a residual
     cpu.configure(activations=activations)
     w = cpu.pack_linear(weight, torch.float32)
     if w.kind != kernels.native_kind(bits):
@@ -143,17 +143,15 @@ def test_linears_of_any_shape_follow_the_definition(
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("activations", ROUNDED)
-def test_what_is_beside_a_massive_value_keeps_its_digits(
-    cpu: CPUBackend, bits: int, activations: str
-) -> None:
+def test_what_is_beside_an_outlier_keeps_its_digits(cpu: CPUBackend, bits: int, activations: str) -> None:
     """A value that W makes nothing of does not cost its block more than a digit of int16."""
     weight = random_weight(64, 1024, bits, 128, sym=True, bias=True)
-    massive = torch.tensor([5, 64, 67, 70, 73, 900])
+    outliers = torch.tensor([5, 64, 67, 70, 73, 900])
     assert weight.codes is not None and weight.zeros is not None
-    weight.codes[massive] = int(weight.zeros[0, 0])
+    weight.codes[outliers] = int(weight.zeros[0, 0])
     x = torch.randn(6, 1024)
     alike = x.clone()
-    x[:, massive] = 1e3 * x[:, massive].sign()
+    x[:, outliers] = 1e3 * x[:, outliers].sign()
     cpu.configure(activations=activations)
     w = cpu.pack_linear(weight, torch.float32)
     with_, without = (cpu.linear(value, w) for value in (x, alike))

@@ -55,7 +55,7 @@ def fixed_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The definition, in float64: slabs of 256 inputs, of which a row's weights share a scale, and 32 activations of a
     token. Left as they are: a slab that does not end with a block; one where a token has a value of more than 64 times
     its mean with a quarter of the block more than 128 times smaller; 16 rows with such a row of weights."""
-    massive, w = x.abs().mean(1) * 64, weight.float()
+    outlier, w = x.abs().mean(1) * 64, weight.float()
     y = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
     for k in range(0, x.shape[1], SLAB):
         xs, ws = x[:, k : k + SLAB], w[:, k : k + SLAB]
@@ -63,7 +63,7 @@ def fixed_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if fits:
             blocks = xs.reshape(len(x), -1, BLOCK)
             largest = blocks.abs().amax(-1, keepdim=True)
-            fits = bool(((largest[..., 0] <= massive[:, None]) | few(blocks.abs(), largest / 128)).all())
+            fits = bool(((largest[..., 0] <= outlier[:, None]) | few(blocks.abs(), largest / 128)).all())
         for n in range(0, len(w), PANEL):
             rows = ws[n : n + PANEL]
             if fits and bool(few(rows.abs(), rows.abs().amax(-1, keepdim=True) / 128).all()):
@@ -118,7 +118,7 @@ def test_few_tokens_and_exact_ones_are_not_rounded() -> None:
     assert torch.equal(linear(x[: FROM - 1], weight), few_of_them)
 
 
-def test_massive_values_and_weights_cost_the_others_nothing() -> None:
+def test_outliers_and_large_weights_cost_the_others_nothing() -> None:
     """Each is made up for on the other side: what rounding makes of those beside it would show."""
     torch.manual_seed(0)
     for side in range(2):
