@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("qwenrt")
-INDEX = "model.safetensors.index.json"
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARDS = 4096
 _NO_INDEX = "Put the model's own index in its place; without any, numbered files are found by their names."
 _CHUNK = 2**20  # bytes of two tensors compared at once
@@ -53,6 +53,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """
     directory = Path(directory)
     index = _read_index(directory)
+    if index is not None and _is_left_over(directory, index):
+        index = None
     names = index.files if index is not None else _files_without_index(directory)
     _check_present(directory, names)
     for name in names:
@@ -238,6 +240,15 @@ def _read_index(directory: Path) -> _Index | None:
     return result
 
 
+def _is_left_over(directory: Path, index: _Index) -> bool:
+    """Whether an index was left behind by files that were replaced by a single one, as merging tools do."""
+    listing = _listing(directory)
+    left = WHOLE in listing and not any(name in listing for name in index.files)
+    if left:
+        logger.warning("%s of %s names files of which none is there: %s serves", INDEX, directory, WHOLE)
+    return left
+
+
 def check_file_name(name: object) -> None:
     """Raise CheckpointError unless ``name``, from an index, is the plain name of a safetensors file."""
     asked = f"{INDEX} names the file {str(name)[:120]!r}"
@@ -277,8 +288,8 @@ def _files_without_index(directory: Path) -> list[str]:
     """The files of a checkpoint that came without an index: one file, or a complete numbered set."""
     listing = _listing(directory)
     files = [name for name in listing if name.endswith(".safetensors")]
-    if "model.safetensors" in files:
-        return ["model.safetensors"]
+    if WHOLE in files:
+        return [WHOLE]
     sets: dict[tuple[str, str], list[str]] = {}
     for name in files:
         if (match := _NUMBERED.fullmatch(name)) and int(match[3]):
@@ -376,7 +387,7 @@ def _check_extra(directory: Path, wanted: list[str]) -> None:
     extra = [
         name
         for name in _listing(directory)
-        if name not in wanted and (_NUMBERED.fullmatch(name) or name == "model.safetensors")
+        if name not in wanted and (_NUMBERED.fullmatch(name) or name == WHOLE)
     ]
     if extra:
         raise CheckpointError(

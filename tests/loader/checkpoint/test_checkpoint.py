@@ -285,6 +285,18 @@ def test_files_of_another_version(tmp_path: Path, extra: str) -> None:
     refused(tmp_path, "files of another version", extra, "Delete the files")
 
 
+def test_an_index_that_was_left_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One file in place of all that it names, as tools for merging leave it; transformers takes the file as well."""
+    sharded(tmp_path)
+    for name in (ONE, TWO):
+        (tmp_path / name).unlink()
+    save_file({"c": A}, tmp_path / "model.safetensors")
+    assert torch.equal(dict(iter_tensors(tmp_path))["c"], A)
+    assert (
+        f"{INDEX} of {tmp_path} names files of which none is there: model.safetensors serves" in caplog.text
+    )
+
+
 def test_two_sets_without_an_index(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / INDEX).unlink()
