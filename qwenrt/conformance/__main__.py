@@ -22,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="cpu", help="as for qwenrt.load: cpu, cuda:1, npu, a plugin's name"
     )
-    parser.add_argument(
-        "--full", action="store_true", help="every combination instead of every pair: minutes"
-    )
+    parser.add_argument("--full", action="store_true", help="every combination instead of every pair: long")
     parser.add_argument("--op", action="append", choices=cases.names(), help="this op only; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to a file as well")
     options = parser.parse_args(arguments)

@@ -12,12 +12,14 @@ import torch
 from qwenrt.backends import registry
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
+from qwenrt.backends.cpu.activations import ACTIVATIONS
+from qwenrt.backends.cpu.backend import KERNEL_CHOICES
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
 
 DEFINITION = "definition"
-_SETS = ("amx", "avx512vnni", "avx2", "neondot", "neon", "scalar")  # best first
-_ACTIVATIONS = ("exact", "int16", "int8", "auto")
+_SETS = tuple(name for name in KERNEL_CHOICES if name not in ("auto", "off"))  # best first
+_ACTIVATIONS = (*ACTIVATIONS, "auto")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +77,12 @@ def test_layouts_hold_the_same_numbers(layout: str) -> None:
     x = torch.randn(5, 3, 8)
     assert torch.equal(laid_out(x, layout), x)
     assert laid_out(x, layout).is_contiguous() == (layout == "contiguous")
+
+
+def test_it_needs_no_pytest() -> None:
+    code = "import sys, qwenrt.conformance.__main__; print('pytest' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 # ---- what they notice
