@@ -57,7 +57,7 @@ def read(address: int, count: int) -> list[int]:
 def of_tokens(fewest: int, most: int, method: str, model: str) -> Mutant:
     def wrong(right: Wrong, x: torch.Tensor, *args: Any) -> Any:
         y = right(x, *args)
-        return y * 1.01 if fewest <= len(x) <= most else y
+        return y * 1.01 if y is not None and fewest <= len(x) <= most else y
 
     return Mutant(f"{method}: scale off at {fewest} to {most} tokens", method, wrong, "linear", model)
 
@@ -67,7 +67,7 @@ def output(change: Callable[[torch.Tensor], Any], enough: int = 1) -> Wrong:
 
     def wrong(right: Wrong, x: torch.Tensor, *args: Any) -> Any:
         y = right(x, *args)
-        if len(y) >= enough:
+        if y is not None and len(y) >= enough:  # None: it refused the numbers
             change(y)
         return y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def test_a_wrong_kernel_is_found_and_no_other_is_blamed(
         cpu.quantize_dense(torch.randn(24, 256), 4, 128, None, "a weight")
     else:
         assert cpu.demoted == demoted and demoted[mutant.op].startswith("self-check: ")
+        # By its results: a mutant that cannot be called would be found by anything.
+        assert not re.search("(TypeError|AttributeError|NameError|ArgumentError)", demoted[mutant.op])
     assert met, "the self-check does not call this kernel"
     assert list(cpu.demoted) == [mutant.op]
 
