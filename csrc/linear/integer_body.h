@@ -76,8 +76,8 @@ INLINE void add_groups(const QwenrtQuantMatrix& w, const IntegerInput& in, Float
     UNROLL(STREAMS, s, {
       int64_t at[kBlocks];
       for (int b = 0; b < kBlocks; ++b) at[b] = (blocks.at[s][b] * w.groups + g) * QWENRT_BLOCK;
-      const Floats scale = load_scales(w, at);
-      const Floats zero = load_zeros(w, at);
+      Floats scale, zero;
+      load_scales_and_zeros(w, at, &scale, &zero);
       UNROLL(TILE, t, {
         const Floats x_sum = all(in.sums[(tile * w.groups + g) * TILE + t]);
         totals[s][t] = multiply_add(scale, subtract_product(sums[s][t], zero, x_sum), totals[s][t]);

@@ -169,7 +169,7 @@ class GraphStack:
         most = min(parts.max_rows, graphs.sizes[-1])
         self._sizes = (*(size for size in graphs.sizes if size < most), most)
         self._captured: dict[tuple[int, int, int | None], Graph] = {}
-        self._failed: str | None = None
+        self._failed = parts.network.bind_decode()  # why decoding is not captured, if so
         self._rows: RowTable | None = None
         self._last: Outcome | None = None
         self.tensors: StepTensors | None = None
@@ -203,8 +203,6 @@ class GraphStack:
     def _memory(self) -> tuple[RowTable, StepTensors]:
         if self._rows is None or self.tensors is None:
             parts = self._parts
-            if (why := parts.network.bind_decode()) is not None:
-                raise ValueError(why)
             self.tensors = StepTensors(parts, self._backend.device)
             self._rotary = parts.network.rotary_table(parts.max_model_len)
             unused = parts.vocabulary.unused

@@ -11,8 +11,9 @@ from qwenrt.config.quant import GROUP_SIZE
 from qwenrt.errors import CheckpointError, ConfigError
 from qwenrt.ops.types import CanonicalWeight
 
-# Shares of a group's range tried when rounding to 4 bits: clipping outliers often lowers the squared error.
-CLIPS = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78, 0.72), 8: (1.0,)}
+# Shares of a group's range tried when rounding to 4 bits. Less than all clips outliers, which lowers the squared error;
+# more than all moves the steps against the weights. In groups of 32, 46 shares from 1.1 to 0.65 take off 0.2 % more.
+CLIPS = {4: (1.1, 1.06, 1.02, 0.99, 0.96, 0.92, 0.86), 8: (1.0,)}
 # Sums over a group: lane j has elements j, j + 32, ... in turn, then the lanes are added by halves.
 _SUM_LANES = 32
 _ZERO_BITS = 15  # of a float16 scale: the least of its 11 digits, where a zero of 4-bit codes has room

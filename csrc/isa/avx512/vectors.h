@@ -85,6 +85,19 @@ INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
 }
 
+// Both of one group. Where a scale's last bits are its zero, one load gives both: in groups of 32 they are read often.
+INLINE void load_scales_and_zeros(const QwenrtQuantMatrix& w, const int64_t* at, Floats* scale, Floats* zero) {
+  if (__builtin_expect(w.zero == QWENRT_ZEROS_IN_SCALES && !w.zeros, 1)) {
+    const uint16_t* scales = static_cast<const uint16_t*>(w.scales);
+    const __m256i both = load2x128(scales + at[0], scales + at[1]);
+    *scale = _mm512_cvtph_ps(both);
+    *zero = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_cvtepu16_epi32(both), _mm512_set1_epi32(15)));
+    return;
+  }
+  *scale = load_scales(w, at);
+  *zero = load_zeros(w, at);
+}
+
 // The blocks' rows of one token, as many of them as there are.
 INLINE void store_rows(const QwenrtQuantMatrix& w, float* y, Floats value, const int64_t* blocks) {
   const __m256 halves[kBlocks] = {_mm512_castps512_ps256(value), upper(value)};

@@ -74,6 +74,11 @@ INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
   return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(zeros))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(zeros)))};
 }
 
+INLINE void load_scales_and_zeros(const QwenrtQuantMatrix& w, const int64_t* at, Floats* scale, Floats* zero) {
+  *scale = load_scales(w, at);
+  *zero = load_zeros(w, at);
+}
+
 // A block's rows of one token, as many of them as there are.
 INLINE void store_rows(const QwenrtQuantMatrix& w, float* y, Floats value, const int64_t* blocks) {
   const int64_t n = blocks[0] * QWENRT_BLOCK;
