@@ -17,8 +17,6 @@ from qwenrt.errors import ConfigError, QwenrtError, RequestError, shown
 
 def as_integer(value: object) -> int | None:
     """``value`` as an integer; None where it is none. Truth values are no integers."""
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None
     try:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
             return None

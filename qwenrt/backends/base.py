@@ -57,11 +57,12 @@ class Backend:
         for op in (*PRIMITIVES, *SEAMS):
             if self._native(op) is not None and self.why_not(op, spec) is not None:
                 setattr(bound, op, getattr(Backend, op).__get__(bound))
-        seam_serves = self._native(spec.op) is not None and self.why_not(spec.op, spec) is None
+        why_not_seam = self.why_not(spec.op, spec)
+        seam_serves = self._native(spec.op) is not None and why_not_seam is None
         for op in (spec.op,) if seam_serves else SEAMS.get(spec.op, (spec.op,)):
             limits, why = self._native(op), self.why_not(op, spec)
             serves = limits is not None and why is None
-            note = limits.note if limits is not None and serves else why or ""
+            note = limits.note if limits is not None and serves else why or why_not_seam or ""
             self.bindings.append(Binding(op, spec.where, spec.kind, serves, note))
         method: Callable[..., Any] = getattr(bound, spec.op)
         return method
