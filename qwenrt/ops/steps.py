@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
 import torch
 
 NOT_FINITE = -1  # in place of a chosen token: its logits were not finite
@@ -110,14 +110,13 @@ class StepPlan:
     @cached_property
     def ragged(self) -> Ragged:
         """The lists as arrays, made once for all layers."""
-        q_lens, sizes = np.array(self.q_lens, np.int64), [len(table) for table in self.block_table]
-        return Ragged(
-            first_tokens=np.cumsum(q_lens) - q_lens,
-            q_lens=q_lens,
-            kv_lens=np.array(self.kv_lens, np.int64),
-            first_blocks=np.cumsum([0, *sizes[:-1]], dtype=np.int64),
-            blocks=np.array([block for table in self.block_table for block in table], np.int64),
-        )
+        first_tokens, first_blocks, blocks, token = array("q"), array("q"), array("q"), 0
+        for q_len, table in zip(self.q_lens, self.block_table, strict=True):
+            first_tokens.append(token)
+            first_blocks.append(len(blocks))
+            blocks.extend(table)
+            token += q_len
+        return Ragged(first_tokens, array("q", self.q_lens), array("q", self.kv_lens), first_blocks, blocks)
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,11 @@ class Ragged:
     """A plan's lists as int64 arrays on the host: of each sequence its first token, lengths and first place in
     ``blocks``, where the tables follow each other."""
 
-    first_tokens: np.ndarray
-    q_lens: np.ndarray
-    kv_lens: np.ndarray
-    first_blocks: np.ndarray
-    blocks: np.ndarray
+    first_tokens: array[int]
+    q_lens: array[int]
+    kv_lens: array[int]
+    first_blocks: array[int]
+    blocks: array[int]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def sequences_struct(plan: StepPlan) -> Sequences:
     """A step's sequences as the kernels are told; it points into ``plan.ragged``."""
     ragged = plan.ragged
     arrays = ragged.first_tokens, ragged.q_lens, ragged.kv_lens, ragged.first_blocks, ragged.blocks
-    return Sequences(len(plan.q_lens), *(numbers.ctypes.data for numbers in arrays))
+    return Sequences(len(plan.q_lens), *(numbers.buffer_info()[0] for numbers in arrays))
 
 
 def attention(
