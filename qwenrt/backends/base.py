@@ -87,7 +87,8 @@ class Backend:
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
-            self.bindings.append(Binding(op, "model", "", serves, self.demoted.get(op, "")))
+            note = f"whole steps by {stacks[0].name}" if serves and op == "stacks" else ""
+            self.bindings.append(Binding(op, "model", "", serves, self.demoted.get(op, note)))
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
         """The reason this backend's override of ``op`` does not serve a use; None where it does or there is none."""
