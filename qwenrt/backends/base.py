@@ -256,9 +256,15 @@ class Backend:
         logits = logits[:, : vocabulary.size]
         unused = vocabulary.unused_on(logits.device) if vocabulary.unused else None
         if all(draw.greedy for draw in draws):
-            return reference.choose(logits, None, 0, unused)
+            return self.choose_rows(logits, None, 0, unused)
         width = max(draw.width(logits.shape[1]) for draw in draws)
-        return reference.choose(logits, DrawTensors.of(draws, logits.device), width, unused)
+        return self.choose_rows(logits, DrawTensors.of(draws, logits.device), width, unused)
+
+    def choose_rows(
+        self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None
+    ) -> torch.Tensor:
+        """reference.choose, of draws that are on the device: what a captured step chooses with."""
+        return reference.choose(logits, draw, width, unused)
 
     # ---- layouts
 

@@ -21,7 +21,7 @@ SEAMS = {
     "norm_moe_add": ("rms_norm", "linear", "silu_and_mul"),
     "norm_moe_add_each": ("rms_norm", "linear", "silu_and_mul"),
 }
-WHOLES = ("stacks", "choose")
+WHOLES = ("stacks", "choose", "choose_rows")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class EagerGraphs:
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
     def capture(self, body: Callable[[], None]) -> Graph:
+        body()  # what the device lacks, memory above all, is found here and not in the middle of an answer
         return _Eager(body)
 
 
@@ -93,7 +94,7 @@ class RowTable:
     def __init__(
         self, backend: Device, tensors: StepTensors, spare: list[int], first: dict[int, int]
     ) -> None:
-        self._backend, self._tensors, self._spare, self._first = backend, tensors, spare, first
+        self._backend, self._tensors, self._first = backend, tensors, first
         draw = tensors.draw
         self._sent = {
             "position": tensors.position,
@@ -105,6 +106,8 @@ class RowTable:
             "uniform": draw.uniform,
         }
         self._held = {name: tensor.cpu().numpy().copy() for name, tensor in self._sent.items()}
+        self._idle_until = min(_BLOCKS, tensors.table.shape[1])  # positions that every graph's table has
+        self._spare_tables = [[block] * tensors.table.shape[1] for block in spare]
         self._tables: list[list[int]] = [[] for _ in range(tensors.table.shape[0])]  # as each row was sent
 
     def fill(self, step: Step, before: Outcome | None, rows: int, fed_already: bool) -> None:
@@ -112,7 +115,9 @@ class RowTable:
         whether ``ids`` hold what the step before chose, row by row."""
         count = len(step.q_lens)
         padding = [0] * (rows - count)
-        self._send("position", [n - 1 for n in step.kv_lens] + padding)
+        # Rows without a sequence may be anywhere: they are left alone until they would leave the smallest table.
+        idle = [at if 0 <= at < self._idle_until else 0 for at in self._held["position"][count:rows].tolist()]
+        self._send("position", [n - 1 for n in step.kv_lens] + idle)
         self._send("rope", [self._first[alpha] for alpha in step.ntk_alphas] + padding)
         self._send_tables([*step.tables, *(self._spare_table(row) for row in range(count, rows))])
         for name in ("temperature", "top_k", "top_p", "min_p", "uniform"):
@@ -124,10 +129,11 @@ class RowTable:
 
     def _spare_table(self, row: int) -> list[int]:
         """The same block everywhere: wherever the row's position is, it writes there."""
-        return [self._spare[row]] * self._tensors.table.shape[1]
+        return self._spare_tables[row]
 
     def clear(self, rows: int) -> None:
         """Leave the first ``rows`` rows without sequences."""
+        self.lose(rows)  # so that they begin at 0: a capture may run the body several times
         self.fill(Step([], [], [], [], []), None, rows, True)
 
     def advance(self, rows: int) -> None:
@@ -141,8 +147,8 @@ class RowTable:
     def _send(self, name: str, values: list[int]) -> None:
         held, new = self._held[name][: len(values)], np.array(values, self._held[name].dtype)
         if not np.array_equal(held, new):
-            held[:] = new
             self._sent[name][: len(values)].copy_(self._backend.send(new))
+            held[:] = new  # only now: a send may fail
 
     def _send_tables(self, tables: list[list[int]]) -> None:
         for row, table in enumerate(tables):
@@ -193,7 +199,11 @@ class GraphStack:
             logger.warning("steps are not captured on %s: %s", self._backend.device, self._failed)
             return self._seams.run(step, before)
         table.fill(step, before, rows, before is not None and before is self._last)
-        graph.replay(step)
+        try:
+            graph.replay(step)
+        except Exception:  # some of the body may have run
+            table.lose(rows)
+            raise
         table.advance(rows)
         count = len(step.q_lens)
         chosen = tensors.tokens[:count].clone()  # the next replay comes before the host has read these
@@ -246,7 +256,7 @@ class GraphStack:
         x = network.run_layers(network.embed(ids), rotary, DecodePlan(position, table, slots), cache)
         logits = network.logits(network.final_norm(x))
         t.logits[:rows].copy_(logits)
-        chosen = reference.choose(
+        chosen = self._backend.choose_rows(
             logits[:, : self._parts.vocabulary.size],
             None if width is None else t.draw.first(rows),
             width or 0,

@@ -16,7 +16,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config.quant import ROUNDED
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
+from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerKV, StepPlan, Vocabulary
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import with_codes
 
@@ -52,6 +52,7 @@ def check(
         "rotary_store_kv": lambda: _worst(_rotary_store_kv(backend, dtype, heads)),
         "decode_attention": lambda: _worst(_decode_attention(backend, dtype, heads)),
         "choose": lambda: _worst(_choose(backend)),
+        "choose_rows": lambda: _worst(_choose_rows(backend)),
     }
     bad = {}
     for op, run in checks.items():
@@ -428,7 +429,18 @@ def _choose(backend: Backend) -> Iterator[float]:
         yield _same_tokens(backend, flat, _DRAWS, vocabulary)
 
 
+def _choose_rows(backend: Backend) -> Iterator[float]:
+    """The same rows with draws that lie on the device."""
+    logits, size = _logits(backend), 2011
+    row = (logits[1].clamp(max=3.0) / 2).expand(len(_DRAWS), size).contiguous()
+    draw, unused = DrawTensors.of(_DRAWS, backend.device), backend.send([0, 700, size - 1])
+    for x, how, width in ((logits, None, 0), (row, draw, size)):
+        wanted = reference.choose(x, how, width, unused)
+        got = backend.choose_rows(x.clone(), how, width, unused)
+        yield 0.0 if got.shape == wanted.shape and bool((got == wanted).all()) else math.inf
+
+
 def _same_tokens(backend: Backend, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> float:
     got = backend.choose(logits.clone(), draws, vocabulary)
-    wanted = Backend.choose(backend, logits.clone(), draws, vocabulary)
+    wanted = Backend(backend.device).choose(logits.clone(), draws, vocabulary)
     return 0.0 if got.shape == wanted.shape and bool((got == wanted).all()) else math.inf

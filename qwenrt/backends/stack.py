@@ -14,6 +14,7 @@ from qwenrt.ops.steps import (
     NOT_FINITE,
     DecodePlan,
     Draw,
+    DrawTensors,
     LayerKV,
     RotaryRows,
     Step,
@@ -33,6 +34,10 @@ class Device(Protocol):
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]: ...
 
     def choose(self, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> torch.Tensor: ...
+
+    def choose_rows(
+        self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None
+    ) -> torch.Tensor: ...
 
 
 class Network(Protocol):

@@ -45,7 +45,7 @@ class EngineOptions:
     """max_model_len: prompt and answer together, in tokens. max_num_seqs: sequences computed together;
     max_num_batched_tokens: tokens a step. The cache has ``num_blocks`` blocks of ``block_size`` tokens, or without a
     number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
-    way when the next one is begun; the backend's choice if not given. Raises ConfigError."""
+    way when the next one is begun, 0 or 1; the backend's choice if not given. Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -61,6 +61,8 @@ class EngineOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")
+        if self.depth is not None and (type(self.depth) is not int or self.depth not in (0, 1)):
+            raise ConfigError("depth", f"got {self.depth!r}", "It must be 0 or 1.")
         if self.num_blocks is None:
             blocks = self.max_num_seqs * -(-self.max_model_len // self.block_size)
             object.__setattr__(self, "num_blocks", blocks)

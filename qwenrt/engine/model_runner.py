@@ -18,7 +18,8 @@ DrawOf = Callable[[Sequence], Draw | None]
 
 
 class ModelRunner:
-    """Runs one model over one paged cache. ``depth``: how many steps may be under way when the next one is begun."""
+    """Runs one model over one paged cache. ``depth``: how many steps may be under way when the next one is begun, 0 or
+    1."""
 
     def __init__(
         self,

@@ -20,6 +20,8 @@ from qwenrt.ops.steps import Draw, Vocabulary
 from qwenrt.outputs import TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 
+_COLDEST = 1e-8  # a temperature below draws the likeliest token, so that float32's smallest numbers make no difference
+
 
 @dataclass
 class Sampled:
@@ -166,7 +168,7 @@ class TokenCounts:
 
 def _draw(seq: Sequence) -> Draw:
     params = seq.params
-    if params.greedy:
+    if params.temperature < _COLDEST:
         return Draw()
     uniform = uniform_at(seq.seed, seq.index, seq.num_known)
     return Draw(params.temperature, params.top_k, params.top_p, params.min_p, uniform)

@@ -276,7 +276,7 @@ def _run(model: Qwen, int8_cache: bool, wanted: _Run | None = None, index: int =
             raise RuntimeError(f"{stack.name} does not serve a step that it should")
         logits.append(before.logits.clone())
         tokens.append(before.tokens())
-        own = Backend.choose(model.backend, before.logits.clone(), _drawn(step), parts.vocabulary)
+        own = Backend(model.backend.device).choose(before.logits.clone(), _drawn(step), parts.vocabulary)
         if step.draws and own.tolist() != before.chosen.tolist():
             raise RuntimeError(f"{stack.name} chooses other tokens than its logits say")
         if wanted is not None and tokens[-1] != wanted.tokens[i]:

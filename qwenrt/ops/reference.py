@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from qwenrt.ops.steps import NOT_FINITE, DecodePlan, DrawTensors, LayerKV, StepPlan
 from qwenrt.ops.types import CanonicalWeight, Packed
 
+_SHARE = 64  # blocks of each row's table that decode_attention reads at a time
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., D], weight [D] -> [..., D] in the weight's dtype. The norm is float32; its result is rounded to that
@@ -257,26 +259,34 @@ def decode_attention(
     whatever they hold. So it can be captured.
     """
     rows, heads, head_dim = q.shape
-    length, kv_heads = plan.table.shape[1] * kv.block_size, kv.k.shape[2]
-
-    def gathered(cache: torch.Tensor) -> torch.Tensor:
-        return cache[plan.table].flatten(1, 2)
-
-    keys, values = gathered(kv.k), gathered(kv.v)
-    if kv.quantized:
-        assert kv.k_scale is not None and kv.k_zero is not None
-        assert kv.v_scale is not None and kv.v_zero is not None
-        keys = dequantize_kv(keys, gathered(kv.k_scale), gathered(kv.k_zero), q.dtype)
-        values = dequantize_kv(values, gathered(kv.v_scale), gathered(kv.v_zero), q.dtype)
-    at = torch.arange(length, device=q.device)
-    seen = at <= plan.position[:, None]
+    kv_heads, slots = kv.k.shape[2], plan.table.shape[1] * kv.block_size
+    at = torch.arange(slots, device=q.device)
+    unseen = at > plan.position[:, None]
     if window:
-        seen = seen & (at > plan.position[:, None] - window)
-    unseen = ~seen[:, :, None, None]
-    keys, values = (x.float().masked_fill(unseen, 0.0).transpose(1, 2) for x in (keys, values))
+        unseen = unseen | (at <= plan.position[:, None] - window)
+    # A share of the table at a time: all rows are as long as the longest one's table.
+    shares = list(
+        zip(torch.split(plan.table, _SHARE, 1), torch.split(unseen, _SHARE * kv.block_size, 1), strict=True)
+    )
+
+    def read(
+        side: tuple[torch.Tensor | None, ...], table: torch.Tensor, unseen: torch.Tensor
+    ) -> torch.Tensor:
+        x, *codes = (None if part is None else part[table].flatten(1, 2) for part in side)
+        assert x is not None
+        if codes[0] is not None and codes[1] is not None:
+            x = dequantize_kv(x, codes[0], codes[1], q.dtype)
+        return x.float().masked_fill(unseen[:, :, None, None], 0.0).transpose(1, 2)
+
     scaled = (q.float() * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    scores = (scaled @ keys.transpose(-1, -2)).masked_fill(~seen[:, None, None, :], -torch.inf)
-    return (scores.softmax(-1) @ values).reshape(rows, heads, head_dim).to(q.dtype)
+    scores = [scaled @ read((kv.k, kv.k_scale, kv.k_zero), *share).transpose(-1, -2) for share in shares]
+    every = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
+    weights = every.masked_fill(unseen[:, None, None, :], -torch.inf).softmax(-1)
+    parts = zip(torch.split(weights, _SHARE * kv.block_size, -1), shares, strict=True)
+    out, *others = (part @ read((kv.v, kv.v_scale, kv.v_zero), *share) for part, share in parts)
+    for other in others:
+        out = out + other
+    return out.reshape(rows, heads, head_dim).to(q.dtype)
 
 
 def decode_slots(plan_table: torch.Tensor, position: torch.Tensor, block_size: int) -> torch.Tensor:

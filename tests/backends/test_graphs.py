@@ -111,12 +111,11 @@ def test_the_self_check_finds_wrong_rows(name: str, monkeypatch: pytest.MonkeyPa
     assert len(backend.stacks(small_stack(GraphBackend(CPU))[0]._parts)) == 1, "the seams alone are left"
 
 
-@pytest.mark.parametrize("op", ["decode_slots", "choose", "advance"])
+@pytest.mark.parametrize("op", ["decode_slots", "advance"])
 def test_the_self_check_finds_a_wrong_body(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(reference, op)
     wrong = {
         "decode_slots": lambda table, position, size: right(table, position, size) ^ 1,
-        "choose": lambda logits, *rest: right(logits, *rest) ^ 1,
         "advance": lambda ids, position, tokens: right(ids, position, tokens.flip(0)),
     }[op]
     monkeypatch.setattr(graphs, "reference", SimpleNamespace(**{**vars(reference), op: wrong}))
@@ -132,8 +131,31 @@ class OffByOne(GraphBackend):
         return super().decode_attention(q, kv, plan, scale, window)
 
 
-def test_the_self_check_finds_a_wrong_op_of_the_body() -> None:
-    assert list(check(OffByOne(CPU), MODELS["plain"])) == ["decode_attention"]
+class SecondChoice(GraphBackend):
+    def choose_rows(self, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return super().choose_rows(logits, *rest) ^ 1
+
+
+@pytest.mark.parametrize(("backend", "op"), [(OffByOne, "decode_attention"), (SecondChoice, "choose_rows")])
+def test_the_self_check_finds_a_wrong_op_of_the_body(backend: type[GraphBackend], op: str) -> None:
+    assert list(check(backend(CPU), MODELS["plain"])) == [op]
+
+
+class Counting(GraphBackend):
+    chosen = 0
+
+    def choose_rows(self, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        Counting.chosen += len(logits)
+        return super().choose_rows(logits, *rest)
+
+
+def test_a_captured_step_chooses_by_the_code_of_its_device() -> None:
+    captured, _, _ = small_stack(Counting(CPU))
+    step = step_of([3], [1], [1], [[4]])
+    captured.run(step)
+    Counting.chosen = 0
+    captured.run(step)
+    assert Counting.chosen == 1
 
 
 # ---- what cannot be captured
@@ -203,18 +225,58 @@ def test_a_graph_serves_all_that_fits_into_it_and_no_more() -> None:
     assert captured.why_not(five) == "5 sequences, more than 4"
 
 
-def test_a_steady_step_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_a_steady_step_sends_nothing_whatever_rows_are_free(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = GraphBackend(CPU)
     captured, _, _ = small_stack(backend)
-    before = captured.run(step_of([3, 4], [1] * 2, [1] * 2, [[4], [5]]))
+    ones, tables, places = [1] * rows, [[i + 1] for i in range(rows)], list(range(rows))
+    before = captured.run(step_of([3] * rows, ones, ones, tables))
     sent: list[Any] = []
     monkeypatch.setattr(backend, "send", lambda values: sent.append(values))
     for position in (2, 3, 4):
-        step = Step(
-            [1] * 2, [position] * 2, [[4], [5]], [1] * 2, [FROM_BEFORE] * 2, [0, 1], [Draw()] * 2, [0, 1]
-        )
-        before = captured.run(step, before)
+        fed, draws = [FROM_BEFORE] * rows, [Draw()] * rows
+        before = captured.run(Step(ones, [position] * rows, tables, ones, fed, places, draws, places), before)
     assert not sent
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_what_could_not_be_sent_is_sent_again(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = GraphBackend(CPU)
+    captured, seams, _ = small_stack(backend)
+
+    def step(position: int, temperature: float, top_k: int, uniform: float) -> Step:
+        return Step([1], [position], [[4]], [1], [3], [0], [Draw(temperature, top_k, uniform=uniform)], [-1])
+
+    captured.run(step(1, 0.5, 5, 0.5))
+    captured.run(step(2, 0.5, 5, 0.5))
+    calls, right = [], backend.send
+
+    def send(values: Any) -> torch.Tensor:
+        calls.append(values)
+        if len(calls) == failing:
+            raise MemoryError
+        return right(values)
+
+    monkeypatch.setattr(backend, "send", send)
+    wanted = step(1, 5.0, 50, 0.99)
+    with pytest.raises(MemoryError):
+        captured.run(wanted)
+    assert captured.run(wanted).tokens() == seams.run(wanted).tokens()
+
+
+class TooSmall(Backend):
+    def graphs(self) -> Graphs:
+        return EagerGraphs()
+
+    def decode_attention(self, *args: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+
+def test_a_body_that_is_run_as_it_is_fails_when_it_is_captured() -> None:
+    captured, seams, _ = small_stack(TooSmall(CPU))
+    assert captured.run(step_of([3], [1], [1], [[4]])).served_by is seams
 
 
 def test_a_device_that_captures_nothing_still_waits_for_nothing() -> None:

@@ -55,6 +55,9 @@ def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
         make_engine(kv_cache_dtype="int3")
     with pytest.raises(ConfigError, match="block_size: got 0"):
         make_engine(block_size=0)
+    for depth in (-1, 2, True, "1"):
+        with pytest.raises(ConfigError, match=f"depth: got {depth!r}.*0 or 1"):
+            make_engine(depth=depth)
 
 
 def test_memory_that_is_not_there_is_a_typed_error() -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from qwenrt.backends.base import Backend
 from qwenrt.ops import reference
-from qwenrt.ops.steps import StepPlan
+from qwenrt.ops.steps import DecodePlan, StepPlan
 from qwenrt.ops.types import CanonicalWeight
 
 CPU = Backend(torch.device("cpu"))
@@ -191,3 +192,21 @@ def test_a_plan_without_cache_is_differentiable() -> None:
     (out.sum() + ragged.sum()).backward()
     assert q.grad is not None and torch.isfinite(q.grad).all()
     torch.testing.assert_close(out[:3].double(), naive_attention(q[:3], q[:3], q[:3], 0.5))
+
+
+def test_decoding_beside_a_long_row_takes_a_share_of_memory_at_a_time() -> None:
+    """Rows of the table are as long as the longest sequence's: what is read of them at once must not be."""
+    config = dict(num_blocks=512, block_size=16, num_kv_heads=2, head_dim=32)
+    kv = CPU.alloc_kv(1, *config.values(), torch.bfloat16, False)[0]
+    table, position = torch.zeros(8, 256, dtype=torch.int64), torch.tensor([4095] + [20] * 7)
+    plan = DecodePlan(position, table, position)
+    q = torch.randn(8, 4, 32).bfloat16()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        reference.decode_attention(q, kv, plan, 0.2)
+    held = most = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    every = 8 * 4096 * 2 * 32 * 4  # float32 keys of all rows
+    assert 0 < most < every, f"{most / 2**20:.1f} MiB"
