@@ -309,9 +309,9 @@ def test_a_random_layer(cpu: CPUBackend, shape: str, bits: int, evened: bool, ac
 @outliers
 @evened_or_not
 def test_outliers_cost_int8_nothing(cpu: CPUBackend, shape: str, bits: int, evened: bool) -> None:
-    """Bytes differ by half a percent, with outliers or without; a random head has a rival that close for every
-    hundredth token, the heads of models have one more rarely (test_the_demo_model). Two counts of about ten among a
-    thousand tokens differ by up to six, whatever is counted."""
+    """By the divergence. A random head has a rival so close for about every hundredth token that int8 decides which
+    comes first (the heads of models have one more rarely: test_the_demo_model), with outliers or without; two such
+    counts of ten among a thousand tokens differ by chance by nine in one case of twenty."""
     same, kl = beside_outliers(shape, bits, evened, "int8")
-    without, _ = beside_outliers("none", bits, False, "int8")
-    assert same >= min(LEAST_AGREEMENT, without - 0.006) and kl <= MOST_DIVERGENCE, f"{same:.2%}, KL {kl:.2e}"
+    without, least = beside_outliers("none", bits, False, "int8")
+    assert kl <= min(MOST_DIVERGENCE, 1.1 * least) and same >= without - 0.012, f"{same:.2%}, KL {kl:.2e}"
