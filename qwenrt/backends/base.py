@@ -254,7 +254,7 @@ class Backend:
         """A token of each row of logits float32 [R, V >= vocabulary.size] -> int64 [R] on the device, NOT_FINITE where
         a row is not finite, as reference.choose. Logits may be changed."""
         logits = logits[:, : vocabulary.size]
-        unused = vocabulary.unused_on(logits.device) if vocabulary.unused else None
+        unused = vocabulary.unused_on(logits.device)
         if all(draw.greedy for draw in draws):
             return self.choose_rows(logits, None, 0, unused)
         width = max(draw.width(logits.shape[1]) for draw in draws)

@@ -215,8 +215,7 @@ class GraphStack:
             parts = self._parts
             self.tensors = StepTensors(parts, self._backend.device)
             self._rotary = parts.network.rotary_table(parts.max_model_len)
-            unused = parts.vocabulary.unused
-            self._unused = parts.vocabulary.unused_on(self._backend.device) if unused else None
+            self._unused = parts.vocabulary.unused_on(self._backend.device)
             self._rows = RowTable(self._backend, self.tensors, parts.spare_blocks, self._rotary.first)
         return self._rows, self.tensors
 

@@ -149,15 +149,18 @@ class SeamStack:
 
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         backend, network = self._backend, self._parts.network
-        ids = token_ids(backend, step, before)
-        slots = backend.send(step.slots(self._parts.block_size))
-        plan = StepPlan(step.q_lens, step.kv_lens, slots, step.tables)
-        x = network.embed(ids)
+        plan = plan_of(backend, step, self._parts.block_size)
+        x = network.embed(token_ids(backend, step, before))
         x = network.run_layers(x, network.rotary(plan, step.ntk_alphas), plan, self._parts.cache)
         if len(step.logit_rows) < step.num_tokens:
             x = x.index_select(0, backend.send(step.logit_rows))
         logits = network.logits(network.final_norm(x)) if step.logit_rows else x
         return chosen_from(self, backend, logits, step.draws, self._parts.vocabulary)
+
+
+def plan_of(backend: Device, step: Step, block_size: int) -> StepPlan:
+    """What the layers are told of a step, its slots on the device."""
+    return StepPlan(step.q_lens, step.kv_lens, backend.send(step.slots(block_size)), step.tables)
 
 
 def token_ids(backend: Device, step: Step, before: Outcome | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ class Checker(Protocol):
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """One row of the table: an op with all that is varied. A checker of it makes its values from its id alone."""
 
     op: str
@@ -41,8 +42,9 @@ class Case:
         words = [word for name, value in fields if (word := _word(name, value))]
         return " ".join(words)
 
+    @abstractmethod
     def checker(self) -> Checker:
-        raise NotImplementedError
+        """Its values and what its definition makes of them."""
 
 
 def _word(name: str, value: Any) -> str:

@@ -39,7 +39,6 @@ class Sampler:
 
     def __init__(self, vocabulary: Vocabulary, backend: Backend) -> None:
         self._vocabulary, self._backend = vocabulary, backend
-        self._unused: torch.Tensor | None = None
         self._counts: dict[int, TokenCounts] = {}
 
     def draw_of(self, seq: Sequence) -> Draw | None:
@@ -54,10 +53,9 @@ class Sampler:
         """logits float32 [B, V], a row per sequence; they may be changed."""
         logits = logits[:, : self._vocabulary.size]
         finite = logits.isfinite().all(-1).tolist()
-        if self._vocabulary.unused:
-            if self._unused is None:
-                self._unused = self._vocabulary.unused_on(logits.device)
-            logits.index_fill_(1, self._unused, -torch.inf)
+        unused = self._vocabulary.unused_on(logits.device)
+        if unused is not None:
+            logits.index_fill_(1, unused, -torch.inf)
         raw: dict[int, torch.Tensor] = {}
         for row, seq in enumerate(seqs):
             edits = _edits(seq)

@@ -311,7 +311,7 @@ def choose(
     nothing waits for the device, so it can be captured.
     """
     finite = logits.isfinite().all(-1)
-    if unused is not None and unused.numel():
+    if unused is not None:
         logits = logits.index_fill(1, unused, -torch.inf)
     tokens = logits.argmax(-1)
     if draw is not None:

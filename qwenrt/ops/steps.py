@@ -186,10 +186,15 @@ class Vocabulary:
 
     size: int
     unused: frozenset[int] = frozenset()
+    _sent: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
-    def unused_on(self, device: torch.device) -> torch.Tensor:
-        """``unused`` in order, int64."""
-        return torch.tensor(sorted(self.unused), dtype=torch.int64, device=device)
+    def unused_on(self, device: torch.device) -> torch.Tensor | None:
+        """``unused`` in order, int64, sent to a device once; None where there are none."""
+        if self.unused and device not in self._sent:
+            self._sent[device] = torch.tensor(sorted(self.unused), dtype=torch.int64, device=device)
+        return self._sent.get(device)
 
 
 @dataclass

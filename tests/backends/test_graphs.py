@@ -16,10 +16,10 @@ from qwenrt.backends import graphs
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import native
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack, RowTable
-from qwenrt.backends.stack import SeamStack, StackParts
+from qwenrt.backends.stack import SeamStack
 from qwenrt.model import trial
 from qwenrt.ops import reference
-from qwenrt.ops.steps import FROM_BEFORE, Draw, Step, Vocabulary
+from qwenrt.ops.steps import FROM_BEFORE, Draw, Step
 from tests.backends.test_selfcheck import MODELS, Model
 from tests.capture import CaptureGuard, FakeGraphs, GraphBackend, NotCapturable
 from tests.steps import step_of
@@ -287,10 +287,3 @@ def test_a_device_that_captures_nothing_still_waits_for_nothing() -> None:
     assert check(Eager(CPU), MODELS["experts"]) == {}
     assert Backend(CPU).graphs() is None and isinstance(Backend(torch.device("meta")).graphs(), EagerGraphs)
     assert (Backend(CPU).depth, Backend(torch.device("meta")).depth) == (0, 1)
-
-
-def test_parts_know_their_blocks() -> None:
-    captured, _, _ = small_stack(GraphBackend(CPU))
-    parts = captured._parts
-    assert isinstance(parts, StackParts) and parts.block_size == 16
-    assert parts.vocabulary == Vocabulary(parts.network.vocab_size)

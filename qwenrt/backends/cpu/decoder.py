@@ -9,7 +9,7 @@ import torch
 
 from qwenrt.backends.cpu.attention import Cache, address, cache_struct, sequences_struct
 from qwenrt.backends.cpu.linear import Linear, of_parts
-from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, chosen_from, token_ids
+from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, chosen_from, plan_of, token_ids
 from qwenrt.ops.steps import RotaryRows, Step, StepPlan
 from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
 
@@ -192,9 +192,7 @@ class DecoderStack:
 
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         network, backend = self._parts.network, self._backend
-        plan = StepPlan(
-            step.q_lens, step.kv_lens, backend.send(step.slots(self._parts.block_size)), step.tables
-        )
+        plan = plan_of(backend, step, self._parts.block_size)
         x = network.embed(token_ids(backend, step, before)).contiguous()
         rotary, rows = network.rotary(plan, step.ntk_alphas), step.logit_rows
         logits = torch.empty(len(rows), network.vocab_size) if rows and self._head is not None else None

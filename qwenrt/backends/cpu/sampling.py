@@ -21,12 +21,11 @@ def choose(kernels: Kernels, logits: torch.Tensor, draws: list[Draw], vocabulary
     """As Backend.choose of logits float32, each row contiguous."""
     logits = logits[:, : vocabulary.size]
     seen = kernels.argmax_finite(logits)
-    unused = None
-    if vocabulary.unused and not all(
+    unused = vocabulary.unused_on(logits.device)
+    if unused is not None and not all(
         draw.greedy and token not in vocabulary.unused
         for draw, (token, _, _) in zip(draws, seen, strict=True)
     ):
-        unused = vocabulary.unused_on(logits.device)
         finite = [ok for _, _, ok in seen]
         logits.index_fill_(1, unused, torch.finfo(logits.dtype).min)  # as good as none, and a number
         seen = [(*found[:2], ok) for found, ok in zip(kernels.argmax_finite(logits), finite, strict=True)]
