@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qwenrt.outputs import Generation as Generation
     from qwenrt.outputs import Usage as Usage
     from qwenrt.sampling_params import SamplingParams as SamplingParams
+    from qwenrt.structure import Grammar as Grammar
     from qwenrt.text.tokenizer.tokenizer import Tokenizer as Tokenizer
 
 # name -> module that has it; looked up on first use so that importing the package stays cheap
@@ -44,6 +45,7 @@ _LAZY = {
     "Tokenizer": "qwenrt.text.tokenizer.tokenizer",
     "LoadOptions": "qwenrt.load_options",
     "SamplingParams": "qwenrt.sampling_params",
+    "Grammar": "qwenrt.structure",
     "Generation": "qwenrt.outputs",
     "Delta": "qwenrt.outputs",
     "Usage": "qwenrt.outputs",

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls", "timeout", "abort", "error"]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written by one request. ``cached_tokens`` of the prompt came from the KV cache."""
+    """Tokens read and written by one request. ``cached_tokens`` of the prompt came from the KV cache;
+    ``reasoning_tokens`` of the completion are its thought."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -31,6 +33,28 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Where the time of one completion went, in seconds: ``queue_s`` until it was first computed, ``first_token_s``
+    from its arrival to its first token, ``total_s`` to its end. ``tokens_per_s``: of the tokens after the first."""
+
+    queue_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A piece of one call of a tool. ``index``: which call of the answer, from 0. The first piece of a call has its
+    ``id`` and ``name``, later ones are empty there; joined, ``arguments`` are those of the call."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
 class Delta:
     """The next piece of one completion.
 
@@ -44,8 +68,10 @@ class Delta:
     index: int = 0  # which of the n completions
     logprobs: list[TokenLogprob] | None = None
     usage: Usage | None = None  # on the last piece
-    tool_calls: list[dict[str, Any]] | None = None  # on the last piece, in OpenAI's shape
+    tool_calls: list[dict[str, Any]] | None = None  # all of them, on the last piece, in OpenAI's shape
     reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()  # what this piece adds to the calls, as they are written
+    timing: Timing | None = None  # on the last piece
 
 
 @dataclass(frozen=True)
@@ -66,3 +92,4 @@ class Generation:
     message: dict[str, Any] = field(default_factory=dict)
     choices: tuple[Generation, ...] = ()
     reasoning: str = ""
+    timing: Timing = field(default_factory=lambda: Timing())

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenrt.arguments import as_integer, as_list, as_number, flag
 from qwenrt.errors import RequestError, shown
+from qwenrt.structure import Grammar
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
@@ -15,6 +16,7 @@ MAX_LOGPROBS = 64
 MAX_N = 64
 MAX_LOGIT_BIAS = 4096
 _INT64 = 2**63
+_LONGEST_TIMEOUT = 30 * 24 * 3600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class SamplingParams:
     stop_token_ids: ids that end it, wherever they are drawn.
     max_tokens: None lets the text run to the end of the context. min_tokens: no stop before that many.
     ignore_eos: go on past the end-of-text tokens.
+    grammar: what the answer must be, as a `qwenrt.Grammar`; a thought before it is free.
+    timeout: seconds from its arrival after which it ends as it is, with finish_reason "timeout".
+    cache_salt: prompts share computed beginnings only with those of the same salt.
+    draft: "lookup" guesses tokens from what was written before and checks several in one step: the same tokens, sooner
+    where a text repeats itself.
     """
 
     temperature: float = 1.0
@@ -54,6 +61,10 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     include_reasoning_in_stop: bool = False
+    grammar: Grammar | None = None
+    timeout: float | None = None
+    cache_salt: str = ""
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         self._number("temperature", 0, 100)
@@ -75,6 +86,14 @@ class SamplingParams:
                 raise _bad("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         for name in ("ignore_eos", "include_reasoning_in_stop"):
             object.__setattr__(self, name, flag(f"sampling parameter {name}", getattr(self, name)))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise _bad("grammar", self.grammar, "a qwenrt.Grammar, such as Grammar.json_schema({...})")
+        if self.timeout is not None:
+            self._number("timeout", 0, _LONGEST_TIMEOUT, low_open=True)
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_STOP_CHARS:
+            raise _bad("cache_salt", self.cache_salt, f"a text of at most {MAX_STOP_CHARS} characters")
+        if self.draft not in (None, "lookup"):
+            raise _bad("draft", self.draft, 'None or "lookup"')
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))

@@ -1,0 +1,1 @@
+"""An HTTP server around a loaded model, for the clients of OpenAI, Anthropic, Ollama and DashScope."""

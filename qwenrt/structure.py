@@ -1,0 +1,74 @@
+"""What an answer must look like: a JSON schema, a regular expression, a grammar, or one of a few texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwenrt.errors import RequestError, shown
+
+Kind = Literal["json_schema", "regex", "lark"]
+MAX_GRAMMAR_CHARS = 65536
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A language that an answer is held to while it is written: every finished answer is a text of it.
+
+    kind and text: "json_schema" and the schema as JSON; "regex" and a regular expression that the whole answer matches;
+    "lark" and a grammar in llguidance's Lark syntax. Compiling needs the package llguidance (`pip install
+    qwenrt[server]`) and happens where a request is checked: what cannot be compiled is a RequestError there.
+    """
+
+    kind: Kind
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_schema", "regex", "lark"):
+            raise RequestError(
+                "a grammar's kind", f"got {shown(self.kind)}", "Known are json_schema, regex and lark."
+            )
+        if not isinstance(self.text, str) or not self.text:
+            raise RequestError(f"a grammar ({self.kind})", f"got {shown(self.text)}", "Pass its text.")
+        if len(self.text) > MAX_GRAMMAR_CHARS:
+            raise RequestError(
+                f"a grammar ({self.kind})",
+                f"it has {len(self.text)} characters",
+                f"At most {MAX_GRAMMAR_CHARS} are taken: make it smaller.",
+            )
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
+        """Answers that are JSON of this schema, given as an object or as its JSON text."""
+        return cls("json_schema", schema if isinstance(schema, str) else _json(schema))
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Answers that are a JSON object, whatever it holds."""
+        return cls("json_schema", '{"type": "object"}')
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Answers that match this expression from end to end."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def lark(cls, grammar: str) -> Grammar:
+        """Answers that llguidance's Lark grammar derives from its rule ``start``."""
+        return cls("lark", grammar)
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> Grammar:
+        """Answers that are one of these texts."""
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise RequestError("a choice of answers", f"got {shown(texts)}", "Pass a list of texts.")
+        return cls("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+
+
+def _json(schema: object) -> str:
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError("a JSON schema", str(error)[:120], "It must be expressible as JSON.") from error
