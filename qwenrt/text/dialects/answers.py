@@ -18,7 +18,7 @@ from qwenrt.text.dialects.problem import Problem
 class Served:
     """What a writer knows of the server and the request: ``model`` that answers, ``request_id``, ``prompt_tokens`` of
     all prompts together, ``prompts`` as texts (for echo), seconds since the epoch when it began; ``token_text`` tells
-    a token's own text and bytes (for logprobs)."""
+    a token's own text and bytes (for logprobs); ``fingerprint`` changes when answers may."""
 
     model: str
     request_id: str
@@ -26,6 +26,7 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     token_text: Any = None  # Callable[[int], tuple[str, bytes]]
     prompts: Sequence[str] = ()
+    fingerprint: str = "qwenrt"
 
 
 class Writer(Protocol):
