@@ -45,8 +45,8 @@ ABOUT: dict[str, str] = {
     "packed_cache": "keep packed weights on disk, in this directory or in qwenrt's own, so that the next load maps "
     "them (default: as QWENRT_PACKED_CACHE says)",
     "step_target_ms": "while anybody's answer is written, prompts are computed in chunks so small that a step takes "
-    "this many milliseconds, or twice what it takes without prompts where that is longer; 0 for chunks as large as they may "
-    "be (default: 250 on a CPU, else 0)",
+    "this many milliseconds, or twice what it takes without prompts where that is longer; 0 for chunks as large as "
+    "they may be (default: 250 on a CPU, else 0)",
     "prefix_store": "keep what was computed of beginnings that prompts share in this directory, where the next process "
     "finds it; it tells what was asked, and only its owner may read it (default: nothing is kept)",
     "prefix_store_bytes": "how much that directory may hold; what was used least lately goes first",
