@@ -1,0 +1,196 @@
+"""One loaded model as the server sees it: what it is called, and from an Ask to its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qwenrt.errors import QwenrtError, RequestError
+from qwenrt.outputs import Delta, Usage
+from qwenrt.server.admission import Admission, Turn
+from qwenrt.server.metrics import Metrics
+from qwenrt.server.running import Running
+from qwenrt.text.dialects.answers import summed
+from qwenrt.text.dialects.ask import Ask
+from qwenrt.text.dialects.problem import Problem
+
+if TYPE_CHECKING:
+    from qwenrt.answering import Prepared
+    from qwenrt.llm import LLM
+    from qwenrt.server.settings import ServeSettings
+    from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose request it is: an opaque ``name`` of the key it came with, "" without one, and what that key may."""
+
+    name: str = ""
+    max_priority: int = 9
+
+
+@dataclass(frozen=True)
+class Made:
+    """A request as the engine takes it. ``max_tokens``: what its limit was cut to, None where it was not."""
+
+    prepared: tuple[Prepared, ...]
+    max_tokens: int | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(one.prompt_token_ids) for one in self.prepared)
+
+    @property
+    def choices(self) -> int:
+        return sum(one.params.n for one in self.prepared)
+
+
+@dataclass
+class Service:
+    """A model with the queue before it and the figures beside it."""
+
+    llm: LLM
+    settings: ServeSettings
+    admission: Admission
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    running: dict[str, Running] = field(default_factory=dict)  # by the id that the answer has for its client
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model is served as, its main name first."""
+        return self.settings.served_model_names or (self.llm.name,)
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """Raises Problem where the model has none."""
+        if self.llm.tokenizer is None:
+            raise Problem("not_implemented", f"{self.llm.name} has no tokenizer: only token ids go in and out.")
+        return self.llm.tokenizer
+
+    def check_name(self, asked: str) -> None:
+        """Raises Problem for another model's name, where only this one's are served."""
+        if self.settings.strict_model and asked not in self.names:
+            found = f"The model {asked[:120]!r} is not served here. Served: {', '.join(self.names)}."
+            raise Problem("not_found", found, param="model")
+
+    async def make(self, ask: Ask, caller: Caller) -> Made:
+        """The prompts of a request, rendered and tokenised beside the event loop. Raises Problem."""
+        self.check_name(ask.model)
+        try:
+            return await asyncio.to_thread(self._make, ask, caller)
+        except QwenrtError as error:
+            raise Problem.of(error) from error
+
+    async def start(self, made: Made, ask: Ask, caller: Caller, dialect: str, answer_id: str) -> Running:
+        """Wait for its turn and begin to compute. Raises Problem."""
+        stack = AsyncExitStack()
+        began = time.monotonic()
+        limits = [one.params.max_tokens or self.llm.max_model_len for one in made.prepared]
+        expected = self.admission.expected(made.prompt_tokens, max(limits), made.choices)
+        priority = min(ask.priority, caller.max_priority)
+        try:
+            turn = await stack.enter_async_context(
+                self.admission.turn(caller.name, expected, sequences=made.choices, priority=priority)
+            )
+        except Problem as problem:
+            self.metrics.refused(dialect, problem.kind)
+            raise
+        watched = _Watched(self, dialect, answer_id, turn, stack, began)
+        self.metrics.queue_wait.observe(turn.waited)
+        try:
+            running = Running(self.llm, [self._within_time(one) for one in made.prepared], watched.seen, watched.ended)
+        except QwenrtError as error:
+            await watched.ended(error)
+            raise Problem.of(error) from error
+        self.running[answer_id] = running
+        return running
+
+    # ---- inside
+
+    def _within_time(self, prepared: Prepared) -> Prepared:
+        asked, most = prepared.params.timeout, self.settings.request_timeout
+        timeout = most if asked is None else min(asked, most)
+        return replace(prepared, params=replace(prepared.params, timeout=timeout))
+
+    def _make(self, ask: Ask, caller: Caller) -> Made:
+        sampling = dict(ask.sampling)
+        asked = sampling.pop("max_tokens", None)
+        if caller.name and not self.settings.share_prefixes:
+            sampling["cache_salt"] = f"{caller.name}/{sampling.get('cache_salt') or ''}"
+        if ask.messages is not None:
+            prepared = [self._chat(ask, sampling)]
+        else:
+            prepared = [self._completion(prompt, sampling) for prompt in ask.prompts]
+        longest = max(len(one.prompt_token_ids) for one in prepared)
+        room = self.llm.max_model_len - longest
+        if room < 1:
+            raise Problem.context_length(longest, self.llm.max_model_len)
+        limit = room if asked is None else min(asked, room)
+        limited = tuple(replace(one, params=_limited(one.params, limit)) for one in prepared)
+        return Made(limited, limit if asked is not None and limit < asked else None)
+
+    def _chat(self, ask: Ask, sampling: dict[str, Any]) -> Prepared:
+        wishes: dict[str, Any] = {}
+        if self.llm.thinking == "optional" and ask.enable_thinking is not None:
+            wishes["enable_thinking"] = ask.enable_thinking
+        if self.llm.thinking != "never" and ask.enable_thinking is not False:
+            wishes["thinking_budget"] = ask.thinking_budget
+        if ask.tools:
+            wishes |= {
+                "tools": list(ask.tools),
+                "tool_choice": ask.tool_choice,
+                "parallel_tool_calls": ask.parallel_tool_calls,
+            }
+        return self.llm.prepare(messages=ask.messages, max_tokens=None, **wishes, **sampling)
+
+    def _completion(self, prompt: str | list[int], sampling: dict[str, Any]) -> Prepared:
+        if isinstance(prompt, str):
+            return self.llm.prepare(prompt=prompt, max_tokens=None, **sampling)
+        return self.llm.prepare(prompt_token_ids=prompt, max_tokens=None, **sampling)
+
+
+def _limited(params: Any, limit: int) -> Any:
+    """A minimum of tokens that the context cannot hold is cut as their maximum is."""
+    return params.with_(max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+
+
+@dataclass
+class _Watched:
+    """What is counted of one running request, and the end of its turn."""
+
+    service: Service
+    dialect: str
+    answer_id: str
+    turn: Turn
+    stack: AsyncExitStack
+    began: float
+    last: float = 0.0
+    ends: list[Delta] = field(default_factory=list)
+
+    def seen(self, deltas: Sequence[Delta]) -> None:
+        now, metrics = time.monotonic(), self.service.metrics
+        if self.last:
+            metrics.between_tokens.observe(now - self.last)
+        else:
+            metrics.first_token.observe(now - self.began)
+        self.last = now
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self.ends.append(delta)
+
+    async def ended(self, error: Exception | None) -> None:
+        self.service.running.pop(self.answer_id, None)
+        usage = summed([delta.usage for delta in self.ends if delta.usage is not None])
+        self.turn.spent = usage.prompt_tokens + usage.completion_tokens
+        outcome = "error" if error is not None else "cancelled"
+        if error is None and self.ends:
+            outcome = self.ends[0].finish_reason or "cancelled"
+        seconds = time.monotonic() - self.began
+        self.service.metrics.end(self.dialect, outcome, seconds, usage)
+        await self.stack.aclose()
