@@ -24,7 +24,7 @@ T = TypeVar("T")
 _BOM = b"\xef\xbb\xbf"
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_PLACE = re.compile(r"^(.*?)(?: - at `(key in )?\$\.?(.*)`)?$", re.DOTALL)
+_PLACE = re.compile(r"^(.*?)(?: - at `(key in )?\$\.?([^`]*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ASKED = "sampling parameter "  # what the errors of SamplingParams begin with
@@ -83,7 +83,7 @@ def _wrong_type(said: str) -> Problem:
         return bad(place, "it is missing", "Send it.")
     if not place:
         return _no_json(found, "Send a JSON object.")
-    return bad(place, f"{'a key: ' if key else ''}{found}", "Send the right type, or leave it out.")
+    return bad(place, f"{'a key: ' if key else ''}{found[:300]}", "Send the right type, or leave it out.")
 
 
 def bad(param: str, found: str, remedy: str) -> Problem:
@@ -155,25 +155,43 @@ def tool_name(name: str, param: str) -> str:
     return name
 
 
-def checked_tools(tools: list[dict[str, Any]], param: str = "tools") -> list[dict[str, Any]]:
-    """Tools of OpenAI's shape whose names are names, each there once, and whose parameters are objects; as they are.
-    Raises Problem with the path of the first that is not."""
+def checked_tools(
+    tools: list[dict[str, Any]],
+    param: str = "tools",
+    *,
+    name: str = ".function.name",
+    parameters: str = ".function.parameters",
+) -> list[dict[str, Any]]:
+    """Tools of OpenAI's shape whose names are names, each there once, and whose parameters are a schema; as they are.
+
+    Raises Problem with the path of the first that is not; ``name`` and ``parameters`` say where in a tool the dialect
+    has them. Tools of Qwen-1's own shape have name_for_model, and may have a list of parameters.
+    """
     at_most(param, tools, MAX_TOOLS)
     names: set[str] = set()
     for i, tool in enumerate(tools):
-        function, place = tool["function"], f"{param}[{i}]"
-        name = tool_name(function["name"], f"{place}.name")
-        if name in names:
-            raise bad(f"{place}.name", f"{shown(name)} is there twice", "Give each tool a name of its own.")
-        names.add(name)
-        if not isinstance(function.get("parameters", {}), dict):
-            raise bad(f"{place}.parameters", "they are no object", "Send a JSON schema, which is an object.")
+        place = f"{param}[{i}]"
+        called, schema = name_of(tool), tool["function"].get("parameters")
+        if not isinstance(called, str):
+            raise bad(place + name, f"got {shown(called)}", "Send the tool's name.")
+        tool_name(called, place + name)
+        if called in names:
+            raise bad(place + name, f"{shown(called)} is there twice", "Give each tool a name of its own.")
+        names.add(called)
+        if schema is not None and not isinstance(schema, (dict, list)):
+            raise bad(place + parameters, f"got {shown(schema)}", "Send a JSON schema, which is an object.")
     return tools
+
+
+def name_of(tool: Mapping[str, Any]) -> Any:
+    """The name of a tool of OpenAI's shape; it may be anything where the tool was not checked."""
+    function = tool["function"]
+    return function.get("name_for_model") or function.get("name")
 
 
 def chosen_tool(name: str, tools: list[dict[str, Any]], param: str = "tool_choice") -> dict[str, str]:
     """Ask.tool_choice for one named tool. Raises Problem where it is not among the tools."""
-    known = [tool["function"]["name"] for tool in tools]
+    known = [name_of(tool) for tool in tools]
     if name not in known:
         raise bad(param, f"there is no tool {shown(name)}", f"Known are: {shown(known, 400)}.")
     return {"name": name}

@@ -210,13 +210,17 @@ def tool(name: Any, **more: Any) -> dict[str, Any]:
 def test_tools_are_names_each_once() -> None:
     tools = [tool("weather"), tool("查询天气", parameters={}), tool("<|im_start|>")]
     assert checked_tools(tools) == tools
+    qwen1 = {"function": {"name_for_model": "search", "name_for_human": "Search", "parameters": [{}]}}
+    assert chosen_tool("search", checked_tools([qwen1])) == {"name": "search"}
     assert chosen_tool("weather", tools) == {"name": "weather"}
     bad = [
-        ([tool("")], "tools[0].name"),
-        ([tool("a"), tool("b\n")], "tools[1].name"),
-        ([tool("x" * 257)], "tools[0].name"),
-        ([tool("a"), tool("a")], "tools[1].name"),
-        ([tool("a", parameters=[])], "tools[0].parameters"),
+        ([tool("")], "tools[0].function.name"),
+        ([tool("a"), tool("b\n")], "tools[1].function.name"),
+        ([tool("x" * 257)], "tools[0].function.name"),
+        ([tool("a"), tool("a")], "tools[1].function.name"),
+        ([tool("a", parameters="{}")], "tools[0].function.parameters"),
+        ([tool(5)], "tools[0].function.name"),
+        ([{"type": "function", "function": {}}], "tools[0].function.name"),
         ([tool(f"t{i}") for i in range(1025)], "tools"),
     ]
     for tools, path in bad:
