@@ -159,7 +159,7 @@ WRONG = {
     "a message without a role": ({"messages": [{"content": ""}]}, "messages[0].role"),
     "parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
     "a tool without a name": ({"tools": [{"function": {}}]}, "tools[0].function.name"),
-    "a tool twice": ({"tools": [{"function": {"name": "f"}}] * 2}, "tools[1].name"),
+    "a tool twice": ({"tools": [{"function": {"name": "f"}}] * 2}, "tools[1].function.name"),
     "a call of nothing": (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}]},
         "messages[0].tool_calls[0].function.name",
