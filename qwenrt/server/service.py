@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.errors import QwenrtError, RequestError
+import qwenrt
+from qwenrt.errors import QwenrtError
 from qwenrt.outputs import Delta, Usage
 from qwenrt.server.admission import Admission, Turn
 from qwenrt.server.metrics import Metrics
@@ -73,6 +74,18 @@ class Service:
             raise Problem("not_implemented", f"{self.llm.name} has no tokenizer: only token ids go in and out.")
         return self.llm.tokenizer
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same request may have another answer."""
+        return f"qwenrt-{qwenrt.__version__}"
+
+    def token_text(self, token_id: int) -> tuple[str, bytes]:
+        """A token's own text and bytes."""
+        if self.llm.tokenizer is None:
+            return "", b""
+        raw = self.llm.tokenizer.decode_bytes([token_id])
+        return raw.decode("utf-8", "replace"), raw
+
     def check_name(self, asked: str) -> None:
         """Raises Problem for another model's name, where only this one's are served."""
         if self.settings.strict_model and asked not in self.names:
@@ -87,7 +100,9 @@ class Service:
         except QwenrtError as error:
             raise Problem.of(error) from error
 
-    async def start(self, made: Made, ask: Ask, caller: Caller, dialect: str, answer_id: str) -> Running:
+    async def start(
+        self, made: Made, ask: Ask, caller: Caller, dialect: str, answer_id: str, body_bytes: int
+    ) -> Running:
         """Wait for its turn and begin to compute. Raises Problem."""
         stack = AsyncExitStack()
         began = time.monotonic()
@@ -101,6 +116,7 @@ class Service:
         except Problem as problem:
             self.metrics.refused(dialect, problem.kind)
             raise
+        self.metrics.begin(body_bytes)
         watched = _Watched(self, dialect, answer_id, turn, stack, began)
         self.metrics.queue_wait.observe(turn.waited)
         try:

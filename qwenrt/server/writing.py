@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from qwenrt.server.kept_streams import About, KeptStreams
 from qwenrt.server.running import Running
-from qwenrt.server.service import Made, Service
-from qwenrt.server.streams import Client, Json, Streaming, events
+from qwenrt.server.service import Caller, Made, Service
+from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events
 from qwenrt.text.dialects.answers import Served, Writer
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
@@ -24,34 +23,46 @@ logger = logging.getLogger("qwenrt.server")
 LARGE_BODY = 65536  # bytes; reading more takes long enough to be done beside the event loop
 CONVERSATION = "x-conversation-id"
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Endpoint:
-    """One route at which something is written. ``read``: from a body and its headers to an Ask, raises Problem;
-    ``writer``: of its answers. ``finished`` sees the answers to a request, for dialects that keep them."""
 
-    dialect: str
-    read: Callable[[bytes, Mapping[str, str]], Ask]
-    writer: Callable[[Ask, Served], Writer]
+class WriterOf(Protocol):
+    """Makes the Writer of one request; mostly a dialect's class."""
+
+    def __call__(self, served: Served, ask: Ask) -> Writer: ...
+
+
+async def read(request: Request, reader: Callable[[bytes], T]) -> T:
+    """What ``reader`` makes of a request's body, beside the event loop where the body is large. Raises Problem."""
+    body = await request.body()
+    return await asyncio.to_thread(reader, body) if len(body) > LARGE_BODY else reader(body)
+
+
+def caller_of(request: Request) -> Caller:
+    """Whose request it is, as the guard found out."""
+    state = request.scope["state"]
+    return Caller(state["caller"], state["max_priority"])
 
 
 class Writing:
-    """Answers the requests of all endpoints."""
+    """Answers the requests of all dialects for text."""
 
     def __init__(self, service: Service) -> None:
         self.service, self.kept = service, KeptStreams()
 
-    async def answer(self, endpoint: Endpoint, request: Request) -> ASGIApp:
-        """The response to a request. Raises Problem for what is wrong before anything was sent."""
-        body = await request.body()
-        caller = request.scope["state"]["caller"]
-        read = partial(endpoint.read, body, request.headers)
-        ask = await asyncio.to_thread(read) if len(body) > LARGE_BODY else read()
+    async def answer(
+        self, request: Request, dialect: str, ask: Ask, writer_of: WriterOf, **told: Any
+    ) -> ASGIApp:
+        """The response to a request. ``told``: more of what its writer is to know, as fields of Served.
+
+        Raises Problem for what is wrong before anything was sent, ClientGone where nobody waits for it any more.
+        """
         client = Client(request.receive)
         try:
-            made = await client.unless_gone(self.service.make(ask, caller))
-            writer = endpoint.writer(ask, self._served(made, request))
-            start = self.service.start(made, ask, caller, endpoint.dialect, writer.answer_id)
+            made = await client.unless_gone(self.service.make(ask, caller_of(request)))
+            writer = writer_of(self.served(made, request, **told), ask)
+            size = len(await request.body())
+            start = self.service.start(made, ask, caller_of(request), dialect, writer.id, size)
             running = await client.unless_gone(start)
         except BaseException:
             client.close()
@@ -61,22 +72,28 @@ class Writing:
             return await self._stream(client, running, writer, headers, request)
         try:
             choices = await client.unless_gone(running.whole())
+        except ClientGone:
+            raise
+        except Exception as error:
+            raise problem_of(error) from error
         finally:
             client.close()
         if all(choice.finish_reason == "timeout" and not choice.token_ids for choice in choices):
-            raise Problem(
-                "timeout", "The request reached its deadline before its first token. Allow it more time."
-            )
+            found = "The request reached its deadline before its first token. Allow it more time."
+            raise Problem("timeout", found)
         return Json(writer.whole(choices), headers=headers)
 
-    def _served(self, made: Made, request: Request) -> Served:
-        llm = self.service.llm
+    def served(self, made: Made | None, request: Request, **told: Any) -> Served:
+        """What a writer knows of the server and of a request."""
+        if made is not None:
+            told.setdefault("prompt_tokens", made.prompt_tokens)
+            told.setdefault("prompt_token_ids", made.prepared[0].prompt_token_ids)
         return Served(
             self.service.names[0],
             request.scope["state"]["request_id"],
-            made.prompt_tokens,
-            prompt_ids=[one.prompt_token_ids for one in made.prepared],
-            token_bytes=None if llm.tokenizer is None else llm.tokenizer.token_bytes,
+            token_text=self.service.token_text,
+            fingerprint=self.service.fingerprint,
+            **told,
         )
 
     async def _stream(
@@ -86,11 +103,9 @@ class Writing:
         conversation = request.headers.get(CONVERSATION)
         if conversation is None:
             return Streaming(client, source, writer.media_type, writer.ping, headers, running.cancel)
-        about = About(writer.media_type, headers)
+        about, owner = About(writer.media_type, headers), caller_of(request).name
         try:
-            stream = self.kept.keep(
-                request.scope["state"]["caller"], conversation, source, about, running.cancel
-            )
+            stream = self.kept.keep(owner, conversation, source, about, running.cancel)
         except Problem:
             client.close()
             await running.close()
