@@ -148,6 +148,12 @@ class KeptStreams:
             raise Problem("not_found", "No stream of this conversation is kept here.", param="conv_id")
         return stream
 
+    def stop(self, caller: str, conversation: str) -> None:
+        """End a stream that is still written, and forget it. Harmless where there is none."""
+        stream = self._streams.pop((caller, conversation), None)
+        if stream is not None:
+            stream.stop()
+
     def listed(self, caller: str) -> list[dict[str, object]]:
         """The streams of a caller, for a client that asks what is still being written."""
         self._forget_old()
