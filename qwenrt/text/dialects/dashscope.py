@@ -33,7 +33,6 @@ ROLES = {
 MAX_N = 4
 MAX_TOP_LOGPROBS = 5
 LARGEST_TOP_K = 100  # beyond it DashScope keeps all tokens
-_BELOW_2 = 1.9999999999999998  # temperatures end before 2
 
 CODES: dict[Kind, str] = {
     "invalid_json": "InvalidParameter",
@@ -241,12 +240,9 @@ def _budget(wanted: Parameters) -> int | None:
 
 def _sampling(wanted: Parameters, text_of: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
     """The fields of SamplingParams that a request sets, within DashScope's own ranges."""
-    ranges = (
-        ("temperature", 0, _BELOW_2),
-        ("presence_penalty", -2, 2),
-        ("n", 1, MAX_N),
-        ("seed", 0, 2**63 - 1),
-    )
+    if wanted.temperature is not None and wanted.temperature >= 2:
+        raise bad("parameters.temperature", f"got {shown(wanted.temperature)}", "It must be in [0, 2).")
+    ranges = (("presence_penalty", -2, 2), ("n", 1, MAX_N), ("seed", 0, 2**63 - 1))
     for name, low, high in ranges:
         if (value := getattr(wanted, name)) is not None:
             between(f"parameters.{name}", value, low, high)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_text_is_cumulative_or_adds_up(deltas: list[Delta]) -> None:
     whole = json.loads(json.dumps(writer(as_message=False).whole(joined(deltas))))["output"]
     cumulative = [event["output"] for event in events(writer(as_message=False), deltas)]
     assert cumulative[-1] == whole
-    for before, after in zip(cumulative, cumulative[1:], strict=False):
+    for before, after in pairwise(cumulative):
         assert before["finish_reason"] == "null" and after["text"].startswith(before["text"])
     pieces = [event["output"] for event in events(writer(as_message=False, incremental=True), deltas)]
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
