@@ -97,5 +97,9 @@ class KeptResponses:
 
 
 def _not_found(response_id: str) -> Problem:
-    found = f"There is no response {shown(response_id)}: responses are kept for a while, unless store is false."
-    return Problem("not_found", f"{found} Send the whole conversation as input.", param="previous_response_id")
+    found = (
+        f"There is no response {shown(response_id)}: responses are kept for a while, unless store is false."
+    )
+    return Problem(
+        "not_found", f"{found} Send the whole conversation as input.", param="previous_response_id"
+    )

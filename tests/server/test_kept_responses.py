@@ -91,8 +91,12 @@ def test_time_counts_from_the_last_use() -> None:
     assert len(kept) == 0 and kept.bytes == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from("kgdt"), st.sampled_from("ab"), st.integers(0, 5), st.integers(2, 50))))
-def test_whatever_is_done_the_bounds_hold_and_the_bytes_are_right(steps: list[tuple[str, str, int, int]]) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from("kgdt"), st.sampled_from("ab"), st.integers(0, 5), st.integers(2, 50)))
+)
+def test_whatever_is_done_the_bounds_hold_and_the_bytes_are_right(
+    steps: list[tuple[str, str, int, int]],
+) -> None:
     clock = Clock()
     kept = KeptResponses(most=3, most_bytes=90, lifetime_s=10, clock=clock)
     for what, owner, number, size in steps:

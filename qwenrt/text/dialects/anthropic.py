@@ -160,6 +160,8 @@ def _messages(request: CountRequest, thoughts: SignedThoughts) -> list[dict[str,
         else:
             turns.system(_joined(blocks, place))
     messages = turns.messages()
+    if not messages or messages[-1]["role"] == "system":
+        raise bad("messages", "there are only system messages", "Send a message of the user.")
     if messages[-1].get("tool_calls"):
         found = "it ends with a tool_use that has no result"
         raise bad(f"messages[{len(request.messages) - 1}]", found, "Send a tool_result for each tool_use.")

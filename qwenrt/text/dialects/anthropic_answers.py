@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ class Writer:
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask: Ask, served: Served) -> None:
+    def __init__(self, served: Served, ask: Ask) -> None:
         self._extra: Extra = ask.extra
         self._served = served
         self._id = new_id("msg_")
@@ -255,6 +256,9 @@ def _usage(usage: Usage, prompt_tokens: int) -> dict[str, int]:
     }
 
 
+_CONTROL = re.compile(rb"<\|[^|]*\|>")  # a token that is no text, as Qwen spells them
+
+
 class _StopFinder:
     """Which stop sequence ended an answer: the text says nothing of it, the last tokens do."""
 
@@ -281,6 +285,8 @@ class _StopFinder:
     def found(self) -> str | None:
         """The sequence that the last token completed; None where it ended the answer by itself."""
         begun = len(self._written) - self._last
+        if _CONTROL.fullmatch(self._written, begun):
+            return None
         for text, raw in self._stop:
             at = self._written.find(raw)
             if at >= 0 and at + len(raw) > begun:

@@ -15,7 +15,7 @@ from qwenrt.text.dialects import decoding
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.decoding import bad, blamed_on, said
 from qwenrt.text.dialects.efforts import thought as thought_of_effort
-from qwenrt.text.dialects.openai_errors import error_body as error_body
+from qwenrt.text.dialects.openai_bodies import error_body as error_body
 from qwenrt.text.dialects.responses_answers import Writer as Writer
 from qwenrt.text.dialects.responses_answers import count_body as count_body
 from qwenrt.text.dialects.responses_answers import deleted_body as deleted_body
@@ -194,6 +194,8 @@ def _messages(
                 raise bad(f"{place}[{i}]", found, f"Read here are {known}.")
             read_item(turns, item, f"{place}[{i}]", thoughts)
     messages = turns.messages()
+    if not messages or messages[-1]["role"] == "system":
+        raise bad("input", "there are only system messages", "Send a message of the user.")
     if messages[-1].get("tool_calls"):
         found = "it ends with a call that has no output"
         raise bad("input", found, "Send the output of each call.")

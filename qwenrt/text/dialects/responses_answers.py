@@ -9,7 +9,7 @@ from typing import Any
 from qwenrt.outputs import Delta, FinishReason, Generation, Usage
 from qwenrt.text.dialects.answers import SSE_PING, Served, new_id, sse
 from qwenrt.text.dialects.ask import Ask
-from qwenrt.text.dialects.openai_errors import error_code
+from qwenrt.text.dialects.openai_bodies import ERRORS
 from qwenrt.text.dialects.pieces import Pieces, pieces_of
 from qwenrt.text.dialects.problem import Problem
 from qwenrt.text.dialects.responses_items import Extra, Item, new_item
@@ -43,7 +43,7 @@ class Writer:
 
     media_type = "text/event-stream"
 
-    def __init__(self, ask: Ask, served: Served) -> None:
+    def __init__(self, served: Served, ask: Ask) -> None:
         self._extra: Extra = ask.extra
         self._served = served
         self._pieces = Pieces()
@@ -102,7 +102,9 @@ class Writer:
     def fail(self, problem: Problem) -> bytes:
         """The open item ends as it is, and the response as failed."""
         self._close("incomplete")
-        self.response.update(status="failed", error={"code": error_code(problem), "message": problem.message})
+        self.response.update(
+            status="failed", error={"code": ERRORS[problem.kind][1], "message": problem.message}
+        )
         self._emit("failed", response=self.response)
         return self._written()
 
