@@ -88,6 +88,16 @@ class BlockManager:
         """How many tokens of a sequence without blocks are in the cache now."""
         return len(self._find(seq)) * self.block_size
 
+    def num_uses(self, block: int) -> int:
+        """How many requests have used a block that can be found; 0 for another."""
+        known = self._registered.get(block)
+        return 0 if known is None else known.uses
+
+    def uid_of(self, block: int) -> int:
+        """What tells a block's content from those that it had before and will have; -1 where it cannot be found."""
+        known = self._registered.get(block)
+        return -1 if known is None else known.uid
+
     def grow(self, seq: Sequence) -> bool:
         """Make sure a running sequence has a slot for its last token; False where no block is free."""
         if seq.num_known <= len(seq.block_table) * self.block_size:
