@@ -15,6 +15,7 @@ import re
 import secrets
 import stat
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class BlockFiles:
         self.path, self.limit = path, limit
         self._fd = _opened(path)
         self._touched: dict[bytes, int] = {}
+        self._lock = threading.Lock()  # one thread writes, another reads and touches
         self._written = 0  # since the directory was last looked through
         self._size = 0
         self.prune()
@@ -110,8 +112,9 @@ class BlockFiles:
             self._remove(name)
         return good
 
-    def write(self, label: Label, data: torch.Tensor) -> None:
-        """Keep a block's bytes uint8 [n] on the CPU. Raises OSError: a full disk, above all."""
+    def write(self, label: Label, data: torch.Tensor, used_ns: int | None = None) -> None:
+        """Keep a block's bytes uint8 [n] on the CPU; its text was used at ``used_ns``, or now. Raises OSError: a full
+        disk, above all."""
         header = label.header(data.numel(), bytes.fromhex(digest_of(data)))
         size = len(header) + data.numel()
         if size > self.limit:
@@ -126,7 +129,7 @@ class BlockFiles:
                 _write_all(fd, memoryview(data.numpy()))  # type: ignore[arg-type,unused-ignore]
             finally:
                 os.close(fd)
-            self._set_time(part, _moment(label.depth))
+            self._set_time(part, _moment(label, used_ns or time.time_ns()))
             self._rename(part, _file_name(label))
         except OSError:
             self._remove(part)
@@ -136,8 +139,9 @@ class BlockFiles:
 
     def touch(self, labels: list[Label]) -> None:
         """These were used now."""
-        for label in labels:
-            self._touched[label.name] = _moment(label.depth)
+        now = time.time_ns()
+        with self._lock:
+            self._touched.update((label.name, _moment(label, now)) for label in labels)
 
     def prune(self, coming: int = 0) -> None:
         """Look through the directory; where there is no room for ``coming`` bytes more, remove what was used longest
@@ -169,7 +173,8 @@ class BlockFiles:
                         yield found.st_mtime_ns, found.st_size, entry.name
 
     def _apply_touches(self) -> None:
-        touched, self._touched = self._touched, {}
+        with self._lock:
+            touched, self._touched = self._touched, {}
         for name, moment in touched.items():
             with contextlib.suppress(OSError):
                 self._set_time(f"{name.hex()}.kv", moment)
@@ -201,9 +206,9 @@ def _file_name(label: Label) -> str:
     return f"{label.name.hex()}.kv"
 
 
-def _moment(depth: int) -> int:
-    """A time of use in nanoseconds: a text's beginning counts as used later than its end, and goes later."""
-    return time.time_ns() - 1000 * depth
+def _moment(label: Label, used_ns: int) -> int:
+    """The time that a file has: a text's beginning counts as used later than its end, and goes later."""
+    return used_ns - 1000 * label.depth
 
 
 def _opened(path: Path) -> int | None:

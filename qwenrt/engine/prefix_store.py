@@ -45,6 +45,19 @@ class Collects(Protocol):
     def collect(self, seq: Sequence, num_stored: int, epoch: int) -> None: ...
 
 
+_Item = tuple[Label, torch.Tensor, int]  # a block, its bytes, when it was used
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A block that is to be written, if it still is what it was (its uid); its text was used at ``used_ns``."""
+
+    label: Label
+    block: int
+    uid: int
+    used_ns: int
+
+
 @dataclass
 class _Reading:
     """A sequence whose beginning is being read, the cache that it is read into (its epoch), and what is to come."""
@@ -67,7 +80,7 @@ class PrefixStore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._files, self._model, self._cache, self._clock = files, model, cache, clock
-        self._wanted: OrderedDict[bytes, tuple[Label, int, int]] = OrderedDict()  # label, block, uid
+        self._wanted: OrderedDict[bytes, _Wanted] = OrderedDict()
         self._reading: list[_Reading] = []
         self._next_copy = 0.0
         self._writer = _Writer(files)
@@ -76,6 +89,7 @@ class PrefixStore:
     def admitted(self, seq: Sequence, blocks: BlockManager) -> None:
         """A sequence got its blocks, the first of them shared: note what is to be written, and what can be read."""
         size, found = blocks.block_size, seq.num_computed // blocks.block_size
+        now = time.time_ns()
         used: list[Label] = []
         ahead: deque[Label] = deque()
         for label in self._labels(seq, size):
@@ -85,7 +99,7 @@ class PrefixStore:
                 if held:
                     used.append(label)
                 elif blocks.num_uses(block) > 1 and not self._writer.failed:
-                    self._wanted[label.name] = label, block, blocks.uid_of(block)
+                    self._wanted[label.name] = _Wanted(label, block, blocks.uid_of(block), now)
             elif held:
                 ahead.append(label)
             else:
@@ -93,7 +107,7 @@ class PrefixStore:
         self._files.touch([*used, *ahead])
         if ahead:
             seq.is_read = True
-            self._reading.append(_Reading(seq, seq.epoch, ahead, seq.status is Status.WAITING))
+            self._reading.append(_Reading(seq, seq.epoch, ahead, seq.num_cached is None))
 
     def read(self, scheduler: Collects, others_wait: bool) -> None:
         """Read blocks for a while, in the order of admission."""
@@ -120,9 +134,10 @@ class PrefixStore:
         if not self._wanted or self._writer.is_full or (not idle and self._clock() < self._next_copy):
             return bool(self._wanted) and not self._writer.failed
         began = self._clock()
-        _, (label, block, uid) = self._wanted.popitem(last=False)
-        if blocks.uid_of(block) == uid:
-            self._writer.put(label, torch.cat(list(_bytes_of(self._cache, block))).cpu())
+        _, wanted = self._wanted.popitem(last=False)
+        if blocks.uid_of(wanted.block) == wanted.uid:
+            data = torch.cat(list(_bytes_of(self._cache, wanted.block))).cpu()
+            self._writer.put((wanted.label, data, wanted.used_ns))
             self.num_written += 1
         self._next_copy = self._clock() + _SHARE * (self._clock() - began)
         return bool(self._wanted)
@@ -133,8 +148,8 @@ class PrefixStore:
         while time.monotonic() < until and self.tend(blocks, idle=True):
             if self._writer.is_full:
                 time.sleep(0.002)
-        self._writer.close(max(0.0, until - time.monotonic()))
-        self._files.close()
+        if self._writer.close(max(0.0, until - time.monotonic())):
+            self._files.close()
 
     def _labels(self, seq: Sequence, size: int) -> Iterator[Label]:
         """Those of the full blocks of a text, but for its last token, which is always computed."""
@@ -162,27 +177,30 @@ class _Writer:
 
     def __init__(self, files: BlockFiles) -> None:
         self._files, self.failed = files, False
-        self._queue: queue.Queue[tuple[Label, torch.Tensor] | None] = queue.Queue(_ON_THE_WAY)
+        self._queue: queue.Queue[_Item | None] = queue.Queue(_ON_THE_WAY)
         self._thread: threading.Thread | None = None
 
     @property
     def is_full(self) -> bool:
         return self._queue.full()
 
-    def put(self, label: Label, data: torch.Tensor) -> None:
+    def put(self, item: _Item) -> None:
         """Called where it is not full."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="qwenrt-prefixes", daemon=True)
             self._thread.start()
-        self._queue.put((label, data))
+        self._queue.put(item)
 
-    def close(self, timeout: float) -> None:
-        if self._thread is not None:
-            try:
-                self._queue.put(None, timeout=timeout)
-            except queue.Full:
-                self.failed = True  # the file at hand is its last
-            self._thread.join(timeout + 1)
+    def close(self, timeout: float) -> bool:
+        """End the thread; False where it is still at a file, on a disk that does not answer."""
+        if self._thread is None:
+            return True
+        try:
+            self._queue.put(None, timeout=timeout)
+        except queue.Full:
+            self.failed = True  # the file at hand is its last
+        self._thread.join(timeout + 1)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
