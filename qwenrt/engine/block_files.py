@@ -191,8 +191,8 @@ class BlockFiles:
         return os.stat(self._place(name), dir_fd=self._fd, follow_symlinks=False)
 
     def _set_time(self, name: str, moment: int) -> None:
-        linked = {} if os.utime not in os.supports_follow_symlinks else {"follow_symlinks": False}
-        os.utime(self._place(name), ns=(moment, moment), dir_fd=self._fd, **linked)
+        follows = os.utime not in os.supports_follow_symlinks  # Windows knows no other way
+        os.utime(self._place(name), ns=(moment, moment), dir_fd=self._fd, follow_symlinks=follows)
 
     def _rename(self, name: str, to: str) -> None:
         os.replace(self._place(name), self._place(to), src_dir_fd=self._fd, dst_dir_fd=self._fd)

@@ -166,8 +166,10 @@ class PrefixStore:
         data = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8)
         if not self._files.read(label, data):
             return False
-        for part, values in zip(parts, data.split([part.nbytes for part in parts]), strict=True):
-            part.view(-1).view(torch.uint8).copy_(values)
+        place = 0
+        for part in parts:
+            part.view(-1).view(torch.uint8).copy_(data[place : place + part.nbytes])
+            place += part.nbytes
         seq.num_computed += len(label.token_ids)
         return True
 
@@ -233,8 +235,8 @@ def fingerprint(model: Qwen, cache: KVCache, **settings: Any) -> bytes:
         for tensor in _tensors(model.get(name)):
             digest.update(_identity(tensor))
     for layer in cache.layers:
-        for tensor in (layer.k_offset, layer.k_factor):
-            digest.update(b"none" if tensor is None else _identity(tensor))
+        for fitted in (layer.k_offset, layer.k_factor):
+            digest.update(b"none" if fitted is None else _identity(fitted))
     return digest.digest()
 
 
