@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from qwenrt.engine.block_manager import BlockManager
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
+from qwenrt.engine.prefix_store import PrefixStore, open_store
 from qwenrt.engine.requests import Bounds, Request
 from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
+from qwenrt.engine.step_target import StepTarget
 from qwenrt.errors import BackendError, CapacityError, ConfigError, QwenrtError, RequestError
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
@@ -30,6 +34,10 @@ from qwenrt.outputs import Delta
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
+
+STEP_TARGET_MS = (
+    250  # on a CPU, unless something else is asked: four tokens a second are still read as a flow
+)
 
 
 @dataclass
@@ -45,7 +53,10 @@ class EngineOptions:
     """max_model_len: prompt and answer together, in tokens. max_num_seqs: sequences computed together;
     max_num_batched_tokens: tokens a step. The cache has ``num_blocks`` blocks of ``block_size`` tokens, or without a
     number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
-    way when the next one is begun, 0 or 1; the backend's choice if not given. Raises ConfigError."""
+    way when the next one is begun, 0 or 1; the backend's choice if not given. ``step_target_ms``: what a step in which
+    somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
+    ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold.
+    Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -55,6 +66,9 @@ class EngineOptions:
     num_blocks: int | None = None
     prefix_caching: bool = True
     depth: int | None = None
+    step_target_ms: float | None = None
+    prefix_store: Path | None = None
+    prefix_store_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -63,6 +77,9 @@ class EngineOptions:
                 raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")
         if self.depth is not None and (type(self.depth) is not int or self.depth not in (0, 1)):
             raise ConfigError("depth", f"got {self.depth!r}", "It must be 0 or 1.")
+        target = self.step_target_ms
+        if target is not None and (isinstance(target, bool) or not target >= 0):
+            raise ConfigError("step_target_ms", f"got {target!r}", "It must be a number >= 0.")
         if self.num_blocks is None:
             blocks = self.max_num_seqs * -(-self.max_model_len // self.block_size)
             object.__setattr__(self, "num_blocks", blocks)
@@ -84,6 +101,7 @@ class _Launched:
     choosing: list[Sequence]
     draws: list[Draw | None]
     outcome: Outcome
+    began: float = 0.0
 
 
 class Engine:
@@ -138,8 +156,18 @@ class Engine:
             depth=options.depth,
         )
         self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching)
-        self.scheduler = Scheduler(self.blocks, options.max_num_seqs, options.max_num_batched_tokens)
+        self.target = StepTarget(_step_target_s(options, backend.device))
+        self.scheduler = Scheduler(
+            self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
+        )
         self.sampler = Sampler(vocabulary, backend)
+        self.store: PrefixStore | None = None
+        if options.prefix_store is not None and options.prefix_caching:
+            how = getattr(backend, "activations", "")
+            self.store = open_store(
+                options.prefix_store, options.prefix_store_bytes, model, cache, activations=how
+            )
+            self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
         self.num_generated = 0
         self._ids = itertools.count()
         self._seq_ids = itertools.count()
@@ -244,13 +272,27 @@ class Engine:
 
         A failure within the computation ends the requests of its batch with a typed error; the others go on.
         """
+        if self.store is not None:
+            self.store.read(self.scheduler, any(not seq.is_read for seq in self.scheduler.running))
         begun = self._launch()
         # The host chooses some of its tokens: the next step cannot begin before.
         waits = begun is None or None in begun.draws
         for _ in range(len(self._launched) - (0 if waits else self.runner.depth)):
             self._collect(self._launched.popleft())
+        if self.store is not None:
+            self.store.tend(self.blocks, idle=False)
         outputs, self._outbox = self._outbox, []
         return outputs
+
+    def tend(self) -> bool:
+        """Do some of what waits for an idle moment -> whether there is more."""
+        return self.store is not None and self.store.tend(self.blocks, idle=True)
+
+    def close(self) -> None:
+        """Let go of what is outside of this process."""
+        if self.store is not None:
+            self.store.close(self.blocks)
+            self.store = None
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """The logits after each token of a text -> float32 [num_tokens, vocab_size] on the CPU; leaves no trace."""
@@ -311,6 +353,8 @@ class Engine:
             "block_size": self.blocks.block_size,
             "cache_bytes": self.cache_bytes,
             "preemptions": self.scheduler.num_preemptions,
+            "stored_blocks_read": 0 if self.store is None else self.store.num_read,
+            "stored_blocks_written": 0 if self.store is None else self.store.num_written,
             "generated_tokens": self.num_generated,
         }
 
@@ -318,6 +362,7 @@ class Engine:
 
     def _launch(self) -> _Launched | None:
         """Begin to compute what is scheduled now; None where nothing is, or where it failed."""
+        began = self.target.clock()
         batch = self.scheduler.schedule()
         if not batch:
             return None
@@ -328,7 +373,7 @@ class Engine:
             return None
         choosing = [seq for seq, count in batch if self.scheduler.launch(seq, count)]
         stored = [(seq, seq.num_computed, seq.epoch) for seq, _ in batch]
-        self._launched.append(_Launched(batch, stored, choosing, draws, outcome))
+        self._launched.append(_Launched(batch, stored, choosing, draws, outcome, began))
         return self._launched[-1]
 
     def _collect(self, done: _Launched) -> None:
@@ -340,6 +385,8 @@ class Engine:
         except Exception as error:
             self._fail(done.batch, error)
             return
+        rows = sum(count == 1 for _, count in done.batch)
+        self.target.done(done.began, rows, sum(count for _, count in done.batch) - rows)
         going_on = [
             (seq, token, logprob)
             for seq, token, logprob in zip(done.choosing, sampled.token_ids, sampled.logprobs, strict=True)
@@ -421,6 +468,14 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
+
+
+def _step_target_s(options: EngineOptions, device: torch.device) -> float | None:
+    """What a step shall take at most, in seconds; None where there is no such target."""
+    target = options.step_target_ms
+    if target is None:
+        target = STEP_TARGET_MS if device.type == "cpu" else 0
+    return target / 1000 or None
 
 
 def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:

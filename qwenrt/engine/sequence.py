@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from enum import Enum
 
 from qwenrt.sampling_params import SamplingParams
@@ -16,6 +17,21 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Another prompt, in its ``epoch``, whose first ``tokens`` are those of one that waits for them."""
+
+    seq: Sequence
+    tokens: int
+    epoch: int
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether these tokens are still to come."""
+        seq = self.seq
+        return seq.status is Status.RUNNING and seq.epoch == self.epoch and seq.num_stored < self.tokens
+
+
 class Sequence:
     """The tokens of one completion, prompt first, and the cache blocks that hold their keys and values.
 
@@ -27,16 +43,20 @@ class Sequence:
     A step that computes its tokens may still be under way: ``num_computed`` counts the tokens whose keys and values are
     in the cache when all steps are done, ``num_stored`` those of steps that are; ``in_flight`` the tokens that steps
     under way are choosing, which follow ``token_ids``. ``num_committed`` counts the full blocks offered for sharing,
-    ``chain`` is the identity of the last of them. ``epoch`` changes whenever its cache is given up.
+    ``chain`` is the identity of the last of them. ``epoch`` changes whenever its cache is given up. ``turn`` is the
+    last step that computed some of its prompt, ``ahead`` a prompt that begins alike and is computed first;
+    ``is_read`` says that its beginning is being read from the disk.
     """
 
     __slots__ = (
+        "ahead",
         "banned_until_min",
         "block_table",
         "chain",
         "epoch",
         "in_flight",
         "index",
+        "is_read",
         "leader",
         "max_len",
         "ntk_alpha",
@@ -51,6 +71,7 @@ class Sequence:
         "seq_id",
         "status",
         "token_ids",
+        "turn",
     )
 
     def __init__(
@@ -73,7 +94,8 @@ class Sequence:
         self.params, self.ntk_alpha, self.leader = params, ntk_alpha, leader
         self.banned_until_min, self.max_len = banned_until_min, max_len
         self.seed = secrets.randbits(64) if seed is None else seed
-        self.in_flight = self.epoch = 0
+        self.in_flight = self.epoch = self.turn = 0
+        self.ahead: Ahead | None = None
         self.status = Status.WAITING
         self.num_cached: int | None = None  # prompt tokens found in the cache at first admission
         self.block_table: list[int]
@@ -84,8 +106,14 @@ class Sequence:
         self.block_table = []
         self.num_computed = self.num_stored = 0
         self.num_committed = 0
+        self.is_read = False
         self.epoch += 1
-        self.chain: int | tuple[int, ...] = (self.ntk_alpha,)
+        self.chain: int | tuple[int, ...] = self.root
+
+    @property
+    def root(self) -> tuple[int, ...]:
+        """What has to be alike, beside their tokens, where two sequences share blocks."""
+        return (self.ntk_alpha,)
 
     @property
     def num_output(self) -> int:
@@ -109,11 +137,10 @@ class Sequence:
 
     @property
     def held_back(self) -> bool:
-        """Whether it waits: for a token of its own that a step is choosing, or for its leader to compute the prompt
-        they share."""
+        """Whether it waits: for a token of its own that a step is choosing, or for another to compute what they
+        share."""
         leader = self.leader
-        return self.in_flight > 0 or (
-            leader is not None
-            and leader.status is not Status.FINISHED
-            and leader.num_stored < leader.prompt_len
-        )
+        led = leader is not None and leader.status is not Status.FINISHED
+        if led and leader is not None and leader.num_stored < leader.prompt_len:
+            return True
+        return self.in_flight > 0 or (self.ahead is not None and self.ahead.is_computing)
