@@ -217,7 +217,7 @@ def server_of(
         server_header=False,
         proxy_headers=False,  # what a stranger's header says of its address is not believed
         backlog=_BACKLOG,
-        timeout_keep_alive=15,
+        timeout_keep_alive=65,  # longer than clients keep a connection, so that none meets one just closed
         timeout_graceful_shutdown=2,  # what is left by then had its time
         h11_max_incomplete_event_size=settings.max_header + (64 << 10),  # `protocols` counts, and answers 431
     )

@@ -6,6 +6,7 @@ failed.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -29,6 +30,7 @@ OUTCOMES = (
     *("stop", "length", "tool_calls", "timeout", "abort", "error"),
     *("cancelled", "invalid", "denied", "queue_full", "queue_timeout", "unavailable"),
 )
+_CREATED = re.compile(rb"(# (HELP|TYPE) )?qwenrt_[a-z_]*_created[ {]")
 _SCRAPE_KEPT = 0.5  # seconds that one text serves all who ask
 _WAITS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 _BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)  # seconds
@@ -174,7 +176,10 @@ class Metrics:
         """The exposition, of now or of half a second ago: a storm of scrapes costs what one does."""
         now = self._clock()
         if now >= self._until:
-            self._text, self._until = generate_latest(self.registry), now + _SCRAPE_KEPT
+            lines = generate_latest(self.registry).splitlines(keepends=True)
+            # when each counter was made, which would be as many lines again
+            self._text = b"".join(line for line in lines if not _CREATED.match(line))
+            self._until = now + _SCRAPE_KEPT
         return self._text
 
 

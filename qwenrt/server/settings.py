@@ -61,7 +61,7 @@ _FLAGS = ("strict_model", "i_know_this_is_open", "share_prefixes", "log_prompts"
 _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://[a-z0-9._~-]+(:[0-9]{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:.]+\](:[0-9]{1,5})?"
 )
-_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?\.?|\[?[0-9a-f:.]*:[0-9a-f:.]*\]?")
+_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?\.?")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def is_loopback(host: str) -> bool:
     if host.rstrip(".") == "localhost":
         return True
     address = as_address(host)
-    return address is not None and address.is_loopback
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return mapped is not None and mapped.is_loopback
 
 
 def as_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -228,7 +229,7 @@ def _origins(name: str, value: object) -> tuple[str, ...]:
 def _hosts(name: str, value: object) -> tuple[str, ...]:
     hosts = [text.strip().lower() for text in _texts(name, value)]
     for host in hosts:
-        if len(host) > 253 or not _HOST_NAME.fullmatch(host):
+        if len(host) > 253 or not (_HOST_NAME.fullmatch(host) or as_address(host)):
             raise _bad(
                 name, host, "a name like llm.example.com, without a port; there is no * for all of them"
             )

@@ -115,10 +115,11 @@ def _serve(
         ignored.append(tool.type if _WORD.fullmatch(tool.type) else "tool")
         return
     custom = tool.type == "custom"
-    name = decoding.tool_name(joined(tool.name or "", namespace), f"{place}.name")
+    own = decoding.tool_name(tool.name or "", f"{place}.name")
+    name = decoding.tool_name(joined(own, namespace), f"{place}.name")
     if name in names:
         raise bad(f"{place}.name", f"{shown(name)} is there twice", "Give each tool a name of its own.")
-    names[name] = Name(tool.name or "", namespace, custom)
+    names[name] = Name(own, namespace, custom)
     functions.append(
         {"type": "function", "function": _custom(name, tool) if custom else _function(name, tool)}
     )

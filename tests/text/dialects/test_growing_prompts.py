@@ -14,6 +14,7 @@ checkpoint's chat template that says so:
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ from tests.text.bpe_vocab import load_json
 from tests.text.dialects import agent_turns
 from tests.text.dialects.agent_turns import ANSWERS, THOUGHTS, TURNS, Answer
 from tests.text.dialects.events import events, message_of, response_of
-import itertools
 
 SERVED = Served("qwen", "request", 7)
 
@@ -62,22 +62,9 @@ def claude_answer(stream: bytes) -> list[dict[str, Any]]:
 
 def codex_answer(stream: bytes) -> list[dict[str, Any]]:
     """Codex keeps items without the ids and states that it does not need."""
-    kept = (
-        "type",
-        "role",
-        "content",
-        "summary",
-        "encrypted_content",
-        "name",
-        "namespace",
-        "arguments",
-        "input",
-        "call_id",
-    )
-    return [
-        {key: value for key, value in item.items() if key in kept}
-        for item in response_of(events(stream))["output"]
-    ]
+    dropped = ("id", "status")
+    output = response_of(events(stream))["output"]
+    return [{key: value for key, value in item.items() if key not in dropped} for item in output]
 
 
 def qwen_answer(stream: bytes) -> dict[str, Any]:
