@@ -10,6 +10,7 @@ from typing import Any, Literal
 from qwenrt.errors import RequestError, shown
 
 Kind = Literal["json_schema", "regex", "lark"]
+Thought = Literal["none", "open", "possible"]
 MAX_GRAMMAR_CHARS = 65536
 
 
@@ -20,15 +21,25 @@ class Grammar:
     kind and text: "json_schema" and the schema as JSON; "regex" and a regular expression that the whole answer matches;
     "lark" and a grammar in llguidance's Lark syntax. Compiling needs the package llguidance (`pip install
     qwenrt[server]`) and happens where a request is checked: what cannot be compiled is a RequestError there.
+
+    thought: what may be written before the answer, free of the grammar: nothing ("none"), the rest of a thought that
+    the prompt has begun ("open"), or a thought of the model's own ("possible"). A chat sets it by its prompt.
     """
 
     kind: Kind
     text: str
+    thought: Thought = "none"
 
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "regex", "lark"):
             raise RequestError(
                 "a grammar's kind", f"got {shown(self.kind)}", "Known are json_schema, regex and lark."
+            )
+        if self.thought not in ("none", "open", "possible"):
+            raise RequestError(
+                "the thought before a grammar",
+                f"got {shown(self.thought)}",
+                "Known are none, open and possible.",
             )
         if not isinstance(self.text, str) or not self.text:
             raise RequestError(f"a grammar ({self.kind})", f"got {shown(self.text)}", "Pass its text.")
