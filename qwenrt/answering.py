@@ -32,11 +32,13 @@ Submit = Callable[[list[int], "SamplingParams", Sequence[ReplyStream]], "Handle"
 
 @dataclass(frozen=True)
 class ReplyReader:
-    """How the answers to one prompt are read. ``in_thought``: the prompt ended inside a thought."""
+    """How the answers to one prompt are read. ``in_thought``: the prompt ended inside a thought. ``single_call``: an
+    answer ends with its first call."""
 
     reply_format: ReplyFormat = PLAIN
     in_thought: bool = False
     tools: Any = None
+    single_call: bool = False
 
     def replies(self, params: SamplingParams) -> tuple[list[ReplyStream], SamplingParams]:
         """What reads each of the n completions, nothing where all of an answer is content; and the parameters without
@@ -51,15 +53,17 @@ class ReplyReader:
         if self.reply_format.calls != "react" and not params.include_reasoning_in_stop:
             stop, params = params.stop, replace(params, stop=())
         return [
-            ReplyStream(self.reply_format, self.in_thought, self.tools, stop) for _ in range(params.n)
+            ReplyStream(self.reply_format, self.in_thought, self.tools, stop, self.single_call)
+            for _ in range(params.n)
         ], params
 
 
 class Answer:
     """The answers to one chat prompt.
 
-    Iterating gives their Deltas, once: text is content, thoughts are apart, calls come whole with the last one. Ending
-    the iteration early cancels the request. ``thinking_budget``: the longest thought, in tokens.
+    Iterating gives their Deltas, once: text is content, thoughts are apart, calls come as they are written, and whole
+    with the last one. Ending the iteration early cancels the request. ``thinking_budget``: the longest thought, in
+    tokens.
     """
 
     def __init__(
@@ -200,4 +204,5 @@ def _joined(deltas: list[Delta]) -> Generation:
         logprobs=logprobs,
         message=reply.message(),
         reasoning=reply.reasoning,
+        broken_calls=deltas[-1].broken_calls,
     )
