@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from qwenrt.errors import RequestError, shown
 Kind = Literal["json_schema", "regex", "lark"]
 Thought = Literal["none", "open", "possible"]
 MAX_GRAMMAR_CHARS = 65536
+_MEANINGFUL = re.compile("[%*+?{}/#]")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,13 @@ class Grammar:
         """Answers that are one of these texts."""
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise RequestError("a choice of answers", f"got {shown(texts)}", "Pass a list of texts.")
-        return cls("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+        return cls("lark", "start: " + " | ".join(map(lark_literal, texts)))
+
+
+def lark_literal(text: str) -> str:
+    """A text as a Lark grammar spells it. What means something outside of texts is written as an escape, so that
+    nobody has to tell the two apart."""
+    return _MEANINGFUL.sub(lambda c: f"\\u{ord(c[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def _json(schema: object) -> str:

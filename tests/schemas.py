@@ -148,10 +148,14 @@ def _referring(r: random.Random, depth: int) -> Any:
 
 
 def written(
-    compiled: Compiled, tokenizer: Tokenizer, r: random.Random, most: int = 300, grammar: Grammar | None = None
+    compiled: Compiled,
+    tokenizer: Tokenizer,
+    r: random.Random,
+    most: int = 300,
+    grammar: Grammar | None = None,
 ) -> tuple[str, bool]:
-    """A random text that a constraint allows, and whether it came to its end within ``most`` tokens. Ends are taken where
-    they can be, and closing characters often, for random texts of JSON hardly ever end."""
+    """A random text that a constraint allows, and whether it came to its end within ``most`` tokens. Ends are taken
+    where they can be, and closing characters often, for random texts of JSON hardly ever end."""
     eod = tokenizer.eod_id
     constraint = Constraint(compiled, grammar or Grammar.json_object(), [eod])
     ids: list[int] = []

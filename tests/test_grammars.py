@@ -83,14 +83,15 @@ def test_finished_answers_to_ten_thousand_random_schemas_validate() -> None:
 
 
 def test_answers_with_patterns_for_keys_validate() -> None:
+    number, text, null = {"type": "integer"}, {"type": "string"}, {"type": "null"}
     schemas: list[Any] = [
-        {"patternProperties": {"^a": {"type": "integer"}}, "properties": {"abc": {"minimum": 5}, "b": {"type": "null"}}},
-        {"patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False},
-        {"patternProperties": {"^a": {"type": "integer"}, "^b": {"type": "boolean"}}, "additionalProperties": {"type": "null"}},
-        {"patternProperties": {"b$": {"type": "string"}}, "properties": {"ab": {"maxLength": 2}}, "required": ["ab", "cb"]},
+        {"patternProperties": {"^a": number}, "properties": {"abc": {"minimum": 5}, "b": null}},
+        {"patternProperties": {"^a": number}, "additionalProperties": False},
+        {"patternProperties": {"^a": number, "^b": {"type": "boolean"}}, "additionalProperties": null},
+        {"patternProperties": {"b$": text}, "properties": {"ab": {"maxLength": 2}}, "required": ["ab", "cb"]},
         {"patternProperties": {"^x": False}},
-        {"patternProperties": {"e": {"type": "integer"}}, "properties": {"type": {}}, "required": ["type"]},
-    ]  # fmt: skip
+        {"patternProperties": {"e": number}, "properties": {"type": {}}, "required": ["type"]},
+    ]
     r = random.Random(1)
     for schema in schemas:
         schema["type"] = "object"
@@ -105,12 +106,27 @@ def test_answers_with_patterns_for_keys_validate() -> None:
 
 def test_white_space_is_bounded_and_other_scripts_are_not_escaped() -> None:
     anything = Grammar.json_object()
-    for text in ('{"a":1}', '{ "a" : [1, 2] }', '{\n  "a": {\n    "b": null\n  }\n}', '{"名字": "小明 🦊"}', r'{"a":"\n\""}'):
+    for text in (
+        '{"a":1}',
+        '{ "a" : [1, 2] }',
+        '{\n  "a": {\n    "b": null\n  }\n}',
+        '{"名字": "小明 🦊"}',
+        r'{"a":"\n\""}',
+    ):
         assert fits(anything, text)
-    for text in ('{  "a":1}', '{"a":\n\n1}', ' {"a":1}', '{"a":1} ', '{"a":1}\n', "{" + "\n" + " " * 17 + "}"):
+    for text in (
+        '{  "a":1}',
+        '{"a":\n\n1}',
+        ' {"a":1}',
+        '{"a":1} ',
+        '{"a":1}\n',
+        "{" + "\n" + " " * 17 + "}",
+    ):
         assert not fits(anything, text)
     assert not fits(anything, r'{"a":"\u4f60"}')
-    longest = max(_white_run(written(compiled({}), tokenizer(), random.Random(seed))[0]) for seed in range(50))
+    longest = max(
+        _white_run(written(compiled({}), tokenizer(), random.Random(seed))[0]) for seed in range(50)
+    )
     assert longest <= 17
 
 
@@ -139,7 +155,11 @@ def test_settings_inside_a_schema_change_nothing() -> None:
 
 def test_control_tokens_are_never_text() -> None:
     special = tokenizer().special_ids
-    for grammar in (Grammar.json_object(), Grammar.regex("(?s:.*)"), Grammar.choice(["<|im_start|>", "<|endoftext|> no"])):
+    for grammar in (
+        Grammar.json_object(),
+        Grammar.regex("(?s:.*)"),
+        Grammar.choice(["<|im_start|>", "<|endoftext|> no", '%json {"a": 1}']),
+    ):
         constraint = Constraint(grammars().compile(grammar), grammar, [tokenizer().eod_id])
         allowed = constraint.allowed()
         assert allowed is not None
@@ -153,7 +173,11 @@ def test_control_tokens_are_never_text() -> None:
 def test_a_regular_expression_matches_from_end_to_end() -> None:
     grammar = Grammar.regex(r"[0-9]{3}-(foo|bar)+")
     assert fits(grammar, "123-foobar") and not fits(grammar, "x123-foo") and not fits(grammar, "123-foo ")
-    assert fits(Grammar.choice(['say "yes"', "否"]), "否") and fits(Grammar.choice(['say "yes"']), 'say "yes"')
+    assert fits(Grammar.choice(['say "yes"', "否"]), "否") and fits(
+        Grammar.choice(['say "yes"']), 'say "yes"'
+    )
+    odd = ['%json {"a": 1}', "a*?{3}+ // #b", "%llguidance {}", "line\nend\\"]
+    assert all(fits(Grammar.choice(odd), text) for text in odd)
 
 
 # ---- what is refused
@@ -178,7 +202,8 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("nested repetitions", {"type": "string", "pattern": "(" * 300 + "a" + ")*" * 300}, "nest"),
     ("a large multiple", {"type": "integer", "multipleOf": 1_000_003}, r"\$\.multipleOf"),
     ("multiples", {"allOf": [{"type": "integer", "multipleOf": n} for n in (991, 997, 1009)]}, "multipleOf"),
-    ("many properties", {"properties": {f"k{i}": {"type": "string"} for i in range(2100)}, "type": "object"}, r"\$\.properties.*2100 of them"),
+    ("many properties", {"properties": {f"k{i}": {} for i in range(2100)}}, r"\$\.properties.*2100 of them"),
+    ("keys that may repeat", {"type": "object", "minProperties": 3}, r"\$\.minProperties.*twice"),
     ("unique items", {"type": "array", "uniqueItems": True}, r"\$\.uniqueItems"),
     ("false", False, "false"),
     ("a list", [], r"\[\]"),
@@ -186,7 +211,9 @@ HOSTILE: list[tuple[str, Any, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schema", "says"), [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE])
+@pytest.mark.parametrize(
+    ("schema", "says"), [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE]
+)
 def test_what_cannot_be_kept_to_is_refused_with_its_place(schema: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         compiled(schema)

@@ -123,7 +123,7 @@ class Constraint:
             return self._give_up(RequestError("a grammar", f"it takes too much: {said}", "Make it simpler."))
         may_end = bool(bits[vocabulary.eod >> 3] >> (vocabulary.eod & 7) & 1)
         bits = bits & vocabulary.text
-        more = []
+        more: list[int] = []
         if self._phase is _Phase.GAP:
             more += vocabulary.line_ends
         if self._phase is _Phase.START and self._opening is not None:
@@ -133,7 +133,9 @@ class Constraint:
         allowed = _allowed(bits, vocabulary.size)
         if not len(allowed.ids) and not allowed.but and not may_end:
             return self._give_up(
-                RequestError("a grammar", "nothing can follow what was written", "Ask for text it can go on with.")
+                RequestError(
+                    "a grammar", "nothing can follow what was written", "Ask for text it can go on with."
+                )
             )
         return allowed
 

@@ -7,11 +7,12 @@ import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from qwenrt.engine.grammar_bounds import check_text, checked_schema, place_of
+from qwenrt.engine.grammar_bounds import check_regex, checked_lark, checked_schema, place_of
 from qwenrt.errors import RequestError, shown
 from qwenrt.structure import Grammar
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
@@ -110,26 +111,23 @@ class Grammars:
         return Compiled(vocabulary, matcher, tokenizer)
 
 
-def json_options() -> dict[str, Any]:
-    """How JSON is written: what "x-guidance" of a schema in a Lark grammar must say."""
-    return dict(_JSON_LATER if _knows_escapes() else _JSON)
-
-
-def lark_json(schema: dict[str, Any]) -> str:
+def _lark_json(schema: dict[str, Any]) -> str:
     """A schema, checked, as a term of a Lark grammar."""
-    return "%json " + json.dumps({**schema, "x-guidance": json_options()})
+    return "%json " + json.dumps({**schema, "x-guidance": _JSON_LATER if _knows_escapes() else _JSON})
 
 
 def _as_lark(grammar: Grammar) -> tuple[str, dict[str, Any] | None]:
     """The grammar as Lark, and the schema where it is one."""
     if grammar.kind == "json_schema":
         schema = checked_schema(grammar)
-        return f"start: {lark_json(schema)}{_NO_FORCING}", schema
-    check_text(grammar)
+        return f"start: {_lark_json(schema)}{_NO_FORCING}", schema
     if grammar.kind == "regex":
+        check_regex(grammar.text)
         source = json.loads(_llguidance().LLMatcher.grammar_from_regex(grammar.text))
         return source["grammars"][0]["lark_grammar"] + _NO_FORCING, None
-    return grammar.text + _NO_FORCING, None
+    pieces = checked_lark(grammar.text)
+    lark = "".join(piece if isinstance(piece, str) else _lark_json(piece) for piece in pieces)
+    return lark + _NO_FORCING, None
 
 
 def _try(matcher: Any, vocabulary: Vocabulary, grammar: Grammar) -> None:
@@ -197,6 +195,7 @@ def _llguidance() -> Any:
     return llguidance
 
 
+@cache
 def _knows_escapes() -> bool:
     """Whether this version takes the option; older ones write no such escapes, or refuse unknown options."""
     try:

@@ -1,9 +1,10 @@
-"""What is refused of a grammar before it is compiled, because compiling it could take seconds; and where in a schema."""
+"""What is refused of a grammar before it is compiled, as compiling it could take seconds; and where in a schema."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -13,7 +14,9 @@ from qwenrt.structure import Grammar
 
 MAX_DEPTH = 64  # of a schema's JSON
 MAX_PROPERTIES = 1000  # of one object: compiling is quadratic in them
-MAX_REPETITIONS = 500  # *, +, ? and {m,n} in all regular expressions of a grammar: compiling is quadratic in them
+MAX_REPETITIONS = (
+    500  # *, +, ? and {m,n} in all regular expressions of a grammar: compiling is quadratic in them
+)
 MAX_MULTIPLE = 10_000  # digits of a multipleOf, as one number: an automaton has as many states
 MAX_MULTIPLES = 20_000  # of several that may apply to one number, multiplied
 
@@ -25,7 +28,6 @@ FORMATS = frozenset(
 _DATA = ("const", "enum", "default", "example", "examples")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _REPETITION = re.compile(r"\\.|[*+?]|\{\d+(?:,\d*)?\}", re.DOTALL)
-_LARK_TEXT = re.compile(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*')
 
 
 def checked_schema(grammar: Grammar) -> dict[str, Any]:
@@ -47,22 +49,37 @@ def checked_schema(grammar: Grammar) -> dict[str, Any]:
     return cleaned
 
 
-def check_text(grammar: Grammar) -> None:
-    """The bounds of regular expressions and of Lark grammars. Raises RequestError."""
-    if grammar.kind == "regex":
-        _check_repetitions("a regular expression", [grammar.text])
-        return
-    what, text = "a Lark grammar", grammar.text
+def check_regex(pattern: str) -> None:
+    """Raises RequestError for one that would take too long."""
+    _check_repetitions("a regular expression", [pattern])
+
+
+def checked_lark(text: str) -> list[str | dict[str, Any]]:
+    """A Lark grammar in pieces: text, and the schemas of its %json, as they are compiled. Raises RequestError.
+
+    "%json" counts wherever it stands, also in a text, where it can be spelled "\\u0025json"."""
+    what = "a Lark grammar"
     if "%llguidance" in text:
         raise RequestError(what, "it has settings of llguidance", "Leave %llguidance out.")
-    for found in reversed(list(re.finditer(r"%json\s*(?={)", text))):
+    pieces: list[str | dict[str, Any]] = []
+    at = 0
+    while (found := text.find("%json", at)) >= 0:
+        start = found + len("%json")
+        start += len(text[start:]) - len(text[start:].lstrip())
         try:
-            schema, end = json.JSONDecoder().raw_decode(text, found.end())
+            schema, end = json.JSONDecoder(parse_constant=_no_number).raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise RequestError(what, f"after %json: {str(error)[:120]}", "Put a JSON schema there.") from error
+            raise RequestError(
+                what, f"after %json: {str(error)[:120]}", "Put a JSON schema there."
+            ) from error
+        if not isinstance(schema, dict):
+            raise RequestError(what, f"%json {shown(schema)}", "Put an object there.")
         _check_schema(f"{what}, %json", schema)
-        text = text[: found.start()] + text[end:]
-    _check_repetitions(what, [_LARK_TEXT.sub("", text)])
+        pieces += [text[at:found], _cleaned(schema)]
+        at = end
+    pieces.append(text[at:])
+    _check_repetitions(what, [piece for piece in pieces if isinstance(piece, str)])
+    return pieces
 
 
 def place_of(schema: Any, words: str) -> str:
@@ -71,7 +88,7 @@ def place_of(schema: Any, words: str) -> str:
     named = {a or b for a, b in re.findall(r"\"([^\"]+)\"|'([^']+)'", words)}
     named |= {words.split()[-1], *(["oneOf"] if "oneOf" in words else [])}
     lines = {line.strip() for line in words.splitlines()}
-    for place, key, value in _walk(schema):
+    for place, key, value, _ in _walk(schema):
         if key in named or (isinstance(value, str) and (value in named or value.strip() in lines)):
             return place
     return "$"
@@ -83,21 +100,29 @@ def _check_schema(what: str, schema: dict[str, Any]) -> None:
         raise RequestError(
             what, f"it is nested {depth} levels deep", f"At most {MAX_DEPTH} are taken: use $defs."
         )
-    for place, key, value in _walk(schema):
+    for place, key, value, holder in _walk(schema):
         if key == "properties" and isinstance(value, dict) and len(value) > MAX_PROPERTIES:
-            raise RequestError(f"{what}, {place}", f"{len(value)} of them", f"At most {MAX_PROPERTIES} are taken.")
+            raise RequestError(
+                f"{what}, {place}", f"{len(value)} of them", f"At most {MAX_PROPERTIES} are taken."
+            )
+        if key == "minProperties" and _may_repeat(value, holder):
+            raise RequestError(
+                f"{what}, {place}",
+                f"{shown(value)}, but a key that is written twice counts once",
+                "List the keys, with additionalProperties: false, or require them.",
+            )
     _check_multiples(what, schema)
     _check_repetitions(what, list(_patterns(schema)))
 
 
-def _walk(schema: Any, place: str = "$") -> Iterator[tuple[str, str, Any]]:
-    """(place, key, value) of everything in it."""
-    parts = [(place, schema)]
+def _walk(schema: Any, place: str = "$") -> Iterator[tuple[str, str, Any, Mapping[str, Any]]]:
+    """(place, key, value, the object that has them) of everything in it."""
+    parts = deque([(place, schema)])
     while parts:
-        where, part = parts.pop(0)
+        where, part = parts.popleft()
         if isinstance(part, Mapping):
             for key, value in part.items():
-                yield f"{where}.{key}", key, value
+                yield f"{where}.{key}", key, value, part
                 parts.append((f"{where}.{key}", value))
         elif isinstance(part, list):
             parts += [(f"{where}[{i}]", value) for i, value in enumerate(part)]
@@ -114,9 +139,18 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def _may_repeat(least: object, holder: Mapping[str, Any]) -> bool:
+    """Whether an object could have ``least`` keys only by repeating one: those that are not listed are free."""
+    if not isinstance(least, int):
+        return False
+    required = holder.get("required")
+    listed = holder.get("additionalProperties") is False and not holder.get("patternProperties")
+    return least > max(1, len(required) if isinstance(required, list) else 0) and not listed
+
+
 def _check_multiples(what: str, schema: dict[str, Any]) -> None:
     whole, seen = 1, set()
-    for place, key, value in _walk(schema):
+    for place, key, value, _ in _walk(schema):
         if key != "multipleOf" or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         digits = int("".join(map(str, Decimal(repr(value)).normalize().as_tuple().digits)))
@@ -139,7 +173,7 @@ def _check_repetitions(what: str, patterns: list[str]) -> None:
 
 
 def _patterns(schema: dict[str, Any]) -> Iterator[str]:
-    for _, key, value in _walk(schema):
+    for _, key, value, _ in _walk(schema):
         if key == "pattern" and isinstance(value, str):
             yield value
         elif key == "patternProperties" and isinstance(value, Mapping):
