@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenrt.outputs import CallDelta, Delta, FinishReason, Generation, Usage
-from qwenrt.text.dialects.answers import Served, new_id, sse
+from qwenrt.text.dialects.answers import Served, json_bytes, new_id, sse
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.pieces import Piece, Pieces, Said, Thought, pieces_of
 from qwenrt.text.dialects.problem import Kind, Problem
@@ -185,10 +185,11 @@ class Writer:
         return closed + sse(start, "content_block_start")
 
     def _delta(self, kind: str, text: str, field: str = "") -> bytes:
-        delta = {"type": f"{kind}_delta", field or kind: text}
-        return sse(
-            {"type": "content_block_delta", "index": self._block, "delta": delta}, "content_block_delta"
+        # What every token passes through, so only the text is encoded.
+        head = (
+            f'"content_block_delta","index":{self._block},"delta":{{"type":"{kind}_delta","{field or kind}":'
         )
+        return b'event: content_block_delta\ndata: {"type":' + head.encode() + json_bytes(text) + b"}}\n\n"
 
     def _close(self) -> bytes:
         if not self._open:
