@@ -25,8 +25,8 @@ class Scheduler:
     """First come, first served, at most ``max_num_seqs`` at once and ``max_num_batched_tokens`` a step.
 
     Every decoding sequence gets its token each step; prompts are cut into chunks that fill what is left.
-    A prompt gets the blocks for all its tokens when it is admitted. When a decoding sequence finds no block,
-    the latest sequence gives up its own and is computed anew later; the oldest always advances.
+    A prompt gets the blocks for all its tokens when it is admitted. When a running sequence that has grown finds no
+    block, the latest sequence gives up its own and is computed anew later; the oldest always advances.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -85,7 +85,7 @@ class Scheduler:
     def _decodes(self) -> list[Sequence]:
         ready: list[Sequence] = []
         for seq in list(self.running):
-            if seq.status is not Status.RUNNING or seq.num_remaining != 1 or seq.ends_here:
+            if seq.status is not Status.RUNNING or seq.num_remaining < 1 or seq.ends_here:
                 continue
             while not self.blocks.grow(seq):
                 latest = self.running[-1]
@@ -93,7 +93,8 @@ class Scheduler:
                 if latest is seq:
                     break
             else:
-                ready.append(seq)
+                if seq.num_remaining == 1:
+                    ready.append(seq)
         return ready
 
     def _preempt(self, seq: Sequence) -> None:

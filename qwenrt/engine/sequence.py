@@ -5,7 +5,12 @@ from __future__ import annotations
 import secrets
 from enum import Enum
 
+from qwenrt.engine.accounts import Marks
 from qwenrt.sampling_params import SamplingParams
+
+# What a block's identity begins with: the block before it, by its uid; or at the start of a text what all of its keys
+# and values depend on besides its tokens, and whom it may be shared with.
+Link = int | tuple[int, str]
 
 
 class Status(Enum):
@@ -27,22 +32,28 @@ class Sequence:
     A step that computes its tokens may still be under way: ``num_computed`` counts the tokens whose keys and values are
     in the cache when all steps are done, ``num_stored`` those of steps that are; ``in_flight`` the tokens that steps
     under way are choosing, which follow ``token_ids``. ``num_committed`` counts the full blocks offered for sharing,
-    ``chain`` is the identity of the last of them. ``epoch`` changes whenever its cache is given up.
+    ``chain`` is the identity of the last of them, the NTK factor and the salt before the first. ``epoch`` changes
+    whenever its cache is given up, ``course`` whenever tokens are put in the place of those under way: what a step of
+    an earlier course chooses is dropped. ``num_forced`` of its tokens were not drawn; they count for no limit of the
+    caller's. ``marks``: when it came how far.
     """
 
     __slots__ = (
         "banned_until_min",
         "block_table",
         "chain",
+        "course",
         "epoch",
         "in_flight",
         "index",
         "leader",
+        "marks",
         "max_len",
         "ntk_alpha",
         "num_cached",
         "num_committed",
         "num_computed",
+        "num_forced",
         "num_stored",
         "params",
         "prompt_len",
@@ -66,6 +77,7 @@ class Sequence:
         banned_until_min: tuple[int, ...] = (),
         max_len: int = 2**31,
         seed: int | None = None,
+        arrived: float = 0.0,
     ) -> None:
         self.seq_id, self.request_id, self.index = seq_id, request_id, index
         self.token_ids = list(prompt_token_ids)
@@ -73,7 +85,8 @@ class Sequence:
         self.params, self.ntk_alpha, self.leader = params, ntk_alpha, leader
         self.banned_until_min, self.max_len = banned_until_min, max_len
         self.seed = secrets.randbits(64) if seed is None else seed
-        self.in_flight = self.epoch = 0
+        self.in_flight = self.epoch = self.course = self.num_forced = 0
+        self.marks = Marks(arrived)
         self.status = Status.WAITING
         self.num_cached: int | None = None  # prompt tokens found in the cache at first admission
         self.block_table: list[int]
@@ -85,7 +98,16 @@ class Sequence:
         self.num_computed = self.num_stored = 0
         self.num_committed = 0
         self.epoch += 1
-        self.chain: int | tuple[int, ...] = (self.ntk_alpha,)
+        self.chain: Link = (self.ntk_alpha, self.params.cache_salt)
+
+    def drop_in_flight(self) -> None:
+        """The tokens under way are not wanted: others come in their place."""
+        self.course += 1
+        self.in_flight = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
 
     @property
     def num_output(self) -> int:
