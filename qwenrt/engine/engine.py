@@ -194,8 +194,6 @@ class Engine:
             raise RequestError(
                 f"request {request.request_id!r:.80}", "this id is in use", "Choose another, or pass none."
             )
-        if not self.has_work:
-            self.accounts.move()
         running = self._requests[request.request_id] = _Running(request)
         self._next_deadline = min(self._next_deadline, request.deadline)
         leader: Sequence | None = None
