@@ -177,6 +177,7 @@ def _build(
         block_size=BLOCK_SIZE,
         kv_cache_dtype=options.kv_cache_dtype,
         num_blocks=_num_blocks(config, backend, dtype, options, longest),
+        step_target_ms=options.step_target_ms,
     )
     engine = Engine(
         model,

@@ -55,6 +55,9 @@ def load(
     fallback: str = "warn",
     progress: bool | None = None,
     packed_cache: bool | str | PathLike[str] | None = None,
+    step_target_ms: int | None = None,
+    prefix_store: str | PathLike[str] | None = None,
+    prefix_store_bytes: int = 4 * 2**30,
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
 
@@ -79,6 +82,9 @@ def load(
         fallback=fallback,
         progress=progress,
         packed_cache=packed_cache,
+        step_target_ms=step_target_ms,
+        prefix_store=prefix_store,
+        prefix_store_bytes=prefix_store_bytes,
     )
     return load_with(model, options)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
-from qwenrt.arguments import flag, one_of, size
+from qwenrt.arguments import as_integer, flag, one_of, size
 from qwenrt.errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,6 +44,12 @@ ABOUT: dict[str, str] = {
     "progress": "progress bars and one summary line on stderr (default: where stderr is a terminal)",
     "packed_cache": "keep packed weights on disk, in this directory or in qwenrt's own, so that the next load maps "
     "them (default: as QWENRT_PACKED_CACHE says)",
+    "step_target_ms": "while anybody's answer is written, prompts are computed in chunks so small that a step takes "
+    "this many milliseconds, or twice what it takes without prompts where that is longer; 0 for chunks as large as "
+    "they may be (default: 250 on a CPU, else 0)",
+    "prefix_store": "keep what was computed of beginnings that prompts share in this directory, where the next process "
+    "finds it; it tells what was asked, and only its owner may read it (default: nothing is kept)",
+    "prefix_store_bytes": "how much that directory may hold; what was used least lately goes first",
 }
 
 
@@ -71,11 +77,27 @@ class LoadOptions:
     fallback: str = "warn"
     progress: bool | None = None
     packed_cache: bool | str | PathLike[str] | None = None
+    step_target_ms: int | None = None
+    prefix_store: str | PathLike[str] | None = None
+    prefix_store_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         for option in fields(self):
             value = _checked(option.name, getattr(self, option.name), option.default)
             object.__setattr__(self, option.name, value)
+
+
+_INTEGERS = {"step_target_ms": (0, 3600_000), "prefix_store_bytes": (2**20, 2**50)}
+_DIRECTORIES: dict[str, tuple[type, ...]] = {"packed_cache": (bool, PathLike), "prefix_store": (PathLike,)}
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    number = as_integer(value)
+    if number is None or not low <= number <= high:
+        raise ConfigError(
+            f"{name}={shown(value)}", "not a usable number", f"Use an integer from {low} to {high}."
+        )
+    return number
 
 
 def _checked(name: str, value: Any, default: object) -> Any:
@@ -89,9 +111,12 @@ def _checked(name: str, value: Any, default: object) -> Any:
         return None
     if name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         return size(name, value)
+    if name in _INTEGERS:
+        return _integer(name, value, *_INTEGERS[name])
     if name in ("offline", "progress"):
         return flag(name, value, ConfigError)
-    if isinstance(value, str) or (name == "packed_cache" and isinstance(value, (bool, PathLike))):
+    also = _DIRECTORIES.get(name, ())
+    if isinstance(value, (str, *also)):
         return value
-    expected = "a directory, True or False" if name == "packed_cache" else "text"
+    expected = "text" if not also else "a directory, True or False" if bool in also else "a directory"
     raise ConfigError(f"{name}={shown(value)}", f"a {type(value).__name__}", f"It must be {expected}.")

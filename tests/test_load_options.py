@@ -20,7 +20,8 @@ from tests.fuzz.values import Hostile
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
 # Options of Python alone: what a command does decides them.
-NOT_ON_THE_COMMAND_LINE = {"max_num_seqs", "max_num_batched_tokens", "progress"}
+SERVING = {"step_target_ms", "prefix_store", "prefix_store_bytes"}
+NOT_ON_THE_COMMAND_LINE = {"max_num_seqs", "max_num_batched_tokens", "progress", *SERVING}
 
 
 def test_load_takes_every_option_with_its_type_and_default() -> None:
@@ -43,7 +44,7 @@ def test_load_hands_on_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "device": "cuda:1", "dtype": "bfloat16", "source": "modelscope", "revision": "v1", "offline": True,
         "quantize": "int4", "quantize_head": "int8", "kv_cache_dtype": "int8", "activations": "int16",
         "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 8, "fallback": "error", "progress": False,
-        "packed_cache": Path("x"),
+        "packed_cache": Path("x"), "step_target_ms": 90, "prefix_store": Path("y"), "prefix_store_bytes": 2**30,
     }  # fmt: skip
     assert given.keys() == DEFAULTS.keys() and all(given[name] != DEFAULTS[name] for name in given)
     taken: list[Any] = []

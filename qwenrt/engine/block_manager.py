@@ -62,6 +62,10 @@ class BlockManager:
             seq.chain = self._registered[found[-1]][1]
         return True
 
+    def num_found(self, seq: Sequence) -> int:
+        """How many tokens of a sequence without blocks are in the cache now."""
+        return len(self._find(seq)) * self.block_size
+
     def grow(self, seq: Sequence) -> bool:
         """Make sure a running sequence has slots for all its tokens; False (and nothing changed) where too few blocks
         are free."""

@@ -27,6 +27,7 @@ from qwenrt.engine.requests import Bounds, Request
 from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
+from qwenrt.engine.step_target import StepTarget
 from qwenrt.engine.thoughts import Thought, ThoughtRules
 from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.model.qwen import Qwen
@@ -36,6 +37,10 @@ from qwenrt.outputs import Delta, FinishReason, TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
+
+STEP_TARGET_MS = (
+    250  # on a CPU, unless something else is asked: four tokens a second are still read as a flow
+)
 
 
 @dataclass
@@ -58,6 +63,7 @@ class _Launched:
     courses: list[int]
     draws: list[Draw | None]
     outcome: Outcome
+    began: float = 0.0
 
     def wants(self, row: int) -> bool:
         """Whether the sequence of a row still waits for the token that is chosen there."""
@@ -119,7 +125,10 @@ class Engine:
             depth=options.depth,
         )
         self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching)
-        self.scheduler = Scheduler(self.blocks, options.max_num_seqs, options.max_num_batched_tokens)
+        self.target = StepTarget(_step_target_s(options, backend.device))
+        self.scheduler = Scheduler(
+            self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
+        )
         self.sampler = Sampler(vocabulary, backend)
         self.accounts = Accounts(clock)
         self._clock = clock
@@ -332,19 +341,20 @@ class Engine:
 
     def _launch(self) -> _Launched | None:
         """Begin to compute what is scheduled now; None where nothing is, or where it failed."""
+        began = self.target.clock()
         batch = self.scheduler.schedule()
         if not batch:
             return None
+        self._note_launch(batch)
         try:
             outcome, draws = self.runner.launch(batch, self.sampler.draw_of)
         except Exception as error:
             self._fail(batch, error)
             return None
-        self._note_launch(batch)
         choosing = [seq for seq, count in batch if self.scheduler.launch(seq, count)]
         courses = [seq.course for seq in choosing]
         stored = [(seq, seq.num_computed, seq.epoch) for seq, _ in batch]
-        self._launched.append(_Launched(batch, stored, choosing, courses, draws, outcome))
+        self._launched.append(_Launched(batch, stored, choosing, courses, draws, outcome, began))
         return self._launched[-1]
 
     def _note_launch(self, batch: list[tuple[Sequence, int]]) -> None:
@@ -366,6 +376,8 @@ class Engine:
         except Exception as error:
             self._fail(done.batch, error)
             return
+        rows = sum(count == 1 for _, count in done.batch)
+        self.target.done(done.began, rows, sum(count for _, count in done.batch) - rows)
         going_on = [
             (seq, sampled.token_ids[row], sampled.logprobs[row])
             for row, seq in enumerate(done.choosing)
@@ -492,6 +504,14 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
+
+
+def _step_target_s(options: EngineOptions, device: torch.device) -> float | None:
+    """What a step shall take at most, in seconds; None where there is no such target."""
+    target = options.step_target_ms
+    if target is None:
+        target = STEP_TARGET_MS if device.type == "cpu" else 0
+    return target / 1000 or None
 
 
 def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:

@@ -12,7 +12,9 @@ class EngineOptions:
     """max_model_len: prompt and answer together, in tokens. max_num_seqs: sequences computed together;
     max_num_batched_tokens: tokens a step. The cache has ``num_blocks`` blocks of ``block_size`` tokens, or without a
     number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
-    way when the next one is begun, 0 or 1; the backend's choice if not given. Raises ConfigError."""
+    way when the next one is begun, 0 or 1; the backend's choice if not given. ``step_target_ms``: what a step in which
+    somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
+    Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -22,6 +24,7 @@ class EngineOptions:
     num_blocks: int | None = None
     prefix_caching: bool = True
     depth: int | None = None
+    step_target_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -30,6 +33,9 @@ class EngineOptions:
                 raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")
         if self.depth is not None and (type(self.depth) is not int or self.depth not in (0, 1)):
             raise ConfigError("depth", f"got {self.depth!r}", "It must be 0 or 1.")
+        target = self.step_target_ms
+        if target is not None and (isinstance(target, bool) or not target >= 0):
+            raise ConfigError("step_target_ms", f"got {target!r}", "It must be a number >= 0.")
         if self.num_blocks is None:
             blocks = self.max_num_seqs * -(-self.max_model_len // self.block_size)
             object.__setattr__(self, "num_blocks", blocks)

@@ -6,37 +6,38 @@ from bisect import insort
 from collections import OrderedDict
 
 from qwenrt.engine.block_manager import BlockManager
-from qwenrt.engine.sequence import Sequence, Status
+from qwenrt.engine.sequence import Ahead, Sequence, Status
+from qwenrt.engine.shares import shares
+from qwenrt.engine.step_target import StepTarget
 
-_SHORT = (
-    32  # tokens; kernels compute pieces below in another order, and their last bits would tell of the cut
-)
-
-
-def _piece(remaining: int, budget: int) -> int:
-    """How many of a prompt's ``remaining`` tokens a step takes: what is left over is none or a piece that is not short,
-    where the budget allows it."""
-    count = min(remaining, budget)
-    missing = _SHORT - (remaining - count)
-    return count - missing if 0 < missing < _SHORT and count - missing >= _SHORT else count
+_WORTH_WAITING = 64  # tokens of a beginning that another prompt is computing right now
 
 
 class Scheduler:
-    """First come, first served, at most ``max_num_seqs`` at once and ``max_num_batched_tokens`` a step.
+    """Admitted as they came, at most ``max_num_seqs`` at once and ``max_num_batched_tokens`` a step.
 
-    Every decoding sequence gets its token each step; prompts are cut into chunks that fill what is left.
-    A prompt gets the blocks for all its tokens when it is admitted. When a running sequence that has grown finds no
-    block, the latest sequence gives up its own and is computed anew later; the oldest always advances.
+    Every decoding sequence gets its token each step. Prompts share what is left equally (`shares`), in turns where that
+    is little, so that a short one passes a long one and both advance; ``target`` says how much that is while anybody
+    decodes. A prompt gets the blocks for all its tokens when it is admitted. When a running sequence that has grown
+    finds no block, the latest sequence gives up its own and is computed anew later; the oldest never does.
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        target: StepTarget | None = None,
+    ) -> None:
         self.blocks = blocks
+        self.target = target or StepTarget(None)
         self.max_num_batched_tokens = max_num_batched_tokens
         # More sequences than tokens in a step would leave some without their token.
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self._num_steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -48,15 +49,18 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: (sequence, how many of its tokens), decoding sequences first."""
         batch = [(seq, 1) for seq in self._decodes()]
-        budget = self.max_num_batched_tokens - len(batch)
-        for seq in self.running:
-            if seq.num_remaining > 1 and budget > 0:
-                batch.append((seq, _piece(seq.num_remaining, budget)))
-                budget -= batch[-1][1]
-        for seq in self._admit(budget):
-            if budget > 0:
-                batch.append((seq, _piece(seq.num_remaining, budget)))
-                budget -= batch[-1][1]
+        most = self.max_num_batched_tokens - len(batch)
+        if most <= 0:
+            return batch
+        prompts = [seq for seq in self.running if seq.num_remaining > 1]
+        prompts += self._admit()
+        prompts.sort(key=lambda seq: (seq.turn, seq.seq_id))
+        counts = shares([seq.num_remaining for seq in prompts], self.target.chunk(len(batch), most), most)
+        self._num_steps += 1
+        for seq, count in zip(prompts, counts, strict=True):
+            if count:
+                seq.turn = self._num_steps
+                batch.append((seq, count))
         return batch
 
     def launch(self, seq: Sequence, num_tokens: int) -> bool:
@@ -105,25 +109,55 @@ class Scheduler:
         self.waiting.move_to_end(seq.seq_id, last=False)
         self.num_preemptions += 1
 
-    def _admit(self, budget: int) -> list[Sequence]:
+    def _admit(self) -> list[Sequence]:
         """Waiting sequences that fit now. None overtakes one that lacks blocks: it would starve."""
         admitted: list[Sequence] = []
         room = self.max_num_seqs - len(self.running)
         for seq in self.waiting.values():
-            if len(admitted) >= room or budget <= 0:
+            if len(admitted) >= room:
                 break
-            if seq.held_back:
+            if seq.held_back or self._is_begun_by_another(seq, admitted):
                 continue
             # What the running ones will ask for in their next step, so that nobody is admitted in vain.
             busy = len(self.running) + len(admitted)
             if not self.blocks.admit(seq, reserve=busy // self.blocks.block_size + 1 if busy else 0):
                 break
             admitted.append(seq)
-            budget -= seq.num_remaining
         for seq in admitted:
             del self.waiting[seq.seq_id]
             seq.status = Status.RUNNING
+            seq.turn = self._num_steps  # behind those that wait for theirs
             if seq.num_cached is None:
                 seq.num_cached = seq.num_computed
             insort(self.running, seq, key=lambda s: s.seq_id)
         return admitted
+
+    def _is_begun_by_another(self, seq: Sequence, admitted: list[Sequence]) -> bool:
+        """Whether a prompt that is being computed begins as this one does and will be there sooner: then it waits for
+        it, rather than that both compute the same."""
+        if not self.blocks.prefix_caching:
+            return False
+        found = -1
+        for other in (*self.running, *admitted):
+            if other.root != seq.root or other.num_stored >= other.prompt_len:
+                continue
+            if found < 0:
+                found = self.blocks.num_found(seq)
+            size = self.blocks.block_size
+            same = common_length(other.token_ids[: other.prompt_len], seq.token_ids[:-1]) // size * size
+            if same >= max(found, other.num_stored) + _WORTH_WAITING:
+                seq.ahead = Ahead(other, same, other.epoch)
+                return True
+        return False
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # the first ``low`` are alike
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

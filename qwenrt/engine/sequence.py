@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from enum import Enum
 
 from qwenrt.engine.accounts import Marks
@@ -21,6 +22,21 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Another prompt, in its ``epoch``, whose first ``tokens`` are those of one that waits for them."""
+
+    seq: Sequence
+    tokens: int
+    epoch: int
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether these tokens are still to come."""
+        seq = self.seq
+        return seq.status is Status.RUNNING and seq.epoch == self.epoch and seq.num_stored < self.tokens
+
+
 class Sequence:
     """The tokens of one completion, prompt first, and the cache blocks that hold their keys and values.
 
@@ -35,10 +51,12 @@ class Sequence:
     ``chain`` is the identity of the last of them, the NTK factor and the salt before the first. ``epoch`` changes
     whenever its cache is given up, ``course`` whenever tokens are put in the place of those under way: what a step of
     an earlier course chooses is dropped. ``num_forced`` of its tokens were not drawn; they count for no limit of the
-    caller's. ``marks``: when it came how far.
+    caller's. ``marks``: when it came how far. ``turn`` is the last step that computed some of its prompt,
+    ``ahead`` a prompt that begins alike and is computed first.
     """
 
     __slots__ = (
+        "ahead",
         "banned_until_min",
         "block_table",
         "chain",
@@ -62,6 +80,7 @@ class Sequence:
         "seq_id",
         "status",
         "token_ids",
+        "turn",
     )
 
     def __init__(
@@ -85,8 +104,9 @@ class Sequence:
         self.params, self.ntk_alpha, self.leader = params, ntk_alpha, leader
         self.banned_until_min, self.max_len = banned_until_min, max_len
         self.seed = secrets.randbits(64) if seed is None else seed
-        self.in_flight = self.epoch = self.course = self.num_forced = 0
+        self.in_flight = self.epoch = self.course = self.num_forced = self.turn = 0
         self.marks = Marks(arrived)
+        self.ahead: Ahead | None = None
         self.status = Status.WAITING
         self.num_cached: int | None = None  # prompt tokens found in the cache at first admission
         self.block_table: list[int]
@@ -98,7 +118,7 @@ class Sequence:
         self.num_computed = self.num_stored = 0
         self.num_committed = 0
         self.epoch += 1
-        self.chain: Link = (self.ntk_alpha, self.params.cache_salt)
+        self.chain: Link = self.root
 
     def drop_in_flight(self) -> None:
         """The tokens under way are not wanted: others come in their place."""
@@ -108,6 +128,11 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    @property
+    def root(self) -> tuple[int, str]:
+        """What has to be alike, beside their tokens, where two sequences share blocks."""
+        return (self.ntk_alpha, self.params.cache_salt)
 
     @property
     def num_output(self) -> int:
@@ -131,11 +156,10 @@ class Sequence:
 
     @property
     def held_back(self) -> bool:
-        """Whether it waits: for a token of its own that a step is choosing, or for its leader to compute the prompt
-        they share."""
+        """Whether it waits: for a token of its own that a step is choosing, or for another to compute what they
+        share."""
         leader = self.leader
-        return self.in_flight > 0 or (
-            leader is not None
-            and leader.status is not Status.FINISHED
-            and leader.num_stored < leader.prompt_len
-        )
+        led = leader is not None and leader.status is not Status.FINISHED
+        if led and leader is not None and leader.num_stored < leader.prompt_len:
+            return True
+        return self.in_flight > 0 or (self.ahead is not None and self.ahead.is_computing)

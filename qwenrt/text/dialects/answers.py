@@ -17,8 +17,9 @@ from qwenrt.text.dialects.problem import Problem
 @dataclass(frozen=True)
 class Served:
     """What a writer knows of the server and the request: ``model`` that answers, ``request_id``, ``prompt_tokens`` of
-    all prompts together, ``prompts`` as texts (for echo), seconds since the epoch when it began; ``token_text`` tells
-    a token's own text and bytes (for logprobs)."""
+    all prompts together, ``prompts`` as texts (for echo), ``prompt_token_ids`` of a single one (for Ollama's
+    "context"), seconds since the epoch when it began; ``token_text`` tells a token's own text and bytes (for logprobs);
+    ``fingerprint`` changes when answers may."""
 
     model: str
     request_id: str
@@ -26,6 +27,8 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     token_text: Any = None  # Callable[[int], tuple[str, bytes]]
     prompts: Sequence[str] = ()
+    prompt_token_ids: Sequence[int] = ()
+    fingerprint: str = "qwenrt"
 
 
 class Writer(Protocol):

@@ -18,10 +18,10 @@ class Ask:
     what does not fit.
 
     model: the name that was asked for, which decides nothing. enable_thinking, thinking_budget: None where the request
-    says nothing. ignored: what was asked for and is not served (names of hosted tools), told in the header
-    x-qwenrt-ignored. continue_final: the last message is the assistant's, and is to be continued. priority: 0 to 9,
-    larger is sooner. progress: how far the prompt is computed is to be told. extra: what only the dialect's own writer
-    needs.
+    says nothing. before: token ids that stand in front of a conversation's prompt. ignored: what was asked for and is
+    not served (names of hosted tools), told in the header x-qwenrt-ignored. continue_final: the last message is the
+    assistant's, and is to be continued. priority: 0 to 9, larger is sooner. progress: how far the prompt is computed is
+    to be told. extra: what only the dialect's own writer needs.
     """
 
     model: str = ""
@@ -33,6 +33,7 @@ class Ask:
     sampling: dict[str, Any] = field(default_factory=dict)
     enable_thinking: bool | None = None
     thinking_budget: int | None = None
+    before: tuple[int, ...] = ()
     stream: bool = False
     include_usage: bool = False
     ignored: tuple[str, ...] = ()
