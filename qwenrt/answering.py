@@ -29,11 +29,13 @@ _OUT_OF_TIME = (
 
 @dataclass(frozen=True)
 class ReplyReader:
-    """How the answers to one prompt are read. ``in_thought``: the prompt ended inside a thought."""
+    """How the answers to one prompt are read. ``in_thought``: the prompt ended inside a thought. ``single_call``: an
+    answer ends with its first call."""
 
     reply_format: ReplyFormat = PLAIN
     in_thought: bool = False
     tools: Any = None
+    single_call: bool = False
 
     @property
     def thinks(self) -> bool:
@@ -53,7 +55,8 @@ class ReplyReader:
         if self.reply_format.calls != "react" and not params.include_reasoning_in_stop:
             stop, params = params.stop, replace(params, stop=())
         return [
-            ReplyStream(self.reply_format, self.in_thought, self.tools, stop) for _ in range(params.n)
+            ReplyStream(self.reply_format, self.in_thought, self.tools, stop, self.single_call)
+            for _ in range(params.n)
         ], params
 
 
@@ -166,4 +169,5 @@ def _joined(deltas: list[Delta]) -> Generation:
         message=reply.message(),
         reasoning=reply.reasoning,
         timing=deltas[-1].timing or Timing(),
+        broken_calls=deltas[-1].broken_calls,
     )

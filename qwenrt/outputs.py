@@ -60,6 +60,11 @@ class Delta:
 
     Joined over a stream, ``text`` is the content and ``reasoning`` the thought before it: exactly Generation.text
     and Generation.reasoning (but for Qwen-1's ReAct, where Generation.text is all that was written).
+
+    ``calls`` are what this piece adds to the calls, as they are written; joined, the arguments of each are those in
+    ``tool_calls``. In one Delta, pieces that go on with a call (no name) come before the text, and calls that begin
+    come after it. A call that turned out to be broken ends unfinished, its arguments the beginning of JSON and never
+    whole.
     """
 
     text: str
@@ -70,8 +75,9 @@ class Delta:
     usage: Usage | None = None  # on the last piece
     tool_calls: list[dict[str, Any]] | None = None  # all of them, on the last piece, in OpenAI's shape
     reasoning: str = ""
-    calls: tuple[CallDelta, ...] = ()  # what this piece adds to the calls, as they are written
+    calls: tuple[CallDelta, ...] = ()
     timing: Timing | None = None  # on the last piece
+    broken_calls: int = 0  # on the last piece: how many calls were none, as text or unfinished
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,9 @@ class Generation:
     ``token_ids`` are all tokens the model wrote, the stopping one included; ``text`` is the visible answer they
     make, without the stop, and ``reasoning`` the thought before it. ``message`` is ready to append to an
     OpenAI-shaped conversation: its content, with the thought as "reasoning_content" and the "tool_calls" where
-    there are any. With n > 1, ``choices`` holds all n completions, this one first.
+    there are any. ``broken_calls`` counts what was meant as a call and is none: it is text, or is among the tool_calls
+    with arguments that break off, which no reader of JSON takes. With n > 1, ``choices`` holds all n completions, this
+    one first.
     """
 
     text: str
@@ -93,3 +101,4 @@ class Generation:
     choices: tuple[Generation, ...] = ()
     reasoning: str = ""
     timing: Timing = field(default_factory=lambda: Timing())
+    broken_calls: int = 0

@@ -56,6 +56,10 @@ def both(text: str, **sampling: Any) -> tuple[Generation, list[Delta]]:
     assert deltas[-1].finish_reason == whole.finish_reason
     functions = [call["function"] for call in whole.message.get("tool_calls", [])]
     assert [call["function"] for call in deltas[-1].tool_calls or []] == functions
+    pieces = [piece for delta in deltas for piece in delta.calls]
+    assert [piece.name for piece in pieces if piece.name] == [function["name"] for function in functions]
+    assert "".join(piece.arguments for piece in pieces) == "".join(f["arguments"] for f in functions)
+    assert deltas[-1].broken_calls == whole.broken_calls
     assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
     return whole, deltas
 
@@ -85,18 +89,22 @@ def test_whole_and_streamed_calls_agree(text: str, shown: str, content: str, arg
         assert whole.message["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
 
 
-def test_arguments_that_max_tokens_cut_off_are_text() -> None:
+def test_a_call_that_max_tokens_cut_off_is_unfinished() -> None:
     length = len(TOKENIZER.encode(CALL))
-    ends = set()
+    ends, arguments = set(), set()
     for limit in range(1, length + 1):
-        whole, deltas = both(CALL, max_tokens=limit)
-        ends.add(whole.finish_reason)
-        if whole.finish_reason == "length":
-            assert "tool_calls" not in whole.message and whole.message["content"] == whole.text
-            assert "".join(delta.text for delta in deltas) == whole.text
+        whole, _ = both(CALL, max_tokens=limit)
+        calls = whole.message.get("tool_calls", [])
+        if whole.finish_reason == "length" and calls:
+            arguments.add(calls[0]["function"]["arguments"])
+            assert whole.message["content"] == "t" and whole.broken_calls == 1
+        elif whole.finish_reason == "length":
+            assert whole.message["content"] == whole.text and whole.broken_calls == 0
         else:
-            assert whole.message["tool_calls"][0]["function"]["arguments"] == '{"q": 1}'
+            assert calls[0]["function"]["arguments"] == '{"q": 1}' and whole.broken_calls == 0
+        ends.add(whole.finish_reason)
     assert ends == {"length", "tool_calls"}
+    assert arguments and all('{"q": 1'.startswith(begun) for begun in arguments)
 
 
 @settings(deadline=None, max_examples=100)
@@ -104,7 +112,7 @@ def test_arguments_that_max_tokens_cut_off_are_text() -> None:
 def test_any_text_and_any_length(parts: list[str], limit: int) -> None:
     whole, _ = both("".join(parts), max_tokens=limit)
     assert whole.finish_reason in ("stop", "length", "tool_calls")
-    assert (whole.finish_reason == "tool_calls") is ("tool_calls" in whole.message)
+    assert (whole.finish_reason == "tool_calls") is ("tool_calls" in whole.message and not whole.broken_calls)
 
 
 def test_a_stop_of_the_caller_cuts_the_one_text_of_react() -> None:

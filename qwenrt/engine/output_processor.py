@@ -10,7 +10,7 @@ from qwenrt.engine.sequence import Sequence
 from qwenrt.engine.thoughts import Thought
 from qwenrt.errors import QwenrtError
 from qwenrt.outputs import Delta, FinishReason, TokenLogprob, Usage
-from qwenrt.text.replies.parser import Piece, ReplyStream
+from qwenrt.text.replies.parser import Piece, Reply, ReplyStream, joined
 from qwenrt.text.tokenizer.detokenizer import Detokenizer
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
@@ -151,19 +151,28 @@ class OutputProcessor:
         self, text: str, tokens: list[int], reason: FinishReason | None, logprobs: list[TokenLogprob] | None
     ) -> Delta:
         seq = self.seq
-        piece, calls = Piece(text), None
+        piece, whole = Piece(text), Reply(text)
         if self._reply is not None:
             piece = self._reply.push(text, searched=seq.num_output > seq.params.min_tokens)
             if self._reply.stopped:
                 reason = "stop"
             if reason is not None:
                 rest, whole = self._reply.finish(cut_off=reason != "stop")
-                piece = Piece(piece.content + rest.content, piece.reasoning + rest.reasoning)
-                calls = whole.tool_calls or None
-                reason = "stop" if self._reply.stopped else reason
-                reason = "tool_calls" if calls and reason in ("stop", "length") else reason
+                piece = joined(piece, rest)
+                reason = whole.finish_reason("stop" if self._reply.stopped else reason)
         usage = None
         if reason is not None:
             thought = 0 if self.thought is None else self.thought.num_tokens
             usage = Usage(seq.prompt_len, seq.num_output, seq.num_cached or 0, thought)
-        return Delta(piece.content, tokens, reason, seq.index, logprobs, usage, calls, piece.reasoning)
+        return Delta(
+            piece.content,
+            tokens,
+            reason,
+            seq.index,
+            logprobs,
+            usage,
+            whole.tool_calls or None,
+            piece.reasoning,
+            piece.calls,
+            broken_calls=whole.broken_calls,
+        )

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qwenrt.outputs import CallDelta
 from qwenrt.text.replies.react import ReactStream, parse_react
-from qwenrt.text.replies.reply import Part
+from qwenrt.text.replies.reply import CallEnd, Part, joined_calls
 from qwenrt.text.replies.reply import Piece as Piece
 from qwenrt.text.replies.reply import Reply as Reply
+from qwenrt.text.replies.reply import joined as joined
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.replies.schema_values import parameter_schemas
 from qwenrt.text.replies.tagged_calls import TaggedCalls
@@ -36,6 +38,8 @@ def parse_reply(
     model; their schemas type the values of Qwen3-Coder's calls. Nothing is checked against them: a call of an
     unknown tool is returned as well. cut_off: max_tokens ended the text.
 
+    A call that breaks after it has begun is among the calls, unfinished (see Reply), as a stream has shown it.
+
     This is what a ReplyStream says, but for the content of ReAct: a stream cannot see a second "Final Answer:" coming,
     nor take back what was said before a thought.
     """
@@ -53,13 +57,16 @@ def parse_reply(
 class ReplyStream:
     """parse_reply for text that arrives in pieces.
 
-    Only what may become a tag is held back, white space that a tag would drop, and a call until its closing
-    tag. Joined over all pieces, content, reasoning and tool_calls are those of the Reply. The cost is linear in
-    the text, whatever the pieces.
+    Only what may become a tag is held back, white space that a tag would drop, and a call until it is certain that it
+    is one: its name and the brace of its arguments were read. From there it comes as it is written, in ``calls``, but
+    for the last brace, which waits for the call's end. Joined over all pieces, content, reasoning, tool_calls and the
+    arguments in calls are those of the Reply, also of calls that break (see Reply): nothing is taken back. The cost is
+    linear in the text, whatever the pieces.
 
     ``stop``: strings that end the answer where its content first contains one, which is cut there. They are searched
-    for in the content between two calls; what is thought and what is called never ends an answer. stopped: one was
-    found. written: all the text so far, as the model wrote it.
+    for in the content between two calls; what is thought and what is called never ends an answer. ``single_call``: the
+    first call ends the answer, whole or broken. stopped: one of these ended it. written: all the text so far, as the
+    model wrote it.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class ReplyStream:
         in_thought: bool = False,
         tools: Tools | None = None,
         stop: Sequence[str] = (),
+        single_call: bool = False,
     ) -> None:
         self._thinking = _splitter(reply_format, in_thought)
         self._calls: ReactStream | TaggedCalls | None = None
@@ -79,6 +87,10 @@ class ReplyStream:
         self._matcher = StopMatcher(self._stop)
         self._written: list[str] = []
         self._shown: list[Piece] = []
+        self._single_call, self._called = single_call, False
+        self._broken = 0
+        self._unfinished: list[int] = []
+        self._ended = 0  # calls, whole or not
 
     @property
     def written(self) -> str:
@@ -86,7 +98,7 @@ class ReplyStream:
 
     @property
     def stopped(self) -> bool:
-        return self._matcher.stopped
+        return self._matcher.stopped or self._called
 
     def push(self, text: str, searched: bool = True) -> Piece:
         """More text; returns what can be shown now, often nothing. ``searched``: whether it may stop the answer."""
@@ -109,6 +121,8 @@ class ReplyStream:
             "".join(piece.content for piece in self._shown),
             "".join(piece.reasoning for piece in self._shown),
             [call for piece in self._shown for call in piece.tool_calls],
+            self._broken,
+            tuple(self._unfinished),
         )
         return last, whole
 
@@ -120,20 +134,33 @@ class ReplyStream:
     def _piece(self, parts: list[Part], reasoning: str, searched: bool) -> Piece:
         """What may be shown of the next parts: all, up to a stop string."""
         content: list[str] = []
-        calls: list[dict[str, Any]] = []
+        calls: list[CallDelta] = []
+        ended: list[dict[str, Any]] = []
         for part in parts:
             if self.stopped:
                 break
             if isinstance(part, str):
                 content.append(self._matcher.push(part) if searched else part)
-                continue
-            content.append(self._matcher.finish())  # no stop string goes on behind a call
-            if not self.stopped:
-                self._matcher = StopMatcher(self._stop)
-                calls.append(part)
-        piece = Piece("".join(content), reasoning, calls)
+            elif isinstance(part, CallDelta):
+                content.append(self._matcher.finish())  # no stop string goes on behind a call
+                if not self.stopped:
+                    self._matcher = StopMatcher(self._stop)
+                    calls.append(part)
+            else:
+                ended += self._call_ended(part)
+        piece = Piece("".join(content), reasoning, ended, joined_calls(calls))
         self._shown.append(piece)
         return piece
+
+    def _call_ended(self, end: CallEnd) -> list[dict[str, Any]]:
+        self._broken += end.broken
+        if end.call is None:
+            return []
+        if end.broken:
+            self._unfinished.append(self._ended)
+        self._ended += 1
+        self._called = self._single_call
+        return [end.call]
 
 
 def _splitter(reply_format: ReplyFormat, in_thought: bool) -> ThoughtSplitter | None:

@@ -24,6 +24,7 @@ _ALIASES = {  # Python's words, which hand-written tools use
     "dict": "object",
     "str": "string",
 }
+_BEGINNINGS = {"{": ("object",), "[": ("array",), "-0123456789": ("integer", "number")}
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
 
@@ -42,9 +43,7 @@ class ParameterSchema:
         A type other than string goes first: with ["string", "null"] the text "null" is None, with ["string",
         "integer"] the text "5" is 5. True, False and None are read like JSON's words.
         """
-        if key not in self._types:
-            self._types[key] = self._types_of(self._properties.get(key))
-        types = self._types[key] - {"string"}
+        types = self._other_types(key)
         if not types:
             return text
         written = text.strip()
@@ -57,6 +56,26 @@ class ParameterSchema:
         if written[end:] or not any(_is(value, kind) for kind in types):
             return text
         return int(value) if isinstance(value, float) and "number" not in types else value
+
+    def only_text(self, key: str) -> bool:
+        """Whether the value is the text itself, whatever it is."""
+        return not self._other_types(key)
+
+    def may_be_other(self, key: str, begun: str) -> bool:
+        """Whether a text that begins like this may have another value than the text itself. ``begun``: its beginning
+        without white space in front, at least one character."""
+        types = self._other_types(key)
+        for characters, kinds in _BEGINNINGS.items():
+            if begun[0] in characters:
+                return not types.isdisjoint(kinds)
+        word = begun.lower().rstrip()
+        return not types.isdisjoint(("boolean", "null")) and any(known.startswith(word) for known in _WORDS)
+
+    def _other_types(self, key: str) -> frozenset[str]:
+        """All types but string that the value may have."""
+        if key not in self._types:
+            self._types[key] = self._types_of(self._properties.get(key)) - {"string"}
+        return self._types[key]
 
     def _types_of(self, schema: object) -> frozenset[str]:
         """All types that the schema allows; empty where it says nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 _JSON = json.JSONDecoder(
@@ -26,14 +27,20 @@ def read_json(text: str, start: int = 0) -> tuple[Any, int]:
 def write_json(value: Any) -> str:
     """The value as JSON that can be sent as UTF-8. ValueError where there is none (a number out of range)."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return _sendable(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which the model wrote as an escape: leave it one
-        return json.dumps(value)
-    return text
+
+
+def escaped(text: str) -> str:
+    """The text as it stands in a JSON string of write_json, without the quotes. Of two texts, one after the other, it
+    is what it is of both together."""
+    return _sendable(json.dumps(text, ensure_ascii=False)[1:-1])
+
+
+def _sendable(text: str) -> str:
+    """Half a surrogate pair, which the model wrote as an escape, stays one."""
+    return text if text.isascii() else _HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -47,3 +54,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def refuse_constant(name: str) -> None:
     """ValueError for NaN and Infinity, which Python's reader accepts."""
     raise ValueError(f"{name} is not JSON")
+
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")

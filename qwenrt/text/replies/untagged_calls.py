@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any, Literal
 
-from qwenrt.text.replies.call_bodies import END_CALL, FENCE, Verdict, call_of
+from qwenrt.text.replies.call_bodies import END_CALL, FENCE, CallText, Verdict, call_of
 from qwenrt.text.replies.strict_json import read_json
 from qwenrt.text.replies.tags import Tags
 
@@ -42,6 +42,7 @@ class UntaggedBody:
         self._in_string = self._escaped = self._at_line_start = False
         self._ticks = 0
         self._rest = ""  # behind bare calls
+        self._calls: list[CallText] = []
         if bare:
             self._takes_between(bare)
 
@@ -58,7 +59,15 @@ class UntaggedBody:
                 return "end" if self.bare and self._state == "between" else "broken"
         return "more"
 
-    def read(self, closed: bool) -> tuple[list[dict[str, Any]], str]:
+    def said(self) -> list[CallText]:
+        """All calls, once the block was read: a later object may show that it is none."""
+        said, self._calls = self._calls, []
+        return said
+
+    def rest(self) -> str:
+        return self._rest
+
+    def read(self, closed: bool) -> None:
         """All calls of the block. One that is complete counts where the closing fence is missing."""
         if self._state != "between":
             raise ValueError("cut off")
@@ -69,7 +78,7 @@ class UntaggedBody:
             values += value if isinstance(value, list) else [value]
         if not values or not all(_is_call(value) and value["name"] in self._tools for value in values):
             raise ValueError("no call of a tool")
-        return [call_of(value) for value in values], self._rest
+        self._calls = [call_of(value) for value in values]
 
     def _takes(self, char: str) -> bool:
         """Whether the block may still be a call with this character."""

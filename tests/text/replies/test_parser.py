@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenrt.outputs import CallDelta
 from qwenrt.text.replies.parser import REACT, Piece, Reply, ReplyStream, parse_reply
 from qwenrt.text.replies.reply_format import ReplyFormat
 
@@ -136,8 +137,8 @@ def test_a_prompt_may_end_inside_the_thought():
         ),
         (
             '<tool_call>\n{"name": "f", "arguments": {"s": "open}}\n</tool_call>\n' + F,
-            '<tool_call>\n{"name": "f", "arguments": {"s": "open}}\n</tool_call>',
-            [("f", '{"n": 1}')],
+            "",
+            [("f", '{"s": "open}}\\n'), ("f", '{"n": 1}')],
         ),
         (X, "", [("f", '{"n": "1"}')]),
         ("<function=f>\n</function>", "<function=f>\n</function>", []),
@@ -151,24 +152,66 @@ def test_hermes_calls(text, content, calls):
 @pytest.mark.parametrize(
     "body",
     [
-        '{"name": "f", "arguments": {"n": NaN}}',
-        '{"name": "f", "arguments": {"n": 1e999}}',
-        '{"name": "f", "arguments": {"n": 1, "n": 2}}',
         '{"name": "f", "arguments": [1]}',
         '{"name": "f", "arguments": "n is 1"}',
         '{"name": "f", "arguments": "{} and"}',
+        '{"name": "f", "arguments": "{\\"a\\": 1, \\"a\\": 1}"}',
         '{"name": "", "arguments": {}}',
         '{"name": 7, "arguments": {}}',
         '{"name": "\\ud800", "arguments": {}}',
+        '{"name": "f", "name": "f", "arguments": {}}',
         '{"arguments": {}}',
+        '{"arguments": {"n": NaN}, "name": "f"}',
         '{"name": "f"}}',
-        '{"name": "f", "arguments": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
-        '{"name": "f", "arguments": {"n": ' + "9" * 5000 + "}}",
+        '{"name": "f" "arguments": {}}',
+        "{name: f}",
+        '{"name": "f", "arguments": ' + "[" * 100_000 + "]" * 100_000 + "}",
     ],
 )
 def test_a_broken_call_is_content(body):
     text = f"<tool_call>\n{body}\n</tool_call>"
-    assert parse_reply(text, HERMES) == Reply(text)
+    assert parse_reply(text, HERMES) == Reply(text, broken_calls=1)
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments", "content"),
+    [
+        ('{"name": "f", "arguments": {"n": NaN}}', '{"n": ', "NaN}}"),
+        ('{"name": "f", "arguments": {"n": 1e999}}', '{"n": ', "1e999}}"),
+        ('{"name": "f", "arguments": {"n": 01, "m": 2}}', '{"n": ', '01, "m": 2}}'),
+        ('{"name": "f", "arguments": {"n": 1, "n": 2}}', '{"n": 1, ', '"n": 2}}'),
+        ('{"name": "f", "arguments": {"n": 1, "\\u006e": 2}}', '{"n": 1, ', '"n": 2}}'),
+        ('{"name": "f", "arguments": {"n": 1,}}', '{"n": 1, ', "}}"),
+        ('{"name": "f", "arguments": {"s": "print("hi")"}}', '{"s": "print("', 'hi")"}}'),
+        ('{"name": "f", "arguments": {"s": "\\x"}}', '{"s": "', '\\x"}}'),
+        ('{"name": "f", "arguments": {"s": "a\\ud800\\u00"}}', '{"s": "a', '\\ud800\\u00"}}'),
+        ('{"name": "f", "arguments": {"n": 1}}}', '{"n": 1', "}"),
+        ('{"name": "f", "arguments": {"n": 1}, "arguments": {}}', '{"n": 1', '"arguments": {}}'),
+        ('{"name": "f", "parameters": {"n": 1}, "arguments": {}}', '{"n": 1', '"arguments": {}}'),
+        ('{"name": "f", "arguments": {"n": ' + "9" * 5000 + "}}", '{"n": ', "9" * 5000 + "}}"),
+    ],
+)
+def test_a_call_that_breaks_after_it_has_begun_is_unfinished(body, arguments, content):
+    text = f"I look.\n<tool_call>\n{body}\n</tool_call>\nDone. </tool_call>"
+    check(text, HERMES, f"I look.\n{content}\nDone. </tool_call>", calls=[("f", arguments)])
+    reply = parse_reply(text, HERMES)
+    assert (reply.broken_calls, reply.unfinished) == (1, (0,))
+    with pytest.raises(ValueError):
+        json.loads(arguments)
+    both = parse_reply(text + F, HERMES)
+    assert called(both.tool_calls) == [("f", arguments), ("f", '{"n": 1}')] and both.unfinished == (0,)
+
+
+def test_a_nest_without_a_bottom_is_unfinished():
+    text = (
+        '<tool_call>\n{"name": "f", "arguments": '
+        + '{"a":' * 100_000
+        + "1"
+        + "}" * 100_001
+        + "\n</tool_call>"
+    )
+    reply = parse_reply(text, HERMES)
+    assert called(reply.tool_calls) == [("f", '{"a": ' * 500)] and reply.broken_calls == 1
 
 
 def test_arguments_can_always_be_sent():
@@ -245,17 +288,16 @@ def test_values_by_schema(kind, text, value):
         ("Write <function=unknown> here", "Write <function=unknown> here", []),
         ("Write <function=f> here", "Write <function=f> here", []),
         ("<function=f", "<function=f", []),
-        (X[: X.index("</function>")], X[: X.index("</function>")], []),
-        (
-            X.replace("</parameter>", "</parameter> PROSE"),
-            X.replace("</parameter>", "</parameter> PROSE"),
-            [],
-        ),
+        (X[: X.index("<parameter")], X[: X.index("<parameter")], []),
+        (X[: X.index("</function>")], "", [("f", '{"n": 1')]),
+        (X.replace("</parameter>", "</parameter> PROSE"), "PROSE\n</function>", [("f", '{"n": 1')]),
+        (X.replace("</parameter>", "</parameter> ```"), "```\n</function>\n</tool_call>", [("f", '{"n": 1')]),
+        (X.replace("<parameter", "PROSE<parameter"), X.replace("<parameter", "PROSE<parameter"), []),
         (X.replace("=n>", ">"), X.replace("=n>", ">"), []),
         (
             "<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=s>\nb\n</parameter>\n</function>",
-            "<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=s>\nb\n</parameter>\n</function>",
-            [],
+            "<parameter=s>\nb\n</parameter>\n</function>",
+            [("f", '{"s": "a"')],
         ),
         (
             "<function=f>\n<parameter=s>\n<a>\n</tool_call>\n  </function>\n\n</parameter>\n</function>",
@@ -301,12 +343,18 @@ def test_what_streams_and_what_waits():
         (" a <", " a", ""),
         ("b", " <b", ""),
         ("\n<tool_call>\n", "", ""),
-        ('{"name": "f", "arguments": {"n": 1}}\n</tool_cal', "", ""),
+        ('{"name": "f", "argu', "", ""),
     ]
     for piece, content, reasoning in steps:
         assert stream.push(piece) == Piece(content, reasoning)
+    begun = stream.push('ments": {"n": 1').calls
+    assert begun == (CallDelta(0, begun[0].id, "f", '{"n": '),) and begun[0].id
+    assert stream.push("2") == Piece()
+    assert stream.push(', "s": "a').calls == (CallDelta(0, arguments='12, "s": "a'),)
+    assert stream.push('b"}}\n</tool_cal').calls == (CallDelta(0, arguments='b"'),)
     closed = stream.push("l>")
-    assert called(closed.tool_calls) == [("f", '{"n": 1}')] and not closed.content
+    assert closed.calls == (CallDelta(0, arguments="}"),) and not closed.content
+    assert called(closed.tool_calls) == [("f", '{"n": 12, "s": "ab"}')]
     last, reply = stream.finish()
     assert last == Piece()
     assert reply == Reply("Hi a <b", "Let me\nsee", closed.tool_calls)
@@ -342,8 +390,10 @@ def test_nothing_is_lost_and_nothing_is_broken(text, reply_format, in_thought):
     remaining = iter(visible)
     assert all(char in remaining for char in shown), "shown in another order than it was written"
     missing = Counter(visible) - Counter(shown)
-    for name, arguments in called(reply.tool_calls):
-        assert isinstance(json.loads(arguments), dict) and arguments.encode()
+    for index, (name, arguments) in enumerate(called(reply.tool_calls)):
+        assert arguments.encode()
+        if index not in reply.unfinished:
+            assert isinstance(json.loads(arguments), dict)
         missing -= Counter(name + arguments)
     tags = "<think></think><tool_call></tool_call><function=></function><parameter=n></parameter>"
     assert set(missing) <= set(tags + '{"name": "f", "arguments": {\\}' + "s")
@@ -352,7 +402,7 @@ def test_nothing_is_lost_and_nothing_is_broken(text, reply_format, in_thought):
         lengths = {7 * i + 8 * j for i in range(20) for j in range(20)}
         assert missing.total() in lengths
     if reply_format.thinking == "none" and not reply.tool_calls and not in_thought:
-        assert reply == Reply(text)
+        assert reply == Reply(text, broken_calls=reply.broken_calls)
     assert reply.reasoning == reply.reasoning.rstrip()
     if reply_format.thinking != "none":
         assert reply.content == reply.content.rstrip()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenrt.outputs import CallDelta
 from qwenrt.text.chat.react import parse_messages
 from qwenrt.text.replies.parser import Piece, Reply, ReplyStream, parse_reply
 
@@ -135,9 +136,14 @@ def test_a_stream_that_continues_a_thought() -> None:
     stream = ReplyStream(in_thought=True)
     assert [stream.push(p).content for p in [" I know.", "\nFinal Answer: ", "7"]] == ["", "", "7"]
     stream = ReplyStream(in_thought=True)
-    assert stream.push(" I need f.\nAction: f\nAction Input: x") == Piece()
+    assert stream.push(" I need f.\nAction: f\nAction Input: ") == Piece()
+    begun = stream.push("x")
+    assert begun == Piece("I need f.", calls=(CallDelta(0, begun.calls[0].id, "f", "x"),))
+    assert stream.push("y \n").calls == (CallDelta(0, arguments="y"),)
+    assert stream.push("z").calls == (CallDelta(0, arguments=" \nz"),)
+    assert [stream.push(piece) for piece in ("\nObser", "vation: made up")] == [Piece(), Piece()]
     rest, reply = stream.finish()
-    assert (rest.content, reply.content, called(reply)) == ("I need f.", "I need f.", [("f", "x")])
+    assert (rest.content, reply.content, called(reply)) == ("", "I need f.", [("f", "xy \nz")])
 
 
 @settings(deadline=None, max_examples=300)
@@ -162,20 +168,26 @@ def test_what_is_streamed_is_what_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "is_call"),
+    ("arguments", "called_with", "broken"),
     [
-        ('{"q": 1}', True),
-        ('{"q": ', False),
-        ("", False),
-        ("plain text", False),
-        ('{"q": 1}\nObservation:', True),
+        ('{"q": 1}', '{"q": 1}', 0),
+        ('{"q": ', '{"q":', 1),
+        ("", None, 0),
+        (" \n", None, 0),
+        ("plain text", "plain text", 1),
+        ('{"q": 1}\nObservation:', '{"q": 1}', 0),
+        ("plain text\nObservation:", "plain text", 0),
+        ("\nObservation:", "{}", 0),
     ],
 )
-def test_arguments_that_were_cut_off_are_no_call(arguments: str, is_call: bool) -> None:
+def test_a_call_whose_arguments_were_cut_off_is_unfinished(
+    arguments: str, called_with: str | None, broken: int
+) -> None:
     text = f"Thought: t\nAction: f\nAction Input: {arguments}"
     stream = ReplyStream()
     shown = "".join(stream.push(char).content for char in text)
     rest, reply = stream.finish(cut_off=True)
     for found in (reply, parse_reply(text, cut_off=True)):
-        assert called(found) == ([("f", '{"q": 1}')] if is_call else [])
-        assert found.content == ("t" if is_call else text) == shown + rest.content
+        assert called(found) == ([] if called_with is None else [("f", called_with)])
+        assert found.content == (text if called_with is None else "t") == shown + rest.content
+        assert (found.broken_calls, len(found.unfinished)) == (broken, broken)
