@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
+from qwenrt.engine.prefix_store import PrefixStore, open_store
 from qwenrt.engine.requests import Bounds, Request
 from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
@@ -133,6 +135,13 @@ class Engine:
         self.accounts = Accounts(clock)
         self._clock = clock
         self._next_deadline = math.inf  # no request's is earlier
+        self.store: PrefixStore | None = None
+        if options.prefix_store is not None and options.prefix_caching:
+            how = getattr(backend, "activations", "")
+            self.store = open_store(
+                options.prefix_store, options.prefix_store_bytes, model, cache, activations=how
+            )
+            self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
         self._ids = itertools.count()
         self._seq_ids = itertools.count()
         self._requests: dict[str, _Running] = {}
@@ -264,14 +273,28 @@ class Engine:
         A failure within the computation ends the requests of its batch with a typed error; the others go on.
         """
         self._expire()
+        if self.store is not None:
+            self.store.read(self.scheduler, any(not seq.is_read for seq in self.scheduler.running))
         begun = self._launch()
         # The host chooses some of its tokens: the next step cannot begin before.
         waits = begun is None or None in begun.draws
         for _ in range(len(self._launched) - (0 if waits else self.runner.depth)):
             self._collect(self._launched.popleft())
         self.accounts.move()
+        if self.store is not None:
+            self.store.tend(self.blocks, idle=False)
         outputs, self._outbox = self._outbox, []
         return outputs
+
+    def tend(self) -> bool:
+        """Do some of what waits for an idle moment -> whether there is more."""
+        return self.store is not None and self.store.tend(self.blocks, idle=True)
+
+    def close(self) -> None:
+        """Let go of what is outside of this process."""
+        if self.store is not None:
+            self.store.close(self.blocks)
+            self.store = None
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """The logits after each token of a text -> float32 [num_tokens, vocab_size] on the CPU; leaves no trace."""
@@ -333,6 +356,8 @@ class Engine:
             "block_size": self.blocks.block_size,
             "cache_bytes": self.cache_bytes,
             "preemptions": self.scheduler.num_preemptions,
+            "stored_blocks_read": 0 if self.store is None else self.store.num_read,
+            "stored_blocks_written": 0 if self.store is None else self.store.num_written,
             "pending": self.has_work,
             **self.accounts.read(),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from qwenrt.errors import ConfigError
 
@@ -14,7 +15,7 @@ class EngineOptions:
     number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
     way when the next one is begun, 0 or 1; the backend's choice if not given. ``step_target_ms``: what a step in which
     somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
-    Raises ConfigError."""
+    ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold. Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -25,6 +26,8 @@ class EngineOptions:
     prefix_caching: bool = True
     depth: int | None = None
     step_target_ms: float | None = None
+    prefix_store: Path | None = None
+    prefix_store_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):

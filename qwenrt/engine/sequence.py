@@ -52,7 +52,8 @@ class Sequence:
     whenever its cache is given up, ``course`` whenever tokens are put in the place of those under way: what a step of
     an earlier course chooses is dropped. ``num_forced`` of its tokens were not drawn; they count for no limit of the
     caller's. ``marks``: when it came how far. ``turn`` is the last step that computed some of its prompt,
-    ``ahead`` a prompt that begins alike and is computed first.
+    ``ahead`` a prompt that begins alike and is computed first; ``is_read`` says that its beginning is being read from
+    the disk.
     """
 
     __slots__ = (
@@ -64,6 +65,7 @@ class Sequence:
         "epoch",
         "in_flight",
         "index",
+        "is_read",
         "leader",
         "marks",
         "max_len",
@@ -117,6 +119,7 @@ class Sequence:
         self.block_table = []
         self.num_computed = self.num_stored = 0
         self.num_committed = 0
+        self.is_read = False
         self.epoch += 1
         self.chain: Link = self.root
 
