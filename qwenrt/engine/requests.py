@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
+from qwenrt.engine.grammar import Compiled
 from qwenrt.engine.output_processor import StopRules
 from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import CapacityError, RequestError, shown
@@ -26,6 +27,7 @@ class Request:
     skip_special_tokens: bool
     replies: tuple[ReplyStream, ...] = ()
     thought: ThoughtRules | None = None
+    grammar: Compiled | None = None
     arrived: float = 0.0
 
     @property
