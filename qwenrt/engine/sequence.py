@@ -44,7 +44,8 @@ class Sequence:
     in the cache when all steps are done, ``num_stored`` those of steps that are; ``in_flight`` the tokens that steps
     under way are choosing, which follow ``token_ids``. ``num_committed`` counts the full blocks offered for sharing,
     ``chain`` is the identity of the last of them. ``epoch`` changes whenever its cache is given up. ``turn`` is the
-    last step that computed some of its prompt, ``ahead`` a prompt that begins alike and is computed first.
+    last step that computed some of its prompt, ``ahead`` a prompt that begins alike and is computed first;
+    ``is_read`` says that its beginning is being read from the disk.
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Sequence:
         "epoch",
         "in_flight",
         "index",
+        "is_read",
         "leader",
         "max_len",
         "ntk_alpha",
@@ -104,6 +106,7 @@ class Sequence:
         self.block_table = []
         self.num_computed = self.num_stored = 0
         self.num_committed = 0
+        self.is_read = False
         self.epoch += 1
         self.chain: int | tuple[int, ...] = self.root
 

@@ -66,7 +66,7 @@ class ChatMessage(msgspec.Struct):
 
 
 class ChatFields(Fields, kw_only=True):
-    """All fields of a chat but its messages."""
+    """All fields of a chat but the model's name and the messages."""
 
     tools: list[dict[str, Any]] | UnsetType | None = UNSET
     tool_choice: str | dict[str, Any] | UnsetType | None = UNSET
@@ -88,6 +88,7 @@ class ChatFields(Fields, kw_only=True):
 class ChatRequest(ChatFields, kw_only=True):
     """The body of POST /v1/chat/completions."""
 
+    model: str
     messages: list[ChatMessage]
 
 
@@ -98,11 +99,11 @@ def decode(body: bytes) -> ChatRequest:
 
 def read(request: ChatRequest) -> Ask:
     """What it asks for; ``extra`` is the Wishes that ChatWriter needs. Raises Problem."""
-    return read_with(request, request.messages)
+    return read_with(request, request.model, request.messages)
 
 
-def read_with(request: ChatFields, given: Sequence[ChatMessage]) -> Ask:
-    """As `read`, of the fields and the messages."""
+def read_with(request: ChatFields, model: str, given: Sequence[ChatMessage]) -> Ask:
+    """As `read`, of the fields, the model's name and the messages."""
     kwargs = said(request.chat_template_kwargs) or TemplateKwargs()
     _no_template(request, kwargs)
     if not given:
@@ -115,7 +116,7 @@ def read_with(request: ChatFields, given: Sequence[ChatMessage]) -> Ask:
     messages = [_message(f"messages[{i}]", message) for i, message in enumerate(given)]
     choice, tools = _choice(request, tools, old_calls)
     return Ask(
-        model=said(request.model) or "",
+        model=model,
         messages=messages,
         tools=tools,
         tool_choice=choice,

@@ -37,6 +37,7 @@ TextsOrIds = str | list[str | int | list[int]]
 class CompletionRequest(Fields, kw_only=True):
     """The body of POST /v1/completions."""
 
+    model: str
     prompt: TextsOrIds
     suffix: Text = UNSET
     echo: Flag = UNSET
@@ -59,7 +60,7 @@ def read(request: CompletionRequest) -> Ask:
         raise bad("logprobs", found, "A prompt's own probabilities are not told: leave out one of the two.")
     wishes = wishes_of(request, logprobs, prompts=len(prompts), echo=echo)
     return Ask(
-        model=said(request.model) or "",
+        model=request.model,
         prompts=prompts,
         sampling=sampling_of(request, wishes, "logprobs"),
         stream=request.stream is True,

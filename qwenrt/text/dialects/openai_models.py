@@ -56,6 +56,7 @@ def _time(seconds: int) -> str:
 class TokenizeRequest(ChatFields, kw_only=True):
     """The body of POST /tokenize: a prompt, or the messages of a chat with all of its fields."""
 
+    model: Text = UNSET
     prompt: Text = UNSET
     messages: list[ChatMessage] | UnsetType | None = UNSET
     add_special_tokens: Flag = UNSET
@@ -93,7 +94,7 @@ def read_tokenize(request: TokenizeRequest) -> TokenizeAsk:
         raise bad("prompt", found, "Send one of the two.")
     return TokenizeAsk(
         prompt,
-        None if messages is None else read_with(request, messages),
+        None if messages is None else read_with(request, said(request.model) or "", messages),
         request.add_special_tokens is not False,
         request.return_token_strs is True,
     )

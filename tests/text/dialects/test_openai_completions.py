@@ -22,7 +22,7 @@ from tests.text.dialects.test_openai_chat_writer import events
 
 
 def ask(prompt: Any = "once", **fields: Any) -> Ask:
-    return read(decode(json.dumps({"prompt": prompt, **fields}).encode()))
+    return read(decode(json.dumps({"model": "m", "prompt": prompt, **fields}).encode()))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,7 @@ BAD = [
     ([True], {}, "prompt[0]"),
     (["x"] * 1025, {}, "prompt"),
     (None, {}, "prompt"),
+    ("x", {"model": None}, "model"),
     ("x", {"suffix": "the end"}, "suffix"),
     ("x", {"logprobs": 65}, "logprobs"),
     ("x", {"logprobs": -1}, "logprobs"),
@@ -101,7 +102,7 @@ FIELDS = st.sampled_from([*CompletionRequest.__struct_fields__, "other"])
 )
 def test_any_object_is_an_ask_or_a_problem(prompt: Any, fields: dict[str, Any]) -> None:
     try:
-        read_as = read(decode(json.dumps({"prompt": prompt, **fields}).encode()))
+        read_as = read(decode(json.dumps({"model": "m", "prompt": prompt, **fields}).encode()))
     except Problem as found:
         assert found.status == 400
         return

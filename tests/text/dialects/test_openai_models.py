@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenrt.text.dialects import openai_chat, openai_completions, openai_retrieval
 from qwenrt.text.dialects.openai_models import (
+    DetokenizeRequest,
     TokenizeAsk,
+    TokenizeRequest,
     decode_detokenize,
     decode_tokenize,
     detokenize_body,
@@ -87,6 +91,24 @@ def test_tokens_are_told() -> None:
         "count": 1,
         "max_model_len": 8192,
     }
+
+
+def test_every_request_can_be_described() -> None:
+    """The types make the server's openapi.json."""
+    requests = [
+        openai_chat.ChatRequest,
+        openai_completions.CompletionRequest,
+        openai_retrieval.EmbeddingRequest,
+        openai_retrieval.RerankRequest,
+        openai_retrieval.ScoreRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    ]
+    _, components = msgspec.json.schema_components(requests)
+    assert {request.__name__ for request in requests} <= set(components)
+    chat = components["ChatRequest"]
+    assert sorted(chat["required"]) == ["messages", "model"]
+    assert {"type": "number"} in chat["properties"]["temperature"]["anyOf"]
 
 
 def test_ids_are_text_again() -> None:
