@@ -132,6 +132,8 @@ class ScriptedStack:
         wanted, first, tokens = iter(step.logit_rows), 0, []
         row = next(wanted, -1)
         for q_len, kv_len, table in zip(step.q_lens, step.kv_lens, step.tables, strict=True):
+            if not first <= row < first + q_len:  # more of this prompt is to come
+                self._writing.pop(table[(kv_len - 1) // self._block_size], None)
             while first <= row < first + q_len:
                 tokens.append(self._next(table, kv_len - q_len + row - first + 1, q_len == 1))
                 row = next(wanted, -1)
@@ -139,22 +141,25 @@ class ScriptedStack:
         return tokens
 
     def _next(self, table: list[int], length: int, decodes: bool) -> int:
-        """What follows the ``length`` tokens in the blocks of a table."""
-        size = self._block_size
-        ids = self._blocks[table[: -(-length // size)]].reshape(-1)[:length]
-        script = self._going_on(table[(length - 2) // size], ids) if decodes and length > 1 else None
-        script = script or self._known(ids)
-        self._writing[table[(length - 1) // size]] = script, length
+        """What follows the ``length`` tokens in the blocks of a table. All of them are read where a block begins."""
+        block, place = table[(length - 1) // self._block_size], (length - 1) % self._block_size
+        script = self._writing_in(block, length) if decodes and place else None
+        if script is None:
+            ids = self._blocks[table[: -(-length // self._block_size)]].reshape(-1)[:length]
+            if decodes and length > 1:
+                script = self._writing_in(table[(length - 2) // self._block_size], length)
+                if script is not None and not np.array_equal(ids[: len(script.prompt)], script.prompt):
+                    script = None
+            script = script or self._known(ids)
+        self._writing[block] = script, length
         place = length - len(script.prompt)
         return int(script.answer[place]) if place < len(script.answer) else self._end
 
-    def _going_on(self, block: int, ids: np.ndarray) -> _Script | None:
-        """The script of an answer that went on up to the last of these ids, whose place before is in ``block``. A
-        grammar may have written something else than the script."""
-        script, length = self._writing.get(block, (None, 0))
-        if script is None or length < len(ids) - 1 or len(ids) <= len(script.prompt):
-            return None
-        return script if np.array_equal(ids[: len(script.prompt)], script.prompt) else None
+    def _writing_in(self, block: int, length: int) -> _Script | None:
+        """The script of the answer whose token before the last of ``length`` is in a block. What was written of it need
+        not be the script's: a grammar may have had another token."""
+        script, written = self._writing.get(block, (None, 0))
+        return script if script is not None and written >= length - 1 >= len(script.prompt) else None
 
     def _known(self, ids: np.ndarray) -> _Script:
         """The script of a prompt, or of one whose answer was begun before and is computed again."""

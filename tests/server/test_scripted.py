@@ -134,3 +134,24 @@ def test_a_limit_cuts_and_a_script_that_fails_is_an_error(llm: qwenrt.LLM) -> No
 
     with scripted_llm(reply, max_model_len=512) as loaded, pytest.raises(QwenrtError):
         loaded.chat(messages=user("x"))
+
+
+def test_a_script_within_a_grammar_is_written_as_it_is() -> None:
+    pytest.importorskip("llguidance")
+    said = '{"city": "杭州", "warm": true}'
+    with scripted_llm(lambda prompt: said, max_model_len=512) as loaded:
+        for temperature in (0.0, 1.0):
+            answer = loaded.chat(
+                messages=user("x"), grammar=qwenrt.Grammar.json_object(), temperature=temperature, seed=1
+            )
+            assert answer.text == said and answer.finish_reason == "stop"
+
+
+def test_a_script_outside_of_a_grammar_ends_where_it_may() -> None:
+    pytest.importorskip("llguidance")
+    with scripted_llm(lambda prompt: "no", max_model_len=512) as loaded:
+        answer = loaded.chat(
+            messages=user("x"), grammar=qwenrt.Grammar.choice(["yes", "never"]), temperature=0
+        )
+        assert answer.text in ("yes", "never")
+        assert loaded.chat(messages=user("x"), temperature=0).text == "no"
