@@ -18,7 +18,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-_WORDS = "river stone garden window paper silver morning engine letter mountain coffee village signal winter".split()
+_WORDS = [
+    "river",
+    "stone",
+    "garden",
+    "window",
+    "paper",
+    "silver",
+    "morning",
+    "engine",
+    "letter",
+    "mountain",
+    "coffee",
+    "village",
+    "signal",
+    "winter",
+]
 
 
 @dataclass
@@ -95,7 +110,9 @@ async def _ask(load: Load, prompt: str) -> Answer:
             if event.get("usage"):
                 answer.tokens = event["usage"]["completion_tokens"]
             choices = event.get("choices") or []
-            if choices and (choices[0]["delta"].get("content") or choices[0]["delta"].get("reasoning_content")):
+            if choices and (
+                choices[0]["delta"].get("content") or choices[0]["delta"].get("reasoning_content")
+            ):
                 answer.pieces.append(time.perf_counter() - began)
     finally:
         writer.close()
@@ -135,7 +152,9 @@ def cpu_seconds(pid: int | None) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=2, help="of each client")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qwenrt.assembly import Assembled
     from qwenrt.backends.base import Backend
     from qwenrt.engine.answers import AsyncAnswer, Handle
+    from qwenrt.prompting import Thinking
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
 logger = logging.getLogger("qwenrt")
@@ -148,6 +149,8 @@ class LLM:
         self.summary: str = assembled.summary
         self.backend = assembled.backend
         self.device = assembled.backend.device
+        self.options: LoadOptions = assembled.options  # how it was loaded
+        self.max_model_len: int = assembled.max_model_len  # tokens of prompt and answer together
 
     # ---- chat
 
@@ -371,29 +374,45 @@ class LLM:
         Queries have an ``instruction`` ("Given a question, retrieve passages that answer it") or one of the model's
         own prompts, by ``prompt_name``; documents mostly none.
         """
+        listed = [texts] if isinstance(texts, str) else as_list("texts", texts)
+        vectors, _ = self.embed_counted(listed, instruction, prompt_name, normalize)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def embed_counted(
+        self,
+        texts: Sequence[str | list[int]],
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """As `embed`, of texts or of their token ids -> float32 [len(texts), D], and how many tokens were read."""
         alive = self._alive()
         tokenizer = alive.prompter.needs_tokenizer("embed")
-        listed = [texts] if isinstance(texts, str) else as_list("texts", texts)
-        if not listed:
+        if not texts:
             raise RequestError("embed", "an empty list", "Pass at least one text.")
         normalize = None if normalize is None else flag("normalize", normalize)
-        vectors = alive.embedder.embed(alive.engine, tokenizer, listed, instruction, prompt_name, normalize)
-        return vectors[0] if isinstance(texts, str) else vectors
+        return alive.embedder.embed(alive.engine, tokenizer, texts, instruction, prompt_name, normalize)
 
     def rerank(self, query: str, documents: Sequence[str], *, instruction: str = DEFAULT_TASK) -> list[float]:
         """How well each document answers the query, from 0 to 1, in the order of ``documents``.
 
         As Qwen3-Reranker does it: the probability of "yes" against "no" as the next token of its question.
         """
+        pairs = [(query, document) for document in as_list("documents", documents)]
+        return self.scores_counted(pairs, instruction)[0]
+
+    def scores_counted(
+        self, pairs: Sequence[tuple[str, str]], instruction: str = DEFAULT_TASK
+    ) -> tuple[list[float], int]:
+        """As `rerank`, of (query, document) pairs: a score of each, and how many tokens were read."""
         alive = self._alive()
         tokenizer = alive.prompter.needs_tokenizer("rerank")
-        listed = as_list("documents", documents)
-        if not listed:
-            return []
-        prompts = [rerank_prompt(tokenizer, query, document, instruction) for document in listed]
+        if not pairs:
+            return [], 0
+        prompts = [rerank_prompt(tokenizer, query, document, instruction) for query, document in pairs]
         logits = alive.engine.last_logits(prompts, verdict_ids(tokenizer))
         scores: list[float] = logits.softmax(-1)[:, 1].tolist()
-        return scores
+        return scores, sum(map(len, prompts))
 
     # ---- about it
 
@@ -402,6 +421,16 @@ class LLM:
         """Whether it knows conversations: a Qwen-1 base model does not. Of later ones all do that have a tokenizer and
         can generate."""
         return self._prompter.can_chat
+
+    @property
+    def thinking(self) -> Thinking:
+        """Whether answers begin with a thought: "never", "always", or "optional" where the caller may choose."""
+        return self._prompter.thinking
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether its conversations may have tools."""
+        return self._prompter.takes_tools
 
     def explain(self) -> str:
         """A table: what serves each operation in how many places, and why where it is not the device's own kernel; then

@@ -23,7 +23,13 @@ EXAMPLES = """examples:
   qwenrt serve Qwen3-4B --host 0.0.0.0 --api-key-file ~/.qwenrt-keys
 """
 # Options of `qwenrt.load` that matter where many requests share a model.
-SHARING_OPTIONS = ("max_num_seqs", "max_num_batched_tokens", "step_target", "prefix_store", "prefix_store_size")
+SHARING_OPTIONS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "step_target_ms",
+    "prefix_store",
+    "prefix_store_bytes",
+)
 _ONE_OF_MANY = {"served_model_names": "--served-model-name", "allow_origins": "--allow-origin"}
 _ONE_OF_MANY |= {"allow_hosts": "--allow-host"}  # options that are given once for each entry
 _SIZES = ("max_body", "max_header", "receive_rate", "send_buffer")
@@ -55,7 +61,12 @@ def _add_setting(group: Any, name: str) -> None:
     option = _ONE_OF_MANY.get(name, "--" + name.replace("_", "-"))
     told: dict[str, Any] = {"dest": name, "default": setting.default, "help": serving.ABOUT[name]}
     if name in _ONE_OF_MANY:
-        told |= {"action": "append", "default": None, "metavar": "NAME", "help": f"{told['help']}; may be repeated"}
+        told |= {
+            "action": "append",
+            "default": None,
+            "metavar": "NAME",
+            "help": f"{told['help']}; may be repeated",
+        }
     elif kind is bool:
         told["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
     elif name in _SIZES:
@@ -86,12 +97,19 @@ def serve(args: argparse.Namespace) -> int:
     sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
     from qwenrt.llm import load
     from qwenrt.server.app import app
-    from qwenrt.server.lifecycle import Lifecycle
+    from qwenrt.server.lifecycle import bind, run
 
-    lifecycle = Lifecycle(settings)  # takes the port before a large model is loaded for it
+    sockets = bind(settings)  # before a large model is loaded for a port that somebody else has
+    host, port = sockets[0].getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     with load(args.model, **load_arguments(args), **sharing) as llm:
-        terminal = Terminal()
-        return lifecycle.run(app(llm, settings), lambda address: terminal.remark(_greeting(llm, settings, address)))
+        application, terminal = app(llm, settings), Terminal()
+
+        def started() -> None:
+            terminal.remark(_greeting(llm, settings, address))
+
+        run(application, settings, application.hooks(started), sockets=sockets)
+    return 0
 
 
 def _check_installed() -> None:
@@ -113,12 +131,14 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str) -> str:
     key = "YOUR-KEY" if settings.has_keys else "none"
     lines = [
         f"Serving {name} at {address}  (Ctrl-C stops it)",
-        f"  context {context} tokens; {min(full, llm.max_num_seqs) or 1} answers at once at full length, "
-        f"{llm.max_num_seqs} shorter ones; {settings.max_queue} more wait",
+        f"  context {context} tokens; {min(full, llm.options.max_num_seqs) or 1} answers at once at full length, "
+        f"{llm.options.max_num_seqs} shorter ones; {settings.max_queue} more wait",
         f"  {llm.summary}",
     ]
     if llm.name == "demo":
-        lines.append("  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant.")
+        lines.append(
+            "  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
+        )
     lines += [
         "  Open WebUI and other OpenAI clients: base URL " + address + "/v1, API key " + key,
         f"  Claude Code:  ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} claude",

@@ -41,7 +41,9 @@ class _Routes:
     async def root(self, request: Request) -> ASGIApp:
         """Some clients look here first, and want nothing but a 200."""
         name = self._service.names[0]
-        return PlainTextResponse(f"qwenrt {qwenrt.__version__} serves {name}. What may be asked: /openapi.json\n")
+        return PlainTextResponse(
+            f"qwenrt {qwenrt.__version__} serves {name}. What may be asked: /openapi.json\n"
+        )
 
     async def health(self, request: Request) -> ASGIApp:
         return _report(self._health.live())
@@ -66,7 +68,9 @@ class _Routes:
 
 
 def _report(report: Report) -> ASGIApp:
-    return Json({"status": "ok"} if report.ok else {"status": "failed", "reason": report.reason}, report.status)
+    return Json(
+        {"status": "ok"} if report.ok else {"status": "failed", "reason": report.reason}, report.status
+    )
 
 
 def _server_info(service: Service) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def _server_info(service: Service) -> dict[str, Any]:
         "kernels": stats["kernels"],
         "dtype": stats["dtype"],
         "max_model_len": llm.max_model_len,
-        "max_num_seqs": llm.max_num_seqs,
+        "max_num_seqs": llm.options.max_num_seqs,
         "weight_bytes": stats["weight_bytes"],
         "cache_bytes": stats["cache_bytes"],
         "max_queue": settings.max_queue,
@@ -99,7 +103,7 @@ def _loads(service: Service) -> dict[str, Any]:
         "running": stats["running"],
         "waiting": stats["waiting"] + queue.waiting,
         "waiting_tokens": queue.waiting_tokens,
-        "max_running": service.llm.max_num_seqs,
+        "max_running": service.llm.options.max_num_seqs,
         "total_blocks": total,
         "free_blocks": free,
         "block_size": stats["block_size"],

@@ -17,7 +17,6 @@ from qwenrt.text.dialects import anthropic, anthropic_answers, openai_responses,
 from qwenrt.text.dialects.answers import Served, json_bytes
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
-from qwenrt.text.dialects.signed_thoughts import SignedThoughts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

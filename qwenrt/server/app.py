@@ -10,9 +10,16 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from qwenrt.server import about, agent_routes, dashscope_routes, ollama_routes, openai_routes, retrieval_routes
+from qwenrt.server import (
+    about,
+    agent_routes,
+    dashscope_routes,
+    ollama_routes,
+    openai_routes,
+    retrieval_routes,
+)
 from qwenrt.server.admission import Admission
 from qwenrt.server.guard import Guard
 from qwenrt.server.health import Health, Signs
@@ -41,14 +48,14 @@ class Server:
     def __init__(self, llm: LLM, settings: ServeSettings) -> None:
         self.llm, self.settings = llm, settings
         self.admission = Admission(
-            llm.max_num_seqs, max_queue=settings.max_queue, queue_timeout=settings.queue_timeout
+            llm.options.max_num_seqs, max_queue=settings.max_queue, queue_timeout=settings.queue_timeout
         )
         self.metrics = Metrics(llm.stats, self._queue)
         self.service = Service(llm, settings, self.admission, self.metrics)
         self.writing = Writing(self.service)
         self.health = Health(self._signs, settings.watchdog)
         self.health.loaded()
-        self.thoughts = SignedThoughts(thought_key(llm.prefix_store))
+        self.thoughts = SignedThoughts(thought_key(llm.options.prefix_store))
         self._guard = Guard(self._starlette(), settings, Keyring(settings), rendered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

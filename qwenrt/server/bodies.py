@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from qwenrt.server.openai_routes import Control
-from qwenrt.text.dialects import anthropic, dashscope, ollama, openai_chat, openai_completions
-from qwenrt.text.dialects import openai_models, openai_responses, openai_retrieval
+from qwenrt.text.dialects import (
+    anthropic,
+    dashscope,
+    ollama,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    openai_responses,
+    openai_retrieval,
+)
 
 POSTS: dict[str, tuple[str, Any]] = {
     "/v1/chat/completions": ("An answer in a conversation", openai_chat.ChatRequest),
@@ -27,7 +35,10 @@ POSTS: dict[str, tuple[str, Any]] = {
     "/api/chat": ("An answer in a conversation, as Ollama's clients ask for it", ollama.ChatRequest),
     "/api/generate": ("An answer to a prompt, as Ollama's clients ask for it", ollama.GenerateRequest),
     "/api/embed": ("Vectors of texts, as Ollama's clients ask for them", ollama.EmbedRequest),
-    "/api/embeddings": ("The vector of a text, as older clients of Ollama ask for it", ollama.EmbeddingsRequest),
+    "/api/embeddings": (
+        "The vector of a text, as older clients of Ollama ask for it",
+        ollama.EmbeddingsRequest,
+    ),
     "/api/show": ("What the model is", ollama.ShowRequest),
     "/api/v1/services/aigc/text-generation/generation": (
         "An answer in a conversation, as DashScope's clients ask for it",

@@ -27,6 +27,8 @@ def routes(server: Server) -> list[Route]:
         def reader(body: bytes) -> Ask:
             return dashscope.read(dashscope.decode(body), stream, service.text_of)
 
-        return await writing.answer(request, "dashscope", await read(request, reader), dashscope_answers.Writer)
+        return await writing.answer(
+            request, "dashscope", await read(request, reader), dashscope_answers.Writer
+        )
 
     return [Route(PATH, generation, methods=["POST"])]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import qwenrt
-from qwenrt.config.layers import num_parameters
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+import qwenrt
+from qwenrt.config.layers import num_parameters
 from qwenrt.server.streams import Json
 from qwenrt.server.writing import read
 from qwenrt.text.dialects import ollama, ollama_answers, ollama_models
 from qwenrt.text.dialects.ollama import ChatRequest, GenerateRequest
+from qwenrt.text.dialects.problem import Problem
 
 if TYPE_CHECKING:
+    from qwenrt.llm import LLM
     from qwenrt.server.app import Server
 
 
@@ -56,13 +58,13 @@ class _Routes:
     async def embed(self, request: Request) -> ASGIApp:
         wanted = ollama.read_embed(await read(request, ollama.decode_embed))
         began = time.monotonic()
-        vectors, count = await self._service.embed(wanted.texts, wanted.dimensions)
+        vectors, count = await self._embedded(wanted)
         served = self._writing.served(None, request, prompt_tokens=count)
         return Json(ollama_answers.embed_body(served, vectors, time.monotonic() - began))
 
     async def embeddings(self, request: Request) -> ASGIApp:
         wanted = ollama.read_embed(await read(request, ollama.decode_embeddings))
-        vectors, _ = await self._service.embed(wanted.texts, wanted.dimensions)
+        vectors, _ = await self._embedded(wanted)
         return Json(ollama_answers.embeddings_body(vectors[0]))
 
     async def show(self, request: Request) -> ASGIApp:
@@ -82,6 +84,16 @@ class _Routes:
 
     async def refused(self, request: Request) -> ASGIApp:
         raise ollama.not_served(request.url.path.split("/")[2])
+
+    async def _embedded(self, wanted: ollama.Embedding) -> tuple[list[list[float]], int]:
+        self._service.check_name(wanted.model)
+        if not wanted.texts:
+            return [], 0
+        vectors, count = await self._service.embed(wanted.texts)
+        if wanted.dimensions is not None and wanted.dimensions != len(vectors[0]):
+            found = f"dimensions: got {wanted.dimensions}, this model's vectors have {len(vectors[0])}. Leave it out."
+            raise Problem("invalid_request", found, param="dimensions")
+        return vectors, count
 
     async def _answer(self, request: Request, asked: ChatRequest | GenerateRequest) -> ASGIApp:
         context = self._service.llm.max_model_len
@@ -109,7 +121,7 @@ class _Routes:
                 name=name,
                 architecture=ollama_models.architecture(llm.config),
                 parameters=num_parameters(llm.config),
-                quantization=llm.weights_are,
+                quantization=_weights(llm),
                 context_length=llm.max_model_len,
                 capabilities=tuple(capabilities),
                 size=stats["weight_bytes"],
@@ -118,3 +130,11 @@ class _Routes:
             )
             for name in service.names
         ]
+
+
+def _weights(llm: LLM) -> str:
+    """What the weights are, in a word."""
+    quant = llm.config.quant
+    if quant is not None:
+        return f"{quant.method}-int{quant.bits}" if quant.has_codes else quant.method
+    return llm.options.quantize or str(llm.stats()["dtype"])

@@ -49,7 +49,11 @@ def routes(server: Server) -> list[Route]:
     }
     gets = {"/models": own.models, "/models/{name:path}": own.model}
     return [
-        *(Route(base + path, endpoint, methods=["POST"]) for base in BASES for path, endpoint in posts.items()),
+        *(
+            Route(base + path, endpoint, methods=["POST"])
+            for base in BASES
+            for path, endpoint in posts.items()
+        ),
         *(Route(base + path, endpoint) for base in BASES for path, endpoint in gets.items()),
         Route("/v1/streams", own.streams),
         Route("/v1/stream", own.stream, methods=["GET", "DELETE"]),
@@ -175,7 +179,9 @@ class _Routes:
         stream = self._writing.kept.get(caller_of(request).name, given)
         offset = request.query_params.get("from", "0")
         if not (offset.isascii() and offset.isdecimal() and len(offset) < 16):
-            raise Problem("invalid_request", f"from: got {offset[:40]!r}. Send a number of bytes.", param="from")
+            raise Problem(
+                "invalid_request", f"from: got {offset[:40]!r}. Send a number of bytes.", param="from"
+            )
         stream.check(int(offset))
         source: AsyncIterator[bytes] = stream.read(int(offset))
         about = stream.about

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwenrt.text.dialects import anthropic, dashscope, ollama, openai_errors
+from qwenrt.text.dialects import anthropic_answers, dashscope, ollama, openai_bodies
 from qwenrt.text.dialects.answers import json_bytes
 from qwenrt.text.dialects.problem import Problem
 
@@ -30,5 +30,5 @@ def _body(problem: Problem, path: str, request_id: str) -> dict[str, Any]:
     if path.startswith("/api/"):
         return dict(ollama.error_body(problem))
     if path.startswith(("/v1/messages", "/messages")):
-        return anthropic.error_body(problem, request_id)
-    return openai_errors.error_body(problem)
+        return anthropic_answers.error_body(problem, request_id)
+    return openai_bodies.error_body(problem)

@@ -22,7 +22,11 @@ def routes(server: Server) -> list[Route]:
     own = _Routes(server)
     posts = {"/embeddings": own.embeddings, "/rerank": own.rerank, "/score": own.score}
     return [
-        *(Route(base + path, endpoint, methods=["POST"]) for base in BASES for path, endpoint in posts.items()),
+        *(
+            Route(base + path, endpoint, methods=["POST"])
+            for base in BASES
+            for path, endpoint in posts.items()
+        ),
         Route("/v2/rerank", own.rerank, methods=["POST"]),
     ]
 
@@ -48,9 +52,7 @@ class _Routes:
         service.check_name(ask.model)
         vectors, count = await service.embed(ask.inputs, ask.instruction, ask.prompt_name)
         retrieval.check_dimensions(ask, len(vectors[0]))
-        return Json(
-            await asyncio.to_thread(retrieval.embeddings_body, ask, vectors, service.names[0], count)
-        )
+        return Json(await asyncio.to_thread(retrieval.embeddings_body, ask, vectors, service.names[0], count))
 
     async def rerank(self, request: Request) -> ASGIApp:
         ask, service = await read(request, _rerank), self._service

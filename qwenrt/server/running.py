@@ -8,19 +8,19 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qwenrt.answering import generations_of
+from qwenrt.answering import joined_by_index
 from qwenrt.outputs import Delta, Generation
 
 if TYPE_CHECKING:
     from qwenrt.answering import Prepared
-    from qwenrt.engine.async_engine import AsyncAnswer
+    from qwenrt.engine.answers import AsyncAnswer
     from qwenrt.llm import LLM
 
 
 class Running:
     """Deltas of one request, a batch a step; ``Delta.index`` counts over the choices of all prompts.
 
-    ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one ended it, when nothing of it
+    ``caller``: whose it is. ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one ended it, when nothing of it
     is in the engine any more. For one event loop.
     """
 
@@ -28,10 +28,11 @@ class Running:
         self,
         llm: LLM,
         prepared: Sequence[Prepared],
+        caller: object,
         seen: Callable[[Sequence[Delta]], None],
         ended: Callable[[Exception | None], Awaitable[None]],
     ) -> None:
-        self._seen, self._ended = seen, ended
+        self._seen, self._ended, self.caller = seen, ended, caller
         self._open = True
         self._error: Exception | None = None
         self._answers: list[AsyncAnswer] = []
@@ -65,7 +66,7 @@ class Running:
                 deltas += batch
         finally:
             await self.close()
-        return generations_of(deltas)
+        return joined_by_index(deltas)
 
     def end_thought(self) -> None:
         """Let what is being thought end here, so that the answer begins."""

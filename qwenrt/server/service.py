@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import qwenrt
 from qwenrt.errors import QwenrtError
-from qwenrt.outputs import Delta, Usage
+from qwenrt.outputs import Delta
 from qwenrt.server.admission import Admission, Turn
 from qwenrt.server.metrics import Metrics
 from qwenrt.server.running import Running
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM
     from qwenrt.server.settings import ServeSettings
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Service:
     def tokenizer(self) -> ChatTokenizer:
         """Raises Problem where the model has none."""
         if self.llm.tokenizer is None:
-            raise Problem("not_implemented", f"{self.llm.name} has no tokenizer: only token ids go in and out.")
+            raise Problem(
+                "not_implemented", f"{self.llm.name} has no tokenizer: only token ids go in and out."
+            )
         return self.llm.tokenizer
 
     @property
@@ -120,14 +124,55 @@ class Service:
         watched = _Watched(self, dialect, answer_id, turn, stack, began)
         self.metrics.queue_wait.observe(turn.waited)
         try:
-            running = Running(self.llm, [self._within_time(one) for one in made.prepared], watched.seen, watched.ended)
+            running = Running(
+                self.llm,
+                [self._within_time(one) for one in made.prepared],
+                caller,
+                watched.seen,
+                watched.ended,
+            )
         except QwenrtError as error:
             await watched.ended(error)
             raise Problem.of(error) from error
         self.running[answer_id] = running
         return running
 
+    def stats(self) -> dict[str, Any]:
+        """The engine's figures. Raises Problem where it has ended."""
+        try:
+            return self.llm.stats()
+        except QwenrtError as error:
+            raise Problem("unavailable", str(error)) from error
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens shown. Raises Problem."""
+        try:
+            return self.tokenizer.decode(token_ids)
+        except QwenrtError as error:
+            raise Problem.of(error) from error
+
+    async def embed(
+        self, texts: Sequence[str | list[int]], instruction: str | None = None, prompt_name: str | None = None
+    ) -> tuple[list[list[float]], int]:
+        """A vector of each text, and how many tokens were read. Raises Problem."""
+        work = partial(self.llm.embed_counted, list(texts), instruction, prompt_name)
+        vectors, count = await self._read(work)
+        return vectors.tolist(), count
+
+    async def scores(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | None
+    ) -> tuple[list[float], int]:
+        """How well each document answers its query, and how many tokens were read. Raises Problem."""
+        task = () if instruction is None else (instruction,)
+        return await self._read(partial(self.llm.scores_counted, pairs, *task))
+
     # ---- inside
+
+    async def _read(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.to_thread(work)
+        except QwenrtError as error:
+            raise Problem.of(error) from error
 
     def _within_time(self, prepared: Prepared) -> Prepared:
         asked, most = prepared.params.timeout, self.settings.request_timeout
@@ -158,12 +203,13 @@ class Service:
         if self.llm.thinking != "never" and ask.enable_thinking is not False:
             wishes["thinking_budget"] = ask.thinking_budget
         if ask.tools:
-            wishes |= {
-                "tools": list(ask.tools),
-                "tool_choice": ask.tool_choice,
-                "parallel_tool_calls": ask.parallel_tool_calls,
-            }
-        return self.llm.prepare(messages=ask.messages, max_tokens=None, **wishes, **sampling)
+            wishes["tools"] = list(ask.tools)
+            wishes["tool_choice"] = ask.tool_choice
+            wishes["parallel_tool_calls"] = ask.parallel_tool_calls
+        prepared = self.llm.prepare(messages=ask.messages, max_tokens=None, **wishes, **sampling)
+        if ask.before:
+            prepared = replace(prepared, prompt_token_ids=[*ask.before, *prepared.prompt_token_ids])
+        return prepared
 
     def _completion(self, prompt: str | list[int], sampling: dict[str, Any]) -> Prepared:
         if isinstance(prompt, str):

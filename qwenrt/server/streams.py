@@ -19,7 +19,9 @@ PING_SECONDS = 15.0  # of silence, after which a stream shows that it lives
 STREAM_HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
 
-async def events(running: Running, writer: Writer, problem_of: Callable[[Exception], Problem]) -> AsyncIterator[bytes]:
+async def events(
+    running: Running, writer: Writer, problem_of: Callable[[Exception], Problem]
+) -> AsyncIterator[bytes]:
     """The stream of an answer in its dialect. It always has an end: of all choices, or the event of an error."""
     yield writer.begin()
     try:

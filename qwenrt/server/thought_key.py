@@ -8,7 +8,6 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-
 logger = logging.getLogger("qwenrt.server")
 
 NAME = "thought-key"
@@ -31,5 +30,7 @@ def thought_key(directory: Path | None) -> bytes:
         with os.fdopen(handle, "wb") as file:
             file.write(key)
     except OSError as error:
-        logger.warning("%s cannot be written (%s): thoughts are signed anew after a restart", path, error.strerror)
+        logger.warning(
+            "%s cannot be written (%s): thoughts are signed anew after a restart", path, error.strerror
+        )
     return key
