@@ -196,6 +196,24 @@ def _reload(reload: Callable[[], object]) -> None:
         log.error("SIGHUP: the keys stay as they were. %s", error)
 
 
+class _OnceASecond(logging.Filter):
+    """The same warning once a second: strangers cause uvicorn's, as fast as they can send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if record.levelno != logging.WARNING or now - self._said.get(record.msg, -1.0) >= 1:
+            self._said = {record.msg: now}
+            return True
+        return False
+
+
+_ONCE_A_SECOND = _OnceASecond()
+
+
 def server_of(
     app: Any,
     settings: ServeSettings,
@@ -205,6 +223,7 @@ def server_of(
     loop: str = "auto",
 ) -> Server:
     """A server for an ASGI app, to be run by `Server.run(sockets)` or, within a running event loop, `Server.serve`."""
+    logging.getLogger("uvicorn.error").addFilter(_ONCE_A_SECOND)
     config = uvicorn.Config(
         app,
         http=protocol_class(Limits.of(settings), parser),
