@@ -105,11 +105,10 @@ class Guard:
             if not await self._refused(scope, headers, exchange):
                 await self._served(scope, exchange)
         finally:
-            access.info(
-                "%s %s %s %s in %.3f s",
-                *(state["request_id"], scope["method"], shown(scope["path"], 200), exchange.status or "-"),
-                self._clock() - began,
-            )
+            if access.isEnabledFor(logging.INFO):
+                path, seconds = shown(scope["path"], 200), self._clock() - began
+                said = state["request_id"], scope["method"], path, exchange.status or "-", seconds
+                access.info("%s %s %s %s in %.3f s", *said)
 
     async def _served(self, scope: Scope, exchange: _Exchange) -> None:
         try:
