@@ -19,7 +19,10 @@ from qwenrt.text.replies.schema_values import ParameterSchema
 from qwenrt.text.replies.strict_json import read_json, write_json
 from tests.text.replies.test_parser import HERMES, OPEN, TEXTS, XML, F, X, called
 
-MANY = [pytest.param(200, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.slow)]
+MANY = [
+    pytest.param(200, id="some"),
+    pytest.param(10_000, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+]
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 TAGS = [
     "</tool_call>",
