@@ -177,6 +177,8 @@ def _build(
         kv_cache_dtype=options.kv_cache_dtype,
         num_blocks=_num_blocks(config, backend, dtype, options, longest),
         step_target_ms=options.step_target_ms,
+        prefix_store=None if options.prefix_store is None else Path(options.prefix_store),
+        prefix_store_bytes=options.prefix_store_bytes,
     )
     engine = Engine(
         model,

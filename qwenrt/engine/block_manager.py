@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from qwenrt.engine.sequence import Sequence
 
@@ -11,27 +12,47 @@ from qwenrt.engine.sequence import Sequence
 Key = tuple[int | tuple[int, ...], tuple[int, ...]]
 
 
+@dataclass
+class _Known:
+    """A findable block: what it is found by, and how many requests have used it, the last of them by name."""
+
+    key: Key
+    uid: int
+    last: str
+    uses: int = 1
+
+    def used_by(self, seq: Sequence) -> None:
+        """Siblings of one request, and a sequence that is computed anew, count once."""
+        if seq.request_id != self.last:
+            self.uses, self.last = self.uses + 1, seq.request_id
+
+
 class BlockManager:
     """Hands out blocks of ``block_size`` slots, counts their users, and keeps finished ones for reuse.
 
     Full blocks whose tokens are computed can be found again by content (``prefix_caching``). Such a block is
     only ever read: a sequence writes behind its shared prefix, into blocks of its own. Blocks nobody uses
-    stay findable until they are needed; the least recently used goes first.
+    stay findable until they are needed. Those that one request alone has used go first, then those of several, the
+    least recently used first: what is asked in passing does not drive out the beginning that a conversation comes back
+    to. An eighth of the blocks is left to what was used once, or nothing new would ever be found again.
     """
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         self.num_blocks, self.block_size, self.prefix_caching = num_blocks, block_size, prefix_caching
         self._users = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # unused but findable, oldest first
+        # Findable and in nobody's use, oldest first: those that one request has used, and those that several have.
+        self._once: OrderedDict[int, None] = OrderedDict()
+        self._shared: OrderedDict[int, None] = OrderedDict()
+        self._most_shared = num_blocks - num_blocks // 8
         self._by_key: dict[Key, int] = {}
-        self._registered: dict[int, tuple[Key, int]] = {}  # block -> its key and uid
+        self._registered: dict[int, _Known] = {}
         self._next_uid = 0
 
     @property
     def num_free(self) -> int:
         """Blocks that can be handed out now."""
-        return len(self._blank) + len(self._idle)
+        return len(self._blank) + len(self._once) + len(self._shared)
 
     @property
     def num_findable(self) -> int:
@@ -53,18 +74,29 @@ class BlockManager:
             return False
         for block in found:
             if self._users[block] == 0:
-                del self._idle[block]
+                del (self._once if block in self._once else self._shared)[block]
             self._users[block] += 1
+            self._registered[block].used_by(seq)
         seq.block_table = found + [self._take() for _ in range(missing)]
         seq.num_computed = seq.num_stored = len(found) * self.block_size
         seq.num_committed = len(found)
         if found:
-            seq.chain = self._registered[found[-1]][1]
+            seq.chain = self._registered[found[-1]].uid
         return True
 
     def num_found(self, seq: Sequence) -> int:
         """How many tokens of a sequence without blocks are in the cache now."""
         return len(self._find(seq)) * self.block_size
+
+    def num_uses(self, block: int) -> int:
+        """How many requests have used a block that can be found; 0 for another."""
+        known = self._registered.get(block)
+        return 0 if known is None else known.uses
+
+    def uid_of(self, block: int) -> int:
+        """What tells a block's content from those that it had before and will have; -1 where it cannot be found."""
+        known = self._registered.get(block)
+        return -1 if known is None else known.uid
 
     def grow(self, seq: Sequence) -> bool:
         """Make sure a running sequence has a slot for its last token; False where no block is free."""
@@ -87,9 +119,11 @@ class BlockManager:
             if same is None:
                 same = seq.block_table[i]
                 self._by_key[key] = same
-                self._registered[same] = (key, self._next_uid)
+                self._registered[same] = _Known(key, self._next_uid, seq.request_id)
                 self._next_uid += 1
-            seq.chain = self._registered[same][1]
+            known = self._registered[same]
+            known.used_by(seq)
+            seq.chain = known.uid
             seq.num_committed += 1
 
     def free(self, seq: Sequence) -> None:
@@ -97,10 +131,7 @@ class BlockManager:
         for block in reversed(seq.block_table):
             self._users[block] -= 1
             if self._users[block] == 0:
-                if block in self._registered:
-                    self._idle[block] = None
-                else:
-                    self._blank.append(block)
+                self._put_back(block)
         seq.reset()
 
     def forget(self, seq: Sequence) -> None:
@@ -119,18 +150,28 @@ class BlockManager:
             if block is None:
                 break
             found.append(block)
-            chain = self._registered[block][1]
+            chain = self._registered[block].uid
         return found
 
     def _take(self) -> int:
         if self._blank:
             block = self._blank.pop()
         else:
-            block, _ = self._idle.popitem(last=False)
+            block, _ = (self._once or self._shared).popitem(last=False)
             self._unregister(block)
         self._users[block] = 1
         return block
 
+    def _put_back(self, block: int) -> None:
+        known = self._registered.get(block)
+        if known is None:
+            self._blank.append(block)
+        elif known.uses == 1:
+            self._once[block] = None
+        else:
+            self._shared[block] = None
+            if len(self._shared) > self._most_shared:
+                self._once[self._shared.popitem(last=False)[0]] = None
+
     def _unregister(self, block: int) -> None:
-        key, _ = self._registered.pop(block)
-        del self._by_key[key]
+        del self._by_key[self._registered.pop(block).key]

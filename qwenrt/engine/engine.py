@@ -9,15 +9,20 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwenrt.backends.stack import Outcome
 from qwenrt.engine.block_manager import BlockManager
+from qwenrt.engine.constraint import Constraint
+from qwenrt.engine.grammar import Grammars
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
+from qwenrt.engine.prefix_store import PrefixStore, open_store
 from qwenrt.engine.requests import Bounds, Request
 from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
@@ -52,6 +57,7 @@ class EngineOptions:
     number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
     way when the next one is begun, 0 or 1; the backend's choice if not given. ``step_target_ms``: what a step in which
     somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
+    ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold.
     Raises ConfigError."""
 
     max_model_len: int
@@ -63,6 +69,8 @@ class EngineOptions:
     prefix_caching: bool = True
     depth: int | None = None
     step_target_ms: float | None = None
+    prefix_store: Path | None = None
+    prefix_store_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -118,6 +126,7 @@ class Engine:
     ) -> None:
         backend, self._config, self._tokenizer = model.backend, model.config, tokenizer
         self._eos = tuple(eos_token_ids)
+        self._grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
         cache = KVCache(
             model.config,
@@ -155,6 +164,13 @@ class Engine:
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
         self.sampler = Sampler(vocabulary, backend)
+        self.store: PrefixStore | None = None
+        if options.prefix_store is not None and options.prefix_caching:
+            how = getattr(backend, "activations", "")
+            self.store = open_store(
+                options.prefix_store, options.prefix_store_bytes, model, cache, activations=how
+            )
+            self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
         self.num_generated = 0
         self._ids = itertools.count()
         self._seq_ids = itertools.count()
@@ -204,7 +220,8 @@ class Engine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos))
         rules = StopRules.build(ends, sequences, self.context_limit)
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        return Request(request_id, prompt, params, rules, skip_special_tokens, tuple(replies))
+        grammar = None if params.grammar is None else self._grammars.compile(params.grammar)
+        return Request(request_id, prompt, params, rules, skip_special_tokens, tuple(replies), grammar)
 
     def enqueue(self, request: Request) -> None:
         """Queue a checked request: n sequences, the others waiting to share what the first computes."""
@@ -231,6 +248,7 @@ class Engine:
                 banned_until_min=tuple(request.rules.ids) if params.min_tokens else (),
                 max_len=most,
                 seed=seed,
+                constraint=_constraint(request),
             )
             leader = leader or seq
             reply = request.replies[index] if request.replies else None
@@ -259,13 +277,27 @@ class Engine:
 
         A failure within the computation ends the requests of its batch with a typed error; the others go on.
         """
+        if self.store is not None:
+            self.store.read(self.scheduler, any(not seq.is_read for seq in self.scheduler.running))
         begun = self._launch()
         # The host chooses some of its tokens: the next step cannot begin before.
         waits = begun is None or None in begun.draws
         for _ in range(len(self._launched) - (0 if waits else self.runner.depth)):
             self._collect(self._launched.popleft())
+        if self.store is not None:
+            self.store.tend(self.blocks, idle=False)
         outputs, self._outbox = self._outbox, []
         return outputs
+
+    def tend(self) -> bool:
+        """Do some of what waits for an idle moment -> whether there is more."""
+        return self.store is not None and self.store.tend(self.blocks, idle=True)
+
+    def close(self) -> None:
+        """Let go of what is outside of this process."""
+        if self.store is not None:
+            self.store.close(self.blocks)
+            self.store = None
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """The logits after each token of a text -> float32 [num_tokens, vocab_size] on the CPU; leaves no trace."""
@@ -326,6 +358,8 @@ class Engine:
             "block_size": self.blocks.block_size,
             "cache_bytes": self.cache_bytes,
             "preemptions": self.scheduler.num_preemptions,
+            "stored_blocks_read": 0 if self.store is None else self.store.num_read,
+            "stored_blocks_written": 0 if self.store is None else self.store.num_written,
             "generated_tokens": self.num_generated,
         }
 
@@ -382,9 +416,12 @@ class Engine:
 
     def _sampled(self, done: _Launched) -> Sampled:
         """What a step chose, and what the host chooses from its logits."""
-        sampled = Sampled(done.outcome.tokens(), [None] * len(done.choosing))
         ours = [row for row, draw in enumerate(done.draws) if draw is None]
         ours = [row for row in ours if done.choosing[row].status is not Status.FINISHED]
+        for row in ours:  # while a device computes
+            if (constraint := done.choosing[row].constraint) is not None:
+                constraint.allowed()
+        sampled = Sampled(done.outcome.tokens(), [None] * len(done.choosing))
         if ours:
             found = self.sampler.sample(done.outcome.logits[ours], [done.choosing[row] for row in ours])
             for row, token, logprob in zip(ours, found.token_ids, found.logprobs, strict=True):
@@ -447,6 +484,14 @@ def _step_target_s(options: EngineOptions, device: torch.device) -> float | None
     if target is None:
         target = STEP_TARGET_MS if device.type == "cpu" else 0
     return target / 1000 or None
+
+
+def _constraint(request: Request) -> Constraint | None:
+    """What holds one completion of a request to its grammar, if it has one."""
+    grammar = request.params.grammar
+    if grammar is None or request.grammar is None:
+        return None
+    return Constraint(request.grammar, grammar, request.rules.ids)
 
 
 def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:

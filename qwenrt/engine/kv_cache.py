@@ -44,6 +44,14 @@ class KVCache:
                 'Set a smaller max_model_len or cache, or kv_cache_dtype="int8".',
             ) from error
 
+    def parts(self, block: int) -> list[torch.Tensor]:
+        """All that is kept of the tokens of one block: views of each layer's tensors, one after the other."""
+        layers = (
+            (layer.k, layer.v, layer.k_scale, layer.k_zero, layer.v_scale, layer.v_zero)
+            for layer in self.layers
+        )
+        return [tensor[block] for layer in layers for tensor in layer if tensor is not None]
+
 
 def block_bytes(
     config: ModelConfig, backend: Backend, dtype: torch.dtype, kv_cache_dtype: str, block_size: int

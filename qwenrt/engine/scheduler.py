@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
+from collections.abc import Callable
 
 from qwenrt.engine.block_manager import BlockManager
 from qwenrt.engine.sequence import Ahead, Sequence, Status
@@ -36,6 +37,7 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: list[Sequence] = []  # oldest first
+        self.on_admit: Callable[[Sequence], None] = lambda seq: None  # it has its blocks and is about to run
         self.num_preemptions = 0
         self._num_steps = 0
 
@@ -54,6 +56,7 @@ class Scheduler:
             return batch
         prompts = [seq for seq in self.running if seq.num_remaining > 1]
         prompts += self._admit()
+        prompts = [seq for seq in prompts if not seq.is_read]
         prompts.sort(key=lambda seq: (seq.turn, seq.seq_id))
         counts = shares([seq.num_remaining for seq in prompts], self.target.chunk(len(batch), most), most)
         self._num_steps += 1
@@ -124,6 +127,7 @@ class Scheduler:
             admitted.append(seq)
         for seq in admitted:
             del self.waiting[seq.seq_id]
+            self.on_admit(seq)
             seq.status = Status.RUNNING
             seq.turn = self._num_steps  # behind those that wait for theirs
             if seq.num_cached is None:

@@ -11,7 +11,7 @@ from qwenrt.sampling_params import SamplingParams
 
 
 def sequence(seq_id: int, ids: list[int], alpha: int = 1) -> Sequence:
-    return Sequence(seq_id, ids, SamplingParams(), ntk_alpha=alpha)
+    return Sequence(seq_id, ids, SamplingParams(), ntk_alpha=alpha, request_id=str(seq_id))
 
 
 def compute(manager: BlockManager, seq: Sequence) -> None:
@@ -77,6 +77,74 @@ def test_least_recently_used_goes_first_and_ends_before_beginnings() -> None:
     older, newer = sequence(3, [10, 11, 12, 13, 0]), sequence(4, [20, 21, 22, 23, 0])
     assert len(manager._find(older)) == 1
     assert len(manager._find(newer)) == 2
+
+
+def asked(manager: BlockManager, seq_id: int, ids: list[int]) -> int:
+    """A prompt comes, is computed and goes -> how many of its tokens were found."""
+    seq = sequence(seq_id, ids)
+    assert manager.admit(seq)
+    found = seq.num_computed
+    compute(manager, seq)
+    manager.free(seq)
+    return found
+
+
+def test_side_requests_do_not_drive_out_the_conversation_that_goes_on() -> None:
+    """An agent's conversation of 20,000 tokens beside its many small requests, in a cache of 1.3 times as much."""
+    size, main = 16, list(range(20000))
+    manager = BlockManager(26000 // size, size)
+    asked(manager, 0, main)
+    asked(manager, 1, [90001] * 300)  # the title
+    turn = 2
+    for after in range(5):
+        main += [100000 + 500 * after + i for i in range(500)]
+        found = asked(manager, turn, main)
+        assert found >= len(main) - 500 - 2 * size, "a turn computes what is new"
+        turn += 1
+        for _ in range(4):
+            asked(manager, turn, [10**6 + turn * 1000 + i for i in range(1000)])
+            turn += 1
+    for _ in range(50):  # the tool takes its time
+        asked(manager, turn, [10**6 + turn * 1000 + i for i in range(1000)])
+        turn += 1
+    assert asked(manager, turn, [*main, 5]) >= len(main) - 500 - 2 * size
+
+
+def test_side_requests_that_share_the_preamble_leave_the_conversation() -> None:
+    size, preamble = 16, list(range(8000))
+    manager = BlockManager(26000 // size, size)
+    main = [*preamble, *range(50000, 62000)]
+    asked(manager, 0, main)
+    asked(manager, 1, [*main, 1, 2, 3])
+    for turn in range(2, 60):
+        assert asked(manager, turn, [*preamble, *[10**6 + turn * 1000 + i for i in range(1000)]]) == 8000
+    assert asked(manager, 99, [*main, 1, 2, 3, 4]) >= len(main) - size
+
+
+def test_a_conversation_that_has_ended_makes_room() -> None:
+    size = 16
+    manager = BlockManager(26000 // size, size)
+    for turn in range(3):
+        asked(manager, turn, list(range(24000)))
+    for conversation in range(1, 4):
+        words = [10**6 * conversation + i for i in range(20000)]
+        asked(manager, 10 * conversation, words)
+        assert asked(manager, 10 * conversation + 1, [*words, 1]) == 20000
+
+
+def test_siblings_of_one_request_are_one_use() -> None:
+    manager = BlockManager(8, 2)
+    for index in range(3):
+        seq = Sequence(index, [1, 2, 3], SamplingParams(), request_id="same", index=index)
+        manager.admit(seq)
+        compute(manager, seq)
+        manager.free(seq)
+    asked(manager, 7, [4, 5, 6])
+    asked(manager, 8, [4, 5, 6])
+    for i in range(6):
+        asked(manager, 20 + i, [50 + i, 1, 1])
+    assert asked(manager, 40, [4, 5, 6]) == 2, "used by two requests"
+    assert asked(manager, 41, [1, 2, 3]) == 0, "used by one"
 
 
 def test_distrusted_blocks_are_not_found_again() -> None:

@@ -69,15 +69,22 @@ class Writer(Protocol):
 _encode = msgspec.json.Encoder().encode
 
 
+_LINE_ENDS = {text.encode(): b"\\u%04x" % ord(text) for text in ("\x85", "\u2028", "\u2029")}
+
+
 def json_bytes(value: Any) -> bytes:
-    """A value as compact UTF-8 JSON."""
-    return _encode(value)
+    """A value as compact UTF-8 JSON on one line, also for clients that end lines where Unicode does."""
+    data = _encode(value)
+    for character, escaped in _LINE_ENDS.items():
+        if character in data:
+            data = data.replace(character, escaped)
+    return data
 
 
 def sse(data: Any, event: str | None = None) -> bytes:
     """One server-sent event with JSON data."""
     head = b"" if event is None else b"event: " + event.encode() + b"\n"
-    return head + b"data: " + _encode(data) + b"\n\n"
+    return head + b"data: " + json_bytes(data) + b"\n\n"
 
 
 SSE_PING = b": ping\n\n"

@@ -5,6 +5,7 @@ Answers are written by `openai_chat_writer.ChatWriter`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -64,10 +65,9 @@ class ChatMessage(msgspec.Struct):
     tool_call_id: str | int | UnsetType | None = UNSET
 
 
-class ChatRequest(Fields, kw_only=True):
-    """The body of POST /v1/chat/completions."""
+class ChatFields(Fields, kw_only=True):
+    """All fields of a chat but the model's name and the messages."""
 
-    messages: list[ChatMessage]
     tools: list[dict[str, Any]] | UnsetType | None = UNSET
     tool_choice: str | dict[str, Any] | UnsetType | None = UNSET
     parallel_tool_calls: Flag = UNSET
@@ -85,6 +85,13 @@ class ChatRequest(Fields, kw_only=True):
     continue_final_message: Flag = UNSET
 
 
+class ChatRequest(ChatFields, kw_only=True):
+    """The body of POST /v1/chat/completions."""
+
+    model: str
+    messages: list[ChatMessage]
+
+
 def decode(body: bytes) -> ChatRequest:
     """The request in a body. Raises Problem."""
     return decoding.decode(body, ChatRequest)
@@ -92,19 +99,24 @@ def decode(body: bytes) -> ChatRequest:
 
 def read(request: ChatRequest) -> Ask:
     """What it asks for; ``extra`` is the Wishes that ChatWriter needs. Raises Problem."""
+    return read_with(request, request.model, request.messages)
+
+
+def read_with(request: ChatFields, model: str, given: Sequence[ChatMessage]) -> Ask:
+    """As `read`, of the fields, the model's name and the messages."""
     kwargs = said(request.chat_template_kwargs) or TemplateKwargs()
     _no_template(request, kwargs)
-    if not request.messages:
+    if not given:
         raise bad("messages", "it is empty", "Send at least one message.")
     tools, ignored, old_calls = _tools(request)
     wishes = wishes_of(request, _logprobs(request), old_calls=old_calls)
     enable_thinking, budget = thought_of(
         said(request.reasoning_effort), kwargs, said(request.enable_thinking), said(request.thinking_budget)
     )
-    messages = [_message(f"messages[{i}]", message) for i, message in enumerate(request.messages)]
+    messages = [_message(f"messages[{i}]", message) for i, message in enumerate(given)]
     choice, tools = _choice(request, tools, old_calls)
     return Ask(
-        model=said(request.model) or "",
+        model=model,
         messages=messages,
         tools=tools,
         tool_choice=choice,
@@ -122,7 +134,7 @@ def read(request: ChatRequest) -> Ask:
     )
 
 
-def _no_template(request: ChatRequest, kwargs: TemplateKwargs) -> None:
+def _no_template(request: ChatFields, kwargs: TemplateKwargs) -> None:
     for param, value in (
         ("chat_template", request.chat_template),
         ("chat_template_kwargs.chat_template", kwargs.chat_template),
@@ -131,7 +143,7 @@ def _no_template(request: ChatRequest, kwargs: TemplateKwargs) -> None:
             raise bad(param, "a template in a request", "Templates come with the model; leave it out.")
 
 
-def _logprobs(request: ChatRequest) -> int | None:
+def _logprobs(request: ChatFields) -> int | None:
     top = said(request.top_logprobs)
     if request.logprobs is True:
         return top or 0
@@ -140,7 +152,7 @@ def _logprobs(request: ChatRequest) -> int | None:
     return None
 
 
-def _sampling(request: ChatRequest, wishes: Wishes) -> dict[str, Any]:
+def _sampling(request: ChatFields, wishes: Wishes) -> dict[str, Any]:
     limit = said(request.max_completion_tokens)
     param = "max_tokens" if limit is None else "max_completion_tokens"
     return sampling_of(request, wishes, "top_logprobs", limit_param=param, limit=limit)
@@ -220,7 +232,7 @@ def _call(where: str, call: FunctionCall) -> dict[str, Any]:
     }
 
 
-def _continues(request: ChatRequest, messages: list[dict[str, Any]]) -> bool:
+def _continues(request: ChatFields, messages: list[dict[str, Any]]) -> bool:
     """An assistant's text at the end is continued, unless the request says that a new answer begins."""
     last, wanted = messages[-1], said(request.continue_final_message)
     begin = said(request.add_generation_prompt)
@@ -240,7 +252,7 @@ def _continues(request: ChatRequest, messages: list[dict[str, Any]]) -> bool:
 # ---- tools
 
 
-def _tools(request: ChatRequest) -> tuple[list[dict[str, Any]], tuple[str, ...], bool]:
+def _tools(request: ChatFields) -> tuple[list[dict[str, Any]], tuple[str, ...], bool]:
     """The tools, the types of those that are not served, and whether they came as functions, the older name."""
     if functions := said(request.functions):
         if said(request.tools):
@@ -265,7 +277,7 @@ def _tools(request: ChatRequest) -> tuple[list[dict[str, Any]], tuple[str, ...],
 
 
 def _choice(
-    request: ChatRequest, tools: list[dict[str, Any]], old_calls: bool
+    request: ChatFields, tools: list[dict[str, Any]], old_calls: bool
 ) -> tuple[str | dict[str, str], list[dict[str, Any]]]:
     """Ask.tool_choice, and the tools that may be chosen from."""
     param = "function_call" if old_calls else "tool_choice"

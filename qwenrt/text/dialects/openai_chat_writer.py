@@ -98,6 +98,7 @@ class ChatWriter:
             "role": "assistant",
             "content": one.message.get("content", one.text),
             "refusal": None,
+            "annotations": [],
         }
         if reasoning := one.message.get("reasoning_content") or one.reasoning:
             message["reasoning_content"] = message["reasoning"] = reasoning

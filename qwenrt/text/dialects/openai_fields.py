@@ -70,7 +70,6 @@ class StreamOptions(msgspec.Struct):
 class Fields(msgspec.Struct, kw_only=True):
     """The fields of a request to write. Absent and null are the checkpoint's own settings."""
 
-    model: Text = UNSET
     stream: Flag = UNSET
     stream_options: StreamOptions | UnsetType | None = UNSET
     n: Whole = UNSET

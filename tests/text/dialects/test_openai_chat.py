@@ -22,7 +22,7 @@ USER = {"role": "user", "content": "hello"}
 
 
 def ask(messages: Any = None, **fields: Any) -> Ask:
-    return read(decode(json.dumps({"messages": messages or [USER], **fields}).encode()))
+    return read(decode(json.dumps({"model": "m", "messages": messages or [USER], **fields}).encode()))
 
 
 def problem(messages: Any = None, **fields: Any) -> Problem:
@@ -37,10 +37,10 @@ def tool(name: str, **more: Any) -> dict[str, Any]:
 
 
 def test_a_request_that_says_nothing_leaves_all_to_the_checkpoint() -> None:
-    assert ask() == Ask(messages=[USER], tools=[], extra=Wishes())
+    assert ask() == Ask(model="m", messages=[USER], tools=[], extra=Wishes())
     nothing = dict.fromkeys(ChatRequest.__struct_fields__)
-    del nothing["messages"]
-    assert ask(**nothing) == Ask(messages=[USER], tools=[], extra=Wishes())
+    del nothing["messages"], nothing["model"]
+    assert ask(**nothing) == Ask(model="m", messages=[USER], tools=[], extra=Wishes())
     assert ask(user="u", store=True, metadata={}, functions=[], unknown=[[]]) == ask()
 
 
@@ -116,6 +116,7 @@ def test_other_fields_become_sampling(fields: dict[str, Any], sampling: dict[str
 
 
 BAD = [
+    ({"model": 5}, "model"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": 1e308}, "temperature"),
     ({"top_p": 2}, "top_p"),
@@ -253,10 +254,17 @@ def test_what_is_wrong_in_a_message_is_named_by_its_path(messages: Any, param: s
 
 
 def test_messages_must_be_there() -> None:
-    for body in (b"{}", b'{"messages": []}', b'{"messages": null}'):
+    for body in (b'{"model": ""}', b'{"model": "m", "messages": []}', b'{"model": "m", "messages": null}'):
         with pytest.raises(Problem) as caught:
             read(decode(body))
         assert caught.value.param == "messages"
+
+
+def test_a_model_is_named_by_any_text() -> None:
+    assert decode(b'{"model": "", "messages": []}').model == ""
+    with pytest.raises(Problem) as caught:
+        decode(b'{"messages": []}')
+    assert caught.value.param == "model"
 
 
 def test_an_image_is_refused_in_words_about_the_model() -> None:
@@ -446,7 +454,7 @@ MESSAGE = st.builds(
 @given(st.lists(MESSAGE, max_size=3), st.dictionaries(FIELDS, JSON, max_size=4))
 def test_any_object_is_an_ask_or_a_problem(messages: list[Any], fields: dict[str, Any]) -> None:
     try:
-        read_as = read(decode(json.dumps({"messages": messages, **fields}).encode()))
+        read_as = read(decode(json.dumps({"model": "m", "messages": messages, **fields}).encode()))
     except Problem as found:
         assert found.status == 400
         return
