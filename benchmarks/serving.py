@@ -18,22 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-_WORDS = [
-    "river",
-    "stone",
-    "garden",
-    "window",
-    "paper",
-    "silver",
-    "morning",
-    "engine",
-    "letter",
-    "mountain",
-    "coffee",
-    "village",
-    "signal",
-    "winter",
-]
+_WORDS = ["river", "stone", "garden", "window", "paper", "silver", "morning", "engine", "letter", "mountain"]
 
 
 @dataclass

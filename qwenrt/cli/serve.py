@@ -92,8 +92,9 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def serve(args: argparse.Namespace) -> int:
     _check_installed()
-    given = {name: getattr(args, name) for name in serving.ABOUT}
-    settings = ServeSettings(**{k: () if k in _ONE_OF_MANY and v is None else v for k, v in given.items()})
+    given: dict[str, Any] = {name: getattr(args, name) for name in serving.ABOUT}
+    given |= {name: () for name in _ONE_OF_MANY if given[name] is None}
+    settings = ServeSettings(**given)
     sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
     from qwenrt.llm import load
     from qwenrt.server.app import app

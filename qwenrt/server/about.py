@@ -17,11 +17,11 @@ from qwenrt.server.service import Service
 from qwenrt.server.streams import Json
 
 if TYPE_CHECKING:
-    from qwenrt.server.app import Server
+    from qwenrt.server.parts import Parts
 
 
-def routes(server: Server) -> list[Route]:
-    own = _Routes(server)
+def routes(parts: Parts) -> list[Route]:
+    own = _Routes(parts)
     return [
         Route("/", own.root),
         Route("/health", own.health),
@@ -30,13 +30,13 @@ def routes(server: Server) -> list[Route]:
         Route("/server_info", own.server_info),
         Route("/v1/loads", own.loads),
         Route("/openapi.json", own.openapi),
-        *([Route("/metrics", own.metrics)] if server.settings.metrics else []),
+        *([Route("/metrics", own.metrics)] if parts.settings.metrics else []),
     ]
 
 
 class _Routes:
-    def __init__(self, server: Server) -> None:
-        self._service, self._health, self._metrics = server.service, server.health, server.metrics
+    def __init__(self, parts: Parts) -> None:
+        self._service, self._health, self._metrics = parts.service, parts.health, parts.service.metrics
 
     async def root(self, request: Request) -> ASGIApp:
         """Some clients look here first, and want nothing but a 200."""

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from qwenrt.outputs import Generation
-    from qwenrt.server.app import Server
+    from qwenrt.server.parts import Parts
 
 
-def routes(server: Server) -> list[Route]:
-    messages, responses = _Messages(server), _Responses(server)
+def routes(parts: Parts) -> list[Route]:
+    messages, responses = _Messages(parts), _Responses(parts)
     here = [Route(base + "/messages", messages.write, methods=["POST"]) for base in ("", "/v1")]
     here += [Route(base + "/messages/count_tokens", messages.count, methods=["POST"]) for base in ("", "/v1")]
     for base in BASES:
@@ -42,8 +42,8 @@ def routes(server: Server) -> list[Route]:
 
 
 class _Messages:
-    def __init__(self, server: Server) -> None:
-        self._service, self._writing, self._thoughts = server.service, server.writing, server.thoughts
+    def __init__(self, parts: Parts) -> None:
+        self._service, self._writing, self._thoughts = parts.service, parts.writing, parts.thoughts
 
     async def write(self, request: Request) -> ASGIApp:
         ask = await read(request, lambda body: anthropic.read(anthropic.decode(body), self._thoughts))
@@ -56,8 +56,8 @@ class _Messages:
 
 
 class _Responses:
-    def __init__(self, server: Server) -> None:
-        self._service, self._writing, self._thoughts = server.service, server.writing, server.thoughts
+    def __init__(self, parts: Parts) -> None:
+        self._service, self._writing, self._thoughts = parts.service, parts.writing, parts.thoughts
         self._kept = KeptResponses()
 
     async def write(self, request: Request) -> ASGIApp:

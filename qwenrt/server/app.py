@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -23,9 +25,10 @@ from qwenrt.server import (
 from qwenrt.server.admission import Admission
 from qwenrt.server.guard import Guard
 from qwenrt.server.health import Health, Signs
-from qwenrt.server.keys import Keyring
+from qwenrt.server.keys import Keyring, as_keys
 from qwenrt.server.lifecycle import Hooks
 from qwenrt.server.metrics import Metrics
+from qwenrt.server.parts import Parts
 from qwenrt.server.problems import rendered
 from qwenrt.server.service import Service
 from qwenrt.server.settings import ServeSettings
@@ -55,14 +58,16 @@ class Server:
         self.writing = Writing(self.service)
         self.health = Health(self._signs, settings.watchdog)
         self.health.loaded()
-        self.thoughts = SignedThoughts(thought_key(llm.options.prefix_store))
+        thoughts = SignedThoughts(thought_key(_path(llm.options.prefix_store)))
+        self._parts = Parts(settings, self.service, self.writing, self.health, thoughts)
         self._guard = Guard(self._starlette(), settings, Keyring(settings), rendered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard(scope, receive, send)
 
     def hooks(self, started: Any) -> Hooks:
-        """What this application does when the program around it is stopped. ``started``: called when it may be asked."""
+        """What this application does when the program around it is stopped. ``started``: called when it can be
+        asked."""
         return Hooks(
             started=started,
             look=self.health.look,
@@ -90,12 +95,12 @@ class Server:
 
     def _starlette(self) -> Starlette:
         routes = [
-            *about.routes(self),
-            *openai_routes.routes(self),
-            *agent_routes.routes(self),
-            *retrieval_routes.routes(self),
-            *dashscope_routes.routes(self),
-            *ollama_routes.routes(self),
+            *about.routes(self._parts),
+            *openai_routes.routes(self._parts),
+            *agent_routes.routes(self._parts),
+            *retrieval_routes.routes(self._parts),
+            *dashscope_routes.routes(self._parts),
+            *ollama_routes.routes(self._parts),
         ]
         handlers: Any = {
             Problem: _problem,
@@ -122,8 +127,12 @@ def app(
     Raises ConfigError.
     """
     if settings is None:
-        settings = ServeSettings(api_keys=tuple(api_keys), **choices)
+        settings = ServeSettings(api_keys=as_keys(api_keys), **choices)
     return Server(llm, settings)
+
+
+def _path(directory: str | PathLike[str] | None) -> Path | None:
+    return None if directory is None else Path(directory).expanduser()
 
 
 _KINDS: dict[int, Kind] = {404: "not_found", 405: "method_not_allowed"}

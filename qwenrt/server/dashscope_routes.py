@@ -13,13 +13,13 @@ from qwenrt.text.dialects import dashscope, dashscope_answers
 from qwenrt.text.dialects.ask import Ask
 
 if TYPE_CHECKING:
-    from qwenrt.server.app import Server
+    from qwenrt.server.parts import Parts
 
 PATH = "/api/v1/services/aigc/text-generation/generation"
 
 
-def routes(server: Server) -> list[Route]:
-    service, writing = server.service, server.writing
+def routes(parts: Parts) -> list[Route]:
+    service, writing = parts.service, parts.writing
 
     async def generation(request: Request) -> ASGIApp:
         stream = dashscope.wants_stream(request.headers)

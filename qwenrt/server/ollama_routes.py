@@ -15,16 +15,15 @@ from qwenrt.server.streams import Json
 from qwenrt.server.writing import read
 from qwenrt.text.dialects import ollama, ollama_answers, ollama_models
 from qwenrt.text.dialects.ollama import ChatRequest, GenerateRequest
-from qwenrt.text.dialects.problem import Problem
 
 if TYPE_CHECKING:
     from qwenrt.llm import LLM
-    from qwenrt.server.app import Server
+    from qwenrt.server.parts import Parts
 
 
-def routes(server: Server) -> list[Route]:
+def routes(parts: Parts) -> list[Route]:
     """Those that are served, and those that say why they are not."""
-    own = _Routes(server)
+    own = _Routes(parts)
     refused = [
         Route(f"/api/{name}{rest}", own.refused, methods=["GET", "HEAD", "POST", "DELETE"])
         for name in ollama.NOT_SERVED
@@ -44,8 +43,8 @@ def routes(server: Server) -> list[Route]:
 
 
 class _Routes:
-    def __init__(self, server: Server) -> None:
-        self._service, self._writing = server.service, server.writing
+    def __init__(self, parts: Parts) -> None:
+        self._service, self._writing = parts.service, parts.writing
 
     async def chat(self, request: Request) -> ASGIApp:
         asked = await read(request, ollama.decode_chat)
@@ -60,7 +59,7 @@ class _Routes:
         began = time.monotonic()
         vectors, count = await self._embedded(wanted)
         served = self._writing.served(None, request, prompt_tokens=count)
-        return Json(ollama_answers.embed_body(served, vectors, time.monotonic() - began))
+        return Json(ollama_answers.embed_body(served, vectors, wanted.dimensions, time.monotonic() - began))
 
     async def embeddings(self, request: Request) -> ASGIApp:
         wanted = ollama.read_embed(await read(request, ollama.decode_embeddings))
@@ -89,11 +88,7 @@ class _Routes:
         self._service.check_name(wanted.model)
         if not wanted.texts:
             return [], 0
-        vectors, count = await self._service.embed(wanted.texts)
-        if wanted.dimensions is not None and wanted.dimensions != len(vectors[0]):
-            found = f"dimensions: got {wanted.dimensions}, this model's vectors have {len(vectors[0])}. Leave it out."
-            raise Problem("invalid_request", found, param="dimensions")
-        return vectors, count
+        return await self._service.embed(wanted.texts)
 
     async def _answer(self, request: Request, asked: ChatRequest | GenerateRequest) -> ASGIApp:
         context = self._service.llm.max_model_len

@@ -22,7 +22,7 @@ from qwenrt.text.dialects.openai_completions import CompletionWriter
 from qwenrt.text.dialects.problem import Problem
 
 if TYPE_CHECKING:
-    from qwenrt.server.app import Server
+    from qwenrt.server.parts import Parts
 
 BASES = ("", "/v1", "/compatible-mode/v1")  # clients are told one of these, or the address alone
 
@@ -34,9 +34,9 @@ class Control(msgspec.Struct):
     action: str
 
 
-def routes(server: Server) -> list[Route]:
+def routes(parts: Parts) -> list[Route]:
     """The routes below each of BASES, and those of kept streams."""
-    own = _Routes(server)
+    own = _Routes(parts)
     posts: dict[str, Callable[[Request], Any]] = {
         "/chat/completions": own.chat,
         "/chat/completions/render": own.render_chat,
@@ -74,8 +74,8 @@ def _tokenize(body: bytes) -> openai_models.TokenizeAsk:
 
 
 class _Routes:
-    def __init__(self, server: Server) -> None:
-        self._service, self._writing = server.service, server.writing
+    def __init__(self, parts: Parts) -> None:
+        self._service, self._writing = parts.service, parts.writing
 
     # ---- text
 

@@ -15,11 +15,11 @@ from qwenrt.server.writing import read
 from qwenrt.text.dialects import openai_retrieval as retrieval
 
 if TYPE_CHECKING:
-    from qwenrt.server.app import Server
+    from qwenrt.server.parts import Parts
 
 
-def routes(server: Server) -> list[Route]:
-    own = _Routes(server)
+def routes(parts: Parts) -> list[Route]:
+    own = _Routes(parts)
     posts = {"/embeddings": own.embeddings, "/rerank": own.rerank, "/score": own.score}
     return [
         *(
@@ -44,8 +44,8 @@ def _score(body: bytes) -> retrieval.ScoreAsk:
 
 
 class _Routes:
-    def __init__(self, server: Server) -> None:
-        self._service = server.service
+    def __init__(self, parts: Parts) -> None:
+        self._service = parts.service
 
     async def embeddings(self, request: Request) -> ASGIApp:
         ask, service = await read(request, _embeddings), self._service

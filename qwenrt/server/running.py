@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Running:
     """Deltas of one request, a batch a step; ``Delta.index`` counts over the choices of all prompts.
 
-    ``caller``: whose it is. ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one ended it, when nothing of it
-    is in the engine any more. For one event loop.
+    ``caller``: whose it is. ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one
+    ended it, when nothing of it is in the engine any more. For one event loop.
     """
 
     def __init__(

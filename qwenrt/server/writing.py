@@ -62,7 +62,8 @@ class Writing:
             made = await client.unless_gone(self.service.make(ask, caller_of(request)))
             writer = writer_of(self.served(made, request, **told), ask)
             size = len(await request.body())
-            start = self.service.start(made, ask, caller_of(request), dialect, writer.id, size)
+            answer_id = getattr(writer, "id", request.scope["state"]["request_id"])
+            start = self.service.start(made, ask, caller_of(request), dialect, answer_id, size)
             running = await client.unless_gone(start)
         except BaseException:
             client.close()
