@@ -388,7 +388,7 @@ _VALUES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "DELETE", "X" * 50]),
     st.one_of(st.sampled_from(["/", "/health", "/v1/x", "/problem"]), st.text(max_size=20)),
