@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenrt.outputs import CallDelta, Delta, FinishReason, Generation, Usage
-from qwenrt.text.dialects.answers import Served, new_id, sse
+from qwenrt.text.dialects.answers import Served, json_bytes, new_id, sse
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.pieces import Piece, Pieces, Said, Thought, pieces_of
 from qwenrt.text.dialects.problem import Kind, Problem
@@ -107,8 +107,8 @@ class Writer:
         if self._last.finish_reason == "error":
             return self.fail(Problem("internal", "The answer broke off; the server's log says why."))
         reason, stop = self._stop_reason(self._last.finish_reason or "abort")
-        delta = {"stop_reason": reason, "stop_sequence": stop}
-        usage = _usage(self._last.usage or Usage(), self._served.prompt_tokens)
+        delta = _ending(reason, stop)
+        usage = _counts(self._last.usage or Usage(), self._served.prompt_tokens)
         return (
             self._close()
             + sse({"type": "message_delta", "delta": delta, "usage": usage}, "message_delta")
@@ -135,7 +135,7 @@ class Writer:
                 signature = self._signature(piece.text)
                 content.append({"type": "thinking", "thinking": shown, "signature": signature})
             elif isinstance(piece, Said):
-                content.append({"type": "text", "text": piece.text})
+                content.append(_text_block(piece.text))
             else:
                 arguments = _Arguments()
                 text = arguments.push(piece.arguments) + arguments.end()
@@ -145,7 +145,7 @@ class Writer:
         return self._message(content, reason, stop, _usage(answer.usage, self._served.prompt_tokens))
 
     def _message(
-        self, content: list[dict[str, Any]], reason: str | None, stop: str | None, usage: dict[str, int]
+        self, content: list[dict[str, Any]], reason: str | None, stop: str | None, usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {
             "id": self._id,
@@ -153,8 +153,7 @@ class Writer:
             "role": "assistant",
             "model": self._served.model,
             "content": content,
-            "stop_reason": reason,
-            "stop_sequence": stop,
+            **_ending(reason, stop),
             "usage": usage,
         }
 
@@ -168,7 +167,7 @@ class Writer:
             self._thought.append(piece.text)
             return begun if self._extra.hidden else begun + self._delta("thinking", piece.text)
         if isinstance(piece, Said):
-            return self._begin("text", {"type": "text", "text": ""}) + self._delta("text", piece.text)
+            return self._begin("text", _text_block("")) + self._delta("text", piece.text)
         begun = b""
         if piece.index != self._call_index:
             begun = self._close() + self._begin("tool_use", {**_tool_use(piece), "input": {}})
@@ -186,10 +185,11 @@ class Writer:
         return closed + sse(start, "content_block_start")
 
     def _delta(self, kind: str, text: str, field: str = "") -> bytes:
-        delta = {"type": f"{kind}_delta", field or kind: text}
-        return sse(
-            {"type": "content_block_delta", "index": self._block, "delta": delta}, "content_block_delta"
+        # What every token passes through, so only the text is encoded.
+        head = (
+            f'"content_block_delta","index":{self._block},"delta":{{"type":"{kind}_delta","{field or kind}":'
         )
+        return b'event: content_block_delta\ndata: {"type":' + head.encode() + json_bytes(text) + b"}}\n\n"
 
     def _close(self) -> bytes:
         if not self._open:
@@ -241,19 +241,37 @@ def _as_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"input": text}
 
 
+def _text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
+
+
 def _tool_use(call: CallDelta) -> dict[str, Any]:
-    return {"type": "tool_use", "id": "toolu_" + call.id.removeprefix("call_"), "name": call.name}
+    call_id = "toolu_" + call.id.removeprefix("call_")
+    return {"type": "tool_use", "id": call_id, "name": call.name, "caller": {"type": "direct"}}
 
 
-def _usage(usage: Usage, prompt_tokens: int) -> dict[str, int]:
-    """Tokens of the prompt that came from the cache are counted apart, as this dialect's clients add them up."""
+def _ending(reason: str | None, stop: str | None) -> dict[str, Any]:
+    return {"stop_reason": reason, "stop_sequence": stop, "stop_details": None, "container": None}
+
+
+def _counts(usage: Usage, prompt_tokens: int) -> dict[str, Any]:
+    """Tokens of the prompt that came from the cache are counted apart, as this dialect's clients add them up: the
+    prompt has input_tokens and cache_read_input_tokens together."""
     prompt = prompt_tokens or usage.prompt_tokens
     return {
         "input_tokens": max(0, prompt - usage.cached_tokens),
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
+        "server_tool_use": None,
     }
+
+
+def _usage(usage: Usage, prompt_tokens: int) -> dict[str, Any]:
+    created = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}
+    about = {"cache_creation": created, "inference_geo": None, "service_tier": "standard"}
+    return _counts(usage, prompt_tokens) | about
 
 
 _CONTROL = re.compile(rb"<\|[^|]*\|>")  # a token that is no text, as Qwen spells them

@@ -66,7 +66,7 @@ class Reasoning(Struct):
     generate_summary: str | None = None
 
 
-class TextFormat(Struct, omit_defaults=True):
+class TextFormat(Struct):
     type: str
     name: str | None = None
     schema: dict[str, Any] | bool | None = None
@@ -340,13 +340,25 @@ def _echo(request: CountRequest) -> dict[str, Any]:
         "service_tier": "default",
         "store": full.store is not False,
         "temperature": 1.0 if temperature is None else temperature,
-        "text": {"format": {"type": "text"} if wanted is None else wanted},
+        "text": {"format": _echoed_format(wanted)},
         "tool_choice": _echoed_choice(request.tool_choice),
         "tools": [_echoed_tool(tool) for tool in request.tools or ()],
         "top_logprobs": 0,
         "top_p": 1.0 if top_p is None else top_p,
         "truncation": "disabled",
         "user": full.user,
+    }
+
+
+def _echoed_format(wanted: TextFormat | None) -> dict[str, Any]:
+    if wanted is None or wanted.type != "json_schema":
+        return {"type": "text" if wanted is None else wanted.type}
+    return {
+        "type": wanted.type,
+        "name": wanted.name or "",
+        "description": wanted.description,
+        "schema": wanted.schema,
+        "strict": bool(wanted.strict),
     }
 
 

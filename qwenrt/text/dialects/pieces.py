@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,26 +36,28 @@ class Pieces:
         self.seen = 0
         self._open = False  # the latest call may go on
 
-    def of(self, delta: Delta) -> Iterator[Piece]:
+    def of(self, delta: Delta) -> list[Piece]:
         """The pieces of the next Delta. More of a call that was followed by something else belongs nowhere and is
         dropped; no reader of answers gives such."""
-        new = [call for call in delta.calls if call.index >= self.seen]
-        if self._open:
-            yield from (call for call in delta.calls if call.index == self.seen - 1)
+        pieces: list[Piece] = []
+        if self._open and delta.calls:
+            pieces += [call for call in delta.calls if call.index == self.seen - 1]
         if delta.reasoning:
-            self._open = False
-            yield Thought(delta.reasoning)
+            pieces.append(Thought(delta.reasoning))
         if delta.text:
-            self._open = False
-            yield Said(delta.text)
-        for call in new:
-            self.seen = max(self.seen, call.index + 1)
-            self._open = True
-            yield call
+            pieces.append(Said(delta.text))
+        self._open = self._open and not delta.reasoning and not delta.text
+        begun = self.seen
+        for call in delta.calls:
+            if call.index >= begun:
+                self.seen = max(self.seen, call.index + 1)
+                self._open = True
+                pieces.append(call)
         for index, whole in enumerate(delta.tool_calls or ()):
             if index >= self.seen:
                 self.seen = index + 1
-                yield whole_call(index, whole)
+                pieces.append(whole_call(index, whole))
+        return pieces
 
 
 def pieces_of(answer: Generation) -> list[Piece]:

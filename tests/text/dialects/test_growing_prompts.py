@@ -159,7 +159,7 @@ def deltas(text: str, form: ChatFormat, prompt: Prompt, ask: Ask, size: int) -> 
     found = []
     for at in range(0, len(text), size):
         piece = stream.push(text[at : at + size])
-        found.append(Delta(piece.content, [0], reasoning=piece.reasoning, calls=getattr(piece, "calls", ())))
+        found.append(Delta(piece.content, [0], reasoning=piece.reasoning, calls=piece.calls))
     piece, whole = stream.finish()
     reason = "tool_calls" if whole.tool_calls else "stop"
     found.append(
@@ -170,7 +170,7 @@ def deltas(text: str, form: ChatFormat, prompt: Prompt, ask: Ask, size: int) -> 
             usage=Usage(7, 5),
             tool_calls=whole.tool_calls or None,
             reasoning=piece.reasoning,
-            calls=getattr(piece, "calls", ()),
+            calls=piece.calls,
         )
     )
     return found

@@ -135,7 +135,7 @@ def test_a_thought_is_packed_where_it_is_asked_for() -> None:
 
 
 def test_what_the_request_said_is_repeated() -> None:
-    wanted = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    wanted = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
     one = writer(
         instructions="I",
         metadata={"a": "b"},
@@ -160,7 +160,7 @@ def test_what_the_request_said_is_repeated() -> None:
         "store": False,
         "tool_choice": "required",
         "parallel_tool_calls": False,
-        "text": {"format": wanted},
+        "text": {"format": {**wanted, "description": None}},
         "reasoning": {"effort": "high", "summary": "auto"},
         "prompt_cache_key": "k",
         "model": "qwen",
