@@ -132,10 +132,7 @@ def _parameters(tool: _Tool, values: _Values) -> list[str]:
         if known.may_be_text(key):
             value = values.text(schema)
         else:
-            shared: dict[str, Any] = {
-                word: tool.schema[word] for word in ("$defs", "definitions") if word in tool.schema
-            }
-            value = f"{_LINE_END} {_json({**shared, **(schema if isinstance(schema, dict) else {})})} {_END_VALUE}"
+            value = f"{_LINE_END} {_json({**shared, **schema})} {_END_VALUE}"
         terms.append(f"({head} {value}){'' if key in required else '?'}")
     return terms
 
