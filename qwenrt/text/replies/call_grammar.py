@@ -39,11 +39,9 @@ _VALUE = (
     r"/\n(?s:%s)\n<\/parameter>\n/"
     r" & ~/(?s:.*)(<\/parameter>|\n<parameter=|\n<\/function>)(?s:.*)\n<\/parameter>\n/"
 )
-# A thought up to the action it leads to.
-_THOUGHT = (
-    r"/%s(?s:.*)\nAction: / & ~/(?s:.*)\n(Action|Action Input|Final Answer|Observation):(?s:.*)\nAction: /"
-)
-
+# A thought and the action it leads to. One line, as Qwen-1 was trained to think: who is about to answer instead has no
+# other way on than to act.
+_THOUGHT = r"/%s[^\n]{0,400}\nAction: /"
 _LINE_END, _END_VALUE = lark_literal("\n"), lark_literal(f"\n{END_PARAMETER}\n")
 
 

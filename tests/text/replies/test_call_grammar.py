@@ -111,9 +111,9 @@ def test_a_thought_of_react_leads_to_an_action() -> None:
         assert len(check(text, react, in_thought=True)) == 1
     grammar = call_grammar(react, TOOLS)
     matcher = grammars().compile(grammar).matcher()
-    said = "Thought: I see\nin two lines.\nAction: ping\nAction Input: {}"
+    said = "Thought: I see. Final Answer: none\nAction: ping\nAction Input: {}"
     assert matcher.consume_tokens(load_tokenizer("demo").encode(said)) and matcher.is_accepting()
-    for wrong in ("Thought: no\nFinal Answer:", "Hello", "Action: pong"):
+    for wrong in ("Thought: no\nFinal Answer:", "Thought: " + "ha" * 201, "Hello", "Action: pong"):
         ids = load_tokenizer("demo").encode(wrong + " it is\nAction: ping\nAction Input: {}")
         matcher = grammars().compile(grammar).matcher()
         assert matcher.validate_tokens(ids) < len(ids)
