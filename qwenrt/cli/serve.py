@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM
 
 EXAMPLES = """examples:
-  qwenrt serve                                 the built-in model, at http://127.0.0.1:8000
+  qwenrt serve                    the built-in model, at http://127.0.0.1:8000
   qwenrt serve Qwen3-4B --quantize int4 --port 11434
   qwenrt serve Qwen3-4B --host 0.0.0.0 --api-key-file ~/.qwenrt-keys
 """
@@ -96,7 +96,7 @@ def serve(args: argparse.Namespace) -> int:
     given |= {name: () for name in _ONE_OF_MANY if given[name] is None}
     settings = ServeSettings(**given)
     sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
-    from qwenrt.llm import load
+    from qwenrt.loading import load
     from qwenrt.server.app import app
     from qwenrt.server.lifecycle import bind, run
 

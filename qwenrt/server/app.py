@@ -60,7 +60,9 @@ class Server:
         self.health.loaded()
         thoughts = SignedThoughts(thought_key(_path(llm.options.prefix_store)))
         self._parts = Parts(settings, self.service, self.writing, self.health, thoughts)
-        self._guard = Guard(self._starlette(), settings, Keyring(settings), rendered)
+        self._guard = Guard(
+            self._starlette(), settings, Keyring(settings), rendered, denied=self.metrics.denied
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard(scope, receive, send)

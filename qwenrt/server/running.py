@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ class Running:
         prepared: Sequence[Prepared],
         caller: object,
         seen: Callable[[Sequence[Delta]], None],
-        ended: Callable[[Exception | None], Awaitable[None]],
+        ended: Callable[[Exception | None], None],
     ) -> None:
         self._seen, self._ended, self.caller = seen, ended, caller
         self._open = True
@@ -65,7 +65,7 @@ class Running:
             while batch := await self.batch():
                 deltas += batch
         finally:
-            await self.close()
+            self.close()
         return joined_by_index(deltas)
 
     def end_thought(self) -> None:
@@ -78,7 +78,7 @@ class Running:
         for answer in self._answers:
             answer.cancel()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Nothing more is read, and its turn is over. Harmless when it has ended."""
         if not self._open:
             return
@@ -86,7 +86,7 @@ class Running:
         self.cancel()
         if self._merged is not None:
             self._merged.close()
-        await self._ended(self._error)
+        self._ended(self._error)
 
 
 class _Merged:

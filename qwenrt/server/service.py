@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -108,31 +107,25 @@ class Service:
         self, made: Made, ask: Ask, caller: Caller, dialect: str, answer_id: str, body_bytes: int
     ) -> Running:
         """Wait for its turn and begin to compute. Raises Problem."""
-        stack = AsyncExitStack()
         began = time.monotonic()
         limits = [one.params.max_tokens or self.llm.max_model_len for one in made.prepared]
         expected = self.admission.expected(made.prompt_tokens, max(limits), made.choices)
         priority = min(ask.priority, caller.max_priority)
         try:
-            turn = await stack.enter_async_context(
-                self.admission.turn(caller.name, expected, sequences=made.choices, priority=priority)
+            turn = await self.admission.begin(
+                caller.name, expected, sequences=made.choices, priority=priority
             )
         except Problem as problem:
             self.metrics.refused(dialect, problem.kind)
             raise
         self.metrics.begin(body_bytes)
-        watched = _Watched(self, dialect, answer_id, turn, stack, began)
         self.metrics.queue_wait.observe(turn.waited)
+        watched = _Watched(self, dialect, answer_id, turn, began)
         try:
-            running = Running(
-                self.llm,
-                [self._within_time(one) for one in made.prepared],
-                caller,
-                watched.seen,
-                watched.ended,
-            )
-        except QwenrtError as error:
-            await watched.ended(error)
+            timed = [self._within_time(one) for one in made.prepared]
+            running = Running(self.llm, timed, caller, watched.seen, watched.ended)
+        except Exception as error:
+            watched.ended(error)
             raise Problem.of(error) from error
         self.running[answer_id] = running
         return running
@@ -230,7 +223,6 @@ class _Watched:
     dialect: str
     answer_id: str
     turn: Turn
-    stack: AsyncExitStack
     began: float
     last: float = 0.0
     ends: list[Delta] = field(default_factory=list)
@@ -246,7 +238,7 @@ class _Watched:
             if delta.finish_reason is not None:
                 self.ends.append(delta)
 
-    async def ended(self, error: Exception | None) -> None:
+    def ended(self, error: Exception | None) -> None:
         self.service.running.pop(self.answer_id, None)
         usage = summed([delta.usage for delta in self.ends if delta.usage is not None])
         self.turn.spent = usage.prompt_tokens + usage.completion_tokens
@@ -255,4 +247,4 @@ class _Watched:
             outcome = self.ends[0].finish_reason or "cancelled"
         seconds = time.monotonic() - self.began
         self.service.metrics.end(self.dialect, outcome, seconds, usage)
-        await self.stack.aclose()
+        self.service.admission.end(self.turn)

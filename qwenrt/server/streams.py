@@ -33,7 +33,7 @@ async def events(
     except Exception as error:
         yield writer.fail(problem_of(error))
     finally:
-        await running.close()
+        running.close()
 
 
 class ClientGone(Exception):

@@ -70,7 +70,7 @@ class Writing:
             raise
         headers = _headers(ask, made)
         if ask.stream:
-            return await self._stream(client, running, writer, headers, request)
+            return self._stream(client, running, writer, headers, request)
         try:
             choices = await client.unless_gone(running.whole())
         except ClientGone:
@@ -97,7 +97,7 @@ class Writing:
             **told,
         )
 
-    async def _stream(
+    def _stream(
         self, client: Client, running: Running, writer: Writer, headers: dict[str, str], request: Request
     ) -> ASGIApp:
         source = events(running, writer, problem_of)
@@ -109,7 +109,7 @@ class Writing:
             stream = self.kept.keep(owner, conversation, source, about, running.cancel)
         except Problem:
             client.close()
-            await running.close()
+            running.close()
             raise
         return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers, _nothing)
 
