@@ -17,6 +17,7 @@ import torch
 
 from qwenrt.backends.stack import Outcome
 from qwenrt.engine.block_manager import BlockManager
+from qwenrt.engine.drafts import Drafts, follows
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
@@ -94,11 +95,14 @@ class EngineOptions:
 @dataclass(frozen=True)
 class _Launched:
     """A step under way: its sequences, each with the tokens of its cache that hold what they must when it is done, and
-    the cache it began with (its epoch); and those whose next token it chooses, in the order of the outcome's rows."""
+    the cache it began with (its epoch); and those whose next token it chooses, in the order of the outcome's rows:
+    of each the next token, then those after each of its guesses (``guesses``: what a row was computed from, None where
+    that was no guess)."""
 
     batch: list[tuple[Sequence, int]]
     stored: list[tuple[Sequence, int, int]]
     choosing: list[Sequence]
+    guesses: list[int | None]
     draws: list[Draw | None]
     outcome: Outcome
     began: float = 0.0
@@ -161,6 +165,9 @@ class Engine:
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
         self.sampler = Sampler(vocabulary, backend)
+        self.drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
+        if self.runner.depth == 0:
+            self.scheduler.drafts = self.drafts
         self.store: PrefixStore | None = None
         if options.prefix_store is not None and options.prefix_caching:
             how = getattr(backend, "activations", "")
@@ -355,6 +362,8 @@ class Engine:
             "preemptions": self.scheduler.num_preemptions,
             "stored_blocks_read": 0 if self.store is None else self.store.num_read,
             "stored_blocks_written": 0 if self.store is None else self.store.num_written,
+            "guessed_tokens": self.drafts.num_guessed,
+            "right_guesses": self.drafts.num_right,
             "generated_tokens": self.num_generated,
         }
 
@@ -371,43 +380,73 @@ class Engine:
         except Exception as error:
             self._fail(batch, error)
             return None
-        choosing = [seq for seq, count in batch if self.scheduler.launch(seq, count)]
+        choosing: list[Sequence] = []
+        guesses: list[int | None] = []
+        for seq, count in batch:
+            guess, seq.guess = seq.guess, []
+            if self.scheduler.launch(seq, count):
+                choosing += [seq] * (1 + len(guess))
+                guesses += [None, *guess]
         stored = [(seq, seq.num_computed, seq.epoch) for seq, _ in batch]
-        self._launched.append(_Launched(batch, stored, choosing, draws, outcome, began))
+        self._launched.append(_Launched(batch, stored, choosing, guesses, draws, outcome, began))
         return self._launched[-1]
 
     def _collect(self, done: _Launched) -> None:
         """Wait for a step, and give its tokens to those sequences that still go on."""
-        for seq in done.choosing:
-            seq.in_flight -= 1
+        for seq, guess in zip(done.choosing, done.guesses, strict=True):
+            seq.in_flight -= guess is None
         try:
             sampled = self._sampled(done)
         except Exception as error:
             self._fail(done.batch, error)
             return
         rows = sum(count == 1 for _, count in done.batch)
-        self.target.done(done.began, rows, sum(count for _, count in done.batch) - rows)
-        going_on = [
-            (seq, token, logprob)
-            for seq, token, logprob in zip(done.choosing, sampled.token_ids, sampled.logprobs, strict=True)
-            if seq.status is not Status.FINISHED
-        ]
-        failed = {seq.request_id: seq for seq, token, _ in going_on if token is None}
-        for seq in failed.values():
-            self._end_request(seq.request_id, self._non_finite(seq), discard_cache=True)
+        prompts = sum(count for _, count in done.batch) - rows
+        self.target.done(done.began, rows + sum(guess is not None for guess in done.guesses), prompts)
+        wrong = [row for row, seq in enumerate(done.choosing) if sampled.token_ids[row] is None]
+        failed = {done.choosing[row].request_id: row for row in wrong if done.guesses[row] is None}
+        for row in failed.values():
+            self._give_up(done.choosing[row])
         for seq, num_stored, epoch in done.stored:
             self.scheduler.collect(seq, num_stored, epoch)
-        for seq, token, logprob in going_on:
-            if token is None or seq.status is Status.FINISHED:
+        self._give_out(done, sampled)
+
+    def _give_out(self, done: _Launched, sampled: Sampled) -> None:
+        """Each sequence its next token, and those after its guesses as long as these were right."""
+        checked: dict[Sequence, list[int]] = {}  # guesses of a sequence, and how many were right
+        holds = True
+        for row, seq in enumerate(done.choosing):
+            token, guess = sampled.token_ids[row], done.guesses[row]
+            if guess is not None:
+                holds = holds and seq.status is not Status.FINISHED and follows(seq, guess)
+                counts = checked.setdefault(seq, [0, 0])
+                counts[0] += 1
+                counts[1] += holds
+            else:
+                holds = seq.status is not Status.FINISHED
+            if not holds:
+                continue
+            if guess is not None:  # its key and value are in the cache
+                seq.num_computed += 1
+                self.scheduler.collect(seq, seq.num_computed, seq.epoch)
+            if token is None:
+                self._give_up(seq)
                 continue
             seq.token_ids.append(token)
             self.num_generated += 1
             try:
-                delta = self._requests[seq.request_id].open[seq.index].push(token, logprob)
+                delta = self._requests[seq.request_id].open[seq.index].push(token, sampled.logprobs[row])
             except QwenrtError as error:  # a token the tokenizer does not know
                 self._end_request(seq.request_id, error)
             else:
                 self._report(seq, delta)
+        for seq, (guessed, right) in checked.items():
+            self.drafts.checked(seq, guessed, right)
+
+    def _give_up(self, seq: Sequence) -> None:
+        """End the request of a sequence whose numbers overflowed."""
+        if seq.status is not Status.FINISHED:
+            self._end_request(seq.request_id, self._non_finite(seq), discard_cache=True)
 
     def _sampled(self, done: _Launched) -> Sampled:
         """What a step chose, and what the host chooses from its logits."""
@@ -456,6 +495,7 @@ class Engine:
     def _release(self, seq: Sequence) -> None:
         self.scheduler.finish(seq)
         self.sampler.forget(seq)
+        self.drafts.forget(seq)
 
     def _non_finite(self, seq: Sequence) -> BackendError:
         """The error that names the layer where the numbers of a sequence overflowed."""

@@ -45,7 +45,8 @@ class Sequence:
     under way are choosing, which follow ``token_ids``. ``num_committed`` counts the full blocks offered for sharing,
     ``chain`` is the identity of the last of them. ``epoch`` changes whenever its cache is given up. ``turn`` is the
     last step that computed some of its prompt, ``ahead`` a prompt that begins alike and is computed first;
-    ``is_read`` says that its beginning is being read from the disk.
+    ``is_read`` says that its beginning is being read from the disk. ``guess``: tokens that may follow, which the next
+    step checks.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class Sequence:
         "block_table",
         "chain",
         "epoch",
+        "guess",
         "in_flight",
         "index",
         "is_read",
@@ -107,6 +109,7 @@ class Sequence:
         self.num_computed = self.num_stored = 0
         self.num_committed = 0
         self.is_read = False
+        self.guess: list[int] = []
         self.epoch += 1
         self.chain: int | tuple[int, ...] = self.root
 
