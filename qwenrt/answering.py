@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.arguments import as_integer
 from qwenrt.errors import RequestError, shown
 from qwenrt.outputs import Delta, FinishReason, Generation, TokenLogprob, Usage
+from qwenrt.structure import Grammar, Thought
 from qwenrt.text.replies.parser import Reply, ReplyStream, parse_reply
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.tokenizer.detokenizer import Detokenizer
@@ -32,13 +33,37 @@ Submit = Callable[[list[int], "SamplingParams", Sequence[ReplyStream]], "Handle"
 
 @dataclass(frozen=True)
 class ReplyReader:
-    """How the answers to one prompt are read. ``in_thought``: the prompt ended inside a thought. ``single_call``: an
-    answer ends with its first call."""
+    """How the answers to one prompt are read, and what they are held to.
+
+    ``in_thought``: the prompt ended inside a thought; ``thought_over``: behind one, so that none is to come.
+    ``single_call``: an answer ends with its first call. ``grammar``: what it must be because of the prompt, a call.
+    """
 
     reply_format: ReplyFormat = PLAIN
     in_thought: bool = False
     tools: Any = None
     single_call: bool = False
+    thought_over: bool = False
+    grammar: Grammar | None = None
+
+    def held(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with the grammar of this prompt's answers, which begins after a thought. RequestError where
+        both have one."""
+        grammar = params.grammar or self.grammar
+        if grammar is None:
+            return params
+        if params.grammar is not None and self.grammar is not None:
+            raise RequestError(
+                "a grammar beside a tool_choice that requires a call",
+                "an answer can be held to one of them",
+                "Leave one out.",
+            )
+        if self.reply_format.calls != "react" and (self.in_thought or self.reply_format.thinking == "open"):
+            thought: Thought = "open"
+        else:
+            thinks = self.reply_format.thinking == "hybrid" and not self.thought_over
+            thought = "possible" if thinks else "none"
+        return replace(params, grammar=replace(grammar, thought=thought))
 
     def replies(self, params: SamplingParams) -> tuple[list[ReplyStream], SamplingParams]:
         """What reads each of the n completions, nothing where all of an answer is content; and the parameters without
@@ -47,6 +72,7 @@ class ReplyReader:
         Stop strings are about the content that a reader gets, unless ``include_reasoning_in_stop``: then they are
         searched for in all that is written. So they are for Qwen-1, whose thoughts and actions are lines of one text.
         """
+        params = self.held(params)
         if self.reply_format == PLAIN and not self.in_thought:
             return [], params
         stop: Sequence[str] = ()
@@ -152,6 +178,7 @@ class Answer:
         rest = replace(
             self._params,
             max_tokens=None if limit is None else max(1, limit - done),
+            grammar=None if self._params.grammar is None else replace(self._params.grammar, thought="none"),
             min_tokens=max(0, self._params.min_tokens - done - len(end)),
         )
         for delta in deltas_of(self._submit([*self._prompt, *written, *end], rest, self._replies)):

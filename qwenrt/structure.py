@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,9 @@ from typing import Any, Literal
 from qwenrt.errors import RequestError, shown
 
 Kind = Literal["json_schema", "regex", "lark"]
+Thought = Literal["none", "open", "possible"]
 MAX_GRAMMAR_CHARS = 65536
+_MEANINGFUL = re.compile("[%*+?{}/#]")
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,25 @@ class Grammar:
     kind and text: "json_schema" and the schema as JSON; "regex" and a regular expression that the whole answer matches;
     "lark" and a grammar in llguidance's Lark syntax. Compiling needs the package llguidance (`pip install
     qwenrt[server]`) and happens where a request is checked: what cannot be compiled is a RequestError there.
+
+    thought: what may be written before the answer, free of the grammar: nothing ("none"), the rest of a thought that
+    the prompt has begun ("open"), or a thought of the model's own ("possible"). A chat sets it by its prompt.
     """
 
     kind: Kind
     text: str
+    thought: Thought = "none"
 
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "regex", "lark"):
             raise RequestError(
                 "a grammar's kind", f"got {shown(self.kind)}", "Known are json_schema, regex and lark."
+            )
+        if self.thought not in ("none", "open", "possible"):
+            raise RequestError(
+                "the thought before a grammar",
+                f"got {shown(self.thought)}",
+                "Known are none, open and possible.",
             )
         if not isinstance(self.text, str) or not self.text:
             raise RequestError(f"a grammar ({self.kind})", f"got {shown(self.text)}", "Pass its text.")
@@ -64,7 +77,13 @@ class Grammar:
         """Answers that are one of these texts."""
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise RequestError("a choice of answers", f"got {shown(texts)}", "Pass a list of texts.")
-        return cls("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+        return cls("lark", "start: " + " | ".join(map(lark_literal, texts)))
+
+
+def lark_literal(text: str) -> str:
+    """A text as a Lark grammar spells it. What means something outside of texts is written as an escape, so that
+    nobody has to tell the two apart."""
+    return _MEANINGFUL.sub(lambda c: f"\\u{ord(c[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def _json(schema: object) -> str:

@@ -17,7 +17,9 @@ import torch
 
 from qwenrt.backends.stack import Outcome
 from qwenrt.engine.block_manager import BlockManager
+from qwenrt.engine.constraint import Constraint
 from qwenrt.engine.drafts import Drafts, follows
+from qwenrt.engine.grammar import Grammars
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
@@ -128,6 +130,7 @@ class Engine:
     ) -> None:
         backend, self._config, self._tokenizer = model.backend, model.config, tokenizer
         self._eos = tuple(eos_token_ids)
+        self._grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
         cache = KVCache(
             model.config,
@@ -224,7 +227,8 @@ class Engine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos))
         rules = StopRules.build(ends, sequences, self.context_limit)
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        return Request(request_id, prompt, params, rules, skip_special_tokens, tuple(replies))
+        grammar = None if params.grammar is None else self._grammars.compile(params.grammar)
+        return Request(request_id, prompt, params, rules, skip_special_tokens, tuple(replies), grammar)
 
     def enqueue(self, request: Request) -> None:
         """Queue a checked request: n sequences, the others waiting to share what the first computes."""
@@ -251,6 +255,7 @@ class Engine:
                 banned_until_min=tuple(request.rules.ids) if params.min_tokens else (),
                 max_len=most,
                 seed=seed,
+                constraint=_constraint(request),
             )
             leader = leader or seq
             reply = request.replies[index] if request.replies else None
@@ -450,9 +455,12 @@ class Engine:
 
     def _sampled(self, done: _Launched) -> Sampled:
         """What a step chose, and what the host chooses from its logits."""
-        sampled = Sampled(done.outcome.tokens(), [None] * len(done.choosing))
         ours = [row for row, draw in enumerate(done.draws) if draw is None]
         ours = [row for row in ours if done.choosing[row].status is not Status.FINISHED]
+        for row in ours:  # while a device computes
+            if (constraint := done.choosing[row].constraint) is not None:
+                constraint.allowed()
+        sampled = Sampled(done.outcome.tokens(), [None] * len(done.choosing))
         if ours:
             found = self.sampler.sample(done.outcome.logits[ours], [done.choosing[row] for row in ours])
             for row, token, logprob in zip(ours, found.token_ids, found.logprobs, strict=True):
@@ -516,6 +524,14 @@ def _step_target_s(options: EngineOptions, device: torch.device) -> float | None
     if target is None:
         target = STEP_TARGET_MS if device.type == "cpu" else 0
     return target / 1000 or None
+
+
+def _constraint(request: Request) -> Constraint | None:
+    """What holds one completion of a request to its grammar, if it has one."""
+    grammar = request.params.grammar
+    if grammar is None or request.grammar is None:
+        return None
+    return Constraint(request.grammar, grammar, request.rules.ids)
 
 
 def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:

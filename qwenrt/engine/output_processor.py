@@ -66,8 +66,15 @@ class OutputProcessor:
         self._held: list[int] = []
 
     def push(self, token: int, logprob: TokenLogprob | None) -> Delta:
-        """The token was appended to the sequence -> what the caller may see of it, and whether it is the end."""
+        """The token was appended to the sequence -> what the caller may see of it, and whether it is the end.
+
+        Raises RequestError or BackendError where a grammar that it is held to cannot be followed any further.
+        """
+        constraint = self.seq.constraint
+        complete = constraint is not None and constraint.take(token)
         text, reason = self._read(token)
+        if reason is None and complete:
+            reason = "stop"
         if reason is None:
             reason = self._too_long()
         if reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
+from qwenrt.engine.grammar import Compiled
 from qwenrt.engine.output_processor import StopRules
 from qwenrt.errors import CapacityError, RequestError, shown
 from qwenrt.sampling_params import SamplingParams
@@ -23,6 +24,7 @@ class Request:
     rules: StopRules
     skip_special_tokens: bool
     replies: tuple[ReplyStream, ...] = ()
+    grammar: Compiled | None = None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 The order: ids past the real vocabulary cut off, those in its gaps ruled out; log-probabilities taken for who
 asked; logit_bias; repetition, presence and frequency penalties; ids banned before min_tokens; then the
-likeliest token, or temperature, top_k, top_p, min_p and a draw (ops/reference.py, `choose`). Rows that need only the
-last part are chosen where their logits are computed; here are the others.
+what a grammar rules out; then the likeliest token, or temperature, top_k, top_p, min_p and a draw (ops/reference.py,
+`choose`). Rows that need only the last part are chosen where their logits are computed; here are the others.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from qwenrt.backends.base import Backend
+from qwenrt.engine.constraint import Allowed
 from qwenrt.engine.sequence import Sequence
-from qwenrt.ops.steps import Draw, Vocabulary
+from qwenrt.ops.steps import NOT_FINITE, Draw, Vocabulary
 from qwenrt.outputs import TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 
@@ -47,12 +49,66 @@ class Sampler:
         params = seq.params
         if params.logprobs is not None or _edits(seq):
             return None
+        constraint = seq.constraint
+        if constraint is not None and (seq.in_flight or not constraint.free):
+            return None
         return _draw(seq, ahead)
 
     @torch.no_grad()
     def sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
         """logits float32 [B, V], a row per sequence; they may be changed."""
         logits = logits[:, : self._vocabulary.size]
+        held = [row for row, seq in enumerate(seqs) if _only_held(seq)]
+        if not held:
+            return self._edited(logits, seqs)
+        if len(held) == len(seqs):
+            return Sampled(self._held(logits, seqs), [None] * len(seqs))
+        others = [row for row in range(len(seqs)) if row not in held]
+        found = self._edited(logits[others], [seqs[row] for row in others])
+        tokens = dict(zip(others, found.token_ids, strict=True))
+        tokens.update(zip(held, self._held(logits[held], [seqs[row] for row in held]), strict=True))
+        logprobs = dict(zip(others, found.logprobs, strict=True))
+        rows = range(len(seqs))
+        return Sampled([tokens[row] for row in rows], [logprobs.get(row) for row in rows])
+
+    def _held(self, logits: torch.Tensor, seqs: list[Sequence]) -> list[int | None]:
+        """Tokens of rows that nothing but a grammar changes. Where it leaves few, only these are looked at."""
+        tokens: list[int | None] = [None] * len(seqs)
+        whole: list[int] = []
+        for row, seq in enumerate(seqs):
+            allowed = None if seq.constraint is None else seq.constraint.allowed()
+            if allowed is not None and not allowed.but and self._backend.depth == 0:
+                tokens[row] = self._among(logits[row], allowed.ids, seq)
+                continue
+            if allowed is not None:
+                self._rule_out(logits[row], allowed)
+            whole.append(row)
+        if whole:
+            rows = logits if len(whole) == len(seqs) else logits[whole]
+            chosen = self._backend.choose(rows, [_draw(seqs[row]) for row in whole], self._vocabulary)
+            for row, token in zip(whole, chosen.tolist(), strict=True):
+                tokens[row] = None if token == NOT_FINITE else token
+        return tokens
+
+    def _among(self, row: torch.Tensor, ids: np.ndarray, seq: Sequence) -> int | None:
+        """The token of one row [V] of which only ``ids`` are allowed. None where their logits are not finite."""
+        if len(ids) == 1:
+            return int(ids[0])
+        values = row.index_select(0, self._backend.send(ids)).unsqueeze(0)
+        place = int(self._backend.choose(values, [_draw(seq)], Vocabulary(len(ids))))
+        return None if place == NOT_FINITE else int(ids[place])
+
+    def _rule_out(self, row: torch.Tensor, allowed: Allowed) -> None:
+        """Leave one row [V] the least number there is for all but the allowed tokens."""
+        ids, least = self._backend.send(allowed.ids), torch.finfo(row.dtype).min
+        if allowed.but:
+            row.index_fill_(0, ids, least)
+            return
+        kept = row.index_select(0, ids)
+        row.fill_(least).index_copy_(0, ids, kept)
+
+    def _edited(self, logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
+        """What was asked of rows [B, V'] whose logits are edited or reported."""
         finite = logits.isfinite().all(-1).tolist()
         unused = self._vocabulary.unused_on(logits.device)
         if unused is not None:
@@ -60,10 +116,13 @@ class Sampler:
         raw: dict[int, torch.Tensor] = {}
         for row, seq in enumerate(seqs):
             edits = _edits(seq)
+            allowed = None if seq.constraint is None else seq.constraint.allowed()
             if seq.params.logprobs is not None:
-                raw[row] = logits[row].clone() if edits else logits[row]
+                raw[row] = logits[row].clone() if edits or allowed is not None else logits[row]
             if edits:
                 self._edit(logits[row], seq)
+            if allowed is not None:
+                self._rule_out(logits[row], allowed)
         good = [row for row, ok in enumerate(finite) if ok]
         tokens: list[int | None] = [None] * len(seqs)
         logprobs: list[TokenLogprob | None] = [None] * len(seqs)
@@ -97,6 +156,11 @@ class Sampler:
         if seq.banned_until_min and seq.num_output < params.min_tokens:
             banned = [token for token in seq.banned_until_min if token < limit]
             row[torch.tensor(banned, dtype=torch.int64, device=row.device)] = -torch.inf
+
+
+def _only_held(seq: Sequence) -> bool:
+    """Whether nothing but a grammar stands between its logits and its token."""
+    return seq.constraint is not None and seq.params.logprobs is None and not _edits(seq)
 
 
 def _penalises(params: SamplingParams) -> bool:

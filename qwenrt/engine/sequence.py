@@ -5,8 +5,12 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from qwenrt.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from qwenrt.engine.constraint import Constraint
 
 
 class Status(Enum):
@@ -38,7 +42,8 @@ class Sequence:
     ``ntk_alpha`` is the NTK factor, chosen from the whole prompt and never changed: cached keys were rotated with
     it. ``seq_id`` grows with arrival. ``leader``: the completion of the same prompt to wait for, so that its
     blocks can be shared. ``max_len``: tokens, prompt included, at which it ends whatever they are. ``seed``: of its
-    draws. ``banned_until_min`` are the ids that may not be drawn before ``params.min_tokens``.
+    draws. ``banned_until_min`` are the ids that may not be drawn before ``params.min_tokens``. ``constraint``: what a
+    grammar lets it say; it has taken the tokens of ``token_ids`` after the prompt.
 
     A step that computes its tokens may still be under way: ``num_computed`` counts the tokens whose keys and values are
     in the cache when all steps are done, ``num_stored`` those of steps that are; ``in_flight`` the tokens that steps
@@ -54,6 +59,7 @@ class Sequence:
         "banned_until_min",
         "block_table",
         "chain",
+        "constraint",
         "epoch",
         "guess",
         "in_flight",
@@ -89,12 +95,14 @@ class Sequence:
         banned_until_min: tuple[int, ...] = (),
         max_len: int = 2**31,
         seed: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.seq_id, self.request_id, self.index = seq_id, request_id, index
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(prompt_token_ids)
         self.params, self.ntk_alpha, self.leader = params, ntk_alpha, leader
         self.banned_until_min, self.max_len = banned_until_min, max_len
+        self.constraint = constraint
         self.seed = secrets.randbits(64) if seed is None else seed
         self.in_flight = self.epoch = self.turn = 0
         self.ahead: Ahead | None = None

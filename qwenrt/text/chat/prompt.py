@@ -14,11 +14,13 @@ class Prompt:
 
     ``stop``: strings that end the answer because of the prompt's form (ReAct's "Observation:").
     ``in_thought``: whether the prompt itself ends inside a thought (an open <think>, ReAct's "Thought:").
+    ``thought_over``: whether it ends behind one, or within an answer, so that none is to come.
     """
 
     token_ids: list[int]
     stop: tuple[str, ...] = ()
     in_thought: bool = False
+    thought_over: bool = False
 
 
 def check_window(window: object) -> int | None:

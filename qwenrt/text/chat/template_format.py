@@ -118,7 +118,8 @@ class TemplateFormat:
                 ids.append(token_id)
         turn = masked(rendered).rpartition(IM_START)[2]
         in_thought = request.answer and turn.rfind(OPEN) > turn.rfind(CLOSE)
-        return Prompt(ids, in_thought=in_thought)
+        thought_over = continues or (CLOSE in turn and not turn.rpartition(CLOSE)[2].strip())
+        return Prompt(ids, in_thought=in_thought, thought_over=thought_over and not in_thought)
 
     def _switch(self, template: JinjaTemplate, enable_thinking: bool | None) -> dict[str, bool]:
         """The template's variable that turns thinking on or off, where the caller asks for one of the two."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.structure import Grammar
+from qwenrt.text.chat.messages import check_messages, check_tools
 from qwenrt.text.dialects import openai_chat
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.openai_chat import ChatRequest, decode, read
@@ -333,7 +334,9 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("said", "read_as"), MESSAGES, ids=[json.dumps(said)[:50] for said, _ in MESSAGES])
 def test_messages_have_one_shape(said: dict[str, Any], read_as: dict[str, Any]) -> None:
-    assert list(ask([USER, said, USER]).messages or ()) == [USER, read_as, USER]
+    messages = ask([USER, said, USER]).messages
+    assert messages == [USER, read_as, USER]
+    check_messages(messages)
 
 
 THOUGHTS = [
@@ -458,7 +461,13 @@ def test_any_object_is_an_ask_or_a_problem(messages: list[Any], fields: dict[str
     except Problem as found:
         assert found.status == 400
         return
-    assert isinstance(read_as, Ask)
+    takes(read_as)
+
+
+def takes(read_as: Ask) -> None:
+    """What was read needs no second look: each part of it is what the chat formats and the engine take."""
+    check_messages(read_as.messages)
+    check_tools(read_as.tools)
     SamplingParams(**{"max_tokens": None, **read_as.sampling})
 
 
@@ -475,8 +484,10 @@ def test_likely_values_in_wrong_places_are_an_ask_or_a_problem(
     fields: dict[str, Any], function: Any, message: dict[str, Any]
 ) -> None:
     tools = [{"type": "function", "function": function}]
-    body = {"messages": [{**USER, **message}], "tools": tools, **fields}
+    body = {"model": "m", "messages": [{**USER, **message}], "tools": tools, **fields}
     try:
-        assert isinstance(read(decode(json.dumps(body).encode())), Ask)
+        read_as = read(decode(json.dumps(body).encode()))
     except Problem as found:
         assert found.status == 400
+        return
+    takes(read_as)

@@ -1,0 +1,164 @@
+"""What one completion may say next: a grammar's state after its tokens, and the thought before it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from qwenrt.engine.grammar import Compiled
+from qwenrt.errors import BackendError, QwenrtError, RequestError
+from qwenrt.structure import Grammar
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which tokens may come next: those whose ``ids`` int64, rising, are given, or with ``but`` all except them."""
+
+    ids: np.ndarray
+    but: bool = False
+
+
+class _Phase(Enum):
+    """thought: whatever comes until it is closed. gap: it was, and a line end may follow. start: the model may begin
+    a thought, or the answer. answer: within the grammar."""
+
+    THOUGHT = "thought"
+    GAP = "gap"
+    START = "start"
+    ANSWER = "answer"
+
+
+class Constraint:
+    """One completion held to a grammar. It knows the tokens that it was given by `take`, and nothing of the cache.
+
+    ``ends``: ids that end the completion; they are allowed where the grammar may end, and nowhere else.
+    """
+
+    __slots__ = ("_allowed", "_compiled", "_ends", "_failed", "_matcher", "_opening", "_phase", "_tail")
+
+    def __init__(self, compiled: Compiled, grammar: Grammar, ends: Collection[int]) -> None:
+        self._compiled, self._matcher = compiled, compiled.matcher()
+        size = compiled.vocabulary.size
+        self._ends = sorted(i for i in ends if i < size)
+        self._phase = {"none": _Phase.ANSWER, "open": _Phase.THOUGHT, "possible": _Phase.START}[
+            grammar.thought
+        ]
+        self._opening = compiled.tokenizer.token_id(_OPEN)
+        self._tail = b""  # of the thought, as long as its closing tag
+        self._allowed: Allowed | None = None  # of the next token, where it is known
+        self._failed: QwenrtError | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether any token may come next: a thought goes on."""
+        return self._phase is _Phase.THOUGHT
+
+    def allowed(self) -> Allowed | None:
+        """Which tokens may come next; None: any. Computed once for each token, without the interpreter's lock. Where it
+        cannot be computed, `take` of whatever comes next says why."""
+        if self.free:
+            return None
+        if self._allowed is None:
+            self._allowed = self._computed()
+        return self._allowed
+
+    def take(self, token: int) -> bool:
+        """The completion goes on with this token -> whether it is complete: nothing can follow it.
+
+        Raises RequestError where the grammar turned out to be too much, BackendError for a token that was not allowed.
+        """
+        if self._failed is not None:
+            raise self._failed
+        self._allowed = None
+        if token in self._ends:
+            return False
+        if self._phase is _Phase.THOUGHT:
+            return self._think(token)
+        if self._phase is _Phase.START and token == self._opening:
+            self._phase = _Phase.THOUGHT
+            return False
+        is_gap = self._phase is _Phase.GAP and token in self._compiled.vocabulary.line_ends
+        self._phase = _Phase.ANSWER
+        return False if is_gap else self._consume([token])
+
+    def _think(self, token: int) -> bool:
+        text = self._tail + self._compiled.tokenizer.token_bytes(token)
+        _, tag, rest = text.partition(_CLOSE.encode())
+        self._tail = text[-len(_CLOSE) + 1 :]
+        if not tag:
+            return False
+        self._phase = _Phase.GAP
+        rest = rest.lstrip()
+        if not rest:
+            return False
+        # The tag was spelled by tokens of text, the last of which begins the answer.
+        self._phase = _Phase.ANSWER
+        return self._consume(self._compiled.tokenizer.encode(rest.decode("utf-8", "replace")))
+
+    def _consume(self, tokens: list[int]) -> bool:
+        matcher = self._matcher
+        if not matcher.consume_tokens(tokens):
+            raise BackendError(
+                "an answer held to a grammar",
+                f"token {tokens[0]} does not fit it: {matcher.get_error().partition(chr(10))[0][:160]}",
+                "Report it, with the grammar.",
+            )
+        if matcher.is_stopped():
+            return True
+        if not matcher.is_accepting():
+            return False
+        allowed = self.allowed()  # the only way to see that nothing else can come
+        return allowed is not None and not allowed.but and set(allowed.ids.tolist()) <= set(self._ends)
+
+    def _computed(self) -> Allowed:
+        vocabulary, matcher = self._compiled.vocabulary, self._matcher
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)[: len(vocabulary.text)]
+        if matcher.is_error():
+            said = matcher.get_error().partition("\n")[0][:160]
+            return self._give_up(RequestError("a grammar", f"it takes too much: {said}", "Make it simpler."))
+        may_end = bool(bits[vocabulary.eod >> 3] >> (vocabulary.eod & 7) & 1)
+        bits = bits & vocabulary.text
+        more: list[int] = []
+        if self._phase is _Phase.GAP:
+            more += vocabulary.line_ends
+        if self._phase is _Phase.START and self._opening is not None:
+            more.append(self._opening)
+        _put(bits, self._ends, may_end)
+        _put(bits, more, True)
+        allowed = _allowed(bits, vocabulary.size)
+        if not len(allowed.ids) and not allowed.but and not may_end:
+            return self._give_up(
+                RequestError(
+                    "a grammar", "nothing can follow what was written", "Ask for text it can go on with."
+                )
+            )
+        return allowed
+
+    def _give_up(self, error: QwenrtError) -> Allowed:
+        self._failed = error
+        return Allowed(np.array([self._compiled.vocabulary.eod]))
+
+
+def _put(bits: np.ndarray, ids: Collection[int], value: bool) -> None:
+    for i in ids:
+        if value:
+            bits[i >> 3] |= 1 << (i & 7)
+        else:
+            bits[i >> 3] &= ~(1 << (i & 7)) & 255
+
+
+def _allowed(bits: np.ndarray, size: int) -> Allowed:
+    """The bits uint8 [ceil(size / 8)] as the shorter of the two lists. Bytes are looked at first: most are all of one
+    kind."""
+    some, not_all = np.flatnonzero(bits), np.flatnonzero(bits != 255)
+    but = len(not_all) < len(some)
+    where = not_all if but else some
+    single = np.unpackbits(~bits[where] if but else bits[where], bitorder="little").reshape(-1, 8)
+    row, column = np.nonzero(single)
+    ids = where[row] * 8 + column
+    return Allowed(ids[ids < size], but)

@@ -1,0 +1,75 @@
+"""The server's tests. It runs in threads of its own, which may open no connection, no program and no file to write."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+SERVER_THREAD = "qwenrt-server"  # the names of threads in which the server's own code runs begin so
+ENGINE_THREAD = "qwenrt-engine"
+
+_OUTWARD = ("socket.connect", "socket.sendto", "socket.sendmsg")
+_LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
+_PROGRAMS = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+
+
+class Outside:
+    """What the code under test tried that it must not, as an audit hook saw it, whoever called."""
+
+    def __init__(self) -> None:
+        self.tried: list[str] = []
+        self.watching = False
+        sys.addaudithook(self._see)  # there is no way to take one back, so there is one
+
+    def _see(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.watching:
+            return
+        server = threading.current_thread().name.startswith((SERVER_THREAD, ENGINE_THREAD))
+        if event in _OUTWARD:
+            self._connection(event, args[1], server)
+        elif server and (event in _PROGRAMS or (event in _LOOKUPS and not _local(args[0]))):
+            self._no(f"{event} {args[0]!r}")
+        elif server and event == "open" and isinstance(args[2], int) and args[2] & _WRITING:
+            path = str(args[0])
+            if "__pycache__" not in path and path != os.devnull:  # Python's own, of modules imported late
+                self._no(f"open {path!r} to write")
+
+    def _connection(self, event: str, address: Any, server: bool) -> None:
+        inward = isinstance(address, (str, bytes)) or (isinstance(address, tuple) and _local(address[0]))
+        if server or not inward:
+            self._no(f"{event} {address!r}")
+
+    def _no(self, what: str) -> None:
+        self.tried.append(what)
+        raise PermissionError(f"no part of the server may do this: {what}")
+
+
+def _local(host: Any) -> bool:
+    return host in ("127.0.0.1", "::1", "localhost", None, b"127.0.0.1", b"::1", b"localhost")
+
+
+_OUTSIDE = Outside()
+
+
+@pytest.fixture(autouse=True)
+def outside() -> Iterator[Outside]:
+    """Watches each test of this directory; a test that shows the watch itself clears ``tried``."""
+    _OUTSIDE.tried.clear()
+    _OUTSIDE.watching = True
+    yield _OUTSIDE
+    _OUTSIDE.watching = False
+    assert not _OUTSIDE.tried
