@@ -22,7 +22,8 @@ from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
 from qwenrt.engine.async_engine import AsyncEngine
-from qwenrt.engine.engine import Engine, EngineOptions
+from qwenrt.engine.engine import Engine
+from qwenrt.engine.options import EngineOptions
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.load_options import LoadOptions
 from qwenrt.loader.checkpoint.as_stored import as_stored

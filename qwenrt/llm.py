@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from asyncio import to_thread
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from qwenrt.answering import Answer, ReplyReader, deltas_of, generation_of
+from qwenrt.answering import COMPLETION, Prepared, ReplyReader, checked_budget, deltas_of, generation_of
 from qwenrt.arguments import as_list, as_token_ids, flag
 from qwenrt.config import Environment, GenerationConfig, ModelConfig
-from qwenrt.errors import RequestError, memory_errors, shown
+from qwenrt.errors import QwenrtError, RequestError, memory_errors, shown
 from qwenrt.load_options import ABOUT, LoadOptions
 from qwenrt.loader.memory.device import check_room_for_torch
-from qwenrt.outputs import Delta
+from qwenrt.outputs import Delta, Generation
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat.conversations import as_history
 from qwenrt.text.chat.messages import given_tools
@@ -32,10 +31,8 @@ if TYPE_CHECKING:
 
     from qwenrt.assembly import Assembled
     from qwenrt.backends.base import Backend
-    from qwenrt.engine.async_engine import Handle
+    from qwenrt.engine.answers import AsyncAnswer, Handle
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
-    from qwenrt.text.chat.prompt import Prompt
-    from qwenrt.text.replies.parser import ReplyStream
 
 logger = logging.getLogger("qwenrt")
 
@@ -176,21 +173,19 @@ class LLM:
         models that do not think. ``sampling`` changes single fields of ``sampling_params`` or of the checkpoint's own
         defaults.
         """
-        past, tools = as_history(history), given_tools(tools)
-        prompt, reader = self._alive().prompter.chat_prompt(
-            query, past, system, messages, tools, enable_thinking
+        prepared, result = self._turn(
+            query,
+            history,
+            system,
+            messages,
+            tools,
+            enable_thinking=enable_thinking,
+            thinking_budget=thinking_budget,
+            sampling_params=sampling_params,
+            **sampling,
         )
-        params = self._params(sampling_params, sampling)
-        pair = messages is None and tools is None
-        if pair and params.n != 1:
-            raise RequestError("chat(query)", f"n={params.n}", "Use chat(messages=...) for several answers.")
-        answer = self._answer(prompt, params, reader, thinking_budget)
-        generation = answer.generation()
-        if not pair:
-            return generation
-        response = generation.text.strip()
-        assert query is not None
-        return response, [*past, (query, response)]
+        handle = self.submit(prepared)
+        return result(generation_of(deltas_of(handle), prepared.reader, handle.replies))
 
     def stream(
         self,
@@ -212,15 +207,19 @@ class LLM:
         A Delta's text is what is meant for a reader; thoughts are its ``reasoning``, and the last Delta carries the
         calls of ``tools``.
         """
-        params, tools = self._params(sampling_params, sampling), given_tools(tools)
-        if prompt_token_ids is not None:
-            if query is not None or messages is not None or tools:
-                raise RequestError("stream", "prompt_token_ids beside a chat", "Pass one of the two.")
-            return deltas_of(self._submit(as_token_ids(prompt_token_ids), params))
-        prompt, reader = self._alive().prompter.chat_prompt(
-            query, as_history(history), system, messages, tools, enable_thinking
+        prepared = self.prepare(
+            query,
+            history,
+            system,
+            messages=messages,
+            tools=tools,
+            prompt_token_ids=prompt_token_ids,
+            enable_thinking=enable_thinking,
+            thinking_budget=thinking_budget,
+            sampling_params=sampling_params,
+            **sampling,
         )
-        return iter(self._answer(prompt, params, reader, thinking_budget))
+        return deltas_of(self.submit(prepared))
 
     # ---- completion
 
@@ -236,20 +235,11 @@ class LLM:
 
         Control tokens in a text stay plain text. ``sampling_params`` may be a list, one for each prompt.
         """
-        prompts, single = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
-        if isinstance(sampling_params, Sequence):
-            if len(sampling_params) != len(prompts):
-                found = f"{len(sampling_params)} for {len(prompts)} prompts"
-                raise RequestError(
-                    "a list of sampling_params", found, "Give one for each prompt, or one for all."
-                )
-            each = [self._params(p, sampling) for p in sampling_params]
-        else:
-            each = [self._params(sampling_params, sampling)] * len(prompts)
+        each, single = self._completions(prompt, sampling_params, prompt_token_ids, sampling)
         handles: list[Handle] = []
         try:
-            for ids, params in zip(prompts, each, strict=True):
-                handles.append(self._submit(ids, params))
+            for prepared in each:
+                handles.append(self.submit(prepared))
             done = [generation_of(handle) for handle in handles]
         except BaseException:  # a bad prompt, or Ctrl-C: none of the other requests goes on in the background
             for handle in handles:
@@ -261,6 +251,107 @@ class LLM:
         """The model's logits after each token -> float32 [num_tokens, vocab_size] on the CPU; one prefill."""
         logits: torch.Tensor = self._alive().engine.logits(as_token_ids(token_ids))
         return logits
+
+    # ---- in two steps
+
+    def prepare(
+        self,
+        query: str | None = None,
+        history: Any = None,
+        system: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        prompt: str | None = None,
+        prompt_token_ids: Sequence[int] | None = None,
+        enable_thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        sampling_params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> Prepared:
+        """What `stream` asks of the engine with these arguments: rendered, tokenised and checked, for `submit` or
+        `asubmit`. ``prompt``: a text to continue, as `generate` does, instead of a conversation.
+
+        Asks nothing of the engine, so it may run in any thread while that computes. Raises RequestError.
+        """
+        params, tools = self._params(sampling_params, sampling), given_tools(tools)
+        if prompt is None and prompt_token_ids is None:
+            chat, reader = self._alive().prompter.chat_prompt(
+                query, as_history(history), system, messages, tools, enable_thinking
+            )
+            budget = checked_budget(thinking_budget, reader)
+            return Prepared(chat.token_ids, params, reader, chat.stop, budget)
+        if query is not None or messages is not None or tools:
+            given = "prompt" if prompt_token_ids is None else "prompt_token_ids"
+            raise RequestError("one answer", f"{given} beside a chat", "Pass one of the two.")
+        if prompt_token_ids is not None:
+            prompt_token_ids = as_token_ids(prompt_token_ids)
+        elif not isinstance(prompt, str):
+            raise RequestError("prompt", f"got {type(prompt).__name__}", "Pass a string.")
+        [ids], _ = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
+        return Prepared(ids, params, thinking_budget=checked_budget(thinking_budget, COMPLETION))
+
+    def submit(self, prepared: Prepared) -> Handle:
+        """Begin to compute what was prepared -> an iterator over its Deltas, which can `cancel` and `end_thought`.
+
+        Raises RequestError or CapacityError where it does not fit the model.
+        """
+        params, options = self._options(prepared)
+        return self._alive().engine.submit(prepared.prompt_token_ids, params, **options)
+
+    def asubmit(self, prepared: Prepared) -> AsyncAnswer:
+        """The same from a running event loop -> an asynchronous iterator, for a task of that loop."""
+        params, options = self._options(prepared)
+        return self._alive().engine.asubmit(prepared.prompt_token_ids, params, **options)
+
+    # ---- for asyncio: prompts are made in a thread, and cancelling the task ends the work in the engine
+
+    async def achat(
+        self,
+        query: str | None = None,
+        history: Any = None,
+        system: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **asked: Any,
+    ) -> Any:
+        """`chat`, with the same arguments and results."""
+        prepared, result = await to_thread(self._turn, query, history, system, messages, tools, **asked)
+        return result(await self._whole(self.asubmit(prepared), prepared.reader))
+
+    async def astream(
+        self, query: str | None = None, history: Any = None, system: str | None = None, **asked: Any
+    ) -> AsyncIterator[Delta]:
+        """`stream`, with the same arguments: an asynchronous generator. Closing it cancels the request."""
+        prepared = await to_thread(self.prepare, query, history, system, **asked)
+        answer = self.asubmit(prepared)
+        try:
+            async for delta in answer:
+                yield delta
+        finally:
+            answer.cancel()
+
+    async def agenerate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """`generate`, with the same arguments and results."""
+        each, single = await to_thread(self._completions, prompt, sampling_params, prompt_token_ids, sampling)
+        answers: list[AsyncAnswer] = []
+        try:
+            for prepared in each:
+                answers.append(self.asubmit(prepared))
+            done = [await self._whole(answer) for answer in answers]
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return done[0] if single else done
 
     # ---- retrieval
 
@@ -336,6 +427,13 @@ class LLM:
             "activations": "+".join(summary.roundings(alive.backend, alive.model)),
         }
 
+    @property
+    def failure(self) -> QwenrtError | None:
+        """Why it cannot be used any more: it was closed, or its engine's thread has ended; None while it can. Waits for
+        nothing."""
+        assembled = self._assembled
+        return self._closed() if assembled is None else assembled.engine.failure
+
     def close(self) -> None:
         """End all requests and give the memory back. Safe to call twice; any use afterwards is a RequestError."""
         assembled, self._assembled = self._assembled, None
@@ -359,19 +457,60 @@ class LLM:
     # ---- inside
 
     def _alive(self) -> Assembled:
-        if self._assembled is None:
-            raise RequestError(f"using {self.name}", "it was closed", "Load it again with qwenrt.load(...).")
-        return self._assembled
+        assembled = self._assembled
+        if assembled is None:
+            raise self._closed()
+        return assembled
 
-    def _answer(
-        self, prompt: Prompt, params: SamplingParams, reader: ReplyReader, thinking_budget: int | None
-    ) -> Answer:
-        """The answers to a chat prompt, asked for."""
-        submit = partial(self._submit, stop=prompt.stop)
-        tokenizer = self._prompter.needs_tokenizer("chat")
-        return Answer(submit, prompt.token_ids, params, reader, thinking_budget, tokenizer)
+    def _closed(self) -> RequestError:
+        return RequestError(f"using {self.name}", "it was closed", "Load it again with qwenrt.load(...).")
 
-    def _params(self, given: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+    def _turn(
+        self,
+        query: str | None,
+        history: Any,
+        system: str | None,
+        messages: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        **asked: Any,
+    ) -> tuple[Prepared, Callable[[Generation], Any]]:
+        """One turn of a chat, and what its caller gets of the answer."""
+        past, tools = as_history(history), given_tools(tools)
+        prepared = self.prepare(query, past, system, messages=messages, tools=tools, **asked)
+        pair = messages is None and tools is None
+        if pair and prepared.params.n != 1:
+            found = f"n={prepared.params.n}"
+            raise RequestError("chat(query)", found, "Use chat(messages=...) for several answers.")
+
+        def result(generation: Generation) -> Any:
+            if not pair:
+                return generation
+            response = generation.text.strip()
+            return response, [*past, (query, response)]
+
+        return prepared, result
+
+    def _completions(
+        self, prompt: object, sampling_params: object, prompt_token_ids: object, sampling: Mapping[str, Any]
+    ) -> tuple[list[Prepared], bool]:
+        """Each of the prompts that `generate` was given, and whether it was a single one."""
+        prompts, single = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
+        if not isinstance(sampling_params, Sequence):
+            params = self._params(sampling_params, sampling)
+            return [Prepared(ids, params) for ids in prompts], single
+        if len(sampling_params) != len(prompts):
+            found = f"{len(sampling_params)} for {len(prompts)} prompts"
+            raise RequestError(
+                "a list of sampling_params", found, "Give one for each prompt, or one for all."
+            )
+        each = [self._params(params, sampling) for params in sampling_params]
+        return [Prepared(ids, params) for ids, params in zip(prompts, each, strict=True)], single
+
+    async def _whole(self, answer: AsyncAnswer, reader: ReplyReader = COMPLETION) -> Generation:
+        deltas = [delta async for delta in answer]
+        return generation_of(deltas, reader, answer.replies)
+
+    def _params(self, given: object, changes: Mapping[str, Any]) -> SamplingParams:
         if given is not None and not isinstance(given, SamplingParams):
             raise RequestError(
                 "sampling_params", f"got {type(given).__name__}", "Pass qwenrt.SamplingParams(...)."
@@ -393,18 +532,10 @@ class LLM:
                 )
         return params.with_(stop_token_ids=(*params.stop_token_ids, *ids)) if ids else params
 
-    def _submit(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        replies: Sequence[ReplyStream] = (),
-        *,
-        stop: Sequence[str] = (),
-    ) -> Handle:
-        if stop:
-            params = replace(params, stop=(*params.stop, *stop))
-        sequences = self.generation_config.stop_words_ids
-        return self._alive().engine.submit(ids, params, stop_sequences=sequences, replies=replies)
+    def _options(self, prepared: Prepared) -> tuple[SamplingParams, dict[str, Any]]:
+        """What the engine is told beside the prompt."""
+        params, options = prepared.options(self.tokenizer)
+        return params, {**options, "stop_sequences": self.generation_config.stop_words_ids}
 
 
 def _name(model: object) -> str:

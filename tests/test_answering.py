@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenrt.answering import Answer, ReplyReader
+from qwenrt.answering import Prepared, ReplyReader, generation_of
 from qwenrt.engine.output_processor import OutputProcessor, StopRules
 from qwenrt.engine.sequence import Sequence as Completion
 from qwenrt.outputs import Delta, Generation
@@ -30,6 +30,7 @@ class Written(Iterator[Delta]):
         self._seq = Completion(0, [1], params)
         rules = StopRules(frozenset([TOKENIZER.im_end_id]))
         self._processor = OutputProcessor(self._seq, rules, TOKENIZER, True, reply)
+        self.replies = [reply]
         self._done = False
 
     def __next__(self) -> Delta:
@@ -41,20 +42,17 @@ class Written(Iterator[Delta]):
         self._done = delta.finish_reason is not None
         return delta
 
-    def cancel(self) -> None:
-        self._done = True
 
-
-def answer(text: str, **sampling: Any) -> Answer:
-    def submit(prompt: list[int], params: SamplingParams, replies: Sequence[ReplyStream]) -> Any:
-        params = SamplingParams(**{**sampling, "stop": (*params.stop, "Observation:")})
-        return Written(text, params, replies[0])
-
-    return Answer(submit, [1], SamplingParams(**sampling), ReplyReader(REACT), None, TOKENIZER)
+def answer(text: str, **sampling: Any) -> tuple[Written, ReplyReader]:
+    prepared = Prepared([1], SamplingParams(**sampling), ReplyReader(REACT), ("Observation:",))
+    params, options = prepared.options(TOKENIZER)
+    assert options["thought"] is None
+    return Written(text, params, options["replies"][0]), prepared.reader
 
 
 def both(text: str, **sampling: Any) -> tuple[Generation, list[Delta]]:
-    whole, deltas = answer(text, **sampling).generation(), list(answer(text, **sampling))
+    written, reader = answer(text, **sampling)
+    whole, deltas = generation_of(written, reader, written.replies), list(answer(text, **sampling)[0])
     assert deltas[-1].finish_reason == whole.finish_reason
     functions = [call["function"] for call in whole.message.get("tool_calls", [])]
     assert [call["function"] for call in deltas[-1].tool_calls or []] == functions

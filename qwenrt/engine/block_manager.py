@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from qwenrt.engine.sequence import Sequence
+from qwenrt.engine.sequence import Link, Sequence
 
-# A full block's identity: the block before it (its uid, or the NTK factor at the start) and its own tokens.
+# A full block's identity: what comes before it, and its own tokens.
 # Being the key of a dict, it is compared in full: equal hashes of different tokens never meet.
-Key = tuple[int | tuple[int, ...], tuple[int, ...]]
+Key = tuple[Link, tuple[int, ...]]
 
 
 @dataclass
@@ -107,12 +107,12 @@ class BlockManager:
         return min(ahead, len(seq.block_table) * size - seq.num_known)
 
     def grow(self, seq: Sequence) -> bool:
-        """Make sure a running sequence has a slot for its last token; False where no block is free."""
-        if seq.num_known <= len(seq.block_table) * self.block_size:
-            return True
-        if self.num_free == 0:
+        """Make sure a running sequence has slots for all its tokens; False (and nothing changed) where too few blocks
+        are free."""
+        missing = self.blocks_for(seq.num_known) - len(seq.block_table)
+        if missing > self.num_free:
             return False
-        seq.block_table.append(self._take())
+        seq.block_table.extend(self._take() for _ in range(missing))
         return True
 
     def commit(self, seq: Sequence) -> None:

@@ -81,12 +81,6 @@ def _alike(tokens: list[int], place: int) -> int:
     return count
 
 
-def follows(seq: Sequence, guess: int) -> bool:
-    """Whether the text of a sequence has come to a guess that a step computed behind it: it is the last token, and it
-    alone is not in the cache yet."""
-    return seq.num_remaining == 1 and seq.token_ids[-1] == guess
-
-
 class Drafts:
     """The guesses of all sequences that asked for them. ``draws``: whether a sequence's next token is chosen by its
     logits alone."""

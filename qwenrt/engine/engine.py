@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import math
 import secrets
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwenrt.backends.stack import Outcome
+from qwenrt.engine.accounts import Accounts, Clock
 from qwenrt.engine.block_manager import BlockManager
 from qwenrt.engine.constraint import Constraint
-from qwenrt.engine.drafts import Drafts, follows
+from qwenrt.engine.drafts import Drafts
+from qwenrt.engine.failures import typed
 from qwenrt.engine.grammar import Grammars
 from qwenrt.engine.kv_cache import KVCache
+from qwenrt.engine.launched import Launched, Row
 from qwenrt.engine.model_runner import ModelRunner
+from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
 from qwenrt.engine.prefix_store import PrefixStore, open_store
 from qwenrt.engine.requests import Bounds, Request
@@ -29,18 +33,15 @@ from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
 from qwenrt.engine.step_target import StepTarget
-from qwenrt.errors import BackendError, CapacityError, ConfigError, QwenrtError, RequestError
+from qwenrt.engine.thoughts import Thought, ThoughtRules
+from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops.steps import Draw, Vocabulary
-from qwenrt.outputs import Delta
+from qwenrt.ops.steps import Vocabulary
+from qwenrt.outputs import Delta, FinishReason, TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
-
-STEP_TARGET_MS = (
-    250  # on a CPU, unless something else is asked: four tokens a second are still read as a flow
-)
 
 
 @dataclass
@@ -51,70 +52,12 @@ class _Running:
     open: dict[int, OutputProcessor] = field(default_factory=dict)  # by index
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """max_model_len: prompt and answer together, in tokens. max_num_seqs: sequences computed together;
-    max_num_batched_tokens: tokens a step. The cache has ``num_blocks`` blocks of ``block_size`` tokens, or without a
-    number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
-    way when the next one is begun, 0 or 1; the backend's choice if not given. ``step_target_ms``: what a step in which
-    somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
-    ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold.
-    Raises ConfigError."""
-
-    max_model_len: int
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512
-    block_size: int = 16
-    kv_cache_dtype: str = "auto"
-    num_blocks: int | None = None
-    prefix_caching: bool = True
-    depth: int | None = None
-    step_target_ms: float | None = None
-    prefix_store: Path | None = None
-    prefix_store_bytes: int = 4 * 2**30
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")
-        if self.depth is not None and (type(self.depth) is not int or self.depth not in (0, 1)):
-            raise ConfigError("depth", f"got {self.depth!r}", "It must be 0 or 1.")
-        target = self.step_target_ms
-        if target is not None and (isinstance(target, bool) or not target >= 0):
-            raise ConfigError("step_target_ms", f"got {target!r}", "It must be a number >= 0.")
-        if self.num_blocks is None:
-            blocks = self.max_num_seqs * -(-self.max_model_len // self.block_size)
-            object.__setattr__(self, "num_blocks", blocks)
-
-    @property
-    def blocks(self) -> int:
-        """num_blocks, chosen."""
-        assert self.num_blocks is not None
-        return self.num_blocks
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step under way: its sequences, each with the tokens of its cache that hold what they must when it is done, and
-    the cache it began with (its epoch); and those whose next token it chooses, in the order of the outcome's rows:
-    of each the next token, then those after each of its guesses (``guesses``: what a row was computed from, None where
-    that was no guess)."""
-
-    batch: list[tuple[Sequence, int]]
-    stored: list[tuple[Sequence, int, int]]
-    choosing: list[Sequence]
-    guesses: list[int | None]
-    draws: list[Draw | None]
-    outcome: Outcome
-    began: float = 0.0
-
-
 class Engine:
     """Many requests over one model: continuous batching, chunked prefill, a paged cache with shared prefixes.
 
     eos_token_ids: end a text unless ignore_eos. vocab_limit: the real size of the vocabulary, ids from there on
-    are never drawn (None: no padding), nor are ids that the tokenizer has no token for.
+    are never drawn (None: no padding), nor are ids that the tokenizer has no token for. clock: seconds, for deadlines
+    and timings.
 
     Not safe for threads: AsyncEngine puts a thread around it. `check` may be called from any thread.
     """
@@ -127,6 +70,7 @@ class Engine:
         *,
         eos_token_ids: Iterable[int] = (),
         vocab_limit: int | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         backend, self._config, self._tokenizer = model.backend, model.config, tokenizer
         self._eos = tuple(eos_token_ids)
@@ -163,7 +107,7 @@ class Engine:
             depth=options.depth,
         )
         self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching)
-        self.target = StepTarget(_step_target_s(options, backend.device))
+        self.target = StepTarget(options.step_target_s(backend.device.type))
         self.scheduler = Scheduler(
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
@@ -171,6 +115,9 @@ class Engine:
         self.drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
         if self.runner.depth == 0:
             self.scheduler.drafts = self.drafts
+        self.accounts = Accounts(clock)
+        self._clock = clock
+        self._next_deadline = math.inf  # no request's is earlier
         self.store: PrefixStore | None = None
         if options.prefix_store is not None and options.prefix_caching:
             how = getattr(backend, "activations", "")
@@ -178,11 +125,10 @@ class Engine:
                 options.prefix_store, options.prefix_store_bytes, model, cache, activations=how
             )
             self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
-        self.num_generated = 0
         self._ids = itertools.count()
         self._seq_ids = itertools.count()
         self._requests: dict[str, _Running] = {}
-        self._launched: deque[_Launched] = deque()
+        self._launched: deque[Launched] = deque()
         self._outbox: list[RequestOutput] = []
 
     @property
@@ -212,12 +158,14 @@ class Engine:
         stop_sequences: List[List[int]] = (),
         skip_special_tokens: bool = True,
         replies: List[ReplyStream] = (),
+        thought: ThoughtRules | None = None,
     ) -> Request:
         """Everything that can be wrong with a request is found here; changes nothing.
 
         ``stop_sequences``: token sequences that end the output when it ends with one; they are cut from the text.
-        ``replies``: what reads each of the n completions, where they are answers with thoughts or calls. Raises
-        RequestError, or CapacityError where the cache can never hold it.
+        ``replies``: what reads each of the n completions, where they are answers with thoughts or calls; ``thought``:
+        how their thoughts look and how long they may be. Raises RequestError, or CapacityError where the cache can
+        never hold it.
         """
         self._bounds.check_params(params)
         self.runner.model.needs_head("generating")
@@ -228,7 +176,20 @@ class Engine:
         rules = StopRules.build(ends, sequences, self.context_limit)
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         grammar = None if params.grammar is None else self._grammars.compile(params.grammar)
-        return Request(request_id, prompt, params, rules, skip_special_tokens, tuple(replies), grammar)
+        if thought is not None:
+            room = self.context_limit - len(prompt) - len(thought.words)
+            thought = thought.within(room if params.max_tokens is None else min(room, params.max_tokens))
+        return Request(
+            request_id,
+            prompt,
+            params,
+            rules,
+            skip_special_tokens,
+            tuple(replies),
+            thought,
+            grammar,
+            self._clock(),
+        )
 
     def enqueue(self, request: Request) -> None:
         """Queue a checked request: n sequences, the others waiting to share what the first computes."""
@@ -237,6 +198,7 @@ class Engine:
                 f"request {request.request_id!r:.80}", "this id is in use", "Choose another, or pass none."
             )
         running = self._requests[request.request_id] = _Running(request)
+        self._next_deadline = min(self._next_deadline, request.deadline)
         leader: Sequence | None = None
         params, prompt = request.params, request.prompt_token_ids
         seed = secrets.randbits(64) if params.seed is None else params.seed
@@ -255,12 +217,14 @@ class Engine:
                 banned_until_min=tuple(request.rules.ids) if params.min_tokens else (),
                 max_len=most,
                 seed=seed,
+                arrived=request.arrived,
                 constraint=_constraint(request),
             )
             leader = leader or seq
             reply = request.replies[index] if request.replies else None
+            thought = None if request.thought is None else Thought(request.thought)
             running.open[index] = OutputProcessor(
-                seq, request.rules, self._tokenizer, request.skip_special_tokens, reply
+                seq, request.rules, self._tokenizer, request.skip_special_tokens, reply, thought
             )
             self.scheduler.add(seq)
 
@@ -268,8 +232,18 @@ class Engine:
         """Cancel: its blocks are free at once, the next step reports the end. False where it is not there."""
         if request_id not in self._requests:
             return False
-        self._end_request(request_id, None)
+        self.accounts.cancelled += 1
+        self._end_request(request_id, "abort")
         return True
+
+    def end_thought(self, request_id: str) -> None:
+        """The thoughts of a request end now, or as soon as they have begun: the closing words are written for them, and
+        the answers follow. Changes nothing where none is open, or the request is not there."""
+        running = self._requests.get(request_id)
+        for processor in [] if running is None else list(running.open.values()):
+            if processor.thought is not None:
+                processor.thought.end()
+                self._keep_short(processor)
 
     @property
     def has_work(self) -> bool:
@@ -280,10 +254,11 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Begin to compute one batch, and finish those begun before -> what each completion gained, and the ends of
-        cancelled requests.
+        requests that were cancelled or whose time is up.
 
         A failure within the computation ends the requests of its batch with a typed error; the others go on.
         """
+        self._expire()
         if self.store is not None:
             self.store.read(self.scheduler, any(not seq.is_read for seq in self.scheduler.running))
         begun = self._launch()
@@ -291,6 +266,7 @@ class Engine:
         waits = begun is None or None in begun.draws
         for _ in range(len(self._launched) - (0 if waits else self.runner.depth)):
             self._collect(self._launched.popleft())
+        self.accounts.move()
         if self.store is not None:
             self.store.tend(self.blocks, idle=False)
         outputs, self._outbox = self._outbox, []
@@ -319,7 +295,7 @@ class Engine:
         try:
             return self.runner.logits(ids)
         except Exception as error:
-            raise _typed(error, f"computing the logits of {len(ids)} tokens") from error
+            raise typed(error, f"computing the logits of {len(ids)} tokens") from error
 
     def pooled(self, prompts: List[List[int]], pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """``pool`` of each prompt's final states [n, D] -> float32 [len(prompts), ...] on the CPU; leaves no trace."""
@@ -352,10 +328,11 @@ class Engine:
         try:
             return read(self.runner.hidden(checked))
         except Exception as error:
-            raise _typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
+            raise typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
 
-    def stats(self) -> dict[str, int]:
-        """Counters for people and monitors; reading them from another thread is harmless."""
+    def stats(self) -> dict[str, Any]:
+        """Figures for people and monitors, those of `Accounts` among them; any thread may read them.
+        ``pending``: whether there is work, so that ``last_step_age_s`` should stay small."""
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
@@ -369,100 +346,140 @@ class Engine:
             "stored_blocks_written": 0 if self.store is None else self.store.num_written,
             "guessed_tokens": self.drafts.num_guessed,
             "right_guesses": self.drafts.num_right,
-            "generated_tokens": self.num_generated,
+            "pending": self.has_work,
+            **self.accounts.read(),
         }
 
     # ---- inside
 
-    def _launch(self) -> _Launched | None:
+    def _launch(self) -> Launched | None:
         """Begin to compute what is scheduled now; None where nothing is, or where it failed."""
         began = self.target.clock()
         batch = self.scheduler.schedule()
         if not batch:
             return None
+        self._note_launch(batch)
         try:
             outcome, draws = self.runner.launch(batch, self.sampler.draw_of)
         except Exception as error:
             self._fail(batch, error)
             return None
-        choosing: list[Sequence] = []
-        guesses: list[int | None] = []
+        rows: list[Row] = []
         for seq, count in batch:
-            guess, seq.guess = seq.guess, []
+            guesses, seq.guess = seq.guess, []
             if self.scheduler.launch(seq, count):
-                choosing += [seq] * (1 + len(guess))
-                guesses += [None, *guess]
+                rows += [Row(seq, seq.course, guess) for guess in (None, *guesses)]
         stored = [(seq, seq.num_computed, seq.epoch) for seq, _ in batch]
-        self._launched.append(_Launched(batch, stored, choosing, guesses, draws, outcome, began))
+        self._launched.append(Launched(batch, stored, rows, draws, outcome, began))
         return self._launched[-1]
 
-    def _collect(self, done: _Launched) -> None:
+    def _note_launch(self, batch: list[tuple[Sequence, int]]) -> None:
+        accounts, now = self.accounts, self._clock()
+        accounts.steps += 1
+        for seq, count in batch:
+            accounts.prompt_tokens_computed += max(0, min(count, seq.prompt_len - seq.num_computed))
+            if seq.marks.began is None:
+                seq.marks.began = now
+                accounts.prompt_tokens_looked_up += seq.prompt_len
+                accounts.prompt_tokens_found += seq.num_cached or 0
+
+    def _collect(self, done: Launched) -> None:
         """Wait for a step, and give its tokens to those sequences that still go on."""
-        for seq, guess in zip(done.choosing, done.guesses, strict=True):
-            seq.in_flight -= guess is None
+        for row in done.rows:
+            row.seq.in_flight -= row.guess is None and row.seq.course == row.course
         try:
             sampled = self._sampled(done)
         except Exception as error:
             self._fail(done.batch, error)
             return
-        rows = sum(count == 1 for _, count in done.batch)
-        prompts = sum(count for _, count in done.batch) - rows
-        self.target.done(done.began, rows + sum(guess is not None for guess in done.guesses), prompts)
-        wrong = [row for row, seq in enumerate(done.choosing) if sampled.token_ids[row] is None]
-        failed = {done.choosing[row].request_id: row for row in wrong if done.guesses[row] is None}
-        for row in failed.values():
-            self._give_up(done.choosing[row])
+        self.target.done(done.began, done.num_decoding, done.num_prompt_tokens)
+        for row, token in zip(done.rows, sampled.token_ids, strict=True):
+            if token is None and row.guess is None and row.is_wanted:
+                self._give_up(row.seq)
         for seq, num_stored, epoch in done.stored:
             self.scheduler.collect(seq, num_stored, epoch)
         self._give_out(done, sampled)
 
-    def _give_out(self, done: _Launched, sampled: Sampled) -> None:
+    def _give_out(self, done: Launched, sampled: Sampled) -> None:
         """Each sequence its next token, and those after its guesses as long as these were right."""
-        checked: dict[Sequence, list[int]] = {}  # guesses of a sequence, and how many were right
+        checked: dict[Sequence, list[bool]] = {}  # of each guess of a sequence, whether it was right
         holds = True
-        for row, seq in enumerate(done.choosing):
-            token, guess = sampled.token_ids[row], done.guesses[row]
-            if guess is not None:
-                holds = holds and seq.status is not Status.FINISHED and follows(seq, guess)
-                counts = checked.setdefault(seq, [0, 0])
-                counts[0] += 1
-                counts[1] += holds
+        for row, token, logprob in zip(done.rows, sampled.token_ids, sampled.logprobs, strict=True):
+            seq = row.seq
+            if row.guess is None:
+                holds = row.is_wanted
             else:
-                holds = seq.status is not Status.FINISHED
+                holds = holds and row.is_right
+                checked.setdefault(seq, []).append(holds)
             if not holds:
                 continue
-            if guess is not None:  # its key and value are in the cache
+            if row.guess is not None:  # its key and value are in the cache
                 seq.num_computed += 1
                 self.scheduler.collect(seq, seq.num_computed, seq.epoch)
             if token is None:
                 self._give_up(seq)
                 continue
-            seq.token_ids.append(token)
-            self.num_generated += 1
-            try:
-                delta = self._requests[seq.request_id].open[seq.index].push(token, sampled.logprobs[row])
-            except QwenrtError as error:  # a token the tokenizer does not know
-                self._end_request(seq.request_id, error)
-            else:
-                self._report(seq, delta)
-        for seq, (guessed, right) in checked.items():
-            self.drafts.checked(seq, guessed, right)
+            processor = self._requests[seq.request_id].open[seq.index]
+            self._write(processor, token, logprob)
+            self._keep_short(processor)
+        for seq, right in checked.items():
+            self.drafts.checked(seq, len(right), sum(right))
 
     def _give_up(self, seq: Sequence) -> None:
         """End the request of a sequence whose numbers overflowed."""
-        if seq.status is not Status.FINISHED:
-            self._end_request(seq.request_id, self._non_finite(seq), discard_cache=True)
+        if not seq.is_finished:
+            self._end_request(seq.request_id, "error", self._non_finite(seq), discard_cache=True)
 
-    def _sampled(self, done: _Launched) -> Sampled:
+    def _write(self, processor: OutputProcessor, token: int, logprob: TokenLogprob | None = None) -> None:
+        """One more token of a completion."""
+        seq = processor.seq
+        seq.token_ids.append(token)
+        self.accounts.generated += 1
+        if seq.marks.first_token is None:
+            seq.marks.first_token = self._clock()
+        try:
+            delta = processor.push(token, logprob)
+        except QwenrtError as error:  # a token the tokenizer does not know
+            self._end_request(seq.request_id, "error", error)
+        else:
+            self._report(seq, delta)
+
+    def _keep_short(self, processor: OutputProcessor) -> None:
+        """End a thought that has to end here: what closes it is written as if the model had drawn it."""
+        seq, thought = processor.seq, processor.thought
+        if thought is None or not thought.is_due or seq.is_finished:
+            return
+        most = self.context_limit
+        if len(seq.token_ids) + len(thought.words) >= most:  # no answer could follow
+            return
+        seq.drop_in_flight()
+        seq.num_forced += len(thought.words)
+        seq.max_len = min(most, seq.max_len + len(thought.words))
+        for token in thought.words:
+            self._write(processor, token)
+            if seq.is_finished:
+                break
+
+    def _expire(self) -> None:
+        """End the requests whose time is up."""
+        now = self._clock()
+        if now < self._next_deadline:
+            return
+        for request_id in [r for r, running in self._requests.items() if running.request.deadline <= now]:
+            self._end_request(request_id, "timeout")
+        left = (running.request.deadline for running in self._requests.values())
+        self._next_deadline = min(left, default=math.inf)
+
+    def _sampled(self, done: Launched) -> Sampled:
         """What a step chose, and what the host chooses from its logits."""
         ours = [row for row, draw in enumerate(done.draws) if draw is None]
-        ours = [row for row in ours if done.choosing[row].status is not Status.FINISHED]
+        ours = [row for row in ours if done.rows[row].is_wanted]
         for row in ours:  # while a device computes
-            if (constraint := done.choosing[row].constraint) is not None:
+            if (constraint := done.rows[row].seq.constraint) is not None:
                 constraint.allowed()
-        sampled = Sampled(done.outcome.tokens(), [None] * len(done.choosing))
+        sampled = Sampled(done.outcome.tokens(), [None] * len(done.rows))
         if ours:
-            found = self.sampler.sample(done.outcome.logits[ours], [done.choosing[row] for row in ours])
+            found = self.sampler.sample(done.outcome.logits[ours], [done.rows[row].seq for row in ours])
             for row, token, logprob in zip(ours, found.token_ids, found.logprobs, strict=True):
                 sampled.token_ids[row], sampled.logprobs[row] = token, logprob
         return sampled
@@ -471,7 +488,7 @@ class Engine:
         if delta.finish_reason is None:
             self._outbox.append(RequestOutput(seq.request_id, delta))
             return
-        self._release(seq)
+        delta = self._ended(seq, delta)
         running = self._requests[seq.request_id]
         del running.open[seq.index]
         if not running.open:
@@ -480,30 +497,40 @@ class Engine:
 
     def _fail(self, batch: list[tuple[Sequence, int]], error: Exception) -> None:
         count = sum(n for _, n in batch)
-        typed = _typed(error, f"computing {count} tokens of {len(batch)} sequences")
-        typed.__cause__ = error
+        failure = typed(error, f"computing {count} tokens of {len(batch)} sequences")
+        failure.__cause__ = error
         traceback.clear_frames(error.__traceback__)  # whoever keeps the error does not keep its tensors
         for request_id in dict.fromkeys(
             seq.request_id for seq, _ in batch if seq.status is not Status.FINISHED
         ):
-            self._end_request(request_id, typed, discard_cache=True)
+            self._end_request(request_id, "error", failure, discard_cache=True)
 
-    def _end_request(self, request_id: str, error: QwenrtError | None, discard_cache: bool = False) -> None:
+    def _end_request(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        error: QwenrtError | None = None,
+        discard_cache: bool = False,
+    ) -> None:
         """Free what a request holds and report its end; ``discard_cache``: its cache blocks may hold anything."""
         running = self._requests.pop(request_id)
         ends = list(running.open.values())
         for i, end in enumerate(ends):
             seq = end.seq
-            delta = end.abort()
+            delta = end.end(reason)
             if discard_cache:
                 self.blocks.forget(seq)
-            self._release(seq)
+            delta = self._ended(seq, delta)
             self._outbox.append(RequestOutput(request_id, delta, i == len(ends) - 1, error))
 
-    def _release(self, seq: Sequence) -> None:
+    def _ended(self, seq: Sequence, delta: Delta) -> Delta:
+        """Free what a completion holds -> its last Delta, with its timing."""
         self.scheduler.finish(seq)
         self.sampler.forget(seq)
         self.drafts.forget(seq)
+        assert delta.finish_reason is not None
+        self.accounts.finished[delta.finish_reason] += 1
+        return replace(delta, timing=seq.marks.timing(self._clock(), seq.num_output))
 
     def _non_finite(self, seq: Sequence) -> BackendError:
         """The error that names the layer where the numbers of a sequence overflowed."""
@@ -516,14 +543,6 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
-
-
-def _step_target_s(options: EngineOptions, device: torch.device) -> float | None:
-    """What a step shall take at most, in seconds; None where there is no such target."""
-    target = options.step_target_ms
-    if target is None:
-        target = STEP_TARGET_MS if device.type == "cpu" else 0
-    return target / 1000 or None
 
 
 def _constraint(request: Request) -> Constraint | None:
@@ -539,15 +558,3 @@ def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
     if tokenizer is None:
         return []
     return [i for i in tokenizer.unused_ids() if i < size]
-
-
-def _typed(error: Exception, asked: str) -> QwenrtError:
-    """What went wrong in a computation, as an error that says what to do."""
-    if isinstance(error, QwenrtError):
-        return error
-    found = f"{type(error).__name__}: {str(error)[:300]}"
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if out_of_memory or "out of memory" in found.lower() or "can't allocate memory" in found.lower():
-        remedy = 'Lower max_num_batched_tokens or max_num_seqs, or set kv_cache_dtype="int8".'
-        return CapacityError(asked, found, remedy)
-    return BackendError(asked, found, 'If it happens again, load with device="cpu" to compare.')

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from contextlib import suppress
 from dataclasses import dataclass
 
 from qwenrt.engine.sequence import Sequence
+from qwenrt.engine.thoughts import Thought
 from qwenrt.errors import QwenrtError
 from qwenrt.outputs import Delta, FinishReason, TokenLogprob, Usage
 from qwenrt.text.replies.parser import Piece, Reply, ReplyStream, joined
@@ -45,7 +47,7 @@ class OutputProcessor:
 
     Tokens that may yet turn out to begin a stop sequence are held back from the text. Without a tokenizer the
     text stays empty. ``reply``: takes thoughts and calls out of the text, and knows stop strings of its own, which are
-    about what is left of it.
+    about what is left of it. ``thought``: counts the tokens of its thought.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class OutputProcessor:
         tokenizer: Tokenizer | None,
         skip_special_tokens: bool,
         reply: ReplyStream | None = None,
+        thought: Thought | None = None,
     ) -> None:
-        self.seq, self._rules, self._reply = seq, rules, reply
+        self.seq, self._rules, self._reply, self.thought = seq, rules, reply, thought
         params = seq.params
         self._detokenizer = (
             None
@@ -70,6 +73,8 @@ class OutputProcessor:
 
         Raises RequestError or BackendError where a grammar that it is held to cannot be followed any further.
         """
+        if self.thought is not None:
+            self.thought.push(token)
         constraint = self.seq.constraint
         complete = constraint is not None and constraint.take(token)
         text, reason = self._read(token)
@@ -84,9 +89,14 @@ class OutputProcessor:
         logprobs = [logprob] if logprob is not None else None
         return self._delta(text, [token], reason, logprobs)
 
-    def abort(self) -> Delta:
-        """The end of a completion that was cancelled or failed."""
-        return self._delta("", [], "abort", None)
+    def end(self, reason: FinishReason) -> Delta:
+        """The end of a completion that was cancelled, failed, or ran out of time; of these only the last one tells what
+        was held back."""
+        text = ""
+        if reason == "timeout":
+            with suppress(QwenrtError):  # a token the tokenizer does not know
+                text = self._finish()
+        return self._delta(text, [], reason, None)
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         if token in self._rules.ids:
@@ -140,7 +150,7 @@ class OutputProcessor:
 
     def _too_long(self) -> FinishReason | None:
         seq, limit = self.seq, self.seq.params.max_tokens
-        if limit is not None and seq.num_output >= limit:
+        if limit is not None and seq.num_output - seq.num_forced >= limit:
             return "length"
         return "length" if len(seq.token_ids) >= self._rules.context_limit else None
 
@@ -159,7 +169,8 @@ class OutputProcessor:
                 reason = whole.finish_reason("stop" if self._reply.stopped else reason)
         usage = None
         if reason is not None:
-            usage = Usage(seq.prompt_len, seq.num_output, seq.num_cached or 0)
+            thought = 0 if self.thought is None else self.thought.num_tokens
+            usage = Usage(seq.prompt_len, seq.num_output, seq.num_cached or 0, thought)
         return Delta(
             piece.content,
             tokens,

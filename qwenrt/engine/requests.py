@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 from qwenrt.engine.grammar import Compiled
 from qwenrt.engine.output_processor import StopRules
+from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import CapacityError, RequestError, shown
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
@@ -16,7 +18,7 @@ MAX_STOP_SEQUENCES = 256
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: what `Engine.check` makes and `Engine.enqueue` takes."""
+    """A checked request: what `Engine.check` makes and `Engine.enqueue` takes. ``arrived``: by the engine's clock."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -24,7 +26,14 @@ class Request:
     rules: StopRules
     skip_special_tokens: bool
     replies: tuple[ReplyStream, ...] = ()
+    thought: ThoughtRules | None = None
     grammar: Compiled | None = None
+    arrived: float = 0.0
+
+    @property
+    def deadline(self) -> float:
+        """When it ends as it is, by the engine's clock."""
+        return math.inf if self.params.timeout is None else self.arrived + self.params.timeout
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ class Scheduler:
 
     Every decoding sequence gets its token each step. Prompts share what is left equally (`shares`), in turns where that
     is little, so that a short one passes a long one and both advance; ``target`` says how much that is while anybody
-    decodes. A prompt gets the blocks for all its tokens when it is admitted. When a decoding sequence finds no block,
-    the latest sequence gives up its own and is computed anew later; the oldest never does.
+    decodes. A prompt gets the blocks for all its tokens when it is admitted. When a running sequence that has grown
+    finds no block, the latest sequence gives up its own and is computed anew later; the oldest never does.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Scheduler:
     def _decodes(self) -> list[Sequence]:
         ready: list[Sequence] = []
         for seq in list(self.running):
-            if seq.status is not Status.RUNNING or seq.num_remaining != 1 or seq.ends_here:
+            if seq.status is not Status.RUNNING or seq.num_remaining < 1 or seq.ends_here:
                 continue
             while not self.blocks.grow(seq):
                 latest = self.running[-1]
@@ -104,7 +104,8 @@ class Scheduler:
                 if latest is seq:
                     break
             else:
-                ready.append(seq)
+                if seq.num_remaining == 1:
+                    ready.append(seq)
         return ready
 
     def _guess(self, decoding: list[Sequence]) -> int:

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from qwenrt.engine.accounts import Marks
 from qwenrt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qwenrt.engine.constraint import Constraint
+
+# What a block's identity begins with: the block before it, by its uid; or at the start of a text what all of its keys
+# and values depend on besides its tokens, and whom it may be shared with.
+Link = int | tuple[int, str]
 
 
 class Status(Enum):
@@ -48,10 +53,12 @@ class Sequence:
     A step that computes its tokens may still be under way: ``num_computed`` counts the tokens whose keys and values are
     in the cache when all steps are done, ``num_stored`` those of steps that are; ``in_flight`` the tokens that steps
     under way are choosing, which follow ``token_ids``. ``num_committed`` counts the full blocks offered for sharing,
-    ``chain`` is the identity of the last of them. ``epoch`` changes whenever its cache is given up. ``turn`` is the
-    last step that computed some of its prompt, ``ahead`` a prompt that begins alike and is computed first;
-    ``is_read`` says that its beginning is being read from the disk. ``guess``: tokens that may follow, which the next
-    step checks.
+    ``chain`` is the identity of the last of them, the NTK factor and the salt before the first. ``epoch`` changes
+    whenever its cache is given up, ``course`` whenever tokens are put in the place of those under way: what a step of
+    an earlier course chooses is dropped. ``num_forced`` of its tokens were not drawn; they count for no limit of the
+    caller's. ``marks``: when it came how far. ``turn`` is the last step that computed some of its prompt,
+    ``ahead`` a prompt that begins alike and is computed first; ``is_read`` says that its beginning is being read from
+    the disk. ``guess``: tokens that may follow, which the next step checks.
     """
 
     __slots__ = (
@@ -60,17 +67,20 @@ class Sequence:
         "block_table",
         "chain",
         "constraint",
+        "course",
         "epoch",
         "guess",
         "in_flight",
         "index",
         "is_read",
         "leader",
+        "marks",
         "max_len",
         "ntk_alpha",
         "num_cached",
         "num_committed",
         "num_computed",
+        "num_forced",
         "num_stored",
         "params",
         "prompt_len",
@@ -95,6 +105,7 @@ class Sequence:
         banned_until_min: tuple[int, ...] = (),
         max_len: int = 2**31,
         seed: int | None = None,
+        arrived: float = 0.0,
         constraint: Constraint | None = None,
     ) -> None:
         self.seq_id, self.request_id, self.index = seq_id, request_id, index
@@ -104,7 +115,8 @@ class Sequence:
         self.banned_until_min, self.max_len = banned_until_min, max_len
         self.constraint = constraint
         self.seed = secrets.randbits(64) if seed is None else seed
-        self.in_flight = self.epoch = self.turn = 0
+        self.in_flight = self.epoch = self.course = self.num_forced = self.turn = 0
+        self.marks = Marks(arrived)
         self.ahead: Ahead | None = None
         self.status = Status.WAITING
         self.num_cached: int | None = None  # prompt tokens found in the cache at first admission
@@ -119,12 +131,21 @@ class Sequence:
         self.is_read = False
         self.guess: list[int] = []
         self.epoch += 1
-        self.chain: int | tuple[int, ...] = self.root
+        self.chain: Link = self.root
+
+    def drop_in_flight(self) -> None:
+        """The tokens under way are not wanted: others come in their place."""
+        self.course += 1
+        self.in_flight = 0
 
     @property
-    def root(self) -> tuple[int, ...]:
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    @property
+    def root(self) -> tuple[int, str]:
         """What has to be alike, beside their tokens, where two sequences share blocks."""
-        return (self.ntk_alpha,)
+        return (self.ntk_alpha, self.params.cache_salt)
 
     @property
     def num_output(self) -> int:

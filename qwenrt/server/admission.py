@@ -31,6 +31,7 @@ class Turn:
     ticket: Ticket
     waited: float = 0.0
     spent: int = 0
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,17 @@ class Admission:
     async def turn(
         self, caller: str, tokens: int, *, sequences: int = 1, priority: int = USUAL_PRIORITY
     ) -> AsyncIterator[Turn]:
-        """Wait for a turn, and have it within the block.
+        """Wait for a turn, and have it within the block; else as `begin`."""
+        turn = await self.begin(caller, tokens, sequences=sequences, priority=priority)
+        try:
+            yield turn
+        finally:
+            self.end(turn)
+
+    async def begin(
+        self, caller: str, tokens: int, *, sequences: int = 1, priority: int = USUAL_PRIORITY
+    ) -> Turn:
+        """Wait for a turn, which `end` must end.
 
         tokens: what the request is expected to cost, prompt and answers; see `expected`. priority: 0 to 9, beyond it is
         clamped. Raises Problem: unavailable (draining), queue_full at once, queue_timeout.
@@ -85,14 +96,17 @@ class Admission:
         if self._turns.full:
             raise self._full()
         await self._queue(ticket)
-        turn = Turn(ticket, self._clock() - ticket.arrived)
-        try:
-            yield turn
-        finally:
-            self._pass_time()
-            self._turns.end(ticket)
-            self._rate.finished(turn.spent)
-            self._go_on()
+        return Turn(ticket, self._clock() - ticket.arrived)
+
+    def end(self, turn: Turn) -> None:
+        """A turn is over, whatever became of it. Twice is once."""
+        if turn.ended:
+            return
+        turn.ended = True
+        self._pass_time()
+        self._turns.end(turn.ticket)
+        self._rate.finished(turn.spent)
+        self._go_on()
 
     def expected(self, prompt_tokens: int, max_tokens: int, sequences: int = 1) -> int:
         """The cost of a request: its prompt, and answers of a usual length, as most that ask for 32,000 tokens at most

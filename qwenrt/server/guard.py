@@ -33,7 +33,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Render = Callable[[Problem, str], tuple[int, Sequence[tuple[bytes, bytes]], bytes]]
+Render = Callable[[Problem, str, str], tuple[int, Sequence[tuple[bytes, bytes]], bytes]]
 
 log = logging.getLogger("qwenrt.server")
 access = logging.getLogger("qwenrt.server.access")
@@ -59,7 +59,8 @@ class Guard:
 
     What passes has, in ``scope["state"]``: ``request_id``; ``caller``, a name for the key that was presented ("" where
     there are none), for salts, turns and what is kept for somebody; ``max_priority``, the highest that its requests
-    may have. ``render`` writes a Problem in the dialect of a path -> (status, headers, body). ``denied`` is told the
+    may have. ``render`` writes a Problem in the dialect of a path, for the request of
+    an id -> (status, headers, body). ``denied`` is told the
     status of each request that ends here.
     """
 
@@ -105,11 +106,10 @@ class Guard:
             if not await self._refused(scope, headers, exchange):
                 await self._served(scope, exchange)
         finally:
-            access.info(
-                "%s %s %s %s in %.3f s",
-                *(state["request_id"], scope["method"], shown(scope["path"], 200), exchange.status or "-"),
-                self._clock() - began,
-            )
+            if access.isEnabledFor(logging.INFO):
+                path, seconds = shown(scope["path"], 200), self._clock() - began
+                said = state["request_id"], scope["method"], path, exchange.status or "-", seconds
+                access.info("%s %s %s %s in %.3f s", *said)
 
     async def _served(self, scope: Scope, exchange: _Exchange) -> None:
         try:
@@ -171,9 +171,9 @@ class Guard:
     async def _refuse(
         self, scope: Scope, problem: Problem, exchange: _Exchange, status: int | None = None
     ) -> None:
-        usual, headers, body = self._render(problem, scope["path"])
-        more = [(b"www-authenticate", b'Bearer realm="qwenrt"')] if problem.kind == "unauthorized" else []
-        await exchange.respond(status or usual, [*headers, *more], body)
+        usual, headers, body = self._render(problem, scope["path"], scope["state"]["request_id"])
+        asks = {b"www-authenticate": b'Bearer realm="qwenrt"'} if problem.kind == "unauthorized" else {}
+        await exchange.respond(status or usual, with_defaults(headers, asks), body)
 
 
 class _Broken(Exception):

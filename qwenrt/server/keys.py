@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from qwenrt.errors import ConfigError, shown
 from qwenrt.files import opened
@@ -97,14 +98,23 @@ def _key(asked: str, number: int, line: str) -> Key:
         raise ConfigError(asked, f"line {number}: {error.found}", _FOR_A_FILE) from None
 
 
+class Source(Protocol):
+    """Where keys come from; `ServeSettings` is one."""
+
+    @property
+    def api_keys(self) -> tuple[Key, ...]: ...
+    @property
+    def api_key_file(self) -> Path | None: ...
+
+
 class Keyring:
-    """The keys that open the server: those given to it, and those in a file, which `reload` reads again.
+    """The keys that open the server: those in its settings, and those in a file, which `reload` reads again.
 
     Raises ConfigError where the file cannot be used. A keyring without keys lets everybody in.
     """
 
-    def __init__(self, keys: Iterable[Key] = (), file: Path | None = None) -> None:
-        self._given, self._file = tuple(keys), file
+    def __init__(self, source: Source) -> None:
+        self._given, self._file = source.api_keys, source.api_key_file
         self._keys: tuple[Key, ...] = ()
         self.reload()
 

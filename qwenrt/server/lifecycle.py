@@ -30,6 +30,7 @@ _RELOADING = getattr(signal, "SIGHUP", None)
 _TICKS_A_SECOND = 10  # of uvicorn's main loop
 _AFTER_ABORT = 5.0  # seconds that aborted answers have to say so
 _BACKLOG = 2048
+_OTHER_DESCRIPTORS = 256  # a model's files, the loop's own, libraries'
 
 
 def _nothing() -> None:
@@ -196,6 +197,41 @@ def _reload(reload: Callable[[], object]) -> None:
         log.error("SIGHUP: the keys stay as they were. %s", error)
 
 
+def _allow_descriptors(connections: int) -> None:
+    """Let this process have a file descriptor for each connection, as far as the system lets it."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("this process may have %d open files, fewer than %d connections need", most, connections)
+
+
+class _OnceASecond(logging.Filter):
+    """The same warning once a second: strangers cause uvicorn's, as fast as they can send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if record.levelno != logging.WARNING or now - self._said.get(record.msg, -1.0) >= 1:
+            self._said = {record.msg: now}
+            return True
+        return False
+
+
+_ONCE_A_SECOND = _OnceASecond()
+
+
 def server_of(
     app: Any,
     settings: ServeSettings,
@@ -205,6 +241,7 @@ def server_of(
     loop: str = "auto",
 ) -> Server:
     """A server for an ASGI app, to be run by `Server.run(sockets)` or, within a running event loop, `Server.serve`."""
+    logging.getLogger("uvicorn.error").addFilter(_ONCE_A_SECOND)
     config = uvicorn.Config(
         app,
         http=protocol_class(Limits.of(settings), parser),
@@ -235,6 +272,7 @@ def run(
 ) -> None:
     """Serve until a signal ends it, then return. ``sockets``: what `bind` gave, for those who bind before they load a
     model; else they are bound here. Raises ConfigError where that fails."""
+    _allow_descriptors(settings.max_connections)
     bound = list(sockets) if sockets is not None else bind(settings)
     try:
         server_of(app, settings, hooks, parser=parser, loop=loop).run(sockets=bound)

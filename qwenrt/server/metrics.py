@@ -43,13 +43,20 @@ ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
         "Sequences that gave up their cache blocks to others and began again",
     ),
     "steps": ("qwenrt_steps", "Steps of the engine"),
-    "prefix_hit_tokens": (
-        "qwenrt_prefix_hit_tokens",
-        "Prompt tokens whose keys and values were in the cache",
+    "cancelled": ("qwenrt_cancelled", "Requests that were cancelled in the engine"),
+    "prompt_tokens_looked_up": (
+        "qwenrt_prefix_lookup_tokens",
+        "Prompt tokens that were looked for in the cache",
     ),
-    "prefix_query_tokens": ("qwenrt_prefix_query_tokens", "Prompt tokens that were looked for in the cache"),
-    "drafted_tokens": ("qwenrt_drafted_tokens", "Tokens that look-up drafts proposed"),
-    "accepted_tokens": ("qwenrt_accepted_tokens", "Tokens of look-up drafts that the model confirmed"),
+    "prompt_tokens_found": ("qwenrt_prefix_hit_tokens", "Prompt tokens that were found in the cache"),
+    "prompt_tokens_computed": (
+        "qwenrt_prompt_tokens_computed",
+        "Prompt tokens that were computed, some again",
+    ),
+    "guessed_tokens": ("qwenrt_drafted_tokens", "Tokens that look-up drafts proposed"),
+    "right_guesses": ("qwenrt_accepted_tokens", "Tokens of look-up drafts that the model confirmed"),
+    "stored_blocks_read": ("qwenrt_stored_blocks_read", "Blocks that came from the prefix store"),
+    "stored_blocks_written": ("qwenrt_stored_blocks_written", "Blocks that were written to the prefix store"),
     "grammar_compiles": ("qwenrt_grammar_compiles", "Grammars that were compiled"),
 }
 ENGINE_GAUGES: dict[str, tuple[str, str]] = {
@@ -64,7 +71,7 @@ ENGINE_GAUGES: dict[str, tuple[str, str]] = {
         "qwenrt_cache_blocks_findable",
         "Blocks of the cache that a prompt may find its beginning in",
     ),
-    "step_age": ("qwenrt_step_age_seconds", "Seconds since the last step ended"),
+    "last_step_age_s": ("qwenrt_step_age_seconds", "Seconds since the last step ended"),
 }
 
 

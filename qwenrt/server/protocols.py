@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ _PHRASES = {
     431: "Request Header Fields Too Large",
     503: "Service Unavailable",
 }
+_UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 Phase = Literal["idle", "header", "body"]
 
 
@@ -135,6 +137,9 @@ class Deadlines:
         if (now := self.phase()) != self._phase:  # of a pipelined request, which has been read by now
             self._enter(now)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn's advice to install more, for every request that wishes for another protocol."""
+
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP; an answer that has begun cannot become another."""
         self._refuse(400, msg)
@@ -199,6 +204,18 @@ class Deadlines:
         self.transport.close()
 
 
+class _NoUpgrade:
+    """Hides the wish for another protocol from httptools, which else reads no body: Java's client asks for HTTP/2 in
+    each request, as one may, and goes on without."""
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase() != "body" and (found := _UPGRADE.search(data)):  # type: ignore[attr-defined]
+            end = data.find(b"\r\n\r\n")
+            if end < 0 or found.start() < end:
+                data = data[: found.start()] + b"\r\nx-upgrade:" + data[found.end() :]
+        super().data_received(data)  # type: ignore[misc]
+
+
 def _answer(status: int, kind: str, message: str) -> bytes:
     body = json.dumps({"error": {"message": message, "type": kind, "code": kind}}).encode()
     retry = "retry-after: 1\r\n" if status == 503 else ""
@@ -242,7 +259,7 @@ def _with_h11() -> type[Any]:
 def _with_httptools() -> type[Any]:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-    class HttpTools(Deadlines, HttpToolsProtocol):  # type: ignore[misc]
+    class HttpTools(Deadlines, _NoUpgrade, HttpToolsProtocol):  # type: ignore[misc]
         _parsed: Phase = "idle"
 
         def phase(self) -> Phase:

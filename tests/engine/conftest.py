@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import native
 from qwenrt.config import read_model_config
-from qwenrt.engine.engine import Engine, EngineOptions
+from qwenrt.engine.engine import Engine
+from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.output_processor import RequestOutput
 from qwenrt.engine.sampler import Sampled
 from qwenrt.engine.sequence import Sequence

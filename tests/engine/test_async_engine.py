@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenrt.engine.async_engine import AsyncEngine, _Compute
+from qwenrt.engine.async_engine import AsyncEngine
+from qwenrt.engine.loop import Compute
 from qwenrt.errors import BackendError, CapacityError, RequestError
 from qwenrt.model.qwen import Qwen
 from qwenrt.sampling_params import SamplingParams
@@ -138,7 +139,7 @@ def test_a_step_that_takes_for_ever_does_not_hold_up_close(monkeypatch: pytest.M
         release.wait(200)
         return x
 
-    monkeypatch.setattr("qwenrt.engine.async_engine._CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr("qwenrt.engine.loop._CLOSE_TIMEOUT", 0.2)
     FaultyBackend.fault = stuck
     engine = AsyncEngine(make_engine())
     handle = engine.submit([1], GREEDY)
@@ -249,11 +250,11 @@ def test_steps_go_on_while_others_keep_asking_for_logits(served: AsyncEngine) ->
     def again(engine: object) -> torch.Tensor:
         asked.append(1)
         if len(asked) < 1000:
-            inbox.put(_Compute(again, Future()))
+            inbox.put(Compute(again, Future()))
         return torch.zeros(1)
 
     handle = served.submit([1, 2, 3], GREEDY)
-    inbox.put(_Compute(again, Future()))
+    inbox.put(Compute(again, Future()))
     assert len(list(handle)) == 8 and len(asked) < 1000
 
 
@@ -299,7 +300,7 @@ def test_the_interpreter_ends_with_a_live_engine() -> None:
         import atexit, sys
         atexit.register(lambda: print("the end"))  # registered first: runs last
         sys.path.insert(0, ".")
-        from qwenrt.engine.async_engine import AsyncEngine, _Compute
+        from qwenrt.engine.async_engine import AsyncEngine
         from qwenrt.sampling_params import SamplingParams
         from tests.engine.conftest import make_engine
         engine = AsyncEngine(make_engine(max_model_len=4096))

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenrt.backends.cpu.backend import CPUBackend
 from qwenrt.config import parse_model_config
-from qwenrt.engine.engine import Engine, EngineOptions
+from qwenrt.engine.engine import Engine
+from qwenrt.engine.options import EngineOptions
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.sampling_params import SamplingParams

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qwenrt.engine.engine import Engine, EngineOptions
+from qwenrt.engine.engine import Engine
+from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.output_processor import RequestOutput
 from qwenrt.sampling_params import SamplingParams
 from tests.conftest import GOLDEN

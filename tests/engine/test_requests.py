@@ -259,7 +259,7 @@ def test_out_of_memory_fails_the_step_and_the_engine_goes_on() -> None:
         error = outputs[request_id][-1].error
         assert isinstance(error, CapacityError)
         assert "OutOfMemoryError: tried to allocate 1 TiB. Lower max_num_batched_tokens" in str(error)
-        assert last(outputs[request_id]).finish_reason == "abort"
+        assert last(outputs[request_id]).finish_reason == "error"
     assert tokens(outputs["c"]) == expected
     assert engine.blocks.num_free == engine.blocks.num_blocks
 

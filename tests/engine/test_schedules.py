@@ -15,8 +15,9 @@ import torch
 
 from qwenrt.backends.stack import Outcome
 from qwenrt.engine.block_manager import BlockManager
-from qwenrt.engine.engine import Engine, EngineOptions
+from qwenrt.engine.engine import Engine
 from qwenrt.engine.model_runner import ModelRunner
+from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
 from qwenrt.errors import BackendError, QwenrtError
@@ -175,7 +176,7 @@ class Schedule:
             elif count == asked.params.max_tokens or len(text) == CONTEXT:
                 reason = "length"
         wanted = text[len(asked.prompt) :]
-        if end == "abort":
+        if end in ("abort", "error"):
             assert told == wanted[: len(told)] and len(told) < len(wanted)
             assert asked.error is None or (self.faulty and isinstance(asked.error, BackendError))
         else:

@@ -32,6 +32,7 @@ class Outside:
 
     def __init__(self) -> None:
         self.tried: list[str] = []
+        self.may_write: list[str] = []  # where a test's server keeps something, such as prefixes
         self.watching = False
         sys.addaudithook(self._see)  # there is no way to take one back, so there is one
 
@@ -45,7 +46,8 @@ class Outside:
             self._no(f"{event} {args[0]!r}")
         elif server and event == "open" and isinstance(args[2], int) and args[2] & _WRITING:
             path = str(args[0])
-            if "__pycache__" not in path and path != os.devnull:  # Python's own, of modules imported late
+            own = "__pycache__" in path or path == os.devnull  # Python's, of modules imported late
+            if not (own or path.startswith(tuple(self.may_write))):
                 self._no(f"open {path!r} to write")
 
     def _connection(self, event: str, address: Any, server: bool) -> None:
@@ -67,8 +69,10 @@ _OUTSIDE = Outside()
 
 @pytest.fixture(autouse=True)
 def outside() -> Iterator[Outside]:
-    """Watches each test of this directory; a test that shows the watch itself clears ``tried``."""
+    """Watches each test of this directory. A test whose server keeps files somewhere adds that to ``may_write``; one
+    that shows the watch itself clears ``tried``."""
     _OUTSIDE.tried.clear()
+    _OUTSIDE.may_write.clear()
     _OUTSIDE.watching = True
     yield _OUTSIDE
     _OUTSIDE.watching = False

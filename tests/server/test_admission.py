@@ -367,6 +367,18 @@ def test_a_turn_given_to_a_task_that_is_cancelled_before_it_runs_is_given_back()
     asyncio.run(run())
 
 
+def test_a_turn_may_outlive_the_task_that_waited_for_it() -> None:
+    async def run() -> None:
+        admission = Admission(1, backlog=0, clock=Clock())
+        turn = await asyncio.create_task(admission.begin("a", 10))
+        assert admission.figures().running == 1
+        admission.end(turn)
+        admission.end(turn)
+        assert admission.figures().running == 0
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("broken"), Problem("internal", "x"), asyncio.CancelledError()]
 )

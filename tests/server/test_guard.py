@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qwenrt.server.gates import Hosts, Origins, host_name, plain_path, request_id
 from qwenrt.server.guard import Guard
-from qwenrt.server.keys import Key, Keyring
+from qwenrt.server.keys import Keyring
 from qwenrt.server.settings import ServeSettings
 from qwenrt.text.dialects.problem import Problem
 from tests.server.wire import Serving, request, serving, until
@@ -57,7 +57,7 @@ class Inner:
         await send({"type": "http.response.body", "body": b"ok"})
 
 
-def render(problem: Problem, path: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+def render(problem: Problem, path: str, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     body = json.dumps(
         {"error": {"type": problem.kind, "message": problem.message}, "path": path[:3]}
     ).encode()
@@ -69,7 +69,7 @@ def render(problem: Problem, path: str) -> tuple[int, list[tuple[bytes, bytes]],
 
 def guarded(inner: Inner | None = None, keys: tuple[str, ...] = (), **settings: Any) -> Guard:
     chosen = ServeSettings(**{"port": 0, "drain": 0, **settings})
-    ring = Keyring([Key.of(key) for key in keys])
+    ring = Keyring(ServeSettings(api_keys=keys))
     return Guard(inner or Inner(), chosen, ring, render)
 
 
@@ -171,7 +171,7 @@ def test_without_keys_everybody_is_the_same_caller() -> None:
 
 def test_brute_force_is_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
     now = [100.0]
-    ring = Keyring([Key.of(KEY)])
+    ring = Keyring(ServeSettings(api_keys=(KEY,)))
     guard = Guard(Inner(), ServeSettings(port=0, drain=0), ring, render, clock=lambda: now[0])
     with caplog.at_level(logging.WARNING, "qwenrt.server"), serving(guard) as server, server.wire() as wire:
         for n in range(50):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -71,20 +71,23 @@ hooks = Hooks(
     abort=lambda: (say("abort"), aborted.set()),
     reload=lambda: (say("reload"), 1)[1],
 )
+if len(sys.argv) > 3:
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[3]), int(sys.argv[4])))
 run(app, settings, hooks, sockets=sockets, parser=sys.argv[2])
 say("threads", [t.name for t in threading.enumerate() if t is not threading.main_thread()])
 """
 
 
 class Process:
-    def __init__(self, drain: float, parser: str) -> None:
+    def __init__(self, drain: float, parser: str, *more: str) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(drain), parser],
+            [sys.executable, "-c", PROGRAM, str(drain), parser, *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         )
         self.said: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -114,8 +117,8 @@ class Process:
 
 
 @contextmanager
-def process(drain: float, parser: str) -> Iterator[Process]:
-    running = Process(drain, parser)
+def process(drain: float, parser: str, *more: str) -> Iterator[Process]:
+    running = Process(drain, parser, *more)
     try:
         yield running
     finally:
@@ -188,6 +191,34 @@ def test_a_client_that_breaks_off_is_no_end() -> None:
                 wire.send(request(path="/short"))
                 wire.read_until(b"begun")
         assert server.ready() == 200
+        server.signal(signal.SIGTERM)
+        server.ended()
+
+
+def test_a_server_without_another_file_descriptor_waits_for_one() -> None:
+    with process(1000, "auto", "40", "40") as server:
+        wires = [Wire(server.port) for _ in range(60)]  # the system accepts them, the server cannot
+        wires[0].send(request(path="/ready"))
+        assert wires[0].response()[0] == 200
+        for wire in wires:
+            wire.close()
+
+        def ready() -> bool:
+            with suppress(ConnectionError, AssertionError):  # uvloop closes those that it cannot have
+                return server.ready() == 200
+            return False
+
+        until(ready)
+        server.signal(signal.SIGTERM)
+        server.ended()
+
+
+def test_a_server_takes_the_file_descriptors_that_it_may_have() -> None:
+    with process(1000, "auto", "40", "400") as server:
+        wires = [Wire(server.port) for _ in range(100)]
+        for wire in wires:
+            wire.send(request(path="/ready"))
+            assert wire.response()[0] == 200
         server.signal(signal.SIGTERM)
         server.ended()
 

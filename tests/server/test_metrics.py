@@ -19,8 +19,14 @@ NAMES = {
         "qwenrt_first_token_seconds",
     ),
     *("qwenrt_between_tokens_seconds", "qwenrt_answer_seconds", "qwenrt_request_body_bytes"),
-    *("qwenrt_preemptions", "qwenrt_steps", "qwenrt_prefix_hit_tokens", "qwenrt_prefix_query_tokens"),
-    *("qwenrt_drafted_tokens", "qwenrt_accepted_tokens", "qwenrt_grammar_compiles"),
+    *("qwenrt_preemptions", "qwenrt_steps", "qwenrt_cancelled", "qwenrt_prefix_lookup_tokens"),
+    *("qwenrt_prefix_hit_tokens", "qwenrt_prompt_tokens_computed", "qwenrt_stored_blocks_read"),
+    *(
+        "qwenrt_stored_blocks_written",
+        "qwenrt_drafted_tokens",
+        "qwenrt_accepted_tokens",
+        "qwenrt_grammar_compiles",
+    ),
     *(
         "qwenrt_sequences_running",
         "qwenrt_sequences_waiting",

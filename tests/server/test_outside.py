@@ -68,6 +68,20 @@ def test_what_the_server_may_not_do_is_seen_and_stopped(
     outside.tried.clear()
 
 
+def test_a_server_may_write_where_a_test_says(outside: Outside, tmp_path: Path) -> None:
+    outside.may_write.append(str(tmp_path))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            write(tmp_path / "prefix")
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body"})
+
+    with serving(app) as server, server.wire(request()) as wire:
+        assert wire.response()[0] == 204
+    assert (tmp_path / "prefix").exists()
+
+
 def test_tests_may_write_files_and_reach_their_server(tmp_path: Path, outside: Outside) -> None:
     (tmp_path / "file").write_text("mine")
     with socket.socket() as listening, socket.socket() as mine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import time
 from typing import Any
@@ -106,6 +107,20 @@ def test_requests_of_all_usual_forms_are_served(parser: str) -> None:
         assert [wire.response()[2] for _ in range(3)] == [b"POST /f 1", b"GET /g 0", b"POST /h 2"]
         wire.send(request(path="/unread", headers={"connection": "close"}))
         assert wire.response()[0] == 200 and wire.ended()
+
+
+def test_a_wish_for_another_protocol_is_passed_over(parser: str) -> None:
+    with serving(Echo(), limits(), parser=parser) as server, server.wire() as wire:
+        for name, wish in (("Upgrade", "h2c"), ("upgrade", "websocket"), ("UPGRADE", "TLS/1.0")):
+            headers = {
+                "Connection": "Upgrade, HTTP2-Settings",
+                name: wish,
+                "HTTP2-Settings": "AAMAAABkAAQAAP__",
+            }
+            wire.send(request("POST", "/java", headers, b"\r\nupgrade: is a text"))
+            assert wire.response()[2] == b"POST /java 20"
+        wire.send(request("POST", "/plain", body=b"\r\nupgrade: is a text"))
+        assert wire.response()[2] == b"POST /plain 20"
 
 
 def test_a_large_body_and_a_large_answer_pass_whole(parser: str) -> None:
@@ -319,6 +334,36 @@ def test_a_client_that_closes_or_half_closes_has_gone(parser: str) -> None:
         assert half.ended()
         half.close()
         until(lambda: server.connections == 0 and server.tasks == 0)
+
+
+def test_damaged_requests_harm_nobody(parser: str) -> None:
+    chance = random.Random(7)
+    whole = (
+        request("POST", "/a", {"x-request-id": "abc", "expect": "100-continue"}, b'{"model": "x"}')
+        + request("POST", "/b", {"transfer-encoding": "chunked"})
+        + b"3\r\nabc\r\n0\r\n\r\n"
+        + request(path="/c?d=e")
+    )
+    with serving(Echo(), limits(receive_seconds=5), parser=parser) as server:
+        for _ in range(150):
+            damaged = bytearray(whole)
+            for _ in range(chance.randint(1, 4)):
+                at = chance.randrange(len(damaged))
+                kind = chance.randrange(4)
+                if kind == 0:
+                    damaged[at] = chance.randrange(256)
+                elif kind == 1:
+                    del damaged[at : at + chance.randint(1, 30)]
+                elif kind == 2:
+                    damaged[at:at] = bytes(chance.choices(b"\r\n :%;\x00\xff09", k=chance.randint(1, 9)))
+                else:
+                    damaged[at:at] = damaged[chance.randrange(len(damaged)) :][:50]
+            with server.wire(bytes(damaged)) as wire:
+                wire.socket.shutdown(socket.SHUT_WR)
+                came = wire.rest()
+            assert b"HTTP/1.1 5" not in came, bytes(damaged)
+        until(lambda: server.connections == 0 and server.tasks == 0)
+        still_served(server)
 
 
 def test_many_connections_at_once(parser: str) -> None:

@@ -84,7 +84,7 @@ def test_keys_are_hashed_at_once_and_shown_nowhere() -> None:
     settings = ServeSettings(api_keys=("sk-very-secret",))
     again = replace(settings, port=1)
     assert again.api_keys == settings.api_keys == (Key(digest_of(b"sk-very-secret")),)
-    for shown in (repr(settings), str(settings.api_keys), repr(Keyring(settings.api_keys))):
+    for shown in (repr(settings), str(settings.api_keys), repr(Keyring(settings))):
         assert "secret" not in shown and digest_of(b"sk-very-secret").hex()[:8] not in shown
     with pytest.raises(ConfigError) as caught:
         ServeSettings(api_keys=("sk secret",))
@@ -171,7 +171,7 @@ def test_no_file_a_directory_or_a_fifo_is_refused_at_once(tmp_path: Path) -> Non
 
 def test_keys_are_read_again_and_stay_where_the_file_went_bad(tmp_path: Path) -> None:
     path = key_file(tmp_path / "keys", "sk-old\n")
-    ring = Keyring([Key.of("sk-given")], path)
+    ring = Keyring(ServeSettings(api_keys=("sk-given",), api_key_file=path))
     assert len(ring) == 2 and ring.find([b"sk-old"])
     key_file(path, "sk-new\nsk-newer\n")
     assert ring.reload() == 3
@@ -189,7 +189,7 @@ def test_keys_are_read_again_and_stay_where_the_file_went_bad(tmp_path: Path) ->
 def test_every_key_is_compared_whatever_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[bytes] = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append(b) or a == b)
-    ring = Keyring([Key.of(f"key-{n}") for n in range(5)])
+    ring = Keyring(ServeSettings(api_keys=tuple(f"key-{n}" for n in range(5))))
     for text in (b"key-0", b"key-4", b"none", b"", b"x" * 10**6):
         compared.clear()
         ring.find([text])

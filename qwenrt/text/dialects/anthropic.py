@@ -284,15 +284,14 @@ def _tool_choice(
     return decoding.chosen_tool(choice.name or "", tools, "tool_choice.name")
 
 
-def _thinking(request: CountRequest) -> tuple[bool | None, int | None]:
-    """Whether to think, and for how many tokens at most; None where the request does not say."""
+def _thinking(request: CountRequest) -> tuple[bool, int | None]:
+    """Whether to think, and for how many tokens at most. In this dialect a request that does not ask for thoughts gets
+    none: its client takes the first block for the answer."""
     config, thinking = request.output_config, request.thinking
     budget = None
     if config is not None and config.effort is not None:
         _, budget = thought_of_effort(config.effort, "output_config.effort")
-    if thinking is None:
-        return None, budget
-    if thinking.type == "disabled":
+    if thinking is None or thinking.type == "disabled":
         return False, None
     if thinking.budget_tokens is not None:
         decoding.between("thinking.budget_tokens", thinking.budget_tokens, 1, 2**63 - 1)

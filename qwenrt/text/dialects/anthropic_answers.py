@@ -71,13 +71,15 @@ def count_body(prompt_tokens: int) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes one message. See `answers.Writer`."""
+    """Writes one message. See `answers.Writer`. Its model is named as the request named it."""
 
     media_type = "text/event-stream"
 
     def __init__(self, served: Served, ask: Ask) -> None:
         self._extra: Extra = ask.extra
         self._served = served
+        # Claude Code sends thoughts back only to the model that they say they are of, by the name it asked for.
+        self._model = ask.model or served.model
         self._id = new_id("msg_")
         self._pieces = Pieces()
         self._block = -1  # number of the latest block
@@ -151,7 +153,7 @@ class Writer:
             "id": self._id,
             "type": "message",
             "role": "assistant",
-            "model": self._served.model,
+            "model": self._model,
             "content": content,
             **_ending(reason, stop),
             "usage": usage,

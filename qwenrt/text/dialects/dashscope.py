@@ -17,6 +17,7 @@ from qwenrt.text.dialects.decoding import (
     blamed_on,
     checked_tools,
     chosen_tool,
+    continues,
     sampling_from,
     tool_name,
 )
@@ -214,7 +215,7 @@ def read(
         thinking_budget=_budget(wanted),
         stream=stream,
         ignored=tuple(ignored),
-        continue_final=messages[-1]["role"] == "assistant",
+        continue_final=continues(messages),
         extra=Form(as_message, bool(wanted.incremental_output)),
     )
 

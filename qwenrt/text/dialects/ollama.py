@@ -18,6 +18,7 @@ from qwenrt.text.dialects.decoding import (
     blamed_on,
     checked_sampling,
     checked_tools,
+    continues,
     decode,
     tool_name,
 )
@@ -208,7 +209,7 @@ def read_chat(request: ChatRequest, context: int) -> Ask:
         chat=True,
         messages=messages,
         tools=checked_tools(tools),
-        continue_final=bool(messages) and messages[-1]["role"] == "assistant",
+        continue_final=continues(messages),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -120,11 +121,17 @@ def loaded(served: Served, ask: Ask) -> dict[str, Any]:
     return about | text | {"done": True, "done_reason": "load"}
 
 
-def embed_body(served: Served, vectors: Sequence[Sequence[float]], seconds: float = 0.0) -> dict[str, Any]:
-    """The body of an answer to /api/embed: one vector for each text. seconds: how long it took."""
+def embed_body(
+    served: Served,
+    vectors: Sequence[Sequence[float]],
+    dimensions: int | None = None,
+    seconds: float = 0.0,
+) -> dict[str, Any]:
+    """The body of an answer to /api/embed: one vector for each text. dimensions: of a vector's values only so many of
+    the first, then of length 1 again; seconds: how long it took."""
     return {
         "model": served.model,
-        "embeddings": vectors,
+        "embeddings": vectors if dimensions is None else [_shortened(v, dimensions) for v in vectors],
         "total_duration": _nanoseconds(seconds),
         "load_duration": 1,
         "prompt_eval_count": served.prompt_tokens,
@@ -139,6 +146,11 @@ def embeddings_body(vector: Sequence[float]) -> dict[str, Any]:
 def rfc3339(seconds: float) -> str:
     """Seconds since the epoch as "2026-12-01T08:30:00.250000Z"."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _shortened(vector: Sequence[float], dimensions: int) -> list[float]:
+    length = math.hypot(*vector[:dimensions])
+    return [value / (length or 1.0) for value in vector[:dimensions]]
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -142,9 +142,10 @@ class ReplyStream:
             if isinstance(part, str):
                 content.append(self._matcher.push(part) if searched else part)
             elif isinstance(part, CallDelta):
-                content.append(self._matcher.finish())  # no stop string goes on behind a call
+                if part.name:  # no stop string goes on behind the beginning of a call
+                    content.append(self._matcher.finish())
                 if not self.stopped:
-                    self._matcher = StopMatcher(self._stop)
+                    self._matcher = StopMatcher(self._stop) if part.name else self._matcher
                     calls.append(part)
             else:
                 ended += self._call_ended(part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,8 +96,10 @@ class CallWriter:
         return CallEnd({"id": self._id, "type": "function", "function": function}, broken)
 
 
-def joined_calls(pieces: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
+def joined_calls(pieces: Sequence[CallDelta]) -> tuple[CallDelta, ...]:
     """The same with one piece for each call."""
+    if len(pieces) < 2:
+        return tuple(pieces)
     found: dict[int, list[CallDelta]] = {}
     for piece in pieces:
         found.setdefault(piece.index, []).append(piece)

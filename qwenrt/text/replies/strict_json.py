@@ -35,7 +35,7 @@ def write_json(value: Any) -> str:
 def escaped(text: str) -> str:
     """The text as it stands in a JSON string of write_json, without the quotes. Of two texts, one after the other, it
     is what it is of both together."""
-    return _sendable(json.dumps(text, ensure_ascii=False)[1:-1])
+    return _sendable(_AS_STRING(text)[1:-1])
 
 
 def _sendable(text: str) -> str:
@@ -56,4 +56,5 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+_AS_STRING = json.JSONEncoder(ensure_ascii=False).encode
 _HALF_PAIR = re.compile("[\ud800-\udfff]")

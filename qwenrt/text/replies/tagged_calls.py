@@ -59,7 +59,8 @@ class TaggedCalls:
 
     def finish(self, cut_off: bool = False) -> list[Part]:
         """The end: what was not handed over yet. What is cut off inside a call shows that by itself."""
-        self._scanner.end()
+        if self._call is None or not isinstance(self._body, FunctionBody):
+            self._scanner.end()  # but half the tag that closes a parameter is no part of its value
         parts = self._read()
         if self._state == "body":
             self._close(text="", closed=False)

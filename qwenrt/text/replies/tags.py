@@ -12,9 +12,13 @@ class Tags:
         self.pattern = re.compile("|".join(map(re.escape, tags)))
         beginnings = {tag[:length] for tag in tags for length in range(1, len(tag))}
         self._beginnings = tuple(sorted(beginnings, key=len, reverse=True))
+        self._first = re.compile("[" + re.escape("".join({tag[0] for tag in tags})) + "]")
 
     def begun(self, text: str, start: int) -> int:
         """The length of the longest end of ``text[start:]`` that may become a tag."""
+        longest = len(self._beginnings[0]) if self._beginnings else 0
+        if self._first.search(text, max(start, len(text) - longest)) is None:
+            return 0
         for beginning in self._beginnings:
             if text.endswith(beginning, start):
                 return len(beginning)

@@ -160,13 +160,18 @@ def _claude_step(
         return [*before, {"role": "user", "content": content}, *system]
     ids = [block["id"] for block in before[0]["content"] if block["type"] == "tool_use"]
     results: list[dict[str, Any]] = [
-        {"type": "tool_result", "tool_use_id": call_id, "content": [{"type": "text", "text": text}]}
+        {"type": "tool_result", "tool_use_id": call_id, "content": _content(step, text), "is_error": False}
         for call_id, text in zip(ids, RESULTS[step], strict=False)
     ]
     if step == 2:
         results.append({"type": "text", "text": REMINDER})
     results[-1] |= mark
     return [*before, {"role": "user", "content": results}]
+
+
+def _content(step: int, text: str) -> Any:
+    """The client sends some results as text, and some as blocks."""
+    return text if step == 1 else [{"type": "text", "text": text}]
 
 
 def claude_code_title(session: int = 1) -> dict[str, Any]:
@@ -206,7 +211,8 @@ def codex(
 ) -> dict[str, Any]:
     """The body of turn 0 to 4. answers: the items of the answers before it."""
     items: list[dict[str, Any]] = [
-        {"type": "message", "role": "developer", "content": [_input(prose("permissions", 3000))]},
+        {"type": "message", "role": "developer", "content": [_input(prose("codex", 14000))]},
+        {"type": "message", "role": "developer", "content": [_input(prose("skills", 3000))]},
         {"type": "message", "role": "user", "content": [_input("# AGENTS.md\n\n" + prose("agents", 1500))]},
         {
             "type": "message",
@@ -249,7 +255,6 @@ def codex(
     ]
     return {
         "model": "gpt-5.3-codex",
-        "instructions": prose("codex", 14000),
         "input": items,
         "tools": tools,
         "tool_choice": "auto",

@@ -261,15 +261,15 @@ def test_a_choice_that_cannot_be_made() -> None:
 @pytest.mark.parametrize(
     ("fields", "enable", "budget"),
     [
-        ({}, None, None),
-        ({"thinking": None}, None, None),
+        ({}, False, None),
+        ({"thinking": None}, False, None),
         ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, True, 2000),
         ({"thinking": {"type": "disabled"}}, False, None),
         ({"thinking": {"type": "adaptive"}}, True, None),
         ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, True, 1024),
         ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, True, None),
         ({"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}, False, None),
-        ({"output_config": {"effort": "medium"}}, None, 4096),
+        ({"output_config": {"effort": "medium"}}, False, None),
         (
             {"thinking": {"type": "enabled", "budget_tokens": 9}, "output_config": {"effort": "low"}},
             True,

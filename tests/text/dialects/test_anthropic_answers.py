@@ -86,6 +86,13 @@ def test_the_events_of_a_thought_a_text_and_a_call() -> None:
     assert found[-2]["delta"] == {**NO_STOP, "stop_reason": "tool_use"}
 
 
+def test_the_model_is_named_as_it_was_asked_for() -> None:
+    """Claude Code 2.1.197 leaves out the thoughts of a message whose model is not the one it asked for."""
+    one = anthropic.Writer(SERVED, Ask(model="claude-opus-4-8", extra=Extra(THOUGHTS)))
+    assert events(one.begin())[0]["message"]["model"] == "claude-opus-4-8"
+    assert one.whole([Generation("a", [1], "stop", Usage())])["model"] == "claude-opus-4-8"
+
+
 def test_usage_counts_what_came_from_the_cache_apart() -> None:
     usage = written(Delta("a", [1]), LAST)[-2]["usage"]
     assert usage == {

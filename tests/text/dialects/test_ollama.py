@@ -261,7 +261,7 @@ def test_a_past_answer_has_its_thought_and_calls_as_objects() -> None:
 
 def test_an_answer_that_is_last_is_continued() -> None:
     assert chat(messages=[*HELLO, {"role": "Assistant", "content": "so"}]).continue_final
-    assert not chat().continue_final
+    assert not chat().continue_final and not chat(messages=[*HELLO, called("f")]).continue_final
 
 
 def test_nothing_asked_is_a_load() -> None:

@@ -57,7 +57,9 @@ class Server:
             return json_bytes(told[path]())
         if path == "embed":
             self.asked = dialect.read_embed(dialect.decode_embed(body))
-            return json_bytes(embed_body(SERVED, [[0.5, 0.25] for _ in self.asked.texts]))
+            return json_bytes(
+                embed_body(SERVED, [[3.0, 4.0, 0.5] for _ in self.asked.texts], self.asked.dimensions)
+            )
         if path == "embeddings":
             self.asked = dialect.read_embed(dialect.decode_embeddings(body))
             return json_bytes(embeddings_body([0.5, 0.25]))
@@ -158,7 +160,7 @@ def test_a_stream_that_breaks_raises(client: Any) -> None:
 
 
 def test_vectors(server: Server, client: Any) -> None:
-    assert client.embed("qwen3", ["a", "b"], dimensions=2).embeddings == [[0.5, 0.25]] * 2
+    assert client.embed("qwen3", ["a", "b"], dimensions=2).embeddings == [[0.6, 0.8]] * 2
     assert server.asked.dimensions == 2
     assert client.embeddings("qwen3", "a").embedding == [0.5, 0.25]
 
