@@ -161,6 +161,8 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Any:
@@ -170,8 +172,10 @@ class LLM:
         of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
         ``message`` is ready to append. ``enable_thinking``: for models that can answer with and without a thought, None
         takes their default. ``thinking_budget``: the longest thought, in tokens; then the answer begins; refused for
-        models that do not think. ``sampling`` changes single fields of ``sampling_params`` or of the checkpoint's own
-        defaults.
+        models that do not think. ``tool_choice``: "auto" (None), "none", or a call that is required, of any tool
+        ("required") or of one ({"type": "function", "function": {"name": ...}}). ``parallel_tool_calls``: if off, an
+        answer ends with its first call. ``sampling`` changes single fields of ``sampling_params`` or of the
+        checkpoint's own defaults.
         """
         prepared, result = self._turn(
             query,
@@ -181,6 +185,8 @@ class LLM:
             tools,
             enable_thinking=enable_thinking,
             thinking_budget=thinking_budget,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             sampling_params=sampling_params,
             **sampling,
         )
@@ -198,6 +204,8 @@ class LLM:
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Iterator[Delta]:
@@ -216,6 +224,8 @@ class LLM:
             prompt_token_ids=prompt_token_ids,
             enable_thinking=enable_thinking,
             thinking_budget=thinking_budget,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             sampling_params=sampling_params,
             **sampling,
         )
@@ -266,6 +276,8 @@ class LLM:
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Prepared:
@@ -277,9 +289,17 @@ class LLM:
         params, tools = self._params(sampling_params, sampling), given_tools(tools)
         if prompt is None and prompt_token_ids is None:
             chat, reader = self._alive().prompter.chat_prompt(
-                query, as_history(history), system, messages, tools, enable_thinking
+                query,
+                as_history(history),
+                system,
+                messages,
+                tools,
+                enable_thinking,
+                tool_choice,
+                parallel_tool_calls,
             )
             budget = checked_budget(thinking_budget, reader)
+            self._compile(reader.held(params))
             return Prepared(chat.token_ids, params, reader, chat.stop, budget)
         if query is not None or messages is not None or tools:
             given = "prompt" if prompt_token_ids is None else "prompt_token_ids"
@@ -289,6 +309,7 @@ class LLM:
         elif not isinstance(prompt, str):
             raise RequestError("prompt", f"got {type(prompt).__name__}", "Pass a string.")
         [ids], _ = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
+        self._compile(params)
         return Prepared(ids, params, thinking_budget=checked_budget(thinking_budget, COMPLETION))
 
     def submit(self, prepared: Prepared) -> Handle:
@@ -497,6 +518,7 @@ class LLM:
         prompts, single = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
         if not isinstance(sampling_params, Sequence):
             params = self._params(sampling_params, sampling)
+            self._compile(params)
             return [Prepared(ids, params) for ids in prompts], single
         if len(sampling_params) != len(prompts):
             found = f"{len(sampling_params)} for {len(prompts)} prompts"
@@ -504,6 +526,8 @@ class LLM:
                 "a list of sampling_params", found, "Give one for each prompt, or one for all."
             )
         each = [self._params(params, sampling) for params in sampling_params]
+        for params in each:
+            self._compile(params)
         return [Prepared(ids, params) for ids, params in zip(prompts, each, strict=True)], single
 
     async def _whole(self, answer: AsyncAnswer, reader: ReplyReader = COMPLETION) -> Generation:
@@ -531,6 +555,11 @@ class LLM:
                     inside,
                 )
         return params.with_(stop_token_ids=(*params.stop_token_ids, *ids)) if ids else params
+
+    def _compile(self, params: SamplingParams) -> None:
+        """Compile the grammar of a request, which is then at hand when it is submitted, from whatever thread."""
+        if params.grammar is not None:
+            self._alive().engine.compile(params.grammar)
 
     def _options(self, prepared: Prepared) -> tuple[SamplingParams, dict[str, Any]]:
         """What the engine is told beside the prompt."""

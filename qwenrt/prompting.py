@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from qwenrt.text.chat.chatml import build_chat
 from qwenrt.text.chat.formats import ChatFormat, load_chat_format
 from qwenrt.text.chat.prompt import Prompt
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
+from qwenrt.text.chat.tool_choice import ToolChoice, chosen_tools
+from qwenrt.text.replies.call_grammar import call_grammar
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 
@@ -88,12 +90,17 @@ class Prompter:
         messages: Sequence[Mapping[str, Any]] | None,
         tools: Sequence[Mapping[str, Any]] | None,
         enable_thinking: bool | None,
+        tool_choice: object = None,
+        parallel_tool_calls: bool = True,
     ) -> tuple[Prompt, ReplyReader]:
         """The prompt of one turn, as LLM.chat takes its parts, and how its answers are read."""
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
             raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
         enable_thinking = None if enable_thinking is None else flag("enable_thinking", enable_thinking)
+        single_call = not flag("parallel_tool_calls", parallel_tool_calls)
+        choice = chosen_tools(None if tools is None else list(tools), tool_choice)
+        tools = choice.tools
         tokenizer, chat_format = self.needs_tokenizer("chat"), self._usable_chat_format()
         is_qwen1 = self.config.model_type == "qwen"
         window = self.generation.max_window_size if is_qwen1 else None
@@ -106,13 +113,30 @@ class Prompter:
         prompt = chat_format.prompt(
             tokenizer, messages, tools, enable_thinking=enable_thinking, max_window_size=window
         )
-        thinking, calls = chat_format.reply_format.thinking, chat_format.reply_format.calls
+        return prompt, self._reader(chat_format.reply_format, prompt, choice, single_call)
+
+    def _reader(
+        self, written: ReplyFormat, prompt: Prompt, choice: ToolChoice, single_call: bool
+    ) -> ReplyReader:
+        """How answers to a prompt are read, and what they must be. ``written``: the format's own way to write them."""
+        thinking, calls, tools = written.thinking, written.calls, choice.tools
         if thinking == "open" and not prompt.in_thought:  # the template can leave the thought to the model
             thinking = "hybrid"
         if tools and calls == "none":  # the template has a place for tools and names no tags: the common form
             calls = "hermes"
         reply_format = ReplyFormat(calls if tools else "none", thinking)
-        return prompt, ReplyReader(reply_format, prompt.in_thought, tools)
+        reader = ReplyReader(reply_format, prompt.in_thought, tools, single_call, prompt.thought_over)
+        if not choice.must or not tools:
+            return reader
+        grammar = call_grammar(
+            reply_format,
+            tools,
+            choice.name,
+            single=single_call,
+            in_thought=prompt.in_thought,
+            tags=self.needs_tokenizer("chat").added_tokens,
+        )
+        return replace(reader, grammar=grammar)
 
     def completion_prompts(self, prompt: object, prompt_token_ids: object) -> tuple[list[list[int]], bool]:
         """Texts, or token ids, to be continued -> the token ids of each, and whether a single one was given."""

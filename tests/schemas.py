@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from qwenrt.engine.constraint import Constraint
+from qwenrt.engine.constraint import Allowed, Constraint
 from qwenrt.engine.grammar import Compiled
 from qwenrt.structure import Grammar
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
@@ -153,14 +153,26 @@ def written(
     r: random.Random,
     most: int = 300,
     grammar: Grammar | None = None,
+    endings: tuple[str, ...] = (),
 ) -> tuple[str, bool]:
-    """A random text that a constraint allows, and whether it came to its end within ``most`` tokens. Ends are taken
-    where they can be, and closing characters often, for random texts of JSON hardly ever end."""
+    """A random text that a constraint allows, and whether it came to its end within ``most`` tokens.
+
+    Ends are taken where they can be, closing characters often, and now and then one of the ``endings`` of free text is
+    tried: random texts hardly ever end otherwise.
+    """
     eod = tokenizer.eod_id
     constraint = Constraint(compiled, grammar or Grammar.json_object(), [eod])
     ids: list[int] = []
-    for _ in range(most):
-        token = next_token(constraint, tokenizer, r, len(ids))
+    planned: list[int] = []
+    while len(ids) < most:
+        allowed = constraint.allowed()
+        assert allowed is not None
+        if endings and allowed.but and not planned and r.random() < 0.15:
+            planned = tokenizer.encode(r.choice(endings))[::-1]
+        token = planned.pop() if planned else next_token(allowed, tokenizer, r, len(ids))
+        if (token in allowed.ids) is allowed.but:
+            planned.clear()
+            continue
         if token == eod:
             return tokenizer.decode(ids, errors="strict"), True
         ids.append(token)
@@ -169,9 +181,7 @@ def written(
     return tokenizer.decode(ids), False
 
 
-def next_token(constraint: Constraint, tokenizer: Tokenizer, r: random.Random, done: int) -> int:
-    allowed = constraint.allowed()
-    assert allowed is not None
+def next_token(allowed: Allowed, tokenizer: Tokenizer, r: random.Random, done: int) -> int:
     ids = allowed.ids.tolist()
     if not allowed.but:
         assert ids

@@ -21,6 +21,7 @@ from qwenrt.engine.loop import RUNNING, Abort, Add, Compute, Loop, Sink, again, 
 from qwenrt.engine.output_processor import RequestOutput
 from qwenrt.errors import QwenrtError, RequestError
 from qwenrt.sampling_params import SamplingParams
+from qwenrt.structure import Grammar
 
 _SHARE_TOKENS = 2048  # of texts that are read between two steps
 
@@ -80,6 +81,10 @@ class AsyncEngine:
     def abort(self, request_id: str) -> None:
         """End a request soon; harmless when it has ended."""
         self._loop.inbox.put(Abort(request_id))
+
+    def compile(self, grammar: Grammar) -> None:
+        """What `submit` would do with a grammar, done now in this thread and kept. Raises RequestError."""
+        self._alive().grammars.compile(grammar)
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """Engine.logits between two steps -> float32 [num_tokens, vocab_size] on the CPU."""

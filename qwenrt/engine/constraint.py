@@ -24,7 +24,7 @@ class Allowed:
 
 
 class _Phase(Enum):
-    """thought: whatever comes until it is closed. gap: it was, and a line end may follow. start: the model may begin
+    """thought: whatever comes until it is closed. gap: it was, and line ends may follow. start: the model may begin
     a thought, or the answer. answer: within the grammar."""
 
     THOUGHT = "thought"
@@ -39,7 +39,17 @@ class Constraint:
     ``ends``: ids that end the completion; they are allowed where the grammar may end, and nowhere else.
     """
 
-    __slots__ = ("_allowed", "_compiled", "_ends", "_failed", "_matcher", "_opening", "_phase", "_tail")
+    __slots__ = (
+        "_allowed",
+        "_compiled",
+        "_ends",
+        "_failed",
+        "_gap",
+        "_matcher",
+        "_opening",
+        "_phase",
+        "_tail",
+    )
 
     def __init__(self, compiled: Compiled, grammar: Grammar, ends: Collection[int]) -> None:
         self._compiled, self._matcher = compiled, compiled.matcher()
@@ -49,6 +59,7 @@ class Constraint:
             grammar.thought
         ]
         self._opening = compiled.tokenizer.token_id(_OPEN)
+        self._gap = 2  # line ends that may follow a thought
         self._tail = b""  # of the thought, as long as its closing tag
         self._allowed: Allowed | None = None  # of the next token, where it is known
         self._failed: QwenrtError | None = None
@@ -82,9 +93,13 @@ class Constraint:
         if self._phase is _Phase.START and token == self._opening:
             self._phase = _Phase.THOUGHT
             return False
-        is_gap = self._phase is _Phase.GAP and token in self._compiled.vocabulary.line_ends
+        if self._phase is _Phase.GAP and token in self._compiled.vocabulary.line_ends:
+            self._gap -= len(self._compiled.tokenizer.token_bytes(token))
+            if self._gap <= 0:
+                self._phase = _Phase.ANSWER
+            return False
         self._phase = _Phase.ANSWER
-        return False if is_gap else self._consume([token])
+        return self._consume([token])
 
     def _think(self, token: int) -> bool:
         text = self._tail + self._compiled.tokenizer.token_bytes(token)
@@ -125,7 +140,9 @@ class Constraint:
         bits = bits & vocabulary.text
         more: list[int] = []
         if self._phase is _Phase.GAP:
-            more += vocabulary.line_ends
+            more += [
+                i for i in vocabulary.line_ends if len(self._compiled.tokenizer.token_bytes(i)) <= self._gap
+            ]
         if self._phase is _Phase.START and self._opening is not None:
             more.append(self._opening)
         _put(bits, self._ends, may_end)
@@ -155,10 +172,10 @@ def _put(bits: np.ndarray, ids: Collection[int], value: bool) -> None:
 def _allowed(bits: np.ndarray, size: int) -> Allowed:
     """The bits uint8 [ceil(size / 8)] as the shorter of the two lists. Bytes are looked at first: most are all of one
     kind."""
-    some, not_all = np.flatnonzero(bits), np.flatnonzero(bits != 255)
-    but = len(not_all) < len(some)
-    where = not_all if but else some
-    single = np.unpackbits(~bits[where] if but else bits[where], bitorder="little").reshape(-1, 8)
-    row, column = np.nonzero(single)
-    ids = where[row] * 8 + column
-    return Allowed(ids[ids < size], but)
+    some, not_all = bits != 0, bits != 255
+    but = bool(np.count_nonzero(not_all) < np.count_nonzero(some))
+    where = np.flatnonzero(not_all if but else some)
+    single = np.unpackbits(~bits[where] if but else bits[where], bitorder="little")
+    flat = np.flatnonzero(single.view(np.bool_))
+    ids = (where[flat >> 3] << 3) + (flat & 7)
+    return Allowed(ids[: np.searchsorted(ids, size)], but)

@@ -74,7 +74,7 @@ class Engine:
     ) -> None:
         backend, self._config, self._tokenizer = model.backend, model.config, tokenizer
         self._eos = tuple(eos_token_ids)
-        self._grammars = Grammars(tokenizer)
+        self.grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
         cache = KVCache(
             model.config,
@@ -175,7 +175,7 @@ class Engine:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos))
         rules = StopRules.build(ends, sequences, self.context_limit)
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        grammar = None if params.grammar is None else self._grammars.compile(params.grammar)
+        grammar = None if params.grammar is None else self.grammars.compile(params.grammar)
         if thought is not None:
             room = self.context_limit - len(prompt) - len(thought.words)
             thought = thought.within(room if params.max_tokens is None else min(room, params.max_tokens))

@@ -18,11 +18,9 @@ from qwenrt.structure import Grammar
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 KEPT = 64  # compiled grammars
-# Between two parts of JSON stands at most a space, or a line's end with an indentation.
-_WHITESPACE = r"[ ]?|\n[ ]{0,16}"
-_JSON = {"whitespace_pattern": _WHITESPACE}
-# Escapes of characters that need none are not written: text of any script stays readable.
-_JSON_LATER = {**_JSON, "json_allow_general_unicode_escapes": False}
+# What may stand between two parts of JSON: at most a space, or a line's end with an indentation. In a grammar that has
+# JSON within, such as a call, only the space.
+_BETWEEN, _BETWEEN_IN_LINE = r"[ ]?|\n[ ]{0,16}", "[ ]?"
 # Texts that a grammar leaves no choice about are not computed ahead: one could be made to take for ever.
 _NO_FORCING = '\n%llguidance {"no_forcing": true}'
 _LIMITS = {
@@ -111,23 +109,27 @@ class Grammars:
         return Compiled(vocabulary, matcher, tokenizer)
 
 
-def _lark_json(schema: dict[str, Any]) -> str:
-    """A schema, checked, as a term of a Lark grammar."""
-    return "%json " + json.dumps({**schema, "x-guidance": _JSON_LATER if _knows_escapes() else _JSON})
+def _lark_json(schema: dict[str, Any], between: str) -> str:
+    """A schema, checked, as a term of a Lark grammar. Characters that need no escape are written without: text of any
+    script stays readable."""
+    options: dict[str, Any] = {"whitespace_pattern": between}
+    if _knows_escapes():
+        options["json_allow_general_unicode_escapes"] = False
+    return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 def _as_lark(grammar: Grammar) -> tuple[str, dict[str, Any] | None]:
     """The grammar as Lark, and the schema where it is one."""
     if grammar.kind == "json_schema":
         schema = checked_schema(grammar)
-        return f"start: {_lark_json(schema)}{_NO_FORCING}", schema
+        return f"start: {_lark_json(schema, _BETWEEN)}{_NO_FORCING}", schema
     if grammar.kind == "regex":
         check_regex(grammar.text)
         source = json.loads(_llguidance().LLMatcher.grammar_from_regex(grammar.text))
         return source["grammars"][0]["lark_grammar"] + _NO_FORCING, None
     pieces = checked_lark(grammar.text)
-    lark = "".join(piece if isinstance(piece, str) else _lark_json(piece) for piece in pieces)
-    return lark + _NO_FORCING, None
+    terms = (piece if isinstance(piece, str) else _lark_json(piece, _BETWEEN_IN_LINE) for piece in pieces)
+    return "".join(terms) + _NO_FORCING, None
 
 
 def _try(matcher: Any, vocabulary: Vocabulary, grammar: Grammar) -> None:

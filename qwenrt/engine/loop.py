@@ -26,11 +26,11 @@ from qwenrt.outputs import Delta
 
 logger = logging.getLogger("qwenrt")
 
-_BETWEEN_CHORES = 0.002  # seconds that a message may come first
 _CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed
 _EXIT_TIMEOUT = (
     30.0  # seconds the interpreter's exit does: a thread that is torn out of torch's code aborts the process
 )
+_IDLE = 0.0005  # seconds between two bits of work for which nobody waits
 
 
 class Sink(Protocol):
@@ -121,9 +121,9 @@ class Loop:
             error = died(cause)
         if not self._exiting:
             self.end(error)
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
 
     def stop(self) -> None:
         """End the loop: running requests fail, the thread is waited for, though not for ever."""
@@ -191,10 +191,10 @@ class Loop:
         self._flush()
 
     def _awaited(self, engine: Engine) -> Message:
-        """The next message. Until it comes, what waits for an idle moment is done."""
+        """The next message. Until it comes, what waits for an idle moment is done bit by bit."""
         while engine.tend():
             with contextlib.suppress(queue.Empty):
-                return self.inbox.get(timeout=_BETWEEN_CHORES)
+                return self.inbox.get(timeout=_IDLE)
         return self.inbox.get()
 
     def _take(self, engine: Engine, message: Message) -> None:

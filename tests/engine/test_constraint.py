@@ -203,7 +203,7 @@ def with_thought(thought: Any) -> Grammar:
     return Grammar("regex", "[0-9]{2}", thought)
 
 
-@pytest.mark.parametrize("between", [[], [10], [BREAK]])
+@pytest.mark.parametrize("between", [[], [10], [10, 10], [BREAK]])
 def test_the_grammar_begins_after_a_thought(between: list[int]) -> None:
     script = [*b"let me {see}", CLOSE, *between, *b"42"]
     outputs, sampler = scripted(script, with_thought("open"))
@@ -222,7 +222,9 @@ def test_a_model_that_does_not_think_is_held_at_once() -> None:
         assert sampler.refused[0] == 0
 
 
-def test_after_a_thought_only_one_line_end_is_free() -> None:
+def test_after_a_thought_only_two_line_ends_are_free() -> None:
+    _, sampler = scripted([*b"x", CLOSE, 10, BREAK, *b"42"], with_thought("open"))
+    assert sampler.refused[0] == 3
     _, sampler = scripted([*b"x", CLOSE, BREAK, BREAK, *b"42"], with_thought("open"))
     assert sampler.refused[0] == 3
     _, sampler = scripted([*b"x", CLOSE, OPEN, *b"42"], with_thought("open"))

@@ -61,6 +61,11 @@ class ParameterSchema:
         """Whether the value is the text itself, whatever it is."""
         return not self._other_types(key)
 
+    def may_be_text(self, key: str) -> bool:
+        """Whether a text is among the values that the schema allows."""
+        types = self._all_types(key)
+        return not types or "string" in types
+
     def may_be_other(self, key: str, begun: str) -> bool:
         """Whether a text that begins like this may have another value than the text itself. ``begun``: its beginning
         without white space in front, at least one character."""
@@ -73,8 +78,11 @@ class ParameterSchema:
 
     def _other_types(self, key: str) -> frozenset[str]:
         """All types but string that the value may have."""
+        return self._all_types(key) - {"string"}
+
+    def _all_types(self, key: str) -> frozenset[str]:
         if key not in self._types:
-            self._types[key] = self._types_of(self._properties.get(key)) - {"string"}
+            self._types[key] = self._types_of(self._properties.get(key))
         return self._types[key]
 
     def _types_of(self, schema: object) -> frozenset[str]:

@@ -1,0 +1,212 @@
+"""The grammar of an answer that must call a tool, in each form that a model writes calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwenrt.errors import RequestError, shown
+from qwenrt.structure import Grammar, lark_literal
+from qwenrt.text.replies.call_bodies import CALL, END_CALL, END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
+from qwenrt.text.replies.reply_format import ReplyFormat
+from qwenrt.text.replies.schema_values import ParameterSchema
+
+_MAX_LENGTH = 2000  # characters; longer bounds of texts would make large automata
+# Keywords that say nothing about which arguments are right, and those that no grammar here can keep to.
+_WORDS = (
+    "title",
+    "description",
+    "default",
+    "examples",
+    "example",
+    "$comment",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+)
+_UNKEPT = (
+    *("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames"),
+    *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"),
+    *("minProperties", "maxProperties"),
+)
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_DATA = ("const", "enum")
+# A text parameter with the tag that ends it; nothing in it that a reader would take for the end.
+_VALUE = (
+    r"/\n(?s:%s)\n<\/parameter>\n/"
+    r" & ~/(?s:.*)(<\/parameter>|\n<parameter=|\n<\/function>)(?s:.*)\n<\/parameter>\n/"
+)
+# A thought and the action it leads to. One line, as Qwen-1 was trained to think: who is about to answer instead has no
+# other way on than to act.
+_THOUGHT = r"/%s[^\n]{0,400}\nAction: /"
+_LINE_END, _END_VALUE = lark_literal("\n"), lark_literal(f"\n{END_PARAMETER}\n")
+
+
+@dataclass(frozen=True)
+class _Tool:
+    name: str
+    schema: dict[str, Any]
+
+
+def call_grammar(
+    reply_format: ReplyFormat,
+    tools: Sequence[Mapping[str, Any]],
+    name: str | None = None,
+    *,
+    single: bool = False,
+    in_thought: bool = False,
+    tags: Collection[str] = (),
+) -> Grammar:
+    """The grammar of answers that are one call of ``tools`` or several, or of the one of this ``name``; one alone if
+    ``single`` and in the ReAct form, where a thought stands before it.
+
+    ``in_thought``: the prompt ended with ReAct's "Thought:". ``tags``: those of calls that are tokens of the
+    vocabulary. Arguments are of their schema; what no grammar can keep to is left out of it, unless the tool is
+    "strict". Raises RequestError for a tool that cannot be called in this form.
+    """
+    functions = [tool.get("function", tool) for tool in tools]
+    chosen = [_tool(function) for function in functions if name is None or _name(function) == name]
+    if reply_format.calls == "react":
+        return Grammar.lark(_react(chosen, in_thought))
+    opening, closing = (tag if tag in tags else lark_literal(tag) for tag in (CALL, END_CALL))
+    form = _xml if reply_format.calls == "xml" else _hermes
+    start = "start: call" if single else f"start: call ({_LINE_END} call)*"
+    rules = [start, f"call: {opening} {_LINE_END} body {_LINE_END} {closing}", *form(chosen)]
+    return Grammar.lark("\n".join(rules))
+
+
+def _hermes(tools: list[_Tool]) -> list[str]:
+    rules, close = [], lark_literal("}")
+    for i, tool in enumerate(tools):
+        head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
+        rules.append(f"body_{i}: {lark_literal(head)} {_json(tool.schema)} {close}")
+    return [_one_of("body", len(rules)), *rules]
+
+
+def _react(tools: list[_Tool], in_thought: bool) -> str:
+    calls = []
+    for i, tool in enumerate(tools):
+        head = lark_literal(f"{tool.name}\nAction Input: ")
+        calls.append(f"call_{i}: {head} {_json(tool.schema)}")
+    action = lark_literal("Action: ")
+    start = "THOUGHT call" if in_thought else f"(THOUGHT | {action}) call"
+    thought = _THOUGHT % ("" if in_thought else "Thought:")
+    return "\n".join([f"start: {start}", f"THOUGHT: {thought}", _one_of("call", len(calls)), *calls])
+
+
+def _xml(tools: list[_Tool]) -> list[str]:
+    rules, values = [], _Values()
+    for i, tool in enumerate(tools):
+        if not re.fullmatch(r"[^\s<>]{1,256}", tool.name):
+            raise _unwritable(f"the tool {shown(tool.name)}", "no name with white space, < or > is read")
+        parameters = _parameters(tool, values)
+        head = lark_literal(f"{FUNCTION}{tool.name}>\n")
+        rules.append(f"body_{i}: {' '.join([head, *parameters, lark_literal(END_FUNCTION)])}")
+    return [_one_of("body", len(tools)), *rules, *values.rules]
+
+
+def _parameters(tool: _Tool, values: _Values) -> list[str]:
+    properties = tool.schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    required = tool.schema.get("required")
+    required = required if isinstance(required, list) else []
+    known = ParameterSchema(tool.schema)
+    names = ("$defs", "definitions")
+    shared: dict[str, Any] = {name: tool.schema[name] for name in names if name in tool.schema}
+    terms = []
+    for key in [*properties, *(k for k in required if isinstance(k, str) and k not in properties)]:
+        if re.fullmatch(r"[^<>\n]+", key) is None:
+            if key in required:
+                raise _unwritable(
+                    f"the parameter {shown(key)} of {shown(tool.name)}", "< and > are no part of one"
+                )
+            continue
+        head = lark_literal(f"{PARAMETER}{key}>")
+        schema = properties.get(key)
+        schema = schema if isinstance(schema, dict) else {}
+        if known.may_be_text(key):
+            value = values.text(schema)
+        else:
+            value = f"{_LINE_END} {_json({**shared, **schema})} {_END_VALUE}"
+        terms.append(f"({head} {value}){'' if key in required else '?'}")
+    return terms
+
+
+class _Values:
+    """The terminals of text parameters, one for each kind."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    @property
+    def rules(self) -> list[str]:
+        return [f"{name}: {_VALUE % pattern}" for pattern, name in self._names.items()]
+
+    def text(self, schema: Mapping[str, Any]) -> str:
+        """What stands for a value of this schema, which may be a text."""
+        listed = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(listed, list) and listed and all(isinstance(v, str) and "<" not in v for v in listed):
+            return "(" + " | ".join(lark_literal(f"\n{v}\n</parameter>\n") for v in listed) + ")"
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        pattern = ".*"
+        if schema.get("type") == "string" and type(least) is int and 0 <= least <= _MAX_LENGTH:
+            bounded = type(most) is int and least <= most <= _MAX_LENGTH
+            if bounded or least:
+                pattern = f".{{{least},{most if bounded else ''}}}"
+        return self._names.setdefault(pattern, f"TEXT_{len(self._names)}")
+
+
+def _tool(function: Mapping[str, Any]) -> _Tool:
+    parameters = function.get("parameters")
+    if isinstance(parameters, (list, tuple)):  # Qwen-1's own form
+        listed = [p for p in parameters if isinstance(p, Mapping) and isinstance(p.get("name"), str)]
+        parameters = {
+            "type": "object",
+            "properties": {p["name"]: p.get("schema") or {} for p in listed},
+            "required": [p["name"] for p in listed if p.get("required")],
+        }
+    schema = _kept(dict(parameters or {}), function.get("strict") is True)
+    schema.setdefault("type", "object")
+    open_ended = ("patternProperties", "$ref", "allOf", "anyOf", "oneOf")
+    if not any(word in schema for word in open_ended):  # arguments are not made up
+        schema.setdefault("properties", {})
+        schema.setdefault("additionalProperties", False)
+    return _Tool(_name(function), schema)
+
+
+def _name(function: Mapping[str, Any]) -> str:
+    return str(function.get("name_for_model") or function.get("name"))
+
+
+def _kept(schema: Any, strict: bool) -> Any:
+    """The schema without words, and without what no grammar can keep to where that may be left out."""
+    if isinstance(schema, (list, tuple)):
+        return [_kept(part, strict) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    out: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _WORDS or (key in _UNKEPT and not strict):
+            continue
+        if key in _NAMED and isinstance(value, Mapping):
+            out[key] = {name: _kept(part, strict) for name, part in value.items()}
+        elif key == "oneOf" and not strict and "anyOf" not in schema:
+            out["anyOf"] = _kept(value, strict)
+        else:
+            out[key] = value if key in _DATA else _kept(value, strict)
+    return out
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps(schema, ensure_ascii=False)
+
+
+def _one_of(rule: str, count: int) -> str:
+    return f"{rule}: " + " | ".join(f"{rule}_{i}" for i in range(count))
+
+
+def _unwritable(what: str, found: str) -> RequestError:
+    return RequestError(f"a call of {what}", f"{found} in this model's form of calls", "Rename it.")
