@@ -46,7 +46,11 @@ def both(llm: qwenrt.LLM, **options: Any) -> qwenrt.Generation:
         assert [token for delta in own for token in delta.token_ids] == choice.token_ids
         assert own[-1].finish_reason == choice.finish_reason and own[-1].usage is not None
         assert own[-1].usage.completion_tokens == choice.usage.completion_tokens == len(choice.token_ids)
-        assert len(own[-1].tool_calls or []) == len(choice.message.get("tool_calls", []))
+        called = [call["function"] for call in choice.message.get("tool_calls", [])]
+        assert [call["function"] for call in own[-1].tool_calls or []] == called
+        pieces = [piece for delta in own for piece in delta.calls]
+        assert [piece.name for piece in pieces if piece.id] == [function["name"] for function in called]
+        assert "".join(piece.arguments for piece in pieces) == "".join(each["arguments"] for each in called)
     return whole
 
 

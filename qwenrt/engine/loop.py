@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import queue
@@ -29,6 +30,7 @@ _CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed
 _EXIT_TIMEOUT = (
     30.0  # seconds the interpreter's exit does: a thread that is torn out of torch's code aborts the process
 )
+_IDLE = 0.0005  # seconds between two bits of work for which nobody waits
 
 
 class Sink(Protocol):
@@ -119,6 +121,8 @@ class Loop:
             error = died(cause)
         if not self._exiting:
             self.end(error)
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
     def stop(self) -> None:
@@ -165,7 +169,7 @@ class Loop:
         engine = self._engine
         assert engine is not None
         if not engine.has_work:
-            message = self.inbox.get()
+            message = self._awaited(engine)
             engine.accounts.move()
             self._take(engine, message)
         for _ in range(
@@ -185,6 +189,13 @@ class Loop:
         for output in outputs:
             self._deliver(output)
         self._flush()
+
+    def _awaited(self, engine: Engine) -> Message:
+        """The next message. Until it comes, what waits for an idle moment is done bit by bit."""
+        while engine.tend():
+            with contextlib.suppress(queue.Empty):
+                return self.inbox.get(timeout=_IDLE)
+        return self.inbox.get()
 
     def _take(self, engine: Engine, message: Message) -> None:
         if isinstance(message, Abort):

@@ -118,7 +118,7 @@ class Guard:
             if isinstance(error, Problem) and exchange.overrun:
                 await self._refuse(scope, error, exchange)
                 return
-            _tell(scope, error)  # without its own words as they are: they may be a stranger's
+            _tell(scope, error, self._settings.log_prompts)
             if exchange.status is not None:
                 if not exchange.complete:
                     raise _Broken from None
@@ -284,7 +284,10 @@ def _of_key(headers: Headers) -> Problem:
     )
 
 
-def _tell(scope: Scope, error: Exception) -> None:
+def _tell(scope: Scope, error: Exception, all_words: bool) -> None:
+    """Log what failed and where. Its words only where the system's or torch's own, as others may quote a prompt; and
+    never as they are, as they may have lines."""
     frames = "".join(traceback.format_tb(error.__traceback__))
-    said = f"{type(error).__name__}: {shown(str(error), 300)}"
+    plain = all_words or type(error) in (RuntimeError, MemoryError) or isinstance(error, OSError)
+    said = f"{type(error).__name__}: {shown(str(error), 300)}" if plain else type(error).__name__
     log.error("%s failed with %s\n%s", scope["state"]["request_id"], said, frames)

@@ -197,7 +197,7 @@ def _reload(reload: Callable[[], object]) -> None:
         log.error("SIGHUP: the keys stay as they were. %s", error)
 
 
-def _allow_descriptors(connections: int) -> None:
+def allow_descriptors(connections: int) -> None:
     """Let this process have a file descriptor for each connection, as far as the system lets it."""
     try:
         import resource
@@ -272,7 +272,7 @@ def run(
 ) -> None:
     """Serve until a signal ends it, then return. ``sockets``: what `bind` gave, for those who bind before they load a
     model; else they are bound here. Raises ConfigError where that fails."""
-    _allow_descriptors(settings.max_connections)
+    allow_descriptors(settings.max_connections)
     bound = list(sockets) if sockets is not None else bind(settings)
     try:
         server_of(app, settings, hooks, parser=parser, loop=loop).run(sockets=bound)

@@ -1,5 +1,5 @@
-"""Random schedules of an engine against plain Python: with steps under way, failures, cancels, preemptions and stops,
-every completion gets its own tokens, each once, and every block comes back."""
+"""Random schedules of an engine against plain Python: with steps under way, failures, cancels, deadlines, preemptions,
+stops and thoughts that are ended, every completion gets its own tokens, each once, and every block comes back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
+from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import BackendError, QwenrtError
 from qwenrt.ops.steps import FROM_BEFORE, NOT_FINITE, Step
 from qwenrt.sampling_params import SamplingParams
@@ -27,6 +28,8 @@ from tests.engine.conftest import golden_model
 
 VOCAB = 40
 CONTEXT = 48
+CLOSING = 13
+WORDS = (31, 32, CLOSING, 33)
 
 
 def next_token(tokens: list[int]) -> int:
@@ -88,8 +91,11 @@ class ToyStack:
 class Asked:
     prompt: list[int]
     params: SamplingParams
+    thought: ThoughtRules | None
+    arrived: float
     told: dict[int, list[int]]
     ends: dict[int, str]
+    cuts: dict[int, int] = field(default_factory=dict)  # by index: where its thought was to end
     error: QwenrtError | None = None
 
 
@@ -109,7 +115,8 @@ class Schedule:
             prefix_caching=rng.random() < 0.7,
             depth=depth,
         )
-        self.engine = Engine(golden_model("plain"), None, options)
+        self.now = 0.0
+        self.engine = Engine(golden_model("plain"), None, options, clock=lambda: self.now)
         self.faulty = rng.random() < 0.3
         self.toy = ToyStack(size, blocks * size, self.fault)
         self.engine.runner.stacks = [self.toy]
@@ -131,11 +138,24 @@ class Schedule:
             n=rng.choice([1, 1, 2, 3]),
             stop_token_ids=[rng.randrange(VOCAB) for _ in range(rng.randint(0, 3))],
             logprobs=rng.choice([None, None, 0]),  # then the host chooses
+            timeout=rng.choice([None, None, None, 2, 30]),
+            cache_salt=rng.choice(["", "", "another"]),
         )
-        name = self.engine.add(prompt, params)
-        self.asked[name] = Asked(prompt, params, {i: [] for i in range(params.n)}, {})
+        thought = None
+        if rng.random() < 0.5:
+            thought = ThoughtRules(None, CLOSING, WORDS, True, rng.choice([None, 1, 2, 5]))
+        name = self.engine.add(prompt, params, thought=thought)
+        self.asked[name] = Asked(prompt, params, thought, self.now, {i: [] for i in range(params.n)}, {})
+
+    def end_thought(self) -> None:
+        name = self.rng.choice(sorted(self.asked))
+        asked = self.asked[name]
+        self.engine.end_thought(name)
+        for index, told in asked.told.items():
+            asked.cuts.setdefault(index, max(1, len(told)))
 
     def step(self) -> None:
+        self.now += self.rng.choice([0, 0, 1])
         for output in self.engine.step():
             asked, index = self.asked[output.request_id], output.delta.index
             assert index not in asked.ends, "something after the end"
@@ -143,13 +163,21 @@ class Schedule:
             asked.error = asked.error or output.error
             if output.delta.finish_reason:
                 asked.ends[index] = output.delta.finish_reason
+            if output.delta.finish_reason == "timeout":
+                assert asked.params.timeout is not None
+                assert self.now >= asked.arrived + asked.params.timeout
         self.check()
 
     def check(self) -> None:
         engine = self.engine
+        for asked in self.asked.values():
+            if len(asked.ends) < asked.params.n and asked.params.timeout is not None:
+                assert self.now < asked.arrived + asked.params.timeout, "it outlived its time"
         alive = [*engine.scheduler.running, *engine.scheduler.waiting.values()]
         held = {block for seq in alive for block in seq.block_table}
         assert engine.blocks.num_free == engine.blocks.num_blocks - len(held)
+        owners = {(block, seq.params.cache_salt) for seq in alive for block in seq.block_table}
+        assert len(owners) == len(held), "a block is shared in spite of the salt"
         for seq in alive:
             assert 0 <= seq.in_flight <= engine.runner.depth
             assert seq.num_stored <= seq.num_computed <= seq.num_known
@@ -163,24 +191,40 @@ class Schedule:
         assert self.engine.blocks.num_free == self.engine.blocks.num_blocks
         for asked in self.asked.values():
             for index, told in asked.told.items():
-                self.compare(asked, told, asked.ends[index])
+                self.compare(asked, index, told, asked.ends[index])
 
-    def compare(self, asked: Asked, told: list[int], end: str) -> None:
+    def compare(self, asked: Asked, index: int, told: list[int], end: str) -> None:
         """What a completion was told is what plain Python writes, to its end or to where it was cut off."""
-        text, reason = list(asked.prompt), ""
-        while not reason:
-            text.append(next_token(text))
-            count = len(text) - len(asked.prompt)
-            if text[-1] in asked.params.stop_token_ids:
-                reason = "stop"
-            elif count == asked.params.max_tokens or len(text) == CONTEXT:
-                reason = "length"
-        wanted = text[len(asked.prompt) :]
-        if end in ("abort", "error"):
+        wanted, reason = written(asked, index)
+        if end in ("abort", "error", "timeout"):
             assert told == wanted[: len(told)] and len(told) < len(wanted)
             assert asked.error is None or (self.faulty and isinstance(asked.error, BackendError))
         else:
             assert (told, end) == (wanted, reason)
+
+
+def written(asked: Asked, index: int) -> tuple[list[int], str]:
+    """The tokens of a completion that nothing cuts off, and why it ends."""
+    text, params = list(asked.prompt), asked.params
+    start, forced, cut = len(text), 0, CONTEXT
+    if asked.thought is not None:
+        cut = asked.cuts.get(index, CONTEXT)
+        if asked.thought.budget is not None:
+            most = min(params.max_tokens or CONTEXT, CONTEXT - start - len(WORDS))
+            cut = min(cut, max(1, min(asked.thought.budget, most - max(1, most // 4))))
+    while True:
+        text.append(next_token(text))
+        if text[-1] in params.stop_token_ids:
+            return text[start:], "stop"
+        if len(text) - start - forced == params.max_tokens or len(text) == CONTEXT:
+            return text[start:], "length"
+        is_due = CLOSING not in text[start:] and len(text) - start >= cut
+        if is_due and len(text) + len(WORDS) < CONTEXT:
+            forced = len(WORDS)
+            for word in WORDS:
+                text.append(word)
+                if word in params.stop_token_ids:
+                    return text[start:], "stop"
 
 
 def play(seed: int, depth: int) -> Schedule:
@@ -191,6 +235,8 @@ def play(seed: int, depth: int) -> Schedule:
             schedule.add()
         elif action < 0.4 and schedule.asked:
             schedule.engine.abort(schedule.rng.choice(sorted(schedule.asked)))
+        elif action < 0.5 and schedule.asked:
+            schedule.end_thought()
         else:
             schedule.step()
     schedule.end()
@@ -201,7 +247,18 @@ def play(seed: int, depth: int) -> Schedule:
 def test_every_completion_gets_its_own_tokens_each_once(depth: int) -> None:
     played = [play(seed, depth) for seed in range(150)]
     assert sum(s.engine.scheduler.num_preemptions for s in played) > 20
-    assert sum(asked.error is not None for s in played for asked in s.asked.values()) > 20
+    every = [asked for s in played for asked in s.asked.values()]
+    assert sum(asked.error is not None for asked in every) > 20
+    assert sum("timeout" in asked.ends.values() for asked in every) > 20
+    assert (
+        sum(
+            list(WORDS) == told[i : i + len(WORDS)]
+            for a in every
+            for told in a.told.values()
+            for i in range(9)
+        )
+        > 100
+    )
     if depth == 0:
         return
     together = sum(s.toy.calls for s in played)
@@ -233,6 +290,9 @@ MUTANTS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "a token of another row": (ModelRunner, "step_of", fed_by_another),
     "no slot for a late token": (BlockManager, "grow", without_late_ones),
     "begun anew while a token is under way": (Sequence, "held_back", lambda right, seq: False),
+    "a token in the place of a forced one": (Sequence, "drop_in_flight", lambda right, seq: None),
+    "a salt that does not count": (Sequence, "root", lambda right, seq: (seq.ntk_alpha, "")),
+    "deadlines never looked at": (Engine, "_expire", lambda right, engine: None),
 }
 
 
@@ -247,7 +307,7 @@ def test_wrong_accounts_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
     for seed in range(400):
         try:
             play(seed, depth=1)
-        except (AssertionError, KeyError, IndexError):
+        except (AssertionError, KeyError, IndexError, ValueError):
             return
     pytest.fail("400 schedules passed")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.server.gates import Hosts, Origins, host_name, plain_path, request_id
@@ -67,10 +67,10 @@ def render(problem: Problem, path: str, request_id: str) -> tuple[int, list[tupl
     return problem.status, headers, body
 
 
-def guarded(inner: Inner | None = None, keys: tuple[str, ...] = (), **settings: Any) -> Guard:
-    chosen = ServeSettings(**{"port": 0, "drain": 0, **settings})
+def guarded(inner: Inner | None = None, keys: tuple[str, ...] = (), **chosen: Any) -> Guard:
+    told = ServeSettings(**{"port": 0, "drain": 0, **chosen})
     ring = Keyring(ServeSettings(api_keys=keys))
-    return Guard(inner or Inner(), chosen, ring, render)
+    return Guard(inner or Inner(), told, ring, render)
 
 
 @pytest.fixture(params=["h11", "httptools"])
@@ -347,6 +347,76 @@ def test_no_line_of_the_log_is_forged(door: tuple[Serving, Inner], caplog: pytes
         assert ask(door[0], path="/fails", headers=WITH_KEY)[0] == 500
         until(lambda: "/fails" in caplog.text)
     assert not any(line.startswith("INFO forged") for line in caplog.text.splitlines())
+
+
+@pytest.mark.parametrize("all_words", [False, True])
+def test_what_an_error_quotes_is_not_in_the_log_unless_prompts_may_be(
+    all_words: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            raise KeyError("user said".upper())
+
+    guard = guarded(log_prompts=all_words)
+    guard.app = app
+    with caplog.at_level(logging.INFO), serving(guard) as server:
+        status, _, body = ask(server, "POST", "/v1/x", {"x-request-id": "abc"}, b"{}")
+    assert status == 500 and b"USER SAID" not in body
+    assert "abc failed with KeyError" in caplog.text and "test_guard.py" in caplog.text
+    assert ("USER SAID" in caplog.text) is all_words
+
+
+_NAMES = st.sampled_from(
+    [
+        *(
+            "host",
+            "origin",
+            "authorization",
+            "x-api-key",
+            "x-request-id",
+            "content-length",
+            "transfer-encoding",
+        ),
+        *("content-encoding", "sec-fetch-site", "access-control-request-method", "expect", "x"),
+    ]
+)
+_VALUES = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from(
+        [b"localhost", b"Bearer " + KEY.encode(), b"chunked", b"POST", b"gzip", b"https://chat.example.com"]
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "DELETE", "X" * 50]),
+    st.one_of(st.sampled_from(["/", "/health", "/v1/x", "/problem"]), st.text(max_size=20)),
+    st.lists(st.tuples(_NAMES.map(str.encode), _VALUES), max_size=8),
+    st.lists(st.binary(max_size=50), max_size=4),
+)
+def test_any_head_has_one_whole_answer(
+    method: str, path: str, headers: list[tuple[bytes, bytes]], pieces: list[bytes]
+) -> None:
+    sent: list[Any] = []
+    coming = [{"type": "http.request", "body": p, "more_body": True} for p in pieces]
+    coming += [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> Any:
+        return coming.pop(0) if coming else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "headers": headers}
+    guard = guarded(keys=(KEY,), max_body=1024, allow_origins=("https://chat.example.com",))
+    asyncio.run(guard(scope, receive, send))
+    kinds = [(m["type"], m.get("more_body", False)) for m in sent]
+    assert kinds[0][0] == "http.response.start" and kinds[-1] == ("http.response.body", False)
+    assert kinds.count(("http.response.body", False)) == 1
+    assert sent[0]["status"] in (200, 204, 401, 403, 404, 413, 415, 429, 431)
+    names = [name for name, _ in sent[0]["headers"]]
+    assert len(names) == len(set(names)) and b"x-request-id" in names
 
 
 def test_every_answer_has_the_headers_that_browsers_heed(door: tuple[Serving, Inner]) -> None:

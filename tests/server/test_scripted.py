@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +157,24 @@ def test_a_script_outside_of_a_grammar_ends_where_it_may() -> None:
         )
         assert answer.text in ("yes", "never")
         assert loaded.chat(messages=user("x"), temperature=0).text == "no"
+
+
+def test_a_beginning_is_found_again_after_a_restart(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "You are an agent with many tools. " * 60}
+
+    def opened() -> qwenrt.LLM:
+        return scripted_llm(asked, max_model_len=4096, prefix_store=tmp_path)
+
+    def written(loaded: qwenrt.LLM) -> int:
+        return int(loaded.stats()["stored_blocks_written"])
+
+    with opened() as first:
+        usages = [first.chat(messages=[system, *user(text)]).usage for text in ("a", "b", "c")]
+        shared = usages[-1].cached_tokens // first.stats()["block_size"]
+        deadline = time.monotonic() + 60
+        while written(first) < shared and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert written(first) >= shared > 30
+    with opened() as second:
+        answer = second.chat(messages=[system, *user("d")])
+    assert answer.text == "you said 'd'" and answer.usage.cached_tokens == usages[-1].cached_tokens

@@ -62,6 +62,22 @@ def stream(draw: Any, index: int = 0, broken: bool = False) -> list[Delta]:
     ]
 
 
+def disorder() -> st.SearchStrategy[list[Delta]]:
+    """Pieces in an order that no reader of answers gives: a stream is one whatever came."""
+    call = st.builds(
+        CallDelta, st.integers(0, 3), st.sampled_from(["", "call_1"]), st.sampled_from(["", "f"]), TEXT
+    )
+    piece = st.builds(
+        Delta,
+        TEXT,
+        st.just([1]),
+        reasoning=TEXT,
+        calls=st.lists(call, max_size=3).map(tuple),
+        usage=st.just(Usage(3, 2)),
+    )
+    return st.lists(piece, max_size=8)
+
+
 def joined(deltas: Sequence[Delta]) -> list[Generation]:
     """The whole choices that these pieces are of, in their order."""
     whole = generation_of(deltas)

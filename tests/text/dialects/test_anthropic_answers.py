@@ -15,7 +15,7 @@ from qwenrt.text.dialects.anthropic_answers import ERROR_TYPES, STOP_REASONS, Ex
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import STATUS, Problem
 from qwenrt.text.dialects.signed_thoughts import SignedThoughts
-from tests.text.dialects.deltas import joined, stream, token_text
+from tests.text.dialects.deltas import disorder, joined, stream, token_text
 from tests.text.dialects.events import events, message_of
 from tests.text.dialects.strategies import unhurried
 
@@ -242,3 +242,12 @@ def test_any_pieces_are_a_valid_stream_of_the_whole_message(deltas: list[Delta])
                 assert block["input"] == {"input": text}
     for field in ("stop_reason", "usage", "model", "role", "type"):
         assert message[field] == whole[field]
+
+
+@unhurried
+@given(disorder())
+def test_pieces_in_any_order_are_a_valid_stream(deltas: list[Delta]) -> None:
+    message = message_of(written(*deltas, LAST))
+    assert "".join(block.get("text", "") for block in message["content"]) == "".join(
+        delta.text for delta in deltas
+    )

@@ -246,6 +246,23 @@ def test_results_follow_their_calls_in_their_order(messages: list[Any], said: li
     check_messages(read)
 
 
+def test_what_litellm_sends_is_understood() -> None:
+    """Recorded: empty lists of images everywhere, calls and results by their ids."""
+    call = {"id": "c1", "function": {"name": "weather", "arguments": {"city": "x"}}}
+    messages = [
+        {"role": "user", "content": "hi", "images": []},
+        {"role": "assistant", "content": "", "images": [], "tool_calls": [call]},
+        {"role": "tool", "content": "20", "images": [], "tool_call_id": "c1"},
+    ]
+    ask = chat(messages=messages, options={"num_predict": 50}, format="json", stream=False)
+    assert [message["role"] for message in ask.messages or ()] == ["user", "assistant", "tool"]
+    assert ask.sampling["max_tokens"] == 50 and "grammar" in ask.sampling and not ask.stream
+    assert ollama.decode_show(b'{"name":"qwen3"}').name == "qwen3"
+    assert generate(prompt="### User:\nhi\n\n", images=[]).messages == [
+        {"role": "user", "content": "### User:\nhi\n\n"}
+    ]
+
+
 def test_a_past_answer_has_its_thought_and_calls_as_objects() -> None:
     message = called("f", thinking="hm", content="well")
     message["tool_calls"][0]["function"]["arguments"] = {"city": "杭州"}

@@ -16,7 +16,7 @@ from qwenrt.text.dialects.openai_responses import Writer
 from qwenrt.text.dialects.problem import Problem
 from qwenrt.text.dialects.responses_answers import STATUSES
 from qwenrt.text.dialects.signed_thoughts import SignedThoughts
-from tests.text.dialects.deltas import joined, stream
+from tests.text.dialects.deltas import disorder, joined, stream
 from tests.text.dialects.events import events, response_of
 from tests.text.dialects.strategies import unhurried
 
@@ -243,3 +243,11 @@ def test_any_pieces_are_a_valid_stream_of_the_whole_response(
         assert streamed[key] == whole[key]
     assert streamed["usage"] == whole["usage"]
     assert one.response["output"] == streamed["output"]
+
+
+@unhurried
+@given(disorder())
+def test_pieces_in_any_order_are_a_valid_stream(deltas: list[Delta]) -> None:
+    output = response_of(written(*deltas, Delta("", [9], "stop", usage=Usage())))["output"]
+    said = "".join(item["content"][0]["text"] for item in output if item["type"] == "message")
+    assert said == "".join(delta.text for delta in deltas)
