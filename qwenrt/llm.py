@@ -200,6 +200,7 @@ class LLM:
                 parallel_tool_calls,
             )
             budget = checked_budget(thinking_budget, reader)
+            self._compile(params)  # by itself, so that an error tells its place
             self._compile(reader.held(params))
             return Prepared(chat.token_ids, params, reader, chat.stop, budget)
         if query is not None or messages is not None or tools:

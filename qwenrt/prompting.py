@@ -144,7 +144,10 @@ class Prompter:
         if tools and calls == "none":  # the template has a place for tools and names no tags: the common form
             calls = "hermes"
         reply_format = ReplyFormat(calls if tools else "none", thinking)
-        reader = ReplyReader(reply_format, prompt.in_thought, tools, single_call, prompt.thought_over)
+        tags = self.needs_tokenizer("chat").added_tokens
+        reader = ReplyReader(
+            reply_format, prompt.in_thought, tools, single_call, prompt.thought_over, tags=tags
+        )
         if not choice.must or not tools:
             return reader
         grammar = call_grammar(
@@ -153,7 +156,7 @@ class Prompter:
             choice.name,
             single=single_call,
             in_thought=prompt.in_thought,
-            tags=self.needs_tokenizer("chat").added_tokens,
+            tags=tags,
         )
         return replace(reader, grammar=grammar)
 
