@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         RequestError as RequestError,
     )
     from qwenrt.llm import LLM as LLM
-    from qwenrt.llm import load as load
-    from qwenrt.llm import load_tokenizer as load_tokenizer
     from qwenrt.load_options import LoadOptions as LoadOptions
+    from qwenrt.loading import load as load
+    from qwenrt.loading import load_tokenizer as load_tokenizer
     from qwenrt.outputs import Delta as Delta
     from qwenrt.outputs import Generation as Generation
     from qwenrt.outputs import Usage as Usage
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 # name -> module that has it; looked up on first use so that importing the package stays cheap
 _LAZY = {
-    "load": "qwenrt.llm",
+    "load": "qwenrt.loading",
     "LLM": "qwenrt.llm",
-    "load_tokenizer": "qwenrt.llm",
+    "load_tokenizer": "qwenrt.loading",
     "Tokenizer": "qwenrt.text.tokenizer.tokenizer",
     "LoadOptions": "qwenrt.load_options",
     "SamplingParams": "qwenrt.sampling_params",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import RequestError, shown
 from qwenrt.outputs import Delta, FinishReason, Generation, Timing, TokenLogprob, Usage
 from qwenrt.structure import Grammar, Thought
+from qwenrt.text.replies.call_grammar import or_calls
 from qwenrt.text.replies.parser import Reply, ReplyStream, parse_reply
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.replies.thinking import CLOSE, OPEN
@@ -34,6 +35,7 @@ class ReplyReader:
 
     ``in_thought``: the prompt ended inside a thought; ``thought_over``: behind one, so that none is to come.
     ``single_call``: an answer ends with its first call. ``grammar``: what it must be because of the prompt, a call.
+    ``tags``: what the vocabulary has tokens for.
     """
 
     reply_format: ReplyFormat = PLAIN
@@ -42,6 +44,7 @@ class ReplyReader:
     single_call: bool = False
     thought_over: bool = False
     grammar: Grammar | None = None
+    tags: Collection[str] = ()
 
     def held(self, params: SamplingParams) -> SamplingParams:
         """The parameters with the grammar of this prompt's answers, which begins after a thought. RequestError where
@@ -55,6 +58,9 @@ class ReplyReader:
                 "an answer can be held to one of them",
                 "Leave one out.",
             )
+        if self.grammar is None and self.tools:
+            single, tags = self.single_call, self.tags
+            grammar = or_calls(grammar, self.reply_format, self.tools, single=single, tags=tags)
         if self.reply_format.calls != "react" and (self.in_thought or self.reply_format.thinking == "open"):
             thought: Thought = "open"
         else:
@@ -153,7 +159,7 @@ def generation_of(
 ) -> Generation:
     """All deltas of one request as its first completion, with all of them in ``choices`` where there are several.
     ``replies``: what read them."""
-    choices = _joined_by_index(deltas)
+    choices = joined_by_index(deltas)
     if reader.reply_format.calls == "react":
         choices = [
             _transcript(streamed, reply, reader) for streamed, reply in zip(choices, replies, strict=True)
@@ -169,7 +175,7 @@ def _transcript(streamed: Generation, reply: ReplyStream, reader: ReplyReader) -
     return replace(streamed, text=reply.written, message=replace(whole, tool_calls=calls).message())
 
 
-def _joined_by_index(deltas: Iterable[Delta]) -> list[Generation]:
+def joined_by_index(deltas: Iterable[Delta]) -> list[Generation]:
     pieces: dict[int, list[Delta]] = {}
     for delta in deltas:
         pieces.setdefault(delta.index, []).append(delta)

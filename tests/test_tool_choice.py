@@ -217,6 +217,20 @@ def test_required_calls_of_a_model_that_thinks(hybrid: qwenrt.LLM) -> None:
     assert len(called(reply)) >= 1
 
 
+def test_an_answer_held_to_json_may_be_a_call_instead(hybrid: qwenrt.LLM) -> None:
+    assert hybrid.tokenizer is not None
+    opening = hybrid.tokenizer.added_tokens["<tool_call>"]
+    for bias in (-100.0, 100.0):
+        asked = {**ASKED, "logit_bias": {opening: bias}, "enable_thinking": False}
+        reply = hybrid.chat(**asked, grammar=HELLO["grammar"], parallel_tool_calls=False)
+        if bias < 0:
+            assert type(json.loads(reply.text)["ok"]) is bool and reply.finish_reason == "stop"
+        else:
+            assert called(reply)[0] in ("calculate", "now") and not reply.text
+    with pytest.raises(RequestError, match=r"\$\.not"):
+        hybrid.prepare(**ASKED, grammar=Grammar.json_schema({"not": {}}))
+
+
 def test_required_calls_in_xml(directory: Path, tmp_path: Path) -> None:
     tools = "{% if tools %}<tool_call>\n<function=example>{{ tools | tojson }}{% endif %}"
     with with_template(directory, tmp_path, tools + TURNS + "<|im_start|>assistant\n") as llm:

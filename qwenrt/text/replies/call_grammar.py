@@ -78,6 +78,28 @@ def call_grammar(
     return Grammar.lark("\n".join(rules))
 
 
+def or_calls(
+    grammar: Grammar,
+    reply_format: ReplyFormat,
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    single: bool = False,
+    tags: Collection[str] = (),
+) -> Grammar:
+    """The grammar of answers that are JSON as asked for, or calls of the tools instead. A grammar of another kind, and
+    the ReAct form, whose answers begin with a thought, leave no call: they are given back as they are."""
+    if grammar.kind != "json_schema" or reply_format.calls not in ("hermes", "xml"):
+        return grammar
+    try:
+        schema = json.loads(grammar.text)
+    except (ValueError, RecursionError):  # whoever compiles it says what is wrong
+        return grammar
+    if not isinstance(schema, dict):
+        return grammar
+    calls = call_grammar(reply_format, tools, single=single, tags=tags)
+    return Grammar.lark(f"start: calls | {_json(schema)}\n{calls.text.replace('start:', 'calls:', 1)}")
+
+
 def _hermes(tools: list[_Tool]) -> list[str]:
     rules, close = [], lark_literal("}")
     for i, tool in enumerate(tools):
