@@ -186,4 +186,4 @@ class _Routes:
         source: AsyncIterator[bytes] = stream.read(int(offset))
         about = stream.about
         client = Client(request.receive)
-        return Streaming(client, source, about.media_type, lambda: SSE_PING, about.headers, lambda: None)
+        return Streaming(client, source, about.media_type, lambda: SSE_PING, about.headers)

@@ -23,8 +23,8 @@ async def events(
     running: Running, writer: Writer, problem_of: Callable[[Exception], Problem]
 ) -> AsyncIterator[bytes]:
     """The stream of an answer in its dialect. It always has an end: of all choices, or the event of an error."""
-    yield writer.begin()
     try:
+        yield writer.begin()
         while deltas := await running.batch():
             data = b"".join([writer.push(delta) for delta in deltas])
             if data:
@@ -34,6 +34,10 @@ async def events(
         yield writer.fail(problem_of(error))
     finally:
         running.close()
+
+
+def _nothing() -> None:
+    """Where nobody has to be told."""
 
 
 class ClientGone(Exception):
@@ -69,7 +73,8 @@ class Client:
 class Streaming:
     """An ASGI response that sends what ``source`` gives, and pings while that gives nothing.
 
-    ``gone`` is called when the client hangs up before the end: then nothing more is read.
+    ``gone`` is called when the client hangs up before the end: then nothing more is read. ``over`` is called when
+    nothing more is sent, for whatever reason, also where nothing of the source was read at all.
     """
 
     def __init__(
@@ -79,9 +84,11 @@ class Streaming:
         media_type: str,
         ping: Callable[[], bytes],
         headers: dict[str, str],
-        gone: Callable[[], None],
+        gone: Callable[[], None] = _nothing,
+        over: Callable[[], None] = _nothing,
     ) -> None:
-        self._client, self._source, self._ping, self._gone = client, source, ping, gone
+        self._client, self._source, self._ping = client, source, ping
+        self._gone, self._over = gone, over
         self._headers = [
             (b"content-type", media_type.encode()),
             *STREAM_HEADERS,
@@ -102,9 +109,10 @@ class Streaming:
                 await pings.close()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await pings.close()
             watch.remove_done_callback(self._hung_up)
             self._client.close()
+            self._over()
+            await pings.close()
             close = getattr(self._source, "aclose", None)
             if close is not None:
                 with suppress(RuntimeError):
@@ -116,9 +124,10 @@ class Streaming:
 
 
 async def _hung_up(receive: Receive) -> None:
-    """Returns when the client has closed its end."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Returns when the client has closed its end, or sends what no request has behind its body."""
+    with suppress(Exception):
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 class _Pings:

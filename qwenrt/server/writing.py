@@ -14,7 +14,7 @@ from qwenrt.server.kept_streams import About, KeptStreams
 from qwenrt.server.running import Running
 from qwenrt.server.service import Caller, Made, Service
 from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events
-from qwenrt.text.dialects.answers import Served, Writer
+from qwenrt.text.dialects.answers import Served, Writer, new_id
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
 
@@ -57,16 +57,18 @@ class Writing:
 
         Raises Problem for what is wrong before anything was sent, ClientGone where nobody waits for it any more.
         """
-        client = Client(request.receive)
+        client, answer_id = Client(request.receive), ""
         try:
             made = await client.unless_gone(self.service.make(ask, caller_of(request)))
             writer = writer_of(self.served(made, request, **told), ask)
             size = len(await request.body())
-            answer_id = getattr(writer, "id", request.scope["state"]["request_id"])
+            answer_id = getattr(writer, "id", "") or new_id("answer-")  # never what a client chose
             start = self.service.start(made, ask, caller_of(request), dialect, answer_id, size)
             running = await client.unless_gone(start)
         except BaseException:
             client.close()
+            if (begun := self.service.running.get(answer_id)) is not None:  # just as this was cancelled
+                begun.close()
             raise
         headers = _headers(ask, made)
         if ask.stream:
@@ -103,7 +105,9 @@ class Writing:
         source = events(running, writer, problem_of)
         conversation = request.headers.get(CONVERSATION)
         if conversation is None:
-            return Streaming(client, source, writer.media_type, writer.ping, headers, running.cancel)
+            return Streaming(
+                client, source, writer.media_type, writer.ping, headers, running.cancel, running.close
+            )
         about, owner = About(writer.media_type, headers), caller_of(request).name
         try:
             stream = self.kept.keep(owner, conversation, source, about, running.cancel)
@@ -111,7 +115,7 @@ class Writing:
             client.close()
             running.close()
             raise
-        return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers, _nothing)
+        return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers)
 
 
 def problem_of(error: Exception) -> Problem:
@@ -122,15 +126,15 @@ def problem_of(error: Exception) -> Problem:
     return problem
 
 
+def _in_a_header(name: str) -> str:
+    """A client's word, with nothing in it that ends a header or a list."""
+    return "".join(c if c.isascii() and c.isprintable() and c != "," else "?" for c in name[:64])
+
+
 def _headers(ask: Ask, made: Made) -> dict[str, str]:
     headers = {}
     if made.max_tokens is not None:
         headers["x-qwenrt-max-tokens"] = str(made.max_tokens)
     if ask.ignored:
-        names = [name.encode("ascii", "backslashreplace").decode() for name in ask.ignored[:32]]
-        headers["x-qwenrt-ignored"] = ", ".join(name[:64] for name in names)
+        headers["x-qwenrt-ignored"] = ", ".join(map(_in_a_header, ask.ignored[:32]))
     return headers
-
-
-def _nothing() -> None:
-    """A stream that is kept goes on when its client hangs up."""
