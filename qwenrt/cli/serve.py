@@ -69,15 +69,22 @@ def _add_setting(group: Any, name: str) -> None:
         }
     elif kind is bool:
         told["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
-    elif name in _SIZES:
-        told |= {"type": _parsed(serving.size), "metavar": "SIZE"}
-    elif kind is float:
-        told |= {"type": _parsed(serving.seconds), "metavar": "SECONDS"}
-    elif kind is int:
+    elif kind in (int, float):
+        told["help"] += f" (default: {_shown(name, setting.default)})"
         told |= {"type": int, "metavar": "N"}
+        if name in _SIZES:
+            told |= {"type": _parsed(serving.size), "metavar": "SIZE"}
+        elif kind is float:
+            told |= {"type": _parsed(serving.seconds), "metavar": "SECONDS"}
     else:
         told["metavar"] = "FILE" if name == "api_key_file" else "ADDRESS"
     group.add_argument(option, **told)
+
+
+def _shown(name: str, default: Any) -> str:
+    if name in _SIZES:
+        return f"{int(default) >> 20}MiB" if default >= 1 << 20 else f"{int(default) >> 10}KiB"
+    return f"{default:g}"
 
 
 def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -97,7 +104,7 @@ def serve(args: argparse.Namespace) -> int:
     settings = ServeSettings(**given)
     sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
     from qwenrt.loading import load
-    from qwenrt.server.app import app
+    from qwenrt.server import app
     from qwenrt.server.lifecycle import bind, run
 
     sockets = bind(settings)  # before a large model is loaded for a port that somebody else has
