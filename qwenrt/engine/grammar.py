@@ -65,10 +65,11 @@ class Compiled:
 
 class Grammars:
     """Compiles grammars for one tokenizer and keeps the latest. Any thread may use it: `compile` does its work in the
-    caller's."""
+    caller's. ``num_compiled``: how often that was needed."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+        self.num_compiled = 0
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
         self._lock, self._building = threading.Lock(), threading.Lock()
@@ -82,6 +83,7 @@ class Grammars:
                 return self._kept[key]
         compiled = self._compiled(grammar)
         with self._lock:
+            self.num_compiled += 1
             self._kept[key] = compiled
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
