@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,11 @@ class Grammars:
 def _lark_json(schema: dict[str, Any], between: str) -> str:
     """A schema, checked, as a term of a Lark grammar. Characters that need no escape are written without: text of any
     script stays readable."""
+    if _is_old():  # these know no pattern, and would take any white space; nor what two rules say of one key
+        if '"patternProperties"' in json.dumps(schema):
+            found = "this version of llguidance does not keep to patternProperties"
+            raise RequestError("a grammar (json_schema)", found, "Install llguidance 1.9 or later.")
+        return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
     options: dict[str, Any] = {"whitespace_pattern": between}
     if _knows_escapes():
         options["json_allow_general_unicode_escapes"] = False
@@ -197,6 +203,13 @@ def _llguidance() -> Any:
             'Install it with `pip install "qwenrt[server]"`.',
         ) from error
     return llguidance
+
+
+@cache
+def _is_old() -> bool:
+    """Whether the version is before 1.9."""
+    major, minor = (int(part) for part in version("llguidance").split(".")[:2])
+    return (major, minor) < (1, 9)
 
 
 @cache
