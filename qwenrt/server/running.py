@@ -21,13 +21,11 @@ class Running:
     """Deltas of one request, a batch a step; ``Delta.index`` counts over the choices of all prompts.
 
     ``caller``: whose it is. ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one
-    ended it, when nothing of it is in the engine any more. For one event loop.
+    ended it, when nothing of it is in the engine any more. For one event loop. `begin` comes first.
     """
 
     def __init__(
         self,
-        llm: LLM,
-        prepared: Sequence[Prepared],
         caller: object,
         seen: Callable[[Sequence[Delta]], None],
         ended: Callable[[Exception | None], None],
@@ -37,11 +35,18 @@ class Running:
         self._error: Exception | None = None
         self._answers: list[AsyncAnswer] = []
         self._merged: _Merged | None = None
+
+    async def begin(self, llm: LLM, prepared: Sequence[Prepared]) -> None:
+        """Submit all of it; with many prompts, others have their turns between. Raises what is wrong with one, and the
+        others are ended."""
         try:
             for one in prepared:
+                if self._answers:
+                    await asyncio.sleep(0)
                 self._answers.append(llm.asubmit(one))
-        except BaseException:
-            self.cancel()
+        except BaseException as error:
+            self._error = error if isinstance(error, Exception) else None
+            self.close()
             raise
         if len(self._answers) > 1:
             self._merged = _Merged(self._answers, [one.params.n for one in prepared])

@@ -22,6 +22,7 @@ from qwenrt.text.dialects.problem import Problem
 if TYPE_CHECKING:
     from qwenrt.answering import Prepared
     from qwenrt.llm import LLM
+    from qwenrt.sampling_params import SamplingParams
     from qwenrt.server.settings import ServeSettings
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
@@ -121,13 +122,11 @@ class Service:
         self.metrics.begin(body_bytes)
         self.metrics.queue_wait.observe(turn.waited)
         watched = _Watched(self, dialect, answer_id, turn, began)
+        running = self.running[answer_id] = Running(caller, watched.seen, watched.ended)
         try:
-            timed = [self._within_time(one) for one in made.prepared]
-            running = Running(self.llm, timed, caller, watched.seen, watched.ended)
-        except Exception as error:
-            watched.ended(error)
+            await running.begin(self.llm, made.prepared)
+        except QwenrtError as error:
             raise Problem.of(error) from error
-        self.running[answer_id] = running
         return running
 
     def stats(self) -> dict[str, Any]:
@@ -167,11 +166,6 @@ class Service:
         except QwenrtError as error:
             raise Problem.of(error) from error
 
-    def _within_time(self, prepared: Prepared) -> Prepared:
-        asked, most = prepared.params.timeout, self.settings.request_timeout
-        timeout = most if asked is None else min(asked, most)
-        return replace(prepared, params=replace(prepared.params, timeout=timeout))
-
     def _make(self, ask: Ask, caller: Caller) -> Made:
         sampling = dict(ask.sampling)
         asked = sampling.pop("max_tokens", None)
@@ -180,13 +174,14 @@ class Service:
         if ask.messages is not None:
             prepared = [self._chat(ask, sampling)]
         else:
-            prepared = [self._completion(prompt, sampling) for prompt in ask.prompts]
+            prepared = self._completions(ask.prompts, sampling)
         longest = max(len(one.prompt_token_ids) for one in prepared)
         room = self.llm.max_model_len - longest
         if room < 1:
             raise Problem.context_length(longest, self.llm.max_model_len)
         limit = room if asked is None else min(asked, room)
-        limited = tuple(replace(one, params=_limited(one.params, limit)) for one in prepared)
+        params = self._limited(prepared[0].params, limit)
+        limited = tuple(replace(one, params=params) for one in prepared)
         return Made(limited, limit if asked is not None and limit < asked else None)
 
     def _chat(self, ask: Ask, sampling: dict[str, Any]) -> Prepared:
@@ -204,15 +199,26 @@ class Service:
             prepared = replace(prepared, prompt_token_ids=[*ask.before, *prepared.prompt_token_ids])
         return prepared
 
-    def _completion(self, prompt: str | list[int], sampling: dict[str, Any]) -> Prepared:
-        if isinstance(prompt, str):
-            return self.llm.prepare(prompt=prompt, max_tokens=None, **sampling)
-        return self.llm.prepare(prompt_token_ids=prompt, max_tokens=None, **sampling)
+    def _completions(self, prompts: Sequence[str | list[int]], sampling: dict[str, Any]) -> list[Prepared]:
+        """All with the same parameters, which are looked at once."""
+        prepared: list[Prepared] = []
+        asked: dict[str, Any] = {**sampling, "max_tokens": None}
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                prepared.append(self.llm.prepare(prompt=prompt, **asked))
+            else:
+                prepared.append(self.llm.prepare(prompt_token_ids=prompt, **asked))
+            asked = {"sampling_params": prepared[0].params}
+        return prepared
 
-
-def _limited(params: Any, limit: int) -> Any:
-    """A minimum of tokens that the context cannot hold is cut as their maximum is."""
-    return params.with_(max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+    def _limited(self, params: SamplingParams, limit: int) -> SamplingParams:
+        """A minimum of tokens that the context cannot hold is cut as their maximum is; so is the time."""
+        asked, most = params.timeout, self.settings.request_timeout
+        return params.with_(
+            max_tokens=limit,
+            min_tokens=min(params.min_tokens, limit),
+            timeout=most if asked is None else min(asked, most),
+        )
 
 
 @dataclass

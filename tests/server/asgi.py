@@ -23,8 +23,10 @@ class Exchange:
         headers: dict[str, str] | None = None,
         at_send: Callable[[Exchange, dict[str, Any]], object] = lambda exchange, message: None,
     ) -> None:
-        self._raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = {"host": "localhost", "content-length": str(len(self._raw)), **(headers or {})}
+        self._raw: bytes | None
+        self.body_given = self._raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.headers_given = headers or {}
+        given = {"host": "localhost", "content-length": str(len(self.body_given)), **self.headers_given}
         plain, _, query = path.partition("?")
         self.scope: dict[str, Any] = {
             "type": "http",
@@ -33,7 +35,7 @@ class Exchange:
             "method": method,
             "scheme": "http",
             "path": unquote(plain),
-            "raw_path": plain.encode(),
+            "raw_path": plain.encode("utf-8", "replace"),
             "query_string": query.encode(),
             "root_path": "",
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items()],
@@ -59,6 +61,10 @@ class Exchange:
     def whole(self) -> bool:
         """Whether the answer has its end."""
         return bool(self.sent) and not self.sent[-1].get("more_body", self.sent[-1]["type"].endswith("start"))
+
+    @property
+    def left(self) -> bool:
+        return self._gone.is_set()
 
     def hang_up(self) -> None:
         self._gone.set()
