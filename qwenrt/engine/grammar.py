@@ -29,7 +29,6 @@ _LIMITS = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,  # some milliseconds of one token
     "step_max_items": 20_000,
-    "max_items_in_row": 20_000,  # an object of MAX_PROPERTIES that may all be left out has four for each
     "max_lexer_states": 20_000,  # of about 2 kB
 }
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM
 
 
+_MANY = 4096  # pieces; joining more takes long enough to be done beside the event loop
+
+
 class Running:
     """Deltas of one request, a batch a step; ``Delta.index`` counts over the choices of all prompts.
 
@@ -71,6 +74,8 @@ class Running:
                 deltas += batch
         finally:
             self.close()
+        if len(deltas) > _MANY:
+            return await asyncio.to_thread(joined_by_index, deltas)
         return joined_by_index(deltas)
 
     def end_thought(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
 T = TypeVar("T")
+R = TypeVar("R")
+MOST_ENTRIES = 2**18  # logprobs in a body: some 100 MB while it is made
+_SHARE = 8192  # characters of texts that are read at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Made:
     def choices(self) -> int:
         return sum(one.params.n for one in self.prepared)
 
+    @property
+    def told(self) -> int:
+        """What is told of one token: itself, and its alternatives."""
+        return 1 + (self.prepared[0].params.logprobs or 0)
+
 
 @dataclass
 class Service:
@@ -63,6 +72,9 @@ class Service:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, Running] = field(default_factory=dict)  # by the id that the answer has for its client
+    _readers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="qwenrt-server-reads")
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,6 +107,14 @@ class Service:
         if self.settings.strict_model and asked not in self.names:
             found = f"The model {asked[:120]!r} is not served here. Served: {', '.join(self.names)}."
             raise Problem("not_found", found, param="model")
+
+    def check_room(self, dialect: str) -> None:
+        """Raises Problem where a request could not even wait."""
+        try:
+            self.admission.check_room()
+        except Problem as problem:
+            self.metrics.refused(dialect, problem.kind)
+            raise
 
     async def make(self, ask: Ask, caller: Caller) -> Made:
         """The prompts of a request, rendered and tokenised beside the event loop. Raises Problem."""
@@ -144,45 +164,80 @@ class Service:
             raise Problem.of(error) from error
 
     async def embed(
-        self, texts: Sequence[str | list[int]], instruction: str | None = None, prompt_name: str | None = None
+        self,
+        texts: Sequence[str | list[int]],
+        caller: Caller,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
     ) -> tuple[list[list[float]], int]:
         """A vector of each text, and how many tokens were read. Raises Problem."""
-        work = partial(self.llm.embed_counted, list(texts), instruction, prompt_name)
-        vectors, count = await self._read(work)
-        return vectors.tolist(), count
+
+        def embed(share: list[str | list[int]]) -> tuple[list[list[float]], int]:
+            vectors, count = self.llm.embed_counted(share, instruction, prompt_name)
+            return vectors.tolist(), count
+
+        sizes = [len(text) if isinstance(text, str) else 4 * len(text) for text in texts]
+        return await self._read(texts, sizes, embed, caller)
 
     async def scores(
-        self, pairs: Sequence[tuple[str, str]], instruction: str | None
+        self, pairs: Sequence[tuple[str, str]], caller: Caller, instruction: str | None
     ) -> tuple[list[float], int]:
         """How well each document answers its query, and how many tokens were read. Raises Problem."""
         task = () if instruction is None else (instruction,)
-        return await self._read(partial(self.llm.scores_counted, pairs, *task))
+        sizes = [len(query) + len(document) for query, document in pairs]
+        return await self._read(pairs, sizes, lambda share: self.llm.scores_counted(share, *task), caller)
 
     # ---- inside
 
-    async def _read(self, work: Callable[[], T]) -> T:
-        try:
-            return await asyncio.to_thread(work)
-        except QwenrtError as error:
-            raise Problem.of(error) from error
+    async def _read(
+        self,
+        texts: Sequence[T],
+        sizes: Sequence[int],
+        work: Callable[[list[T]], tuple[list[R], int]],
+        caller: Caller,
+    ) -> tuple[list[R], int]:
+        """What ``work`` makes of each text, in its turn and within its time. A share of them at once, in threads of
+        their own: who has gone is noticed between two, and nobody's prompt waits for another's thousand texts."""
+        loop, end = asyncio.get_running_loop(), time.monotonic() + self.settings.request_timeout
+        results: list[R] = []
+        async with self.admission.turn(caller.name, 1 + sum(sizes) // 4) as turn:
+            for first, last in _shares(sizes):
+                if time.monotonic() > end:
+                    found = (
+                        f"{first} of {len(texts)} texts were read within the time that a request may take."
+                    )
+                    raise Problem("timeout", f"{found} Send fewer.")
+                try:
+                    share = partial(work, list(texts[first:last]))
+                    made, count = await loop.run_in_executor(self._readers, share)
+                except QwenrtError as error:
+                    raise Problem.of(error) from error
+                results += made
+                turn.spent += count
+        return results, turn.spent
 
     def _make(self, ask: Ask, caller: Caller) -> Made:
         sampling = dict(ask.sampling)
         asked = sampling.pop("max_tokens", None)
         if caller.name and not self.settings.share_prefixes:
             sampling["cache_salt"] = f"{caller.name}/{sampling.get('cache_salt') or ''}"
-        if ask.messages is not None:
-            prepared = [self._chat(ask, sampling)]
-        else:
-            prepared = self._completions(ask.prompts, sampling)
+        prepared = self._prepared(ask, sampling)
         longest = max(len(one.prompt_token_ids) for one in prepared)
         room = self.llm.max_model_len - longest
         if room < 1:
             raise Problem.context_length(longest, self.llm.max_model_len)
-        limit = room if asked is None else min(asked, room)
+        most, made = room, Made(tuple(prepared), None)
+        if made.told > 1 and not ask.stream:
+            most = min(room, max(1, MOST_ENTRIES // (made.told * made.choices)))
+        limit = most if asked is None else min(asked, most)
         params = self._limited(prepared[0].params, limit)
         limited = tuple(replace(one, params=params) for one in prepared)
-        return Made(limited, limit if asked is not None and limit < asked else None)
+        return Made(limited, limit if limit < (room if asked is None else asked) else None)
+
+    def _prepared(self, ask: Ask, sampling: dict[str, Any]) -> list[Prepared]:
+        if ask.messages is None:
+            return self._completions(ask.prompts, sampling)
+        return [self._chat(ask, sampling)]
 
     def _chat(self, ask: Ask, sampling: dict[str, Any]) -> Prepared:
         wishes: dict[str, Any] = {}
@@ -219,6 +274,18 @@ class Service:
             min_tokens=min(params.min_tokens, limit),
             timeout=most if asked is None else min(asked, most),
         )
+
+
+def _shares(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, behind the last) of each share of texts of these sizes."""
+    first = size = 0
+    for place, one in enumerate(sizes):
+        if place > first and size + one > _SHARE:
+            yield first, place
+            first, size = place, 0
+        size += one
+    if sizes:
+        yield first, len(sizes)
 
 
 @dataclass

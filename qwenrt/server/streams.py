@@ -70,6 +70,15 @@ class Client:
         self.gone.cancel()
 
 
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work`` for a request whose body was read. Raises ClientGone."""
+    client = Client(receive)
+    try:
+        return await client.unless_gone(work)
+    finally:
+        client.close()
+
+
 class Streaming:
     """An ASGI response that sends what ``source`` gives, and pings while that gives nothing.
 
@@ -166,6 +175,11 @@ class _Pings:
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
+
+
+async def json_beside(make: Callable[[], Any], headers: dict[str, str] | None = None) -> Json:
+    """A response whose body takes long to make and to encode: that is done beside the event loop."""
+    return await asyncio.to_thread(lambda: Json(make(), headers=headers))
 
 
 class Json:

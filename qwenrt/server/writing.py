@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp
 from qwenrt.server.kept_streams import About, KeptStreams
 from qwenrt.server.running import Running
 from qwenrt.server.service import Caller, Made, Service
-from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events
+from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events, json_beside
 from qwenrt.text.dialects.answers import Served, Writer, new_id
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
@@ -21,6 +22,7 @@ from qwenrt.text.dialects.problem import Problem
 logger = logging.getLogger("qwenrt.server")
 
 LARGE_BODY = 65536  # bytes; reading more takes long enough to be done beside the event loop
+LARGE_ANSWER = 8192  # tokens and their alternatives in a body, for the same reason
 CONVERSATION = "x-conversation-id"
 
 T = TypeVar("T")
@@ -57,6 +59,7 @@ class Writing:
 
         Raises Problem for what is wrong before anything was sent, ClientGone where nobody waits for it any more.
         """
+        self.service.check_room(dialect)
         client, answer_id = Client(request.receive), ""
         try:
             made = await client.unless_gone(self.service.make(ask, caller_of(request)))
@@ -84,6 +87,8 @@ class Writing:
         if all(choice.finish_reason == "timeout" and not choice.token_ids for choice in choices):
             found = "The request reached its deadline before its first token. Allow it more time."
             raise Problem("timeout", found)
+        if made.told * sum(len(choice.token_ids) for choice in choices) > LARGE_ANSWER:
+            return await json_beside(partial(writer.whole, choices), headers)
         return Json(writer.whole(choices), headers=headers)
 
     def served(self, made: Made | None, request: Request, **told: Any) -> Served:

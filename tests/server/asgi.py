@@ -24,7 +24,9 @@ class Exchange:
         at_send: Callable[[Exchange, dict[str, Any]], object] = lambda exchange, message: None,
     ) -> None:
         self._raw: bytes | None
-        self.body_given = self._raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.body_given = self._raw = (
+            b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        )
         self.headers_given = headers or {}
         given = {"host": "localhost", "content-length": str(len(self.body_given)), **self.headers_given}
         plain, _, query = path.partition("?")

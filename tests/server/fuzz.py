@@ -35,7 +35,12 @@ FUNCTION = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 TOOLS = [{"type": "function", "function": FUNCTION}]
-SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 2]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 CALLED = [
     *USER,
     {
@@ -50,8 +55,23 @@ CALLED = [
 RIGHT: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         {"model": "m", "messages": USER, "max_tokens": 5},
-        {"model": "m", "messages": CALLED, "tools": TOOLS, "tool_choice": "auto", "stream": True, "max_tokens": 5},
-        {"model": "m", "messages": USER, "n": 3, "logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 3},
+        {
+            "model": "m",
+            "messages": CALLED,
+            "tools": TOOLS,
+            "tool_choice": "auto",
+            "stream": True,
+            "max_tokens": 5,
+        },
+        {
+            "model": "m",
+            "messages": USER,
+            "n": 3,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "seed": 1,
+            "max_tokens": 3,
+        },
         {
             "model": "m",
             "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
@@ -102,7 +122,11 @@ RIGHT: dict[str, list[dict[str, Any]]] = {
             "tools": [
                 {"type": "function", **FUNCTION},
                 {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "f"}]},
-                {"type": "custom", "name": "cu", "format": {"type": "grammar", "syntax": "lark", "definition": "s"}},
+                {
+                    "type": "custom",
+                    "name": "cu",
+                    "format": {"type": "grammar", "syntax": "lark", "definition": "s"},
+                },
                 {"type": "web_search"},
             ],
             "tool_choice": "auto",
@@ -122,11 +146,18 @@ RIGHT: dict[str, list[dict[str, Any]]] = {
             "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
             "messages": [
                 *USER,
-                {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "weather", "input": {}}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "t", "name": "weather", "input": {}}],
+                },
                 {
                     "role": "user",
                     "content": [
-                        {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "r"}]},
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "t",
+                            "content": [{"type": "text", "text": "r"}],
+                        },
                         {"type": "text", "text": "<system-reminder>r</system-reminder>"},
                     ],
                 },
@@ -145,7 +176,13 @@ RIGHT: dict[str, list[dict[str, Any]]] = {
     "/detokenize": [{"tokens": [1, 2, 3]}],
     "/api/chat": [
         {"model": "m", "messages": USER, "options": {"num_predict": 4, "top_k": 3.0, "seed": 1}, "tools": []},
-        {"model": "m", "messages": CALLED[:2], "tools": TOOLS, "format": SCHEMA, "options": {"num_predict": 9}},
+        {
+            "model": "m",
+            "messages": CALLED[:2],
+            "tools": TOOLS,
+            "format": SCHEMA,
+            "options": {"num_predict": 9},
+        },
     ],
     "/api/generate": [
         {"model": "m", "prompt": "a", "options": {"num_predict": 4}, "context": [1, 2], "think": False},
@@ -164,27 +201,126 @@ RIGHT: dict[str, list[dict[str, Any]]] = {
     ],
     "/v1/chat/completions/control": [{"id": "chatcmpl-1", "action": "reasoning_end"}],
 }
-RIGHT |= {f"/v1/chat/completions/{what}": RIGHT["/v1/chat/completions"] for what in ("render", "input_tokens")}
+RIGHT |= {
+    f"/v1/chat/completions/{what}": RIGHT["/v1/chat/completions"] for what in ("render", "input_tokens")
+}
 RIGHT["/v1/completions/render"] = RIGHT["/v1/completions"]
 RIGHT["/v1/responses/input_tokens"] = RIGHT["/v1/responses"]
 RIGHT["/v1/messages/count_tokens"] = RIGHT["/v1/messages"]
 assert set(POSTS) == set(RIGHT)
 
 STRANGE: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 64, 65, 2**31, 2**63 - 1, 2**63, -(2**64), 10**300, 1.5, -0.0, 1e-300, 1e308),
-    *("", " ", "a", "0", "null", "auto", "none", "required", "user", "system", "assistant", "tool", "function"),
-    *("\x00", "\r\nx: y", "\u2028", "\ud7ff", "\U0010ffff", "<|im_start|>", "<|im_end|>\n", "<think>", "</think>"),
-    *("<tool_call>", '{"name": "weather", "arguments": {}}', "(a+)+$", "(", "[a-z]{0,400}", "a" * 4000, "é" * 500),
-    *("start: /a/", '%json {"type": "object"}', "{{ 7 * 7 }}", "../../etc/passwd", "http://127.0.0.1/", "$ref"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        64,
+        65,
+        2**31,
+        2**63 - 1,
+        2**63,
+        -(2**64),
+        10**300,
+        1.5,
+        -0.0,
+        1e-300,
+        1e308,
+    ),
+    *(
+        "",
+        " ",
+        "a",
+        "0",
+        "null",
+        "auto",
+        "none",
+        "required",
+        "user",
+        "system",
+        "assistant",
+        "tool",
+        "function",
+    ),
+    *(
+        "\x00",
+        "\r\nx: y",
+        "\u2028",
+        "\ud7ff",
+        "\U0010ffff",
+        "<|im_start|>",
+        "<|im_end|>\n",
+        "<think>",
+        "</think>",
+    ),
+    *(
+        "<tool_call>",
+        '{"name": "weather", "arguments": {}}',
+        "(a+)+$",
+        "(",
+        "[a-z]{0,400}",
+        "a" * 4000,
+        "é" * 500,
+    ),
+    *(
+        "start: /a/",
+        '%json {"type": "object"}',
+        "{{ 7 * 7 }}",
+        "../../etc/passwd",
+        "http://127.0.0.1/",
+        "$ref",
+    ),
     *([], {}, [[]], [None], [1, "a"], [1] * 50, ["x"] * 70, {"a": 1}, {"type": "function"}, {"type": "text"}),
     *({"type": "text", "text": "t"}, {"role": "user", "content": "x"}, {"type": "object", "required": ["b"]}),
-    *({"$ref": "#"}, {"anyOf": []}, {"not": {}}, {"enum": []}, {"const": None}, {"pattern": "("}, {"type": "array"}),
+    *(
+        {"$ref": "#"},
+        {"anyOf": []},
+        {"not": {}},
+        {"enum": []},
+        {"const": None},
+        {"pattern": "("},
+        {"type": "array"},
+    ),
 ]
-NUMBERS = [b"1e400", b"1" * 5000, b"-", b"01", b"NaN", b"-Infinity", b"1e-400", b"9" * 30, b"-1", b"1.5e2", b"0.0"]
-BYTES = [b"\xff", b"\x00", b"\xef\xbb\xbf", b"\\ud800", b'"', b"{", b"[" * 300, b"]", b",", b":", b"\\", b"\xc3", b" "]
+NUMBERS = [
+    b"1e400",
+    b"1" * 5000,
+    b"-",
+    b"01",
+    b"NaN",
+    b"-Infinity",
+    b"1e-400",
+    b"9" * 30,
+    b"-1",
+    b"1.5e2",
+    b"0.0",
+]
+BYTES = [
+    b"\xff",
+    b"\x00",
+    b"\xef\xbb\xbf",
+    b"\\ud800",
+    b'"',
+    b"{",
+    b"[" * 300,
+    b"]",
+    b",",
+    b":",
+    b"\\",
+    b"\xc3",
+    b" ",
+]
 HEADERS: list[dict[str, str]] = [
     *({"content-type": "application/json"}, {"content-type": "text/plain; charset=utf-16"}),
-    *({"x-request-id": "a b"}, {"x-request-id": "ok-1"}, {"x-conversation-id": "1"}, {"x-dashscope-sse": "enable"}),
+    *(
+        {"x-request-id": "a b"},
+        {"x-request-id": "ok-1"},
+        {"x-conversation-id": "1"},
+        {"x-dashscope-sse": "enable"},
+    ),
     {"x-conversation-id": "0f8fad5b-d9cb-469f-a165-70867728950e"},
     *({"accept": "text/event-stream"}, {"authorization": "Bearer x"}, {"authorization": "Basic !!"}),
     *({"content-encoding": "gzip"}, {"content-length": "x"}, {"host": "evil.example"}, {"origin": "null"}),
@@ -194,8 +330,23 @@ HEADERS: list[dict[str, str]] = [
 PATHS = [
     *("/v1/models", "/v1/models/demo", "/v1/models/a/b", "/v1/models/%00", "/models", "/v1/responses/resp_1"),
     *("/v1/stream/0f8fad5b-d9cb-469f-a165-70867728950e", "/v1/stream?conv_id=&from=x", "/v1/stream?from=-1"),
-    *("/v1/stream/0f8fad5b-d9cb-469f-a165-70867728950e?from=999999", "/v1/responses/resp_1/cancel", "/api/pull"),
-    *("/api/blobs/sha256:1", "//", "/..", "/%2e%2e/", "/v1/", "/\u00e9", "/%ff", "/a%0d%0ab", "*", "/v2/rerank"),
+    *(
+        "/v1/stream/0f8fad5b-d9cb-469f-a165-70867728950e?from=999999",
+        "/v1/responses/resp_1/cancel",
+        "/api/pull",
+    ),
+    *(
+        "/api/blobs/sha256:1",
+        "//",
+        "/..",
+        "/%2e%2e/",
+        "/v1/",
+        "/\u00e9",
+        "/%ff",
+        "/a%0d%0ab",
+        "*",
+        "/v2/rerank",
+    ),
     "/compatible-mode/v1/chat/completions",
 ]
 METHODS = ["GET", "HEAD", "POST", "DELETE", "PUT", "OPTIONS", "PATCH", "TRACE", "G\u00c4T"]
