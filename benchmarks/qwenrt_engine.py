@@ -20,8 +20,8 @@ class QwenrtEngine:
 
         import qwenrt
         from qwenrt.config.quant import rounding_description
-        from qwenrt.llm import load_random
         from qwenrt.load_options import LoadOptions
+        from qwenrt.loading import load_random
 
         known = {field.name for field in dataclasses.fields(LoadOptions)}
         self.llm = load_random(config_of(shape), **{k: v for k, v in settings.items() if k in known})

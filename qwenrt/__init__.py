@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         RequestError as RequestError,
     )
     from qwenrt.llm import LLM as LLM
-    from qwenrt.llm import load as load
-    from qwenrt.llm import load_tokenizer as load_tokenizer
     from qwenrt.load_options import LoadOptions as LoadOptions
+    from qwenrt.loading import load as load
+    from qwenrt.loading import load_tokenizer as load_tokenizer
     from qwenrt.outputs import Delta as Delta
     from qwenrt.outputs import Generation as Generation
     from qwenrt.outputs import Usage as Usage
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 # name -> module that has it; looked up on first use so that importing the package stays cheap
 _LAZY = {
-    "load": "qwenrt.llm",
+    "load": "qwenrt.loading",
     "LLM": "qwenrt.llm",
-    "load_tokenizer": "qwenrt.llm",
+    "load_tokenizer": "qwenrt.loading",
     "Tokenizer": "qwenrt.text.tokenizer.tokenizer",
     "LoadOptions": "qwenrt.load_options",
     "SamplingParams": "qwenrt.sampling_params",
@@ -62,6 +62,8 @@ __all__ = ["__version__", *_LAZY]
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "server":  # so that qwenrt.server.app(llm) needs no import of its own
+        return importlib.import_module("qwenrt.server")
     raise AttributeError(f"module 'qwenrt' has no attribute {name!r}")
 
 

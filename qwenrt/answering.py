@@ -159,7 +159,7 @@ def generation_of(
 ) -> Generation:
     """All deltas of one request as its first completion, with all of them in ``choices`` where there are several.
     ``replies``: what read them."""
-    choices = _joined_by_index(deltas)
+    choices = joined_by_index(deltas)
     if reader.reply_format.calls == "react":
         choices = [
             _transcript(streamed, reply, reader) for streamed, reply in zip(choices, replies, strict=True)
@@ -175,7 +175,7 @@ def _transcript(streamed: Generation, reply: ReplyStream, reader: ReplyReader) -
     return replace(streamed, text=reply.written, message=replace(whole, tool_calls=calls).message())
 
 
-def _joined_by_index(deltas: Iterable[Delta]) -> list[Generation]:
+def joined_by_index(deltas: Iterable[Delta]) -> list[Generation]:
     pieces: dict[int, list[Delta]] = {}
     for delta in deltas:
         pieces.setdefault(delta.index, []).append(delta)

@@ -60,6 +60,7 @@ class Assembled:
     max_model_len: int
     load_s: float
     summary: str
+    options: LoadOptions
 
 
 def assemble(
@@ -197,7 +198,18 @@ def _build(
         sys.stderr.write(line + "\n")
     served = AsyncEngine(engine, watch.check)
     return Assembled(
-        prompter.name, config, prompter, embedder, model, backend, served, dtype, longest, load_s, line
+        prompter.name,
+        config,
+        prompter,
+        embedder,
+        model,
+        backend,
+        served,
+        dtype,
+        longest,
+        load_s,
+        line,
+        options,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from qwenrt.arguments import as_token_ids
 from qwenrt.config import ModelConfig
 from qwenrt.config.embedding import DenseModule, EmbeddingRecipe, read_recipe
 from qwenrt.errors import CheckpointError, QwenrtError, RequestError, shown
@@ -62,8 +63,8 @@ class Embedder:
         instruction: str | None,
         prompt_name: str | None,
         normalize: bool | None,
-    ) -> torch.Tensor:
-        """As LLM.embed, of a list of texts."""
+    ) -> tuple[torch.Tensor, int]:
+        """As LLM.embed, of a list of texts or token ids: the vectors, and how many tokens were read."""
         if self.error is not None:
             raise self.error
         if self.doubt and tokenizer.suffix_ids is None:  # models for embeddings say how a text ends
@@ -71,9 +72,8 @@ class Embedder:
             self.doubt = ""
         prompt = self._prompt(instruction, prompt_name)
         ids = self._token_ids(tokenizer, texts, prompt)
-        return self._finished(
-            engine.pooled(ids, self._pool(tokenizer, prompt, min(map(len, ids)))), normalize
-        )
+        states = engine.pooled(ids, self._pool(tokenizer, prompt, min(map(len, ids))))
+        return self._finished(states, normalize), sum(map(len, ids))
 
     def _prompt(self, instruction: str | None, name: str | None) -> str:
         """The prompt that is put in front of each text."""
@@ -103,9 +103,12 @@ class Embedder:
             raise RequestError("embed", found, "Correct max_seq_length in sentence_bert_config.json.")
         cut, made = 0, []
         for text in texts:
-            _require_text("a text to embed", text)
-            whole = f"{prompt}{text}"
-            ids = tokenizer.encode(whole.lower() if self.recipe.lower_case else whole)
+            if isinstance(text, list):
+                ids = [*tokenizer.encode(prompt), *as_token_ids(text)]
+            else:
+                _require_text("a text to embed", text)
+                whole = f"{prompt}{text}"
+                ids = tokenizer.encode(whole.lower() if self.recipe.lower_case else whole)
             if room is not None and len(ids) > room:
                 cut += 1
                 ids = ids[-room:] if self.recipe.truncate_left else ids[:room]

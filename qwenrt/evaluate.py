@@ -22,8 +22,9 @@ from qwenrt.demo.samples import Sample
 from qwenrt.demo.world import World
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.files import opened
-from qwenrt.llm import LLM, load_with
+from qwenrt.llm import LLM
 from qwenrt.load_options import LoadOptions
+from qwenrt.loading import load_with
 
 TOGETHER = 32  # questions that are answered at the same time
 LENGTHS = (1, 2, 4)  # of long documents, in training lengths

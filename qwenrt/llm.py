@@ -6,20 +6,17 @@ serves all callers, so any thread may use one LLM.
 
 from __future__ import annotations
 
-import gc
 import logging
 from asyncio import to_thread
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.answering import COMPLETION, Prepared, ReplyReader, checked_budget, deltas_of, generation_of
 from qwenrt.arguments import as_list, as_token_ids, flag
-from qwenrt.config import Environment, GenerationConfig, ModelConfig
-from qwenrt.errors import QwenrtError, RequestError, memory_errors, shown
-from qwenrt.load_options import ABOUT, LoadOptions
-from qwenrt.loader.memory.device import check_room_for_torch
+from qwenrt.config import GenerationConfig, ModelConfig
+from qwenrt.errors import QwenrtError, RequestError, shown
+from qwenrt.load_options import LoadOptions
 from qwenrt.outputs import Delta, Generation
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat.conversations import as_history
@@ -30,109 +27,11 @@ if TYPE_CHECKING:
     import torch
 
     from qwenrt.assembly import Assembled
-    from qwenrt.backends.base import Backend
     from qwenrt.engine.answers import AsyncAnswer, Handle
+    from qwenrt.prompting import Thinking
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
 logger = logging.getLogger("qwenrt")
-
-
-def load(
-    model: str | PathLike[str] = "demo",
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    source: str = "auto",
-    revision: str | None = None,
-    offline: bool | None = None,
-    quantize: str | None = None,
-    quantize_head: str | None = None,
-    kv_cache_dtype: str = "auto",
-    activations: str = "auto",
-    max_model_len: int | None = None,
-    max_num_seqs: int = 16,
-    max_num_batched_tokens: int = 512,
-    fallback: str = "warn",
-    progress: bool | None = None,
-    packed_cache: bool | str | PathLike[str] | None = None,
-    step_target_ms: int | None = None,
-    prefix_store: str | PathLike[str] | None = None,
-    prefix_store_bytes: int = 4 * 2**30,
-) -> LLM:
-    """Load a model from wherever it is, for whatever device is there.
-
-    model: an alias ("Qwen-7B-Chat"), a repository ("Qwen/Qwen-7B-Chat"), a local directory, or "demo" (built in).
-    The other arguments are the fields of `LoadOptions`; `help(qwenrt.load)` lists what each of them means.
-
-    Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
-    """
-    options = LoadOptions(
-        device=device,
-        dtype=dtype,
-        source=source,
-        revision=revision,
-        offline=offline,
-        quantize=quantize,
-        quantize_head=quantize_head,
-        kv_cache_dtype=kv_cache_dtype,
-        activations=activations,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        fallback=fallback,
-        progress=progress,
-        packed_cache=packed_cache,
-        step_target_ms=step_target_ms,
-        prefix_store=prefix_store,
-        prefix_store_bytes=prefix_store_bytes,
-    )
-    return load_with(model, options)
-
-
-if load.__doc__ is not None:  # python -OO has none
-    load.__doc__ += "\n" + "".join(f"    {name}: {about}.\n" for name, about in ABOUT.items())
-
-
-def load_with(
-    model: str | PathLike[str],
-    options: LoadOptions,
-    environment: Environment | None = None,
-    backend: Backend | None = None,
-) -> LLM:
-    """As `load`, with its options in one piece. ``environment``: None reads the process's own; ``backend``: None takes
-    that of ``options.device``."""
-    collecting = gc.isenabled()
-    gc.disable()  # loading makes a million objects that all stay: collections would take a fifth of its time
-    try:
-        with memory_errors(f"loading {shown(model)}"):
-            check_room_for_torch()
-            from qwenrt.assembly import assemble
-
-            return LLM(assemble(_name(model), options, environment or Environment.read(), backend))
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def load_random(shape: str | ModelConfig, **options: Any) -> LLM:
-    """Random weights of a released shape ("Qwen-1_8B", "Qwen-7B", ...), without a tokenizer: for benchmarks.
-
-    ``options``: the fields of LoadOptions; those that concern a download have no effect.
-    """
-    checked = LoadOptions(**options)
-    with memory_errors(f"loading {shown(shape)}"):
-        check_room_for_torch()
-        from qwenrt.assembly import assemble_random
-
-        return LLM(assemble_random(shape, checked, Environment.read()))
-
-
-def load_tokenizer(model: str | PathLike[str]) -> ChatTokenizer:
-    """A model's tokenizer alone, by any name `load` takes; needs no torch."""
-    from qwenrt.loader.hub.resolve import resolve
-    from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
-
-    return ChatTokenizer.from_dir(resolve(_name(model), env=Environment.read(), weights=False))
 
 
 class LLM:
@@ -148,6 +47,8 @@ class LLM:
         self.summary: str = assembled.summary
         self.backend = assembled.backend
         self.device = assembled.backend.device
+        self.options: LoadOptions = assembled.options  # how it was loaded
+        self.max_model_len: int = assembled.max_model_len  # tokens of prompt and answer together
 
     # ---- chat
 
@@ -393,29 +294,45 @@ class LLM:
         Queries have an ``instruction`` ("Given a question, retrieve passages that answer it") or one of the model's
         own prompts, by ``prompt_name``; documents mostly none.
         """
+        listed = [texts] if isinstance(texts, str) else as_list("texts", texts)
+        vectors, _ = self.embed_counted(listed, instruction, prompt_name, normalize)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def embed_counted(
+        self,
+        texts: Sequence[str | list[int]],
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """As `embed`, of texts or of their token ids -> float32 [len(texts), D], and how many tokens were read."""
         alive = self._alive()
         tokenizer = alive.prompter.needs_tokenizer("embed")
-        listed = [texts] if isinstance(texts, str) else as_list("texts", texts)
-        if not listed:
+        if not texts:
             raise RequestError("embed", "an empty list", "Pass at least one text.")
         normalize = None if normalize is None else flag("normalize", normalize)
-        vectors = alive.embedder.embed(alive.engine, tokenizer, listed, instruction, prompt_name, normalize)
-        return vectors[0] if isinstance(texts, str) else vectors
+        return alive.embedder.embed(alive.engine, tokenizer, texts, instruction, prompt_name, normalize)
 
     def rerank(self, query: str, documents: Sequence[str], *, instruction: str = DEFAULT_TASK) -> list[float]:
         """How well each document answers the query, from 0 to 1, in the order of ``documents``.
 
         As Qwen3-Reranker does it: the probability of "yes" against "no" as the next token of its question.
         """
+        pairs = [(query, document) for document in as_list("documents", documents)]
+        return self.scores_counted(pairs, instruction)[0]
+
+    def scores_counted(
+        self, pairs: Sequence[tuple[str, str]], instruction: str = DEFAULT_TASK
+    ) -> tuple[list[float], int]:
+        """As `rerank`, of (query, document) pairs: a score of each, and how many tokens were read."""
         alive = self._alive()
         tokenizer = alive.prompter.needs_tokenizer("rerank")
-        listed = as_list("documents", documents)
-        if not listed:
-            return []
-        prompts = [rerank_prompt(tokenizer, query, document, instruction) for document in listed]
+        if not pairs:
+            return [], 0
+        prompts = [rerank_prompt(tokenizer, query, document, instruction) for query, document in pairs]
         logits = alive.engine.last_logits(prompts, verdict_ids(tokenizer))
         scores: list[float] = logits.softmax(-1)[:, 1].tolist()
-        return scores
+        return scores, sum(map(len, prompts))
 
     # ---- about it
 
@@ -424,6 +341,16 @@ class LLM:
         """Whether it knows conversations: a Qwen-1 base model does not. Of later ones all do that have a tokenizer and
         can generate."""
         return self._prompter.can_chat
+
+    @property
+    def thinking(self) -> Thinking:
+        """Whether answers begin with a thought: "never", "always", or "optional" where the caller may choose."""
+        return self._prompter.thinking
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether its conversations may have tools."""
+        return self._prompter.takes_tools
 
     def explain(self) -> str:
         """A table: what serves each operation in how many places, and why where it is not the device's own kernel; then
@@ -566,12 +493,3 @@ class LLM:
         """What the engine is told beside the prompt."""
         params, options = prepared.options(self.tokenizer)
         return params, {**options, "stop_sequences": self.generation_config.stop_words_ids}
-
-
-def _name(model: object) -> str:
-    text = fspath(model) if isinstance(model, PathLike) else model
-    if not isinstance(text, str) or not text:
-        raise RequestError(
-            "a model's name", f"got {shown(model)}", "Pass a name, a repository or a directory."
-        )
-    return text

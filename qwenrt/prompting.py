@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwenrt.answering import ReplyReader
 from qwenrt.arguments import as_integer, as_list, as_token_ids, flag
@@ -26,6 +26,7 @@ from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 logger = logging.getLogger("qwenrt")
 
 History = list[tuple[str, str]]
+Thinking = Literal["never", "optional", "always"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,24 @@ class Prompter:
         if self.config.model_type == "qwen":
             return self.generation.chat_format == "chatml"
         return self.tokenizer is not None and self.config.is_causal and self.config.has_head
+
+    @property
+    def thinking(self) -> Thinking:
+        """Whether answers begin with a thought: "never", "always", or "optional" where the caller may choose."""
+        chat_format = self.chat_format
+        if chat_format is None or isinstance(chat_format, ConfigError):
+            return "never"
+        if chat_format.has_thinking_switch:
+            return "optional"
+        return "never" if chat_format.reply_format.thinking == "none" else "always"
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether its conversations may have tools."""
+        chat_format = self.chat_format
+        return (
+            chat_format is not None and not isinstance(chat_format, ConfigError) and chat_format.takes_tools
+        )
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

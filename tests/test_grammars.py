@@ -19,7 +19,7 @@ from qwenrt.engine import grammar as grammar_module  # noqa: E402
 from qwenrt.engine.constraint import Constraint  # noqa: E402
 from qwenrt.engine.grammar import Compiled, Grammars  # noqa: E402
 from qwenrt.errors import RequestError  # noqa: E402
-from qwenrt.llm import load_tokenizer  # noqa: E402
+from qwenrt.loading import load_tokenizer  # noqa: E402
 from qwenrt.structure import Grammar  # noqa: E402
 from qwenrt.text.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from tests.schemas import random_schema, written  # noqa: E402

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import qwenrt
 from qwenrt.backends.base import Backend
 from qwenrt.errors import CapacityError, CheckpointError, ConfigError, RequestError
-from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
+from qwenrt.loading import load_with
 from tests.conftest import DENSE_GOLDENS, GPTQ_GOLDENS, write_tiny_checkpoint
 
 GREEDY = qwenrt.SamplingParams(temperature=0, max_tokens=12)

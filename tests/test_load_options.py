@@ -48,7 +48,7 @@ def test_load_hands_on_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     assert given.keys() == DEFAULTS.keys() and all(given[name] != DEFAULTS[name] for name in given)
     taken: list[Any] = []
-    monkeypatch.setattr("qwenrt.llm.load_with", lambda *arguments: taken.append(arguments))
+    monkeypatch.setattr("qwenrt.loading.load_with", lambda *arguments: taken.append(arguments))
     qwenrt.load("m", **given)
     assert taken == [("m", LoadOptions(**given))]
 

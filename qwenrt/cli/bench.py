@@ -104,10 +104,10 @@ def bench(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> LLM:
     arguments = load_arguments(args) | {"max_num_seqs": max(16, args.batch)}
     if args.shape is None:
-        from qwenrt.llm import load
+        from qwenrt.loading import load
 
         return load(args.model, **arguments)
-    from qwenrt.llm import load_random
+    from qwenrt.loading import load_random
 
     for name in ("source", "revision", "offline"):
         del arguments[name]

@@ -111,7 +111,7 @@ def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace) -> LLM:
-    from qwenrt.llm import load
+    from qwenrt.loading import load
 
     return load(args.model, **load_arguments(args))
 

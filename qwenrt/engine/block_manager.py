@@ -98,6 +98,14 @@ class BlockManager:
         known = self._registered.get(block)
         return -1 if known is None else known.uid
 
+    def reach(self, seq: Sequence, ahead: int, leave: int) -> int:
+        """Give a running sequence slots for up to ``ahead`` tokens that may follow, as long as ``leave`` blocks stay
+        free -> for how many it has them."""
+        size = self.block_size
+        while len(seq.block_table) * size < seq.num_known + ahead and self.num_free > leave:
+            seq.block_table.append(self._take())
+        return min(ahead, len(seq.block_table) * size - seq.num_known)
+
     def grow(self, seq: Sequence) -> bool:
         """Make sure a running sequence has slots for all its tokens; False (and nothing changed) where too few blocks
         are free."""

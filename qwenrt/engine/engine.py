@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from qwenrt.backends.stack import Outcome
 from qwenrt.engine.accounts import Accounts, Clock
 from qwenrt.engine.block_manager import BlockManager
 from qwenrt.engine.constraint import Constraint
+from qwenrt.engine.drafts import Drafts
 from qwenrt.engine.failures import typed
 from qwenrt.engine.grammar import Grammars
 from qwenrt.engine.kv_cache import KVCache
+from qwenrt.engine.launched import Launched, Row
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
@@ -36,15 +37,11 @@ from qwenrt.engine.thoughts import Thought, ThoughtRules
 from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops.steps import Draw, Vocabulary
+from qwenrt.ops.steps import Vocabulary
 from qwenrt.outputs import Delta, FinishReason, TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
-
-STEP_TARGET_MS = (
-    250  # on a CPU, unless something else is asked: four tokens a second are still read as a flow
-)
 
 
 @dataclass
@@ -53,26 +50,6 @@ class _Running:
 
     request: Request
     open: dict[int, OutputProcessor] = field(default_factory=dict)  # by index
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step under way: its sequences, each with the tokens of its cache that hold what they must when it is done, and
-    the cache it began with (its epoch); and those whose next token it chooses, in the order of the outcome's rows, with
-    the course each was on."""
-
-    batch: list[tuple[Sequence, int]]
-    stored: list[tuple[Sequence, int, int]]
-    choosing: list[Sequence]
-    courses: list[int]
-    draws: list[Draw | None]
-    outcome: Outcome
-    began: float = 0.0
-
-    def wants(self, row: int) -> bool:
-        """Whether the sequence of a row still waits for the token that is chosen there."""
-        seq = self.choosing[row]
-        return seq.course == self.courses[row] and seq.status is not Status.FINISHED
 
 
 class Engine:
@@ -130,11 +107,14 @@ class Engine:
             depth=options.depth,
         )
         self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching)
-        self.target = StepTarget(_step_target_s(options, backend.device))
+        self.target = StepTarget(options.step_target_s(backend.device.type))
         self.scheduler = Scheduler(
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
         self.sampler = Sampler(vocabulary, backend)
+        self.drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
+        if self.runner.depth == 0:
+            self.scheduler.drafts = self.drafts
         self.accounts = Accounts(clock)
         self._clock = clock
         self._next_deadline = math.inf  # no request's is earlier
@@ -148,7 +128,7 @@ class Engine:
         self._ids = itertools.count()
         self._seq_ids = itertools.count()
         self._requests: dict[str, _Running] = {}
-        self._launched: deque[_Launched] = deque()
+        self._launched: deque[Launched] = deque()
         self._outbox: list[RequestOutput] = []
 
     @property
@@ -365,13 +345,15 @@ class Engine:
             "stored_blocks_read": 0 if self.store is None else self.store.num_read,
             "stored_blocks_written": 0 if self.store is None else self.store.num_written,
             "grammar_compiles": self.grammars.num_compiled,
+            "guessed_tokens": self.drafts.num_guessed,
+            "right_guesses": self.drafts.num_right,
             "pending": self.has_work,
             **self.accounts.read(),
         }
 
     # ---- inside
 
-    def _launch(self) -> _Launched | None:
+    def _launch(self) -> Launched | None:
         """Begin to compute what is scheduled now; None where nothing is, or where it failed."""
         began = self.target.clock()
         batch = self.scheduler.schedule()
@@ -383,10 +365,13 @@ class Engine:
         except Exception as error:
             self._fail(batch, error)
             return None
-        choosing = [seq for seq, count in batch if self.scheduler.launch(seq, count)]
-        courses = [seq.course for seq in choosing]
+        rows: list[Row] = []
+        for seq, count in batch:
+            guesses, seq.guess = seq.guess, []
+            if self.scheduler.launch(seq, count):
+                rows += [Row(seq, seq.course, guess) for guess in (None, *guesses)]
         stored = [(seq, seq.num_computed, seq.epoch) for seq, _ in batch]
-        self._launched.append(_Launched(batch, stored, choosing, courses, draws, outcome, began))
+        self._launched.append(Launched(batch, stored, rows, draws, outcome, began))
         return self._launched[-1]
 
     def _note_launch(self, batch: list[tuple[Sequence, int]]) -> None:
@@ -399,33 +384,52 @@ class Engine:
                 accounts.prompt_tokens_looked_up += seq.prompt_len
                 accounts.prompt_tokens_found += seq.num_cached or 0
 
-    def _collect(self, done: _Launched) -> None:
+    def _collect(self, done: Launched) -> None:
         """Wait for a step, and give its tokens to those sequences that still go on."""
-        for seq, course in zip(done.choosing, done.courses, strict=True):
-            seq.in_flight -= seq.course == course
+        for row in done.rows:
+            row.seq.in_flight -= row.guess is None and row.seq.course == row.course
         try:
             sampled = self._sampled(done)
         except Exception as error:
             self._fail(done.batch, error)
             return
-        rows = sum(count == 1 for _, count in done.batch)
-        self.target.done(done.began, rows, sum(count for _, count in done.batch) - rows)
-        going_on = [
-            (seq, sampled.token_ids[row], sampled.logprobs[row])
-            for row, seq in enumerate(done.choosing)
-            if done.wants(row)
-        ]
-        failed = {seq.request_id: seq for seq, token, _ in going_on if token is None}
-        for seq in failed.values():
-            self._end_request(seq.request_id, "error", self._non_finite(seq), discard_cache=True)
+        self.target.done(done.began, done.num_decoding, done.num_prompt_tokens)
+        for row, token in zip(done.rows, sampled.token_ids, strict=True):
+            if token is None and row.guess is None and row.is_wanted:
+                self._give_up(row.seq)
         for seq, num_stored, epoch in done.stored:
             self.scheduler.collect(seq, num_stored, epoch)
-        for seq, token, logprob in going_on:
-            if token is None or seq.status is Status.FINISHED:
+        self._give_out(done, sampled)
+
+    def _give_out(self, done: Launched, sampled: Sampled) -> None:
+        """Each sequence its next token, and those after its guesses as long as these were right."""
+        checked: dict[Sequence, list[bool]] = {}  # of each guess of a sequence, whether it was right
+        holds = True
+        for row, token, logprob in zip(done.rows, sampled.token_ids, sampled.logprobs, strict=True):
+            seq = row.seq
+            if row.guess is None:
+                holds = row.is_wanted
+            else:
+                holds = holds and row.is_right
+                checked.setdefault(seq, []).append(holds)
+            if not holds:
+                continue
+            if row.guess is not None:  # its key and value are in the cache
+                seq.num_computed += 1
+                self.scheduler.collect(seq, seq.num_computed, seq.epoch)
+            if token is None:
+                self._give_up(seq)
                 continue
             processor = self._requests[seq.request_id].open[seq.index]
             self._write(processor, token, logprob)
             self._keep_short(processor)
+        for seq, right in checked.items():
+            self.drafts.checked(seq, len(right), sum(right))
+
+    def _give_up(self, seq: Sequence) -> None:
+        """End the request of a sequence whose numbers overflowed."""
+        if not seq.is_finished:
+            self._end_request(seq.request_id, "error", self._non_finite(seq), discard_cache=True)
 
     def _write(self, processor: OutputProcessor, token: int, logprob: TokenLogprob | None = None) -> None:
         """One more token of a completion."""
@@ -467,16 +471,16 @@ class Engine:
         left = (running.request.deadline for running in self._requests.values())
         self._next_deadline = min(left, default=math.inf)
 
-    def _sampled(self, done: _Launched) -> Sampled:
+    def _sampled(self, done: Launched) -> Sampled:
         """What a step chose, and what the host chooses from its logits."""
         ours = [row for row, draw in enumerate(done.draws) if draw is None]
-        ours = [row for row in ours if done.wants(row)]
+        ours = [row for row in ours if done.rows[row].is_wanted]
         for row in ours:  # while a device computes
-            if (constraint := done.choosing[row].constraint) is not None:
+            if (constraint := done.rows[row].seq.constraint) is not None:
                 constraint.allowed()
-        sampled = Sampled(done.outcome.tokens(), [None] * len(done.choosing))
+        sampled = Sampled(done.outcome.tokens(), [None] * len(done.rows))
         if ours:
-            found = self.sampler.sample(done.outcome.logits[ours], [done.choosing[row] for row in ours])
+            found = self.sampler.sample(done.outcome.logits[ours], [done.rows[row].seq for row in ours])
             for row, token, logprob in zip(ours, found.token_ids, found.logprobs, strict=True):
                 sampled.token_ids[row], sampled.logprobs[row] = token, logprob
         return sampled
@@ -524,6 +528,7 @@ class Engine:
         """Free what a completion holds -> its last Delta, with its timing."""
         self.scheduler.finish(seq)
         self.sampler.forget(seq)
+        self.drafts.forget(seq)
         assert delta.finish_reason is not None
         self.accounts.finished[delta.finish_reason] += 1
         return replace(delta, timing=seq.marks.timing(self._clock(), seq.num_output))
@@ -539,14 +544,6 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
-
-
-def _step_target_s(options: EngineOptions, device: torch.device) -> float | None:
-    """What a step shall take at most, in seconds; None where there is no such target."""
-    target = options.step_target_ms
-    if target is None:
-        target = STEP_TARGET_MS if device.type == "cpu" else 0
-    return target / 1000 or None
 
 
 def _constraint(request: Request) -> Constraint | None:

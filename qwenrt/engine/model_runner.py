@@ -14,7 +14,7 @@ from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import FROM_BEFORE, Draw, Step, StepPlan, Vocabulary
 
-DrawOf = Callable[[Sequence], Draw | None]
+DrawOf = Callable[..., Draw | None]  # of a sequence, and how many guesses are before the token
 
 
 class ModelRunner:
@@ -42,8 +42,8 @@ class ModelRunner:
     @torch.no_grad()
     def launch(self, batch: list[tuple[Sequence, int]], draw_of: DrawOf) -> tuple[Outcome, list[Draw | None]]:
         """Begin to compute the scheduled tokens of each sequence: their keys and values are stored, and of each
-        sequence whose tokens are then all computed the next one is chosen, as ``draw_of`` says -> the outcome, a row
-        for each of these in order, and how each is drawn."""
+        sequence whose tokens are then all computed the next one is chosen, as ``draw_of`` says, and the one after each
+        of its guesses -> the outcome, a row for each of these in order, and how each is drawn."""
         step, rows = self.step_of(batch, draw_of)
         stack = next(stack for stack in self.stacks if stack.why_not(step) is None)
         before = None if self._last is None else self._last[1]
@@ -54,7 +54,8 @@ class ModelRunner:
         return outcome, step.draws
 
     def step_of(self, batch: list[tuple[Sequence, int]], draw_of: DrawOf) -> tuple[Step, dict[int, int]]:
-        """A batch in numbers, and the row of logits of each sequence that gets a token."""
+        """A batch in numbers, and the row of logits of each sequence that gets a token; those after its guesses
+        follow."""
         ids: list[int] = []
         logit_rows: list[int] = []
         draws: list[Draw | None] = []
@@ -72,9 +73,13 @@ class ModelRunner:
                 rows[seq.seq_id] = len(logit_rows)
                 logit_rows.append(len(ids) - 1)
                 draws.append(draw_of(seq))
+                for ahead, token in enumerate(seq.guess, 1):
+                    ids.append(token)
+                    logit_rows.append(len(ids) - 1)
+                    draws.append(draw_of(seq, ahead))
         step = Step(
-            [count for _, count in batch],
-            [seq.num_computed + count for seq, count in batch],
+            [count + len(seq.guess) for seq, count in batch],
+            [seq.num_computed + count + len(seq.guess) for seq, count in batch],
             [seq.block_table for seq, _ in batch],
             [seq.ntk_alpha for seq, _ in batch],
             ids,

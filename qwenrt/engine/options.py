@@ -7,6 +7,8 @@ from pathlib import Path
 
 from qwenrt.errors import ConfigError
 
+STEP_TARGET_MS = 250  # on a CPU, unless something else is asked: four tokens a second still read as a flow
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -42,6 +44,13 @@ class EngineOptions:
         if self.num_blocks is None:
             blocks = self.max_num_seqs * -(-self.max_model_len // self.block_size)
             object.__setattr__(self, "num_blocks", blocks)
+
+    def step_target_s(self, device: str) -> float | None:
+        """What a step shall take at most on a kind of device, in seconds; None where there is no such target."""
+        target = self.step_target_ms
+        if target is None:
+            target = STEP_TARGET_MS if device == "cpu" else 0
+        return target / 1000 or None
 
     @property
     def blocks(self) -> int:

@@ -189,8 +189,13 @@ class _Writer:
     def put(self, item: _Item) -> None:
         """Called where it is not full."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="qwenrt-prefixes", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="qwenrt-prefixes", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter ends
+                self.failed = True
+                return
+            self._thread = thread
         self._queue.put(item)
 
     def close(self, timeout: float) -> bool:

@@ -43,15 +43,16 @@ class Sampler:
         self._vocabulary, self._backend = vocabulary, backend
         self._counts: dict[int, TokenCounts] = {}
 
-    def draw_of(self, seq: Sequence) -> Draw | None:
-        """How its next token is chosen; None where that takes more than its logits: `sample` does."""
+    def draw_of(self, seq: Sequence, ahead: int = 0) -> Draw | None:
+        """How its next token is chosen, or the one ``ahead`` of it; None where that takes more than its logits:
+        `sample` does."""
         params = seq.params
         if params.logprobs is not None or _edits(seq):
             return None
         constraint = seq.constraint
         if constraint is not None and (seq.in_flight or not constraint.free):
             return None
-        return _draw(seq)
+        return _draw(seq, ahead)
 
     @torch.no_grad()
     def sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
@@ -228,11 +229,11 @@ class TokenCounts:
             self._written = torch.cat((self._written, self._written.new_zeros(more)))
 
 
-def _draw(seq: Sequence) -> Draw:
+def _draw(seq: Sequence, ahead: int = 0) -> Draw:
     params = seq.params
     if params.temperature < _COLDEST:
         return Draw()
-    uniform = uniform_at(seq.seed, seq.index, seq.num_known)
+    uniform = uniform_at(seq.seed, seq.index, seq.num_known + ahead)
     return Draw(params.temperature, params.top_k, params.top_p, params.min_p, uniform)
 
 

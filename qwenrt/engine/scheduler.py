@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from qwenrt.engine.block_manager import BlockManager
+from qwenrt.engine.drafts import Drafts
 from qwenrt.engine.sequence import Ahead, Sequence, Status
 from qwenrt.engine.shares import shares
 from qwenrt.engine.step_target import StepTarget
@@ -38,6 +39,7 @@ class Scheduler:
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: list[Sequence] = []  # oldest first
         self.on_admit: Callable[[Sequence], None] = lambda seq: None  # it has its blocks and is about to run
+        self.drafts: Drafts | None = None
         self.num_preemptions = 0
         self._num_steps = 0
 
@@ -50,15 +52,17 @@ class Scheduler:
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: (sequence, how many of its tokens), decoding sequences first."""
-        batch = [(seq, 1) for seq in self._decodes()]
-        most = self.max_num_batched_tokens - len(batch)
+        decoding = self._decodes()
+        batch = [(seq, 1) for seq in decoding]
+        rows = len(batch) + self._guess(decoding)
+        most = self.max_num_batched_tokens - rows
         if most <= 0:
             return batch
         prompts = [seq for seq in self.running if seq.num_remaining > 1]
         prompts += self._admit()
         prompts = [seq for seq in prompts if not seq.is_read]
         prompts.sort(key=lambda seq: (seq.turn, seq.seq_id))
-        counts = shares([seq.num_remaining for seq in prompts], self.target.chunk(len(batch), most), most)
+        counts = shares([seq.num_remaining for seq in prompts], self.target.chunk(rows, most), most)
         self._num_steps += 1
         for seq, count in zip(prompts, counts, strict=True):
             if count:
@@ -103,6 +107,16 @@ class Scheduler:
                 if seq.num_remaining == 1:
                     ready.append(seq)
         return ready
+
+    def _guess(self, decoding: list[Sequence]) -> int:
+        """Give decoding sequences guesses to check, where slots are free -> how many tokens more that is."""
+        if self.drafts is None:
+            return 0
+        count = 0
+        for seq, guess in self.drafts.guesses(decoding, self.max_num_batched_tokens - len(decoding)):
+            seq.guess = guess[: self.blocks.reach(seq, len(guess), leave=len(self.running))]
+            count += len(seq.guess)
+        return count
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -58,7 +58,7 @@ class Sequence:
     an earlier course chooses is dropped. ``num_forced`` of its tokens were not drawn; they count for no limit of the
     caller's. ``marks``: when it came how far. ``turn`` is the last step that computed some of its prompt,
     ``ahead`` a prompt that begins alike and is computed first; ``is_read`` says that its beginning is being read from
-    the disk.
+    the disk. ``guess``: tokens that may follow, which the next step checks.
     """
 
     __slots__ = (
@@ -69,6 +69,7 @@ class Sequence:
         "constraint",
         "course",
         "epoch",
+        "guess",
         "in_flight",
         "index",
         "is_read",
@@ -128,6 +129,7 @@ class Sequence:
         self.num_computed = self.num_stored = 0
         self.num_committed = 0
         self.is_read = False
+        self.guess: list[int] = []
         self.epoch += 1
         self.chain: Link = self.root
 

@@ -20,9 +20,10 @@ from qwenrt.backends.cpu import CPUBackend, activations
 from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
 from qwenrt.finetune.data import encode_entry
-from qwenrt.llm import LLM, load_tokenizer, load_with
+from qwenrt.llm import LLM
 from qwenrt.load_options import CHOICES, LoadOptions
 from qwenrt.loader.hub.resolve import DEMO
+from qwenrt.loading import load_tokenizer, load_with
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight

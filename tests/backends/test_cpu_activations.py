@@ -15,8 +15,8 @@ from qwenrt.backends import selfcheck
 from qwenrt.backends.cpu import CPUBackend, kernels
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError, ConfigError
-from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
+from qwenrt.loading import load_with
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import dequantize
 from tests.backends.test_cpu_kernels import float64_linear, random_weight, summed

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend, activations, dense12, kernels
 from qwenrt.config import Environment
-from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
+from qwenrt.loading import load_with
 from qwenrt.ops.types import CanonicalWeight
 from tests.kernel_sets import KERNELS
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import Environment, read_model_config
-from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
 from qwenrt.loader.weights import load_weights
+from qwenrt.loading import load_with
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.types import Packed

@@ -18,8 +18,9 @@ from qwenrt.backends.cpu.decoder import Layer, StepStruct
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
-from qwenrt.llm import LLM, load_with
+from qwenrt.llm import LLM
 from qwenrt.load_options import LoadOptions
+from qwenrt.loading import load_with
 from tests.backends.test_cpu_kernels import random_weight
 from tests.kernel_sets import KERNELS, SETS, needs_kernels
 

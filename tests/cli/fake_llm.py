@@ -1,4 +1,4 @@
-"""A model that answers by rule, in place of qwenrt.llm: what the command line does around a model is tested.
+"""A model that answers by rule, in place of qwenrt.loading: what the command line does around a model is tested.
 
 It takes no call that the real one would not take: `as_the_real` holds each against the signature in its place.
 """
@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from qwenrt.config import GenerationConfig, parse_model_config
 from qwenrt.errors import CheckpointError, RequestError
-from qwenrt.llm import LLM, load, load_random
+from qwenrt.llm import LLM
+from qwenrt.loading import load, load_random
 from qwenrt.outputs import Delta, Generation, Usage
 from qwenrt.sampling_params import SamplingParams
 
@@ -138,7 +139,7 @@ class FakeLLM:
 
 
 def install(monkeypatch: Any = None, chat_format: str = "chatml") -> types.SimpleNamespace:
-    """Put the fake in the place of qwenrt.llm. Returns .llm and .loaded (the arguments of each load)."""
+    """Put the fake in the place of qwenrt.loading. Returns .llm and .loaded (the arguments of each load)."""
     made = types.SimpleNamespace(llm=FakeLLM(chat_format), loaded=[])
 
     def fake_load(model: str = "demo", **arguments: Any) -> FakeLLM:
@@ -147,12 +148,12 @@ def install(monkeypatch: Any = None, chat_format: str = "chatml") -> types.Simpl
             raise CheckpointError("model 'nowhere'", "no such model", "Known are: demo.")
         return made.llm
 
-    module: Any = types.ModuleType("qwenrt.llm")
+    module: Any = types.ModuleType("qwenrt.loading")
     module.load, module.load_random = as_the_real(load)(fake_load), as_the_real(load_random)(fake_load)
     if monkeypatch is None:
-        sys.modules["qwenrt.llm"] = module
+        sys.modules["qwenrt.loading"] = module
     else:
-        monkeypatch.setitem(sys.modules, "qwenrt.llm", module)
+        monkeypatch.setitem(sys.modules, "qwenrt.loading", module)
     return made
 
 

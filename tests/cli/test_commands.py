@@ -110,7 +110,12 @@ def test_run_reads_stdin(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
 def test_run_json_is_a_generation(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     found = json.loads(qwenrt("run", "demo", "你好", "--json").out)
     assert found["text"] == "reply to 你好"
-    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "cached_tokens": 0}
+    assert found["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 1,
+        "cached_tokens": 0,
+        "reasoning_tokens": 0,
+    }
     assert found["finish_reason"] == "stop"
 
 

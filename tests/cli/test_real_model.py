@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwenrt.llm import load
+from qwenrt.loading import load
 from tests.cli.fake_llm import FakeLLM
 from tests.cli.test_terminal import CTRL_C, ENTER, PROMPT, Talk
 from tests.conftest import GOLDEN

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 import qwenrt
 from qwenrt.backends.base import Backend
 from qwenrt.backends.stack import Outcome, StackParts
-from qwenrt.llm import load_with
 from qwenrt.load_options import LoadOptions
+from qwenrt.loading import load_with
 from qwenrt.ops.steps import FROM_BEFORE, Step
 from qwenrt.text.chat.builtin_templates import TEMPLATES
 from qwenrt.text.tokenizer.tokenizer import Tokenizer

@@ -26,6 +26,16 @@ class ChatFormat(Protocol):
     @property
     def reply_format(self) -> ReplyFormat: ...
 
+    @property
+    def has_thinking_switch(self) -> bool:
+        """Whether enable_thinking may be both True and False."""
+        ...
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether a prompt has a place for tools."""
+        ...
+
     def prompt(
         self,
         tokenizer: Tokenizer,
@@ -44,6 +54,7 @@ class ReactFormat:
     """Qwen-1: ChatML without a template, tools in the ReAct form (see chatml.build_messages)."""
 
     reply_format = ReplyFormat(calls="react", thinking="none")
+    has_thinking_switch, takes_tools = False, True
 
     def prompt(
         self,
@@ -65,6 +76,7 @@ class RawFormat:
     """A base model (chat_format "raw"), which continues texts and has no chat format."""
 
     reply_format = ReplyFormat(calls="none", thinking="none")
+    has_thinking_switch = takes_tools = False
 
     def prompt(
         self, tokenizer: Tokenizer, messages: object, tools: object = None, **options: object

@@ -34,7 +34,7 @@ def verdict_ids(tokenizer: Tokenizer) -> tuple[int, int]:
         missing.append("<think>")
     if missing:
         raise ConfigError(
-            f"reranking with {tokenizer.name}",
+            "reranking with this model",
             f"it was not trained to rerank: its vocabulary has no single token for {', '.join(missing)}",
             "Load a Qwen3-Reranker model.",
         )

@@ -51,6 +51,8 @@ class TemplateFormat:
         self._for_tools = for_tools or default
         self._token_texts = {name: TemplateText(text) for name, text in (token_texts or {}).items()}
         self.reply_format = self._read_reply_format()
+        self.has_thinking_switch = "enable_thinking" in default.variables
+        self.takes_tools = "tools" in self._for_tools.variables
 
     def prompt(
         self,

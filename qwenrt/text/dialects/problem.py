@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qwenrt.errors import CapacityError, QwenrtError, RequestError
+from qwenrt.errors import CapacityError, ConfigError, QwenrtError, RequestError
 
 Kind = Literal[
     "invalid_json",
@@ -84,7 +84,7 @@ class Problem(Exception):
         """An error of qwenrt, or any other, as a problem of the request that met it."""
         if isinstance(error, Problem):
             return error
-        if isinstance(error, RequestError):
+        if isinstance(error, (RequestError, ConfigError)):  # asked wrongly, or of a model that cannot do it
             return cls("invalid_request", str(error))
         if isinstance(error, CapacityError):
             return cls("unavailable", str(error))

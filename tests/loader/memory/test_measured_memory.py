@@ -40,7 +40,7 @@ SPARSE = DENSE | {
 SERVE = """
 import json, sys
 from qwenrt import assembly
-from qwenrt.llm import load
+from qwenrt.loading import load
 
 def peak():
     with open("/proc/self/status") as file:

@@ -115,7 +115,7 @@ def claude_code(
         {"type": "text", "text": "You work in a terminal, for somebody who writes programs.", **_CACHE},
         {
             "type": "text",
-            "text": prose("claude", 12000) + "\nFolder: /home/me/sums\nToday: 2026-11-30",
+            "text": prose("claude", 12000) + "\nFolder: /srv/sums\nToday: 2026-11-30",
             **_CACHE,
         },
     ]
@@ -217,7 +217,7 @@ def codex(
         {
             "type": "message",
             "role": "user",
-            "content": [_input("<environment_context>\n  <cwd>/home/me/sums</cwd>\n</environment_context>")],
+            "content": [_input("<environment_context>\n  <cwd>/srv/sums</cwd>\n</environment_context>")],
         },
     ]
     for step in range(turn + 1):

@@ -14,7 +14,7 @@ pytest.importorskip("llguidance")
 
 from qwenrt.engine.grammar import Grammars  # noqa: E402
 from qwenrt.errors import RequestError  # noqa: E402
-from qwenrt.llm import load_tokenizer  # noqa: E402
+from qwenrt.loading import load_tokenizer  # noqa: E402
 from qwenrt.text.replies.call_grammar import call_grammar  # noqa: E402
 from qwenrt.text.replies.parser import parse_reply  # noqa: E402
 from qwenrt.text.replies.reply_format import ReplyFormat  # noqa: E402

@@ -1,0 +1,157 @@
+"""qwenrt serve: a model for the clients of OpenAI, Anthropic, Ollama and DashScope."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from qwenrt.cli.options import MODEL_HELP, add_load_option, add_model_options, example, load_arguments
+from qwenrt.cli.terminal import Terminal
+from qwenrt.errors import ConfigError
+from qwenrt.server import settings as serving
+from qwenrt.server.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from qwenrt.llm import LLM
+
+EXAMPLES = """examples:
+  qwenrt serve                    the built-in model, at http://127.0.0.1:8000
+  qwenrt serve Qwen3-4B --quantize int4 --port 11434
+  qwenrt serve Qwen3-4B --host 0.0.0.0 --api-key-file ~/.qwenrt-keys
+"""
+# Options of `qwenrt.load` that matter where many requests share a model.
+SHARING_OPTIONS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "step_target_ms",
+    "prefix_store",
+    "prefix_store_bytes",
+)
+_ONE_OF_MANY = {"served_model_names": "--served-model-name", "allow_origins": "--allow-origin"}
+_ONE_OF_MANY |= {"allow_hosts": "--allow-host"}  # options that are given once for each entry
+_SIZES = ("max_body", "max_header", "receive_rate", "send_buffer")
+_NEEDS = ("starlette", "uvicorn", "msgspec", "prometheus_client")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP, to the clients of OpenAI, Anthropic, Ollama and DashScope.",
+        **example(EXAMPLES),
+    )
+    parser.add_argument("model", nargs="?", default="demo", help=MODEL_HELP)
+    group = parser.add_argument_group("the server")
+    for name in serving.ABOUT:
+        _add_setting(group, name)
+    add_model_options(parser)
+    group = parser.add_argument_group("how requests share the model")
+    for name in SHARING_OPTIONS:
+        add_load_option(group, name)
+    parser.set_defaults(command=serve)
+
+
+def _add_setting(group: Any, name: str) -> None:
+    """A field of ServeSettings as an option: its name, default and help are those of the field."""
+    (setting,) = (field for field in dataclasses.fields(ServeSettings) if field.name == name)
+    kind = get_type_hints(ServeSettings)[name]
+    option = _ONE_OF_MANY.get(name, "--" + name.replace("_", "-"))
+    told: dict[str, Any] = {"dest": name, "default": setting.default, "help": serving.ABOUT[name]}
+    if name in _ONE_OF_MANY:
+        told |= {
+            "action": "append",
+            "default": None,
+            "metavar": "NAME",
+            "help": f"{told['help']}; may be repeated",
+        }
+    elif kind is bool:
+        told["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
+    elif kind in (int, float):
+        told["help"] += f" (default: {_shown(name, setting.default)})"
+        told |= {"type": int, "metavar": "N"}
+        if name in _SIZES:
+            told |= {"type": _parsed(serving.size), "metavar": "SIZE"}
+        elif kind is float:
+            told |= {"type": _parsed(serving.seconds), "metavar": "SECONDS"}
+    else:
+        told["metavar"] = "FILE" if name == "api_key_file" else "ADDRESS"
+    group.add_argument(option, **told)
+
+
+def _shown(name: str, default: Any) -> str:
+    if name in _SIZES:
+        return f"{int(default) >> 20}MiB" if default >= 1 << 20 else f"{int(default) >> 10}KiB"
+    return f"{default:g}"
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def serve(args: argparse.Namespace) -> int:
+    _check_installed()
+    given: dict[str, Any] = {name: getattr(args, name) for name in serving.ABOUT}
+    given |= {name: () for name in _ONE_OF_MANY if given[name] is None}
+    settings = ServeSettings(**given)
+    sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
+    from qwenrt.loading import load
+    from qwenrt.server import app
+    from qwenrt.server.lifecycle import bind, run
+
+    sockets = bind(settings)  # before a large model is loaded for a port that somebody else has
+    host, port = sockets[0].getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    with load(args.model, **load_arguments(args), **sharing) as llm:
+        application, terminal = app(llm, settings), Terminal()
+
+        def started() -> None:
+            terminal.remark(_greeting(llm, settings, address))
+
+        run(application, settings, application.hooks(started), sockets=sockets)
+    return 0
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "qwenrt serve",
+            f"{', '.join(missing)} is not installed",
+            'Install what the server needs: pip install "qwenrt[server]"',
+        )
+
+
+def _greeting(llm: LLM, settings: ServeSettings, address: str) -> str:
+    """Where the server is, what it serves, and the lines to paste for the agents that people use."""
+    stats = llm.stats()
+    context = int(stats["max_model_len"])
+    full = int(stats["total_blocks"]) * int(stats["block_size"]) // context
+    name = (settings.served_model_names or (llm.name,))[0]
+    key = "YOUR-KEY" if settings.has_keys else "none"
+    lines = [
+        f"Serving {name} at {address}  (Ctrl-C stops it)",
+        f"  context {context} tokens; {min(full, llm.options.max_num_seqs) or 1} answers at once at full length, "
+        f"{llm.options.max_num_seqs} shorter ones; {settings.max_queue} more wait",
+        f"  {llm.summary}",
+    ]
+    if llm.name == "demo":
+        lines.append(
+            "  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
+        )
+    lines += [
+        "  Open WebUI and other OpenAI clients: base URL " + address + "/v1, API key " + key,
+        f"  Claude Code:  ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} claude",
+        f"  Codex:        codex -c model_providers.q.base_url={address}/v1 -c model_providers.q.wire_api=responses "
+        "-c model_provider=q",
+        f"  Qwen Code:    OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key} OPENAI_MODEL={name} qwen",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Guesses at what comes next, looked up in what a sequence already has: a step checks several at once.
+
+A step computes the logits after the last token and after each guessed one, and chooses there as it would have if the
+guesses were the text: how a token is chosen depends on its place alone. Guesses are kept as long as they are what was
+chosen; the tokens are those that would have been written without. The numbers they are chosen by are the same but for
+the order of their sums, which in the kernels of the CPU depends on how many tokens a step computes, whether these are
+guesses or other requests: about 1e-5 of a logit, 1e-2 where the cache is int8. Where two tokens are nearer than that,
+either may be written, as when requests run beside each other.
+
+Where a step may be under way when the next one is begun (depth 1), nothing is guessed: what the guesses would follow is
+not known yet. Neither is it for sequences whose choices depend on more than their logits: penalties, bias, a grammar,
+logprobs, the ban on an early end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qwenrt.engine.sequence import Sequence
+
+MOST_ROWS = 16  # of a step, those of guesses included: more cost a CPU as much as steps of their own
+_FIRST = 4  # guesses of a sequence that has not been wrong yet
+_MOST = 15
+_MATCH = 32  # tokens before a place that are compared
+_PLACES = 8  # where the last two tokens occurred before, the latest ones
+_REST = (8, 64)  # tokens for which nothing is guessed after a row of errors: at first, and at most
+
+
+class LookUp:
+    """Guesses for one sequence: what followed the longest earlier occurrence of its last tokens, two at least.
+
+    How many adapts: twice as many after all were right, down to none after errors; then a single one is tried again
+    after a while, which grows as long as that is wrong.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, int], list[int]] = {}  # a pair of tokens -> the places behind it
+        self._read = 1  # tokens whose pairs with the one before are in _places
+        self._many, self._rest, self._pause_until = _FIRST, _REST[0], 0
+
+    def guess(self, tokens: list[int], most: int) -> list[int]:
+        """Up to ``most`` tokens that may follow."""
+        many = min(self._many, most)
+        if many <= 0 or len(tokens) < max(3, self._pause_until):
+            return []
+        for place in range(self._read, len(tokens) - 1):  # the last pair has no successor yet
+            places = self._places.setdefault((tokens[place - 1], tokens[place]), [])
+            places.append(place + 1)
+            if len(places) > _PLACES:
+                del places[0]
+        self._read = max(self._read, len(tokens) - 1)
+        places = self._places.get((tokens[-2], tokens[-1]), [])
+        if not places:
+            return []
+        start = max(places, key=lambda place: (_alike(tokens, place), place))
+        guessed: list[int] = []
+        for i in range(start, start + many):  # behind the end is what was just guessed
+            guessed.append(tokens[i] if i < len(tokens) else guessed[i - len(tokens)])
+        return guessed
+
+    def checked(self, guessed: int, right: int, num_tokens: int) -> None:
+        """So many of the guesses were right; the sequence has ``num_tokens`` now."""
+        if right == guessed:
+            self._many = min(max(2 * guessed, self._many), _MOST)
+        elif right:
+            self._many = right + 1
+        else:
+            self._many //= 2
+        if right:
+            self._rest = _REST[0]
+        elif self._many == 0:
+            self._many, self._pause_until = 1, num_tokens + self._rest
+            self._rest = min(2 * self._rest, _REST[1])
+
+
+def _alike(tokens: list[int], place: int) -> int:
+    """How many tokens before ``place`` are those at the end."""
+    count = 0
+    while count < min(place, _MATCH) and tokens[place - 1 - count] == tokens[-1 - count]:
+        count += 1
+    return count
+
+
+class Drafts:
+    """The guesses of all sequences that asked for them. ``draws``: whether a sequence's next token is chosen by its
+    logits alone."""
+
+    def __init__(self, draws: Callable[[Sequence], bool]) -> None:
+        self._draws = draws
+        self._lookups: dict[int, LookUp] = {}
+        self.num_guessed = self.num_right = 0
+
+    def guesses(self, decoding: list[Sequence], room: int) -> list[tuple[Sequence, list[int]]]:
+        """What each decoding sequence may go on with, at most ``room`` tokens in all."""
+        asked = [seq for seq in decoding if seq.params.draft == "lookup"]
+        if not asked:
+            return []
+        room = min(room, MOST_ROWS - len(decoding))
+        found: list[tuple[Sequence, list[int]]] = []
+        for i, seq in enumerate(asked):
+            share = room // (len(asked) - i)
+            if share <= 0 or seq.in_flight or seq.params.grammar is not None or not self._draws(seq):
+                continue
+            lookup = self._lookups.setdefault(seq.seq_id, LookUp())
+            guess = lookup.guess(seq.token_ids, min(share, seq.max_len - len(seq.token_ids) - 1))
+            if guess:
+                found.append((seq, guess))
+                room -= len(guess)
+        return found
+
+    def checked(self, seq: Sequence, guessed: int, right: int) -> None:
+        """A step has shown how many of a sequence's guesses were right."""
+        self.num_guessed += guessed
+        self.num_right += right
+        if seq.seq_id in self._lookups:
+            self._lookups[seq.seq_id].checked(guessed, right, len(seq.token_ids))
+
+    def forget(self, seq: Sequence) -> None:
+        """A finished sequence needs no state."""
+        self._lookups.pop(seq.seq_id, None)

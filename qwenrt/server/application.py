@@ -1,0 +1,153 @@
+"""The ASGI application around a loaded model: its routes, and whatever goes wrong as a body of the dialect in use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qwenrt.server import (
+    about,
+    agent_routes,
+    dashscope_routes,
+    ollama_routes,
+    openai_routes,
+    retrieval_routes,
+)
+from qwenrt.server.admission import Admission
+from qwenrt.server.guard import Guard
+from qwenrt.server.health import Health, Signs
+from qwenrt.server.keys import Keyring
+from qwenrt.server.lifecycle import Hooks
+from qwenrt.server.metrics import Metrics
+from qwenrt.server.parts import Parts
+from qwenrt.server.problems import rendered
+from qwenrt.server.service import Service
+from qwenrt.server.settings import ServeSettings
+from qwenrt.server.streams import ClientGone
+from qwenrt.server.thought_key import thought_key
+from qwenrt.server.writing import Writing, problem_of
+from qwenrt.text.dialects.problem import Kind, Problem
+from qwenrt.text.dialects.signed_thoughts import SignedThoughts
+
+if TYPE_CHECKING:
+    from qwenrt.llm import LLM
+
+
+class Server:
+    """An ASGI application that serves one LLM. `qwenrt.server.app` makes it.
+
+    The LLM stays the caller's: it is not closed when the server ends. May be mounted in another application.
+    """
+
+    def __init__(self, llm: LLM, settings: ServeSettings) -> None:
+        self.llm, self.settings = llm, settings
+        self.admission = Admission(
+            llm.options.max_num_seqs, max_queue=settings.max_queue, queue_timeout=settings.queue_timeout
+        )
+        self.metrics = Metrics(llm.stats, self._queue)
+        self.service = Service(llm, settings, self.admission, self.metrics)
+        self.writing = Writing(self.service)
+        self.health = Health(self._signs, settings.watchdog)
+        self.health.loaded()
+        thoughts = SignedThoughts(thought_key(_path(llm.options.prefix_store)))
+        self._parts = Parts(settings, self.service, self.writing, self.health, thoughts)
+        self._guard = Guard(
+            self._starlette(), settings, Keyring(settings), rendered, denied=self.metrics.denied
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._guard(scope, receive, send)
+
+    def hooks(self, started: Any) -> Hooks:
+        """What this application does when the program around it is stopped. ``started``: called when it can be
+        asked."""
+        return Hooks(
+            started=started,
+            look=self.health.look,
+            closing=self.health.close,
+            drain=self.admission.drain,
+            abort=self._abort,
+            reload=self._guard.reload,
+        )
+
+    def _abort(self) -> None:
+        self.admission.abandon()
+        for running in list(self.service.running.values()):
+            running.cancel()
+
+    def _queue(self) -> tuple[int, int]:
+        figures = self.admission.figures()
+        return figures.waiting, figures.waiting_tokens
+
+    def _signs(self) -> Signs:
+        failure = self.llm.failure
+        if failure is not None:
+            return Signs(False, str(failure))
+        stats = self.llm.stats()
+        return Signs(True, has_work=stats["pending"], steps=stats["steps"])
+
+    def _starlette(self) -> Starlette:
+        routes = [
+            *about.routes(self._parts),
+            *openai_routes.routes(self._parts),
+            *agent_routes.routes(self._parts),
+            *retrieval_routes.routes(self._parts),
+            *dashscope_routes.routes(self._parts),
+            *ollama_routes.routes(self._parts),
+        ]
+        handlers: Any = {
+            Problem: _problem,
+            HTTPException: _http_error,
+            ClientGone: _nobody,
+            Exception: _unforeseen,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Any) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await self.writing.kept.close()
+
+
+def _path(directory: str | PathLike[str] | None) -> Path | None:
+    return None if directory is None else Path(directory).expanduser()
+
+
+_KINDS: dict[int, Kind] = {404: "not_found", 405: "method_not_allowed"}
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    status, headers, body = rendered(error, request.url.path, request.scope["state"]["request_id"])
+    response = Response(body, status)
+    response.raw_headers += list(headers)
+    return response
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = _KINDS.get(error.status_code, "invalid_request")
+    found = f"{request.method} {request.url.path[:200]} is not served here. /openapi.json lists what is."
+    response = await _problem(request, Problem(kind, found))
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    return await _problem(request, problem_of(error))
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,135 @@
+"""The routes of Ollama's dialect. Its clients look at port 11434."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+import qwenrt
+from qwenrt.config.layers import num_parameters
+from qwenrt.server.streams import Json
+from qwenrt.server.writing import read
+from qwenrt.text.dialects import ollama, ollama_answers, ollama_models
+from qwenrt.text.dialects.ollama import ChatRequest, GenerateRequest
+
+if TYPE_CHECKING:
+    from qwenrt.llm import LLM
+    from qwenrt.server.parts import Parts
+
+
+def routes(parts: Parts) -> list[Route]:
+    """Those that are served, and those that say why they are not."""
+    own = _Routes(parts)
+    refused = [
+        Route(f"/api/{name}{rest}", own.refused, methods=["GET", "HEAD", "POST", "DELETE"])
+        for name in ollama.NOT_SERVED
+        for rest in ("", "/{digest:path}")
+    ]
+    return [
+        Route("/api/chat", own.chat, methods=["POST"]),
+        Route("/api/generate", own.generate, methods=["POST"]),
+        Route("/api/embed", own.embed, methods=["POST"]),
+        Route("/api/embeddings", own.embeddings, methods=["POST"]),
+        Route("/api/show", own.show, methods=["POST"]),
+        Route("/api/tags", own.tags),
+        Route("/api/ps", own.ps),
+        Route("/api/version", own.version),
+        *refused,
+    ]
+
+
+class _Routes:
+    def __init__(self, parts: Parts) -> None:
+        self._service, self._writing = parts.service, parts.writing
+
+    async def chat(self, request: Request) -> ASGIApp:
+        asked = await read(request, ollama.decode_chat)
+        return await self._answer(request, asked)
+
+    async def generate(self, request: Request) -> ASGIApp:
+        asked = await read(request, ollama.decode_generate)
+        return await self._answer(request, asked)
+
+    async def embed(self, request: Request) -> ASGIApp:
+        wanted = ollama.read_embed(await read(request, ollama.decode_embed))
+        began = time.monotonic()
+        vectors, count = await self._embedded(wanted)
+        served = self._writing.served(None, request, prompt_tokens=count)
+        return Json(ollama_answers.embed_body(served, vectors, wanted.dimensions, time.monotonic() - began))
+
+    async def embeddings(self, request: Request) -> ASGIApp:
+        wanted = ollama.read_embed(await read(request, ollama.decode_embeddings))
+        vectors, _ = await self._embedded(wanted)
+        return Json(ollama_answers.embeddings_body(vectors[0]))
+
+    async def show(self, request: Request) -> ASGIApp:
+        asked = await read(request, ollama.decode_show)
+        self._service.check_name(asked.model or asked.name)
+        return Json(ollama_models.show(self._cards()[0]))
+
+    async def tags(self, request: Request) -> ASGIApp:
+        return Json(ollama_models.tags(self._cards()))
+
+    async def ps(self, request: Request) -> ASGIApp:
+        on_device = self._service.llm.device.type != "cpu"
+        return Json(ollama_models.ps(self._cards(), time.time(), on_device))
+
+    async def version(self, request: Request) -> ASGIApp:
+        return Json(ollama_models.version(qwenrt.__version__))
+
+    async def refused(self, request: Request) -> ASGIApp:
+        raise ollama.not_served(request.url.path.split("/")[2])
+
+    async def _embedded(self, wanted: ollama.Embedding) -> tuple[list[list[float]], int]:
+        self._service.check_name(wanted.model)
+        if not wanted.texts:
+            return [], 0
+        return await self._service.embed(wanted.texts)
+
+    async def _answer(self, request: Request, asked: ChatRequest | GenerateRequest) -> ASGIApp:
+        context = self._service.llm.max_model_len
+        if isinstance(asked, ChatRequest):
+            ask = ollama.read_chat(asked, context)
+        else:
+            ask = ollama.read_generate(asked, context)
+        if ollama.is_load(asked):
+            self._service.check_name(ask.model)
+            return Json(ollama_answers.loaded(self._writing.served(None, request), ask))
+        return await self._writing.answer(request, "ollama", ask, ollama_answers.Writer)
+
+    def _cards(self) -> list[ollama_models.ModelCard]:
+        service, llm = self._service, self._service.llm
+        capabilities = ["completion"]
+        if llm.takes_tools:
+            capabilities.append("tools")
+        if llm.thinking != "never":
+            capabilities.append("thinking")
+        if llm.tokenizer is not None:
+            capabilities.append("embedding")
+        stats = llm.stats()
+        return [
+            ollama_models.ModelCard(
+                name=name,
+                architecture=ollama_models.architecture(llm.config),
+                parameters=num_parameters(llm.config),
+                quantization=_weights(llm),
+                context_length=llm.max_model_len,
+                capabilities=tuple(capabilities),
+                size=stats["weight_bytes"],
+                modified=service.created,
+                info=ollama_models.architecture_info(llm.config),
+            )
+            for name in service.names
+        ]
+
+
+def _weights(llm: LLM) -> str:
+    """What the weights are, in a word."""
+    quant = llm.config.quant
+    if quant is not None:
+        return f"{quant.method}-int{quant.bits}" if quant.has_codes else quant.method
+    return llm.options.quantize or str(llm.stats()["dtype"])

@@ -1,0 +1,68 @@
+"""The routes for embeddings, reranking and scores, as OpenAI's, Jina's and vLLM's clients ask them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from qwenrt.server.openai_routes import BASES
+from qwenrt.server.streams import Json
+from qwenrt.server.writing import read
+from qwenrt.text.dialects import openai_retrieval as retrieval
+
+if TYPE_CHECKING:
+    from qwenrt.server.parts import Parts
+
+
+def routes(parts: Parts) -> list[Route]:
+    own = _Routes(parts)
+    posts = {"/embeddings": own.embeddings, "/rerank": own.rerank, "/score": own.score}
+    return [
+        *(
+            Route(base + path, endpoint, methods=["POST"])
+            for base in BASES
+            for path, endpoint in posts.items()
+        ),
+        Route("/v2/rerank", own.rerank, methods=["POST"]),
+    ]
+
+
+def _embeddings(body: bytes) -> retrieval.EmbeddingAsk:
+    return retrieval.read_embeddings(retrieval.decode_embeddings(body))
+
+
+def _rerank(body: bytes) -> retrieval.RerankAsk:
+    return retrieval.read_rerank(retrieval.decode_rerank(body))
+
+
+def _score(body: bytes) -> retrieval.ScoreAsk:
+    return retrieval.read_score(retrieval.decode_score(body))
+
+
+class _Routes:
+    def __init__(self, parts: Parts) -> None:
+        self._service = parts.service
+
+    async def embeddings(self, request: Request) -> ASGIApp:
+        ask, service = await read(request, _embeddings), self._service
+        service.check_name(ask.model)
+        vectors, count = await service.embed(ask.inputs, ask.instruction, ask.prompt_name)
+        retrieval.check_dimensions(ask, len(vectors[0]))
+        return Json(await asyncio.to_thread(retrieval.embeddings_body, ask, vectors, service.names[0], count))
+
+    async def rerank(self, request: Request) -> ASGIApp:
+        ask, service = await read(request, _rerank), self._service
+        service.check_name(ask.model)
+        pairs = [(ask.query, document) for document in ask.documents]
+        scores, count = await service.scores(pairs, ask.instruction)
+        return Json(retrieval.rerank_body(ask, scores, service.names[0], count))
+
+    async def score(self, request: Request) -> ASGIApp:
+        ask, service = await read(request, _score), self._service
+        service.check_name(ask.model)
+        scores, count = await service.scores(ask.pairs, ask.instruction)
+        return Json(retrieval.score_body(scores, service.names[0], service.created, count))

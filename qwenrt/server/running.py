@@ -1,0 +1,129 @@
+"""The answers to one request while they are written: all choices of all its prompts as one sequence of Deltas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qwenrt.answering import joined_by_index
+from qwenrt.outputs import Delta, Generation
+
+if TYPE_CHECKING:
+    from qwenrt.answering import Prepared
+    from qwenrt.engine.answers import AsyncAnswer
+    from qwenrt.llm import LLM
+
+
+class Running:
+    """Deltas of one request, a batch a step; ``Delta.index`` counts over the choices of all prompts.
+
+    ``caller``: whose it is. ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one
+    ended it, when nothing of it is in the engine any more. For one event loop.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        prepared: Sequence[Prepared],
+        caller: object,
+        seen: Callable[[Sequence[Delta]], None],
+        ended: Callable[[Exception | None], None],
+    ) -> None:
+        self._seen, self._ended, self.caller = seen, ended, caller
+        self._open = True
+        self._error: Exception | None = None
+        self._answers: list[AsyncAnswer] = []
+        self._merged: _Merged | None = None
+        try:
+            for one in prepared:
+                self._answers.append(llm.asubmit(one))
+        except BaseException:
+            self.cancel()
+            raise
+        if len(self._answers) > 1:
+            self._merged = _Merged(self._answers, [one.params.n for one in prepared])
+
+    async def batch(self) -> list[Delta]:
+        """What came since the last call, waiting for something; [] when all has ended. Raises what made it fail."""
+        source = self._answers[0] if self._merged is None else self._merged
+        try:
+            deltas = await source.batch()
+        except Exception as error:
+            self._error = error
+            raise
+        if deltas:
+            self._seen(deltas)
+        return deltas
+
+    async def whole(self) -> list[Generation]:
+        """All choices, finished."""
+        deltas: list[Delta] = []
+        try:
+            while batch := await self.batch():
+                deltas += batch
+        finally:
+            self.close()
+        return joined_by_index(deltas)
+
+    def end_thought(self) -> None:
+        """Let what is being thought end here, so that the answer begins."""
+        for answer in self._answers:
+            answer.end_thought()
+
+    def cancel(self) -> None:
+        """End it in the engine; what was written so far, and the ends, can still be read."""
+        for answer in self._answers:
+            answer.cancel()
+
+    def close(self) -> None:
+        """Nothing more is read, and its turn is over. Harmless when it has ended."""
+        if not self._open:
+            return
+        self._open = False
+        self.cancel()
+        if self._merged is not None:
+            self._merged.close()
+        self._ended(self._error)
+
+
+class _Merged:
+    """Several answers as one: a task for each puts what it gets into one list."""
+
+    def __init__(self, answers: Sequence[AsyncAnswer], choices: Sequence[int]) -> None:
+        self._deltas: list[Delta] = []
+        self._error: BaseException | None = None
+        self._came = asyncio.Event()
+        self._open = len(answers)
+        self._tasks = []
+        first = 0
+        for answer, count in zip(answers, choices, strict=True):
+            self._tasks.append(asyncio.ensure_future(self._read(answer, first)))
+            first += count
+
+    async def _read(self, answer: AsyncAnswer, first: int) -> None:
+        try:
+            while batch := await answer.batch():
+                self._deltas += [replace(delta, index=first + delta.index) for delta in batch]
+                self._came.set()
+        except Exception as error:
+            self._error = error
+        finally:
+            self._open -= 1
+            self._came.set()
+
+    async def batch(self) -> list[Delta]:
+        while not self._deltas and self._open and self._error is None:
+            self._came.clear()
+            await self._came.wait()
+        if self._error is not None:
+            raise self._error
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def close(self) -> None:
+        for task in self._tasks:
+            with suppress(RuntimeError):  # the loop may be closed
+                task.cancel()

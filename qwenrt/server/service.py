@@ -1,0 +1,250 @@
+"""One loaded model as the server sees it: what it is called, and from an Ask to its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import qwenrt
+from qwenrt.errors import QwenrtError
+from qwenrt.outputs import Delta
+from qwenrt.server.admission import Admission, Turn
+from qwenrt.server.metrics import Metrics
+from qwenrt.server.running import Running
+from qwenrt.text.dialects.answers import summed
+from qwenrt.text.dialects.ask import Ask
+from qwenrt.text.dialects.problem import Problem
+
+if TYPE_CHECKING:
+    from qwenrt.answering import Prepared
+    from qwenrt.llm import LLM
+    from qwenrt.server.settings import ServeSettings
+    from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose request it is: an opaque ``name`` of the key it came with, "" without one, and what that key may."""
+
+    name: str = ""
+    max_priority: int = 9
+
+
+@dataclass(frozen=True)
+class Made:
+    """A request as the engine takes it. ``max_tokens``: what its limit was cut to, None where it was not."""
+
+    prepared: tuple[Prepared, ...]
+    max_tokens: int | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(one.prompt_token_ids) for one in self.prepared)
+
+    @property
+    def choices(self) -> int:
+        return sum(one.params.n for one in self.prepared)
+
+
+@dataclass
+class Service:
+    """A model with the queue before it and the figures beside it."""
+
+    llm: LLM
+    settings: ServeSettings
+    admission: Admission
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    running: dict[str, Running] = field(default_factory=dict)  # by the id that the answer has for its client
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model is served as, its main name first."""
+        return self.settings.served_model_names or (self.llm.name,)
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """Raises Problem where the model has none."""
+        if self.llm.tokenizer is None:
+            raise Problem(
+                "not_implemented", f"{self.llm.name} has no tokenizer: only token ids go in and out."
+            )
+        return self.llm.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same request may have another answer."""
+        return f"qwenrt-{qwenrt.__version__}"
+
+    def token_text(self, token_id: int) -> tuple[str, bytes]:
+        """A token's own text and bytes."""
+        if self.llm.tokenizer is None:
+            return "", b""
+        raw = self.llm.tokenizer.decode_bytes([token_id])
+        return raw.decode("utf-8", "replace"), raw
+
+    def check_name(self, asked: str) -> None:
+        """Raises Problem for another model's name, where only this one's are served."""
+        if self.settings.strict_model and asked not in self.names:
+            found = f"The model {asked[:120]!r} is not served here. Served: {', '.join(self.names)}."
+            raise Problem("not_found", found, param="model")
+
+    async def make(self, ask: Ask, caller: Caller) -> Made:
+        """The prompts of a request, rendered and tokenised beside the event loop. Raises Problem."""
+        self.check_name(ask.model)
+        try:
+            return await asyncio.to_thread(self._make, ask, caller)
+        except QwenrtError as error:
+            raise Problem.of(error) from error
+
+    async def start(
+        self, made: Made, ask: Ask, caller: Caller, dialect: str, answer_id: str, body_bytes: int
+    ) -> Running:
+        """Wait for its turn and begin to compute. Raises Problem."""
+        began = time.monotonic()
+        limits = [one.params.max_tokens or self.llm.max_model_len for one in made.prepared]
+        expected = self.admission.expected(made.prompt_tokens, max(limits), made.choices)
+        priority = min(ask.priority, caller.max_priority)
+        try:
+            turn = await self.admission.begin(
+                caller.name, expected, sequences=made.choices, priority=priority
+            )
+        except Problem as problem:
+            self.metrics.refused(dialect, problem.kind)
+            raise
+        self.metrics.begin(body_bytes)
+        self.metrics.queue_wait.observe(turn.waited)
+        watched = _Watched(self, dialect, answer_id, turn, began)
+        try:
+            timed = [self._within_time(one) for one in made.prepared]
+            running = Running(self.llm, timed, caller, watched.seen, watched.ended)
+        except Exception as error:
+            watched.ended(error)
+            raise Problem.of(error) from error
+        self.running[answer_id] = running
+        return running
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's figures. Raises Problem where it has ended."""
+        try:
+            return self.llm.stats()
+        except QwenrtError as error:
+            raise Problem("unavailable", str(error)) from error
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens shown. Raises Problem."""
+        try:
+            return self.tokenizer.decode(token_ids)
+        except QwenrtError as error:
+            raise Problem.of(error) from error
+
+    async def embed(
+        self, texts: Sequence[str | list[int]], instruction: str | None = None, prompt_name: str | None = None
+    ) -> tuple[list[list[float]], int]:
+        """A vector of each text, and how many tokens were read. Raises Problem."""
+        work = partial(self.llm.embed_counted, list(texts), instruction, prompt_name)
+        vectors, count = await self._read(work)
+        return vectors.tolist(), count
+
+    async def scores(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | None
+    ) -> tuple[list[float], int]:
+        """How well each document answers its query, and how many tokens were read. Raises Problem."""
+        task = () if instruction is None else (instruction,)
+        return await self._read(partial(self.llm.scores_counted, pairs, *task))
+
+    # ---- inside
+
+    async def _read(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.to_thread(work)
+        except QwenrtError as error:
+            raise Problem.of(error) from error
+
+    def _within_time(self, prepared: Prepared) -> Prepared:
+        asked, most = prepared.params.timeout, self.settings.request_timeout
+        timeout = most if asked is None else min(asked, most)
+        return replace(prepared, params=replace(prepared.params, timeout=timeout))
+
+    def _make(self, ask: Ask, caller: Caller) -> Made:
+        sampling = dict(ask.sampling)
+        asked = sampling.pop("max_tokens", None)
+        if caller.name and not self.settings.share_prefixes:
+            sampling["cache_salt"] = f"{caller.name}/{sampling.get('cache_salt') or ''}"
+        if ask.messages is not None:
+            prepared = [self._chat(ask, sampling)]
+        else:
+            prepared = [self._completion(prompt, sampling) for prompt in ask.prompts]
+        longest = max(len(one.prompt_token_ids) for one in prepared)
+        room = self.llm.max_model_len - longest
+        if room < 1:
+            raise Problem.context_length(longest, self.llm.max_model_len)
+        limit = room if asked is None else min(asked, room)
+        limited = tuple(replace(one, params=_limited(one.params, limit)) for one in prepared)
+        return Made(limited, limit if asked is not None and limit < asked else None)
+
+    def _chat(self, ask: Ask, sampling: dict[str, Any]) -> Prepared:
+        wishes: dict[str, Any] = {}
+        if self.llm.thinking == "optional" and ask.enable_thinking is not None:
+            wishes["enable_thinking"] = ask.enable_thinking
+        if self.llm.thinking != "never" and ask.enable_thinking is not False:
+            wishes["thinking_budget"] = ask.thinking_budget
+        if ask.tools:
+            wishes["tools"] = list(ask.tools)
+            wishes["tool_choice"] = ask.tool_choice
+            wishes["parallel_tool_calls"] = ask.parallel_tool_calls
+        prepared = self.llm.prepare(messages=ask.messages, max_tokens=None, **wishes, **sampling)
+        if ask.before:
+            prepared = replace(prepared, prompt_token_ids=[*ask.before, *prepared.prompt_token_ids])
+        return prepared
+
+    def _completion(self, prompt: str | list[int], sampling: dict[str, Any]) -> Prepared:
+        if isinstance(prompt, str):
+            return self.llm.prepare(prompt=prompt, max_tokens=None, **sampling)
+        return self.llm.prepare(prompt_token_ids=prompt, max_tokens=None, **sampling)
+
+
+def _limited(params: Any, limit: int) -> Any:
+    """A minimum of tokens that the context cannot hold is cut as their maximum is."""
+    return params.with_(max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+
+
+@dataclass
+class _Watched:
+    """What is counted of one running request, and the end of its turn."""
+
+    service: Service
+    dialect: str
+    answer_id: str
+    turn: Turn
+    began: float
+    last: float = 0.0
+    ends: list[Delta] = field(default_factory=list)
+
+    def seen(self, deltas: Sequence[Delta]) -> None:
+        now, metrics = time.monotonic(), self.service.metrics
+        if self.last:
+            metrics.between_tokens.observe(now - self.last)
+        else:
+            metrics.first_token.observe(now - self.began)
+        self.last = now
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self.ends.append(delta)
+
+    def ended(self, error: Exception | None) -> None:
+        self.service.running.pop(self.answer_id, None)
+        usage = summed([delta.usage for delta in self.ends if delta.usage is not None])
+        self.turn.spent = usage.prompt_tokens + usage.completion_tokens
+        outcome = "error" if error is not None else "cancelled"
+        if error is None and self.ends:
+            outcome = self.ends[0].finish_reason or "cancelled"
+        seconds = time.monotonic() - self.began
+        self.service.metrics.end(self.dialect, outcome, seconds, usage)
+        self.service.admission.end(self.turn)

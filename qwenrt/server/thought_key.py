@@ -1,0 +1,36 @@
+"""The secret by which the server knows its own thoughts again when a client sends them back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+logger = logging.getLogger("qwenrt.server")
+
+NAME = "thought-key"
+_BYTES = 32
+
+
+def thought_key(directory: Path | None) -> bytes:
+    """The key in this directory, made where there is none: with the prefixes that are kept there, it makes the prompt
+    of a conversation the same after a restart. Without a directory, or where it cannot be written, a new one."""
+    if directory is None:
+        return secrets.token_bytes(_BYTES)
+    path = directory / NAME
+    with suppress(OSError):
+        key = path.read_bytes() if path.stat().st_size == _BYTES and not path.is_symlink() else b""
+        if len(key) == _BYTES:
+            return key
+    key = secrets.token_bytes(_BYTES)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(key)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): thoughts are signed anew after a restart", path, error.strerror
+        )
+    return key
