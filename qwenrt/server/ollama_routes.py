@@ -88,7 +88,7 @@ class _Routes:
         self._service.check_name(wanted.model)
         if not wanted.texts:
             return [], 0
-        return await self._service.embed(wanted.texts)
+        return await self._service.embed(wanted.texts, truncate=wanted.truncate)
 
     async def _answer(self, request: Request, asked: ChatRequest | GenerateRequest) -> ASGIApp:
         context = self._service.llm.max_model_len
@@ -110,7 +110,7 @@ class _Routes:
             capabilities.append("thinking")
         if llm.tokenizer is not None:
             capabilities.append("embedding")
-        stats = llm.stats()
+        stats = service.stats()
         return [
             ollama_models.ModelCard(
                 name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import qwenrt
-from qwenrt.errors import QwenrtError
+from qwenrt.errors import QwenrtError, shown
 from qwenrt.outputs import Delta
 from qwenrt.server.admission import Admission, Turn
 from qwenrt.server.metrics import Metrics
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from qwenrt.server.settings import ServeSettings
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
+logger = logging.getLogger("qwenrt.server")
+
 T = TypeVar("T")
 
 
@@ -34,6 +37,16 @@ class Caller:
 
     name: str = ""
     max_priority: int = 9
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """How a request came: its id, the dialect, the id that its answer has for the client, the size of its body."""
+
+    request_id: str
+    dialect: str
+    answer_id: str
+    body_bytes: int
 
 
 @dataclass(frozen=True)
@@ -103,10 +116,10 @@ class Service:
         except QwenrtError as error:
             raise Problem.of(error) from error
 
-    async def start(
-        self, made: Made, ask: Ask, caller: Caller, dialect: str, answer_id: str, body_bytes: int
-    ) -> Running:
+    async def start(self, made: Made, ask: Ask, caller: Caller, arrival: Arrival) -> Running:
         """Wait for its turn and begin to compute. Raises Problem."""
+        if self.settings.log_prompts:
+            await asyncio.to_thread(self._log_prompts, made, arrival)
         began = time.monotonic()
         limits = [one.params.max_tokens or self.llm.max_model_len for one in made.prepared]
         expected = self.admission.expected(made.prompt_tokens, max(limits), made.choices)
@@ -116,18 +129,18 @@ class Service:
                 caller.name, expected, sequences=made.choices, priority=priority
             )
         except Problem as problem:
-            self.metrics.refused(dialect, problem.kind)
+            self.metrics.refused(arrival.dialect, problem.kind)
             raise
-        self.metrics.begin(body_bytes)
+        self.metrics.begin(arrival.body_bytes)
         self.metrics.queue_wait.observe(turn.waited)
-        watched = _Watched(self, dialect, answer_id, turn, began)
+        watched = _Watched(self, arrival, turn, began)
         try:
             timed = [self._within_time(one) for one in made.prepared]
             running = Running(self.llm, timed, caller, watched.seen, watched.ended)
         except Exception as error:
             watched.ended(error)
             raise Problem.of(error) from error
-        self.running[answer_id] = running
+        self.running[arrival.answer_id] = running
         return running
 
     def stats(self) -> dict[str, Any]:
@@ -145,10 +158,18 @@ class Service:
             raise Problem.of(error) from error
 
     async def embed(
-        self, texts: Sequence[str | list[int]], instruction: str | None = None, prompt_name: str | None = None
+        self,
+        texts: Sequence[str | list[int]],
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool | None = None,
     ) -> tuple[list[list[float]], int]:
-        """A vector of each text, and how many tokens were read. Raises Problem."""
-        work = partial(self.llm.embed_counted, list(texts), instruction, prompt_name)
+        """A vector of each text, and how many tokens were read. ``truncate`` as `LLM.embed_counted` has it. Raises
+        Problem."""
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                self._check_ids(text, f"input[{i}]")
+        work = partial(self.llm.embed_counted, list(texts), instruction, prompt_name, truncate=truncate)
         vectors, count = await self._read(work)
         return vectors.tolist(), count
 
@@ -160,6 +181,13 @@ class Service:
         return await self._read(partial(self.llm.scores_counted, pairs, *task))
 
     # ---- inside
+
+    def _log_prompts(self, made: Made, arrival: Arrival) -> None:
+        """As one line each: what a stranger wrote begins no line of its own."""
+        for one in made.prepared:
+            tokenizer = self.llm.tokenizer
+            said = one.prompt_token_ids if tokenizer is None else tokenizer.decode(one.prompt_token_ids)
+            logger.info("%s prompt: %r", arrival.request_id, said)
 
     async def _read(self, work: Callable[[], T]) -> T:
         try:
@@ -201,12 +229,23 @@ class Service:
             wishes["parallel_tool_calls"] = ask.parallel_tool_calls
         prepared = self.llm.prepare(messages=ask.messages, max_tokens=None, **wishes, **sampling)
         if ask.before:
+            self._check_ids(ask.before, "context")
             prepared = replace(prepared, prompt_token_ids=[*ask.before, *prepared.prompt_token_ids])
         return prepared
+
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        size = self.llm.config.vocab_size
+        for i, token in enumerate(token_ids):
+            if not 0 <= token < size:
+                found = f"{param}: got the token id {shown(token)}, and this model's go from 0 to {size - 1}."
+                raise Problem(
+                    "invalid_request", f"{found} Send ids of its own vocabulary.", param=f"{param}[{i}]"
+                )
 
     def _completion(self, prompt: str | list[int], sampling: dict[str, Any]) -> Prepared:
         if isinstance(prompt, str):
             return self.llm.prepare(prompt=prompt, max_tokens=None, **sampling)
+        self._check_ids(prompt, "prompt")
         return self.llm.prepare(prompt_token_ids=prompt, max_tokens=None, **sampling)
 
 
@@ -220,12 +259,12 @@ class _Watched:
     """What is counted of one running request, and the end of its turn."""
 
     service: Service
-    dialect: str
-    answer_id: str
+    arrival: Arrival
     turn: Turn
     began: float
     last: float = 0.0
     ends: list[Delta] = field(default_factory=list)
+    said: dict[int, list[str]] = field(default_factory=dict)  # by choice, where it is to be logged
 
     def seen(self, deltas: Sequence[Delta]) -> None:
         now, metrics = time.monotonic(), self.service.metrics
@@ -234,17 +273,29 @@ class _Watched:
         else:
             metrics.first_token.observe(now - self.began)
         self.last = now
+        keeps = self.service.settings.log_prompts
         for delta in deltas:
             if delta.finish_reason is not None:
                 self.ends.append(delta)
+            if keeps:
+                calls = (f"{call.name}{call.arguments}" for call in delta.calls)
+                self.said.setdefault(delta.index, []).extend((delta.reasoning, delta.text, *calls))
 
     def ended(self, error: Exception | None) -> None:
-        self.service.running.pop(self.answer_id, None)
+        arrival = self.arrival
+        self.service.running.pop(arrival.answer_id, None)
         usage = summed([delta.usage for delta in self.ends if delta.usage is not None])
         self.turn.spent = usage.prompt_tokens + usage.completion_tokens
         outcome = "error" if error is not None else "cancelled"
         if error is None and self.ends:
             outcome = self.ends[0].finish_reason or "cancelled"
-        seconds = time.monotonic() - self.began
-        self.service.metrics.end(self.dialect, outcome, seconds, usage)
+        seconds, broken = time.monotonic() - self.began, sum(end.broken_calls for end in self.ends)
+        self.service.metrics.end(arrival.dialect, outcome, seconds, usage, broken)
         self.service.admission.end(self.turn)
+        for index, texts in self.said.items():
+            logger.info("%s answer %d: %r", arrival.request_id, index, "".join(texts))
+        logger.info(
+            "%s %s %s: %d tokens read, %d of them cached, %d written, waited %.3f s of %.3f s",
+            *(arrival.request_id, arrival.dialect, outcome, usage.prompt_tokens, usage.cached_tokens),
+            *(usage.completion_tokens, self.turn.waited, seconds),
+        )
