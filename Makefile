@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/* csrc/isa/*/*)
 
-.PHONY: chat test lint types tests csrc-check gpu-check demo bench benchmarks clean
+.PHONY: chat test lint types tests csrc-check gpu-check agents demo bench benchmarks clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -33,6 +33,13 @@ csrc-check: $(VENV)/.dev
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/qwenrt bench --shape Qwen-1_8B --device cuda --json
+
+# The server against Claude Code, Codex and Qwen Code from npm and against clients from PyPI that cannot live beside each
+# other: an environment for each (1.2 GB, in ~/.cache/qwenrt-clients or where QWENRT_CLIENT_ENVS says; needs Node.js 20),
+# then some minutes, with a scripted model and where the system allows it in a network without a way out.
+agents: $(VENV)/.dev
+	$(BIN)/python scripts/client_envs.py
+	$(BIN)/python -m pytest tests/agents -m agents -rs
 
 # Trains the built-in model again from its seed.
 demo: $(VENV)/.dev

@@ -62,6 +62,8 @@ __all__ = ["__version__", *_LAZY]
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "server":  # so that qwenrt.server.app(llm) needs no import of its own
+        return importlib.import_module("qwenrt.server")
     raise AttributeError(f"module 'qwenrt' has no attribute {name!r}")
 
 

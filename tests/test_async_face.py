@@ -213,3 +213,18 @@ def test_the_state_of_the_engine_is_seen_without_asking_it(llm: qwenrt.LLM, tmp_
     other = load(parrot(tmp_path / "other", SAID))
     other.close()
     assert isinstance(other.failure, RequestError) and "was closed" in str(other.failure)
+
+
+def test_a_grammar_holds_the_answer_behind_a_thought_that_was_cut(thinker: qwenrt.LLM) -> None:
+    pytest.importorskip("llguidance")
+    grammar = qwenrt.Grammar.choice(["It is 42.", "It is 7."])
+
+    async def main() -> None:
+        for budget in (1, 2):
+            whole = await thinker.achat(
+                messages=HELLO, temperature=0, grammar=grammar, thinking_budget=budget, n=2
+            )
+            assert [choice.text for choice in whole.choices] == ["It is 42."] * 2
+            assert all("Considering" in choice.reasoning for choice in whole.choices)
+
+    asyncio.run(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import threading
 from functools import cache
@@ -289,7 +290,15 @@ def test_the_tables_are_made_once_and_grammars_kept(monkeypatch: pytest.MonkeyPa
     assert fresh.compile(Grammar.json_object()) is kept
     for word in ("c", "d", "e"):
         fresh.compile(Grammar.choice([word]))
+    assert fresh.num_compiled in range(
+        6, 10
+    )  # the first by whoever of the four began before another had ended
     assert len(fresh._kept) == 3 and fresh.compile(Grammar.json_object()) is not kept
+
+
+def test_the_package_is_imported_when_a_grammar_is_asked_for() -> None:
+    code = "import sys, qwenrt, qwenrt.engine.engine; assert 'llguidance' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -69,15 +70,22 @@ def _add_setting(group: Any, name: str) -> None:
         }
     elif kind is bool:
         told["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
-    elif name in _SIZES:
-        told |= {"type": _parsed(serving.size), "metavar": "SIZE"}
-    elif kind is float:
-        told |= {"type": _parsed(serving.seconds), "metavar": "SECONDS"}
-    elif kind is int:
+    elif kind in (int, float):
+        told["help"] += f" (default: {_shown(name, setting.default)})"
         told |= {"type": int, "metavar": "N"}
+        if name in _SIZES:
+            told |= {"type": _parsed(serving.size), "metavar": "SIZE"}
+        elif kind is float:
+            told |= {"type": _parsed(serving.seconds), "metavar": "SECONDS"}
     else:
         told["metavar"] = "FILE" if name == "api_key_file" else "ADDRESS"
     group.add_argument(option, **told)
+
+
+def _shown(name: str, default: Any) -> str:
+    if name in _SIZES:
+        return f"{int(default) >> 20}MiB" if default >= 1 << 20 else f"{int(default) >> 10}KiB"
+    return f"{default:g}"
 
 
 def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -97,7 +105,7 @@ def serve(args: argparse.Namespace) -> int:
     settings = ServeSettings(**given)
     sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
     from qwenrt.loading import load
-    from qwenrt.server.app import app
+    from qwenrt.server import app
     from qwenrt.server.lifecycle import bind, run
 
     sockets = bind(settings)  # before a large model is loaded for a port that somebody else has
@@ -107,7 +115,7 @@ def serve(args: argparse.Namespace) -> int:
         application, terminal = app(llm, settings), Terminal()
 
         def started() -> None:
-            terminal.remark(_greeting(llm, settings, address))
+            terminal.remark(_greeting(llm, settings, address, application.service.names[0]))
 
         run(application, settings, application.hooks(started), sockets=sockets)
     return 0
@@ -123,12 +131,11 @@ def _check_installed() -> None:
         )
 
 
-def _greeting(llm: LLM, settings: ServeSettings, address: str) -> str:
+def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str:
     """Where the server is, what it serves, and the lines to paste for the agents that people use."""
     stats = llm.stats()
     context = int(stats["max_model_len"])
     full = int(stats["total_blocks"]) * int(stats["block_size"]) // context
-    name = (settings.served_model_names or (llm.name,))[0]
     key = "YOUR-KEY" if settings.has_keys else "none"
     lines = [
         f"Serving {name} at {address}  (Ctrl-C stops it)",
@@ -140,11 +147,23 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str) -> str:
         lines.append(
             "  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
         )
+    lines.append(f"  Open WebUI and other OpenAI clients: base URL {address}/v1, API key {key}")
     lines += [
-        "  Open WebUI and other OpenAI clients: base URL " + address + "/v1, API key " + key,
-        f"  Claude Code:  ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} claude",
-        f"  Codex:        codex -c model_providers.q.base_url={address}/v1 -c model_providers.q.wire_api=responses "
-        "-c model_provider=q",
-        f"  Qwen Code:    OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key} OPENAI_MODEL={name} qwen",
+        f"  {agent + ':':<13} {line}" for agent, line in agent_lines(address, name, settings.has_keys).items()
     ]
     return "\n".join(lines)
+
+
+def agent_lines(address: str, name: str, has_keys: bool = False) -> dict[str, str]:
+    """What a person types in a shell to use an agent with the server. ``name``: of the model."""
+    key, model = "YOUR-KEY" if has_keys else "none", shlex.quote(name)
+    codex = ["-c model_provider=qwenrt", "-c model_providers.qwenrt.name=qwenrt"]
+    codex += [
+        f"-c model_providers.qwenrt.base_url={address}/v1",
+        "-c model_providers.qwenrt.wire_api=responses",
+    ]
+    return {
+        "Claude Code": f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} claude",
+        "Codex": " ".join(["codex", f"-m {model}", *codex]),
+        "Qwen Code": f"OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key} OPENAI_MODEL={model} qwen",
+    }

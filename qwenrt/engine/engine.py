@@ -346,6 +346,7 @@ class Engine:
             "preemptions": self.scheduler.num_preemptions,
             "stored_blocks_read": 0 if self.store is None else self.store.num_read,
             "stored_blocks_written": 0 if self.store is None else self.store.num_written,
+            "grammar_compiles": self.grammars.num_compiled,
             "guessed_tokens": self.drafts.num_guessed,
             "right_guesses": self.drafts.num_right,
             "pending": self.has_work,

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,11 @@ class Compiled:
 
 class Grammars:
     """Compiles grammars for one tokenizer and keeps the latest. Any thread may use it: `compile` does its work in the
-    caller's."""
+    caller's. ``num_compiled``: how often that was needed."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+        self.num_compiled = 0
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
         self._lock, self._building = threading.Lock(), threading.Lock()
@@ -82,6 +84,7 @@ class Grammars:
                 return self._kept[key]
         compiled = self._compiled(grammar)
         with self._lock:
+            self.num_compiled += 1
             self._kept[key] = compiled
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -112,6 +115,11 @@ class Grammars:
 def _lark_json(schema: dict[str, Any], between: str) -> str:
     """A schema, checked, as a term of a Lark grammar. Characters that need no escape are written without: text of any
     script stays readable."""
+    if _is_old():  # these know no pattern, and would take any white space; nor what two rules say of one key
+        if '"patternProperties"' in json.dumps(schema):
+            found = "this version of llguidance does not keep to patternProperties"
+            raise RequestError("a grammar (json_schema)", found, "Install llguidance 1.9 or later.")
+        return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
     options: dict[str, Any] = {"whitespace_pattern": between}
     if _knows_escapes():
         options["json_allow_general_unicode_escapes"] = False
@@ -195,6 +203,13 @@ def _llguidance() -> Any:
             'Install it with `pip install "qwenrt[server]"`.',
         ) from error
     return llguidance
+
+
+@cache
+def _is_old() -> bool:
+    """Whether the version is before 1.9."""
+    major, minor = (int(part) for part in version("llguidance").split(".")[:2])
+    return (major, minor) < (1, 9)
 
 
 @cache

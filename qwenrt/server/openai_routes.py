@@ -152,7 +152,7 @@ class _Routes:
         service = self._service
         return Json(
             openai_models.models_body(
-                service.names, service.created, service.llm.max_model_len, service.llm.name
+                service.names, service.created, service.llm.max_model_len, service.own_name
             )
         )
 
@@ -162,7 +162,7 @@ class _Routes:
             found = f"The model {name[:120]!r} is not served here. Served: {', '.join(service.names)}."
             raise Problem("not_found", found, param="model")
         return Json(
-            openai_models.model_body(name, service.created, service.llm.max_model_len, service.llm.name)
+            openai_models.model_body(name, service.created, service.llm.max_model_len, service.own_name)
         )
 
     # ---- streams that outlive their connections

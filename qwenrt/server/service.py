@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import qwenrt
@@ -76,17 +77,22 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, Running] = field(default_factory=dict)  # by the id that the answer has for its client
 
+    @cached_property
+    def own_name(self) -> str:
+        """The checkpoint's name; of a directory its last part: where it lies is nobody's business."""
+        return Path(self.llm.name).resolve().name if Path(self.llm.name).is_dir() else self.llm.name
+
     @property
     def names(self) -> tuple[str, ...]:
         """What the model is served as, its main name first."""
-        return self.settings.served_model_names or (self.llm.name,)
+        return self.settings.served_model_names or (self.own_name,)
 
     @property
     def tokenizer(self) -> ChatTokenizer:
         """Raises Problem where the model has none."""
         if self.llm.tokenizer is None:
             raise Problem(
-                "not_implemented", f"{self.llm.name} has no tokenizer: only token ids go in and out."
+                "not_implemented", f"{self.own_name} has no tokenizer: only token ids go in and out."
             )
         return self.llm.tokenizer
 

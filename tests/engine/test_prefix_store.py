@@ -125,6 +125,18 @@ def test_another_root_is_another_beginning(tmp_path: Path) -> None:
     again.close()
 
 
+def test_another_salt_is_another_beginning(tmp_path: Path) -> None:
+    engine = started(tmp_path)
+    for _ in range(2):
+        asked(engine, params=PARAMS.with_(cache_salt="a"))
+    engine.close()
+    again = started(tmp_path)
+    for salt in ("", "b"):
+        assert asked(again, params=PARAMS.with_(cache_salt=salt))[1] == 0
+    assert asked(again, params=PARAMS.with_(cache_salt="a"))[1] == 56
+    again.close()
+
+
 def test_a_full_disk_turns_it_off_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

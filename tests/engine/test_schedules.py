@@ -140,6 +140,7 @@ class Schedule:
             logprobs=rng.choice([None, None, 0]),  # then the host chooses
             timeout=rng.choice([None, None, None, 2, 30]),
             cache_salt=rng.choice(["", "", "another"]),
+            draft=rng.choice([None, "lookup"]),
         )
         thought = None
         if rng.random() < 0.5:

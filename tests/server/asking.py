@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import qwenrt
-from qwenrt.server.app import app
+from qwenrt.server import app
 from qwenrt.server.settings import ServeSettings
 from tests.server.wire import PATIENCE, Serving, Wire, request, serving, until
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import qwenrt
-from qwenrt.server.app import app
+from qwenrt.server import app
 from qwenrt.server.settings import ServeSettings
 from tests.server.asking import ask
 from tests.server.wire import Serving, request, serving, until

@@ -18,6 +18,7 @@ from qwenrt.text.dialects.anthropic_answers import error_body as error_body
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.decoding import bad, blamed_on, said
 from qwenrt.text.dialects.efforts import thought as thought_of_effort
+from qwenrt.text.dialects.problem import Problem
 from qwenrt.text.dialects.signed_thoughts import SignedThoughts
 from qwenrt.text.dialects.turns import Turns
 
@@ -95,6 +96,7 @@ class CountRequest(Struct):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
+    thread: Any = None
 
 
 class Request(CountRequest, kw_only=True):
@@ -123,6 +125,7 @@ def read(request: CountRequest, thoughts: SignedThoughts) -> Ask:
 
     thoughts: signs the thoughts of the answer, and knows those that come back.
     """
+    _no_thread(request)
     tools, ignored = _tools(request.tools or [])
     enable_thinking, budget = _thinking(request)
     messages = _messages(request, thoughts)
@@ -143,6 +146,15 @@ def read(request: CountRequest, thoughts: SignedThoughts) -> Ask:
         continue_final=messages[-1]["role"] == "assistant",
         extra=Extra(thoughts, stop, hidden=bool(request.thinking and request.thinking.display == "omitted")),
     )
+
+
+def _no_thread(request: CountRequest) -> None:
+    """A conversation that the server would hold. The vendor's tool runner asks for one, reads this refusal, and sends
+    all messages from then on; passed over in silence it would send only what is new."""
+    if request.thread is not None:
+        found = "thread: conversations are not held here. Leave it out and send all messages."
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise Problem("invalid_request", found, param="thread", details=details)
 
 
 def _messages(request: CountRequest, thoughts: SignedThoughts) -> list[dict[str, Any]]:

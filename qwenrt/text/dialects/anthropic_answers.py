@@ -58,11 +58,10 @@ def error_body(problem: Problem, request_id: str = "") -> dict[str, Any]:
     message = problem.message
     if problem.kind == "context_length":
         message = f"prompt is too long: {problem.prompt_tokens} tokens > {problem.max_tokens} maximum"
-    return {
-        "type": "error",
-        "error": {"type": ERROR_TYPES[problem.kind], "message": message},
-        "request_id": request_id or None,
-    }
+    error: dict[str, Any] = {"type": ERROR_TYPES[problem.kind], "message": message}
+    if problem.details is not None:
+        error["details"] = problem.details
+    return {"type": "error", "error": error, "request_id": request_id or None}
 
 
 def count_body(prompt_tokens: int) -> dict[str, Any]:

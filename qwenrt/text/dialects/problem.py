@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from qwenrt.errors import CapacityError, ConfigError, QwenrtError, RequestError
 
@@ -46,7 +46,7 @@ class Problem(Exception):
 
     message: for a person, in the words of an error of qwenrt. param: the JSON path of what is wrong, such as
     "messages[1].role". prompt_tokens, max_tokens: of a prompt that does not fit (kind "context_length"). retry_after:
-    seconds.
+    seconds. details: what else a dialect's clients look for in an error.
     """
 
     def __init__(
@@ -58,10 +58,12 @@ class Problem(Exception):
         prompt_tokens: int = 0,
         max_tokens: int = 0,
         retry_after: int | None = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.kind, self.message, self.param = kind, message, param
         self.prompt_tokens, self.max_tokens, self.retry_after = prompt_tokens, max_tokens, retry_after
+        self.details = details
 
     @property
     def status(self) -> int:

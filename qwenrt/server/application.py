@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from os import PathLike
 from pathlib import Path
@@ -25,7 +25,7 @@ from qwenrt.server import (
 from qwenrt.server.admission import Admission
 from qwenrt.server.guard import Guard
 from qwenrt.server.health import Health, Signs
-from qwenrt.server.keys import Keyring, as_keys
+from qwenrt.server.keys import Keyring
 from qwenrt.server.lifecycle import Hooks
 from qwenrt.server.metrics import Metrics
 from qwenrt.server.parts import Parts
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """An ASGI application that serves one LLM. `app` makes it.
+    """An ASGI application that serves one LLM. `qwenrt.server.app` makes it.
 
     The LLM stays the caller's: it is not closed when the server ends. May be mounted in another application.
     """
@@ -136,19 +136,6 @@ class Named:
             await send(message)
 
         await self._inner(scope, receive, named)
-
-
-def app(
-    llm: LLM, settings: ServeSettings | None = None, *, api_keys: Iterable[str] = (), **choices: Any
-) -> Server:
-    """An ASGI application around a loaded model: mount it, test it in-process, or run it with uvicorn.
-
-    settings: a ServeSettings, or its fields as keywords. api_keys: texts; without any, no request needs a key.
-    Raises ConfigError.
-    """
-    if settings is None:
-        settings = ServeSettings(api_keys=as_keys(api_keys), **choices)
-    return Server(llm, settings)
 
 
 def _path(directory: str | PathLike[str] | None) -> Path | None:
