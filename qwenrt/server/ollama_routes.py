@@ -103,7 +103,8 @@ class _Routes:
         self._service.check_name(wanted.model)
         if not wanted.texts:
             return [], 0
-        return await unless_gone(request.receive, self._service.embed(wanted.texts, caller_of(request)))
+        work = self._service.embed(wanted.texts, caller_of(request), truncate=wanted.truncate)
+        return await unless_gone(request.receive, work)
 
     async def _answer(self, request: Request, asked: ChatRequest | GenerateRequest, ask: Ask) -> ASGIApp:
         if ollama.is_load(asked):
@@ -120,7 +121,7 @@ class _Routes:
             capabilities.append("thinking")
         if llm.tokenizer is not None:
             capabilities.append("embedding")
-        stats = llm.stats()
+        stats = service.stats()
         return [
             ollama_models.ModelCard(
                 name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import qwenrt
-from qwenrt.errors import QwenrtError
+from qwenrt.errors import QwenrtError, shown
 from qwenrt.outputs import Delta
 from qwenrt.server.admission import Admission, Turn
 from qwenrt.server.metrics import Metrics
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from qwenrt.server.settings import ServeSettings
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
+logger = logging.getLogger("qwenrt.server")
+
 T = TypeVar("T")
 R = TypeVar("R")
 MOST_ENTRIES = 2**18  # logprobs in a body: some 100 MB while it is made
@@ -40,6 +43,16 @@ class Caller:
 
     name: str = ""
     max_priority: int = 9
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """How a request came: its id, the dialect, the id that its answer has for the client, the size of its body."""
+
+    request_id: str
+    dialect: str
+    answer_id: str
+    body_bytes: int
 
 
 @dataclass(frozen=True)
@@ -130,10 +143,10 @@ class Service:
         except QwenrtError as error:
             raise Problem.of(error) from error
 
-    async def start(
-        self, made: Made, ask: Ask, caller: Caller, dialect: str, answer_id: str, body_bytes: int
-    ) -> Running:
+    async def start(self, made: Made, ask: Ask, caller: Caller, arrival: Arrival) -> Running:
         """Wait for its turn and begin to compute. Raises Problem."""
+        if self.settings.log_prompts:
+            await asyncio.to_thread(self._log_prompts, made, arrival)
         began = time.monotonic()
         limits = [one.params.max_tokens or self.llm.max_model_len for one in made.prepared]
         expected = self.admission.expected(made.prompt_tokens, max(limits), made.choices)
@@ -143,12 +156,12 @@ class Service:
                 caller.name, expected, sequences=made.choices, priority=priority
             )
         except Problem as problem:
-            self.metrics.refused(dialect, problem.kind)
+            self.metrics.refused(arrival.dialect, problem.kind)
             raise
-        self.metrics.begin(body_bytes)
+        self.metrics.begin(arrival.body_bytes)
         self.metrics.queue_wait.observe(turn.waited)
-        watched = _Watched(self, dialect, answer_id, turn, began)
-        running = self.running[answer_id] = Running(caller, watched.seen, watched.ended)
+        watched = _Watched(self, arrival, turn, began)
+        running = self.running[arrival.answer_id] = Running(caller, watched.seen, watched.ended)
         try:
             await running.begin(self.llm, made.prepared)
         except QwenrtError as error:
@@ -175,11 +188,16 @@ class Service:
         caller: Caller,
         instruction: str | None = None,
         prompt_name: str | None = None,
+        truncate: bool | None = None,
     ) -> tuple[list[list[float]], int]:
-        """A vector of each text, and how many tokens were read. Raises Problem."""
+        """A vector of each text, and how many tokens were read. ``truncate`` as `LLM.embed_counted` has it. Raises
+        Problem."""
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                self._check_ids(text, f"input[{i}]")
 
         def embed(share: list[str | list[int]]) -> tuple[list[list[float]], int]:
-            vectors, count = self.llm.embed_counted(share, instruction, prompt_name)
+            vectors, count = self.llm.embed_counted(share, instruction, prompt_name, truncate=truncate)
             return vectors.tolist(), count
 
         sizes = [len(text) if isinstance(text, str) else 4 * len(text) for text in texts]
@@ -195,6 +213,13 @@ class Service:
 
     # ---- inside
 
+    def _log_prompts(self, made: Made, arrival: Arrival) -> None:
+        """As one line each: what a stranger wrote begins no line of its own."""
+        for one in made.prepared:
+            tokenizer = self.llm.tokenizer
+            said = one.prompt_token_ids if tokenizer is None else tokenizer.decode(one.prompt_token_ids)
+            logger.info("%s prompt: %r", arrival.request_id, said)
+
     async def _read(
         self,
         texts: Sequence[T],
@@ -209,9 +234,7 @@ class Service:
         async with self.admission.turn(caller.name, 1 + sum(sizes) // 4) as turn:
             for first, last in _shares(sizes):
                 if time.monotonic() > end:
-                    found = (
-                        f"{first} of {len(texts)} texts were read within the time that a request may take."
-                    )
+                    found = f"{first} of {len(texts)} texts were read in the time that a request may take."
                     raise Problem("timeout", f"{found} Send fewer.")
                 try:
                     share = partial(work, list(texts[first:last]))
@@ -257,6 +280,7 @@ class Service:
             wishes["parallel_tool_calls"] = ask.parallel_tool_calls
         prepared = self.llm.prepare(messages=ask.messages, max_tokens=None, **wishes, **sampling)
         if ask.before:
+            self._check_ids(ask.before, "context")
             prepared = replace(prepared, prompt_token_ids=[*ask.before, *prepared.prompt_token_ids])
         return prepared
 
@@ -268,9 +292,19 @@ class Service:
             if isinstance(prompt, str):
                 prepared.append(self.llm.prepare(prompt=prompt, **asked))
             else:
+                self._check_ids(prompt, "prompt")
                 prepared.append(self.llm.prepare(prompt_token_ids=prompt, **asked))
             asked = {"sampling_params": prepared[0].params}
         return prepared
+
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        size = self.llm.config.vocab_size
+        for i, token in enumerate(token_ids):
+            if not 0 <= token < size:
+                found = f"{param}: got the token id {shown(token)}, and this model's go from 0 to {size - 1}."
+                raise Problem(
+                    "invalid_request", f"{found} Send ids of its own vocabulary.", param=f"{param}[{i}]"
+                )
 
     def _limited(self, params: SamplingParams, limit: int) -> SamplingParams:
         """A minimum of tokens that the context cannot hold is cut as their maximum is; so is the time."""
@@ -299,12 +333,12 @@ class _Watched:
     """What is counted of one running request, and the end of its turn."""
 
     service: Service
-    dialect: str
-    answer_id: str
+    arrival: Arrival
     turn: Turn
     began: float
     last: float = 0.0
     ends: list[Delta] = field(default_factory=list)
+    said: dict[int, list[str]] = field(default_factory=dict)  # by choice, where it is to be logged
 
     def seen(self, deltas: Sequence[Delta]) -> None:
         now, metrics = time.monotonic(), self.service.metrics
@@ -313,17 +347,29 @@ class _Watched:
         else:
             metrics.first_token.observe(now - self.began)
         self.last = now
+        keeps = self.service.settings.log_prompts
         for delta in deltas:
             if delta.finish_reason is not None:
                 self.ends.append(delta)
+            if keeps:
+                calls = (f"{call.name}{call.arguments}" for call in delta.calls)
+                self.said.setdefault(delta.index, []).extend((delta.reasoning, delta.text, *calls))
 
     def ended(self, error: Exception | None) -> None:
-        self.service.running.pop(self.answer_id, None)
+        arrival = self.arrival
+        self.service.running.pop(arrival.answer_id, None)
         usage = summed([delta.usage for delta in self.ends if delta.usage is not None])
         self.turn.spent = usage.prompt_tokens + usage.completion_tokens
         outcome = "error" if error is not None else "cancelled"
         if error is None and self.ends:
             outcome = self.ends[0].finish_reason or "cancelled"
-        seconds = time.monotonic() - self.began
-        self.service.metrics.end(self.dialect, outcome, seconds, usage)
+        seconds, broken = time.monotonic() - self.began, sum(end.broken_calls for end in self.ends)
+        self.service.metrics.end(arrival.dialect, outcome, seconds, usage, broken)
         self.service.admission.end(self.turn)
+        for index, texts in self.said.items():
+            logger.info("%s answer %d: %r", arrival.request_id, index, "".join(texts))
+        logger.info(
+            "%s %s %s: %d tokens read, %d of them cached, %d written, waited %.3f s of %.3f s",
+            *(arrival.request_id, arrival.dialect, outcome, usage.prompt_tokens, usage.cached_tokens),
+            *(usage.completion_tokens, self.turn.waited, seconds),
+        )

@@ -16,15 +16,22 @@ from qwenrt.text.dialects.problem import Problem
 T = TypeVar("T")
 
 PING_SECONDS = 15.0  # of silence, after which a stream shows that it lives
+PROGRESS_SECONDS = 0.5  # between two looks at how far a prompt is
 STREAM_HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
 
 async def events(
-    running: Running, writer: Writer, problem_of: Callable[[Exception], Problem]
+    running: Running, writer: Writer, problem_of: Callable[[Exception], Problem], tells_progress: bool = False
 ) -> AsyncIterator[bytes]:
-    """The stream of an answer in its dialect. It always has an end: of all choices, or the event of an error."""
+    """The stream of an answer in its dialect. It always has an end: of all choices, or the event of an error.
+
+    tells_progress: how far the prompt is computed is told until the first token comes, where the dialect can say so.
+    """
     try:
         yield writer.begin()
+        if tells_progress and hasattr(writer, "progress"):
+            async for data in _progress(running, writer.progress):
+                yield data
         while deltas := await running.batch():
             data = b"".join([writer.push(delta) for delta in deltas])
             if data:
@@ -34,6 +41,19 @@ async def events(
         yield writer.fail(problem_of(error))
     finally:
         running.close()
+
+
+async def _progress(running: Running, tell: Callable[[int, int, int, float], bytes]) -> AsyncIterator[bytes]:
+    """Once each PROGRESS_SECONDS how far the prompt is, where that has changed, and all of it at the end."""
+    clock = asyncio.get_running_loop().time
+    began, cached, done, total = clock(), 0, -1, running.prompt_tokens
+    while not await running.begins(PROGRESS_SECONDS):
+        now = running.progress()
+        if now is not None and now.done > done:
+            cached, done = now.cached, now.done
+            yield tell(total, cached, done, clock() - began)
+    now = running.progress()
+    yield tell(total, cached if now is None else now.cached, total, clock() - began)
 
 
 def _nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -11,15 +10,14 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from qwenrt.server.failures import log_failure
 from qwenrt.server.kept_streams import About, KeptStreams
 from qwenrt.server.running import Running
-from qwenrt.server.service import Caller, Made, Service
+from qwenrt.server.service import Arrival, Caller, Made, Service
 from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events, json_beside
 from qwenrt.text.dialects.answers import Served, Writer, new_id
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
-
-logger = logging.getLogger("qwenrt.server")
 
 LARGE_BODY = 65536  # bytes; reading more takes long enough to be done beside the event loop
 LARGE_ANSWER = 8192  # tokens and their alternatives in a body, for the same reason
@@ -61,12 +59,14 @@ class Writing:
         """
         self.service.check_room(dialect)
         client, answer_id = Client(request.receive), ""
+        request_id = request.scope["state"]["request_id"]
         try:
             made = await client.unless_gone(self.service.make(ask, caller_of(request)))
             writer = writer_of(self.served(made, request, **told), ask)
             size = len(await request.body())
             answer_id = getattr(writer, "id", "") or new_id("answer-")  # never what a client chose
-            start = self.service.start(made, ask, caller_of(request), dialect, answer_id, size)
+            about = Arrival(request_id, dialect, answer_id, size)
+            start = self.service.start(made, ask, caller_of(request), about)
             running = await client.unless_gone(start)
         except BaseException:
             client.close()
@@ -75,21 +75,30 @@ class Writing:
             raise
         headers = _headers(ask, made)
         if ask.stream:
-            return self._stream(client, running, writer, headers, request)
+            return self._stream(client, running, writer, headers, request, ask.progress)
         try:
             choices = await client.unless_gone(running.whole())
         except ClientGone:
             raise
         except Exception as error:
-            raise problem_of(error) from error
+            raise self.problem_of(request_id, error) from error
         finally:
             client.close()
         if all(choice.finish_reason == "timeout" and not choice.token_ids for choice in choices):
             found = "The request reached its deadline before its first token. Allow it more time."
             raise Problem("timeout", found)
+        if broken := sum(choice.broken_calls for choice in choices):
+            headers["x-qwenrt-call-error"] = str(broken)
         if made.told * sum(len(choice.token_ids) for choice in choices) > LARGE_ANSWER:
             return await json_beside(partial(writer.whole, choices), headers)
         return Json(writer.whole(choices), headers=headers)
+
+    def problem_of(self, request_id: str, error: Exception) -> Problem:
+        """What went wrong, for the client; what nobody foresaw is in the log as well."""
+        problem = Problem.of(error)
+        if problem.kind == "internal":
+            log_failure(request_id, error, self.service.settings.log_prompts)
+        return problem
 
     def served(self, made: Made | None, request: Request, **told: Any) -> Served:
         """What a writer knows of the server and of a request."""
@@ -105,9 +114,16 @@ class Writing:
         )
 
     def _stream(
-        self, client: Client, running: Running, writer: Writer, headers: dict[str, str], request: Request
+        self,
+        client: Client,
+        running: Running,
+        writer: Writer,
+        headers: dict[str, str],
+        request: Request,
+        tells_progress: bool,
     ) -> ASGIApp:
-        source = events(running, writer, problem_of)
+        request_id = request.scope["state"]["request_id"]
+        source = events(running, writer, partial(self.problem_of, request_id), tells_progress)
         conversation = request.headers.get(CONVERSATION)
         if conversation is None:
             return Streaming(
@@ -123,17 +139,9 @@ class Writing:
         return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers)
 
 
-def problem_of(error: Exception) -> Problem:
-    """What went wrong, for the client; what nobody foresaw is in the log as well."""
-    problem = Problem.of(error)
-    if problem.kind == "internal":
-        logger.error("a request failed", exc_info=error)
-    return problem
-
-
 def _in_a_header(name: str) -> str:
     """A client's word, with nothing in it that ends a header or a list."""
-    return "".join(c if c.isascii() and c.isprintable() and c != "," else "?" for c in name[:64])
+    return name.encode("unicode_escape").decode("ascii").replace(",", "?")[:64]
 
 
 def _headers(ask: Ask, made: Made) -> dict[str, str]:

@@ -191,7 +191,20 @@ def checked_tools(
         names.add(called)
         if schema is not None and not isinstance(schema, (dict, list)):
             raise bad(place + parameters, f"got {shown(schema)}", "Send a JSON schema, which is an object.")
+        if isinstance(schema, dict):
+            _check_schema(schema, place + parameters)
     return tools
+
+
+# What the keywords of a tool's schema must be, of those that prompts and readers of calls look at.
+_KEYWORDS: dict[str, tuple[type, ...]] = {"type": (str, list), "properties": (dict,), "required": (list,)}
+
+
+def _check_schema(schema: Mapping[str, Any], param: str) -> None:
+    for keyword, kinds in _KEYWORDS.items():
+        value = schema.get(keyword)
+        if value is not None and not isinstance(value, kinds):
+            raise bad(f"{param}.{keyword}", f"got {shown(value)}", "Send a JSON schema of an object.")
 
 
 def name_of(tool: Mapping[str, Any]) -> Any:
