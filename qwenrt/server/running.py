@@ -18,33 +18,42 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM
 
 
+_MANY = 4096  # pieces; joining more takes long enough to be done beside the event loop
+
+
 class Running:
     """Deltas of one request, a batch a step; ``Delta.index`` counts over the choices of all prompts.
 
     ``caller``: whose it is. ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one
-    ended it, when nothing of it is in the engine any more. For one event loop.
+    ended it, when nothing of it is in the engine any more. For one event loop. `begin` comes first.
     """
 
     def __init__(
         self,
-        llm: LLM,
-        prepared: Sequence[Prepared],
         caller: object,
         seen: Callable[[Sequence[Delta]], None],
         ended: Callable[[Exception | None], None],
     ) -> None:
         self._seen, self._ended, self.caller = seen, ended, caller
         self._open = True
-        self.prompt_tokens = sum(len(one.prompt_token_ids) for one in prepared)
+        self.prompt_tokens = 0
         self._error: Exception | None = None
         self._early: list[Delta] = []  # that came and were not read
         self._answers: list[AsyncAnswer] = []
         self._merged: _Merged | None = None
+
+    async def begin(self, llm: LLM, prepared: Sequence[Prepared]) -> None:
+        """Submit all of it; with many prompts, others have their turns between. Raises what is wrong with one, and the
+        others are ended."""
+        self.prompt_tokens = sum(len(one.prompt_token_ids) for one in prepared)
         try:
             for one in prepared:
+                if self._answers:
+                    await asyncio.sleep(0)
                 self._answers.append(llm.asubmit(one))
-        except BaseException:
-            self.cancel()
+        except BaseException as error:
+            self._error = error if isinstance(error, Exception) else None
+            self.close()
             raise
         self._source: AsyncAnswer | _Merged = self._answers[0]
         if len(self._answers) > 1:
@@ -90,6 +99,8 @@ class Running:
                 deltas += batch
         finally:
             self.close()
+        if len(deltas) > _MANY:
+            return await asyncio.to_thread(joined_by_index, deltas)
         return joined_by_index(deltas)
 
     def end_thought(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,12 +25,16 @@ from qwenrt.text.dialects.problem import Problem
 if TYPE_CHECKING:
     from qwenrt.answering import Prepared
     from qwenrt.llm import LLM
+    from qwenrt.sampling_params import SamplingParams
     from qwenrt.server.settings import ServeSettings
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
 logger = logging.getLogger("qwenrt.server")
 
 T = TypeVar("T")
+R = TypeVar("R")
+MOST_ENTRIES = 2**18  # logprobs in a body: some 100 MB while it is made
+_SHARE = 8192  # characters of texts that are read at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Made:
     def choices(self) -> int:
         return sum(one.params.n for one in self.prepared)
 
+    @property
+    def told(self) -> int:
+        """What is told of one token: itself, and its alternatives."""
+        return 1 + (self.prepared[0].params.logprobs or 0)
+
 
 @dataclass
 class Service:
@@ -76,6 +86,9 @@ class Service:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, Running] = field(default_factory=dict)  # by the id that the answer has for its client
+    _readers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="qwenrt-server-reads")
+    )
 
     @cached_property
     def own_name(self) -> str:
@@ -114,6 +127,14 @@ class Service:
             found = f"The model {asked[:120]!r} is not served here. Served: {', '.join(self.names)}."
             raise Problem("not_found", found, param="model")
 
+    def check_room(self, dialect: str) -> None:
+        """Raises Problem where a request could not even wait."""
+        try:
+            self.admission.check_room()
+        except Problem as problem:
+            self.metrics.refused(dialect, problem.kind)
+            raise
+
     async def make(self, ask: Ask, caller: Caller) -> Made:
         """The prompts of a request, rendered and tokenised beside the event loop. Raises Problem."""
         self.check_name(ask.model)
@@ -140,13 +161,11 @@ class Service:
         self.metrics.begin(arrival.body_bytes)
         self.metrics.queue_wait.observe(turn.waited)
         watched = _Watched(self, arrival, turn, began)
+        running = self.running[arrival.answer_id] = Running(caller, watched.seen, watched.ended)
         try:
-            timed = [self._within_time(one) for one in made.prepared]
-            running = Running(self.llm, timed, caller, watched.seen, watched.ended)
-        except Exception as error:
-            watched.ended(error)
+            await running.begin(self.llm, made.prepared)
+        except QwenrtError as error:
             raise Problem.of(error) from error
-        self.running[arrival.answer_id] = running
         return running
 
     def stats(self) -> dict[str, Any]:
@@ -166,6 +185,7 @@ class Service:
     async def embed(
         self,
         texts: Sequence[str | list[int]],
+        caller: Caller,
         instruction: str | None = None,
         prompt_name: str | None = None,
         truncate: bool | None = None,
@@ -175,16 +195,21 @@ class Service:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 self._check_ids(text, f"input[{i}]")
-        work = partial(self.llm.embed_counted, list(texts), instruction, prompt_name, truncate=truncate)
-        vectors, count = await self._read(work)
-        return vectors.tolist(), count
+
+        def embed(share: list[str | list[int]]) -> tuple[list[list[float]], int]:
+            vectors, count = self.llm.embed_counted(share, instruction, prompt_name, truncate=truncate)
+            return vectors.tolist(), count
+
+        sizes = [len(text) if isinstance(text, str) else 4 * len(text) for text in texts]
+        return await self._read(texts, sizes, embed, caller)
 
     async def scores(
-        self, pairs: Sequence[tuple[str, str]], instruction: str | None
+        self, pairs: Sequence[tuple[str, str]], caller: Caller, instruction: str | None
     ) -> tuple[list[float], int]:
         """How well each document answers its query, and how many tokens were read. Raises Problem."""
         task = () if instruction is None else (instruction,)
-        return await self._read(partial(self.llm.scores_counted, pairs, *task))
+        sizes = [len(query) + len(document) for query, document in pairs]
+        return await self._read(pairs, sizes, lambda share: self.llm.scores_counted(share, *task), caller)
 
     # ---- inside
 
@@ -195,33 +220,53 @@ class Service:
             said = one.prompt_token_ids if tokenizer is None else tokenizer.decode(one.prompt_token_ids)
             logger.info("%s prompt: %r", arrival.request_id, said)
 
-    async def _read(self, work: Callable[[], T]) -> T:
-        try:
-            return await asyncio.to_thread(work)
-        except QwenrtError as error:
-            raise Problem.of(error) from error
-
-    def _within_time(self, prepared: Prepared) -> Prepared:
-        asked, most = prepared.params.timeout, self.settings.request_timeout
-        timeout = most if asked is None else min(asked, most)
-        return replace(prepared, params=replace(prepared.params, timeout=timeout))
+    async def _read(
+        self,
+        texts: Sequence[T],
+        sizes: Sequence[int],
+        work: Callable[[list[T]], tuple[list[R], int]],
+        caller: Caller,
+    ) -> tuple[list[R], int]:
+        """What ``work`` makes of each text, in its turn and within its time. A share of them at once, in threads of
+        their own: who has gone is noticed between two, and nobody's prompt waits for another's thousand texts."""
+        loop, end = asyncio.get_running_loop(), time.monotonic() + self.settings.request_timeout
+        results: list[R] = []
+        async with self.admission.turn(caller.name, 1 + sum(sizes) // 4) as turn:
+            for first, last in _shares(sizes):
+                if time.monotonic() > end:
+                    found = f"{first} of {len(texts)} texts were read in the time that a request may take."
+                    raise Problem("timeout", f"{found} Send fewer.")
+                try:
+                    share = partial(work, list(texts[first:last]))
+                    made, count = await loop.run_in_executor(self._readers, share)
+                except QwenrtError as error:
+                    raise Problem.of(error) from error
+                results += made
+                turn.spent += count
+        return results, turn.spent
 
     def _make(self, ask: Ask, caller: Caller) -> Made:
         sampling = dict(ask.sampling)
         asked = sampling.pop("max_tokens", None)
         if caller.name and not self.settings.share_prefixes:
             sampling["cache_salt"] = f"{caller.name}/{sampling.get('cache_salt') or ''}"
-        if ask.messages is not None:
-            prepared = [self._chat(ask, sampling)]
-        else:
-            prepared = [self._completion(prompt, sampling) for prompt in ask.prompts]
+        prepared = self._prepared(ask, sampling)
         longest = max(len(one.prompt_token_ids) for one in prepared)
         room = self.llm.max_model_len - longest
         if room < 1:
             raise Problem.context_length(longest, self.llm.max_model_len)
-        limit = room if asked is None else min(asked, room)
-        limited = tuple(replace(one, params=_limited(one.params, limit)) for one in prepared)
-        return Made(limited, limit if asked is not None and limit < asked else None)
+        most, made = room, Made(tuple(prepared), None)
+        if made.told > 1 and not ask.stream:
+            most = min(room, max(1, MOST_ENTRIES // (made.told * made.choices)))
+        limit = most if asked is None else min(asked, most)
+        params = self._limited(prepared[0].params, limit)
+        limited = tuple(replace(one, params=params) for one in prepared)
+        return Made(limited, limit if limit < (room if asked is None else asked) else None)
+
+    def _prepared(self, ask: Ask, sampling: dict[str, Any]) -> list[Prepared]:
+        if ask.messages is None:
+            return self._completions(ask.prompts, sampling)
+        return [self._chat(ask, sampling)]
 
     def _chat(self, ask: Ask, sampling: dict[str, Any]) -> Prepared:
         wishes: dict[str, Any] = {}
@@ -239,6 +284,19 @@ class Service:
             prepared = replace(prepared, prompt_token_ids=[*ask.before, *prepared.prompt_token_ids])
         return prepared
 
+    def _completions(self, prompts: Sequence[str | list[int]], sampling: dict[str, Any]) -> list[Prepared]:
+        """All with the same parameters, which are looked at once."""
+        prepared: list[Prepared] = []
+        asked: dict[str, Any] = {**sampling, "max_tokens": None}
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                prepared.append(self.llm.prepare(prompt=prompt, **asked))
+            else:
+                self._check_ids(prompt, "prompt")
+                prepared.append(self.llm.prepare(prompt_token_ids=prompt, **asked))
+            asked = {"sampling_params": prepared[0].params}
+        return prepared
+
     def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
         size = self.llm.config.vocab_size
         for i, token in enumerate(token_ids):
@@ -248,16 +306,26 @@ class Service:
                     "invalid_request", f"{found} Send ids of its own vocabulary.", param=f"{param}[{i}]"
                 )
 
-    def _completion(self, prompt: str | list[int], sampling: dict[str, Any]) -> Prepared:
-        if isinstance(prompt, str):
-            return self.llm.prepare(prompt=prompt, max_tokens=None, **sampling)
-        self._check_ids(prompt, "prompt")
-        return self.llm.prepare(prompt_token_ids=prompt, max_tokens=None, **sampling)
+    def _limited(self, params: SamplingParams, limit: int) -> SamplingParams:
+        """A minimum of tokens that the context cannot hold is cut as their maximum is; so is the time."""
+        asked, most = params.timeout, self.settings.request_timeout
+        return params.with_(
+            max_tokens=limit,
+            min_tokens=min(params.min_tokens, limit),
+            timeout=most if asked is None else min(asked, most),
+        )
 
 
-def _limited(params: Any, limit: int) -> Any:
-    """A minimum of tokens that the context cannot hold is cut as their maximum is."""
-    return params.with_(max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+def _shares(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, behind the last) of each share of texts of these sizes."""
+    first = size = 0
+    for place, one in enumerate(sizes):
+        if place > first and size + one > _SHARE:
+            yield first, place
+            first, size = place, 0
+        size += one
+    if sizes:
+        yield first, len(sizes)
 
 
 @dataclass
