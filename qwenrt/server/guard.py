@@ -148,6 +148,9 @@ class Guard:
         elif sum(len(name) + len(value) + 4 for name, value in headers) > self._settings.max_header:
             found = f"The request's header has more than {self._settings.max_header} bytes."
             problem, status = Problem("invalid_request", found), 431
+        elif values(headers, b"transfer-encoding") and values(headers, b"content-length"):
+            found = "The request says the length of its body in two ways. Send one."  # a proxy may believe the other
+            problem, status = Problem("invalid_request", found), 400
         elif coded(headers):
             found = "The request's body is compressed. Send it as it is, without Content-Encoding."
             problem, status = Problem("invalid_request", found), 415

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -249,7 +250,8 @@ class Service:
         sampling = dict(ask.sampling)
         asked = sampling.pop("max_tokens", None)
         if caller.name and not self.settings.share_prefixes:
-            sampling["cache_salt"] = f"{caller.name}/{sampling.get('cache_salt') or ''}"
+            own = str(sampling.get("cache_salt") or "").encode("utf-8", "surrogatepass")
+            sampling["cache_salt"] = f"{caller.name}/{hashlib.sha256(own).hexdigest() if own else ''}"
         prepared = self._prepared(ask, sampling)
         longest = max(len(one.prompt_token_ids) for one in prepared)
         room = self.llm.max_model_len - longest
