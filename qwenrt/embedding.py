@@ -63,15 +63,21 @@ class Embedder:
         instruction: str | None,
         prompt_name: str | None,
         normalize: bool | None,
+        *,
+        longest: int | None = None,
+        truncate: bool = True,
     ) -> tuple[torch.Tensor, int]:
-        """As LLM.embed, of a list of texts or token ids: the vectors, and how many tokens were read."""
+        """As LLM.embed, of a list of texts or token ids: the vectors, and how many tokens were read.
+
+        longest: tokens of a text at most, beside what the recipe says. truncate: longer ones are cut, else refused.
+        """
         if self.error is not None:
             raise self.error
         if self.doubt and tokenizer.suffix_ids is None:  # models for embeddings say how a text ends
             logger.warning("%s", self.doubt)
             self.doubt = ""
         prompt = self._prompt(instruction, prompt_name)
-        ids = self._token_ids(tokenizer, texts, prompt)
+        ids = self._token_ids(tokenizer, texts, prompt, longest, truncate)
         states = engine.pooled(ids, self._pool(tokenizer, prompt, min(map(len, ids))))
         return self._finished(states, normalize), sum(map(len, ids))
 
@@ -91,15 +97,17 @@ class Embedder:
             raise RequestError(f"prompt_name={shown(name)}", "unknown", f"This model's prompts: {known}.")
         return prompts[name]
 
-    def _token_ids(self, tokenizer: Tokenizer, texts: Sequence[object], prompt: str) -> list[list[int]]:
+    def _token_ids(
+        self, tokenizer: Tokenizer, texts: Sequence[object], prompt: str, longest: int | None, truncate: bool
+    ) -> list[list[int]]:
         """The ids of each text with the prompt before it, cut to the recipe's length, and with the tokens that the
         tokenizer's file puts before and after every text."""
         before, after = self._around(tokenizer)
-        room = None if self.recipe.max_length is None else self.recipe.max_length - len(before) - len(after)
+        limits = [limit for limit in (self.recipe.max_length, longest) if limit is not None]
+        most = min(limits, default=None)
+        room = None if most is None else most - len(before) - len(after)
         if room is not None and room < 1:
-            found = (
-                f"max_length {self.recipe.max_length} with {len(before) + len(after)} tokens around each text"
-            )
+            found = f"max_length {most} with {len(before) + len(after)} tokens around each text"
             raise RequestError("embed", found, "Correct max_seq_length in sentence_bert_config.json.")
         cut, made = 0, []
         for text in texts:
@@ -110,11 +118,13 @@ class Embedder:
                 whole = f"{prompt}{text}"
                 ids = tokenizer.encode(whole.lower() if self.recipe.lower_case else whole)
             if room is not None and len(ids) > room:
+                if not truncate:
+                    found = f"{len(ids)} tokens, and this model's longest has {room}"
+                    raise RequestError("a text to embed", found, "Send a shorter one, or let it be cut.")
                 cut += 1
                 ids = ids[-room:] if self.recipe.truncate_left else ids[:room]
             made.append([*before, *ids, *after])
         if cut:
-            most = self.recipe.max_length
             logger.warning(
                 "%d of %d texts were cut to %d tokens, this model's longest text",
                 cut,

@@ -304,14 +304,25 @@ class LLM:
         instruction: str | None = None,
         prompt_name: str | None = None,
         normalize: bool | None = None,
+        *,
+        truncate: bool | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """As `embed`, of texts or of their token ids -> float32 [len(texts), D], and how many tokens were read."""
+        """As `embed`, of texts or of their token ids -> float32 [len(texts), D], and how many tokens were read.
+
+        truncate: whether a text that is too long is cut, also to the context, or refused; None cuts where the
+        checkpoint's files say at how many tokens, and refuses one that is longer than the context.
+        """
         alive = self._alive()
         tokenizer = alive.prompter.needs_tokenizer("embed")
         if not texts:
             raise RequestError("embed", "an empty list", "Pass at least one text.")
         normalize = None if normalize is None else flag("normalize", normalize)
-        return alive.embedder.embed(alive.engine, tokenizer, texts, instruction, prompt_name, normalize)
+        longest = None if truncate is None else self.max_model_len
+        return alive.embedder.embed(
+            *(alive.engine, tokenizer, texts, instruction, prompt_name, normalize),
+            longest=longest,
+            truncate=truncate is not False,
+        )
 
     def rerank(self, query: str, documents: Sequence[str], *, instruction: str = DEFAULT_TASK) -> list[float]:
         """How well each document answers the query, from 0 to 1, in the order of ``documents``.

@@ -106,8 +106,10 @@ def serve(args: argparse.Namespace) -> int:
     sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
     from qwenrt.loading import load
     from qwenrt.server import app
+    from qwenrt.server.keys import Keyring
     from qwenrt.server.lifecycle import bind, run
 
+    Keyring(settings)  # as the address below: what is wrong with the file of keys is told at once
     sockets = bind(settings)  # before a large model is loaded for a port that somebody else has
     host, port = sockets[0].getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

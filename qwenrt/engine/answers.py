@@ -12,7 +12,7 @@ from collections.abc import Sequence as List
 from qwenrt.engine.bridge import Mailbox
 from qwenrt.engine.loop import Abort, EndThought, Loop, again, forked
 from qwenrt.engine.output_processor import RequestOutput
-from qwenrt.engine.requests import Request
+from qwenrt.engine.requests import Progress, Request
 from qwenrt.outputs import Delta
 from qwenrt.text.replies.parser import ReplyStream
 
@@ -23,6 +23,7 @@ class _Submitted:
     def __init__(self, request: Request, loop: Loop, owner: object) -> None:
         self.request_id = request.request_id
         self.replies: List[ReplyStream] = request.replies
+        self._begun = request.begun
         self._loop, self._done = loop, False
         self._owner: object = owner  # an engine that nobody else holds lives until the answer is read
         self._cancel = weakref.finalize(self, loop.inbox.put, Abort(request.request_id))
@@ -37,6 +38,11 @@ class _Submitted:
         where it does not think."""
         if not self._done:
             self._loop.inbox.put(EndThought(self.request_id))
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far its prompt is; None before it is in the engine."""
+        return Progress.of(self._begun[0]) if self._begun else None
 
     def _read(self, output: RequestOutput) -> Delta:
         if output.finished or output.error is not None:

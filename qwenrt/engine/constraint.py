@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +14,7 @@ from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.structure import Grammar
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_TOO_MUCH = re.compile("max is|limit|too many|fuel", re.IGNORECASE)  # in the words of a matcher that gave up
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,12 @@ class Constraint:
     def _consume(self, tokens: list[int]) -> bool:
         matcher = self._matcher
         if not matcher.consume_tokens(tokens):
+            said = matcher.get_error().partition("\n")[0][:160]
+            if _TOO_MUCH.search(said):
+                raise RequestError("a grammar", f"it takes too much: {said}", "Make it simpler.")
             raise BackendError(
                 "an answer held to a grammar",
-                f"token {tokens[0]} does not fit it: {matcher.get_error().partition(chr(10))[0][:160]}",
+                f"token {tokens[0]} does not fit it: {said}",
                 "Report it, with the grammar.",
             )
         if matcher.is_stopped():

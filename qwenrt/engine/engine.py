@@ -220,6 +220,8 @@ class Engine:
                 arrived=request.arrived,
                 constraint=_constraint(request),
             )
+            if leader is None:
+                request.begun.append(seq)
             leader = leader or seq
             reply = request.replies[index] if request.replies else None
             thought = None if request.thought is None else Thought(request.thought)

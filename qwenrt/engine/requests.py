@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwenrt.engine.grammar import Compiled
 from qwenrt.engine.output_processor import StopRules
+from qwenrt.engine.sequence import Sequence
 from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import CapacityError, RequestError, shown
 from qwenrt.sampling_params import SamplingParams
@@ -17,8 +18,24 @@ MAX_STOP_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Tokens of a prompt: those that were found in the cache, those that need no more computing."""
+
+    cached: int
+    done: int
+
+    @classmethod
+    def of(cls, seq: Sequence) -> Progress:
+        """Of a sequence that the engine's thread may be changing."""
+        cached = seq.num_cached or 0
+        done = seq.prompt_len if seq.num_output else min(seq.num_stored, seq.prompt_len)
+        return cls(cached, max(cached, done))
+
+
+@dataclass(frozen=True)
 class Request:
-    """A checked request: what `Engine.check` makes and `Engine.enqueue` takes. ``arrived``: by the engine's clock."""
+    """A checked request: what `Engine.check` makes and `Engine.enqueue` takes. ``arrived``: by the engine's clock.
+    ``begun``: its first completion, once the engine has it."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -29,6 +46,7 @@ class Request:
     thought: ThoughtRules | None = None
     grammar: Compiled | None = None
     arrived: float = 0.0
+    begun: list[Sequence] = field(default_factory=list)
 
     @property
     def deadline(self) -> float:

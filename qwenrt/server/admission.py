@@ -89,14 +89,18 @@ class Admission:
         tokens: what the request is expected to cost, prompt and answers; see `expected`. priority: 0 to 9, beyond it is
         clamped. Raises Problem: unavailable (draining), queue_full at once, queue_timeout.
         """
-        if self._draining:
-            raise Problem("unavailable", "The server is being stopped and takes no new requests.")
+        self.check_room()
         ticket = Ticket(caller, max(1, tokens), max(1, sequences), min(max(priority, 0), HIGHEST_PRIORITY))
         ticket.arrived = self._clock()
-        if self._turns.full:
-            raise self._full()
         await self._queue(ticket)
         return Turn(ticket, self._clock() - ticket.arrived)
+
+    def check_room(self) -> None:
+        """Raise the Problem that `begin` would raise at once, before work is put into a request for nothing."""
+        if self._draining:
+            raise Problem("unavailable", "The server is being stopped and takes no new requests.")
+        if self._turns.full:
+            raise self._full()
 
     def end(self, turn: Turn) -> None:
         """A turn is over, whatever became of it. Twice is once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp
 from qwenrt.server.kept_responses import KeptResponse, KeptResponses
 from qwenrt.server.openai_routes import BASES
 from qwenrt.server.streams import Json
-from qwenrt.server.writing import caller_of, read
+from qwenrt.server.writing import LARGE_BODY, caller_of, read
 from qwenrt.text.dialects import anthropic, anthropic_answers, openai_responses, responses_answers
 from qwenrt.text.dialects.answers import Served, json_bytes
 from qwenrt.text.dialects.ask import Ask
@@ -63,8 +64,7 @@ class _Responses:
 
     async def write(self, request: Request) -> ASGIApp:
         owner = caller_of(request).name
-        asked = await read(request, openai_responses.decode)
-        ask = self._read(owner, asked)
+        ask = await self._read(request, await read(request, openai_responses.decode))
 
         def writer(served: Served, ask: Ask) -> responses_answers.Writer:
             return _KeepingWriter(served, ask, self._kept, owner)
@@ -72,7 +72,7 @@ class _Responses:
         return await self._writing.answer(request, "openai_responses", ask, writer)
 
     async def count(self, request: Request) -> ASGIApp:
-        ask = self._read(caller_of(request).name, await read(request, openai_responses.decode_count))
+        ask = await self._read(request, await read(request, openai_responses.decode_count))
         made = await self._service.make(ask, caller_of(request))
         return Json(responses_answers.count_body(made.prompt_tokens))
 
@@ -94,9 +94,12 @@ class _Responses:
             "not_found", "Responses are not compacted here: send fewer items, or summaries of them."
         )
 
-    def _read(self, owner: str, asked: openai_responses.CountRequest) -> Ask:
-        previous = asked.previous_response_id
+    async def _read(self, request: Request, asked: openai_responses.CountRequest) -> Ask:
+        """What is asked for, beside the event loop where the conversation is long."""
+        previous, owner = asked.previous_response_id, caller_of(request).name
         earlier = self._kept.get(owner, previous).items if previous else b"[]"
+        if len(earlier) + len(await request.body()) > LARGE_BODY:
+            return await asyncio.to_thread(openai_responses.read, asked, self._thoughts, earlier)
         return openai_responses.read(asked, self._thoughts, earlier)
 
 

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenrt.server import (
     about,
@@ -34,7 +34,7 @@ from qwenrt.server.service import Service
 from qwenrt.server.settings import ServeSettings
 from qwenrt.server.streams import ClientGone
 from qwenrt.server.thought_key import thought_key
-from qwenrt.server.writing import Writing, problem_of
+from qwenrt.server.writing import Writing
 from qwenrt.text.dialects.problem import Kind, Problem
 from qwenrt.text.dialects.signed_thoughts import SignedThoughts
 
@@ -60,9 +60,8 @@ class Server:
         self.health.loaded()
         thoughts = SignedThoughts(thought_key(_path(llm.options.prefix_store)))
         self._parts = Parts(settings, self.service, self.writing, self.health, thoughts)
-        self._guard = Guard(
-            self._starlette(), settings, Keyring(settings), rendered, denied=self.metrics.denied
-        )
+        named = Named(self._starlette(), self.service.names[0])
+        self._guard = Guard(named, settings, Keyring(settings), rendered, denied=self.metrics.denied)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard(scope, receive, send)
@@ -108,9 +107,12 @@ class Server:
             Problem: _problem,
             HTTPException: _http_error,
             ClientGone: _nobody,
-            Exception: _unforeseen,
+            Exception: self._unforeseen,
         }
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+
+    async def _unforeseen(self, request: Request, error: Exception) -> Response:
+        return await _problem(request, self.writing.problem_of(request.scope["state"]["request_id"], error))
 
     @asynccontextmanager
     async def _lifespan(self, _: Any) -> AsyncIterator[None]:
@@ -118,6 +120,22 @@ class Server:
             yield
         finally:
             await self.writing.kept.close()
+
+
+class Named:
+    """An ASGI application whose every answer says, in `x-qwenrt-model`, which model there is behind it."""
+
+    def __init__(self, inner: ASGIApp, name: str) -> None:
+        self._inner = inner
+        self._header = b"x-qwenrt-model", name.encode("ascii", "backslashreplace")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), self._header]}
+            await send(message)
+
+        await self._inner(scope, receive, named)
 
 
 def _path(directory: str | PathLike[str] | None) -> Path | None:
@@ -143,10 +161,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
-
-
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    return await _problem(request, problem_of(error))
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

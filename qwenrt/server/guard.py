@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from qwenrt.errors import shown
+from qwenrt.server.failures import log_failure
 from qwenrt.server.gates import (
     Headers,
     Hosts,
@@ -118,7 +118,7 @@ class Guard:
             if isinstance(error, Problem) and exchange.overrun:
                 await self._refuse(scope, error, exchange)
                 return
-            _tell(scope, error, self._settings.log_prompts)
+            log_failure(scope["state"]["request_id"], error, self._settings.log_prompts)
             if exchange.status is not None:
                 if not exchange.complete:
                     raise _Broken from None
@@ -282,12 +282,3 @@ def _of_key(headers: Headers) -> Problem:
     return Problem(
         "unauthorized", f"The API key {found}. Send it as `Authorization: Bearer KEY` or `x-api-key: KEY`."
     )
-
-
-def _tell(scope: Scope, error: Exception, all_words: bool) -> None:
-    """Log what failed and where. Its words only where the system's or torch's own, as others may quote a prompt; and
-    never as they are, as they may have lines."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    plain = all_words or type(error) in (RuntimeError, MemoryError) or isinstance(error, OSError)
-    said = f"{type(error).__name__}: {shown(str(error), 300)}" if plain else type(error).__name__
-    log.error("%s failed with %s\n%s", scope["state"]["request_id"], said, frames)

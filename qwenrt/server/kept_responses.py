@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class KeptResponse:
 
 
 class KeptResponses:
-    """The latest responses by owner (whoever's API key it was) and id. Used by one thread.
+    """The latest responses by owner (whoever's API key it was) and id. Any thread may use it.
 
     most, most_bytes: beyond them the one goes that was longest not asked for. lifetime_s: seconds from when it was
     last used. clock: seconds, monotonic.
@@ -45,6 +46,7 @@ class KeptResponses:
         self._most, self._most_bytes, self._lifetime_s, self._clock = most, most_bytes, lifetime_s, clock
         self._kept: OrderedDict[tuple[str, str], tuple[KeptResponse, float]] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -56,28 +58,32 @@ class KeptResponses:
 
     def keep(self, owner: str, response_id: str, response: KeptResponse) -> None:
         """Keep a response; one that alone is larger than all may be is not kept."""
-        self._forget((owner, response_id))
-        self._expire()
-        if response.size > self._most_bytes:
-            return
-        self._kept[owner, response_id] = (response, self._clock())
-        self._bytes += response.size
-        while len(self._kept) > self._most or self._bytes > self._most_bytes:
-            self._forget(next(iter(self._kept)))
+        with self._lock:
+            self._forget((owner, response_id))
+            self._expire()
+            if response.size > self._most_bytes:
+                return
+            self._kept[owner, response_id] = (response, self._clock())
+            self._bytes += response.size
+            while len(self._kept) > self._most or self._bytes > self._most_bytes:
+                self._forget(next(iter(self._kept)))
 
     def get(self, owner: str, response_id: str) -> KeptResponse:
         """The response. Raises Problem "not_found", the same for one that never was, is no more, or is another's."""
-        self._expire()
-        found = self._kept.pop((owner, response_id), None)
-        if found is None:
-            raise _not_found(response_id)
-        self._kept[owner, response_id] = (found[0], self._clock())
-        return found[0]
+        with self._lock:
+            self._expire()
+            found = self._kept.pop((owner, response_id), None)
+            if found is None:
+                raise _not_found(response_id)
+            self._kept[owner, response_id] = (found[0], self._clock())
+            return found[0]
 
     def drop(self, owner: str, response_id: str) -> None:
         """Forget a response. Raises Problem "not_found" as `get` does."""
-        self._expire()
-        if not self._forget((owner, response_id)):
+        with self._lock:
+            self._expire()
+            known = self._forget((owner, response_id))
+        if not known:
             raise _not_found(response_id)
 
     def _expire(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -11,9 +12,10 @@ from starlette.types import ASGIApp
 
 import qwenrt
 from qwenrt.config.layers import num_parameters
-from qwenrt.server.streams import Json
-from qwenrt.server.writing import read
+from qwenrt.server.streams import Json, json_beside, unless_gone
+from qwenrt.server.writing import caller_of, read
 from qwenrt.text.dialects import ollama, ollama_answers, ollama_models
+from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.ollama import ChatRequest, GenerateRequest
 
 if TYPE_CHECKING:
@@ -47,23 +49,36 @@ class _Routes:
         self._service, self._writing = parts.service, parts.writing
 
     async def chat(self, request: Request) -> ASGIApp:
-        asked = await read(request, ollama.decode_chat)
-        return await self._answer(request, asked)
+        context = self._service.llm.max_model_len
+
+        def reader(body: bytes) -> tuple[ChatRequest, Ask]:
+            asked = ollama.decode_chat(body)
+            return asked, ollama.read_chat(asked, context)
+
+        return await self._answer(request, *await read(request, reader))
 
     async def generate(self, request: Request) -> ASGIApp:
-        asked = await read(request, ollama.decode_generate)
-        return await self._answer(request, asked)
+        context = self._service.llm.max_model_len
+
+        def reader(body: bytes) -> tuple[GenerateRequest, Ask]:
+            asked = ollama.decode_generate(body)
+            return asked, ollama.read_generate(asked, context)
+
+        return await self._answer(request, *await read(request, reader))
 
     async def embed(self, request: Request) -> ASGIApp:
         wanted = ollama.read_embed(await read(request, ollama.decode_embed))
         began = time.monotonic()
-        vectors, count = await self._embedded(wanted)
+        vectors, count = await self._embedded(request, wanted)
         served = self._writing.served(None, request, prompt_tokens=count)
-        return Json(ollama_answers.embed_body(served, vectors, wanted.dimensions, time.monotonic() - began))
+        seconds = time.monotonic() - began
+        return await json_beside(
+            partial(ollama_answers.embed_body, served, vectors, wanted.dimensions, seconds)
+        )
 
     async def embeddings(self, request: Request) -> ASGIApp:
         wanted = ollama.read_embed(await read(request, ollama.decode_embeddings))
-        vectors, _ = await self._embedded(wanted)
+        vectors, _ = await self._embedded(request, wanted)
         return Json(ollama_answers.embeddings_body(vectors[0]))
 
     async def show(self, request: Request) -> ASGIApp:
@@ -84,18 +99,14 @@ class _Routes:
     async def refused(self, request: Request) -> ASGIApp:
         raise ollama.not_served(request.url.path.split("/")[2])
 
-    async def _embedded(self, wanted: ollama.Embedding) -> tuple[list[list[float]], int]:
+    async def _embedded(self, request: Request, wanted: ollama.Embedding) -> tuple[list[list[float]], int]:
         self._service.check_name(wanted.model)
         if not wanted.texts:
             return [], 0
-        return await self._service.embed(wanted.texts)
+        work = self._service.embed(wanted.texts, caller_of(request), truncate=wanted.truncate)
+        return await unless_gone(request.receive, work)
 
-    async def _answer(self, request: Request, asked: ChatRequest | GenerateRequest) -> ASGIApp:
-        context = self._service.llm.max_model_len
-        if isinstance(asked, ChatRequest):
-            ask = ollama.read_chat(asked, context)
-        else:
-            ask = ollama.read_generate(asked, context)
+    async def _answer(self, request: Request, asked: ChatRequest | GenerateRequest, ask: Ask) -> ASGIApp:
         if ollama.is_load(asked):
             self._service.check_name(ask.model)
             return Json(ollama_answers.loaded(self._writing.served(None, request), ask))
@@ -110,7 +121,7 @@ class _Routes:
             capabilities.append("thinking")
         if llm.tokenizer is not None:
             capabilities.append("embedding")
-        stats = llm.stats()
+        stats = service.stats()
         return [
             ollama_models.ModelCard(
                 name=name,

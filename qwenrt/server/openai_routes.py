@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from qwenrt.server.streams import Client, Json, Streaming
+from qwenrt.server.streams import Client, Json, Streaming, json_beside
 from qwenrt.server.writing import caller_of, read
 from qwenrt.text.dialects import openai_chat, openai_completions, openai_models
 from qwenrt.text.dialects.answers import SSE_PING
@@ -120,13 +120,17 @@ class _Routes:
     async def tokenize(self, request: Request) -> ASGIApp:
         asked = await read(request, _tokenize)
         ids = await self._ids(request, asked)
-        texts = [self._service.token_text(i)[0] for i in ids] if asked.texts else []
-        return Json(openai_models.tokenize_body(asked, ids, self._service.llm.max_model_len, texts))
+        longest, text_of = self._service.llm.max_model_len, self._service.token_text
+
+        def make() -> dict[str, Any]:
+            texts = [text_of(i)[0] for i in ids] if asked.texts else []
+            return openai_models.tokenize_body(asked, ids, longest, texts)
+
+        return await json_beside(make)
 
     async def detokenize(self, request: Request) -> ASGIApp:
         asked = await read(request, openai_models.decode_detokenize)
-        text = await asyncio.to_thread(self._service.text_of, asked.tokens)
-        return Json(openai_models.detokenize_body(text))
+        return await json_beside(lambda: openai_models.detokenize_body(self._service.text_of(asked.tokens)))
 
     async def _ids(self, request: Request, asked: openai_models.TokenizeAsk) -> list[int]:
         if asked.chat is not None:
@@ -186,4 +190,4 @@ class _Routes:
         source: AsyncIterator[bytes] = stream.read(int(offset))
         about = stream.about
         client = Client(request.receive)
-        return Streaming(client, source, about.media_type, lambda: SSE_PING, about.headers, lambda: None)
+        return Streaming(client, source, about.media_type, lambda: SSE_PING, about.headers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -10,8 +10,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from qwenrt.server.openai_routes import BASES
-from qwenrt.server.streams import Json
-from qwenrt.server.writing import read
+from qwenrt.server.streams import Json, json_beside, unless_gone
+from qwenrt.server.writing import caller_of, read
 from qwenrt.text.dialects import openai_retrieval as retrieval
 
 if TYPE_CHECKING:
@@ -50,19 +50,22 @@ class _Routes:
     async def embeddings(self, request: Request) -> ASGIApp:
         ask, service = await read(request, _embeddings), self._service
         service.check_name(ask.model)
-        vectors, count = await service.embed(ask.inputs, ask.instruction, ask.prompt_name)
+        work = service.embed(ask.inputs, caller_of(request), ask.instruction, ask.prompt_name)
+        vectors, count = await unless_gone(request.receive, work)
         retrieval.check_dimensions(ask, len(vectors[0]))
-        return Json(await asyncio.to_thread(retrieval.embeddings_body, ask, vectors, service.names[0], count))
+        return await json_beside(partial(retrieval.embeddings_body, ask, vectors, service.names[0], count))
 
     async def rerank(self, request: Request) -> ASGIApp:
         ask, service = await read(request, _rerank), self._service
         service.check_name(ask.model)
         pairs = [(ask.query, document) for document in ask.documents]
-        scores, count = await service.scores(pairs, ask.instruction)
+        work = service.scores(pairs, caller_of(request), ask.instruction)
+        scores, count = await unless_gone(request.receive, work)
         return Json(retrieval.rerank_body(ask, scores, service.names[0], count))
 
     async def score(self, request: Request) -> ASGIApp:
         ask, service = await read(request, _score), self._service
         service.check_name(ask.model)
-        scores, count = await service.scores(ask.pairs, ask.instruction)
+        work = service.scores(ask.pairs, caller_of(request), ask.instruction)
+        scores, count = await unless_gone(request.receive, work)
         return Json(retrieval.score_body(scores, service.names[0], service.created, count))

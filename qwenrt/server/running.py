@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenrt.answering import joined_by_index
+from qwenrt.engine.requests import Progress
 from qwenrt.outputs import Delta, Generation
 
 if TYPE_CHECKING:
@@ -17,40 +18,72 @@ if TYPE_CHECKING:
     from qwenrt.llm import LLM
 
 
+_MANY = 4096  # pieces; joining more takes long enough to be done beside the event loop
+
+
 class Running:
     """Deltas of one request, a batch a step; ``Delta.index`` counts over the choices of all prompts.
 
     ``caller``: whose it is. ``seen`` gets each batch as it comes; ``ended`` is called once, with an error where one
-    ended it, when nothing of it is in the engine any more. For one event loop.
+    ended it, when nothing of it is in the engine any more. For one event loop. `begin` comes first.
     """
 
     def __init__(
         self,
-        llm: LLM,
-        prepared: Sequence[Prepared],
         caller: object,
         seen: Callable[[Sequence[Delta]], None],
         ended: Callable[[Exception | None], None],
     ) -> None:
         self._seen, self._ended, self.caller = seen, ended, caller
         self._open = True
+        self.prompt_tokens = 0
         self._error: Exception | None = None
+        self._early: list[Delta] = []  # that came and were not read
         self._answers: list[AsyncAnswer] = []
         self._merged: _Merged | None = None
+
+    async def begin(self, llm: LLM, prepared: Sequence[Prepared]) -> None:
+        """Submit all of it; with many prompts, others have their turns between. Raises what is wrong with one, and the
+        others are ended."""
+        self.prompt_tokens = sum(len(one.prompt_token_ids) for one in prepared)
         try:
             for one in prepared:
+                if self._answers:
+                    await asyncio.sleep(0)
                 self._answers.append(llm.asubmit(one))
-        except BaseException:
-            self.cancel()
+        except BaseException as error:
+            self._error = error if isinstance(error, Exception) else None
+            self.close()
             raise
+        self._source: AsyncAnswer | _Merged = self._answers[0]
         if len(self._answers) > 1:
-            self._merged = _Merged(self._answers, [one.params.n for one in prepared])
+            self._source = self._merged = _Merged(self._answers, [one.params.n for one in prepared])
+
+    def progress(self) -> Progress | None:
+        """How far the prompts are, together; None where none is in the engine."""
+        told = [one for one in (answer.progress for answer in self._answers) if one is not None]
+        if not told:
+            return None
+        return Progress(sum(one.cached for one in told), sum(one.done for one in told))
+
+    async def begins(self, within: float) -> bool:
+        """Whether the first piece comes, or it ends, within so many seconds. Nothing is read by this."""
+        if not self._early:
+            try:
+                self._early = await self._source.batch(within)
+            except TimeoutError:
+                return False
+            except Exception as error:
+                self._error = error
+        return True
 
     async def batch(self) -> list[Delta]:
         """What came since the last call, waiting for something; [] when all has ended. Raises what made it fail."""
-        source = self._answers[0] if self._merged is None else self._merged
+        if self._error is not None:
+            raise self._error
+        deltas, self._early = self._early, []
         try:
-            deltas = await source.batch()
+            deltas = deltas or await self._source.batch()
         except Exception as error:
             self._error = error
             raise
@@ -66,6 +99,8 @@ class Running:
                 deltas += batch
         finally:
             self.close()
+        if len(deltas) > _MANY:
+            return await asyncio.to_thread(joined_by_index, deltas)
         return joined_by_index(deltas)
 
     def end_thought(self) -> None:
@@ -114,10 +149,13 @@ class _Merged:
             self._open -= 1
             self._came.set()
 
-    async def batch(self) -> list[Delta]:
+    async def batch(self, within: float | None = None) -> list[Delta]:
         while not self._deltas and self._open and self._error is None:
             self._came.clear()
-            await self._came.wait()
+            try:
+                await asyncio.wait_for(self._came.wait(), within)
+            except asyncio.TimeoutError:
+                raise TimeoutError(f"nothing within {within} s") from None
         if self._error is not None:
             raise self._error
         deltas, self._deltas = self._deltas, []

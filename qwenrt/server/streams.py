@@ -16,15 +16,22 @@ from qwenrt.text.dialects.problem import Problem
 T = TypeVar("T")
 
 PING_SECONDS = 15.0  # of silence, after which a stream shows that it lives
+PROGRESS_SECONDS = 0.5  # between two looks at how far a prompt is
 STREAM_HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
 
 async def events(
-    running: Running, writer: Writer, problem_of: Callable[[Exception], Problem]
+    running: Running, writer: Writer, problem_of: Callable[[Exception], Problem], tells_progress: bool = False
 ) -> AsyncIterator[bytes]:
-    """The stream of an answer in its dialect. It always has an end: of all choices, or the event of an error."""
-    yield writer.begin()
+    """The stream of an answer in its dialect. It always has an end: of all choices, or the event of an error.
+
+    tells_progress: how far the prompt is computed is told until the first token comes, where the dialect can say so.
+    """
     try:
+        yield writer.begin()
+        if tells_progress and hasattr(writer, "progress"):
+            async for data in _progress(running, writer.progress):
+                yield data
         while deltas := await running.batch():
             data = b"".join([writer.push(delta) for delta in deltas])
             if data:
@@ -34,6 +41,23 @@ async def events(
         yield writer.fail(problem_of(error))
     finally:
         running.close()
+
+
+async def _progress(running: Running, tell: Callable[[int, int, int, float], bytes]) -> AsyncIterator[bytes]:
+    """Once each PROGRESS_SECONDS how far the prompt is, where that has changed, and all of it at the end."""
+    clock = asyncio.get_running_loop().time
+    began, cached, done, total = clock(), 0, -1, running.prompt_tokens
+    while not await running.begins(PROGRESS_SECONDS):
+        now = running.progress()
+        if now is not None and now.done > done:
+            cached, done = now.cached, now.done
+            yield tell(total, cached, done, clock() - began)
+    now = running.progress()
+    yield tell(total, cached if now is None else now.cached, total, clock() - began)
+
+
+def _nothing() -> None:
+    """Where nobody has to be told."""
 
 
 class ClientGone(Exception):
@@ -66,10 +90,20 @@ class Client:
         self.gone.cancel()
 
 
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work`` for a request whose body was read. Raises ClientGone."""
+    client = Client(receive)
+    try:
+        return await client.unless_gone(work)
+    finally:
+        client.close()
+
+
 class Streaming:
     """An ASGI response that sends what ``source`` gives, and pings while that gives nothing.
 
-    ``gone`` is called when the client hangs up before the end: then nothing more is read.
+    ``gone`` is called when the client hangs up before the end: then nothing more is read. ``over`` is called when
+    nothing more is sent, for whatever reason, also where nothing of the source was read at all.
     """
 
     def __init__(
@@ -79,9 +113,11 @@ class Streaming:
         media_type: str,
         ping: Callable[[], bytes],
         headers: dict[str, str],
-        gone: Callable[[], None],
+        gone: Callable[[], None] = _nothing,
+        over: Callable[[], None] = _nothing,
     ) -> None:
-        self._client, self._source, self._ping, self._gone = client, source, ping, gone
+        self._client, self._source, self._ping = client, source, ping
+        self._gone, self._over = gone, over
         self._headers = [
             (b"content-type", media_type.encode()),
             *STREAM_HEADERS,
@@ -102,9 +138,10 @@ class Streaming:
                 await pings.close()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await pings.close()
             watch.remove_done_callback(self._hung_up)
             self._client.close()
+            self._over()
+            await pings.close()
             close = getattr(self._source, "aclose", None)
             if close is not None:
                 with suppress(RuntimeError):
@@ -116,9 +153,10 @@ class Streaming:
 
 
 async def _hung_up(receive: Receive) -> None:
-    """Returns when the client has closed its end."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Returns when the client has closed its end, or sends what no request has behind its body."""
+    with suppress(Exception):
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 class _Pings:
@@ -157,6 +195,11 @@ class _Pings:
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
+
+
+async def json_beside(make: Callable[[], Any], headers: dict[str, str] | None = None) -> Json:
+    """A response whose body takes long to make and to encode: that is done beside the event loop."""
+    return await asyncio.to_thread(lambda: Json(make(), headers=headers))
 
 
 class Json:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from qwenrt.server.failures import log_failure
 from qwenrt.server.kept_streams import About, KeptStreams
 from qwenrt.server.running import Running
-from qwenrt.server.service import Caller, Made, Service
-from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events
-from qwenrt.text.dialects.answers import Served, Writer
+from qwenrt.server.service import Arrival, Caller, Made, Service
+from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events, json_beside
+from qwenrt.text.dialects.answers import Served, Writer, new_id
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
 
-logger = logging.getLogger("qwenrt.server")
-
 LARGE_BODY = 65536  # bytes; reading more takes long enough to be done beside the event loop
+LARGE_ANSWER = 8192  # tokens and their alternatives in a body, for the same reason
 CONVERSATION = "x-conversation-id"
 
 T = TypeVar("T")
@@ -57,32 +57,48 @@ class Writing:
 
         Raises Problem for what is wrong before anything was sent, ClientGone where nobody waits for it any more.
         """
-        client = Client(request.receive)
+        self.service.check_room(dialect)
+        client, answer_id = Client(request.receive), ""
+        request_id = request.scope["state"]["request_id"]
         try:
             made = await client.unless_gone(self.service.make(ask, caller_of(request)))
             writer = writer_of(self.served(made, request, **told), ask)
             size = len(await request.body())
-            answer_id = getattr(writer, "id", request.scope["state"]["request_id"])
-            start = self.service.start(made, ask, caller_of(request), dialect, answer_id, size)
+            answer_id = getattr(writer, "id", "") or new_id("answer-")  # never what a client chose
+            about = Arrival(request_id, dialect, answer_id, size)
+            start = self.service.start(made, ask, caller_of(request), about)
             running = await client.unless_gone(start)
         except BaseException:
             client.close()
+            if (begun := self.service.running.get(answer_id)) is not None:  # just as this was cancelled
+                begun.close()
             raise
         headers = _headers(ask, made)
         if ask.stream:
-            return self._stream(client, running, writer, headers, request)
+            return self._stream(client, running, writer, headers, request, ask.progress)
         try:
             choices = await client.unless_gone(running.whole())
         except ClientGone:
             raise
         except Exception as error:
-            raise problem_of(error) from error
+            raise self.problem_of(request_id, error) from error
         finally:
             client.close()
         if all(choice.finish_reason == "timeout" and not choice.token_ids for choice in choices):
             found = "The request reached its deadline before its first token. Allow it more time."
             raise Problem("timeout", found)
+        if broken := sum(choice.broken_calls for choice in choices):
+            headers["x-qwenrt-call-error"] = str(broken)
+        if made.told * sum(len(choice.token_ids) for choice in choices) > LARGE_ANSWER:
+            return await json_beside(partial(writer.whole, choices), headers)
         return Json(writer.whole(choices), headers=headers)
+
+    def problem_of(self, request_id: str, error: Exception) -> Problem:
+        """What went wrong, for the client; what nobody foresaw is in the log as well."""
+        problem = Problem.of(error)
+        if problem.kind == "internal":
+            log_failure(request_id, error, self.service.settings.log_prompts)
+        return problem
 
     def served(self, made: Made | None, request: Request, **told: Any) -> Served:
         """What a writer knows of the server and of a request."""
@@ -98,12 +114,21 @@ class Writing:
         )
 
     def _stream(
-        self, client: Client, running: Running, writer: Writer, headers: dict[str, str], request: Request
+        self,
+        client: Client,
+        running: Running,
+        writer: Writer,
+        headers: dict[str, str],
+        request: Request,
+        tells_progress: bool,
     ) -> ASGIApp:
-        source = events(running, writer, problem_of)
+        request_id = request.scope["state"]["request_id"]
+        source = events(running, writer, partial(self.problem_of, request_id), tells_progress)
         conversation = request.headers.get(CONVERSATION)
         if conversation is None:
-            return Streaming(client, source, writer.media_type, writer.ping, headers, running.cancel)
+            return Streaming(
+                client, source, writer.media_type, writer.ping, headers, running.cancel, running.close
+            )
         about, owner = About(writer.media_type, headers), caller_of(request).name
         try:
             stream = self.kept.keep(owner, conversation, source, about, running.cancel)
@@ -111,15 +136,12 @@ class Writing:
             client.close()
             running.close()
             raise
-        return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers, _nothing)
+        return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers)
 
 
-def problem_of(error: Exception) -> Problem:
-    """What went wrong, for the client; what nobody foresaw is in the log as well."""
-    problem = Problem.of(error)
-    if problem.kind == "internal":
-        logger.error("a request failed", exc_info=error)
-    return problem
+def _in_a_header(name: str) -> str:
+    """A client's word, with nothing in it that ends a header or a list."""
+    return name.encode("unicode_escape").decode("ascii").replace(",", "?")[:64]
 
 
 def _headers(ask: Ask, made: Made) -> dict[str, str]:
@@ -127,10 +149,5 @@ def _headers(ask: Ask, made: Made) -> dict[str, str]:
     if made.max_tokens is not None:
         headers["x-qwenrt-max-tokens"] = str(made.max_tokens)
     if ask.ignored:
-        names = [name.encode("ascii", "backslashreplace").decode() for name in ask.ignored[:32]]
-        headers["x-qwenrt-ignored"] = ", ".join(name[:64] for name in names)
+        headers["x-qwenrt-ignored"] = ", ".join(map(_in_a_header, ask.ignored[:32]))
     return headers
-
-
-def _nothing() -> None:
-    """A stream that is kept goes on when its client hangs up."""

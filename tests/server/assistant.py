@@ -82,7 +82,7 @@ def _answer(seen: Seen) -> str:
 def react(prompt: str) -> str:
     """The answer of a Qwen-1 to a prompt in the ReAct form, whoever put it there; it goes on beyond its call, as that
     model does where nothing stops it."""
-    before, observed, after = prompt.rpartition("\nObservation: ")
+    _, observed, after = prompt.rpartition("\nObservation: ")
     if observed and after.endswith("\nThought:"):
         return (
             f" I now know the final answer.\nFinal Answer: They say: {after.removesuffix('Thought:').strip()}"

@@ -11,6 +11,7 @@ import pytest
 import qwenrt
 from qwenrt.server import app
 from qwenrt.server.settings import ServeSettings
+from tests.server.asking import ask
 from tests.server.wire import Serving, request, serving, until
 
 QUESTION = "What is the capital of France?"
@@ -63,20 +64,6 @@ def served(llm: qwenrt.LLM) -> Iterator[Serving]:
     application = app(llm, settings)
     with serving(application, settings, hooks=application.hooks(lambda: None)) as running:
         yield running
-
-
-def ask(
-    served: Serving, path: str, body: Any = None, method: str = "", **headers: str
-) -> tuple[int, Any, Any]:
-    """(status, headers, body) of one request; a body that is JSON is decoded."""
-    raw = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    with served.wire(request(method or ("GET" if raw is None else "POST"), path, headers, raw)) as wire:
-        status, told, came = wire.response()
-    return (
-        status,
-        told,
-        json.loads(came) if told.get("content-type", "").startswith("application/json") else came,
-    )
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -1,11 +1,12 @@
 """The next turn of an agent computes what is new and nothing else, through the whole server.
 
-The conversations are those of tests/text/dialects/agent_turns.py: five turns each of Claude Code, Codex and Qwen Code, in
-their sizes. The prompt of a turn is compared with the one before by what /render and the usage say.
+The conversations are those of tests/text/dialects/agent_turns.py: five turns each of Claude Code, Codex and Qwen Code,
+in their sizes. How many tokens a turn computed is what the agent is told, and what the engine counts.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -88,7 +89,7 @@ def test_a_turn_computes_what_is_new(agent: str, served: Serving, llm: qwenrt.LL
     block = int(llm.stats()["block_size"])
     computed_before = llm.stats()["prompt_tokens_computed"]
     usages = run(served, agent, session=1)
-    for turn, ((before, _, answer), (prompt, cached, _)) in enumerate(zip(usages, usages[1:], strict=False)):
+    for turn, ((before, _, answer), (prompt, cached, _)) in enumerate(itertools.pairwise(usages)):
         computed, new = prompt - cached, prompt - before
         told = f"turn {turn + 2}: {computed} computed, {new} new, {answer} of these the answer's"
         assert cached >= before + answer - block, (

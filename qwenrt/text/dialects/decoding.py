@@ -23,8 +23,9 @@ T = TypeVar("T")
 
 _BOM = b"\xef\xbb\xbf"
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
+_AT_ONCE = 16384  # bytes that are looked at before another thread may have its turn
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_PLACE = re.compile(r"^(.*?)(?: - at `(key in )?\$\.?([^`]*)`)?$", re.DOTALL)
+_PLACE = re.compile(r"(key in )?\$\.?([^`]*)`")
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ASKED = "sampling parameter "  # what the errors of SamplingParams begin with
@@ -65,9 +66,18 @@ _decoder: Callable[[Any], Any] = lru_cache(maxsize=256)(_uncached)
 
 
 def _depth(body: bytes) -> int:
-    """How deep arrays and objects of JSON are in each other; of what is no JSON, anything."""
-    outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_STRUCTURE).split(b'"')[::2]
-    return max(accumulate(map(_STEPS.__getitem__, b"".join(outside))), default=0)
+    """How deep arrays and objects of JSON are in each other, not looking further where that is more than MAX_DEPTH; of
+    what is no JSON, anything."""
+    structure = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_STRUCTURE)
+    deepest = depth = inside = 0
+    for start in range(0, len(structure), _AT_ONCE):
+        pieces = structure[start : start + _AT_ONCE].split(b'"')
+        depths = [*accumulate(map(_STEPS.__getitem__, b"".join(pieces[inside::2])), initial=depth)]
+        deepest, depth = max(deepest, *depths), depths[-1]
+        if deepest > MAX_DEPTH:
+            break
+        inside = (inside + len(pieces) - 1) % 2
+    return deepest
 
 
 def _no_json(found: str, remedy: str) -> Problem:
@@ -75,15 +85,16 @@ def _no_json(found: str, remedy: str) -> Problem:
 
 
 def _wrong_type(said: str) -> Problem:
-    match = _PLACE.match(said)
-    assert match is not None
-    found, key, place = match[1], match[2], match[3] or ""
+    found, _, where = said.rpartition(" - at `")  # a value may be part of what is said, however long
+    match = _PLACE.fullmatch(where)
+    key, place = (match[1], match[2]) if match else ("", "")
+    found = (found if match else said)[:300]
     if missing := _MISSING.search(found):
         place = f"{place}.{missing[1]}" if place else missing[1]
         return bad(place, "it is missing", "Send it.")
     if not place:
         return _no_json(found, "Send a JSON object.")
-    return bad(place, f"{'a key: ' if key else ''}{found[:300]}", "Send the right type, or leave it out.")
+    return bad(place, f"{'a key: ' if key else ''}{found}", "Send the right type, or leave it out.")
 
 
 def bad(param: str, found: str, remedy: str) -> Problem:
@@ -180,7 +191,20 @@ def checked_tools(
         names.add(called)
         if schema is not None and not isinstance(schema, (dict, list)):
             raise bad(place + parameters, f"got {shown(schema)}", "Send a JSON schema, which is an object.")
+        if isinstance(schema, dict):
+            _check_schema(schema, place + parameters)
     return tools
+
+
+# What the keywords of a tool's schema must be, of those that prompts and readers of calls look at.
+_KEYWORDS: dict[str, tuple[type, ...]] = {"type": (str, list), "properties": (dict,), "required": (list,)}
+
+
+def _check_schema(schema: Mapping[str, Any], param: str) -> None:
+    for keyword, kinds in _KEYWORDS.items():
+        value = schema.get(keyword)
+        if value is not None and not isinstance(value, kinds):
+            raise bad(f"{param}.{keyword}", f"got {shown(value)}", "Send a JSON schema of an object.")
 
 
 def name_of(tool: Mapping[str, Any]) -> Any:

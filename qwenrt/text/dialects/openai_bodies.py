@@ -73,8 +73,17 @@ def whole_usage(usages: Mapping[int, Usage], served: Served, drawn: int) -> Usag
     )
 
 
-def timing_body(timing: Timing) -> dict[str, float]:
-    """The field "qwenrt": seconds, and tokens per second."""
+def explained(usage: Usage, timing: Timing | None) -> dict[str, float]:
+    """The field "qwenrt": tokens of the prompt that came from the cache and that were computed; seconds, and tokens per
+    second."""
+    counts: dict[str, float] = {
+        "cached_tokens": usage.cached_tokens,
+        "computed_tokens": usage.prompt_tokens - usage.cached_tokens,
+    }
+    return counts if timing is None else {**counts, **_timing_body(timing)}
+
+
+def _timing_body(timing: Timing) -> dict[str, float]:
     return {
         "queue_s": round(timing.queue_s, 6),
         "first_token_s": round(timing.first_token_s, 6),
@@ -83,11 +92,21 @@ def timing_body(timing: Timing) -> dict[str, float]:
     }
 
 
-def ended(choice: dict[str, Any], reason: FinishReason, words: Mapping[FinishReason, str] = FINISH) -> None:
-    """Say in a choice why it ended."""
+def ended(
+    choice: dict[str, Any],
+    reason: FinishReason,
+    words: Mapping[FinishReason, str] = FINISH,
+    broken_calls: int = 0,
+) -> None:
+    """Say in a choice why it ended, and how many of its calls were none."""
     choice["finish_reason"] = words[reason]
+    told: dict[str, Any] = {}
     if reason in ("timeout", "abort", "error"):
-        choice["qwenrt"] = {"finish_reason": reason}
+        told["finish_reason"] = reason
+    if broken_calls:
+        told["broken_calls"] = broken_calls
+    if told:
+        choice["qwenrt"] = told
 
 
 def best(drawn: Sequence[Generation], wishes: Wishes) -> list[tuple[int, Generation]]:
@@ -160,8 +179,7 @@ class Frame:
             return SSE_DONE
         usage = whole_usage(self._usages, self._served, self._wishes.drawn)
         body = b'],"usage":' + json_bytes(usage_body(usage))
-        if self._timing is not None:
-            body += b',"qwenrt":' + json_bytes(timing_body(self._timing))
+        body += b',"qwenrt":' + json_bytes(explained(usage, self._timing))
         return self._head + body + _CLOSE + SSE_DONE
 
     def fail(self, problem: Problem) -> bytes:
@@ -176,5 +194,5 @@ class Frame:
         usage = whole_usage(usages, self._served, self._wishes.drawn)
         body = {**self._about, "choices": list(choices), "usage": usage_body(usage)}
         if drawn:
-            body["qwenrt"] = timing_body(drawn[0].timing)
+            body["qwenrt"] = explained(usage, drawn[0].timing)
         return body

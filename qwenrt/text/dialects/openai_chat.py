@@ -148,7 +148,7 @@ def _logprobs(request: ChatFields) -> int | None:
     if request.logprobs is True:
         return top or 0
     if top:
-        raise bad("top_logprobs", f"got {top} without logprobs", 'Send "logprobs": true as well.')
+        raise bad("top_logprobs", f"got {shown(top)} without logprobs", 'Send "logprobs": true as well.')
     return None
 
 

@@ -40,7 +40,7 @@ class ChatWriter:
         logprobs = delta.logprobs if self._wishes.logprobs is not None else None
         if not said and not logprobs and delta.finish_reason is None:
             return b""
-        return self._chunk(delta.index, said, logprobs, delta.finish_reason)
+        return self._chunk(delta.index, said, logprobs, delta.finish_reason, delta.broken_calls)
 
     def progress(self, total: int, cached: int, processed: int, seconds: float) -> bytes:
         """A chunk for `return_progress`: tokens of the prompt, those of them from the cache, those computed."""
@@ -67,10 +67,11 @@ class ChatWriter:
         said: dict[str, Any],
         logprobs: Sequence[TokenLogprob] | None = None,
         reason: FinishReason | None = None,
+        broken_calls: int = 0,
     ) -> bytes:
         choice = {"index": index, "delta": said, "logprobs": self._logprobs(logprobs), "finish_reason": None}
         if reason is not None:
-            ended(choice, reason, self._finish)
+            ended(choice, reason, self._finish, broken_calls)
         return self._frame.chunk(choice)
 
     def _said(self, delta: Delta) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class ChatWriter:
             else:
                 message["tool_calls"] = calls
         choice = {"index": index, "message": message, "logprobs": self._logprobs(one.logprobs)}
-        ended(choice, one.finish_reason, self._finish)
+        ended(choice, one.finish_reason, self._finish, one.broken_calls)
         return choice
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from qwenrt.errors import shown
 from qwenrt.sampling_params import MAX_N
 from qwenrt.structure import Grammar
 from qwenrt.text.dialects.decoding import at_most, bad, between, blamed_on, checked_sampling, said
@@ -135,7 +136,9 @@ def wishes_of(
     if drawn is not None:
         between("best_of", drawn, 1, MAX_N)
         if (choices or 1) > drawn:
-            raise bad("best_of", f"got {drawn} with n={choices}", "It is the number that n are chosen from.")
+            raise bad(
+                "best_of", f"got {drawn} with n={shown(choices)}", "It is the number that n are chosen from."
+            )
         if fields.stream is True and drawn > (choices or 1):
             raise bad("best_of", "got it in a stream", "The best are known at the end: leave out stream.")
     between("n", 1 if choices is None else choices, 1, MAX_N)

@@ -162,7 +162,10 @@ def test_usage_counts_prompts_once_and_answers_all() -> None:
         "prompt_tokens_details": {"cached_tokens": 6},
         "completion_tokens_details": {"reasoning_tokens": 4},
     }
-    assert body["qwenrt"] == {"queue_s": 0.333333, "first_token_s": 1, "total_s": 2, "tokens_per_s": 3}
+    assert body["qwenrt"] == {
+        **{"cached_tokens": 6, "computed_tokens": 1},
+        **{"queue_s": 0.333333, "first_token_s": 1, "total_s": 2, "tokens_per_s": 3},
+    }
     assert (body["created"], body["model"], body["system_fingerprint"]) == (
         1_700_000_000,
         "Qwen-7B-Chat",

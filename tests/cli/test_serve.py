@@ -1,0 +1,105 @@
+"""`qwenrt serve` before it serves: what is wrong is told in one sentence, and no model is loaded for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+
+Qwenrt = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--port", "http"], "--port"),
+        (["--max-body", "much"], "not a number of bytes"),
+        (["--queue-timeout", "soon"], "not a time"),
+        (["--made-up"], "--made-up"),
+    ],
+)
+def test_an_option_that_is_none_exits_with_2(
+    argv: list[str], said: str, fake: SimpleNamespace, qwenrt: Qwenrt
+) -> None:
+    done = qwenrt("serve", *argv)
+    assert done.code == 2 and done.out == "" and said in done.err.splitlines()[-1]
+    assert not fake.loaded
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--port", "70000"], "port=70000"),
+        (["--max-queue", "-1"], "max_queue=-1"),
+        (["--queue-timeout", "0"], "queue_timeout=0"),
+        (["--host", "example.com"], "host='example.com'"),
+        (["--allow-origin", "*"], "allow_origins='*'"),
+        (["--allow-host", "*"], "allow_hosts='*'"),
+        (["--served-model-name", ""], "served_model_names=''"),
+        (["--api-key-file", "/nowhere/keys"], "keys"),
+        (["--host", "0.0.0.0"], "there is no API key"),
+        (["--host", "::"], "there is no API key"),
+        (["--host", "192.0.2.1", "--i-know-this-is-open"], "this machine has no such address"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(
+    argv: list[str], said: str, fake: SimpleNamespace, qwenrt: Qwenrt
+) -> None:
+    done = qwenrt("serve", *argv)
+    assert done.code == 1 and done.out == "" and not fake.loaded
+    assert done.err.startswith("qwenrt: error: ") and said in done.err
+    assert done.err.count("\n") == 1 and "Traceback" not in done.err
+
+
+def test_a_key_file_that_others_may_read_is_refused(
+    fake: SimpleNamespace, qwenrt: Qwenrt, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("secret-key-that-is-long-enough\n")
+    os.chmod(keys, 0o644)
+    done = qwenrt("serve", "--host", "0.0.0.0", "--api-key-file", str(keys))
+    assert done.code == 1 and done.err.count("\n") == 1 and "secret-key" not in done.err and not fake.loaded
+
+
+def test_a_port_that_another_program_has(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = qwenrt("serve", "--port", str(port))
+    assert done.code == 1 and not fake.loaded
+    assert done.err.startswith(
+        f"qwenrt: error: listening at 127.0.0.1, port {port}: another program has this port."
+    )
+    assert done.err.count("\n") == 1
+
+
+def test_packages_that_are_missing_are_named_with_the_command(
+    fake: SimpleNamespace, qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "starlette" else find(name, *rest)
+    )
+    done = qwenrt("serve")
+    assert done.code == 1 and not fake.loaded
+    assert "starlette is not installed" in done.err and 'pip install "qwenrt[server]"' in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_leaves_no_port_taken(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = qwenrt("serve", "nowhere", "--port", str(port))
+    assert done.code == 1 and "no such model" in done.err and done.err.count("\n") == 1
+    with socket.socket() as again:
+        again.bind(("127.0.0.1", port))
