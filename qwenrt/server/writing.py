@@ -95,7 +95,7 @@ class Writing:
 
     def problem_of(self, request_id: str, error: Exception) -> Problem:
         """What went wrong, for the client; what nobody foresaw is in the log as well."""
-        problem = Problem.of(error)
+        problem = self.service.problem_of(error)
         if problem.kind == "internal":
             log_failure(request_id, error, self.service.settings.log_prompts)
         return problem
