@@ -46,6 +46,7 @@ _OPEN = {
     ("GET", "/"),
     ("HEAD", "/"),
 }
+_WATCHED = ("/health", "/ready", "/metrics")  # asked again and again by monitors
 _DEFAULTS = {
     b"x-content-type-options": b"nosniff",
     b"cache-control": b"no-store",
@@ -106,10 +107,11 @@ class Guard:
             if not await self._refused(scope, headers, exchange):
                 await self._served(scope, exchange)
         finally:
-            if access.isEnabledFor(logging.INFO):
+            level = logging.DEBUG if scope["path"] in _WATCHED else logging.INFO
+            if access.isEnabledFor(level):
                 path, seconds = shown(scope["path"], 200), self._clock() - began
                 said = state["request_id"], scope["method"], path, exchange.status or "-", seconds
-                access.info("%s %s %s %s in %.3f s", *said)
+                access.log(level, "%s %s %s %s in %.3f s", *said)
 
     async def _served(self, scope: Scope, exchange: _Exchange) -> None:
         try:

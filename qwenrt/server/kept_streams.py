@@ -13,6 +13,7 @@ from qwenrt.text.dialects.problem import Problem
 
 KEPT_BYTES = 4 * 2**20  # of one stream, its newest
 KEPT_SECONDS = 300.0  # after its end
+PING_SECONDS = 15.0  # of silence, after which a ping is kept as well: offsets count all that was sent
 MAX_STREAMS = 256
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _HEX = re.compile(r"[0-9a-fA-F-]+")
@@ -47,8 +48,10 @@ class KeptStream:
     the oldest are forgotten.
     """
 
-    def __init__(self, source: AsyncIterator[bytes], about: About, stop: Callable[[], None]) -> None:
-        self.about, self._stop = about, stop
+    def __init__(
+        self, source: AsyncIterator[bytes], about: About, stop: Callable[[], None], ping: Callable[[], bytes]
+    ) -> None:
+        self.about, self._stop, self._ping = about, stop, ping
         self._kept = bytearray()
         self._first = 0  # the offset of the oldest byte that is kept
         self._more = asyncio.Event()
@@ -91,7 +94,7 @@ class KeptStream:
 
     async def _take(self, source: AsyncIterator[bytes]) -> None:
         try:
-            async for data in source:
+            async for data in self._with_pings(source):
                 self._kept += data
                 if len(self._kept) > KEPT_BYTES:
                     self._first += len(self._kept) - KEPT_BYTES
@@ -101,6 +104,23 @@ class KeptStream:
             self.ended_at = asyncio.get_running_loop().time()
             self._wake()
 
+    async def _with_pings(self, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """What comes, and pings while nothing does."""
+        coming = asyncio.ensure_future(_next(source))
+        try:
+            while True:
+                await asyncio.wait([coming], timeout=PING_SECONDS)
+                if not coming.done():
+                    yield self._ping()
+                    continue
+                data = coming.result()
+                if data is None:
+                    return
+                coming = asyncio.ensure_future(_next(source))
+                yield data
+        finally:
+            coming.cancel()
+
     def _wake(self) -> None:
         more, self._more = self._more, asyncio.Event()
         more.set()
@@ -109,6 +129,10 @@ class KeptStream:
         """Stop it, and wait for its end."""
         self._stop()
         await asyncio.wait([self._task])
+
+
+async def _next(source: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(source, None)
 
 
 class KeptStreams:
@@ -124,6 +148,7 @@ class KeptStreams:
         source: AsyncIterator[bytes],
         about: About,
         stop: Callable[[], None],
+        ping: Callable[[], bytes],
     ) -> KeptStream:
         """Begin to keep a stream; one of the same conversation that is still written is stopped. Raises Problem."""
         key = caller, check_id(conversation)
@@ -137,7 +162,7 @@ class KeptStreams:
                 f"{MAX_STREAMS} streams are kept already. Send the request without X-Conversation-Id, or later.",
                 retry_after=int(KEPT_SECONDS),
             )
-        self._streams[key] = stream = KeptStream(source, about, stop)
+        self._streams[key] = stream = KeptStream(source, about, stop, ping)
         return stream
 
     def get(self, caller: str, conversation: str) -> KeptStream:

@@ -131,12 +131,12 @@ class Writing:
             )
         about, owner = About(writer.media_type, headers), caller_of(request).name
         try:
-            stream = self.kept.keep(owner, conversation, source, about, running.cancel)
+            stream = self.kept.keep(owner, conversation, source, about, running.cancel, writer.ping)
         except Problem:
             client.close()
             running.close()
             raise
-        return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers)
+        return Streaming(client, stream.read(0), writer.media_type, None, headers)
 
 
 def _in_a_header(name: str) -> str:
