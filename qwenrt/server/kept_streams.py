@@ -15,6 +15,8 @@ KEPT_BYTES = 4 * 2**20  # of one stream, its newest
 KEPT_SECONDS = 300.0  # after its end
 PING_SECONDS = 15.0  # of silence, after which a ping is kept as well: offsets count all that was sent
 MAX_STREAMS = 256
+MOST_BYTES = 256 * 2**20  # of all streams; those that have ended go first
+_PIECE = 65536  # bytes that a reader gets at once: it may be one that reads nothing
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _HEX = re.compile(r"[0-9a-fA-F-]+")
 
@@ -59,6 +61,11 @@ class KeptStream:
         self._task = asyncio.ensure_future(self._take(source))
 
     @property
+    def kept(self) -> int:
+        """Bytes that are kept."""
+        return len(self._kept)
+
+    @property
     def size(self) -> int:
         """Bytes so far."""
         return self._first + len(self._kept)
@@ -84,7 +91,7 @@ class KeptStream:
             if offset < self._first:
                 return
             if offset < self.size:
-                data = bytes(self._kept[offset - self._first :])
+                data = bytes(memoryview(self._kept)[offset - self._first :][:_PIECE])
                 offset += len(data)
                 yield data
             elif self.ended_at is not None:
@@ -156,10 +163,11 @@ class KeptStreams:
         before = self._streams.pop(key, None)
         if before is not None:
             before.stop()
+        self._make_room(caller)
         if len(self._streams) >= MAX_STREAMS:
             raise Problem(
                 "queue_full",
-                f"{MAX_STREAMS} streams are kept already. Send the request without X-Conversation-Id, or later.",
+                f"{MAX_STREAMS} streams are being written. Send the request without X-Conversation-Id, or later.",
                 retry_after=int(KEPT_SECONDS),
             )
         self._streams[key] = stream = KeptStream(source, about, stop, ping)
@@ -180,8 +188,11 @@ class KeptStreams:
             stream.stop()
 
     def listed(self, caller: str) -> list[dict[str, object]]:
-        """The streams of a caller, for a client that asks what is still being written."""
+        """The streams of a caller, for a client that asks what is still being written. Nobody is told of those that
+        came without a key: their ids are all that guards them."""
         self._forget_old()
+        if not caller:
+            return []
         return [
             {"conversation_id": conversation, "bytes": stream.size, "running": stream.ended_at is None}
             for (owner, conversation), stream in self._streams.items()
@@ -194,6 +205,16 @@ class KeptStreams:
         self._streams.clear()
         for stream in streams:
             await stream.close()
+
+    def _make_room(self, caller: str) -> None:
+        """Forget streams that have ended, the caller's own before those of others and old before new, until one more
+        may be kept."""
+        ended = [key for key, stream in self._streams.items() if stream.ended_at is not None]
+        kept = sum(stream.kept for stream in self._streams.values())
+        for key in sorted(ended, key=lambda key: key[0] != caller):
+            if len(self._streams) < MAX_STREAMS and kept + KEPT_BYTES <= MOST_BYTES:
+                return
+            kept -= self._streams.pop(key).kept
 
     def _forget_old(self) -> None:
         now = asyncio.get_running_loop().time()

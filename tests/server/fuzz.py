@@ -445,7 +445,7 @@ class Found(Exception):
     """A request that was answered as none may be."""
 
 
-class _Faults(logging.Handler):
+class Faults(logging.Handler):
     """Errors that the server wrote into its log."""
 
     def __init__(self) -> None:
@@ -465,7 +465,7 @@ async def fuzz(
     server: Server, seed: int, enough: Callable[[int], bool], at_once: int = SIDE_BY_SIDE
 ) -> Counter[int]:
     """Send requests until ``enough(how many)``; how many answers had which status. Raises Found."""
-    requests, statuses, faults, count = Requests(seed), Counter[int](), _Faults(), 0
+    requests, statuses, faults, count = Requests(seed), Counter[int](), Faults(), 0
     log = logging.getLogger("qwenrt.server")
     log.addHandler(faults)
 
