@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from qwenrt.text.dialects.answers import SSE_PING
 from qwenrt.text.dialects.problem import Problem
 
 KEPT_BYTES = 4 * 2**20  # of one stream, its newest
@@ -37,10 +38,11 @@ def check_id(conversation: str) -> str:
 
 @dataclass(frozen=True)
 class About:
-    """What else a client needs to read a stream again."""
+    """What else there is to know of a stream: what a client needs to read it again, and its ``ping``."""
 
     media_type: str
     headers: dict[str, str]
+    ping: Callable[[], bytes] = lambda: SSE_PING
 
 
 class KeptStream:
@@ -50,10 +52,8 @@ class KeptStream:
     the oldest are forgotten.
     """
 
-    def __init__(
-        self, source: AsyncIterator[bytes], about: About, stop: Callable[[], None], ping: Callable[[], bytes]
-    ) -> None:
-        self.about, self._stop, self._ping = about, stop, ping
+    def __init__(self, source: AsyncIterator[bytes], about: About, stop: Callable[[], None]) -> None:
+        self.about, self._stop = about, stop
         self._kept = bytearray()
         self._first = 0  # the offset of the oldest byte that is kept
         self._more = asyncio.Event()
@@ -118,7 +118,7 @@ class KeptStream:
             while True:
                 await asyncio.wait([coming], timeout=PING_SECONDS)
                 if not coming.done():
-                    yield self._ping()
+                    yield self.about.ping()
                     continue
                 data = coming.result()
                 if data is None:
@@ -155,7 +155,6 @@ class KeptStreams:
         source: AsyncIterator[bytes],
         about: About,
         stop: Callable[[], None],
-        ping: Callable[[], bytes],
     ) -> KeptStream:
         """Begin to keep a stream; one of the same conversation that is still written is stopped. Raises Problem."""
         key = caller, check_id(conversation)
@@ -170,7 +169,7 @@ class KeptStreams:
                 f"{MAX_STREAMS} streams are being written. Send the request without X-Conversation-Id, or later.",
                 retry_after=int(KEPT_SECONDS),
             )
-        self._streams[key] = stream = KeptStream(source, about, stop, ping)
+        self._streams[key] = stream = KeptStream(source, about, stop)
         return stream
 
     def get(self, caller: str, conversation: str) -> KeptStream:

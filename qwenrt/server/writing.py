@@ -129,9 +129,9 @@ class Writing:
             return Streaming(
                 client, source, writer.media_type, writer.ping, headers, running.cancel, running.close
             )
-        about, owner = About(writer.media_type, headers), caller_of(request).name
+        about, owner = About(writer.media_type, headers, writer.ping), caller_of(request).name
         try:
-            stream = self.kept.keep(owner, conversation, source, about, running.cancel, writer.ping)
+            stream = self.kept.keep(owner, conversation, source, about, running.cancel)
         except Problem:
             client.close()
             running.close()
