@@ -129,14 +129,14 @@ class Writing:
             return Streaming(
                 client, source, writer.media_type, writer.ping, headers, running.cancel, running.close
             )
-        about, owner = About(writer.media_type, headers), caller_of(request).name
+        about, owner = About(writer.media_type, headers, writer.ping), caller_of(request).name
         try:
             stream = self.kept.keep(owner, conversation, source, about, running.cancel)
         except Problem:
             client.close()
             running.close()
             raise
-        return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers)
+        return Streaming(client, stream.read(0), writer.media_type, None, headers)
 
 
 def _in_a_header(name: str) -> str:
