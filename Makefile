@@ -35,7 +35,7 @@ gpu-check: $(VENV)/.dev
 	$(BIN)/qwenrt bench --shape Qwen-1_8B --device cuda --json
 
 # The server against Claude Code, Codex and Qwen Code from npm and against clients from PyPI that cannot live beside each
-# other: an environment for each (1.2 GB, in ~/.cache/qwenrt-clients or where QWENRT_CLIENT_ENVS says; needs Node.js 20),
+# other: an environment for each (1.5 GB, in ~/.cache/qwenrt-clients or where QWENRT_CLIENT_ENVS says; needs Node.js 20),
 # then some minutes, with a scripted model and where the system allows it in a network without a way out.
 agents: $(VENV)/.dev
 	$(BIN)/python scripts/client_envs.py

@@ -1,6 +1,6 @@
 """Makes the environments of clients that cannot live beside each other, for the tests with the marker `agents`.
 
-    python scripts/client_envs.py                  all that are missing, 2 GB on the disk
+    python scripts/client_envs.py                  all that are missing, 1.5 GB on the disk
     python scripts/client_envs.py openai-2 npm     these
     python scripts/client_envs.py --newest         all again, with what is newest: how a moving dialect is noticed
     python scripts/client_envs.py --list           what there is, and where

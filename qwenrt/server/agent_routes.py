@@ -35,6 +35,7 @@ def routes(parts: Parts) -> list[Route]:
         here += [
             Route(base + "/responses", responses.write, methods=["POST"]),
             Route(base + "/responses/input_tokens", responses.count, methods=["POST"]),
+            Route(base + "/responses/compact", responses.compact, methods=["POST"]),
             Route(base + "/responses/{id}", responses.get, methods=["GET"]),
             Route(base + "/responses/{id}", responses.delete, methods=["DELETE"]),
             Route(base + "/responses/{id}/cancel", responses.cancel, methods=["POST"]),
@@ -87,6 +88,11 @@ class _Responses:
     async def cancel(self, request: Request) -> ASGIApp:
         self._kept.get(caller_of(request).name, request.path_params["id"])
         raise Problem("invalid_request", "The response is finished. Close the connection of one that is not.")
+
+    async def compact(self, request: Request) -> ASGIApp:
+        raise Problem(
+            "not_found", "Responses are not compacted here: send fewer items, or summaries of them."
+        )
 
     async def _read(self, request: Request, asked: openai_responses.CountRequest) -> Ask:
         """What is asked for, beside the event loop where the conversation is long."""

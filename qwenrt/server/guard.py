@@ -46,6 +46,7 @@ _OPEN = {
     ("GET", "/"),
     ("HEAD", "/"),
 }
+_WATCHED = ("/health", "/ready", "/metrics")  # asked again and again by monitors
 _MOST_BODIES = 32  # of the largest size, at the same time: each waits in memory for its turn
 _DEFAULTS = {
     b"x-content-type-options": b"nosniff",
@@ -110,10 +111,11 @@ class Guard:
                 await self._served(scope, exchange)
         finally:
             self._bodies.held -= exchange.held
-            if access.isEnabledFor(logging.INFO):
+            level = logging.DEBUG if scope["path"] in _WATCHED else logging.INFO
+            if access.isEnabledFor(level):
                 path, seconds = shown(scope["path"], 200), self._clock() - began
                 said = state["request_id"], scope["method"], path, exchange.status or "-", seconds
-                access.info("%s %s %s %s in %.3f s", *said)
+                access.log(level, "%s %s %s %s in %.3f s", *said)
 
     async def _served(self, scope: Scope, exchange: _Exchange) -> None:
         try:
@@ -148,6 +150,9 @@ class Guard:
         elif sum(len(name) + len(value) + 4 for name, value in headers) > self._settings.max_header:
             found = f"The request's header has more than {self._settings.max_header} bytes."
             problem, status = Problem("invalid_request", found), 431
+        elif values(headers, b"transfer-encoding") and values(headers, b"content-length"):
+            found = "The request says the length of its body in two ways. Send one."  # a proxy may believe the other
+            problem, status = Problem("invalid_request", found), 400
         elif coded(headers):
             found = "The request's body is compressed. Send it as it is, without Content-Encoding."
             problem, status = Problem("invalid_request", found), 415

@@ -9,10 +9,12 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from qwenrt.text.dialects.answers import SSE_PING
 from qwenrt.text.dialects.problem import Problem
 
 KEPT_BYTES = 4 * 2**20  # of one stream, its newest
 KEPT_SECONDS = 300.0  # after its end
+PING_SECONDS = 15.0  # of silence, after which a ping is kept as well: offsets count all that was sent
 MAX_STREAMS = 256
 MOST_BYTES = 256 * 2**20  # of all streams; those that have ended go first
 _PIECE = 65536  # bytes that a reader gets at once: it may be one that reads nothing
@@ -36,10 +38,11 @@ def check_id(conversation: str) -> str:
 
 @dataclass(frozen=True)
 class About:
-    """What else a client needs to read a stream again."""
+    """What else there is to know of a stream: what a client needs to read it again, and its ``ping``."""
 
     media_type: str
     headers: dict[str, str]
+    ping: Callable[[], bytes] = lambda: SSE_PING
 
 
 class KeptStream:
@@ -98,7 +101,7 @@ class KeptStream:
 
     async def _take(self, source: AsyncIterator[bytes]) -> None:
         try:
-            async for data in source:
+            async for data in self._with_pings(source):
                 self._kept += data
                 if len(self._kept) > KEPT_BYTES:
                     self._first += len(self._kept) - KEPT_BYTES
@@ -108,6 +111,23 @@ class KeptStream:
             self.ended_at = asyncio.get_running_loop().time()
             self._wake()
 
+    async def _with_pings(self, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """What comes, and pings while nothing does."""
+        coming = asyncio.ensure_future(_next(source))
+        try:
+            while True:
+                await asyncio.wait([coming], timeout=PING_SECONDS)
+                if not coming.done():
+                    yield self.about.ping()
+                    continue
+                data = coming.result()
+                if data is None:
+                    return
+                coming = asyncio.ensure_future(_next(source))
+                yield data
+        finally:
+            coming.cancel()
+
     def _wake(self) -> None:
         more, self._more = self._more, asyncio.Event()
         more.set()
@@ -116,6 +136,10 @@ class KeptStream:
         """Stop it, and wait for its end."""
         self._stop()
         await asyncio.wait([self._task])
+
+
+async def _next(source: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(source, None)
 
 
 class KeptStreams:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,9 +80,10 @@ def network_alone() -> list[str]:
     return []
 
 
-@pytest.fixture(scope="module")
-def beside() -> Iterator[Beside]:
-    command = [*network_alone(), sys.executable, "-m", "tests.agents.inside"]
+@contextmanager
+def serving_beside(chat: str) -> Iterator[Beside]:
+    """The server in a network of its own, with the scripted model that has this chat format."""
+    command = [*network_alone(), sys.executable, "-m", "tests.agents.inside", chat]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield Beside(process)
@@ -89,6 +91,18 @@ def beside() -> Iterator[Beside]:
         assert process.stdin is not None
         process.stdin.close()
         process.wait(60)
+
+
+@pytest.fixture(scope="package")
+def beside() -> Iterator[Beside]:
+    with serving_beside("qwen3") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def beside_qwen1() -> Iterator[Beside]:
+    with serving_beside("qwen1") as running:
+        yield running
 
 
 def environment(name: str) -> Path:

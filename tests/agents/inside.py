@@ -1,6 +1,6 @@
 """The scripted model behind the real server, and programs beside it, in whatever network this is run in.
 
-    python -m tests.agents.inside DIRECTORY
+    python -m tests.agents.inside qwen3|qwen1
 
 Reads one program a line of standard input, {"command": [...], "env": {...}, "cwd": "...", "seconds": 60}, runs it with
 {address} in its command and its environment replaced, and writes a line: {"code", "output", "requests", "answers"}.
@@ -19,7 +19,7 @@ from typing import Any
 from qwenrt.outputs import Usage
 from qwenrt.server import app
 from qwenrt.server.settings import ServeSettings
-from tests.server.assistant import assistant
+from tests.server.assistant import assistant, react
 from tests.server.scripted import scripted_llm
 from tests.server.wire import serving
 
@@ -98,8 +98,9 @@ def run(program: dict[str, Any], address: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    settings = ServeSettings(port=0, drain=0)
-    with scripted_llm(assistant, CONTEXT, max_num_batched_tokens=8192) as llm:
+    settings, chat = ServeSettings(port=0, drain=0), sys.argv[1]
+    reply = react if chat == "qwen1" else assistant
+    with scripted_llm(reply, CONTEXT, chat, max_num_batched_tokens=8192) as llm:
         server = app(llm, settings)
         recorded = Recorded(server)
         with serving(recorded, settings, hooks=server.hooks(lambda: None)) as running:

@@ -64,7 +64,7 @@ def test_an_agent_makes_a_file(beside: Beside, programs: Path, agent: Agent, tmp
     line = agent_lines("{address}", "scripted-qwen3")[agent.name]
     line += " " + agent.arguments.replace("{question}", shlex.quote(QUESTION))
     done = beside.run(["sh", "-c", f"PATH={programs}:$PATH; {line}"], tmp_path)
-    print(done)
+
     assert done.code == 0, done.output
     assert (tmp_path / FILE).read_text() == "hello\n" and MADE in done.output
     assert not done.refused

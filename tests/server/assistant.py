@@ -34,7 +34,7 @@ class Seen:
 
     words: str
     results: list[str]
-    tools: list[str]
+    tools: dict[str, dict[str, Any]]
     thinks: bool
 
     @classmethod
@@ -45,7 +45,7 @@ class Seen:
         return cls(
             last,
             _RESULT.findall(last),
-            [tool["function"]["name"] for tool in tools],
+            {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools},
             not prompt.endswith("</think>\n\n"),
         )
 
@@ -62,14 +62,44 @@ def _answer(seen: Seen) -> str:
         return MADE if shell else "They say: " + "; ".join(seen.results)
     if shell and "file" in seen.words:
         return "I make it.\n" + _call(shell, SHELLS[shell])
-    if "weather" in seen.words and "weather" in seen.tools:
-        cities = ["杭州", "Paris"] if "Paris" in seen.words else ["杭州"]
-        return "I look.\n" + "\n".join(_call("weather", {"city": city}) for city in cities)
+    if "weather" in seen.words.lower() and (
+        name := next((tool for tool in seen.tools if "weather" in tool), None)
+    ):
+        cities = ["杭州", "Paris"] if "杭州 and Paris" in seen.words else ["杭州"]
+        calls = [_call(name, _arguments(seen.tools[name], city)) for city in cities]
+        return "I look.\n" + "\n".join(calls)
     if "JSON" in seen.words:
+        if "Weather" in seen.tools:
+            return _call("Weather", WARM)
         return json.dumps(WARM, ensure_ascii=False)
-    if "long" in seen.words:
+    if "five words" in seen.words or "title" in seen.words:  # an agent wants a name for the conversation
+        return json.dumps({"title": "A file is made"})
+    if seen.words.startswith("Something long"):
         return "word " * 2000
     return f"You said: {seen.words}"
+
+
+def react(prompt: str) -> str:
+    """The answer of a Qwen-1 to a prompt in the ReAct form, whoever put it there; it goes on beyond its call, as that
+    model does where nothing stops it."""
+    _, observed, after = prompt.rpartition("\nObservation: ")
+    if observed and after.endswith("\nThought:"):
+        return (
+            f" I now know the final answer.\nFinal Answer: They say: {after.removesuffix('Thought:').strip()}"
+        )
+    if "Begin!" in prompt:
+        arguments = json.dumps({"city": "杭州"}, ensure_ascii=False)
+        return f"Thought: I look.\nAction: weather\nAction Input: {arguments}\nObservation: snow\nThought: never seen"
+    return f"You said: {Seen.of(prompt).words}"
+
+
+def _arguments(schema: dict[str, Any], text: str) -> dict[str, Any]:
+    """What a schema requires, every text being ``text``."""
+    made = {}
+    for name in schema.get("required", ()):
+        field = schema["properties"][name]
+        made[name] = field["enum"][0] if "enum" in field else {"string": text}.get(field.get("type"), 21)
+    return made
 
 
 def _call(name: str, arguments: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -396,8 +397,12 @@ class Requests:
                 names = self._names[path] if pick.random() < 0.8 else self._all_names
                 body[pick.choice(names)] = deepcopy(pick.choice(STRANGE))
             else:
-                self._change(body)
-        raw = json.dumps(body, ensure_ascii=pick.random() < 0.5).encode("utf-8", "surrogatepass")
+                with suppress(RecursionError):  # of what was nested twice
+                    self._change(body)
+        try:
+            raw = json.dumps(body, ensure_ascii=pick.random() < 0.5).encode("utf-8", "surrogatepass")
+        except RecursionError:
+            raw = b'{"a":' * 2000
         return self._bytes(raw) if pick.random() < 0.25 else raw
 
     def _change(self, body: dict[str, Any]) -> None:

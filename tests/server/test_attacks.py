@@ -113,6 +113,13 @@ def test_requests_that_share_an_id_are_told_apart(server: Server) -> None:
     asyncio.run(main())
 
 
+def test_an_engine_that_has_ended_is_no_fault_of_the_request() -> None:
+    with qwenrt.load("demo", progress=False) as ended:
+        server = app(ended, drain=0)
+    for path, body in (("/v1/chat/completions", LONG), ("/v1/embeddings", {"input": "a"})):
+        assert asyncio.run(asked(server, "POST", path, body)).status == 503
+
+
 # ---- nobody's request stands in the way of others
 
 

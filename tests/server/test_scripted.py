@@ -56,6 +56,14 @@ def test_calls_in_every_form(chat: str) -> None:
     assert json.loads(call["function"]["arguments"]) == {"city": "杭州"}
 
 
+def test_the_react_form_written_by_hand_is_an_answer_like_any_other() -> None:
+    written = [*user("Begin!\n\nQuestion: q"), {"role": "assistant", "content": "Observation: 21\nThought:"}]
+    said = " I now know the final answer.\nFinal Answer: 21"
+    with scripted_llm(lambda prompt: said, max_model_len=512, chat="qwen1") as loaded:
+        answer = loaded.chat(messages=written, stop=["Observation:"])
+    assert answer.text == said and not answer.reasoning
+
+
 def test_a_window_of_64k_is_the_default_and_long_prompts_are_read() -> None:
     seen: list[str] = []
 

@@ -48,12 +48,17 @@ def build_messages(
     """The prompt for OpenAI-shaped messages, with ``tools`` in the ReAct form that Qwen-1 was trained on.
 
     Messages that end with an assistant or tool message are continued (with ``add_generation_prompt`` off they
-    are closed instead). Raises RequestError for anything a chat cannot be built from.
+    are closed instead). Where a caller writes the form himself there are no tools, and what follows his "Thought:" is
+    an answer like any other. Raises RequestError for anything a chat cannot be built from.
     """
     turns = parse_messages(messages, tools)
     prompt = _render(tokenizer, turns, max_window_size, add_generation_prompt)
-    in_thought = turns.query is None and turns.history[-1][1].endswith(THOUGHT) and add_generation_prompt
-    return replace(prompt, stop=(OBSERVATION_STOP,) if tools else (), in_thought=in_thought)
+    continued = turns.query is None and add_generation_prompt
+    return replace(
+        prompt,
+        stop=(OBSERVATION_STOP,) if tools else (),
+        in_thought=bool(tools) and continued and turns.history[-1][1].endswith(THOUGHT),
+    )
 
 
 def _render(

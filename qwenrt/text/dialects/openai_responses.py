@@ -130,6 +130,8 @@ def read(request: CountRequest, thoughts: SignedThoughts, earlier: bytes = b"[]"
     for name in ("conversation", "prompt"):
         if getattr(request, name) is not None:
             raise bad(name, "it is kept at the vendor's", "Send the items and instructions themselves.")
+    if isinstance(request, Request) and not request.model:
+        raise bad("model", "it is missing", "Send it.")
     given = request.input
     items = [Item(role="user", content=given)] if isinstance(given, str) else given or []
     before = msgspec.json.decode(earlier, type=list[Item])

@@ -122,6 +122,11 @@ def test_the_first_generation_and_base_models(tmp_path, tokenizer):
     assert prompt == build_messages(tokenizer, messages, [TOOL])
     assert prompt.in_thought and prompt.stop == ("Observation:",)
     assert not first.prompt(tokenizer, [user("q")], [TOOL]).in_thought
+    by_hand = [
+        user("Begin!\n\nQuestion: q"),
+        assistant("Action: f\nAction Input: {}\nObservation: r\nThought:"),
+    ]
+    assert not first.prompt(tokenizer, by_hand).in_thought and not first.prompt(tokenizer, by_hand).stop
     with pytest.raises(RequestError, match="Qwen-1 does not think"):
         first.prompt(tokenizer, messages, enable_thinking=True)
     with pytest.raises(RequestError, match="this is a base model"):

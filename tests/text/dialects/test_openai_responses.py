@@ -35,7 +35,7 @@ SEARCH = {"type": "web_search", "external_web_access": False}
 
 
 def ask(given: Any = "hello", earlier: bytes = b"[]", **fields: Any) -> Ask:
-    body = json.dumps({"input": given, **fields}).encode()
+    body = json.dumps({"model": "m", "input": given, **fields}).encode()
     return openai_responses.read(openai_responses.decode(body), THOUGHTS, earlier)
 
 

@@ -31,7 +31,7 @@ SUMMARY = {"reasoning": {"summary": "auto", "effort": "high"}}
 
 
 def writer(**fields: Any) -> Writer:
-    body = json.dumps({"input": "q", "tools": TOOLS, **fields}).encode()
+    body = json.dumps({"model": "m", "input": "q", "tools": TOOLS, **fields}).encode()
     ask = openai_responses.read(openai_responses.decode(body), THOUGHTS)
     return Writer(Served("qwen", "req_1", 100, created=1000), ask)
 
