@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import logging
 import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -119,8 +120,15 @@ def serve(args: argparse.Namespace) -> int:
         def started() -> None:
             terminal.remark(_greeting(llm, settings, address, application.service.names[0]))
 
+        _log()
         run(application, settings, application.hooks(started), sockets=sockets)
     return 0
+
+
+def _log() -> None:
+    """A line on stderr for each request, and for what it came to."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("qwenrt.server").setLevel(logging.INFO)
 
 
 def _check_installed() -> None:

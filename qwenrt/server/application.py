@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -107,6 +107,7 @@ class Server:
             Problem: _problem,
             HTTPException: _http_error,
             ClientGone: _nobody,
+            ClientDisconnect: _nobody,
             Exception: self._unforeseen,
         }
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)

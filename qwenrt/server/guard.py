@@ -46,6 +46,8 @@ _OPEN = {
     ("GET", "/"),
     ("HEAD", "/"),
 }
+_WATCHED = ("/health", "/ready", "/metrics")  # asked again and again by monitors
+_MOST_BODIES = 32  # of the largest size, at the same time: each waits in memory for its turn
 _DEFAULTS = {
     b"x-content-type-options": b"nosniff",
     b"cache-control": b"no-store",
@@ -84,6 +86,7 @@ class Guard:
         )
         self._hosts, self._origins = Hosts(settings), Origins(settings)
         self._denials = _Denials(clock)
+        self._bodies = _Bodies(_MOST_BODIES * settings.max_body)
 
     def reload(self) -> int:
         """Read the key file again -> how many keys there are. Raises ConfigError, and those from before stay."""
@@ -100,16 +103,19 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id(headers)
         state["caller"], state["max_priority"] = "", self._settings.max_priority
-        exchange = _Exchange(scope, receive, send, self._settings.max_body, self._origins.headers(headers))
+        cors = self._origins.headers(headers)
+        exchange = _Exchange(scope, receive, send, self._settings.max_body, cors, self._bodies)
         began = self._clock()
         try:
             if not await self._refused(scope, headers, exchange):
                 await self._served(scope, exchange)
         finally:
-            if access.isEnabledFor(logging.INFO):
+            self._bodies.held -= exchange.held
+            level = logging.DEBUG if scope["path"] in _WATCHED else logging.INFO
+            if access.isEnabledFor(level):
                 path, seconds = shown(scope["path"], 200), self._clock() - began
                 said = state["request_id"], scope["method"], path, exchange.status or "-", seconds
-                access.info("%s %s %s %s in %.3f s", *said)
+                access.log(level, "%s %s %s %s in %.3f s", *said)
 
     async def _served(self, scope: Scope, exchange: _Exchange) -> None:
         try:
@@ -144,6 +150,9 @@ class Guard:
         elif sum(len(name) + len(value) + 4 for name, value in headers) > self._settings.max_header:
             found = f"The request's header has more than {self._settings.max_header} bytes."
             problem, status = Problem("invalid_request", found), 431
+        elif values(headers, b"transfer-encoding") and values(headers, b"content-length"):
+            found = "The request says the length of its body in two ways. Send one."  # a proxy may believe the other
+            problem, status = Problem("invalid_request", found), 400
         elif coded(headers):
             found = "The request's body is compressed. Send it as it is, without Content-Encoding."
             problem, status = Problem("invalid_request", found), 415
@@ -180,11 +189,21 @@ class _Broken(Exception):
     """An answer cannot be ended as it was begun, so its connection has to be closed; why is in the log."""
 
 
+class _Bodies:
+    """The bodies of all requests that are here, in bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+
 class _Exchange:
     """One request and its answer, as they pass: counts the body, completes the headers."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, cors: Headers) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, limit: int, cors: Headers, bodies: _Bodies
+    ) -> None:
         self._receive, self._send, self._limit, self._cors = receive, send, limit, list(cors)
+        self._bodies, self.held = bodies, 0
         self._request_id = scope["state"]["request_id"].encode()
         self._headers: Headers = scope["headers"]
         self._length = declared_length(self._headers)
@@ -201,6 +220,11 @@ class _Exchange:
             if self._came > self._limit:
                 self.overrun = True
                 raise too_large(self._limit)
+            self.held += len(message.get("body", b""))
+            self._bodies.held += len(message.get("body", b""))
+            if self._bodies.held > self._bodies.most:
+                self.overrun = True
+                raise _too_many(self._bodies.most)
         return message
 
     async def send(self, message: Message) -> None:
@@ -261,6 +285,11 @@ def too_large(limit: int) -> Problem:
     return Problem(
         "too_large", f"The request's body has more than {limit} bytes. Send less, or start with --max-body."
     )
+
+
+def _too_many(most: int) -> Problem:
+    found = f"The bodies of the requests that are here have {most} bytes together, as many as they may."
+    return Problem("unavailable", f"{found} Come again in a moment.", retry_after=1)
 
 
 def _of_host(headers: Headers) -> Problem:

@@ -9,11 +9,15 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from qwenrt.text.dialects.answers import SSE_PING
 from qwenrt.text.dialects.problem import Problem
 
 KEPT_BYTES = 4 * 2**20  # of one stream, its newest
 KEPT_SECONDS = 300.0  # after its end
+PING_SECONDS = 15.0  # of silence, after which a ping is kept as well: offsets count all that was sent
 MAX_STREAMS = 256
+MOST_BYTES = 256 * 2**20  # of all streams; those that have ended go first
+_PIECE = 65536  # bytes that a reader gets at once: it may be one that reads nothing
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _HEX = re.compile(r"[0-9a-fA-F-]+")
 
@@ -34,10 +38,11 @@ def check_id(conversation: str) -> str:
 
 @dataclass(frozen=True)
 class About:
-    """What else a client needs to read a stream again."""
+    """What else there is to know of a stream: what a client needs to read it again, and its ``ping``."""
 
     media_type: str
     headers: dict[str, str]
+    ping: Callable[[], bytes] = lambda: SSE_PING
 
 
 class KeptStream:
@@ -54,6 +59,11 @@ class KeptStream:
         self._more = asyncio.Event()
         self.ended_at: float | None = None  # by the loop's clock
         self._task = asyncio.ensure_future(self._take(source))
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept."""
+        return len(self._kept)
 
     @property
     def size(self) -> int:
@@ -81,7 +91,7 @@ class KeptStream:
             if offset < self._first:
                 return
             if offset < self.size:
-                data = bytes(self._kept[offset - self._first :])
+                data = bytes(memoryview(self._kept)[offset - self._first :][:_PIECE])
                 offset += len(data)
                 yield data
             elif self.ended_at is not None:
@@ -91,7 +101,7 @@ class KeptStream:
 
     async def _take(self, source: AsyncIterator[bytes]) -> None:
         try:
-            async for data in source:
+            async for data in self._with_pings(source):
                 self._kept += data
                 if len(self._kept) > KEPT_BYTES:
                     self._first += len(self._kept) - KEPT_BYTES
@@ -101,6 +111,23 @@ class KeptStream:
             self.ended_at = asyncio.get_running_loop().time()
             self._wake()
 
+    async def _with_pings(self, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """What comes, and pings while nothing does."""
+        coming = asyncio.ensure_future(_next(source))
+        try:
+            while True:
+                await asyncio.wait([coming], timeout=PING_SECONDS)
+                if not coming.done():
+                    yield self.about.ping()
+                    continue
+                data = coming.result()
+                if data is None:
+                    return
+                coming = asyncio.ensure_future(_next(source))
+                yield data
+        finally:
+            coming.cancel()
+
     def _wake(self) -> None:
         more, self._more = self._more, asyncio.Event()
         more.set()
@@ -109,6 +136,10 @@ class KeptStream:
         """Stop it, and wait for its end."""
         self._stop()
         await asyncio.wait([self._task])
+
+
+async def _next(source: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(source, None)
 
 
 class KeptStreams:
@@ -131,10 +162,11 @@ class KeptStreams:
         before = self._streams.pop(key, None)
         if before is not None:
             before.stop()
+        self._make_room(caller)
         if len(self._streams) >= MAX_STREAMS:
             raise Problem(
                 "queue_full",
-                f"{MAX_STREAMS} streams are kept already. Send the request without X-Conversation-Id, or later.",
+                f"{MAX_STREAMS} streams are being written. Send the request without X-Conversation-Id, or later.",
                 retry_after=int(KEPT_SECONDS),
             )
         self._streams[key] = stream = KeptStream(source, about, stop)
@@ -155,8 +187,11 @@ class KeptStreams:
             stream.stop()
 
     def listed(self, caller: str) -> list[dict[str, object]]:
-        """The streams of a caller, for a client that asks what is still being written."""
+        """The streams of a caller, for a client that asks what is still being written. Nobody is told of those that
+        came without a key: their ids are all that guards them."""
         self._forget_old()
+        if not caller:
+            return []
         return [
             {"conversation_id": conversation, "bytes": stream.size, "running": stream.ended_at is None}
             for (owner, conversation), stream in self._streams.items()
@@ -169,6 +204,16 @@ class KeptStreams:
         self._streams.clear()
         for stream in streams:
             await stream.close()
+
+    def _make_room(self, caller: str) -> None:
+        """Forget streams that have ended, the caller's own before those of others and old before new, until one more
+        may be kept."""
+        ended = [key for key, stream in self._streams.items() if stream.ended_at is not None]
+        kept = sum(stream.kept for stream in self._streams.values())
+        for key in sorted(ended, key=lambda key: key[0] != caller):
+            if len(self._streams) < MAX_STREAMS and kept + KEPT_BYTES <= MOST_BYTES:
+                return
+            kept -= self._streams.pop(key).kept
 
     def _forget_old(self) -> None:
         now = asyncio.get_running_loop().time()

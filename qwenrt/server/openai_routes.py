@@ -14,7 +14,6 @@ from starlette.types import ASGIApp
 from qwenrt.server.streams import Client, Json, Streaming, json_beside
 from qwenrt.server.writing import caller_of, read
 from qwenrt.text.dialects import openai_chat, openai_completions, openai_models
-from qwenrt.text.dialects.answers import SSE_PING
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.decoding import decode
 from qwenrt.text.dialects.openai_chat_writer import ChatWriter
@@ -190,4 +189,4 @@ class _Routes:
         source: AsyncIterator[bytes] = stream.read(int(offset))
         about = stream.about
         client = Client(request.receive)
-        return Streaming(client, source, about.media_type, lambda: SSE_PING, about.headers)
+        return Streaming(client, source, about.media_type, None, about.headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -141,7 +142,7 @@ class Service:
         try:
             return await asyncio.to_thread(self._make, ask, caller)
         except QwenrtError as error:
-            raise Problem.of(error) from error
+            raise self.problem_of(error) from error
 
     async def start(self, made: Made, ask: Ask, caller: Caller, arrival: Arrival) -> Running:
         """Wait for its turn and begin to compute. Raises Problem."""
@@ -165,7 +166,7 @@ class Service:
         try:
             await running.begin(self.llm, made.prepared)
         except QwenrtError as error:
-            raise Problem.of(error) from error
+            raise self.problem_of(error) from error
         return running
 
     def stats(self) -> dict[str, Any]:
@@ -180,7 +181,7 @@ class Service:
         try:
             return self.tokenizer.decode(token_ids)
         except QwenrtError as error:
-            raise Problem.of(error) from error
+            raise self.problem_of(error) from error
 
     async def embed(
         self,
@@ -211,6 +212,13 @@ class Service:
         sizes = [len(query) + len(document) for query, document in pairs]
         return await self._read(pairs, sizes, lambda share: self.llm.scores_counted(share, *task), caller)
 
+    def problem_of(self, error: Exception) -> Problem:
+        """What went wrong, for the client: with a request, or with an engine that has ended."""
+        problem = Problem.of(error)
+        if problem.kind == "invalid_request" and self.llm.failure is not None:
+            return Problem("unavailable", problem.message)
+        return problem
+
     # ---- inside
 
     def _log_prompts(self, made: Made, arrival: Arrival) -> None:
@@ -240,7 +248,7 @@ class Service:
                     share = partial(work, list(texts[first:last]))
                     made, count = await loop.run_in_executor(self._readers, share)
                 except QwenrtError as error:
-                    raise Problem.of(error) from error
+                    raise self.problem_of(error) from error
                 results += made
                 turn.spent += count
         return results, turn.spent
@@ -249,7 +257,8 @@ class Service:
         sampling = dict(ask.sampling)
         asked = sampling.pop("max_tokens", None)
         if caller.name and not self.settings.share_prefixes:
-            sampling["cache_salt"] = f"{caller.name}/{sampling.get('cache_salt') or ''}"
+            own = str(sampling.get("cache_salt") or "").encode("utf-8", "surrogatepass")
+            sampling["cache_salt"] = f"{caller.name}/{hashlib.sha256(own).hexdigest() if own else ''}"
         prepared = self._prepared(ask, sampling)
         longest = max(len(one.prompt_token_ids) for one in prepared)
         room = self.llm.max_model_len - longest

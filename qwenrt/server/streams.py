@@ -100,7 +100,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Streaming:
-    """An ASGI response that sends what ``source`` gives, and pings while that gives nothing.
+    """An ASGI response that sends what ``source`` gives, and pings while that gives nothing, unless ``ping`` is None.
 
     ``gone`` is called when the client hangs up before the end: then nothing more is read. ``over`` is called when
     nothing more is sent, for whatever reason, also where nothing of the source was read at all.
@@ -111,7 +111,7 @@ class Streaming:
         client: Client,
         source: AsyncIterator[bytes],
         media_type: str,
-        ping: Callable[[], bytes],
+        ping: Callable[[], bytes] | None,
         headers: dict[str, str],
         gone: Callable[[], None] = _nothing,
         over: Callable[[], None] = _nothing,
@@ -162,12 +162,14 @@ async def _hung_up(receive: Receive) -> None:
 class _Pings:
     """What is sent on one stream, with a ping where that was nothing for PING_SECONDS."""
 
-    def __init__(self, send: Send, ping: Callable[[], bytes]) -> None:
+    def __init__(self, send: Send, ping: Callable[[], bytes] | None) -> None:
         self._send, self._ping = send, ping
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
         self._busy = False
-        self._timer: asyncio.TimerHandle | None = self._loop.call_later(PING_SECONDS, self._due)
+        self._timer: asyncio.TimerHandle | None = None
+        if ping is not None:
+            self._timer = self._loop.call_later(PING_SECONDS, self._due)
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, data: bytes) -> None:
@@ -183,6 +185,7 @@ class _Pings:
         self._timer = self._loop.call_later(max(0.01, PING_SECONDS - silent), self._due)
 
     async def _send_ping(self) -> None:
+        assert self._ping is not None
         with suppress(OSError):
             await self.send(self._ping())
 

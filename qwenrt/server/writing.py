@@ -95,7 +95,7 @@ class Writing:
 
     def problem_of(self, request_id: str, error: Exception) -> Problem:
         """What went wrong, for the client; what nobody foresaw is in the log as well."""
-        problem = Problem.of(error)
+        problem = self.service.problem_of(error)
         if problem.kind == "internal":
             log_failure(request_id, error, self.service.settings.log_prompts)
         return problem
@@ -129,14 +129,14 @@ class Writing:
             return Streaming(
                 client, source, writer.media_type, writer.ping, headers, running.cancel, running.close
             )
-        about, owner = About(writer.media_type, headers), caller_of(request).name
+        about, owner = About(writer.media_type, headers, writer.ping), caller_of(request).name
         try:
             stream = self.kept.keep(owner, conversation, source, about, running.cancel)
         except Problem:
             client.close()
             running.close()
             raise
-        return Streaming(client, stream.read(0), writer.media_type, writer.ping, headers)
+        return Streaming(client, stream.read(0), writer.media_type, None, headers)
 
 
 def _in_a_header(name: str) -> str:

@@ -12,7 +12,8 @@ from urllib.parse import unquote
 class Exchange:
     """A request and what came of it. ``body``: bytes, or what becomes JSON; None for none.
 
-    ``at_send`` is called with each message before it is taken, and may raise as a server's send does, or hang up.
+    ``at_send`` is called with each message before it is taken, and may raise as a server's send does, or hang up. Where
+    the body ``ends`` not, more of it never comes.
     """
 
     def __init__(
@@ -22,12 +23,14 @@ class Exchange:
         body: Any = None,
         headers: dict[str, str] | None = None,
         at_send: Callable[[Exchange, dict[str, Any]], object] = lambda exchange, message: None,
+        ends: bool = True,
     ) -> None:
+        self._ends = ends
         self._raw: bytes | None
         self.body_given = self._raw = (
             b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         )
-        self.headers_given = headers or {}
+        self.method, self.headers_given = method, headers or {}
         given = {"host": "localhost", "content-length": str(len(self.body_given)), **self.headers_given}
         plain, _, query = path.partition("?")
         self.scope: dict[str, Any] = {
@@ -74,7 +77,7 @@ class Exchange:
     async def receive(self) -> dict[str, Any]:
         if self._raw is not None:
             raw, self._raw = self._raw, None
-            return {"type": "http.request", "body": raw, "more_body": False}
+            return {"type": "http.request", "body": raw, "more_body": not self._ends}
         await self._gone.wait()
         return {"type": "http.disconnect"}
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -396,8 +397,12 @@ class Requests:
                 names = self._names[path] if pick.random() < 0.8 else self._all_names
                 body[pick.choice(names)] = deepcopy(pick.choice(STRANGE))
             else:
-                self._change(body)
-        raw = json.dumps(body, ensure_ascii=pick.random() < 0.5).encode("utf-8", "surrogatepass")
+                with suppress(RecursionError):  # of what was nested twice
+                    self._change(body)
+        try:
+            raw = json.dumps(body, ensure_ascii=pick.random() < 0.5).encode("utf-8", "surrogatepass")
+        except RecursionError:
+            raw = b'{"a":' * 2000
         return self._bytes(raw) if pick.random() < 0.25 else raw
 
     def _change(self, body: dict[str, Any]) -> None:
@@ -445,7 +450,7 @@ class Found(Exception):
     """A request that was answered as none may be."""
 
 
-class _Faults(logging.Handler):
+class Faults(logging.Handler):
     """Errors that the server wrote into its log."""
 
     def __init__(self) -> None:
@@ -465,7 +470,7 @@ async def fuzz(
     server: Server, seed: int, enough: Callable[[int], bool], at_once: int = SIDE_BY_SIDE
 ) -> Counter[int]:
     """Send requests until ``enough(how many)``; how many answers had which status. Raises Found."""
-    requests, statuses, faults, count = Requests(seed), Counter[int](), _Faults(), 0
+    requests, statuses, faults, count = Requests(seed), Counter[int](), Faults(), 0
     log = logging.getLogger("qwenrt.server")
     log.addHandler(faults)
 

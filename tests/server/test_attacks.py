@@ -7,13 +7,13 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 
 import qwenrt
-from qwenrt.server import app, service
+from qwenrt.server import app, kept_streams, service
 from qwenrt.server.application import Server
 from tests.server.asgi import Exchange, asked
 
@@ -113,6 +113,13 @@ def test_requests_that_share_an_id_are_told_apart(server: Server) -> None:
     asyncio.run(main())
 
 
+def test_an_engine_that_has_ended_is_no_fault_of_the_request() -> None:
+    with qwenrt.load("demo", progress=False) as ended:
+        server = app(ended, drain=0)
+    for path, body in (("/v1/chat/completions", LONG), ("/v1/embeddings", {"input": "a"})):
+        assert asyncio.run(asked(server, "POST", path, body)).status == 503
+
+
 # ---- nobody's request stands in the way of others
 
 
@@ -202,6 +209,75 @@ def test_texts_to_embed_wait_for_their_turn_and_end_with_their_client(server: Se
         exchange.hang_up()
         await task
         assert exchange.status == 499 and not server.admission.figures().running
+
+    asyncio.run(main())
+
+
+# ---- memory has bounds that do not grow with the number of clients
+
+
+def test_bodies_that_are_too_many_together_come_later(llm: qwenrt.LLM) -> None:
+    server = app(llm, drain=0, max_body=1 << 20)
+
+    async def main() -> None:
+        half = json.dumps({"prompt": "x" * (1 << 19)})[:-2].encode()  # never whole
+        waiting = [Exchange("POST", "/tokenize", half, ends=False) for _ in range(66)]
+        tasks = [asyncio.ensure_future(exchange.run(server)) for exchange in waiting]
+        await soon(lambda: any(exchange.status for exchange in waiting))
+        refused = next(exchange for exchange in waiting if exchange.status)
+        assert refused.status == 503 and refused.headers["retry-after"] == "1"
+        for exchange in waiting:
+            exchange.hang_up()
+        await asyncio.wait(tasks)
+        exchange = await asked(server, "POST", "/tokenize", {"prompt": "x"})
+        assert exchange.status == 200 and not server._guard._bodies.held
+
+    asyncio.run(main())
+
+
+async def _bytes_of(count: int) -> AsyncIterator[bytes]:
+    yield b"x" * count
+
+
+def _keep(streams: kept_streams.KeptStreams, caller: str, number: int, count: int) -> Any:
+    about = kept_streams.About("text/plain", {})
+    return streams.keep(caller, f"{number:04x}0f8fad5bd9cb469fa165708677289", _bytes_of(count), about, print)
+
+
+def test_a_reader_of_a_kept_stream_holds_little_of_it() -> None:
+    async def main() -> None:
+        stream = _keep(kept_streams.KeptStreams(), "a", 1, 1 << 20)
+        pieces = [piece async for piece in stream.read(0)]
+        assert b"".join(pieces) == b"x" * (1 << 20) and max(map(len, pieces)) <= 65536
+
+    asyncio.run(main())
+
+
+def test_kept_streams_give_way_to_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_streams, "MAX_STREAMS", 5)
+
+    async def main() -> None:
+        streams = kept_streams.KeptStreams()
+        _keep(streams, "b", 0, 10)
+        for number in range(1, 20):
+            await asyncio.sleep(0.001)
+            _keep(streams, "a", number, 10)
+        names = [str(entry["conversation_id"])[:4] for entry in streams.listed("a")]
+        assert names == ["0010", "0011", "0012", "0013"]
+        assert len(streams.listed("b")) == 1 and streams.listed("") == []
+
+    asyncio.run(main())
+
+
+def test_kept_streams_have_a_bound_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_streams, "MOST_BYTES", kept_streams.KEPT_BYTES + 100)
+
+    async def main() -> None:
+        streams = kept_streams.KeptStreams()
+        for number in range(20):
+            _keep(streams, "a", number, 60)
+            await asyncio.sleep(0.001)
+        assert len(streams.listed("a")) == 2
 
     asyncio.run(main())
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qwenrt
-from qwenrt.server import streams
+from qwenrt.server import kept_streams, streams
 from tests.server.asking import CHAT, COMPLETIONS, Gate, ask, chat, events, joined, read, sent, serve
 from tests.server.scripted import scripted_llm
 from tests.server.wire import Serving, until
@@ -522,6 +522,27 @@ def test_a_stream_that_waits_pings(
         wire.read_until(ping)
     assert streams.PING_SECONDS < 15.0
     gate.idle()
+
+
+def test_a_stream_that_is_kept_counts_its_pings(
+    served: Serving, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow prompt looks like no loss, and who reads on from a byte misses and doubles nothing."""
+    monkeypatch.setattr(kept_streams, "PING_SECONDS", 0.02)
+    monkeypatch.setattr(streams, "PING_SECONDS", 0.02)
+    conversation = "6fa459ea-ee8a-4ca4-894e-db77e160355e"
+    with gate.closed():
+        with served.wire(sent(CHAT, chat("kept", stream=True), x_conversation_id=conversation)) as wire:
+            head = wire.read_until(b": ping\n\n")
+            first = head.partition(b"\r\n\r\n")[2]
+        size = sum(map(len, first.split(b"\r\n")[1::2]))
+        assert size > 0
+        with served.wire(sent(f"/v1/stream?conv_id={conversation}&from={size}")) as again:
+            again.read_until(b": ping\n\n")
+            gate._open.set()
+            _, _, rest = ask(served, f"/v1/stream?conv_id={conversation}&from={size}")
+    _, _, whole = ask(served, f"/v1/stream?conv_id={conversation}")
+    assert whole[size:] == rest and joined(events(whole)) == "You said kept."
 
 
 def test_a_prompt_fits_exactly_or_is_refused_with_both_numbers(served: Serving) -> None:

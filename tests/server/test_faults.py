@@ -10,12 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qwenrt
+from qwenrt.errors import ConfigError
+from qwenrt.server.lifecycle import bind
+from qwenrt.server.settings import ServeSettings
 from tests.server.asking import (
     CHAT,
     COMPLETIONS,
@@ -145,6 +149,13 @@ def test_a_client_that_waits_for_leave_to_send(served: Serving) -> None:
         assert wire.response()[0] == 100
         wire.send(body)
         assert read(wire)[0] == 200
+
+
+@pytest.mark.parametrize("path", (CHAT, MESSAGES, OLLAMA, DASHSCOPE))
+def test_a_body_that_is_too_large_is_413_in_its_dialect(served: Serving, path: str) -> None:
+    status, _, told = ask(served, path, b" " * (8 << 20) + b"{}")
+    assert status == 413 and "8388608" in words(told)
+    assert ask(served, "/health")[0] == 200
 
 
 # ---- messages
@@ -311,6 +322,21 @@ def test_another_keys_things_are_not_there(llm: qwenrt.LLM) -> None:
         assert ask(served, "/v1/streams", **two)[2] == []
 
 
+def test_keys_are_read_again_while_it_runs(llm: qwenrt.LLM, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    first, second = "a-first-key-of-many-letters", "another-key-of-many-letters"
+    keys.write_text(f"{first}\n")
+    with serve(llm, api_key_file=keys) as served:
+        hooks = served.application.hooks(lambda: None)  # type: ignore[attr-defined]
+        for text, good, bad in ((second, second, first), ("", second, first)):
+            keys.write_text(f"{text}\n")
+            with suppress(ConfigError):  # a file without any key: those from before stay
+                hooks.reload()
+            assert ask(served, "/v1/models", authorization=f"Bearer {good}")[0] == 200
+            assert ask(served, "/v1/models", authorization=f"Bearer {bad}")[0] == 401
+
+
 def test_a_clock_that_is_set_back_moves_no_deadline(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 1e6)
@@ -340,38 +366,58 @@ def test_a_storm_of_scrapes_beside_answers(served: Serving) -> None:
 # ---- the program
 
 
+class Program:
+    """`qwenrt serve demo` in a process of its own."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "qwenrt", "serve", "demo", "--port", "0", "--drain", "0.3"]
+        self.popen = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self.said: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+        until(lambda: any("127.0.0.1:" in line for line in self.said) or self.popen.poll() is not None)
+        [line] = [line for line in self.said if "Serving" in line]
+        self.port = int(line.split("http://127.0.0.1:")[1].split()[0])
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self.said.append(line)
+
+
 @pytest.fixture
-def program() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """`qwenrt serve demo` in a process of its own, and its port."""
-    command = [sys.executable, "-m", "qwenrt", "serve", "demo", "--port", "0", "--drain", "0.3"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as popen:
-        assert popen.stderr is not None
-        line = ""
-        while "http://127.0.0.1:" not in line:
-            line = popen.stderr.readline()
-            assert line, "it ended before it served"
-        threading.Thread(target=popen.stderr.read, daemon=True).start()
-        port = int(line.split("http://127.0.0.1:")[1].split()[0].rstrip("/"))
-        yield popen, port
-        popen.kill()
+def program() -> Iterator[Program]:
+    running = Program()
+    yield running
+    running.popen.kill()
+    running.popen.wait(PATIENCE)
+    assert running.popen.stderr is not None
+    running.popen.stderr.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_streams_in_their_words_and_the_process_with_0(
-    program: tuple[subprocess.Popen[str], int], number: signal.Signals
-) -> None:
-    popen, port = program
+def test_a_signal_ends_streams_in_their_words_and_the_process_with_0(program: Program) -> None:
     body = chat(
         "What is the capital of France?", stream=True, ignore_eos=True, max_tokens=8000, logprobs=True
     )
-    with Wire(port) as wire:
-        wire.send(sent(CHAT, body))
+    with Wire(program.port) as wire:
+        wire.send(sent(CHAT, body, x_request_id="the-last-one"))
         wire.read_until(b"capital")
-        popen.send_signal(number)
+        program.popen.send_signal(signal.SIGTERM)
         came = wire.rest()
     assert b"data: [DONE]\n\n" in came and came.endswith(b"0\r\n\r\n") and b'"finish_reason":"length"' in came
-    assert popen.wait(PATIENCE) == 0
+    assert program.popen.wait(PATIENCE) == 0
     with pytest.raises(ConnectionRefusedError):
-        Wire(port)
+        Wire(program.port)
+    until(lambda: any(f"the-last-one POST '{CHAT}' 200" in line for line in program.said))
+    assert any("the-last-one openai_chat abort:" in line for line in program.said)
+    assert not any("capital" in line or "Traceback" in line for line in program.said)
+
+
+def test_a_server_that_was_killed_leaves_its_port_free(program: Program) -> None:
+    with Wire(program.port) as wire:
+        wire.send(sent(CHAT, chat("What is the capital of France?", stream=True, ignore_eos=True)))
+        wire.read_until(b"capital")
+        program.popen.kill()
+        assert b"data: [DONE]" not in wire.rest()  # a stream without an end is told from a whole one
+    program.popen.wait(PATIENCE)
+    for sock in bind(ServeSettings(port=program.port)):
+        sock.close()

@@ -277,16 +277,25 @@ def test_a_failure_before_a_whole_answer_is_a_status(
     quiet(served, gate)
 
 
-def test_one_that_the_cache_cannot_hold_fails_alone(served: Serving, gate: Gate) -> None:
-    blocks = gate.engine.blocks
-    with gate.closed(), served.wire(sent(CHAT, chat(max_tokens=3))) as other:
-        gate.waiting.wait(20)
-        with served.wire(sent(CHAT, chat(max_tokens=3, stream=True))) as wire:
-            until(lambda: running(served) == 2)
-            assert blocks.num_free <= blocks.num_blocks
+def test_a_cache_that_runs_full_slows_answers_and_loses_none() -> None:
+    def reply(prompt: str) -> str:
+        return prompt.rsplit("<|im_start|>user", 1)[-1].split("<|im_end|>")[0].strip() + " word" * 150
+
+    with scripted_llm(reply, max_model_len=512, max_num_seqs=4) as llm, serve(llm) as served:
+        gate = Gate(llm)
+        blank = gate.engine.blocks._blank
+        held = [blank.pop() for _ in range(len(blank) - 30)]  # what is left is enough for any one of them
+        with gate.closed(), ExitStack() as stack:
+            wires = [stack.enter_context(served.wire(sent(CHAT, chat(f"number {n}")))) for n in range(4)]
+            until(lambda: running(served) == 4)
             gate._open.set()
-            assert read(wire)[0] == read(other)[0] == 200
-    quiet(served, gate)
+            told = [read(wire)[2]["choices"][0] for wire in wires]
+        assert gate.engine.stats()["preemptions"] > 0
+        assert [one["message"]["content"] for one in told] == [
+            f"number {n}" + " word" * 150 for n in range(4)
+        ]
+        blank += held
+        quiet(served, gate)
 
 
 def test_an_engine_that_has_ended_is_told_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
