@@ -158,22 +158,22 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str
             "  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
         )
     lines.append(f"  Open WebUI and other OpenAI clients: base URL {address}/v1, API key {key}")
-    lines += [
-        f"  {agent + ':':<13} {line}" for agent, line in agent_lines(address, name, settings.has_keys).items()
-    ]
+    agents = agent_lines(address, name, context, settings.has_keys)
+    lines += [f"  {agent + ':':<13} {line}" for agent, line in agents.items()]
     return "\n".join(lines)
 
 
-def agent_lines(address: str, name: str, has_keys: bool = False) -> dict[str, str]:
-    """What a person types in a shell to use an agent with the server. ``name``: of the model."""
+def agent_lines(address: str, name: str, context: int, has_keys: bool = False) -> dict[str, str]:
+    """What a person types in a shell to use an agent with the server. ``name``: of the model; ``context``: in tokens,
+    which Codex would otherwise guess."""
     key, model = "YOUR-KEY" if has_keys else "none", shlex.quote(name)
-    codex = ["-c model_provider=qwenrt", "-c model_providers.qwenrt.name=qwenrt"]
-    codex += [
-        f"-c model_providers.qwenrt.base_url={address}/v1",
-        "-c model_providers.qwenrt.wire_api=responses",
-    ]
+    provider = {"name": "qwenrt", "base_url": f"{address}/v1", "wire_api": "responses"}
+    if has_keys:
+        provider["env_key"] = "QWENRT_API_KEY"
+    codex = [f"-c model_providers.qwenrt.{field}={value}" for field, value in provider.items()]
+    codex = ["codex", f"-m {model}", "-c model_provider=qwenrt", *codex, f"-c model_context_window={context}"]
     return {
         "Claude Code": f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} claude",
-        "Codex": " ".join(["codex", f"-m {model}", *codex]),
+        "Codex": " ".join([f"QWENRT_API_KEY={key}", *codex] if has_keys else codex),
         "Qwen Code": f"OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key} OPENAI_MODEL={model} qwen",
     }

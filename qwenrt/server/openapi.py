@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -29,7 +30,8 @@ def document() -> dict[str, Any]:
         }
     for path, about in bodies.GETS.items():
         responses = {"200": {"description": "As asked"}}
-        paths.setdefault(path, {})["get"] = {"summary": about, "responses": responses}
+        get = {"summary": about, "responses": responses, "parameters": _parameters(path)}
+        paths.setdefault(path, {})["get"] = get
     return {
         "openapi": "3.1.0",
         "info": {"title": "qwenrt", "version": qwenrt.__version__},
@@ -40,6 +42,20 @@ def document() -> dict[str, Any]:
         },
         "security": [{}, {"key": []}],
     }
+
+
+def _parameters(path: str) -> list[dict[str, Any]]:
+    """What a GET is told in its path, and in its query."""
+    text = {"type": "string"}
+    given = [
+        {"name": name, "in": "path", "required": True, "schema": text}
+        for name in re.findall(r"\{(\w+)\}", path)
+    ]
+    if path == "/v1/stream":
+        given.append({"name": "conv_id", "in": "query", "required": True, "schema": text})
+        offset = {"type": "integer", "minimum": 0, "default": 0}
+        given.append({"name": "from", "in": "query", "schema": offset})
+    return given
 
 
 _RESPONSES = {

@@ -53,6 +53,9 @@ class Recorded:
             await self._server(scope, receive, send)
             return
         request = {"method": scope["method"], "path": scope["path"], "status": 0}
+        request["key"] = next(
+            (v.decode() for n, v in scope["headers"] if n in (b"authorization", b"x-api-key")), ""
+        )
         self.requests.append(request)
 
         async def sent(message: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from qwenrt.cli.serve import agent_lines
 from scripts.client_envs import NPM
 from tests.agents.conftest import Beside, environment
+from tests.agents.inside import CONTEXT
 from tests.server.assistant import FILE, MADE
 
 pytestmark = pytest.mark.agents
@@ -59,15 +60,20 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("has_keys", [False, True], ids=["open", "with a key"])
 @pytest.mark.parametrize("agent", AGENTS, ids=lambda agent: agent.name)
-def test_an_agent_makes_a_file(beside: Beside, programs: Path, agent: Agent, tmp_path: Path) -> None:
-    line = agent_lines("{address}", "scripted-qwen3")[agent.name]
+def test_an_agent_makes_a_file(
+    beside: Beside, programs: Path, agent: Agent, has_keys: bool, tmp_path: Path
+) -> None:
+    line = agent_lines("{address}", "scripted-qwen3", CONTEXT, has_keys)[agent.name]
     line += " " + agent.arguments.replace("{question}", shlex.quote(QUESTION))
     done = beside.run(["sh", "-c", f"PATH={programs}:$PATH; {line}"], tmp_path)
-
     assert done.code == 0, done.output
     assert (tmp_path / FILE).read_text() == "hello\n" and MADE in done.output
     assert not done.refused
+    keys = {request["key"] for request in done.requests if request["path"] == agent.path}
+    assert not has_keys or keys == {"Bearer YOUR-KEY"}
+    assert agent.name != "Claude Code" or done.requests[0]["method"] == "HEAD"
     turns = [answer for answer in done.answers if answer["prompt"] > 10_000]
     first, second = turns
     assert second["prompt"] - second["cached"] <= second["prompt"] - first["prompt"] + BLOCK

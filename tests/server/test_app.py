@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,6 +202,9 @@ def test_what_the_server_says_of_itself(served: Serving) -> None:
 
 def test_every_route_is_described_and_every_description_is_a_route(served: Serving, llm: qwenrt.LLM) -> None:
     _, _, document = ask(served, "/openapi.json")
+    for path, methods in document["paths"].items():
+        given = {one["name"] for one in methods.get("get", {}).get("parameters", ()) if one["in"] == "path"}
+        assert given == set(re.findall(r"{(\w+)}", path))
     for path, methods in document["paths"].items():
         for method in methods:
             probe = path.replace("{name}", "demo").replace("{id}", "resp_none")
