@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,7 +32,8 @@ class Answer:
 
 @dataclass
 class Load:
-    """``words``: of a prompt; ``shared``: of these, how many are the same in all prompts."""
+    """``words``: of a prompt; ``shared``: of these, how many are the same in all prompts; ``long_words``: of one more
+    prompt, which comes when all clients have their first tokens."""
 
     url: str
     clients: int
@@ -40,6 +41,7 @@ class Load:
     words: int
     shared: int
     new_tokens: int
+    long_words: int = 0
     model: str = "m"
     grammar: bool = False
 
@@ -47,8 +49,17 @@ class Load:
 async def measure(load: Load) -> tuple[list[Answer], float]:
     """All answers, and the seconds that they took together."""
     began = time.perf_counter()
-    each = await asyncio.gather(*(_client(load, number) for number in range(load.clients)))
-    return [answer for answers in each for answer in answers], time.perf_counter() - began
+    late = [_intruder(load)] if load.long_words else []
+    each = await asyncio.gather(*(_client(load, number) for number in range(load.clients)), *late)
+    answers = [answer for answers in each[: load.clients] for answer in answers]
+    return answers, time.perf_counter() - began
+
+
+async def _intruder(load: Load) -> list[Answer]:
+    """One long prompt among the others, with an answer of one token."""
+    await asyncio.sleep(10)
+    alone = replace(load, words=load.long_words, shared=0, new_tokens=1)
+    return [await _ask(alone, _prompt(alone, random.Random(-1)))]
 
 
 async def _client(load: Load, number: int) -> list[Answer]:
@@ -146,12 +157,20 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=64)
     parser.add_argument("--shared", type=int, default=0, help="words that all prompts begin with")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--long-words", type=int, default=0, help="of one long prompt that comes between")
     parser.add_argument("--grammar", action="store_true", help="answers are held to a regular expression")
     parser.add_argument("--pid", type=int, help="of the server, to count its processor time")
     parser.add_argument("--json", type=Path, help="also write the result to a file")
     args = parser.parse_args()
     load = Load(
-        args.url, args.clients, args.requests, args.words, args.shared, args.new_tokens, grammar=args.grammar
+        args.url,
+        args.clients,
+        args.requests,
+        args.words,
+        args.shared,
+        args.new_tokens,
+        args.long_words,
+        grammar=args.grammar,
     )
     before = cpu_seconds(args.pid)
     answers, seconds = asyncio.run(measure(load))
