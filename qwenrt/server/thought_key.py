@@ -6,7 +6,11 @@ import logging
 import os
 import secrets
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+from qwenrt.errors import ConfigError
+from qwenrt.files import read
 
 logger = logging.getLogger("qwenrt.server")
 
@@ -20,14 +24,13 @@ def thought_key(directory: Path | None) -> bytes:
     if directory is None:
         return secrets.token_bytes(_BYTES)
     path = directory / NAME
-    with suppress(OSError):
-        key = path.read_bytes() if path.stat().st_size == _BYTES and not path.is_symlink() else b""
+    with suppress(ConfigError):
+        key = read(path, _BYTES, ConfigError)
         if len(key) == _BYTES:
             return key
     key = secrets.token_bytes(_BYTES)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
+        with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
             file.write(key)
     except OSError as error:
         logger.warning(
