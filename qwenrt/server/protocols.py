@@ -71,8 +71,8 @@ class Deadlines:
     _unsent = 0  # bytes that waited when `_sending` was set
 
     def phase(self) -> Phase:
-        """What of a request is being received."""
-        raise NotImplementedError
+        """What of a request is being received. Each of the two classes below asks its own parser."""
+        raise NotImplementedError  # meant: this class is only ever the first of theirs
 
     # ---- what the transport calls
 
