@@ -126,11 +126,14 @@ def _likelihood(generation: Generation) -> float:
 
 
 class Frame:
-    """What is around the choices of every chunk and body of one answer; and the counting of its tokens.
+    """What the writers of chats and completions share: what is around the choices of every chunk and body of one
+    answer, and the counting of its tokens.
 
     ``id``: of the answer, which nobody can guess. kind: "chat.completion", whose chunks are "chat.completion.chunk",
     or "text_completion", whose chunks are the same.
     """
+
+    media_type = "text/event-stream"
 
     def __init__(self, served: Served, wishes: Wishes, kind: str, chunk: str, prefix: str) -> None:
         self.id = new_id(prefix)

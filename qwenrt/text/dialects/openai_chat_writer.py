@@ -10,24 +10,17 @@ from qwenrt.text.dialects.answers import Served
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.logprobs import logprob_entries
 from qwenrt.text.dialects.openai_bodies import FINISH, Frame, best, ended
-from qwenrt.text.dialects.openai_fields import Wishes
-from qwenrt.text.dialects.problem import Problem
 
 _OLD_FINISH: dict[FinishReason, str] = {**FINISH, "tool_calls": "function_call"}
 
 
-class ChatWriter:
-    """A Writer, see answers.py. ``id``: the answer's, as the client sees it."""
-
-    media_type = "text/event-stream"
+class ChatWriter(Frame):
+    """A Writer, see answers.py."""
 
     def __init__(self, served: Served, ask: Ask) -> None:
-        self._wishes: Wishes = ask.extra
-        self._served = served
-        self._frame = Frame(served, self._wishes, "chat.completion", "chat.completion.chunk", "chatcmpl-")
+        super().__init__(served, ask.extra, "chat.completion", "chat.completion.chunk", "chatcmpl-")
         self._finish = _OLD_FINISH if self._wishes.old_calls else FINISH
         self._calling: set[int] = set()  # choices some of whose calls were told
-        self.id = self._frame.id
 
     def begin(self) -> bytes:
         """The role of each choice."""
@@ -35,29 +28,16 @@ class ChatWriter:
         return b"".join(self._chunk(index, dict(role)) for index in range(self._wishes.choices))
 
     def push(self, delta: Delta) -> bytes:
-        self._frame.count(delta.index, len(delta.token_ids), delta.usage, delta.timing)
+        self.count(delta.index, len(delta.token_ids), delta.usage, delta.timing)
         said = self._said(delta)
         logprobs = delta.logprobs if self._wishes.logprobs is not None else None
         if not said and not logprobs and delta.finish_reason is None:
             return b""
         return self._chunk(delta.index, said, logprobs, delta.finish_reason, delta.broken_calls)
 
-    def progress(self, total: int, cached: int, processed: int, seconds: float) -> bytes:
-        """A chunk for `return_progress`: tokens of the prompt, those of them from the cache, those computed."""
-        return self._frame.progress(total, cached, processed, seconds)
-
-    def end(self) -> bytes:
-        return self._frame.end()
-
-    def fail(self, problem: Problem) -> bytes:
-        return self._frame.fail(problem)
-
-    def ping(self) -> bytes:
-        return self._frame.ping()
-
     def whole(self, choices: Sequence[Generation]) -> dict[str, Any]:
         given = [self._choice(index, one) for index, one in best(choices, self._wishes)]
-        return self._frame.body(given, choices)
+        return self.body(given, choices)
 
     # ---- pieces
 
@@ -72,7 +52,7 @@ class ChatWriter:
         choice = {"index": index, "delta": said, "logprobs": self._logprobs(logprobs), "finish_reason": None}
         if reason is not None:
             ended(choice, reason, self._finish, broken_calls)
-        return self._frame.chunk(choice)
+        return self.chunk(choice)
 
     def _said(self, delta: Delta) -> dict[str, Any]:
         said: dict[str, Any] = {}

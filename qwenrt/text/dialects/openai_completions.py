@@ -22,12 +22,10 @@ from qwenrt.text.dialects.openai_fields import (
     Flag,
     Text,
     Whole,
-    Wishes,
     priority_of,
     sampling_of,
     wishes_of,
 )
-from qwenrt.text.dialects.problem import Problem
 
 _FINISH: dict[FinishReason, str] = {**FINISH, "tool_calls": "stop"}  # a completion calls nothing
 
@@ -105,47 +103,30 @@ def _logprobs(request: CompletionRequest) -> int | None:
     return asked
 
 
-class CompletionWriter:
-    """A Writer, see answers.py. ``id``: the answer's, as the client sees it."""
-
-    media_type = "text/event-stream"
+class CompletionWriter(Frame):
+    """A Writer, see answers.py."""
 
     def __init__(self, served: Served, ask: Ask) -> None:
-        self._wishes: Wishes = ask.extra
-        self._served, self._prompts = served, len(ask.prompts)
-        self._frame = Frame(served, self._wishes, "text_completion", "text_completion", "cmpl-")
+        self._prompts = len(ask.prompts)
+        super().__init__(served, ask.extra, "text_completion", "text_completion", "cmpl-")
         self._logprobs: dict[int, _Logprobs] = {}
-        self.id = self._frame.id
 
     def begin(self) -> bytes:
         """The prompts, where they are to be repeated."""
         if not self._wishes.echo:
             return b""
         choices = range(self._prompts * self._wishes.choices)
-        return b"".join(self._frame.chunk(_choice(index, self._echo(index), None)) for index in choices)
+        return b"".join(self.chunk(_choice(index, self._echo(index), None)) for index in choices)
 
     def push(self, delta: Delta) -> bytes:
-        self._frame.count(delta.index, len(delta.token_ids), delta.usage, delta.timing)
+        self.count(delta.index, len(delta.token_ids), delta.usage, delta.timing)
         logprobs = self._told(delta.index, delta.logprobs)
         if not delta.text and logprobs is None and delta.finish_reason is None:
             return b""
         choice = _choice(delta.index, delta.text, logprobs)
         if delta.finish_reason is not None:
             ended(choice, delta.finish_reason, _FINISH)
-        return self._frame.chunk(choice)
-
-    def progress(self, total: int, cached: int, processed: int, seconds: float) -> bytes:
-        """A chunk for `return_progress`: tokens of the prompts, those of them from the cache, those computed."""
-        return self._frame.progress(total, cached, processed, seconds)
-
-    def end(self) -> bytes:
-        return self._frame.end()
-
-    def fail(self, problem: Problem) -> bytes:
-        return self._frame.fail(problem)
-
-    def ping(self) -> bytes:
-        return self._frame.ping()
+        return self.chunk(choice)
 
     def whole(self, choices: Sequence[Generation]) -> dict[str, Any]:
         given = []
@@ -153,7 +134,7 @@ class CompletionWriter:
             choice = _choice(index, self._echo(index) + one.text, self._told(index, one.logprobs))
             ended(choice, one.finish_reason, _FINISH)
             given.append(choice)
-        return self._frame.body(given, choices)
+        return self.body(given, choices)
 
     def _echo(self, index: int) -> str:
         return self._served.prompts[index // self._wishes.choices] if self._wishes.echo else ""
