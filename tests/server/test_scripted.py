@@ -13,6 +13,7 @@ import pytest
 
 import qwenrt
 from qwenrt.errors import QwenrtError
+from tests.server.asking import Gate
 from tests.server.scripted import scripted_llm
 
 WEATHER = {
@@ -112,9 +113,11 @@ def test_answers_that_are_preempted_go_on() -> None:
         return asked(prompt) + " word" * 150
 
     with scripted_llm(reply, max_model_len=512, max_num_seqs=4) as loaded:
-        engine = loaded._assembled.engine._engine  # type: ignore[union-attr]
-        held = [engine.blocks._blank.pop() for _ in range(len(engine.blocks._blank) - 30)]
-        handles = [loaded.stream(messages=user(f"number {n}")) for n in range(4)]
+        gate = Gate(loaded)
+        blank = gate.engine.blocks._blank
+        held = [blank.pop() for _ in range(len(blank) - 30)]
+        with gate.closed():  # all four are there before the first has gone far
+            handles = [loaded.stream(messages=user(f"number {n}")) for n in range(4)]
         texts = ["" for _ in handles]
         done = threading.Barrier(5)
 
@@ -126,7 +129,7 @@ def test_answers_that_are_preempted_go_on() -> None:
             threading.Thread(target=read, args=(index,), daemon=True).start()
         done.wait(timeout=60)
         assert loaded.stats()["preemptions"] > 0
-        engine.blocks._blank += held
+        blank += held
     assert texts == [f"you said 'number {n}'" + " word" * 150 for n in range(4)]
 
 
