@@ -143,7 +143,6 @@ def read(request: CountRequest, thoughts: SignedThoughts) -> Ask:
         stream=bool(request.stream) if isinstance(request, Request) else False,
         include_usage=True,
         ignored=ignored,
-        continue_final=messages[-1]["role"] == "assistant",
         extra=Extra(thoughts, stop, hidden=bool(request.thinking and request.thinking.display == "omitted")),
     )
 

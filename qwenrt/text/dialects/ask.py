@@ -11,17 +11,16 @@ from typing import Any
 class Ask:
     """One request to write: a conversation to answer, or prompts to continue; and its wishes.
 
-    messages: OpenAI's shape, already free of what is not prompt; None where ``prompts`` (texts or token ids) are to be
-    continued. tools: OpenAI's shape, {"type": "function", "function": {...}}. tool_choice: "auto", "none", "required",
-    or {"name": ...} for a named tool. sampling: fields of SamplingParams that the request sets, under their own names
-    and as it gave them; what it leaves out is the checkpoint's. max_tokens is among them, as asked: the server cuts
-    what does not fit.
+    messages: OpenAI's shape, already free of what is not prompt, and continued where they end with the assistant's;
+    None where ``prompts`` (texts or token ids) are to be continued. tools: OpenAI's shape, {"type": "function",
+    "function": {...}}. tool_choice: "auto", "none", "required", or {"name": ...} for a named tool. sampling: fields of
+    SamplingParams that the request sets, under their own names and as it gave them; what it leaves out is the
+    checkpoint's. max_tokens is among them, as asked: the server cuts what does not fit.
 
     model: the name that was asked for, which decides nothing. enable_thinking, thinking_budget: None where the request
     says nothing. before: token ids that stand in front of a conversation's prompt. ignored: what was asked for and is
-    not served (names of hosted tools), told in the header x-qwenrt-ignored. continue_final: the last message is the
-    assistant's, and is to be continued. priority: 0 to 9, larger is sooner. progress: how far the prompt is computed is
-    to be told. extra: what only the dialect's own writer needs.
+    not served (names of hosted tools), told in the header x-qwenrt-ignored. priority: 0 to 9, larger is
+    sooner. progress: how far the prompt is computed is to be told. extra: what only the dialect's own writer needs.
     """
 
     model: str = ""
@@ -37,7 +36,6 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     ignored: tuple[str, ...] = ()
-    continue_final: bool = False
     priority: int = 5
     progress: bool = False
     extra: Any = None

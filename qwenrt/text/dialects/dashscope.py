@@ -17,7 +17,6 @@ from qwenrt.text.dialects.decoding import (
     blamed_on,
     checked_tools,
     chosen_tool,
-    continues,
     sampling_from,
     tool_name,
 )
@@ -215,7 +214,6 @@ def read(
         thinking_budget=_budget(wanted),
         stream=stream,
         ignored=tuple(ignored),
-        continue_final=continues(messages),
         extra=Form(as_message, bool(wanted.incremental_output)),
     )
 

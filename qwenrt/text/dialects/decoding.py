@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
@@ -219,8 +219,3 @@ def chosen_tool(name: str, tools: list[dict[str, Any]], param: str = "tool_choic
     if name not in known:
         raise bad(param, f"there is no tool {shown(name)}", f"Known are: {shown(known, 400)}.")
     return {"name": name}
-
-
-def continues(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Ask.continue_final where a dialect has no word for it: the last message is the assistant's, and calls nothing."""
-    return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")

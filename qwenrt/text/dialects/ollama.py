@@ -18,7 +18,6 @@ from qwenrt.text.dialects.decoding import (
     blamed_on,
     checked_sampling,
     checked_tools,
-    continues,
     decode,
     tool_name,
 )
@@ -209,7 +208,6 @@ def read_chat(request: ChatRequest, context: int) -> Ask:
         chat=True,
         messages=messages,
         tools=checked_tools(tools),
-        continue_final=continues(messages),
     )
 
 

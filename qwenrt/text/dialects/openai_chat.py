@@ -114,6 +114,7 @@ def read_with(request: ChatFields, model: str, given: Sequence[ChatMessage]) -> 
         said(request.reasoning_effort), kwargs, said(request.enable_thinking), said(request.thinking_budget)
     )
     messages = [_message(f"messages[{i}]", message) for i, message in enumerate(given)]
+    _check_end(request, messages)
     choice, tools = _choice(request, tools, old_calls)
     return Ask(
         model=model,
@@ -127,7 +128,6 @@ def read_with(request: ChatFields, model: str, given: Sequence[ChatMessage]) -> 
         stream=request.stream is True,
         include_usage=wishes.usage,
         ignored=ignored,
-        continue_final=_continues(request, messages),
         priority=priority_of(request),
         progress=request.return_progress is True,
         extra=wishes,
@@ -232,8 +232,8 @@ def _call(where: str, call: FunctionCall) -> dict[str, Any]:
     }
 
 
-def _continues(request: ChatFields, messages: list[dict[str, Any]]) -> bool:
-    """An assistant's text at the end is continued, unless the request says that a new answer begins."""
+def _check_end(request: ChatFields, messages: list[dict[str, Any]]) -> None:
+    """An assistant's text at the end is continued. Raise Problem for a request that wants anything else."""
     last, wanted = messages[-1], said(request.continue_final_message)
     begin = said(request.add_generation_prompt)
     can = last["role"] == "assistant" and not ("tool_calls" in last or "function_call" in last)
@@ -246,7 +246,10 @@ def _continues(request: ChatFields, messages: list[dict[str, Any]]) -> bool:
     if begin is False and not can:
         found = "false, and the last message is no text of the assistant"
         raise bad("add_generation_prompt", found, "Leave it out: an answer is written.")
-    return can and wanted is not False and begin is not True
+    if can and (begin or wanted is False):
+        param = "add_generation_prompt" if begin else "continue_final_message"
+        found = f"{str(bool(begin)).lower()}, and the last message is a text of the assistant"
+        raise bad(param, found, "It is continued here; for a new answer end with a message of the user.")
 
 
 # ---- tools

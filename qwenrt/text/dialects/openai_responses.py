@@ -157,7 +157,6 @@ def read(request: CountRequest, thoughts: SignedThoughts, earlier: bytes = b"[]"
         stream=bool(full and full.stream),
         include_usage=True,
         ignored=tools.ignored,
-        continue_final=messages[-1]["role"] == "assistant",
         extra=Extra(
             thoughts,
             tools.names,

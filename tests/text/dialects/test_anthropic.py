@@ -315,7 +315,7 @@ def test_what_is_counted_is_what_is_written() -> None:
     body = json.dumps(agent_turns.claude_code(4)).encode()
     written = anthropic.read(anthropic.decode(body), THOUGHTS)
     counted = anthropic.read(anthropic.decode_count(body), THOUGHTS)
-    for field in ("messages", "tools", "tool_choice", "enable_thinking", "continue_final"):
+    for field in ("messages", "tools", "tool_choice", "enable_thinking"):
         assert getattr(counted, field) == getattr(written, field)
 
 
@@ -340,9 +340,8 @@ def test_a_schema_is_a_grammar(where: str) -> None:
     assert made.sampling["grammar"] == Grammar.json_schema({"type": "object"})
 
 
-def test_the_last_message_of_the_assistant_is_continued() -> None:
-    assert ask([user("a"), assistant("b")]).continue_final
-    assert not ask([user("a"), assistant("b"), user("c")]).continue_final
+def test_a_message_of_the_assistant_that_is_last_stays_last() -> None:
+    assert ask([user("a"), assistant("b")]).messages[-1]["role"] == "assistant"
 
 
 def test_what_is_no_prompt_never_reaches_it() -> None:

@@ -40,7 +40,7 @@ def test_a_plain_chat_streams_and_has_no_limit_of_its_own() -> None:
     ask = chat()
     assert ask.messages == HELLO and ask.stream and ask.model == "qwen3" and ask.extra == "chat"
     assert ask.sampling == {"max_tokens": None}
-    assert ask.enable_thinking is None and not ask.continue_final
+    assert ask.enable_thinking is None
 
 
 @pytest.mark.parametrize(("stream", "streams"), [(True, True), (False, False), (None, True)])
@@ -276,9 +276,9 @@ def test_a_past_answer_has_its_thought_and_calls_as_objects() -> None:
     }
 
 
-def test_an_answer_that_is_last_is_continued() -> None:
-    assert chat(messages=[*HELLO, {"role": "Assistant", "content": "so"}]).continue_final
-    assert not chat().continue_final and not chat(messages=[*HELLO, called("f")]).continue_final
+def test_an_answer_that_is_last_stays_last() -> None:
+    last = {"role": "Assistant", "content": "so"}
+    assert chat(messages=[*HELLO, last]).messages[-1] == {"role": "assistant", "content": "so"}
 
 
 def test_nothing_asked_is_a_load() -> None:

@@ -372,21 +372,24 @@ CALLING = {"role": "assistant", "content": None, "tool_calls": [call("a", "{}")]
 
 
 @pytest.mark.parametrize(
-    ("messages", "fields", "continues"),
+    ("messages", "fields"),
     [
-        ([USER], {}, False),
-        ([USER, ASSISTANT], {}, True),
-        ([USER, ASSISTANT], {"continue_final_message": True, "add_generation_prompt": False}, True),
-        ([USER, ASSISTANT], {"continue_final_message": False}, False),
-        ([USER, ASSISTANT], {"add_generation_prompt": True}, False),
-        ([USER, ASSISTANT, USER], {"add_generation_prompt": True}, False),
-        ([USER, CALLING], {}, False),
+        ([USER], {}),
+        ([USER, ASSISTANT], {}),
+        ([USER, ASSISTANT], {"continue_final_message": True, "add_generation_prompt": False}),
+        ([USER, ASSISTANT, USER], {"add_generation_prompt": True}),
+        ([USER, CALLING], {}),
     ],
 )
-def test_an_assistants_text_at_the_end_is_continued(
-    messages: Any, fields: dict[str, Any], continues: bool
-) -> None:
-    assert ask(messages, **fields).continue_final is continues
+def test_an_assistants_text_at_the_end_is_continued(messages: Any, fields: dict[str, Any]) -> None:
+    assert ask(messages, **fields).messages[-1]["role"] == messages[-1]["role"]
+
+
+@pytest.mark.parametrize("fields", [{"continue_final_message": False}, {"add_generation_prompt": True}])
+def test_a_new_answer_behind_an_assistants_text_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(Problem, match="It is continued here") as caught:
+        ask([USER, ASSISTANT], **fields)
+    assert caught.value.param == next(iter(fields))
 
 
 def test_tools_are_functions_and_others_are_told() -> None:

@@ -375,7 +375,7 @@ def test_what_is_counted_is_what_is_written() -> None:
     body = json.dumps(agent_turns.codex(4)).encode()
     written = openai_responses.read(openai_responses.decode(body), THOUGHTS)
     counted = openai_responses.read(openai_responses.decode_count(body), THOUGHTS)
-    for field in ("messages", "tools", "tool_choice", "enable_thinking", "continue_final"):
+    for field in ("messages", "tools", "tool_choice", "enable_thinking"):
         assert getattr(counted, field) == getattr(written, field)
     assert openai_responses.count_body(5) == {"object": "response.input_tokens", "input_tokens": 5}
 
