@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from qwenrt.cli import serve
+from qwenrt.load_options import LoadOptions
+from qwenrt.server.settings import ServeSettings
+
 pytest.importorskip("starlette")
 
 Qwenrt = Callable[..., Any]
@@ -103,3 +107,15 @@ def test_a_model_that_is_not_there_leaves_no_port_taken(fake: SimpleNamespace, q
     assert done.code == 1 and "no such model" in done.err and done.err.count("\n") == 1
     with socket.socket() as again:
         again.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(("context", "warned"), [(8192, True), (32768, False)])
+def test_what_is_said_at_the_start(context: int, warned: bool) -> None:
+    blocks = {"max_model_len": context, "total_blocks": context, "block_size": 4}
+    llm: Any = SimpleNamespace(
+        stats=lambda: blocks, options=LoadOptions(max_num_seqs=16), summary="one line", name="demo"
+    )
+    said = serve._greeting(llm, ServeSettings(), "http://127.0.0.1:8000", "demo")
+    assert "Serving demo at http://127.0.0.1:8000" in said and "one line" in said and "toy" in said
+    assert f"context {context} tokens; 4 answers at once at full length, 16 shorter ones" in said
+    assert ("they need a longer context" in said) is warned
