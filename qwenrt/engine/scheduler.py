@@ -21,8 +21,9 @@ class Scheduler:
 
     Every decoding sequence gets its token each step. Prompts share what is left equally (`shares`), in turns where that
     is little, so that a short one passes a long one and both advance; ``target`` says how much that is while anybody
-    decodes who has not just begun. A prompt gets the blocks for all its tokens when it is admitted. When a running sequence that has grown
-    finds no block, the latest sequence gives up its own and is computed anew later; the oldest never does.
+    decodes who has not just begun. A prompt gets the blocks for all its tokens when it is admitted. When a running
+    sequence that has grown finds no block, the latest sequence gives up its own and is computed anew later; the oldest
+    never does.
     """
 
     def __init__(
