@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -24,11 +25,11 @@ def tell(text: str, show: bool | None = None) -> None:
 class Trying:
     """Says at once whose answer is waited for, and counts the seconds until it comes; then the line is gone.
 
-    Where the wait ends in an exception of ``gives_up``, the line says so and stays.
+    Where the wait ends in an exception that is ``unanswered``, a line says so and stays.
     """
 
-    def __init__(self, whom: str, show: bool | None, gives_up: tuple[type[BaseException], ...] = ()) -> None:
-        self._whom, self._shown, self._gives_up = whom, _shown(show), gives_up
+    def __init__(self, whom: str, show: bool | None, unanswered: Callable[[BaseException], bool]) -> None:
+        self._whom, self._shown, self._unanswered = whom, _shown(show), unanswered
         self._live = self._shown and _is_terminal()
         self._width = 0
         self._done = threading.Event()
@@ -50,8 +51,8 @@ class Trying:
             self._done.set()
             self._counting.join()
             self._write("")
-        if isinstance(error, self._gives_up):
-            tell(f"{self._whom} did not answer within {self._seconds()} s", self._shown)
+        if error is not None and self._unanswered(error):
+            tell(f"no answer from {self._whom} after {self._seconds()} s", self._shown)
 
     def _count(self) -> None:
         while not self._done.wait(1.0):

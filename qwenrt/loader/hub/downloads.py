@@ -57,7 +57,7 @@ def repository(pull: Pull) -> Any:
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=pull.endpoint, token=pull.token or False, library_name="qwenrt")
-    with Trying(pull.host, pull.show):
+    with Trying(pull.host, pull.show, from_network):
         return _with_retries(lambda: api.model_info(pull.repo, revision=pull.revision, timeout=TIMEOUT))
 
 

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenrt.errors import CheckpointError
+from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.files import is_there, opened
 from qwenrt.loader.hub.downloads import fetch_shards, repository
 from qwenrt.loader.hub.pull import SMALL_FILES, SUBDIRECTORIES, Pull, from_network, out_of_space
@@ -30,7 +30,7 @@ def fetch(pull: Pull) -> Path:
             directory = _snapshot(pull, pull.patterns)
         _verify(pull, directory)
         return directory
-    except CheckpointError:
+    except QwenrtError:
         raise
     except Exception as error:
         _explain(pull, error)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenrt.errors import CheckpointError
+from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.files import is_there
 from qwenrt.loader.hub.downloads import RemoteFile, is_beside
 from qwenrt.loader.hub.pull import (
@@ -60,7 +60,7 @@ def fetch(pull: Pull) -> Path:
         )
         if pull.offline:
             return download(pull.patterns)
-        with Trying(pull.host, pull.show):
+        with Trying(pull.host, pull.show, lambda error: any(map(from_network, _causes(error)))):
             files = api.list_repo_files(pull.repo, "model", revision=pull.revision)
         directory = download(SMALL_FILES)
         if pull.weights:
@@ -68,7 +68,7 @@ def fetch(pull: Pull) -> Path:
             _prepare(pull, files, directory)
             download(pull.patterns)
         return directory
-    except CheckpointError:
+    except QwenrtError:
         raise
     except Exception as error:
         _explain(pull, error)

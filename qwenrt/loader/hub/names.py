@@ -71,7 +71,7 @@ def understand(name: str, at_hand: Iterable[str] = ()) -> Meant:
     if owner.lower() in ("", OWNER.lower()) and ":" not in bare:
         known = _by_folded().get(_folded(bare))
         if known is not None:
-            return Meant(f"{OWNER}/{known}", _about_base(known))
+            return Meant(f"{OWNER}/{known}", about_base(known))
     if spelled is not None:
         return Meant(spelled)
     if _is_repository(name):
@@ -96,7 +96,9 @@ def nearest(name: str, at_hand: Iterable[str] = (), most: int = 3) -> list[str]:
     for place, candidate in enumerate(dict.fromkeys([*map(short, at_hand), *released()])):
         text = _folded(candidate.rpartition("/")[2])
         matcher.set_seq1(text)
-        if matcher.real_quick_ratio() >= _ALIKE and (ratio := matcher.ratio()) >= _ALIKE:
+        if min(matcher.real_quick_ratio(), matcher.quick_ratio()) < _ALIKE:
+            continue
+        if (ratio := matcher.ratio()) >= _ALIKE:
             one, other = _PARTS.fullmatch(asked), _PARTS.fullmatch(text)
             shared = one and other and (one["family"] == other["family"]) + (one["size"] == other["size"])
             rounded = _ROUNDED.search(text) is not None and _ROUNDED.search(asked) is None
@@ -117,7 +119,7 @@ def did_you_mean(name: str, at_hand: Iterable[str] = ()) -> str:
 def short(repo: str) -> str:
     """The shortest name that means a repository."""
     owner, _, bare = repo.rpartition("/")
-    return bare if owner == OWNER and bare in released() else repo
+    return _by_folded().get(_folded(bare), repo) if owner.lower() == OWNER.lower() else repo
 
 
 @cache
@@ -174,7 +176,7 @@ def _of_tag(name: str, family: str, tag: str, at_hand: Sequence[str]) -> Meant:
             if tag in (f"{size}-{parts.variant}", f"{size}-base", f"{size}-text") and _is_variant(
                 parts, tag, size
             ):
-                return Meant(f"{OWNER}/{parts.name}", _about_base(parts.name))
+                return Meant(f"{OWNER}/{parts.name}", about_base(parts.name))
     raise _unknown(name, f"{family} has no release {tag}", at_hand)
 
 
@@ -195,7 +197,7 @@ def _of_size(name: str, members: Sequence[_Parts]) -> Meant:
     return Meant(f"{OWNER}/{chosen.name}", f"{name} is {OWNER}/{chosen.name}{beside}")
 
 
-def _about_base(name: str) -> str:
+def about_base(name: str) -> str:
     """What is said where a name is that of a base model with a sibling to talk to, which only the name tells apart."""
     sibling = _talking_sibling(name)
     return (

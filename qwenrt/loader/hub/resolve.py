@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenrt.config import Environment, read_model_config
-from qwenrt.errors import CheckpointError, shown
+from qwenrt.errors import CheckpointError, QwenrtError, shown
 from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.header import NO_GGUF
 from qwenrt.loader.hub import huggingface, modelscope
-from qwenrt.loader.hub.names import Meant, did_you_mean, released, short, understand
+from qwenrt.loader.hub.names import Meant, did_you_mean, short, understand
 from qwenrt.loader.hub.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
 from qwenrt.loader.hub.stores import Copy, copies, what_lacks
 from qwenrt.loader.progress import tell
@@ -61,7 +61,7 @@ def resolve(
         raise CheckpointError(
             f"revision={shown(revision)}", "not a branch, tag or commit", "Leave it out for the newest."
         )
-    local = _local(name)
+    local = local_directory(name)
     if local is not None:
         return local
     wanted = _Wanted.of(os.fspath(name), source, revision, offline, env, progress, weights)
@@ -84,7 +84,7 @@ class _Wanted:
     show: bool | None
     weights: bool
     copies: tuple[Copy, ...]
-    all_here: tuple[str, ...]
+    all_here: tuple[Copy, ...]
     incomplete: list[tuple[Copy, Path, str]] = field(default_factory=list)
 
     @classmethod
@@ -101,7 +101,7 @@ class _Wanted:
         here = list(copies(env, None if source == "auto" else source))
         meant = understand(name, [copy.repo for copy in here])
         own = tuple(copy for copy in here if copy.repo.lower() == meant.repo.lower())
-        return cls(meant, name, revision, offline, env, show, weights, own, tuple(copy.repo for copy in here))
+        return cls(meant, name, revision, offline, env, show, weights, own, tuple(here))
 
     def at_hand(self, newest: bool) -> Path | None:
         """A complete copy on this machine. ``newest``: only of other tools, since the hub is asked for a newer one."""
@@ -157,7 +157,24 @@ class _Wanted:
     @property
     def nearest(self) -> str:
         """The sentence about other names, where this one is not known to exist."""
-        return "" if short(self.meant.repo) in released() else did_you_mean(self.asked, self.all_here)
+        return "" if short(self.meant.repo) != self.meant.repo else did_you_mean(self.asked, self.names())
+
+    def names(self) -> list[str]:
+        """What can be typed for the models on this machine that are computed here."""
+        found: dict[str, None] = {}
+        for copy in self.all_here:
+            directory = copy.directory()
+            if directory is not None and _is_run_here(directory):
+                found[short(copy.repo)] = None
+        return [*found]
+
+
+def _is_run_here(directory: Path) -> bool:
+    try:
+        read_model_config(directory)
+    except QwenrtError:
+        return False
+    return True
 
 
 def _accept(directory: Path) -> None:
@@ -199,7 +216,7 @@ def _from_any_source(pull: Callable[[str], Path], source: str, wanted: _Wanted) 
     raise Unreachable(first.asked, first.found + (f"; {also}" if also else ""), first.remedy) from first
 
 
-def _local(name: str | os.PathLike[str]) -> Path | None:
+def local_directory(name: str | os.PathLike[str]) -> Path | None:
     """The built-in model or an existing directory; None if ``name`` is to be looked up on a hub."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise CheckpointError(
@@ -267,7 +284,7 @@ def _not_here(wanted: _Wanted) -> NotCached:
     """Offline, and no copy is complete: what each lacks, and which models are here."""
     lacks = [f"the copy in {copy.store.label} is not complete: {lack}" for copy, _, lack in wanted.incomplete]
     found = "; ".join(lacks) or "there is no copy of it on this machine"
-    here = list(dict.fromkeys(short(repo) for repo in wanted.all_here if repo != wanted.meant.repo))
+    here = [name for name in wanted.names() if name != short(wanted.meant.repo)]
     some = ", ".join(here[:8]) + (", ..." if len(here) > 8 else "")
     otherwise = "choose one of those" if here else "give the directory of a model that is here"
     return NotCached(

@@ -15,7 +15,7 @@ from pathlib import Path
 from qwenrt.config import Environment
 from qwenrt.errors import CheckpointError
 from qwenrt.files import is_there, read
-from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
+from qwenrt.loader.checkpoint.checkpoint import open_checkpoint, weight_files
 from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 
 _WHOSE = {
@@ -95,10 +95,11 @@ def copies_of(repo: str, env: Environment, hub: str | None = None) -> list[Copy]
     return [copy for copy in copies(env, hub) if copy.repo.lower() == repo.lower()]
 
 
-def what_lacks(directory: Path, *, weights: bool = True, tokenizer: bool = True) -> str:
+def what_lacks(directory: Path, *, weights: bool = True, tokenizer: bool = True, headers: bool = True) -> str:
     """What a directory lacks of a model, in words; "" where it is complete.
 
-    Shards are compared with their index, and their sizes with their headers. No tensor is read, and nothing is changed.
+    Shards are compared with their index, and, with ``headers``, their sizes with what their headers say. No tensor is
+    read, and nothing is changed.
     """
     try:
         if not is_there(directory / "config.json", CheckpointError):
@@ -106,7 +107,7 @@ def what_lacks(directory: Path, *, weights: bool = True, tokenizer: bool = True)
         if tokenizer and not any(is_there(directory / name, CheckpointError) for name in TOKENIZER_FILES):
             return f"the tokenizer ({', '.join(TOKENIZER_FILES[:-1])} or {TOKENIZER_FILES[-1]})"
         if weights:
-            open_checkpoint(directory)
+            open_checkpoint(directory) if headers else weight_files(directory)
     except CheckpointError as error:
         return error.found
     return ""
@@ -143,15 +144,15 @@ def _modelscope_copies(store: Store) -> Iterator[Copy]:
         if name and (snapshots := {place.name: place for place in _directories(home / "snapshots")}):
             yield Copy(f"{owner}/{name}", store, home, snapshots, {})
     seen: set[str] = set()
-    for old in _OLD_PLACES:
-        for owner in _directories(store.root / old):
-            if owner.name in _NO_OWNERS or owner.name.startswith(".") or "--" in owner.name:
+    for place in _OLD_PLACES:
+        for folder in _directories(store.root / place):
+            if folder.name in _NO_OWNERS or folder.name.startswith(".") or "--" in folder.name:
                 continue
-            for home in _directories(owner):
+            for home in _directories(folder):
                 real = os.path.realpath(home)  # its name with dots is a link to the one without
                 if real not in seen and os.path.lexists(home / "config.json"):
                     seen.add(real)
-                    repo = f"{owner.name}/{home.name.replace('___', '.')}"
+                    repo = f"{folder.name}/{home.name.replace('___', '.')}"
                     yield Copy(repo, store, Path(real), {"master": Path(real)}, {})
 
 
