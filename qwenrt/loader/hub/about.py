@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,11 @@ def _stats(places: Iterable[Path]) -> Iterator[os.stat_result]:
         for place, _, names in os.walk(top):
             for name in names:
                 try:
-                    yield os.lstat(os.path.join(place, name))
+                    info = os.lstat(os.path.join(place, name))
                 except OSError:
                     continue
+                if stat.S_ISREG(info.st_mode):
+                    yield info
 
 
 def _last_used(directory: Path) -> float | None:
