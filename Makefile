@@ -21,8 +21,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# A process for each core, each file of tests in one of them. `make tests WORKERS=0` runs all in one.
+WORKERS ?= auto
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 # The C++ tests with every instruction set: sanitizers, NEON under qemu, AVX-512 through SIMDe. Minutes; what this
 # machine lacks is skipped and named.

@@ -467,7 +467,7 @@ async function otherTab({ chat: id, gone }) {
     else if (!answers.of(known) && known.state === "running") Object.assign(known, message);
     if (message.state === "running") answers.follow(chat, chat.messages.get(message.id));
   }
-  if (!runningHere()) leaf = chat.newest(before);
+  if (!runningHere() && !$("prompt").value.trim()) leaf = chat.newest(before); // who writes stays where they are
   drawPath();
 }
 
