@@ -85,6 +85,7 @@ function drawServer() {
   if (!info) return;
   const dtype = String(info.dtype).replace("torch.", "");
   $("about").replaceChildren(make("b", {}, info.model), ` · ${info.device} · ${dtype} · ${info.kernels}`);
+  $("about").title = say("aboutModel");
   $("about").hidden = false;
   const local = /^(localhost|127\.|\[::1\])/.test(location.hostname);
   $("hello-model").textContent = info.built_in ? say("toy", info.model) : local ? say("talkTo", info.model) : say("talkToRemote", info.model, location.host);
