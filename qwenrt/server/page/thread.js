@@ -71,6 +71,7 @@ class MessageView {
   }
 
   drawUser() {
+    this.shape = this.chat.versions(this.message).length;
     const { message } = this, files = message.files.map(file => make("li", {}, file.name));
     const tools = make("div", { className: "tools" }, this.branches(), this.copyButton(), iconButton("edit", "edit", () => this.edit()));
     this.node.replaceChildren(make("div", { className: "body", lang: languageOf(message.text) }, message.text), tools);
@@ -93,7 +94,7 @@ class MessageView {
   }
 
   copyButton() {
-    const copy = iconButton("copy", "copy", () => copyText(copy, this.message.role === "user" ? wholeText(this.message) : this.message.text));
+    const copy = iconButton("copy", "copy", () => copyText(copy, this.views ? this.message.text : wholeText(this.message)));
     return copy;
   }
 
@@ -135,6 +136,7 @@ class MessageView {
 
   /** Brings what is around the text up to date. */
   draw(live) {
+    if (!this.views && this.shape !== this.chat.versions(this.message).length && !this.node.querySelector("textarea")) this.drawUser();
     if (!this.views) return;
     const { message } = this, running = message.state === "running", thinks = running && !message.text;
     this.node.classList.toggle("running", running && !live?.note);
@@ -149,7 +151,6 @@ class MessageView {
     this.shape = shape;
     const figures = this.tools.querySelector(".figures");
     if (figures) setText(figures, running ? liveFigures(live) : figuresOf(message.usage));
-    if (figures && !running && message.usage?.cached) figures.title = say("figuresCached", count(message.usage.cached), count(message.usage.prompt));
     this.tell(!running);
   }
 
@@ -178,22 +179,17 @@ class MessageView {
   /** Why an answer that is asked for does not come. */
   waits(note, live) {
     if (note.kind === "key") return [say("needsKey"), button("enterKey", () => this.actions.enterKey())];
-    const words = note.kind === "busy" ? say("busy", note.left) : note.kind === "stopping" ? say("stopping", note.left)
-      : note.left ? say("gone", note.left) : say("goneNow");
-    return [words, ...(note.left ? [button("tryNow", () => live.wake?.())] : [])];
+    return [say(note.kind, note.left), ...(note.left ? [button("tryNow", () => live.wake?.())] : [])];
   }
 
   /** How an answer ended, and the ways on. */
   ended() {
     const { message, actions } = this, { state, problem } = message;
     const goOn = message.text || message.thought ? [button("goOn", () => actions.goOn(message))] : [];
+    if (state === "done") return [];
     if (state === "failed" && problem.kind === "full") return actions.tooLong(message, problem);
-    if (state === "failed") {
-      const words = problem.kind === "slow" ? say("slow") : say("problem", problem.message);
-      return [words, ...(goOn.length ? goOn : [button("tryAgain", () => actions.retry(message))])];
-    }
-    if (state === "lost") return [say("lost"), ...(goOn.length ? goOn : [button("tryAgain", () => actions.retry(message))])];
-    return state === "done" ? [] : [say(state), ...goOn];
+    const words = state !== "failed" ? say(state) : problem.kind === "slow" ? say("slow") : say("problem", problem.message);
+    return [words, goOn.length || ["stopped", "cut", "late"].includes(state) ? goOn[0] ?? "" : button("tryAgain", () => actions.goOn(message))];
   }
 
   /** Announces the sentences that are whole by now. */
