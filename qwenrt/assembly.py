@@ -33,9 +33,10 @@ from qwenrt.loader.checkpoint.mapping import Watch
 from qwenrt.loader.hub.resolve import resolve
 from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.random_weights import fill_with_random_weights
-from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
+from qwenrt.loader.weights import CODES_BECOME, QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
+from qwenrt.ops.ggml_types import CODED
 from qwenrt.prompting import Prompter
 
 logger = logging.getLogger("qwenrt")
@@ -225,8 +226,8 @@ def choose_dtype(
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype most of a checkpoint's bytes are in."""
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    """The dtype most of a checkpoint's bytes are in; of GGUF's codes, what they become where they are made dense."""
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"} | dict.fromkeys(CODED, CODES_BECOME)
     sizes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
         if entry.dtype in names:

@@ -19,7 +19,7 @@ from qwenrt.ops.types import CanonicalWeight
 _ZERO = {4: 8, 8: 128}  # the code that stands for 0 in every type without offsets, so that unlike ones merge
 _LINES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4_NL and IQ4_XS
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # of MXFP4, doubled
-_AT_ONCE = 1 << 18  # elements decoded at once: the steps between stay in the second-level cache
+_AT_ONCE = 1 << 20  # elements decoded at once, which bounds the memory for the steps between
 
 
 class Blocks(NamedTuple):
@@ -46,11 +46,7 @@ def unpack(
         values = [blocks.scales] if blocks.offsets is None else [blocks.scales, blocks.offsets]
         bad = sum(int((~value.isfinite()).sum()) for value in values)
         if bad:
-            raise CheckpointError(
-                f"reading {name} ({kind})",
-                f"{bad} scales of its rows {part.start} to {part.stop - 1} are NaN or infinite",
-                "Its quantisation failed, or the file is damaged: compare its sha256 with the model page's.",
-            )
+            raise _not_finite(f"reading {name} ({kind})", f"{bad} scales", part)
         length = part.stop - part.start
         codes[:, part] = blocks.codes.view(length, columns).t()
         scales[:, part] = blocks.scales.view(length, groups).t()
@@ -68,8 +64,11 @@ def unpack(
     )
 
 
-def dequantize(kind: str, rows: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """rows uint8 [N, bytes of a row] -> [N, K], computed in float32 and rounded once to ``dtype``."""
+def dequantize(
+    kind: str, rows: torch.Tensor, dtype: torch.dtype = torch.float32, *, name: str | None = None
+) -> torch.Tensor:
+    """rows uint8 [N, bytes of a row] -> [N, K], computed in float32 and rounded once to ``dtype``. With a ``name``,
+    values that are not finite then are a CheckpointError."""
     type_ = CODED[kind]
     columns = columns_of(type_, rows)
     result = torch.empty(rows.shape[0], columns, dtype=dtype)
@@ -80,7 +79,15 @@ def dequantize(kind: str, rows: torch.Tensor, dtype: torch.dtype = torch.float32
         else:
             values = codes * blocks.scales[..., None] + blocks.offsets[..., None]
         result[part] = values.view(part.stop - part.start, columns)
+        if name is not None and not bool(result[part].isfinite().all()):
+            raise _not_finite(f"reading {name} ({kind})", "values", part)
     return result
+
+
+def _not_finite(asked: str, what: str, rows: slice) -> CheckpointError:
+    found = f"{what} of its rows {rows.start} to {rows.stop - 1} are NaN or infinite"
+    remedy = "Its quantisation failed, or the file is damaged: compare its sha256 with the model page's."
+    return CheckpointError(asked, found, remedy)
 
 
 def columns_of(type_: GgmlType, rows: torch.Tensor) -> int:

@@ -23,6 +23,11 @@ class GgmlType:
     offsets: bool = False
     wide: bool = False
 
+    @property
+    def group_bytes(self) -> int:
+        """Of a group's scale and, beside it, its offset, which is float32 whatever the scale is."""
+        return (4 if self.wide else 2) + 4 * self.offsets
+
 
 _DENSE = (GgmlType(0, "F32", 1, 4), GgmlType(1, "F16", 1, 2), GgmlType(30, "BF16", 1, 2))
 _CODED = (

@@ -1,4 +1,4 @@
-"""From a model's name to a directory: built in, local, from HuggingFace or from ModelScope."""
+"""From a model's name to a directory: built in, local, of a GGUF file, from HuggingFace or from ModelScope."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwenrt.config import Environment
 from qwenrt.errors import CheckpointError, shown
 from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
-from qwenrt.loader.checkpoint.header import NO_GGUF
+from qwenrt.loader.checkpoint.gguf.directory import as_directory, gguf_in
 from qwenrt.loader.hub import huggingface, modelscope
 from qwenrt.loader.hub.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
 
@@ -47,7 +47,8 @@ def resolve(
 ) -> Path:
     """The directory of a model's files, fetched if it must be.
 
-    ``name``: "demo", a directory, an alias as "Qwen-7B-Chat", or "owner/name" on a hub, in this order. ``source``
+    ``name``: "demo", a GGUF file, a directory (that of a GGUF file too, or of the parts of one), an alias as
+    "Qwen-7B-Chat", or "owner/name" on a hub, in this order. ``source``
     "auto" asks HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the environment's)
     opens no socket. ``weights`` False fetches only configuration and tokenizer. Fetched files are kept in
     ``env.cache_dir`` and checked to be complete. Raises CheckpointError.
@@ -64,7 +65,7 @@ def resolve(
         raise CheckpointError(
             f"revision={shown(revision)}", "not a branch, tag or commit", "Leave it out for the newest."
         )
-    local = _local(name)
+    local = _local(name, env.cache_dir)
     if local is not None:
         return local
     repo = _repo_id(os.fspath(name))
@@ -132,8 +133,8 @@ def _from_any_source(pull: Callable[[str], Path], source: str, env: Environment)
     raise Unreachable(first.asked, first.found + (f"; {also}" if also else ""), first.remedy) from first
 
 
-def _local(name: str | os.PathLike[str]) -> Path | None:
-    """The built-in model or an existing directory; None if ``name`` is to be looked up on a hub."""
+def _local(name: str | os.PathLike[str], cache_dir: Path) -> Path | None:
+    """The built-in model, an existing directory or that of a GGUF file; None if ``name`` is to be looked up on a hub."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise CheckpointError(
             f"cannot load the model {shown(name)}", "that is not a name", "Give a directory or a name."
@@ -148,22 +149,25 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
     try:
         path = Path(text).expanduser()
         if path.is_dir():
-            return path.absolute()
+            model = gguf_in(path)
+            return path.absolute() if model is None else as_directory(model, cache_dir)
         is_file = "\0" not in text and is_there(path, CheckpointError)
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a NUL
         raise CheckpointError(
             f"cannot load the model {text[:120]!r}", str(error), "Check the name."
         ) from error
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_file and is_gguf:
+        return as_directory(path, cache_dir)
     if is_file:
         raise CheckpointError(
             f"cannot load {path}",
             "it is a file",
-            NO_GGUF
-            if path.suffix.lower() == ".gguf"
-            else f"Give the directory that holds it: {path.absolute().parent}.",
+            f"Give the directory that holds it: {path.absolute().parent}.",
         )
     if (
-        isinstance(name, os.PathLike)
+        is_gguf
+        or isinstance(name, os.PathLike)
         or text.startswith((".", "~", os.sep))
         or "\\" in text
         or text.count("/") > 1
@@ -176,7 +180,7 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
             )
         raise CheckpointError(
             f"cannot load the model in {path}",
-            f"there is no such directory{_suggestion(path)}",
+            f"there is no such {'file' if is_gguf else 'directory'}{_suggestion(path)}",
             "Check the path, or give a name on a hub, as 'Qwen/Qwen-7B-Chat'.",
         )
     return None
