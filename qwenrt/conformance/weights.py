@@ -19,7 +19,8 @@ class Form:
     """``stored``: a dense weight's dtype in the file, None: that of the activations. ``group``: inputs that share a
     scale, -1: all. ``words``: codes in the words of a GPTQ file with act-order and one zero for all, in two parts side
     by side. ``float_scales``: scales that float16 has not. ``offsets``: of groups, in place of zeros, as in GGUF files.
-    ``shared``: the weight has another use, as a tied head. ``parts``: outputs that lie in a file in several forms, which cannot be merged."""
+    ``shared``: the weight has another use, as a tied head.
+    ``parts``: outputs that lie in a file in several forms, which cannot be merged."""
 
     name: str
     bits: int = 16

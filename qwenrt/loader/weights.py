@@ -31,7 +31,9 @@ from qwenrt.ops.weights import dequantize, merge
 QUANTIZE_BITS = {name: form.bits for name, form in ROUNDED.items()}
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPE_BYTES}
 _FLOAT16_OVERFLOW = 65520.0  # from here on values become infinite in float16
-CODES_BECOME = "float16"  # GGUF's codes, where they are made dense: finer than bfloat16, and weights are small
+CODES_BECOME = (
+    "float16"  # GGUF's codes, where they are made dense: finer than bfloat16, and weights are small
+)
 _SCANNED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
 _SCANNED_PART = 2**20  # bytes at the beginning, middle and end of a larger one that are searched
 logger = logging.getLogger("qwenrt")
@@ -172,7 +174,9 @@ class _Loader:
             read = self._read(slots["", "weight"])
             assert read is not None
             kind = self.reader.dtype(slots["", "weight"])
-            tensor = read if kind not in CODED else ggml.dequantize(kind, read, self._dtype_of_codes(), name=param)
+            tensor = (
+                read if kind not in CODED else ggml.dequantize(kind, read, self._dtype_of_codes(), name=param)
+            )
         dtype = self.weight_dtype(tensor.dtype) if param == "embed_tokens" else self.dtype
         _check_range(param, tensor, dtype)
         result = tensor.to(self.backend.device, dtype)

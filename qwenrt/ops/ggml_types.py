@@ -63,7 +63,10 @@ NOT_READ = {
     21: ("IQ3_S", _TABLES),
     22: ("IQ2_S", _TABLES),
     29: ("IQ1_M", _TABLES),
-    **{i: (name, "no Qwen has weights of it") for i, name in ((24, "I8"), (25, "I16"), (26, "I32"), (27, "I64"))},
+    **{
+        i: (name, "no Qwen has weights of it")
+        for i, name in ((24, "I8"), (25, "I16"), (26, "I32"), (27, "I64"))
+    },
     28: ("F64", "no Qwen has weights of it"),
     **{i: (f"Q4_0_{form}", _DEAD) for i, form in ((31, "4_4"), (32, "4_8"), (33, "8_8"))},
     34: ("TQ1_0", "ternary codes are not read here"),

@@ -39,11 +39,18 @@ def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
         )
     weights = [with_codes(w) for w in weights]
 
-    def side_by_side(field: str) -> torch.Tensor | None:
-        return None if getattr(first, field) is None else torch.cat([getattr(w, field) for w in weights], dim=1)
+    def side_by_side(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(given, dim=1) if given else None
 
-    tensors = {field: side_by_side(field) for field in ("codes", "scales", "zeros", "offsets")}
-    return dataclasses.replace(weights[0], **tensors, bias=bias)
+    return dataclasses.replace(
+        weights[0],
+        codes=side_by_side([w.codes for w in weights]),
+        scales=side_by_side([w.scales for w in weights]),
+        zeros=side_by_side([w.zeros for w in weights]),
+        offsets=side_by_side([w.offsets for w in weights]),
+        bias=bias,
+    )
 
 
 def _same_perm(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

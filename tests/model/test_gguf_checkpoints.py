@@ -110,6 +110,8 @@ def written(kind: str, changes: dict[str, Any], tmp_path: Path, type_: str) -> t
     oracle = build(kind, changes, directory)
     file = as_gguf(directory, tmp_path / "model.gguf", type_)
     exact = rounded(weights(directory), type_)
+    if type_ in CODED:  # the embedding becomes float16
+        exact["model.embed_tokens.weight"] = exact["model.embed_tokens.weight"].half().float()
     if any(".experts." in name for name in exact):
         return reloaded(oracle, exact, directory), file
     set_weights(oracle, exact)
@@ -136,18 +138,15 @@ def test_a_twin_has_the_tokens_of_its_weights(
         tokens = greedy(oracle, PROMPT, 4)
     with qwenrt.load(file, device="cpu", dtype="float32", activations="exact", progress=False) as llm:
         got = llm.logits(PROMPT)
-        # the embedding of codes is rounded to float16
-        assert float((got - wanted).abs().max()) <= (2e-3 if type_ in CODED else 1e-4) * float(wanted.abs().max())
+        allowed = (
+            1e-3 if "tie_word_embeddings" in changes else 1e-4
+        )  # a tied head is not rounded as the oracle's is
+        assert float((got - wanted).abs().max()) <= allowed * max(1.0, float(wanted.abs().max()))
         params = SamplingParams(temperature=0, max_tokens=4)
         assert llm.generate(prompt_token_ids=PROMPT, sampling_params=params).token_ids == tokens
         if type_ in CODED:
             head = llm._assembled.model.get("lm_head")
             assert head.bits == CODED[type_].bits  # tied or not, the head keeps its codes
-
-
-def test_only_some_layers_have_experts(tmp_path: Path) -> None:
-    oracle, file = written("Qwen3Moe", {**SHAPE, **MOE_SHAPE, "mlp_only_layers": [1]}, tmp_path, "F32")
-    assert error_against(oracle, file) <= 1e-4
 
 
 @pytest.mark.parametrize("type_", ["F32", "Q8_0"])
@@ -167,7 +166,9 @@ def test_qwen1(tmp_path: Path, type_: str, caplog: pytest.LogCaptureFixture) -> 
     prompt = golden["0.ids"].tolist()
     with qwenrt.load(file, device="cpu", dtype="float32", activations="exact", progress=False) as llm:
         error = float((llm.logits(prompt) - golden["0.prefill_logits"]).abs().max())
-    assert error <= (1e-4 if type_ == "F32" else 0.1) * max(1.0, float(golden["0.prefill_logits"].abs().max()))
+    assert error <= (1e-4 if type_ == "F32" else 0.1) * max(
+        1.0, float(golden["0.prefill_logits"].abs().max())
+    )
 
 
 def test_fused_attention_of_newer_converters(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def _corrections(config: ModelConfig, quant: QuantConfig, tensors: _Tensors) -> 
     embedding = tensors.get(("embed_tokens", ""), {}).get("weight")
     if config.tie_word_embeddings and config.has_head and embedding is not None and embedding.dtype in CODED:
         kind = CODED[embedding.dtype]
-        found[(*embedding.shape, kind.bits, kind.group_size, kind.group_bytes)] += 1
+        form = kind.bits, kind.group_size, kind.group_bytes
+        found[(config.vocab_size, config.hidden_size, *form)] += 1
     for (param, part), kinds in tensors.items():
         spec = specs.get(_NUMBER.sub("", param))
         if spec is None:

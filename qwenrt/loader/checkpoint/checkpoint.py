@@ -125,7 +125,9 @@ class TensorReader:
         import torch
 
         entry = self._checkpoint.tensors[name]
-        dtype = torch.uint8 if entry.dtype in CODED else getattr(torch, TORCH_DTYPES.get(entry.dtype, ""), None)
+        dtype = (
+            torch.uint8 if entry.dtype in CODED else getattr(torch, TORCH_DTYPES.get(entry.dtype, ""), None)
+        )
         if dtype is None:
             raise CheckpointError(
                 f"cannot read tensor {name!r} of {entry.shard.name}",

@@ -62,7 +62,7 @@ _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it", _PICKLED),
     (b"\x80\x02", "a Python pickle", _PICKLED),
     (b"\x80\x04", "a Python pickle", _PICKLED),
-    (b"GGUF", "a GGUF file", "Give it the name NAME.gguf and load it by that: qwenrt.load(\"NAME.gguf\")."),
+    (b"GGUF", "a GGUF file", 'Give it the name NAME.gguf and load it by that: qwenrt.load("NAME.gguf").'),
     (b'{"', "a JSON document, as a server's error message", DOWNLOAD_AGAIN),
 )
 

@@ -188,7 +188,9 @@ class _TensorCheck:
                 note = f" (config.json says vocab_size {self.config.vocab_size})"
             self.inventory.misshaped.append(f"{name} {list(entry.shape)}, expected {list(shape)}{note}")
         elif entry.dtype not in dtypes:
-            self.inventory.misshaped.append(f"{name} {entry.dtype}, expected {' or '.join(dtypes[: len(FLOATS)])}")
+            self.inventory.misshaped.append(
+                f"{name} {entry.dtype}, expected {' or '.join(dtypes[: len(FLOATS)])}"
+            )
 
 
 def _tie_embeddings(inventory: Inventory) -> None:

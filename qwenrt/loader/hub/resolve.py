@@ -134,7 +134,7 @@ def _from_any_source(pull: Callable[[str], Path], source: str, env: Environment)
 
 
 def _local(name: str | os.PathLike[str], cache_dir: Path) -> Path | None:
-    """The built-in model, an existing directory or that of a GGUF file; None if ``name`` is to be looked up on a hub."""
+    """The built-in model, an existing directory or that of a GGUF file; None if ``name`` is one on a hub."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise CheckpointError(
             f"cannot load the model {shown(name)}", "that is not a name", "Give a directory or a name."

@@ -141,7 +141,9 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
         per_group = 4 * words + beside
         return -(-rows // _ROWS) * _ROWS * groups * per_group + order + has_bias * rows * 4
     codes = rows * -(-columns * quant.bits // 8)
-    return codes + groups * rows * ((quant.group_bytes or 2) + 2) + order + has_bias * rows * storage.activation
+    return (
+        codes + groups * rows * ((quant.group_bytes or 2) + 2) + order + has_bias * rows * storage.activation
+    )
 
 
 def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = None) -> int:
@@ -149,7 +151,9 @@ def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = N
     has it so."""
     quant = codes_of(config, quantize)
     layers = sum(linear.number * linear_bytes(linear, storage, quant) for linear in linears(config))
-    for rows, columns, bits, group_size, number, group_bytes in quant.corrections if quant is not None else ():
+    for rows, columns, bits, group_size, number, group_bytes in (
+        quant.corrections if quant is not None else ()
+    ):
         form = None
         if quant is not None and bits < 16:
             form = replace(quant, bits=bits, group_size=group_size, group_bytes=group_bytes)

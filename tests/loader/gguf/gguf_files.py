@@ -22,13 +22,32 @@ ARCHITECTURES = {
     "qwen3": "QWEN3",
     "qwen3_moe": "QWEN3MOE",
 }
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
 
 
-def as_gguf(directory: Path, path: Path, kind: str = "F32", *, tokenizer: bool = False, **changes: Any) -> Path:
-    """The checkpoint of a directory in one file; ``kind``: the type of its matrices. ``changes`` are keys of the
-    metadata (dots as double underscores), None to leave one out."""
+def as_gguf(
+    directory: Path, path: Path, kind: str = "F32", *, tokenizer: bool = False, **changes: Any
+) -> Path:
+    """The checkpoint of a directory in one file; the rest as `write_gguf`."""
     config = json.loads((directory / "config.json").read_text())
+    tensors = load_file(directory / "model.safetensors")
+    return write_gguf(path, config, tensors, kind, tokenizer=tokenizer, **changes)
+
+
+def write_gguf(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    kind: str = "F32",
+    *,
+    tokenizer: bool = False,
+    **changes: Any,
+) -> Path:
+    """A file of a model's config and tensors; ``kind``: the type of its matrices. ``changes`` are keys of the metadata
+    (dots as double underscores), None to leave one out."""
     model_type = config["model_type"]
     arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type])
     name = gguf.MODEL_ARCH_NAMES[arch]
@@ -37,13 +56,13 @@ def as_gguf(directory: Path, path: Path, kind: str = "F32", *, tokenizer: bool =
     if tokenizer:
         values |= tokenizer_keys()
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture", name))
     for key, value in values.items():
         if value is not None:
             _add(writer, key, value)
     table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for tensor, values_ in _stacked(load_file(directory / "model.safetensors")).items():
-        _add_tensor(writer, table.get_name(tensor, try_suffixes=(".weight", ".bias")), values_, kind)
+    for name, tensor in _stacked(tensors).items():
+        _add_tensor(writer, table.get_name(name, try_suffixes=(".weight", ".bias")), tensor, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

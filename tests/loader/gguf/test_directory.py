@@ -95,7 +95,12 @@ def test_ends_sampling_and_named_templates(make: Any) -> None:
 
 
 def test_the_config_is_that_of_the_checkpoint(tmp_path: Path) -> None:
-    changes = {"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": YARN, "tie_word_embeddings": True}
+    changes = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "rope_parameters": YARN,
+        "tie_word_embeddings": True,
+    }
     build("Qwen2", changes, tmp_path / "source")
     wanted = read_model_config(tmp_path / "source")
     file = as_gguf(tmp_path / "source", tmp_path / "m.gguf")
@@ -111,15 +116,23 @@ def test_qwen1_with_its_control_tokens(tmp_path: Path) -> None:
     contents = [*map(lambda i: wanted_form(i), range(256)), *wanted.special_tokens]
     types = [1] * 256 + [3] * len(wanted.special_tokens)
     keys = tokenizer_keys() | {"tokenizer.ggml.tokens": contents, "tokenizer.ggml.token_type": types}
-    keys |= {"tokenizer.ggml.eos_token_id": 256, "tokenizer.ggml.padding_token_id": 256, "tokenizer.chat_template": None}
-    file = as_gguf(directory, tmp_path / "m.gguf", **{key.replace(".", "__"): value for key, value in keys.items()})
+    keys |= {
+        "tokenizer.ggml.eos_token_id": 256,
+        "tokenizer.ggml.padding_token_id": 256,
+        "tokenizer.chat_template": None,
+    }
+    file = as_gguf(
+        directory, tmp_path / "m.gguf", **{key.replace(".", "__"): value for key, value in keys.items()}
+    )
     found = qwenrt.load_tokenizer(file)
     assert found.encode(TEXTS[0]) == wanted.encode(TEXTS[0])
     assert found.special_tokens == wanted.special_tokens
     assert GenerationConfig.from_dir(resolve(file)).chat_format == "chatml"
     contents[300] = "<|other|>"
     other = keys | {"tokenizer.ggml.tokens": contents}
-    bad = as_gguf(directory, tmp_path / "b.gguf", **{key.replace(".", "__"): value for key, value in other.items()})
+    bad = as_gguf(
+        directory, tmp_path / "b.gguf", **{key.replace(".", "__"): value for key, value in other.items()}
+    )
     with pytest.raises(ConfigError, match=r"token 300 is '<\|other\|>', and Qwen-1's is '<\|extra_41\|>'"):
         resolve(bad)
 
@@ -138,7 +151,9 @@ def test_a_directory_with_one_file_and_with_several(make: Any, tmp_path: Path) -
     (tmp_path / "mmproj-F16.gguf").write_bytes(b"GGUF")
     assert resolve(tmp_path) == resolve(file)
     shutil.copy(file, tmp_path / "second.gguf")
-    with pytest.raises(CheckpointError, match=r"2 GGUF models: Small Model.gguf, second.gguf\. Give the path"):
+    with pytest.raises(
+        CheckpointError, match=r"2 GGUF models: Small Model.gguf, second.gguf\. Give the path"
+    ):
         resolve(tmp_path)
 
 
@@ -154,7 +169,9 @@ def test_a_name_that_is_no_file(tmp_path: Path) -> None:
         open_checkpoint(resolve(tmp_path / "m.gguf"))
 
 
-def test_where_nothing_can_be_kept_it_is_made_for_this_process(make: Any, tmp_path: Path, caplog: Any) -> None:
+def test_where_nothing_can_be_kept_it_is_made_for_this_process(
+    make: Any, tmp_path: Path, caplog: Any
+) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, "qwenrt"):
         directory = resolve(make(), env=Environment(cache_dir=tmp_path / "file" / "home"))
@@ -191,7 +208,7 @@ def test_parts_of_one_file(make: Any, tmp_path: Path) -> None:
         assert checkpoint.tensors.keys() == open_checkpoint(resolve(whole)).tensors.keys()
     assert checkpoint.directory.name == "m"
     second.rename(tmp_path / "kept")
-    with pytest.raises(CheckpointError, match="1 of its 2 parts are missing: m-00002-of-00002.gguf"):
+    with pytest.raises(CheckpointError, match=r"1 of its 2 parts are missing: m-00002-of-00002\.gguf"):
         resolve(folder)
     shutil.copy(folder / "m-00001-of-00002.gguf", second)
     with pytest.raises(CheckpointError, match="it says that it is part 1 of 2, and its name says 2 of 2"):
@@ -219,7 +236,7 @@ def test_estimates_read_the_header_alone(make: Any) -> None:
         ({"tokenizer__ggml__pre": "gpt-4o"}, "Qwen's ways to split texts"),
         ({"tokenizer__ggml__token_type": [1, 1]}, "it has 2 elements, and there are"),
         ({"tokenizer__ggml__eos_token_id": 99999}, "it is 99999, and there are"),
-        ({"qwen2__embedding_length": "64"}, "it is '64', not an integer|64.*not an integer"),
+        ({"qwen2__embedding_length": "64"}, "64.*not an integer"),
         ({"qwen2__embedding_length": None}, "there is none"),
         ({"qwen2__block_count": 100000}, "num_hidden_layers is 100000 .as config.json would say it"),
         ({"qwen2__rope__scaling__type": "linear", "qwen2__rope__scaling__factor": 2.0}, "rope type is 'linear'"),
@@ -228,13 +245,7 @@ def test_estimates_read_the_header_alone(make: Any) -> None:
     ],
 )  # fmt: skip
 def test_what_is_refused_is_named(make: Any, changes: dict[str, Any], match: str) -> None:
-    architecture = changes.pop("general__architecture", None)
     file = make(**changes)
-    if architecture is not None:
-        raw = file.read_bytes()
-        at = raw.index(b"qwen2")
-        length = len(architecture)
-        file.write_bytes(raw[: at - 8] + length.to_bytes(8, "little") + architecture.encode() + raw[at + 5 :])
     with pytest.raises(QwenrtError, match=match):
         resolve(file)
 
@@ -244,7 +255,7 @@ def test_a_file_that_is_cut_while_it_is_served(make: Any) -> None:
     file = make(kind="F32")
     with qwenrt.load(file, device="cpu", progress=False) as llm:
         os.truncate(file, 4096)
-        with pytest.raises(QwenrtError, match="cut|truncated|changed"):
+        with pytest.raises(QwenrtError, match=r"cut|truncated|changed"):
             for _ in range(3):
                 llm.generate(prompt_token_ids=[1, 2, 3], sampling_params=qwenrt.SamplingParams(max_tokens=2))
 

@@ -56,9 +56,13 @@ def model_type_of(metadata: Metadata) -> str:
     kind = metadata.text("general.type", "model")
     name = metadata.text("general.architecture")
     if name == "clip" or kind == "mmproj":
-        raise _refused(metadata, "a vision tower (mmproj), no language model", "Give the model's own GGUF file.")
+        raise _refused(
+            metadata, "a vision tower (mmproj), no language model", "Give the model's own GGUF file."
+        )
     if kind != "model":
-        raise _refused(metadata, f"of the type {shown(kind)}, no model", "Give the GGUF file of the model itself.")
+        raise _refused(
+            metadata, f"of the type {shown(kind)}, no model", "Give the GGUF file of the model itself."
+        )
     if name not in _MODEL_TYPES:
         why = _NOT_YET.get(name, "of a Qwen that this version does not know")
         what = f"of the architecture {shown(name)}: "
@@ -84,8 +88,8 @@ def config_of(metadata: Metadata, tensors: Mapping[str, TensorEntry]) -> dict[st
 
 
 def generation_of(metadata: Metadata, model_type: str, end_ids: list[int], chats: bool) -> dict[str, Any]:
-    """The content of generation_config.json; ``end_ids``: every token that ends a text or a turn; ``chats``: whether the
-    model was trained to."""
+    """The content of generation_config.json; ``end_ids``: every token that ends a text or a turn; ``chats``: whether
+    the model was trained to."""
     sampling: dict[str, Any] = {}
     for key, name in _SAMPLING_KEYS.items():
         if metadata.has(f"general.sampling.{key}"):

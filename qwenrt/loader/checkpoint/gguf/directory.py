@@ -89,7 +89,9 @@ def weights_of(directory: Path) -> tuple[tuple[Shard, ...], dict[str, TensorEntr
     named = read_json(note, CheckpointError).get("files")
     listed = named if isinstance(named, list) else []
     if not 1 <= len(listed) <= MAX_PARTS or not all(isinstance(name, str) for name in listed):
-        raise CheckpointError(f"reading {note}", "it names no files", "Delete the directory; it is made again.")
+        raise CheckpointError(
+            f"reading {note}", "it names no files", "Delete the directory; it is made again."
+        )
     files = _files([Path(name) for name in listed])
     return tuple(file.shard for file in files), _tensors(files)
 
@@ -131,7 +133,9 @@ def _tensors(files: list[GgufFile]) -> dict[str, TensorEntry]:
     total = first.integer("split.tensors.count", len(entries)) or len(entries)
     if total != len(entries):
         found = f"its parts hold {len(entries)} tensors, and it says {total}"
-        raise CheckpointError(f"cannot load {first.path.name}", found, "The parts are of two models: fetch them again.")
+        raise CheckpointError(
+            f"cannot load {first.path.name}", found, "The parts are of two models: fetch them again."
+        )
     return renamed(entries, model_type_of(first))
 
 

@@ -67,7 +67,9 @@ class Metadata:
             return self.integer(key, default)
         values = self.integers(key)
         if len(set(values)) != 1:
-            raise self.bad(key, f"it differs from layer to layer: {shown(values)}", "No Qwen that runs here has that.")
+            raise self.bad(
+                key, f"it differs from layer to layer: {shown(values)}", "No Qwen that runs here has that."
+            )
         return values[0]
 
     def _needed(self, key: str, default: object) -> object:

@@ -80,7 +80,9 @@ class _Reading:
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:
             left = self.size - self.at
-            self.fail(f"{what} at byte {self.at} takes {count} bytes, and {left} are left: it is cut or damaged")
+            self.fail(
+                f"{what} at byte {self.at} takes {count} bytes, and {left} are left: it is cut or damaged"
+            )
         if self.at + count > MAX_HEADER_BYTES:
             self.fail(f"its header has more than {MAX_HEADER_BYTES} bytes")
         raw = self.file.read(count)
@@ -99,7 +101,9 @@ class _Reading:
         if value > most:
             self.fail(f"it claims {value} {what}; at most {most} are allowed")
         if value * least_bytes > self.size - self.at:
-            self.fail(f"it claims {value} {what}, and {self.size - self.at} bytes are left: it is cut or damaged")
+            self.fail(
+                f"it claims {value} {what}, and {self.size - self.at} bytes are left: it is cut or damaged"
+            )
         return value
 
     def string(self, what: str, most: int = MAX_HEADER_BYTES) -> bytes:
@@ -126,7 +130,9 @@ class _Reading:
             key = self.name("a key")
             if key in metadata:
                 self.fail(f"the key {key[:80]!r} occurs twice")
-            metadata[key] = self.value(self.number("<I", f"the type of {key[:80]!r}"), f"the value of {key[:80]!r}")
+            metadata[key] = self.value(
+                self.number("<I", f"the type of {key[:80]!r}"), f"the value of {key[:80]!r}"
+            )
         infos = [self.tensor() for _ in range(tensors)]
         return metadata, self.placed(infos, self.alignment(metadata))
 
@@ -143,7 +149,10 @@ class _Reading:
         if version in VERSIONS:
             return
         if version and version & 0xFFFF == 0:
-            self.fail("its numbers are big-endian", "Fetch the file for little-endian machines, which all others are.")
+            self.fail(
+                "its numbers are big-endian",
+                "Fetch the file for little-endian machines, which all others are.",
+            )
         self.fail(f"it is of version {version}; {' and '.join(map(str, VERSIONS))} are read", _CONVERT_AGAIN)
 
     def alignment(self, metadata: Mapping[str, object]) -> int:
@@ -231,7 +240,9 @@ class _Reading:
             self.fail(f"tensor {label} is of type {number}, which is unknown", _CONVERT_AGAIN)
         type_ = BY_ID[number]
         if dims[0] % type_.block:
-            self.fail(f"tensor {label} has rows of {dims[0]} values, and {type_.name} has blocks of {type_.block}")
+            self.fail(
+                f"tensor {label} has rows of {dims[0]} values, and {type_.name} has blocks of {type_.block}"
+            )
         return name, type_, dims[::-1], self.number("<Q", f"the place of {label}")
 
     def placed(

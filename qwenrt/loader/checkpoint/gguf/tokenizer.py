@@ -41,7 +41,9 @@ def tokenizer_of(metadata: Metadata, model_type: str) -> GgufTokenizer:
         return GgufTokenizer({}, _ends(metadata, {}), bool(templates))
     kind = metadata.text(f"{_GGML}model")
     if kind != "gpt2":
-        raise metadata.bad(f"{_GGML}model", f"it is {kind!r:.40}", "Qwen's vocabularies are byte-level BPE: 'gpt2'.")
+        raise metadata.bad(
+            f"{_GGML}model", f"it is {kind!r:.40}", "Qwen's vocabularies are byte-level BPE: 'gpt2'."
+        )
     words = _words(metadata)
     named = _named_tokens(metadata, words.contents)
     config: dict[str, Any] = {**named, "add_prefix_space": False, "clean_up_tokenization_spaces": False}
@@ -166,7 +168,9 @@ def _qwen1(metadata: Metadata, words: _Words) -> str:
     found = {token_id: content for token_id, (content, _) in words.added.items()}
     if found != wanted:
         odd = next(i for i in sorted({*found, *wanted}) if found.get(i) != wanted.get(i))
-        raise metadata.bad(key, f"token {odd} is {_shown_token(found, odd)}, and Qwen-1's is {_shown_token(wanted, odd)}")
+        raise metadata.bad(
+            key, f"token {odd} is {_shown_token(found, odd)}, and Qwen-1's is {_shown_token(wanted, odd)}"
+        )
     odd_form = next((form for form in words.vocab if not is_byte_level(form)), None)
     if odd_form is not None:
         raise metadata.bad(key, f"token {words.vocab[odd_form]}, {odd_form!r:.60}, is not byte-level")
