@@ -83,6 +83,15 @@ def as_directory(path: Path, cache: Path) -> Path:
 def weights_of(directory: Path) -> tuple[tuple[Shard, ...], dict[str, TensorEntry]] | None:
     """The files that a directory of `as_directory` notes, checked again, and their tensors under HuggingFace's names;
     None of any other directory."""
+    paths = files_noted(directory)
+    if paths is None:
+        return None
+    files = _files(paths)
+    return tuple(file.shard for file in files), _tensors(files)
+
+
+def files_noted(directory: Path) -> list[Path] | None:
+    """The GGUF files that a directory of `as_directory` was made from; None of any other directory."""
     note = directory / NOTE
     if not is_there(note, CheckpointError):
         return None
@@ -92,8 +101,7 @@ def weights_of(directory: Path) -> tuple[tuple[Shard, ...], dict[str, TensorEntr
         raise CheckpointError(
             f"reading {note}", "it names no files", "Delete the directory; it is made again."
         )
-    files = _files([Path(name) for name in listed])
-    return tuple(file.shard for file in files), _tensors(files)
+    return [Path(name) for name in listed]
 
 
 def parts_of(path: Path) -> list[Path]:
