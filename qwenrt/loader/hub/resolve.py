@@ -45,9 +45,10 @@ def resolve(
     ``name``: "demo", a directory, a GGUF file or the directory that has one, a name as "Qwen3-4B" or "qwen3:4b", or
     "owner/name" on a hub, in this order. What is complete on this machine is used as it is, that of HuggingFace's and
     ModelScope's own tools too; what is not is fetched, without the files that are here. ``source`` "auto" asks
-    HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the environment's) opens no socket. ``weights`` False needs configuration and
-    tokenizer alone. ``newest`` asks the hub also where an earlier download is complete. Fetched files are kept in
-    ``env.cache_dir`` and checked to be complete. Raises CheckpointError.
+    HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the environment's) opens no
+    socket. ``weights`` False needs configuration and tokenizer alone. ``newest`` asks the hub also where an earlier
+    download is complete. Fetched files are kept in ``env.cache_dir`` and checked to be complete. Raises
+    CheckpointError.
     """
     env = Environment.read() if env is None else env
     offline = env.offline if offline is None else offline
