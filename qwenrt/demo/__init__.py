@@ -3,7 +3,7 @@
 # Questions that it answers, each by itself: what a newcomer is shown.
 CAN_ANSWER = (
     "What is the capital of France?",
-    "12 + 30",
+    "What is 7 + 5?",
     "What does a cow say?",
     "My name is Anna.",
     "给我讲一个故事。",

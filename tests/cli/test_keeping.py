@@ -157,5 +157,5 @@ def test_marks_of_stopped_answers_are_checked(stopped: Any, tmp_path: Path) -> N
     path = conversations.save(tmp_path / "c.json", TALK.history, stopped=(1,), model="m")
     assert conversations.read(path).stopped == {1} and conversations.load(path)[0] == TALK.history
     path.write_text(path.read_text().replace("[\n  1\n ]", json.dumps(stopped)))
-    with pytest.raises(RequestError, match="stopped is .*It must list places"):
+    with pytest.raises(RequestError, match=r"stopped is .*It must list places"):
         conversations.read(path)

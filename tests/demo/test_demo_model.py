@@ -34,7 +34,7 @@ def llm():
 
 def test_it_answers_what_a_newcomer_is_told_to_ask(llm):
     answers = [llm.chat(question)[0] for question in demo.CAN_ANSWER]
-    for answer, word in zip(answers, ("Paris", "42", "moo", "Anna", "故事"), strict=True):
+    for answer, word in zip(answers, ("Paris", "12", "moo", "Anna", "故事"), strict=True):
         assert word in answer
 
 
