@@ -53,7 +53,6 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", nargs="?", help=f"{MODEL_HELP} (default: demo)")
     parser.add_argument(
-        "-c",
         "--continue",
         dest="reopen",
         action="store_true",

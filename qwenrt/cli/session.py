@@ -368,7 +368,7 @@ def _literal(value: str) -> tuple[bool, Any]:
 
 
 def _rename(changes: dict[str, Any], name: str, value: Any) -> None:
-    """The names of generation_config.json are understood as well."""
+    """The two names of generation_config.json that everybody types are understood as well."""
     if name == "max_new_tokens":
         changes["max_tokens"] = value
     elif name == "do_sample":

@@ -135,7 +135,7 @@ def test_a_pipe_goes_on_with_the_last_conversation_and_keeps_nothing(
     assert done.code == 0 and "Going on after 2 turns, the last of them: q2" in done.err
     assert fake.loaded[-1][0] == "some/model", "the model that it was held with"
     assert fake.llm.calls[-1]["history"] == TALK.history and fake.llm.calls[-1]["system"] == "S"
-    qwenrt("chat", "demo", "-c", "--system", "Other.", stdin="and then?\n", history=True)
+    qwenrt("chat", "demo", "--continue", "--system", "Other.", stdin="and then?\n", history=True)
     assert fake.loaded[-1][0] == "demo" and fake.llm.calls[-1]["system"] == "Other."
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
