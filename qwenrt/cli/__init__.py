@@ -1,4 +1,4 @@
-"""The command line: qwenrt chat | run | serve | pull | doctor | bench | estimate | eval | finetune."""
+"""The command line: qwenrt chat | run | serve | list | show | pull | rm | doctor | bench | estimate | ...."""
 
 from __future__ import annotations
 
@@ -9,13 +9,39 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qwenrt import __version__
-from qwenrt.cli import bench, chat, doctor, estimate, evaluation, finetuning, pull, run, serve
+from qwenrt.cli import (
+    bench,
+    chat,
+    details,
+    doctor,
+    estimate,
+    evaluation,
+    finetuning,
+    listing,
+    pull,
+    removal,
+    run,
+    serve,
+)
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
 from qwenrt.errors import QwenrtError, memory_errors
 from qwenrt.other_names import advice_for_option
 
-COMMANDS = (chat, run, serve, pull, doctor, bench, estimate, evaluation, finetuning)
+COMMANDS = (
+    chat,
+    run,
+    serve,
+    listing,
+    details,
+    pull,
+    removal,
+    doctor,
+    bench,
+    estimate,
+    evaluation,
+    finetuning,
+)
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 
 

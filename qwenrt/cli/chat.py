@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwenrt.cli.commands import Mistaken, Order, Typed, meaning
+from qwenrt.cli.chat_commands import Mistaken, Order, Typed, meaning
 from qwenrt.cli.interrupt import one_interrupt
 from qwenrt.cli.keeping import Kept
 from qwenrt.cli.lines import Lines, Undecodable

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwenrt.cli.commands import Typed
+from qwenrt.cli.chat_commands import Typed
 from qwenrt.cli.terminal import Terminal
 
 PROMPT = "User> "

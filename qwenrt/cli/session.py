@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qwenrt.cli.commands import Order, help_text
+from qwenrt.cli.chat_commands import Order, help_text
 from qwenrt.cli.keeping import Kept
 from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.demo import CAN_ANSWER

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 from typing import IO, Any
 
 from qwenrt.config import Console
@@ -135,3 +137,24 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def billions(count: int) -> str:
+    """494032768 -> "0.49 B"."""
+    return f"{count / 1e9:.2f} B" if count >= 10**7 else f"{count / 1e6:.2f} M"
+
+
+def width() -> int:
+    """Columns of the terminal that is looked at; as many as needed where nobody looks."""
+    return shutil.get_terminal_size().columns if is_tty(sys.stdout) else 10**6
+
+
+def wrapped(label: str, text: str, columns: int, indent: int = 14) -> str:
+    """A label and what is said of it, in lines of at most ``columns``; on narrow terminals below each other."""
+    if columns < 60:
+        indent = 2
+        first = f"{label}\n  " if label else "  "
+    else:
+        first = f"{label:<{indent}}"
+    lines = textwrap.wrap(text, max(columns - indent, 20), break_on_hyphens=False) or [""]
+    return first + f"\n{' ' * indent}".join(lines)

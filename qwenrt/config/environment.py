@@ -19,6 +19,8 @@ class Environment:
     hf_token: str | None = None  # HF_TOKEN: for gated or private repositories
     modelscope_endpoint: str | None = None  # MODELSCOPE_ENDPOINT
     offline: bool = False  # QWENRT_OFFLINE or HF_HUB_OFFLINE: never open a socket
+    hf_cache: Path | None = None  # HF_HUB_CACHE, or hub in HF_HOME: where HuggingFace's own tools keep models
+    modelscope_cache: Path | None = None  # MODELSCOPE_CACHE: where ModelScope's keep them
     backend: str | None = None  # QWENRT_BACKEND: what device="auto" means
     num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
@@ -40,6 +42,10 @@ class Environment:
             hf_token=env.get("HF_TOKEN") or None,
             modelscope_endpoint=env.get("MODELSCOPE_ENDPOINT") or None,
             offline=any(_truthy(env.get(k)) for k in ("QWENRT_OFFLINE", "HF_HUB_OFFLINE")),
+            hf_cache=_hf_cache(env),
+            modelscope_cache=Path(
+                env.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope"
+            ).expanduser(),
             backend=env.get("QWENRT_BACKEND") or None,
             num_threads=int(threads) if threads else None,
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
@@ -47,6 +53,15 @@ class Environment:
             packed_cache=packed_cache_in(env.get("QWENRT_PACKED_CACHE"), cache_dir),
             history=_history(env),
         )
+
+
+def _hf_cache(env: Mapping[str, str]) -> Path:
+    """The directory of HuggingFace's own tools, by their variables in their order."""
+    named = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
+    if named:
+        return Path(named).expanduser()
+    general = env.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(env.get("HF_HOME") or Path(general) / "huggingface").expanduser() / "hub"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,82 @@
-"""One progress bar on stderr, silent unless that is a terminal."""
+"""What is told on stderr while a model is fetched and loaded: silent unless that is a terminal, or as asked for."""
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+_log = logging.getLogger("qwenrt")
+
+
+def tell(text: str, show: bool | None = None) -> None:
+    """A line on stderr. ``show`` None means: only on a terminal; where it is not shown it is logged."""
+    if _shown(show):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    else:
+        _log.info(text)
+
+
+class Trying:
+    """Says at once whose answer is waited for, and counts the seconds until it comes; then the line is gone.
+
+    Where the wait ends in an exception that is ``unanswered``, a line says so and stays.
+    """
+
+    def __init__(self, whom: str, show: bool | None, unanswered: Callable[[BaseException], bool]) -> None:
+        self._whom, self._shown, self._unanswered = whom, _shown(show), unanswered
+        self._live = self._shown and _is_terminal()
+        self._width = 0
+        self._done = threading.Event()
+
+    def __enter__(self) -> Trying:
+        self._since = time.monotonic()
+        if not self._live:
+            tell(f"trying {self._whom} ...", self._shown)
+            return self
+        self._write(f"trying {self._whom} ...")
+        self._counting = threading.Thread(target=self._count, daemon=True)
+        self._counting.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._done.set()
+            self._counting.join()
+            self._write("")
+        if error is not None and self._unanswered(error):
+            tell(f"no answer from {self._whom} after {self._seconds()} s", self._shown)
+
+    def _count(self) -> None:
+        while not self._done.wait(1.0):
+            self._write(f"trying {self._whom} ... {self._seconds()} s")
+
+    def _seconds(self) -> int:
+        return round(time.monotonic() - self._since)
+
+    def _write(self, line: str) -> None:
+        """Replace the line, without escapes, which not every terminal knows."""
+        sys.stderr.write("\r" + " " * self._width + "\r" + line)
+        sys.stderr.flush()
+        self._width = len(line)
+
+
+def _shown(show: bool | None) -> bool:
+    return _is_terminal() if show is None else show
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # closed
+        return False
 
 
 class ByteBar:

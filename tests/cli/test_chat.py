@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qwenrt.cli.commands import COMMANDS, Mistaken, Order, Question, Typed, meaning
+from qwenrt.cli.chat_commands import COMMANDS, Mistaken, Order, Question, Typed, meaning
 from qwenrt.cli.session import parse_settings, shortened, tidy
 
 Qwenrt = Callable[..., Any]

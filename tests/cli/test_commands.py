@@ -174,7 +174,7 @@ def test_pull_prints_the_directory(monkeypatch: pytest.MonkeyPatch, qwenrt: Qwen
     monkeypatch.setitem(sys.modules, "qwenrt.loader.hub.resolve", hub)
     done = qwenrt("pull", "Qwen-7B", "--source", "modelscope", "--revision", "v1")
     assert (done.code, done.out) == (0, f"{tmp_path}\n")
-    assert asked == [("Qwen-7B", {"source": "modelscope", "revision": "v1", "offline": None})]
+    assert asked == [("Qwen-7B", {"source": "modelscope", "revision": "v1", "offline": None, "newest": True})]
     found = json.loads(qwenrt("pull", "Qwen-7B", "--json").out)
     assert found == {"model": "Qwen-7B", "directory": str(tmp_path)}
     assert qwenrt("pull", "gone").err == "qwenrt: error: model 'gone': 404. Check the name.\n"
