@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/* csrc/isa/*/*)
 
-.PHONY: chat test lint types tests csrc-check gpu-check agents demo bench benchmarks clean
+.PHONY: chat test lint types tests csrc-check gpu-check agents browser demo bench benchmarks clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -42,6 +42,13 @@ gpu-check: $(VENV)/.dev
 agents: $(VENV)/.dev
 	$(BIN)/python scripts/client_envs.py
 	$(BIN)/python -m pytest tests/agents -m agents -rs
+
+# The page of `qwenrt serve` in a headless Chromium of this machine (on the path, or where QWENRT_BROWSER says). Installs
+# playwright (165 MB, no browser) and fetches axe-core, which judges accessibility, from npm; then some minutes.
+browser: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e '.[dev,browser]'
+	$(BIN)/python scripts/client_envs.py axe
+	$(BIN)/python -m pytest tests/browser -m browser -rs
 
 # Trains the built-in model again from its seed.
 demo: $(VENV)/.dev
