@@ -53,7 +53,7 @@ def load(
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
 
-    model: an alias ("Qwen-7B-Chat"), a repository ("Qwen/Qwen-7B-Chat"), a local directory, or "demo" (built in).
+    model: a name ("Qwen3-4B", "qwen3:4b"), a repository ("Qwen/Qwen3-4B"), a local directory, or "demo" (built in).
     The other arguments are the fields of `LoadOptions`; `help(qwenrt.load)` lists what each of them means.
 
     Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
