@@ -26,6 +26,7 @@ class Environment:
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
     packed_cache: Path | None = None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory
+    history: Path | None = None  # QWENRT_HISTORY: what `qwenrt chat` keeps; 0 for nothing, 1 or a directory
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -50,6 +51,7 @@ class Environment:
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
             activations=env.get("QWENRT_ACTIVATIONS", "auto") or "auto",
             packed_cache=packed_cache_in(env.get("QWENRT_PACKED_CACHE"), cache_dir),
+            history=_history(env),
         )
 
 
@@ -66,6 +68,31 @@ def _expanded(text: str) -> Path | None:
         return Path(text).expanduser()
     except RuntimeError:
         return None
+
+
+@dataclass(frozen=True)
+class Console:
+    """What the terminal may be sent beside text. Read apart from the Environment, whose errors are told through it."""
+
+    escapes: bool = True  # sequences that move the cursor or clear the screen: not where TERM is dumb
+    styles: bool = True  # colours and bold letters: not there either, nor where NO_COLOR is set
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Console:
+        env = os.environ if environ is None else environ
+        escapes = env.get("TERM", "") != "dumb"
+        return cls(escapes, escapes and not env.get("NO_COLOR"))
+
+
+def _history(env: Mapping[str, str]) -> Path | None:
+    """Where conversations are kept: in the user's directory for the state of programs, unless it is said otherwise."""
+    said = env.get("QWENRT_HISTORY", "").strip()
+    if said.lower() in ("0", "false", "no", "off"):
+        return None
+    if said and not _truthy(said):
+        return Path(said).expanduser()
+    state = env.get("XDG_STATE_HOME") or env.get("LOCALAPPDATA")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "qwenrt"
 
 
 def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path) -> Path | None:
