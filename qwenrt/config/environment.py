@@ -34,8 +34,10 @@ class Environment:
         threads = env.get("QWENRT_NUM_THREADS")
         if threads and not (threads.isdecimal() and 1 <= int(threads) <= 1024):
             raise ConfigError("QWENRT_NUM_THREADS", f"is {threads!r}", "Set a number of threads, 1 to 1024.")
-        home = env.get("QWENRT_HOME")
-        cache_dir = Path(home).expanduser() if home else Path.home() / ".cache" / "qwenrt"
+        cache_dir = _expanded(env.get("QWENRT_HOME") or "~/.cache/qwenrt")
+        if cache_dir is None:
+            found = f"is {shown(env.get('QWENRT_HOME'))}, and this user has no such home directory"
+            raise ConfigError("QWENRT_HOME", found, "Set it to a directory for downloads and caches.")
         return cls(
             cache_dir=cache_dir,
             hf_endpoint=env.get("HF_ENDPOINT") or None,
@@ -43,9 +45,7 @@ class Environment:
             modelscope_endpoint=env.get("MODELSCOPE_ENDPOINT") or None,
             offline=any(_truthy(env.get(k)) for k in ("QWENRT_OFFLINE", "HF_HUB_OFFLINE")),
             hf_cache=_hf_cache(env),
-            modelscope_cache=Path(
-                env.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope"
-            ).expanduser(),
+            modelscope_cache=_expanded(env.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"),
             backend=env.get("QWENRT_BACKEND") or None,
             num_threads=int(threads) if threads else None,
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
@@ -55,13 +55,19 @@ class Environment:
         )
 
 
-def _hf_cache(env: Mapping[str, str]) -> Path:
+def _hf_cache(env: Mapping[str, str]) -> Path | None:
     """The directory of HuggingFace's own tools, by their variables in their order."""
+    home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     named = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
-    if named:
-        return Path(named).expanduser()
-    general = env.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(env.get("HF_HOME") or Path(general) / "huggingface").expanduser() / "hub"
+    return _expanded(named or os.path.join(home, "hub"))
+
+
+def _expanded(text: str) -> Path | None:
+    """A directory whose name may begin with ~; None for a user without a home, as some containers have."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,19 @@ def test_the_variables_of_other_tools(tmp_path: Path) -> None:
     assert Environment.read(home).modelscope_cache == Path.home() / ".cache" / "modelscope"
 
 
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Path) -> Path:
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+
+    monkeypatch.setattr(Path, "expanduser", none)
+    env = Environment.read({"QWENRT_HOME": str(tmp_path)})
+    assert env.hf_cache is env.modelscope_cache is None and list(copies(env)) == []
+    with pytest.raises(ConfigError, match="Set it to a directory for downloads"):
+        Environment.read({})
+
+
 # ---- checked
 
 
