@@ -1,5 +1,5 @@
-"""Builds csrc/ into the package when there is a C++ compiler, and installs without it otherwise; and what a package index
-shows of the README.
+"""Builds csrc/ into the package when there is a C++ compiler, and installs without it otherwise; and writes what a
+package index shows of the README.
 
 Everything else about the package stands in pyproject.toml. No torch and no Python headers are needed: the
 library has a plain C interface and is loaded through ctypes, so one build serves every Python and every

@@ -1,12 +1,12 @@
-"""Makes the environment that `make chat` and `make test` use, and says what it does, how large it is and how long it takes.
+"""Makes the environment that `make chat` and `make test` use; says what it does, how large it is, how long it takes.
 
     python scripts/set_up.py                            .venv, with a torch for this machine and qwenrt[cli,server]
     python scripts/set_up.py --extras dev               what development needs
     python scripts/set_up.py --torch default            torch from where pip is set to look: on Linux the CUDA build
     python scripts/set_up.py --torch https://...        torch from an index of wheels: ROCm builds, a mirror
 
-Needs only Python. A Python that has a torch already keeps it: the environment then sees the system's packages. Otherwise
-`--torch auto` takes PyTorch's CPU build where no NVIDIA GPU is seen, a tenth of what the CUDA build is.
+Needs only Python. A Python that has a torch already keeps it: the environment then sees the system's packages.
+Otherwise `--torch auto` takes PyTorch's CPU build where no NVIDIA GPU is seen, a tenth of what the CUDA build is.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def choose_torch(
     if answers(CPU_INDEX):
         return CPU_INDEX, f"the CPU build ({why})"
     return None, (
-        f"{CPU_INDEX} does not answer within {ANSWERS_WITHIN:.0f} s, so from where pip is set to look; on Linux that may "
-        "be the CUDA build, several GB: Ctrl-C stops it, and TORCH=https://... names another index"
+        f"{CPU_INDEX} does not answer within {ANSWERS_WITHIN:.0f} s, so from where pip is set to look; on Linux "
+        "that may be the CUDA build, several GB: Ctrl-C stops it, and TORCH=https://... names another index"
     )
 
 
@@ -150,12 +150,13 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str | None]:
 
 @dataclass
 class Told:
-    """What pip says, told in fewer words. ``downloaded``: bytes so far."""
+    """What pip says, told in fewer words. ``downloaded``, ``found``: bytes so far, from elsewhere and on this machine."""
 
     screen: Screen
     started: float
     doing: str = "looking up packages"
     downloaded: float = 0.0
+    found: float = 0.0
     lines: list[str] = field(default_factory=list)
 
     def hear(self, line: str | None) -> None:
@@ -172,6 +173,7 @@ class Told:
             name = "-".join(name.split("-")[:2])
             cached = match[1] != "Downloading"
             self.downloaded += 0 if cached else size
+            self.found += size if cached else 0
             self.doing = f"{name}, {readable(size)}"
             if size >= WORTH_A_LINE:
                 self.screen.line(
@@ -184,18 +186,25 @@ class Told:
         elif match := re.match(r"Processing (?:file://)?(/\S+\.whl)", line):
             path = Path(match[1])
             size = path.stat().st_size if path.is_file() else 0
+            self.found += size
             if size >= WORTH_A_LINE:
                 self.screen.line(
                     f"      {'-'.join(path.name.split('-')[:2])}: {readable(size)} from this disk"
                 )
         elif line.startswith("Installing collected packages"):
-            self.doing = f"installing {line.count(',') + 1} packages"
+            self.doing = f"installing {line.partition(':')[2].strip()[:60]}"
         elif line.startswith("Running command Building") or line.startswith("Running command Preparing"):
             self.doing = "building qwenrt"
         elif line.startswith("qwenrt: "):
             self.doing = line.removeprefix("qwenrt: ")
             if not self.doing.startswith("compiled "):
                 self.screen.line(f"      {self.doing}")
+
+
+    def sizes(self) -> str:
+        """What was downloaded, and what need not be."""
+        found = f", {readable(self.found)} from this machine" if self.found else ""
+        return f"{readable(self.downloaded)} downloaded{found}"
 
 
 def readable(size: float) -> str:
@@ -303,9 +312,8 @@ def install_torch(python: Path, wish: str, screen: Screen) -> None:
             "      the version that development uses is not there for this Python: the newest one instead"
         )
         told = pip(python, ["torch>=2.1"], screen, index)
-    screen.line(
-        f"      torch {torch_version(python)}: {readable(told.downloaded)} downloaded, {time.monotonic() - started:.0f} s"
-    )
+    seconds = time.monotonic() - started
+    screen.line(f"      torch {torch_version(python)}: {told.sizes()}, {seconds:.0f} s")
 
 
 def install_qwenrt(python: Path, extras: str, screen: Screen) -> None:
@@ -313,7 +321,7 @@ def install_qwenrt(python: Path, extras: str, screen: Screen) -> None:
     screen.line(f"[3/3] qwenrt[{extras}] from this directory")
     started = time.monotonic()
     told = pip(python, ["-e", f".[{extras}]"], screen)
-    screen.line(f"      qwenrt: {readable(told.downloaded)} downloaded, {time.monotonic() - started:.0f} s")
+    screen.line(f"      qwenrt: {told.sizes()}, {time.monotonic() - started:.0f} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -334,9 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     screen = Screen()
     if sys.version_info < OLDEST:
-        screen.line(
-            f"Python {sys.version.split()[0]} is too old: qwenrt needs 3.10. Name another: make PYTHON=python3.12"
-        )
+        version = sys.version.split()[0]
+        screen.line(f"Python {version} is too old: qwenrt needs 3.10. Name another: make chat PYTHON=python3.12")
         return 1
     python = python_of(Path(os.path.abspath(options.venv)))
     try:
