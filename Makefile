@@ -57,7 +57,7 @@ bench: $(VENV)/.chat
 benchmarks: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
-# The wheel that may be given to others, in dist/: for every Linux from manylinux_2_28 on, where GNU's compiler makes it.
+# The wheel that may be given to others, in dist/: for every Linux from manylinux_2_27 on, where GNU's compiler makes it.
 wheel: $(VENV)/.release
 	$(BIN)/python scripts/build_wheel.py
 

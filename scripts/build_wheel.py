@@ -5,7 +5,7 @@
 
 On Linux the wheel gets the tag of the oldest systems that it runs on. auditwheel finds it from the versions of the C
 and C++ libraries' functions; old_symbols.h keeps to old ones, so that a current Debian and its g++ reach
-manylinux_2_28, which PyTorch's own wheels need as well. Refused: a library that needs anything but the C and C++
+manylinux_2_27; PyTorch's own wheels need manylinux_2_28. Refused: a library that needs anything but the C and C++
 libraries (torch above all), and metadata that an index would not show.
 
 Needs the extra `release`.

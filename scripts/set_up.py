@@ -150,7 +150,7 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str | None]:
 
 @dataclass
 class Told:
-    """What pip says, told in fewer words. ``downloaded``, ``found``: bytes so far, from elsewhere and on this machine."""
+    """What pip says in fewer words. ``downloaded``, ``found``: bytes so far, from elsewhere and on this machine."""
 
     screen: Screen
     started: float
@@ -199,7 +199,6 @@ class Told:
             self.doing = line.removeprefix("qwenrt: ")
             if not self.doing.startswith("compiled "):
                 self.screen.line(f"      {self.doing}")
-
 
     def sizes(self) -> str:
         """What was downloaded, and what need not be."""
@@ -343,7 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     screen = Screen()
     if sys.version_info < OLDEST:
         version = sys.version.split()[0]
-        screen.line(f"Python {version} is too old: qwenrt needs 3.10. Name another: make chat PYTHON=python3.12")
+        screen.line(
+            f"Python {version} is too old: qwenrt needs 3.10. Name another: make chat PYTHON=python3.12"
+        )
         return 1
     python = python_of(Path(os.path.abspath(options.venv)))
     try:
