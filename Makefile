@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/* csrc/isa/*/*)
 SET_UP := $(PYTHON) scripts/set_up.py --venv $(VENV)
 
-.PHONY: chat serve test lint types tests csrc-check gpu-check agents wheel recipes-check demo bench benchmarks clean
+.PHONY: chat serve test lint types tests csrc-check gpu-check agents browser wheel recipes-check demo bench benchmarks clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -26,8 +26,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# A process for each core, each file of tests in one of them. `make tests WORKERS=0` runs all in one.
+WORKERS ?= auto
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 # The C++ tests with every instruction set: sanitizers, NEON under qemu, AVX-512 through SIMDe. Minutes; what this
 # machine lacks is skipped and named.
@@ -45,6 +47,13 @@ gpu-check: $(VENV)/.dev
 agents: $(VENV)/.dev
 	$(BIN)/python scripts/client_envs.py
 	$(BIN)/python -m pytest tests/agents -m agents -rs
+
+# The page of `qwenrt serve` in a headless Chromium of this machine (on the path, or where QWENRT_BROWSER says). Installs
+# playwright (165 MB, no browser) and fetches axe-core, which judges accessibility, from npm; then some minutes.
+browser: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e '.[dev,browser]'
+	$(BIN)/python scripts/client_envs.py axe
+	$(BIN)/python -m pytest tests/browser -m browser -rs
 
 # Trains the built-in model again from its seed.
 demo: $(VENV)/.dev

@@ -152,7 +152,7 @@ def _build(
     """``fill``: gives the parameters their values; ``stored``: the dtype of the file's dense weights."""
     config, tokenizer = prompter.config, prompter.tokenizer
     bits = quantize_bits(options.quantize, config)
-    dtype = choose_dtype(options.dtype, config, backend, stored, options.quantize)
+    dtype = choose_dtype(str(options.dtype), config, backend, stored, options.quantize)
     longest = options.max_model_len or _longest_that_fits(config, backend, dtype, options)
     preflight(
         config,

@@ -52,11 +52,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     the tensors other than the headers do, it is a warning.
     """
     directory = Path(directory)
-    index = _read_index(directory)
-    if index is not None and _is_left_over(directory, index):
-        index = None
-    names = index.files if index is not None else _files_without_index(directory)
-    _check_present(directory, names)
+    names, index = _find_files(directory)
     for name in names:
         _check_link(directory, name)
     if index is not None:
@@ -81,6 +77,26 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if index is not None:
         _compare_index(checkpoint, index)
     return checkpoint
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a model's weights, told by their names alone; none is opened. Raises CheckpointError where
+    some are missing, links that lead nowhere included."""
+    paths = [directory / name for name in _find_files(directory)[0]]
+    for path in paths:
+        if not path.exists():
+            opened(path, CheckpointError).close()  # says what is wrong with it
+    return paths
+
+
+def _find_files(directory: Path) -> tuple[list[str], _Index | None]:
+    """The names of the safetensors files, all of which are there, and the index that says so, if there is one."""
+    index = _read_index(directory)
+    if index is not None and _is_left_over(directory, index):
+        index = None
+    names = index.files if index is not None else _files_without_index(directory)
+    _check_present(directory, names)
+    return names, index
 
 
 def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
