@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int64_t kDenseRows = 16;  // of a dense matrix, that stay together
-constexpr int64_t kFewTokens = 15;  // beside which 12 bits are multiplied as they are read
 
 Scratch scratch;
 
@@ -256,8 +255,8 @@ int dense16_linear(const Kernels& kernels, DenseProduct product, bool rounded) {
 
 int dense12_linear(const Kernels& kernels, const QwenrtDense12& w, const float* x, float* y, int64_t tokens,
                    bool rounded) {
-  const bool few = kernels.dense12_rows && tokens <= kFewTokens;
-  return few ? few_tokens(kernels, w, x, y, tokens) : many_tokens(kernels, w, x, y, tokens, rounded);
+  if (tokens <= kernels.dense12_tokens) return few_tokens(kernels, w, x, y, tokens);
+  return many_tokens(kernels, w, x, y, tokens, rounded);
 }
 
 int qwenrt_rounds_dense(const QwenrtHandle* with, int is_half) {

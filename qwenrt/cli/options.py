@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from qwenrt.load_options import ABOUT, CHOICES, LoadOptions
+from qwenrt.load_options import ABOUT, CHOICES, LoadOptions, dtype_name
 from qwenrt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_load_option(parser: Any, name: str, *aliases: str, **changes: Any) -> No
     types = get_args(_TYPES[name]) or (_TYPES[name],)
     told: dict[str, Any] = {"default": option.default, "help": ABOUT[name]}
     if name in CHOICES:
-        told["choices"] = CHOICES[name]
+        told |= {"choices": CHOICES[name]} | ({"type": dtype_name} if name == "dtype" else {})
     elif int in types:
         told |= {"type": int, "metavar": "N"}
     elif bool in types and str in types:  # alone it means yes

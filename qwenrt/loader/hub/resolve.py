@@ -116,7 +116,7 @@ class _Wanted:
                 if not copy.store.own:
                     tell(f"{copy.store.label} has {self.meant.repo} incomplete: {lacks}", self.show)
             elif not copy.store.own:
-                tell(f"found in {copy.store.label}: {directory}", self.show)
+                tell(f"using the copy in {copy.store.label}", self.show)
                 return directory
             elif not newest:
                 if copy.store.hub == "huggingface" and not self.offline:
