@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 
 from tests import kernel_sets
 
+# What this machine has of models is no part of a test; children inherit it.
+os.environ["HF_HUB_CACHE"] = os.environ["MODELSCOPE_CACHE"] = str(Path(__file__).parent / "no-such-directory")
 GOLDEN = Path(__file__).parent / "golden"
 DENSE_GOLDENS = ("plain", "ntk_only", "logn_only", "ntk_logn", "big_base")
 GPTQ_GOLDENS = ("gptq_int4", "gptq_int8", "gptq_int4_act_order")

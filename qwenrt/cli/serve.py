@@ -163,6 +163,8 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str
         lines.append(
             "  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
         )
+    if settings.page:
+        lines.append(f"  Open {address}/ in a browser to talk with it")
     lines.append(f"  Open WebUI and other OpenAI clients: base URL {address}/v1, API key {key}")
     agents = agent_lines(address, name, context, settings.has_keys)
     need = AGENTS_SEND * len(llm.tokenizer.encode(_AGENTS_TEXT)) // len(_AGENTS_TEXT)
