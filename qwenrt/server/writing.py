@@ -145,8 +145,8 @@ def _in_a_header(name: str) -> str:
 
 
 def _ignored(ask: Ask) -> list[str]:
-    """What was asked for and is not kept to. A call that the model makes of itself is held to no grammar, so that a tool
-    that is strict has its schema kept only where the request makes the model call."""
+    """What was asked for and is not kept to. A call that the model makes of itself is held to no grammar: the schema of
+    a strict tool is kept to only where the request makes the model call."""
     ignored = list(ask.ignored[:32])
     if ask.tool_choice == "auto" and any(tool["function"].get("strict") is True for tool in ask.tools):
         ignored.append("strict")
