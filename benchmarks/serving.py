@@ -1,8 +1,9 @@
 """Servers under load: streaming chats of many clients against anything that speaks OpenAI's dialect.
 
-    python -m benchmarks.serving --url http://127.0.0.1:8000 --clients 16 [--pid SERVER] [--json FILE]
+    python -m benchmarks.serving --url http://127.0.0.1:8000 --clients 16 [--probe] [--pid SERVER] [--json FILE]
 
 Each client sends one request after the other, with a prompt of its own; `ignore_eos` makes all answers equally long.
+With --probe another process asks for /health meanwhile, on a new connection every 20 ms.
 """
 
 from __future__ import annotations
@@ -12,12 +13,30 @@ import asyncio
 import json
 import random
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+_PROBE = """
+import signal, socket, sys, time
+running, took = True, []
+def end(*_):
+    global running
+    running = False
+signal.signal(signal.SIGTERM, end)
+while running:
+    began = time.perf_counter()
+    with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as to:
+        to.sendall(b"GET /health HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+        while to.recv(65536):
+            pass
+    took.append(time.perf_counter() - began)
+    time.sleep(0.02)
+print(*took)
+"""
 _WORDS = ["river", "stone", "garden", "window", "paper", "silver", "morning", "engine", "letter", "mountain"]
 
 
@@ -139,6 +158,25 @@ def summary(answers: list[Answer], seconds: float, cpu_s: float | None) -> dict[
     return result
 
 
+def probing(url: str) -> subprocess.Popen[str]:
+    """A process that asks for /health until it is terminated, and then writes the seconds that each answer took."""
+    parts = urlsplit(url)
+    command = [sys.executable, "-c", _PROBE, str(parts.hostname), str(parts.port)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def probed(process: subprocess.Popen[str]) -> dict[str, object]:
+    """What it found."""
+    process.terminate()
+    took = sorted(map(float, process.communicate()[0].split()))
+    p99 = took[int(len(took) * 0.99)]
+    return {
+        "health": len(took),
+        "health_s_p50": round(statistics.median(took), 5),
+        "health_s_p99": round(p99, 5),
+    }
+
+
 def cpu_seconds(pid: int | None) -> float | None:
     """Processor time that a process has used, all its threads."""
     if pid is None:
@@ -159,6 +197,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--long-words", type=int, default=0, help="of one long prompt that comes between")
     parser.add_argument("--grammar", action="store_true", help="answers are held to a regular expression")
+    parser.add_argument("--probe", action="store_true", help="ask for /health meanwhile")
     parser.add_argument("--pid", type=int, help="of the server, to count its processor time")
     parser.add_argument("--json", type=Path, help="also write the result to a file")
     args = parser.parse_args()
@@ -172,10 +211,13 @@ def main() -> None:
         args.long_words,
         grammar=args.grammar,
     )
+    probe = probing(args.url) if args.probe else None
     before = cpu_seconds(args.pid)
     answers, seconds = asyncio.run(measure(load))
     after = cpu_seconds(args.pid)
     result = summary(answers, seconds, None if before is None or after is None else after - before)
+    if probe is not None:
+        result |= probed(probe)
     text = json.dumps(result, indent=1)
     sys.stdout.write(text + "\n")
     if args.json:

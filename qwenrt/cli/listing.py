@@ -53,7 +53,8 @@ def list_models(args: argparse.Namespace) -> int:
         return 0
     for line in _lines([_row(model) for model in known], width()):
         terminal.say(line)
-    notes = [f"{model.name} ({model.whose}) is not complete: {model.lacks}" for model in known if model.lacks]
+    whole = {model.name for model in _loaded(found)}
+    notes = [_not_complete(model, model.name in whole) for model in known if model.lacks]
     if len({(model.name) for model in known}) < len(known):
         notes.append("a name that is listed twice means the first that is complete")
     if len(found) > len(known):
@@ -103,6 +104,12 @@ def how_long_ago(moment: float | None) -> str:
 def _unfinished(model: Facts) -> bool:
     """Whether it is a download of qwenrt's that did not get as far as its config.json."""
     return model.whose == "qwenrt" and model.config is None
+
+
+def _not_complete(model: Facts, elsewhere: bool) -> str:
+    """What a copy lacks, and what to do unless there is a complete one ``elsewhere``."""
+    remedy = "" if elsewhere or model.copy is None else f"; `qwenrt pull {model.name}` fetches the rest"
+    return f"{model.name} ({model.whose}) is not complete: {model.lacks}{remedy}"
 
 
 def _loaded(found: Sequence[Facts]) -> list[Facts]:

@@ -114,7 +114,7 @@ def _announce(removal: Removal, terminal: Terminal) -> None:
     if not copy.store.own:
         others = f"{_OTHERS[copy.store.whose]} and other programs"
         terminal.say(
-            wrapped("", f"{others} use these files too, and would have to fetch them again.", width()),
+            wrapped("", f"{others} use these files too, and would have to fetch them again.", width(), 2),
             "yellow",
         )
 

@@ -26,6 +26,7 @@ class Environment:
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
     packed_cache: Path | None = None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory
+    history: Path | None = None  # QWENRT_HISTORY: what `qwenrt chat` keeps; 0 for nothing, 1 or a directory
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -33,8 +34,10 @@ class Environment:
         threads = env.get("QWENRT_NUM_THREADS")
         if threads and not (threads.isdecimal() and 1 <= int(threads) <= 1024):
             raise ConfigError("QWENRT_NUM_THREADS", f"is {threads!r}", "Set a number of threads, 1 to 1024.")
-        home = env.get("QWENRT_HOME")
-        cache_dir = Path(home).expanduser() if home else Path.home() / ".cache" / "qwenrt"
+        cache_dir = _expanded(env.get("QWENRT_HOME") or "~/.cache/qwenrt")
+        if cache_dir is None:
+            found = f"is {shown(env.get('QWENRT_HOME'))}, and this user has no such home directory"
+            raise ConfigError("QWENRT_HOME", found, "Set it to a directory for downloads and caches.")
         return cls(
             cache_dir=cache_dir,
             hf_endpoint=env.get("HF_ENDPOINT") or None,
@@ -42,24 +45,54 @@ class Environment:
             modelscope_endpoint=env.get("MODELSCOPE_ENDPOINT") or None,
             offline=any(_truthy(env.get(k)) for k in ("QWENRT_OFFLINE", "HF_HUB_OFFLINE")),
             hf_cache=_hf_cache(env),
-            modelscope_cache=Path(
-                env.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope"
-            ).expanduser(),
+            modelscope_cache=_expanded(env.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"),
             backend=env.get("QWENRT_BACKEND") or None,
             num_threads=int(threads) if threads else None,
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
             activations=env.get("QWENRT_ACTIVATIONS", "auto") or "auto",
             packed_cache=packed_cache_in(env.get("QWENRT_PACKED_CACHE"), cache_dir),
+            history=_history(env),
         )
 
 
-def _hf_cache(env: Mapping[str, str]) -> Path:
+def _hf_cache(env: Mapping[str, str]) -> Path | None:
     """The directory of HuggingFace's own tools, by their variables in their order."""
+    home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     named = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
-    if named:
-        return Path(named).expanduser()
-    general = env.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(env.get("HF_HOME") or Path(general) / "huggingface").expanduser() / "hub"
+    return _expanded(named or os.path.join(home, "hub"))
+
+
+def _expanded(text: str) -> Path | None:
+    """A directory whose name may begin with ~; None for a user without a home, as some containers have."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return None
+
+
+@dataclass(frozen=True)
+class Console:
+    """What the terminal may be sent beside text. Read apart from the Environment, whose errors are told through it."""
+
+    escapes: bool = True  # sequences that move the cursor or clear the screen: not where TERM is dumb
+    styles: bool = True  # colours and bold letters: not there either, nor where NO_COLOR is set
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Console:
+        env = os.environ if environ is None else environ
+        escapes = env.get("TERM", "") != "dumb"
+        return cls(escapes, escapes and not env.get("NO_COLOR"))
+
+
+def _history(env: Mapping[str, str]) -> Path | None:
+    """Where conversations are kept: in the user's directory for the state of programs, unless it is said otherwise."""
+    said = env.get("QWENRT_HISTORY", "").strip()
+    if said.lower() in ("0", "false", "no", "off"):
+        return None
+    if said and not _truthy(said):
+        return Path(said).expanduser()
+    state = env.get("XDG_STATE_HOME") or env.get("LOCALAPPDATA")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "qwenrt"
 
 
 def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path) -> Path | None:

@@ -22,24 +22,26 @@ def tell(text: str, show: bool | None = None) -> None:
         _log.info(text)
 
 
-class Trying:
-    """Says at once whose answer is waited for, and counts the seconds until it comes; then the line is gone.
+class Waiting:
+    """Says at once what is waited for, and counts the seconds until it comes; then the line is gone.
 
-    Where the wait ends in an exception that is ``unanswered``, a line says so and stays.
+    ``explain``: of an exception in which the wait ends, what a line says that stays; "" for nothing.
     """
 
-    def __init__(self, whom: str, show: bool | None, unanswered: Callable[[BaseException], bool]) -> None:
-        self._whom, self._shown, self._unanswered = whom, _shown(show), unanswered
+    def __init__(
+        self, doing: str, show: bool | None, explain: Callable[[BaseException], str] = lambda error: ""
+    ) -> None:
+        self._doing, self._shown, self._explain = doing, _shown(show), explain
         self._live = self._shown and _is_terminal()
         self._width = 0
         self._done = threading.Event()
 
-    def __enter__(self) -> Trying:
+    def __enter__(self) -> Waiting:
         self._since = time.monotonic()
         if not self._live:
-            tell(f"trying {self._whom} ...", self._shown)
+            tell(f"{self._doing} ...", self._shown)
             return self
-        self._write(f"trying {self._whom} ...")
+        self._write(f"{self._doing} ...")
         self._counting = threading.Thread(target=self._count, daemon=True)
         self._counting.start()
         return self
@@ -51,12 +53,13 @@ class Trying:
             self._done.set()
             self._counting.join()
             self._write("")
-        if error is not None and self._unanswered(error):
-            tell(f"no answer from {self._whom} after {self._seconds()} s", self._shown)
+        said = "" if error is None else self._explain(error)
+        if said:
+            tell(f"{said} after {self._seconds()} s", self._shown)
 
     def _count(self) -> None:
         while not self._done.wait(1.0):
-            self._write(f"trying {self._whom} ... {self._seconds()} s")
+            self._write(f"{self._doing} ... {self._seconds()} s")
 
     def _seconds(self) -> int:
         return round(time.monotonic() - self._since)
@@ -109,6 +112,7 @@ def quiet_tqdm(show: bool | None) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)  # huggingface-hub's own bars take a name
+            kwargs["leave"] = False  # a bar that is full says nothing more
             kwargs["disable"] = None if show is None else not show  # None is tqdm's "unless a terminal"
             super().__init__(*args, **kwargs)
 

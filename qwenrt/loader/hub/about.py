@@ -12,6 +12,7 @@ from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.loader.checkpoint.checkpoint import TORCH_DTYPES, weight_files
 from qwenrt.loader.checkpoint.header import read_shard
+from qwenrt.loader.hub.downloads import parts_of
 from qwenrt.loader.hub.names import short
 from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.loader.hub.stores import Copy, copies, what_lacks
@@ -59,6 +60,8 @@ def facts(directory: Path, name: str, copy: Copy | None = None, *, headers: bool
         problem = f"{error.asked}: {error.found}"
     lacks = what_lacks(directory, headers=headers)
     every = [directory] if copy is None else [copy.home]
+    if copy is not None and copy.store.own:
+        every.append(parts_of(copy.store.root, copy.repo))
     return Facts(name, copy, directory, config, problem, lacks, bytes_in(every), _last_used(directory))
 
 

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from qwenrt.errors import CheckpointError
 from qwenrt.files import is_there, opened
 from qwenrt.loader.hub.pull import WEIGHT_FILES, Pull, from_network
-from qwenrt.loader.progress import ByteBar, Trying, quiet_tqdm
+from qwenrt.loader.progress import ByteBar, quiet_tqdm
 
 _log = logging.getLogger(__name__)
 
@@ -57,12 +57,13 @@ def repository(pull: Pull) -> Any:
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=pull.endpoint, token=pull.token or False, library_name="qwenrt")
-    with Trying(pull.host, pull.show, from_network):
+    with pull.trying():
         return _with_retries(lambda: api.model_info(pull.repo, revision=pull.revision, timeout=TIMEOUT))
 
 
-def fetch_shards(pull: Pull, info: Any) -> None:
-    """Bring every weight file of the repository that ``info`` describes to the client's store.
+def fetch_shards(pull: Pull, info: Any) -> bool:
+    """Bring every weight file of the repository that ``info`` describes to the client's store. -> whether some are left
+    to the client.
 
     Raises CheckpointError when the disk cannot hold them or a file does not match its hash, and whatever the
     client raises.
@@ -72,14 +73,15 @@ def fetch_shards(pull: Pull, info: Any) -> None:
     names = [name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)]
     store = pull.cache_dir / f"models--{pull.repo.replace('/', '--')}" / "blobs"
     with ThreadPoolExecutor(PARALLEL) as pool:
-        described = pool.map(lambda name: _describe(pull, name, commit), names)
+        described = list(pool.map(lambda name: _describe(pull, name, commit), names))
         files = [
             file
             for file in described
             if file is not None and not is_there(store / file.sha256, CheckpointError)
         ]
+    left = None in described
     if not files:
-        return
+        return left
     parts = parts_of(pull.cache_dir, pull.repo)
     for directory in (parts, store, pull.cache_dir / "verified"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -88,10 +90,11 @@ def fetch_shards(pull: Pull, info: Any) -> None:
             (pull.cache_dir / "verified" / file.sha256).touch()
             files.remove(file)
     if not files:
-        return
+        return left
     _check_space(pull, files, parts)
     with ByteBar("downloading weights", sum(file.size for file in files), pull.show) as bar:
         _in_parallel(files, lambda file, stop: _fetch_one(pull, file, parts, store, bar, stop))
+    return left
 
 
 def parts_of(cache_dir: Path, repo: str) -> Path:

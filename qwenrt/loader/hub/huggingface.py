@@ -21,13 +21,14 @@ def fetch(pull: Pull) -> Path:
     """
     try:
         if pull.offline:
-            return _snapshot(pull, pull.patterns)
+            return _snapshot(pull, pull.patterns, False)
         info = repository(pull)
-        directory = _snapshot(pull, SMALL_FILES)
+        with pull.fetching_small_files():
+            directory = _snapshot(pull, SMALL_FILES, False)
         if pull.weights:
             pull.accept(directory)
-            fetch_shards(pull, info)
-            directory = _snapshot(pull, pull.patterns)
+            left = fetch_shards(pull, info)
+            directory = _snapshot(pull, pull.patterns, pull.show if left else False)
         _verify(pull, directory)
         return directory
     except QwenrtError:
@@ -36,8 +37,8 @@ def fetch(pull: Pull) -> Path:
         _explain(pull, error)
 
 
-def _snapshot(pull: Pull, patterns: tuple[str, ...]) -> Path:
-    """The client's own download of the files of these names that are not here yet."""
+def _snapshot(pull: Pull, patterns: tuple[str, ...], show: bool | None) -> Path:
+    """The client's own download of the files of these names that are not here yet. ``show``: its bars."""
     from huggingface_hub import snapshot_download
 
     return Path(
@@ -51,7 +52,7 @@ def _snapshot(pull: Pull, patterns: tuple[str, ...]) -> Path:
             allow_patterns=list(patterns),
             ignore_patterns=list(SUBDIRECTORIES),
             max_workers=4,
-            tqdm_class=quiet_tqdm(pull.show),
+            tqdm_class=quiet_tqdm(show),
             library_name="qwenrt",
         )
     )

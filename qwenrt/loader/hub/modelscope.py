@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -19,7 +21,6 @@ from qwenrt.loader.hub.pull import (
     from_network,
     out_of_space,
 )
-from qwenrt.loader.progress import Trying
 
 DEFAULT_ENDPOINT = "https://www.modelscope.cn"
 
@@ -36,6 +37,11 @@ def fetch(pull: Pull) -> Path:
             "the modelscope package is not installed",
             "pip install 'qwenrt[modelscope]', or pass source='huggingface'.",
         )
+    with _quiet_client():
+        return _fetched(pull)
+
+
+def _fetched(pull: Pull) -> Path:
     from modelscope_hub.api import (
         HubApi,  # the client inside modelscope: without the torch that package imports
     )
@@ -60,7 +66,7 @@ def fetch(pull: Pull) -> Path:
         )
         if pull.offline:
             return download(pull.patterns)
-        with Trying(pull.host, pull.show, lambda error: any(map(from_network, _causes(error)))):
+        with pull.trying(lambda error: any(map(from_network, _causes(error)))):
             files = api.list_repo_files(pull.repo, "model", revision=pull.revision)
         directory = download(SMALL_FILES)
         if pull.weights:
@@ -72,6 +78,18 @@ def fetch(pull: Pull) -> Path:
         raise
     except Exception as error:
         _explain(pull, error)
+
+
+@contextlib.contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Without the client's own lines on stderr, which would go through ours; how it ends is said in our words."""
+    log = logging.getLogger("modelscope_hub")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _prepare(pull: Pull, files: Sequence[Any], directory: Path) -> None:

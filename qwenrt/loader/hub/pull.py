@@ -11,6 +11,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from qwenrt.errors import CheckpointError
+from qwenrt.loader.progress import Waiting
 
 # Never fetched: *.py (code), *.bin (pickles), and files in subdirectories (other formats of the weights), but for
 # additional_chat_templates/*.jinja and the settings of numbered folders (1_Pooling/config.json).
@@ -55,6 +56,16 @@ class Pull:
     def asked(self) -> str:
         at = f" at revision {self.revision!r}" if self.revision else ""
         return f"fetching {self.repo}{at} from {self.hub}"
+
+    def trying(self, unanswered: Callable[[BaseException], bool] | None = None) -> Waiting:
+        """Around the first request: says whose answer is waited for, and where an exception is ``unanswered`` (by
+        default one of the network) that none came."""
+        none_came = unanswered or from_network
+        said = f"no answer from {self.host}"
+        return Waiting(f"trying {self.host}", self.show, lambda error: said if none_came(error) else "")
+
+    def fetching_small_files(self) -> Waiting:
+        return Waiting(f"fetching configuration and tokenizer of {self.repo}", self.show)
 
     def fail(self, found: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
         raise CheckpointError(self.asked, found, remedy) from cause

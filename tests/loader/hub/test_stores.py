@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwenrt.config import Environment
 from qwenrt.errors import CheckpointError, ConfigError
+from qwenrt.loader.hub import downloads
 from qwenrt.loader.hub.resolve import resolve
 from qwenrt.loader.hub.stores import copies, copies_of, stores, what_lacks
 from tests.loader.hub.caches import COMMIT, FIRST, SECOND, into_huggingface, into_modelscope, sharded_model
@@ -141,6 +145,19 @@ def test_the_variables_of_other_tools(tmp_path: Path) -> None:
     assert Environment.read(home).modelscope_cache == Path.home() / ".cache" / "modelscope"
 
 
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Path) -> Path:
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+
+    monkeypatch.setattr(Path, "expanduser", none)
+    env = Environment.read({"QWENRT_HOME": str(tmp_path)})
+    assert env.hf_cache is env.modelscope_cache is None and list(copies(env)) == []
+    with pytest.raises(ConfigError, match="Set it to a directory for downloads"):
+        Environment.read({})
+
+
 # ---- checked
 
 
@@ -255,3 +272,57 @@ def test_pull_asks_for_the_newest_of_its_own(tmp_path: Path, model: Path, hub: H
     shutil.rmtree(tmp_path / "own")
     snapshot = into_huggingface(tmp_path / "hf", REPO, model)
     assert resolve(REPO, env=env, progress=False, newest=True) == snapshot
+
+
+# ---- said meanwhile
+
+
+def test_who_is_asked_is_said_before_anybody_answers(
+    tmp_path: Path, hub: Hub, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"127.0.0.1:{silent.getsockname()[1]}"
+        env = replace(environment(tmp_path, f"http://{where}"), modelscope_endpoint=hub.url)
+        directory = resolve("qwen3:1.7b", env=env, progress=True)
+    said = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith(("qwen3", "trying", "no "))
+    ]
+    assert said[0].startswith("qwen3:1.7b is Qwen/Qwen3-1.7B; others of this size: Qwen3-1.7B-Base")
+    assert said[1] == f"trying {where} ..." and re.fullmatch(
+        f"no answer from {where} after [0-9]+ s", said[2]
+    )
+    assert said[3] == f"trying {hub.url.removeprefix('http://')} ..."
+    assert directory.is_relative_to(tmp_path / "own" / "modelscope")
+
+
+def test_the_nearest_names_where_a_hub_does_not_know_one(tmp_path: Path, model: Path, hub: Hub) -> None:
+    into_huggingface(tmp_path / "hf", "someone/my-finetune", model)
+    env = environment(tmp_path, hub.url)
+    for source in ("huggingface", "modelscope"):
+        with pytest.raises(CheckpointError) as error:
+            resolve("Qwen3-4C", source, env=env, progress=False)
+        assert (
+            "there is no such repository" in error.value.found
+            and "Did you mean Qwen3-4B, " in error.value.remedy
+        )
+    with pytest.raises(CheckpointError) as error:
+        resolve("me/my-finetune", "huggingface", env=env, progress=False)
+    assert "Did you mean someone/my-finetune" in error.value.remedy
+    with pytest.raises(CheckpointError) as error:
+        resolve(
+            "Qwen3-4B", "huggingface", env=env, progress=False
+        )  # a name that is right: no others are offered
+    assert "Did you mean" not in error.value.remedy
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_full_disk_is_seen_before_the_weights_are_fetched(
+    tmp_path: Path, hub: Hub, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(
+        CheckpointError, match=r"GiB are still to be fetched, .* Free some space \(qwenrt list"
+    ):
+        resolve(REPO, source, env=environment(tmp_path, hub.url), progress=False)
+    assert not {FIRST, SECOND} & set(hub.sent)
