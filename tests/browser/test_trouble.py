@@ -116,8 +116,8 @@ def test_every_refusal_has_a_sentence_and_a_way_on(talk: Talk, status: int, code
 def test_a_full_context_is_told_with_numbers_and_made_room_in(talk: Talk, gate: Gate) -> None:
     gate.before = lambda step: None
     for i in range(3):
-        talk.ask(f"Say: {i} " + "apple pear plum " * 420)
-    talk.send("Say: more " + "apple pear plum " * 420)
+        talk.ask(f"Say: {i} " + "apple pear plum " * 120)
+    talk.send("Say: more " + "apple pear plum " * 240)
     talk.until("tokens and the model reads 8,192.")
     talk.click("Leave out the oldest messages")
     talk.until("What is above is no longer sent to the model")
