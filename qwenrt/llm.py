@@ -17,7 +17,7 @@ from qwenrt.arguments import as_token_ids
 from qwenrt.config import GenerationConfig, ModelConfig
 from qwenrt.errors import QwenrtError, RequestError, shown
 from qwenrt.load_options import LoadOptions
-from qwenrt.other_names import unknown_attribute
+from qwenrt.other_names import takes_no_tokenizer, unknown_attribute
 from qwenrt.outputs import Delta, Generation
 from qwenrt.retrieval import Retrieval
 from qwenrt.sampling_params import SamplingChanges, SamplingParams
@@ -92,6 +92,7 @@ class LLM(Retrieval):
         self, *, messages: Messages, tools: Messages | None = None, **options: Unpack[TurnOptions]
     ) -> Generation: ...
 
+    @takes_no_tokenizer
     def chat(
         self,
         query: str | None = None,
@@ -134,6 +135,7 @@ class LLM(Retrieval):
         handle = self.submit(prepared)
         return result(generation_of(deltas_of(handle), prepared.reader, handle.replies))
 
+    @takes_no_tokenizer
     def stream(
         self,
         query: str | None = None,

@@ -203,6 +203,25 @@ def says_right_names(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def takes_no_tokenizer(method: Callable[P, R]) -> Callable[P, R]:
+    """``method``, which says so where a tokenizer comes first, as in the ``chat`` of Qwen's own code. Python itself
+    would speak of two values for ``history``."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **keywords: P.kwargs) -> R:
+        first = args[1] if len(args) > 1 else None
+        if hasattr(first, "decode") and hasattr(first, "encode"):
+            name = method.__name__
+            raise UnknownName(
+                f"{name}(tokenizer, ...)",
+                "a tokenizer in the place of the question",
+                f"Pass the text alone, {name}(query, history=...): the model has its tokenizer.",
+            )
+        return method(*args, **keywords)
+
+    return call
+
+
 def _like(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     listed = f"Known are: {', '.join(sorted(known))}."

@@ -81,6 +81,16 @@ def test_methods_and_classes_of_others(name: str) -> None:
         getattr(object.__new__(qwenrt.LLM), name)
 
 
+@pytest.mark.parametrize("name", ["chat", "stream"])
+@pytest.mark.parametrize("rest", [{}, {"history": None}])
+def test_a_tokenizer_first_as_in_qwens_own_code(name: str, rest: dict[str, None]) -> None:
+    method = getattr(object.__new__(qwenrt.LLM), name)
+    with pytest.raises(UnknownName, match=r"the model has its tokenizer\.$") as caught:
+        method(qwenrt.load_tokenizer("demo"), "你好", **rest)
+    assert str(caught.value).startswith(f"{name}(tokenizer, ...): a tokenizer in the place of the question.")
+    assert list(inspect.signature(method).parameters)[:3] == ["query", "history", "system"]
+
+
 def test_any_other_attribute_is_as_ever() -> None:
     with pytest.raises(AttributeError, match=r"^LLM has no attribute 'nonsense'$"):
         _ = object.__new__(qwenrt.LLM).nonsense
