@@ -33,16 +33,22 @@ from qwenrt.loader.checkpoint.mapping import Watch
 from qwenrt.loader.hub.resolve import resolve
 from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.random_weights import fill_with_random_weights
-from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
+from qwenrt.loader.weights import CODES_BECOME, QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
+from qwenrt.ops.ggml_types import CODED
 from qwenrt.prompting import Prompter
 
 logger = logging.getLogger("qwenrt")
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in load_options.DTYPES}
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
-LONGEST_BY_CHOICE = 32768  # the longest context that is set up unless the user asks for more
+LONGEST_BY_CHOICE = (
+    32768  # the longest context that is set up unless the user asks for more, or it takes little:
+)
+LITTLE_CACHE = (
+    1 << 29
+)  # bytes of a lone sequence's cache that are no reason for a shorter context than the model's own
 
 
 @dataclass
@@ -225,8 +231,8 @@ def choose_dtype(
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype most of a checkpoint's bytes are in."""
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    """The dtype most of a checkpoint's bytes are in; of GGUF's codes, what they become where they are made dense."""
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"} | dict.fromkeys(CODED, CODES_BECOME)
     sizes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
         if entry.dtype in names:
@@ -245,10 +251,11 @@ def _cache_token_bytes(
 def _longest_that_fits(
     config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions
 ) -> int:
-    """The longest context, up to the model's own and LONGEST_BY_CHOICE, whose cache is at most half of what is free
-    now."""
-    longest = min(config.max_position_embeddings, LONGEST_BY_CHOICE)
-    fits = backend.memory()[0] // 2 // _cache_token_bytes(config, backend, dtype, options)
+    """The longest context, up to the model's own and LONGEST_BY_CHOICE or LITTLE_CACHE, whose cache is at most half of
+    what is free now."""
+    per_token = _cache_token_bytes(config, backend, dtype, options)
+    longest = min(config.max_position_embeddings, max(LONGEST_BY_CHOICE, LITTLE_CACHE // per_token))
+    fits = backend.memory()[0] // 2 // per_token
     return max(min(longest, fits // BLOCK_SIZE * BLOCK_SIZE), min(longest, 256))
 
 

@@ -53,7 +53,8 @@ def load(
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
 
-    model: a name ("Qwen3-4B", "qwen3:4b"), a repository ("Qwen/Qwen3-4B"), a local directory, or "demo" (built in).
+    model: a name ("Qwen3-4B", "qwen3:4b"), a repository ("Qwen/Qwen3-4B"), a local directory, a GGUF file (one of
+    its parts, if it is split), or "demo" (built in).
     The other arguments are the fields of `LoadOptions`; `help(qwenrt.load)` lists what each of them means.
 
     Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
@@ -131,6 +132,6 @@ def _name(model: object) -> str:
     text = fspath(model) if isinstance(model, PathLike) else model
     if not isinstance(text, str) or not text:
         raise RequestError(
-            "a model's name", f"got {shown(model)}", "Pass a name, a repository or a directory."
+            "a model's name", f"got {shown(model)}", "Pass a name, a repository, a directory or a GGUF file."
         )
     return text

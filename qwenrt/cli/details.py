@@ -84,7 +84,7 @@ def find(name: str) -> Facts:
     from qwenrt.loader.hub.resolve import local_directory
     from qwenrt.loader.hub.stores import copies
 
-    directory = local_directory(name)
+    directory = local_directory(name, Environment.read())
     if directory is not None:
         return facts(directory, name, headers=True)
     here = list(copies(Environment.read()))

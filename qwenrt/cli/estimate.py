@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL_OR_CONFIG",
-        help="a directory, a config.json, a model in the cache, or a released shape such as Qwen3-8B",
+        help="a directory, a GGUF file, a config.json, a model in the cache, or a released shape such as Qwen3-8B",
     )
     add_load_option(
         parser, "device", help='where the model is to run: "auto", "cpu", "cuda", "cuda:1", "npu" or "dcu"'
@@ -146,7 +146,7 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
     from qwenrt.loader.hub.resolve import resolve
 
     path = Path(name).expanduser()
-    if os.path.isfile(path):
+    if os.path.isfile(path) and path.suffix.lower() != ".gguf":
         sidecar = path.with_name("quantize_config.json")
         quantize = read_json(sidecar) if is_there(sidecar, CheckpointError) else None
         return parse_model_config(read_json(path), quantize), str(path)

@@ -19,7 +19,9 @@ RUN_OPTIONS = (
 )
 SOURCE_OPTIONS = ("source", "revision", "offline")
 _TYPES = get_type_hints(LoadOptions)
-MODEL_HELP = '"demo", a name such as Qwen3-4B or qwen3:4b, a repository such as Qwen/Qwen3-4B, or a directory'
+MODEL_HELP = (
+    '"demo", a name such as Qwen3-4B or qwen3:4b, a repository as Qwen/Qwen3-4B, a directory or a GGUF file'
+)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

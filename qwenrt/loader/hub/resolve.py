@@ -1,4 +1,4 @@
-"""From a model's name to a directory: built in, local, from HuggingFace or from ModelScope."""
+"""From a model's name to a directory: built in, local, of a GGUF file, from HuggingFace or from ModelScope."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwenrt.config import Environment, read_model_config
 from qwenrt.errors import CheckpointError, QwenrtError, shown
 from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
-from qwenrt.loader.checkpoint.header import NO_GGUF
+from qwenrt.loader.checkpoint.gguf.directory import as_directory, gguf_in
 from qwenrt.loader.hub import huggingface, modelscope
 from qwenrt.loader.hub.names import Meant, did_you_mean, short, understand
 from qwenrt.loader.hub.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
@@ -42,12 +42,13 @@ def resolve(
 ) -> Path:
     """The directory of a model's files, fetched if it must be.
 
-    ``name``: "demo", a directory, a name as "Qwen3-4B" or "qwen3:4b", or "owner/name" on a hub, in this order. What is
-    complete on this machine is used as it is, that of HuggingFace's and ModelScope's own tools too; what is not is
-    fetched, without the files that are here. ``source`` "auto" asks HuggingFace, and ModelScope where that cannot be
-    reached. ``offline`` (default: the environment's) opens no socket. ``weights`` False needs configuration and
-    tokenizer alone. ``newest`` asks the hub also where an earlier download is complete. Fetched files are kept in
-    ``env.cache_dir`` and checked to be complete. Raises CheckpointError.
+    ``name``: "demo", a directory, a GGUF file or the directory that has one, a name as "Qwen3-4B" or "qwen3:4b", or
+    "owner/name" on a hub, in this order. What is complete on this machine is used as it is, that of HuggingFace's and
+    ModelScope's own tools too; what is not is fetched, without the files that are here. ``source`` "auto" asks
+    HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the environment's) opens no
+    socket. ``weights`` False needs configuration and tokenizer alone. ``newest`` asks the hub also where an earlier
+    download is complete. Fetched files are kept in ``env.cache_dir`` and checked to be complete. Raises
+    CheckpointError.
     """
     env = Environment.read() if env is None else env
     offline = env.offline if offline is None else offline
@@ -61,7 +62,7 @@ def resolve(
         raise CheckpointError(
             f"revision={shown(revision)}", "not a branch, tag or commit", "Leave it out for the newest."
         )
-    local = local_directory(name)
+    local = local_directory(name, env)
     if local is not None:
         return local
     wanted = _Wanted.of(os.fspath(name), source, revision, offline, env, progress, weights)
@@ -216,8 +217,8 @@ def _from_any_source(pull: Callable[[str], Path], source: str, wanted: _Wanted) 
     raise Unreachable(first.asked, first.found + (f"; {also}" if also else ""), first.remedy) from first
 
 
-def local_directory(name: str | os.PathLike[str]) -> Path | None:
-    """The built-in model or an existing directory; None if ``name`` is to be looked up on a hub."""
+def local_directory(name: str | os.PathLike[str], env: Environment) -> Path | None:
+    """The built-in model, an existing directory or that of a GGUF file; None if ``name`` is one on a hub."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise CheckpointError(
             f"cannot load the model {shown(name)}", "that is not a name", "Give a directory or a name."
@@ -232,22 +233,25 @@ def local_directory(name: str | os.PathLike[str]) -> Path | None:
     try:
         path = Path(text).expanduser()
         if path.is_dir():
-            return path.absolute()
+            model = gguf_in(path)
+            return path.absolute() if model is None else as_directory(model, env.cache_dir)
         is_file = "\0" not in text and is_there(path, CheckpointError)
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a NUL
         raise CheckpointError(
             f"cannot load the model {text[:120]!r}", str(error), "Check the name."
         ) from error
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_file and is_gguf:
+        return as_directory(path, env.cache_dir)
     if is_file:
         raise CheckpointError(
             f"cannot load {path}",
             "it is a file",
-            NO_GGUF
-            if path.suffix.lower() == ".gguf"
-            else f"Give the directory that holds it: {path.absolute().parent}.",
+            f"Give the directory that holds it: {path.absolute().parent}.",
         )
     if (
-        isinstance(name, os.PathLike)
+        is_gguf
+        or isinstance(name, os.PathLike)
         or text.startswith((".", "~", os.sep))
         or "\\" in text
         or text.count("/") > 1
@@ -260,7 +264,7 @@ def local_directory(name: str | os.PathLike[str]) -> Path | None:
             )
         raise CheckpointError(
             f"cannot load the model in {path}",
-            f"there is no such directory{_suggestion(path)}",
+            f"there is no such {'file' if is_gguf else 'directory'}{_suggestion(path)}",
             "Check the path, or give a name on a hub, as 'Qwen/Qwen3-4B'.",
         )
     return None

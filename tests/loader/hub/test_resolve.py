@@ -141,7 +141,7 @@ def test_a_misspelt_directory_and_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"it is a file. Give the directory that holds it: {tmp_path}"):
         resolve(tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(CheckpointError, match="GGUF is not read here"):
+    with pytest.raises(CheckpointError, match=r"model.gguf is not a valid GGUF file: it is an empty file"):
         resolve(tmp_path / "model.gguf")
 
 
