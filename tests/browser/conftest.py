@@ -100,11 +100,10 @@ class Talk:
 
     def send(self, text: str) -> None:
         """Send a message, and wait until its answer is asked for."""
+        before = self.page.locator(".message").count()
         self.page.fill("#prompt", text)
         self.page.press("#prompt", "Enter")
-        self.wait(
-            "!document.querySelector('#prompt').value && document.querySelector('.message:last-child.assistant')"
-        )
+        self.wait(f"document.querySelectorAll('.message').length === {before + 2}")
 
     def ask(self, text: str) -> str:
         """Send a message and wait for the whole answer."""
