@@ -1,4 +1,4 @@
-"""The command line: qwenrt chat | run | serve | pull | doctor | bench | estimate | eval | finetune."""
+"""The command line: qwenrt chat | run | serve | pull | doctor | bench | bench serve | estimate | eval | finetune."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from qwenrt import __version__
-from qwenrt.cli import bench, chat, doctor, estimate, evaluation, finetuning, pull, run, serve
+from qwenrt.cli import bench, bench_serve, chat, doctor, estimate, evaluation, finetuning, pull, run, serve
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
 from qwenrt.errors import QwenrtError, memory_errors
 
-COMMANDS = (chat, run, serve, pull, doctor, bench, estimate, evaluation, finetuning)
+COMMANDS = (chat, run, serve, pull, doctor, bench, bench_serve, estimate, evaluation, finetuning)
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 
 
@@ -31,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _of_two_words(argv: Sequence[str]) -> list[str]:
+    """["bench", "serve", ...] -> ["bench serve", ...]: `bench` alone takes a model there (one named "serve" is
+    `bench --model serve`)."""
+    return ["bench serve", *argv[2:]] if list(argv[:2]) == ["bench", "serve"] else list(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 when done, 1 after an error (one message on stderr), 130 after Ctrl-C.
 
@@ -43,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     forgive_encoding()
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_of_two_words(sys.argv[1:] if argv is None else argv))
     if not hasattr(args, "command"):
         parser.print_help()
         return EXIT_OK
