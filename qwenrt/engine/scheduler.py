@@ -13,6 +13,7 @@ from qwenrt.engine.shares import shares
 from qwenrt.engine.step_target import StepTarget
 
 _WORTH_WAITING = 64  # tokens of a beginning that another prompt is computing right now
+_JUST_BEGUN = 4  # tokens of an answer, at most
 
 
 class Scheduler:
@@ -20,8 +21,9 @@ class Scheduler:
 
     Every decoding sequence gets its token each step. Prompts share what is left equally (`shares`), in turns where that
     is little, so that a short one passes a long one and both advance; ``target`` says how much that is while anybody
-    decodes. A prompt gets the blocks for all its tokens when it is admitted. When a running sequence that has grown
-    finds no block, the latest sequence gives up its own and is computed anew later; the oldest never does.
+    decodes who has not just begun. A prompt gets the blocks for all its tokens when it is admitted. When a running
+    sequence that has grown finds no block, the latest sequence gives up its own and is computed anew later; the oldest
+    never does.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class Scheduler:
         prompts += self._admit()
         prompts = [seq for seq in prompts if not seq.is_read]
         prompts.sort(key=lambda seq: (seq.turn, seq.seq_id))
-        counts = shares([seq.num_remaining for seq in prompts], self.target.chunk(rows, most), most)
+        remaining = [seq.num_remaining for seq in prompts]
+        counts = shares(remaining, self._budget(decoding, remaining, rows, most), most)
         self._num_steps += 1
         for seq, count in zip(prompts, counts, strict=True):
             if count:
@@ -107,6 +110,19 @@ class Scheduler:
                 if seq.num_remaining == 1:
                     ready.append(seq)
         return ready
+
+    def _budget(self, decoding: list[Sequence], remaining: list[int], rows: int, most: int) -> int:
+        """How many tokens of prompts this step computes beside ``rows``.
+
+        Requests that come together are not read in the same step, and the first to decode would make all others wait
+        for small chunks. So while everyone who decodes has just begun, prompts that one step could finish get whole
+        steps: it costs an answer the time between its first tokens, and later ones nothing.
+        """
+        chunk = self.target.chunk(rows, most)
+        if any(seq.num_output + seq.in_flight >= _JUST_BEGUN for seq in decoding):
+            return chunk
+        short = sum(count for count in remaining if count <= self.max_num_batched_tokens)
+        return max(chunk, min(short, most))
 
     def _guess(self, decoding: list[Sequence]) -> int:
         """Give decoding sequences guesses to check, where slots are free -> how many tokens more that is."""
