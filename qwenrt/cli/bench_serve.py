@@ -271,11 +271,13 @@ def _measure(
     before: list[float | None] = []
 
     async def whole() -> None:
-        await _prepare(server, workload, args.warmups)
-        before.append(cpu_seconds(process.pid) if process else None)
-        with _progress(run):
-            await run.go()
-        server.close()
+        try:
+            await _prepare(server, workload, args.warmups)
+            before.append(cpu_seconds(process.pid) if process else None)
+            with _progress(run):
+                await run.go()
+        finally:
+            server.close()
 
     interrupted = False
     try:
@@ -291,8 +293,8 @@ def _measure(
         after = cpu_seconds(process.pid)
         used = after - before[0] if after is not None and before[0] is not None else None
         found |= {"server_cpu_s": used, "server_peak_rss_bytes": peak_rss_bytes(process.pid)}
-        if run.gone:
-            run.gone = process.last_words() or run.gone
+        if run.gone and process.exit_code is not None:
+            run.gone = f"it exited with {process.exit_code}: {process.last_words()}"
     return _Measured(found, run, interrupted)
 
 
