@@ -1,15 +1,20 @@
-# Two commands to know: `make chat` talks to the built-in model, `make test` checks everything.
-# Both make a virtual environment in .venv first. A Python that already has a torch (a vendor's build for
-# Ascend, DCU or ROCm, say) keeps it: the environment then sees the system's packages.
+# Three commands to know: `make chat` talks to the built-in model, `make serve` serves it with a page for the browser,
+# `make test` checks everything. Each makes a virtual environment in .venv first (scripts/set_up.py says what it takes). A
+# Python that already has a torch (a vendor's build for Ascend, DCU or ROCm, say) keeps it: the environment then sees the
+# system's packages. TORCH=cpu, TORCH=default or TORCH=https://... says which torch is taken otherwise.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/* csrc/isa/*/*)
+SET_UP := $(PYTHON) scripts/set_up.py --venv $(VENV)
 
-.PHONY: chat test lint types tests csrc-check gpu-check agents demo bench benchmarks clean
+.PHONY: chat serve test lint types tests csrc-check gpu-check agents browser wheel recipes-check demo bench benchmarks clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
+
+serve: $(VENV)/.chat
+	$(BIN)/qwenrt serve
 
 test: lint types tests
 
@@ -21,8 +26,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# A process for each core, each file of tests in one of them. `make tests WORKERS=0` runs all in one.
+WORKERS ?= auto
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 # The C++ tests with every instruction set: sanitizers, NEON under qemu, AVX-512 through SIMDe. Minutes; what this
 # machine lacks is skipped and named.
@@ -41,6 +48,13 @@ agents: $(VENV)/.dev
 	$(BIN)/python scripts/client_envs.py
 	$(BIN)/python -m pytest tests/agents -m agents -rs
 
+# The page of `qwenrt serve` in a headless Chromium of this machine (on the path, or where QWENRT_BROWSER says). Installs
+# playwright (165 MB, no browser) and fetches axe-core, which judges accessibility, from npm; then some minutes.
+browser: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e '.[dev,browser]'
+	$(BIN)/python scripts/client_envs.py axe
+	$(BIN)/python -m pytest tests/browser -m browser -rs
+
 # Trains the built-in model again from its seed.
 demo: $(VENV)/.dev
 	$(BIN)/python scripts/build_demo.py
@@ -52,26 +66,28 @@ bench: $(VENV)/.chat
 benchmarks: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
-$(VENV)/bin/python:
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  echo "using the torch that is installed already"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV); fi
-	$(BIN)/python -m pip install --quiet --upgrade pip
+# The wheel that may be given to others, in dist/: for every Linux from manylinux_2_27 on, where GNU's compiler makes it.
+wheel: $(VENV)/.release
+	$(BIN)/python scripts/build_wheel.py
 
-$(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt torch
+# What deploy/ holds, judged by the linters of its formats.
+recipes-check: $(VENV)/.release
+	$(BIN)/python -m pytest tests/test_recipes.py -rs
+
+$(VENV)/.chat: $(SOURCES)
+	@$(SET_UP) --extras cli,server
 	@touch $@
 
-$(VENV)/.chat: $(SOURCES) $(VENV)/.torch
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[cli]'
-	@touch $@
-
-$(VENV)/.dev: $(SOURCES) $(VENV)/.torch
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
+$(VENV)/.dev: $(SOURCES)
+	@$(SET_UP) --extras dev
 	@touch $@ $(VENV)/.chat
 
-$(VENV)/.bench: $(SOURCES) $(VENV)/.torch
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[cli,bench]'
+$(VENV)/.release: $(SOURCES)
+	@$(SET_UP) --extras dev,release
+	@touch $@ $(VENV)/.chat $(VENV)/.dev
+
+$(VENV)/.bench: $(SOURCES)
+	@$(SET_UP) --extras cli,server,bench
 	@touch $@ $(VENV)/.chat
 
 clean:

@@ -1,9 +1,10 @@
 """The loads whose figures docs/serving.md has: streaming chats of many clients, sent by the client of `bench serve`.
 
-    python -m benchmarks.serving --url http://127.0.0.1:8000 --clients 16 [--pid SERVER] [--json FILE]
+    python -m benchmarks.serving --url http://127.0.0.1:8000 --clients 16 [--probe] [--pid SERVER] [--json FILE]
 
 What `bench serve` cannot ask is here: prompts that share words within the question, answers held to a grammar, a long
 prompt among the others. `ignore_eos` makes all answers equally long.
+With --probe another process asks for /health meanwhile, on a new connection every 20 ms.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import argparse
 import asyncio
 import json
 import random
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from qwenrt.load_test.client import OpenAIServer
 from qwenrt.load_test.connections import Address
@@ -25,6 +29,23 @@ from qwenrt.load_test.server_process import cpu_seconds
 from qwenrt.load_test.workloads import WORDS, Conversation, Turn
 
 INTRUDER_S = 10.0  # when the long prompt comes: all clients have their first tokens
+_PROBE = """
+import signal, socket, sys, time
+running, took = True, []
+def end(*_):
+    global running
+    running = False
+signal.signal(signal.SIGTERM, end)
+while running:
+    began = time.perf_counter()
+    with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as to:
+        to.sendall(b"GET /health HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+        while to.recv(65536):
+            pass
+    took.append(time.perf_counter() - began)
+    time.sleep(0.02)
+print(*took)
+"""
 
 
 def conversation(source: random.Random, words: int, shared: int, new_tokens: int) -> Conversation:
@@ -83,6 +104,25 @@ def summary(run: LoadRun, cpu_s: float | None) -> dict[str, object]:
     return result if cpu_s is None else result | {"server_cpu_s": round(cpu_s, 3)}
 
 
+def probing(url: str) -> subprocess.Popen[str]:
+    """A process that asks for /health until it is terminated, and then writes the seconds that each answer took."""
+    parts = urlsplit(url)
+    command = [sys.executable, "-c", _PROBE, str(parts.hostname), str(parts.port)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def probed(process: subprocess.Popen[str]) -> dict[str, object]:
+    """What it found."""
+    process.terminate()
+    took = sorted(map(float, process.communicate()[0].split()))
+    p99 = took[int(len(took) * 0.99)]
+    return {
+        "health": len(took),
+        "health_s_p50": round(statistics.median(took), 5),
+        "health_s_p99": round(p99, 5),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,14 +136,19 @@ def main() -> None:
     parser.add_argument("--long-words", type=int, default=0, help="of one long prompt that comes between")
     parser.add_argument("--grammar", action="store_true", help="answers are held to a regular expression")
     parser.add_argument("--seed", type=int, default=0, help="of the words: another one avoids a cache")
+    parser.add_argument("--probe", action="store_true", help="ask for /health meanwhile")
     parser.add_argument("--pid", type=int, help="of the server, to count its processor time")
     parser.add_argument("--json", type=Path, help="also write the result to a file")
     args = parser.parse_args()
+    probe = probing(args.url) if args.probe else None
     before = cpu_seconds(args.pid) if args.pid else None
     run = asyncio.run(measure(args))
     after = cpu_seconds(args.pid) if args.pid else None
     used = None if before is None or after is None else after - before
-    text = json.dumps(summary(run, used), indent=1)
+    result = summary(run, used)
+    if probe is not None:
+        result |= probed(probe)
+    text = json.dumps(result, indent=1)
     sys.stdout.write(text + "\n")
     if args.json:
         args.json.write_text(text + "\n")

@@ -27,10 +27,17 @@ if TYPE_CHECKING:
         RequestError as RequestError,
     )
     from qwenrt.llm import LLM as LLM
+    from qwenrt.load_options import Activations as Activations
+    from qwenrt.load_options import DType as DType
+    from qwenrt.load_options import Fallback as Fallback
+    from qwenrt.load_options import KVCacheDType as KVCacheDType
     from qwenrt.load_options import LoadOptions as LoadOptions
+    from qwenrt.load_options import Quantize as Quantize
+    from qwenrt.load_options import Source as Source
     from qwenrt.loading import load as load
     from qwenrt.loading import load_tokenizer as load_tokenizer
     from qwenrt.outputs import Delta as Delta
+    from qwenrt.outputs import FinishReason as FinishReason
     from qwenrt.outputs import Generation as Generation
     from qwenrt.outputs import Usage as Usage
     from qwenrt.sampling_params import SamplingParams as SamplingParams
@@ -55,6 +62,10 @@ _LAZY = {
     "BackendError": "qwenrt.errors",
     "RequestError": "qwenrt.errors",
     "CapacityError": "qwenrt.errors",
+    **dict.fromkeys(  # Literal types: what an option may be
+        ("Activations", "DType", "Fallback", "KVCacheDType", "Quantize", "Source"), "qwenrt.load_options"
+    ),
+    "FinishReason": "qwenrt.outputs",
 }
 __all__ = ["__version__", *_LAZY]
 
@@ -64,7 +75,9 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name == "server":  # so that qwenrt.server.app(llm) needs no import of its own
         return importlib.import_module("qwenrt.server")
-    raise AttributeError(f"module 'qwenrt' has no attribute {name!r}")
+    from qwenrt.other_names import unknown_attribute
+
+    raise unknown_attribute("module 'qwenrt'", name)
 
 
 def __dir__() -> list[str]:

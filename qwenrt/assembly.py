@@ -33,16 +33,22 @@ from qwenrt.loader.checkpoint.mapping import Watch
 from qwenrt.loader.hub.resolve import resolve
 from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.random_weights import fill_with_random_weights
-from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, load_weights, quantize_bits
+from qwenrt.loader.weights import CODES_BECOME, QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
 from qwenrt.model.qwen import Qwen
+from qwenrt.ops.ggml_types import CODED
 from qwenrt.prompting import Prompter
 
 logger = logging.getLogger("qwenrt")
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in load_options.DTYPES}
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
-LONGEST_BY_CHOICE = 32768  # the longest context that is set up unless the user asks for more
+LONGEST_BY_CHOICE = (
+    32768  # the longest context that is set up unless the user asks for more, or it takes little:
+)
+LITTLE_CACHE = (
+    1 << 29
+)  # bytes of a lone sequence's cache that are no reason for a shorter context than the model's own
 
 
 @dataclass
@@ -152,7 +158,7 @@ def _build(
     """``fill``: gives the parameters their values; ``stored``: the dtype of the file's dense weights."""
     config, tokenizer = prompter.config, prompter.tokenizer
     bits = quantize_bits(options.quantize, config)
-    dtype = choose_dtype(options.dtype, config, backend, stored, options.quantize)
+    dtype = choose_dtype(str(options.dtype), config, backend, stored, options.quantize)
     longest = options.max_model_len or _longest_that_fits(config, backend, dtype, options)
     preflight(
         config,
@@ -225,8 +231,8 @@ def choose_dtype(
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype most of a checkpoint's bytes are in."""
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    """The dtype most of a checkpoint's bytes are in; of GGUF's codes, what they become where they are made dense."""
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"} | dict.fromkeys(CODED, CODES_BECOME)
     sizes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
         if entry.dtype in names:
@@ -245,10 +251,11 @@ def _cache_token_bytes(
 def _longest_that_fits(
     config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions
 ) -> int:
-    """The longest context, up to the model's own and LONGEST_BY_CHOICE, whose cache is at most half of what is free
-    now."""
-    longest = min(config.max_position_embeddings, LONGEST_BY_CHOICE)
-    fits = backend.memory()[0] // 2 // _cache_token_bytes(config, backend, dtype, options)
+    """The longest context, up to the model's own and LONGEST_BY_CHOICE or LITTLE_CACHE, whose cache is at most half of
+    what is free now."""
+    per_token = _cache_token_bytes(config, backend, dtype, options)
+    longest = min(config.max_position_embeddings, max(LONGEST_BY_CHOICE, LITTLE_CACHE // per_token))
+    fits = backend.memory()[0] // 2 // per_token
     return max(min(longest, fits // BLOCK_SIZE * BLOCK_SIZE), min(longest, 256))
 
 
@@ -293,14 +300,23 @@ def _selfcheck(
 
 
 def _report_fallbacks(bindings: list[Binding], fallback: str) -> None:
-    """Say once for each reason which native kernel does not serve; or refuse."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    """Say once for each reason which native kernels do not serve; or refuse."""
+    reasons: dict[str, list[Binding]] = {}
     for binding in bindings:
         if not binding.native and binding.why:
-            reasons.setdefault((binding.op, binding.why), []).append(binding.where)
-    for (op, why), places in reasons.items():
-        line = f"{op} runs in plain torch, which is slower, in {len(places)} places ({places[0]}, ...): {why}"
+            reasons.setdefault(binding.why, []).append(binding)
+    for why, unserved in reasons.items():
+        line = f"{_named(unserved)} in plain torch, which is slower: {why}"
         if fallback == "error":
             raise BackendError("fallback='error'", line, "`qwenrt doctor` says how to get the kernel.")
         if fallback == "warn":
             logger.warning(line)
+
+
+def _named(bindings: list[Binding]) -> str:
+    """ "linear runs (3 places: layers.0.o_proj, ...)"; of several operations their names alone."""
+    *ops, last = sorted({binding.op for binding in bindings})
+    if ops:
+        return f"{', '.join(ops)} and {last} run"
+    where = bindings[0].where + (", ..." if len(bindings) > 1 else "")
+    return f"{last} runs ({len(bindings)} {'places' if len(bindings) > 1 else 'place'}: {where})"

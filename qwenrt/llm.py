@@ -10,21 +10,23 @@ import logging
 from asyncio import to_thread
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from qwenrt.answering import COMPLETION, Prepared, ReplyReader, checked_budget, deltas_of, generation_of
-from qwenrt.arguments import as_list, as_token_ids, flag
+from qwenrt.arguments import as_token_ids
 from qwenrt.config import GenerationConfig, ModelConfig
 from qwenrt.errors import QwenrtError, RequestError, shown
 from qwenrt.load_options import LoadOptions
+from qwenrt.other_names import takes_no_tokenizer, unknown_attribute
 from qwenrt.outputs import Delta, Generation
-from qwenrt.sampling_params import SamplingParams
+from qwenrt.retrieval import Retrieval
+from qwenrt.sampling_params import SamplingChanges, SamplingParams
 from qwenrt.text.chat.conversations import as_history
 from qwenrt.text.chat.messages import given_tools
-from qwenrt.text.chat.reranking import DEFAULT_TASK, rerank_prompt, verdict_ids
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
     from qwenrt.assembly import Assembled
     from qwenrt.engine.answers import AsyncAnswer, Handle
@@ -33,8 +35,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qwenrt")
 
+Messages = Sequence[Mapping[str, Any]]
+# What was said before: (user, assistant) pairs, as `chat` returns them, or alternating messages.
+Past = Sequence[Sequence[str] | Mapping[str, Any]] | None
+Pairs = list[tuple[str, str]]
 
-class LLM:
+
+class TurnOptions(SamplingChanges, total=False):
+    """What else may be asked of a turn: keywords of chat, stream, achat and astream."""
+
+    enable_thinking: bool | None
+    thinking_budget: int | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
+    sampling_params: SamplingParams | None
+
+
+class LLM(Retrieval):
     """One model in memory. Made by `load`; usable from any thread; a context manager that frees it at the end."""
 
     def __init__(self, assembled: Assembled) -> None:
@@ -42,7 +59,9 @@ class LLM:
         self.name: str = assembled.name
         self.config: ModelConfig = assembled.config
         self.generation_config: GenerationConfig = assembled.prompter.generation
-        self.tokenizer: ChatTokenizer | None = assembled.prompter.tokenizer
+        # None for the few checkpoints without one, which take and give token ids alone; a type that said so would make
+        # everybody else ask in vain.
+        self.tokenizer: ChatTokenizer = assembled.prompter.tokenizer  # type: ignore[assignment]
         self._prompter = assembled.prompter
         self.summary: str = assembled.summary
         self.backend = assembled.backend
@@ -52,14 +71,36 @@ class LLM:
 
     # ---- chat
 
+    @overload
+    def chat(
+        self, query: str, history: Past = None, system: str | None = None, **options: Unpack[TurnOptions]
+    ) -> tuple[str, Pairs]: ...
+
+    @overload
+    def chat(
+        self,
+        query: str,
+        history: Past = None,
+        system: str | None = None,
+        *,
+        tools: Messages,
+        **options: Unpack[TurnOptions],
+    ) -> Generation: ...
+
+    @overload
+    def chat(
+        self, *, messages: Messages, tools: Messages | None = None, **options: Unpack[TurnOptions]
+    ) -> Generation: ...
+
+    @takes_no_tokenizer
     def chat(
         self,
         query: str | None = None,
         history: Any = None,
         system: str | None = None,
         *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages | None = None,
+        tools: Messages | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
@@ -94,21 +135,22 @@ class LLM:
         handle = self.submit(prepared)
         return result(generation_of(deltas_of(handle), prepared.reader, handle.replies))
 
+    @takes_no_tokenizer
     def stream(
         self,
         query: str | None = None,
-        history: Any = None,
+        history: Past = None,
         system: str | None = None,
         *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages | None = None,
+        tools: Messages | None = None,
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingChanges],
     ) -> Iterator[Delta]:
         """The same turn piece by piece. Leaving the loop, or closing the iterator, cancels the request.
 
@@ -133,6 +175,39 @@ class LLM:
         return deltas_of(self.submit(prepared))
 
     # ---- completion
+
+    @overload
+    def generate(
+        self, prompt: str, sampling_params: SamplingParams | None = None, **sampling: Unpack[SamplingChanges]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **sampling: Unpack[SamplingChanges],
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: None = None,
+        sampling_params: SamplingParams | None = None,
+        *,
+        prompt_token_ids: Sequence[int],
+        **sampling: Unpack[SamplingChanges],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_token_ids: Sequence[Sequence[int]],
+        **sampling: Unpack[SamplingChanges],
+    ) -> list[Generation]: ...
 
     def generate(
         self,
@@ -171,8 +246,8 @@ class LLM:
         history: Any = None,
         system: str | None = None,
         *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages | None = None,
+        tools: Messages | None = None,
         prompt: str | None = None,
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
@@ -229,14 +304,35 @@ class LLM:
 
     # ---- for asyncio: prompts are made in a thread, and cancelling the task ends the work in the engine
 
+    @overload
+    async def achat(
+        self, query: str, history: Past = None, system: str | None = None, **options: Unpack[TurnOptions]
+    ) -> tuple[str, Pairs]: ...
+
+    @overload
+    async def achat(
+        self,
+        query: str,
+        history: Past = None,
+        system: str | None = None,
+        *,
+        tools: Messages,
+        **options: Unpack[TurnOptions],
+    ) -> Generation: ...
+
+    @overload
+    async def achat(
+        self, *, messages: Messages, tools: Messages | None = None, **options: Unpack[TurnOptions]
+    ) -> Generation: ...
+
     async def achat(
         self,
         query: str | None = None,
         history: Any = None,
         system: str | None = None,
         *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages | None = None,
+        tools: Messages | None = None,
         **asked: Any,
     ) -> Any:
         """`chat`, with the same arguments and results."""
@@ -244,16 +340,66 @@ class LLM:
         return result(await self._whole(self.asubmit(prepared), prepared.reader))
 
     async def astream(
-        self, query: str | None = None, history: Any = None, system: str | None = None, **asked: Any
+        self,
+        query: str | None = None,
+        history: Past = None,
+        system: str | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Messages | None = None,
+        prompt_token_ids: Sequence[int] | None = None,
+        **options: Unpack[TurnOptions],
     ) -> AsyncIterator[Delta]:
         """`stream`, with the same arguments: an asynchronous generator. Closing it cancels the request."""
-        prepared = await to_thread(self.prepare, query, history, system, **asked)
+        prepared = await to_thread(
+            self.prepare,
+            query,
+            history,
+            system,
+            messages=messages,
+            tools=tools,
+            prompt_token_ids=prompt_token_ids,
+            **options,
+        )
         answer = self.asubmit(prepared)
         try:
             async for delta in answer:
                 yield delta
         finally:
             answer.cancel()
+
+    @overload
+    async def agenerate(
+        self, prompt: str, sampling_params: SamplingParams | None = None, **sampling: Unpack[SamplingChanges]
+    ) -> Generation: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **sampling: Unpack[SamplingChanges],
+    ) -> list[Generation]: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: None = None,
+        sampling_params: SamplingParams | None = None,
+        *,
+        prompt_token_ids: Sequence[int],
+        **sampling: Unpack[SamplingChanges],
+    ) -> Generation: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_token_ids: Sequence[Sequence[int]],
+        **sampling: Unpack[SamplingChanges],
+    ) -> list[Generation]: ...
 
     async def agenerate(
         self,
@@ -275,75 +421,6 @@ class LLM:
                 answer.cancel()
             raise
         return done[0] if single else done
-
-    # ---- retrieval
-
-    def embed(
-        self,
-        texts: str | Sequence[str],
-        *,
-        instruction: str | None = None,
-        prompt_name: str | None = None,
-        normalize: bool | None = None,
-    ) -> torch.Tensor:
-        """Embeddings of texts -> float32 [len(texts), D] on the CPU, or [D] of a single text.
-
-        Computed as the checkpoint's modules.json and the files it names say (the format of sentence-transformers);
-        without one as in Qwen3-Embedding: the final state of the last token, normalised to length 1; a model that was
-        made to write says so in a warning. ``normalize``: whether vectors have length 1, None as the files say.
-        Queries have an ``instruction`` ("Given a question, retrieve passages that answer it") or one of the model's
-        own prompts, by ``prompt_name``; documents mostly none.
-        """
-        listed = [texts] if isinstance(texts, str) else as_list("texts", texts)
-        vectors, _ = self.embed_counted(listed, instruction, prompt_name, normalize)
-        return vectors[0] if isinstance(texts, str) else vectors
-
-    def embed_counted(
-        self,
-        texts: Sequence[str | list[int]],
-        instruction: str | None = None,
-        prompt_name: str | None = None,
-        normalize: bool | None = None,
-        *,
-        truncate: bool | None = None,
-    ) -> tuple[torch.Tensor, int]:
-        """As `embed`, of texts or of their token ids -> float32 [len(texts), D], and how many tokens were read.
-
-        truncate: whether a text that is too long is cut, also to the context, or refused; None cuts where the
-        checkpoint's files say at how many tokens, and refuses one that is longer than the context.
-        """
-        alive = self._alive()
-        tokenizer = alive.prompter.needs_tokenizer("embed")
-        if not texts:
-            raise RequestError("embed", "an empty list", "Pass at least one text.")
-        normalize = None if normalize is None else flag("normalize", normalize)
-        longest = None if truncate is None else self.max_model_len
-        return alive.embedder.embed(
-            *(alive.engine, tokenizer, texts, instruction, prompt_name, normalize),
-            longest=longest,
-            truncate=truncate is not False,
-        )
-
-    def rerank(self, query: str, documents: Sequence[str], *, instruction: str = DEFAULT_TASK) -> list[float]:
-        """How well each document answers the query, from 0 to 1, in the order of ``documents``.
-
-        As Qwen3-Reranker does it: the probability of "yes" against "no" as the next token of its question.
-        """
-        pairs = [(query, document) for document in as_list("documents", documents)]
-        return self.scores_counted(pairs, instruction)[0]
-
-    def scores_counted(
-        self, pairs: Sequence[tuple[str, str]], instruction: str = DEFAULT_TASK
-    ) -> tuple[list[float], int]:
-        """As `rerank`, of (query, document) pairs: a score of each, and how many tokens were read."""
-        alive = self._alive()
-        tokenizer = alive.prompter.needs_tokenizer("rerank")
-        if not pairs:
-            return [], 0
-        prompts = [rerank_prompt(tokenizer, query, document, instruction) for query, document in pairs]
-        logits = alive.engine.last_logits(prompts, verdict_ids(tokenizer))
-        scores: list[float] = logits.softmax(-1)[:, 1].tolist()
-        return scores, sum(map(len, prompts))
 
     # ---- about it
 
@@ -414,6 +491,11 @@ class LLM:
     def __repr__(self) -> str:
         return f"<qwenrt.LLM {self.name}{'' if self._assembled else ' (closed)'}>"
 
+    if not TYPE_CHECKING:  # or a checker would take any name
+
+        def __getattr__(self, name: str) -> Any:
+            raise unknown_attribute("LLM", name)
+
     # ---- inside
 
     def _alive(self) -> Assembled:
@@ -430,8 +512,8 @@ class LLM:
         query: str | None,
         history: Any,
         system: str | None,
-        messages: Sequence[Mapping[str, Any]] | None,
-        tools: Sequence[Mapping[str, Any]] | None,
+        messages: Messages | None,
+        tools: Messages | None,
         **asked: Any,
     ) -> tuple[Prepared, Callable[[Generation], Any]]:
         """One turn of a chat, and what its caller gets of the answer."""

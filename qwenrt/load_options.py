@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from qwenrt.arguments import as_integer, flag, one_of, size
 from qwenrt.errors import ConfigError, shown
+from qwenrt.other_names import says_right_names
 
-DTYPES = ("float32", "bfloat16", "float16")
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Source = Literal["auto", "huggingface", "modelscope"]
+Quantize = Literal["int8", "int4"]
+KVCacheDType = Literal["auto", "int8"]
+Activations = Literal["auto", "exact", "int16", "int8"]
+Fallback = Literal["warn", "error", "silent"]
+if TYPE_CHECKING:  # torch's own are taken as well, without importing it
+    import torch
+
+    AnyDType: TypeAlias = DType | torch.dtype
+    AnyDevice: TypeAlias = str | torch.device
+else:
+    AnyDType, AnyDevice = DType, str
+
+DTYPES = tuple(name for name in get_args(DType) if name != "auto")
 # The texts that an option may be, where it may not be any other; None as well where that is its default.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": ("auto", *DTYPES),
-    "source": ("auto", "huggingface", "modelscope"),
-    "quantize": ("int8", "int4"),
-    "quantize_head": ("int8", "int4"),
-    "kv_cache_dtype": ("auto", "int8"),
-    "activations": ("auto", "exact", "int16", "int8"),
-    "fallback": ("warn", "error", "silent"),
+    "dtype": get_args(DType),
+    "source": get_args(Source),
+    "quantize": get_args(Quantize),
+    "quantize_head": get_args(Quantize),
+    "kv_cache_dtype": get_args(KVCacheDType),
+    "activations": get_args(Activations),
+    "fallback": get_args(Fallback),
 }
 # What each option means: its help on the command line, and its line in `help(qwenrt.load)`.
 ABOUT: dict[str, str] = {
@@ -62,19 +77,19 @@ class LoadOptions:
     not here, or a revision that no repository can have, is found when the model is loaded.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
-    source: str = "auto"
+    device: AnyDevice = "auto"
+    dtype: AnyDType = "auto"
+    source: Source = "auto"
     revision: str | None = None
     offline: bool | None = None
-    quantize: str | None = None
-    quantize_head: str | None = None
-    kv_cache_dtype: str = "auto"
-    activations: str = "auto"
+    quantize: Quantize | None = None
+    quantize_head: Quantize | None = None
+    kv_cache_dtype: KVCacheDType = "auto"
+    activations: Activations = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
-    fallback: str = "warn"
+    fallback: Fallback = "warn"
     progress: bool | None = None
     packed_cache: bool | str | PathLike[str] | None = None
     step_target_ms: int | None = None
@@ -85,6 +100,16 @@ class LoadOptions:
         for option in fields(self):
             value = _checked(option.name, getattr(self, option.name), option.default)
             object.__setattr__(self, option.name, value)
+
+
+LoadOptions.__init__ = says_right_names(LoadOptions.__init__)  # type: ignore[method-assign,assignment]
+
+
+def dtype_name(value: object) -> object:
+    """A dtype as its name: torch's own, or its name with "torch." before it. Anything else as it is."""
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        value = str(value)
+    return value.removeprefix("torch.") if isinstance(value, str) else value
 
 
 _INTEGERS = {"step_target_ms": (0, 3600_000), "prefix_store_bytes": (2**20, 2**50)}
@@ -102,8 +127,10 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
 
 def _checked(name: str, value: Any, default: object) -> Any:
     """``value`` as Python's own, if the option may have it. None may stand where it is the default."""
-    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
-        value = str(value).removeprefix("torch.")  # torch.bfloat16 -> "bfloat16", without importing torch
+    if type(value).__module__ == "torch" and type(value).__name__ == "device":
+        value = str(value)
+    if name == "dtype":
+        value = dtype_name(value)
     if name in CHOICES:
         one_of(name, value, CHOICES[name] if default is not None else (None, *CHOICES[name]))
         return value

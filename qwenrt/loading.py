@@ -9,30 +9,42 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.config import Environment, ModelConfig
 from qwenrt.errors import RequestError, memory_errors, shown
 from qwenrt.llm import LLM
-from qwenrt.load_options import ABOUT, LoadOptions
+from qwenrt.load_options import (
+    ABOUT,
+    Activations,
+    AnyDevice,
+    AnyDType,
+    Fallback,
+    KVCacheDType,
+    LoadOptions,
+    Quantize,
+    Source,
+)
 from qwenrt.loader.memory.device import check_room_for_torch
+from qwenrt.other_names import says_right_names
 
 if TYPE_CHECKING:
     from qwenrt.backends.base import Backend
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
 
+@says_right_names
 def load(
     model: str | PathLike[str] = "demo",
     *,
-    device: str = "auto",
-    dtype: str = "auto",
-    source: str = "auto",
+    device: AnyDevice = "auto",
+    dtype: AnyDType = "auto",
+    source: Source = "auto",
     revision: str | None = None,
     offline: bool | None = None,
-    quantize: str | None = None,
-    quantize_head: str | None = None,
-    kv_cache_dtype: str = "auto",
-    activations: str = "auto",
+    quantize: Quantize | None = None,
+    quantize_head: Quantize | None = None,
+    kv_cache_dtype: KVCacheDType = "auto",
+    activations: Activations = "auto",
     max_model_len: int | None = None,
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 512,
-    fallback: str = "warn",
+    fallback: Fallback = "warn",
     progress: bool | None = None,
     packed_cache: bool | str | PathLike[str] | None = None,
     step_target_ms: int | None = None,
@@ -41,7 +53,8 @@ def load(
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
 
-    model: an alias ("Qwen-7B-Chat"), a repository ("Qwen/Qwen-7B-Chat"), a local directory, or "demo" (built in).
+    model: a name ("Qwen3-4B", "qwen3:4b"), a repository ("Qwen/Qwen3-4B"), a local directory, a GGUF file (one of
+    its parts, if it is split), or "demo" (built in).
     The other arguments are the fields of `LoadOptions`; `help(qwenrt.load)` lists what each of them means.
 
     Raises CheckpointError, ConfigError, BackendError or CapacityError, each saying what to do.
@@ -119,6 +132,6 @@ def _name(model: object) -> str:
     text = fspath(model) if isinstance(model, PathLike) else model
     if not isinstance(text, str) or not text:
         raise RequestError(
-            "a model's name", f"got {shown(model)}", "Pass a name, a repository or a directory."
+            "a model's name", f"got {shown(model)}", "Pass a name, a repository, a directory or a GGUF file."
         )
     return text

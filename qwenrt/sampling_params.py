@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from qwenrt.arguments import as_integer, as_list, as_number, flag
 from qwenrt.errors import RequestError, shown
+from qwenrt.other_names import says_right_names, unknown_keyword
 from qwenrt.structure import Grammar
 
 MAX_STOP_STRINGS = 64
@@ -108,9 +109,7 @@ class SamplingParams:
         known = {f.name for f in fields(self)}
         for name in changes:
             if name not in known:
-                raise RequestError(
-                    f"sampling parameter {name!r}", "unknown", f"Known are: {', '.join(sorted(known))}."
-                )
+                raise unknown_keyword(f"sampling parameter {name!r}", name, known)
         return replace(self, **changes)
 
     def _number(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
@@ -129,6 +128,35 @@ class SamplingParams:
             upper = "" if high >= _INT64 - 1 else f" and <= {high}"
             raise _bad(name, given, f"an integer >= {low}{upper}")
         object.__setattr__(self, name, value)
+
+
+SamplingParams.__init__ = says_right_names(SamplingParams.__init__)  # type: ignore[method-assign,assignment]
+
+
+class SamplingChanges(TypedDict, total=False):
+    """The fields of SamplingParams as keywords of chat, stream and generate: single ones are changed."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    n: int
+    logprobs: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    max_tokens: int | None
+    min_tokens: int
+    ignore_eos: bool
+    include_reasoning_in_stop: bool
+    grammar: Grammar | None
+    timeout: float | None
+    cache_salt: str
+    draft: str | None
 
 
 def _bad(name: str, value: object, wanted: str) -> RequestError:

@@ -7,7 +7,7 @@
 
 Each is a virtual environment, or a directory that npm filled, below the directory that QWENRT_CLIENT_ENVS names
 (~/.cache/qwenrt-clients without it). Programs that npm brings do not run their installation scripts. Needs pip and, for
-"npm", Node.js 20 or later.
+"npm" and "axe", npm with Node.js 20 or later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CACHE = "QWENRT_CLIENT_ENVS"  # environment variable: where the environments lie
-NPM = "npm"  # the one that is not Python's
+NPM, AXE = "npm", "axe"  # the two that are not Python's: agents, and what judges the page's accessibility
 # What each environment has. The versions are those that the tests were last seen to pass with.
 CLIENTS: dict[str, tuple[str, ...]] = {
     "openai-0": ("openai==0.28.1",),
@@ -29,6 +29,7 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "langchain": ("langchain-openai==1.7.4",),
     "litellm": ("litellm==1.110.2",),
     "checks": ("llm-comply==0.5.0", "schemathesis==4.32.5"),
+    AXE: ("axe-core@4.14.1",),
     NPM: ("@anthropic-ai/claude-code@2.1.197", "@openai/codex@0.171.0", "@qwen-code/qwen-code@0.15.10"),
 }
 _MADE = "made-of.txt"  # in each environment, written last: what it has
@@ -64,9 +65,9 @@ def make(name: str, cache: Path, newest: bool = False) -> Path:
 
 
 def _commands(name: str, directory: Path, packages: Sequence[str]) -> list[list[str]]:
-    if name == NPM:
+    if name in (NPM, AXE):
         options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        return [[NPM, "install", "--prefix", str(directory), *options, *packages]]
+        return [["npm", "install", "--prefix", str(directory), *options, *packages]]
     install = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     return [[sys.executable, "-m", "venv", str(directory)], [*install, *packages]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 
 from tests import kernel_sets
 
+# What this machine has of models is no part of a test; children inherit it.
+os.environ["HF_HUB_CACHE"] = os.environ["MODELSCOPE_CACHE"] = str(Path(__file__).parent / "no-such-directory")
 GOLDEN = Path(__file__).parent / "golden"
 DENSE_GOLDENS = ("plain", "ntk_only", "logn_only", "ntk_logn", "big_base")
 GPTQ_GOLDENS = ("gptq_int4", "gptq_int8", "gptq_int4_act_order")
@@ -30,6 +33,9 @@ class _TorchRandom:
 
 _TORCH_RANDOM = _TorchRandom()  # hypothesis holds it weakly
 hypothesis.register_random(_TORCH_RANDOM)
+# What fixtures make for many tests is made before any of these: one thread for it too. Models this small gain nothing
+# by a second one, and what runs beside (pytest -n) loses the core on which it spins.
+torch.set_num_threads(1)
 # The same examples in every run and on every machine; `--hypothesis-profile=search` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)
@@ -43,12 +49,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _same_every_time() -> Iterator[None]:
     """Seed, default dtype and thread count are reset around every test."""
-    threads = torch.get_num_threads()
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 
 from qwenrt.cli.serve import agent_lines
 from scripts import client_envs
-from scripts.client_envs import CLIENTS, NPM, cache_directory, made_of, make
+from scripts.client_envs import AXE, CLIENTS, NPM, cache_directory, made_of, make
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_an_environment_is_made_once(name: str, asked: list[list[str]], tmp_path
     assert made_of(name, tmp_path) == list(CLIENTS[name])
     assert asked[-1][-len(CLIENTS[name]) :] == list(CLIENTS[name])
     assert str(directory) in " ".join(asked[-1])
-    assert ("--ignore-scripts" in asked[-1]) == (name == NPM)
+    assert ("--ignore-scripts" in asked[-1]) == (name in (AXE, NPM))
     count = len(asked)
     make(name, tmp_path)
     assert len(asked) == count

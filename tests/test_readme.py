@@ -59,7 +59,7 @@ def test_both_languages_tell_the_same() -> None:
 
 def test_no_place_of_one_machine_stands_in_the_project() -> None:
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split("\n")
-    private = re.compile(r"/(?:work|home/\w+|root)/\w|index-url")
+    private = re.compile(r"/(?:work|home/\w+|root)/\w|index-url(?! https://download\.pytorch\.org)")
     for name in listed:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".cpp", ".h", ".txt", ".json") and "golden" not in name:

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 15
+#define QWENRT_ABI 16
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -38,7 +38,8 @@ typedef struct {
 typedef struct {
   const uint32_t* words;  // [blocks][groups * words_per_group][8]
   const void* scales;     // [blocks][groups][8], float16 bits, or float32 where scales_are_float
-  const uint16_t* zeros;  // [blocks][groups][8], or NULL: all are `zero`, or each is in its scale
+  const void* zeros;      // [blocks][groups][8], uint16, or float32 where zeros_are_float; or NULL: all are `zero`, or
+                          // each is in its scale
   const int32_t* perm;    // [in_features]: input i reads x[perm[i]], or NULL: x[i]
   const float* bias;      // [out_features] or NULL
   int64_t out_features;
@@ -49,7 +50,7 @@ typedef struct {
   int32_t bits;            // 4 or 8
   int32_t zero;            // or QWENRT_ZEROS_IN_SCALES
   int32_t scales_are_float;
-  int32_t reserved;
+  int32_t zeros_are_float;
 } QwenrtQuantMatrix;
 
 // Version of this ABI; the loader refuses a library of another.

@@ -144,15 +144,16 @@ struct Kernels {
   void (*fixed_rows)(const DenseProduct& product, const FixedInput& fixed, int64_t begin, int64_t end) = nullptr;
   // As dense16_rows of bfloat16 weights, with x split as well.
   void (*split_rows)(const DenseProduct& product, const SplitInput& split, int64_t begin, int64_t end) = nullptr;
-  // Rows [begin, end) of y [tokens][out_features] for few tokens. x [tokens][token_stride12], inputs past the row's end
-  // are zeros.
+  // Rows [begin, end) of y [tokens][out_features] for up to dense12_tokens tokens. x [tokens][token_stride12], inputs
+  // past the row's end are zeros.
   void (*dense12_rows)(const QwenrtDense12& w, const float* x, float* y, int64_t tokens, int64_t begin,
                        int64_t end) = nullptr;
   // One row as it was, out [in_features].
   void (*unpack12)(const QwenrtDense12& w, int64_t row, uint16_t* out) = nullptr;
+  int64_t dense12_tokens = 0;    // beside more, 12 bits are turned back into 16 and multiplied as these
   bool pairs = false;            // whether 8-bit codes want pairs
   int64_t dense_tiles_from = 0;  // tokens
-  int64_t by_token_from = 0;     // so many tokens lie by token in an IntegerInput, and split
+  int64_t by_token_from = 0;     // so many tokens lie by token in an IntegerInput
 };
 
 const Kernels* scalar_kernels();

@@ -39,7 +39,7 @@ struct Weight {
   std::vector<uint8_t> codes;  // [k][n]
   std::vector<uint32_t> words;
   std::vector<uint16_t> half_scales, zeros;
-  std::vector<float> float_scales, bias;
+  std::vector<float> float_scales, float_zeros, bias;
   std::vector<int32_t> perm;
 
   Weight(const Shape& s, Random& random, int extreme = 0) : shape(s) {
@@ -53,6 +53,7 @@ struct Weight {
       half_scales.push_back(extreme ? 0x1c00 : random_half(random));  // 2^-8
       float_scales.push_back(extreme ? 0.00390625f : random.uniform() * 1e-9f);
       zeros.push_back(uint16_t(extreme == 1 ? 0 : (extreme ? 1 << s.bits : random.below((1 << s.bits) + 1))));
+      float_zeros.push_back(extreme ? zeros.back() : float(zeros.back()) + random.uniform() / 2);
     }
     for (int64_t i = 0; i < s.n; ++i) bias.push_back(random.uniform());
     for (int64_t i = 0; i < s.k; ++i) perm.push_back(int32_t(i));
@@ -60,7 +61,8 @@ struct Weight {
     matrix.words = words.data();
     matrix.scales = s.float_scales ? static_cast<const void*>(float_scales.data()) : half_scales.data();
     matrix.scales_are_float = s.float_scales;
-    matrix.zeros = s.zeros ? zeros.data() : nullptr;
+    matrix.zeros_are_float = s.zeros && s.float_scales;  // as offsets of GGUF files become
+    matrix.zeros = !s.zeros ? nullptr : s.float_scales ? static_cast<const void*>(float_zeros.data()) : zeros.data();
     matrix.zero = extreme == 1 ? 0 : 1 << (s.bits - 1);
     if (!s.zeros && !s.float_scales && s.bits == 4 && !extreme) matrix.zero = QWENRT_ZEROS_IN_SCALES;
     matrix.perm = s.perm ? perm.data() : nullptr;
@@ -77,7 +79,7 @@ struct Weight {
     const int64_t g = i / shape.group;
     const size_t at = size_t((row / QWENRT_BLOCK * matrix.groups + g) * QWENRT_BLOCK + row % QWENRT_BLOCK);
     const int alike = matrix.zero == QWENRT_ZEROS_IN_SCALES ? half_scales[at] & 15 : matrix.zero;
-    const int zero = shape.zeros ? zeros[at] : alike;
+    const double zero = !shape.zeros ? alike : shape.float_scales ? double(float_zeros[at]) : zeros[at];
     return scale(row, g) * (codes[size_t(i * shape.n + row)] - zero);
   }
   int64_t input(int64_t i) const { return shape.perm ? perm[size_t(i)] : i; }

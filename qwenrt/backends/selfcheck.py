@@ -190,7 +190,7 @@ def _bias(weight: CanonicalWeight) -> torch.Tensor:
 
 def _other_forms(weight: CanonicalWeight) -> list[CanonicalWeight]:
     """Of a dense weight: with another use. Of codes: words of a GPTQ file with act-order, one zero for all and a bias;
-    and a few rows of them with scales that need float32."""
+    and a few rows of them with scales that need float32, with zeros and with offsets as GGUF has them."""
     if weight.codes is None or weight.scales is None or weight.zeros is None:
         return [dataclasses.replace(weight, shared=True)]
     rows, inputs, bits = weight.out_features, weight.in_features, weight.bits
@@ -214,7 +214,19 @@ def _other_forms(weight: CanonicalWeight) -> list[CanonicalWeight]:
         scales=weight.scales[:, few].float() * (1 + 2.0**-15),
         zeros=weight.zeros[:, few].contiguous(),
     )
-    return [sym, fine]
+    return [sym, fine, _with_offsets(fine)]
+
+
+def _with_offsets(weight: CanonicalWeight) -> CanonicalWeight:
+    """About the same values by offsets, which are no whole numbers of steps but in the first group, whose first input
+    stays quiet. Of several groups the last one has the scale 0, as files have for a group of one value."""
+    assert weight.scales is not None and weight.zeros is not None
+    offsets = -weight.scales * (weight.zeros + 0.3)
+    offsets[0] = -weight.scales[0] * weight.zeros[0]
+    scales = weight.scales.clone()
+    if len(scales) > 1:
+        scales[-1] = 0.0
+    return dataclasses.replace(weight, scales=scales, zeros=None, offsets=offsets)
 
 
 def _linear(

@@ -1,4 +1,4 @@
-"""The command line: qwenrt chat | run | serve | pull | doctor | bench | bench serve | estimate | eval | finetune."""
+"""The command line: qwenrt chat | run | serve | list | show | pull | rm | doctor | bench | estimate | ...."""
 
 from __future__ import annotations
 
@@ -6,20 +6,61 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from qwenrt import __version__
-from qwenrt.cli import bench, bench_serve, chat, doctor, estimate, evaluation, finetuning, pull, run, serve
+from qwenrt.cli import (
+    bench,
+    bench_serve,
+    chat,
+    details,
+    doctor,
+    estimate,
+    evaluation,
+    finetuning,
+    listing,
+    pull,
+    removal,
+    run,
+    serve,
+)
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
 from qwenrt.errors import QwenrtError, memory_errors
+from qwenrt.other_names import advice_for_option
 
-COMMANDS = (chat, run, serve, pull, doctor, bench, bench_serve, estimate, evaluation, finetuning)
+COMMANDS = (
+    chat,
+    run,
+    serve,
+    listing,
+    details,
+    pull,
+    removal,
+    doctor,
+    bench,
+    bench_serve,
+    estimate,
+    evaluation,
+    finetuning,
+)
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """One that knows other programs' options by name, and says what they are called here."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            words = [word for word in message.split() if word.startswith("-")]
+            told = [f"{word}: {said}" for word in words if (said := advice_for_option(word))]
+            message = "\n  ".join([message, *told])
+        super().error(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Each command module adds itself and sets ``command`` to its function."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qwenrt",
         description="Run every Qwen on every device.",
         **example("example:\n  qwenrt chat            talk to the built-in demo model\n"),

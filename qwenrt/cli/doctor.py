@@ -65,7 +65,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
     report["environment"] = _settings(environment)
     usable = report["torch"]["error"] is None
     report["backends"] = _backends(problems) if usable else []
-    report["cpu_kernels"] = _cpu_kernels(environment) if usable else None
+    report["cpu_kernels"] = _cpu_kernels(environment, problems) if usable else None
     report["backend"] = (
         _chosen(device, environment, problems) if usable else {"name": None, "why": "no torch"}
     )
@@ -140,12 +140,13 @@ def _unused_hardware(found: dict[str, Any], problems: list[dict[str, str]]) -> N
     """A device's driver is here, but this torch was not built for it."""
     build = found["build"]
     known = (
-        ("NVIDIA", "/dev/nvidiactl", build.startswith("CUDA"), "the CUDA build of torch"),
-        ("AMD or DCU", "/dev/kfd", build.startswith("ROCm"), "the ROCm (or DTK) build of torch"),
-        ("Ascend", "/dev/davinci_manager", _version("torch-npu") is not None, "torch-npu"),
+        ("NVIDIA", build.startswith("CUDA"), "the CUDA build of torch"),
+        ("AMD or DCU", build.startswith("ROCm"), "the ROCm (or DTK) build of torch"),
+        ("Ascend", _version("torch-npu") is not None, "torch-npu"),
     )
-    for vendor, driver, served, remedy in known:
-        if Path(driver).exists() and not served:
+    here = machine.drivers()
+    for vendor, served, remedy in known:
+        if vendor in here and not served:
             what = f"a driver for {vendor} devices is here, but torch ({build}) does not use it"
             problems.append({"what": what, "fix": f"install {remedy}"})
 
@@ -184,12 +185,16 @@ def _backends(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
         return []
 
 
-def _cpu_kernels(environment: Environment | None) -> str:
-    """One line: which kernels serve the CPU as it is set, and, if not the fast ones, why and how to get them."""
+def _cpu_kernels(environment: Environment | None, problems: list[dict[str, str]]) -> str:
+    """One line: which kernels serve the CPU as it is set, and, if not the fast ones, why."""
     try:
-        from qwenrt.backends.cpu import kernel_status
+        from qwenrt.backends.cpu import HOW_TO_BUILD, kernel_status
 
-        return str(kernel_status(environment.kernels if environment else "auto"))
+        status = str(kernel_status(environment.kernels if environment else "auto"))
+        if status.endswith(HOW_TO_BUILD):
+            what = "plain torch serves the CPU, which is slower than the C++ kernels"
+            problems.append({"what": what, "fix": HOW_TO_BUILD})
+        return status.removesuffix(f": {HOW_TO_BUILD}")
     except QwenrtError as error:
         return f"none, {error.found}. {error.remedy}"
     except Exception as error:

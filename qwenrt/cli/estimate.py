@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.cli.options import add_load_option, example
-from qwenrt.cli.terminal import Terminal, counted
+from qwenrt.cli.terminal import Terminal, billions, counted
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.config.quant import rounding_description
@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL_OR_CONFIG",
-        help="a directory, a config.json, a model in the cache, or a released shape such as Qwen3-8B",
+        help="a directory, a GGUF file, a config.json, a model in the cache, or a released shape such as Qwen3-8B",
     )
     add_load_option(
         parser, "device", help='where the model is to run: "auto", "cpu", "cuda", "cuda:1", "npu" or "dcu"'
@@ -120,11 +120,11 @@ def examine(args: argparse.Namespace) -> Report:
     if args.memory is not None and not 0 < args.memory <= 2**20:
         raise RequestError("--memory", f"got {args.memory:g}", "Give the free memory in GiB.")
     config, source = find_config(args.model)
-    device, free, total = _device(args.device, args.memory)
+    device, free, total = device_and_memory(args.device, args.memory)
     quantize = None if args.quantize == "none" else args.quantize
     layout_of = partial(device_layout, config, device, args.dtype, free)
     layout = layout_of(quantize)
-    context = args.ctx or min(_USUAL_CONTEXT, config.max_position_embeddings)
+    context = args.ctx or usual_context(config)
     need = memory_need(
         config, layout.storage, context, users=args.users, quantize=quantize, kv_cache_dtype=args.kv
     )
@@ -135,20 +135,25 @@ def examine(args: argparse.Namespace) -> Report:
     )
 
 
+def usual_context(config: ModelConfig) -> int:
+    """The tokens that are counted with unless the user says otherwise."""
+    return min(_USUAL_CONTEXT, config.max_position_embeddings)
+
+
 def find_config(name: str) -> tuple[ModelConfig, str]:
     """A config and where it is from: a file, a directory, the cache, or the table of released shapes."""
     from qwenrt.config.released import names_like, released_config
     from qwenrt.loader.hub.resolve import resolve
 
     path = Path(name).expanduser()
-    if os.path.isfile(path):
+    if os.path.isfile(path) and path.suffix.lower() != ".gguf":
         sidecar = path.with_name("quantize_config.json")
         quantize = read_json(sidecar) if is_there(sidecar, CheckpointError) else None
         return parse_model_config(read_json(path), quantize), str(path)
     try:
         directory = resolve(name, offline=True, weights=False)
     except CheckpointError as missing:
-        config_of_shape = released_config(name)
+        config_of_shape = released_config(meant_by(name))
         if config_of_shape is not None:
             return config_of_shape, "the built-in table of released shapes"
         if name.count("/") > 1 or name.startswith((".", "~", os.sep)) or "\\" in name:
@@ -158,10 +163,20 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
             "it is no file, no directory, not in the cache, and no released shape",
             names_like(name.rpartition("/")[2]),
         ) from missing
-    return _as_stored(read_model_config(directory), directory), str(directory)
+    return config_as_stored(read_model_config(directory), directory), str(directory)
 
 
-def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
+def meant_by(name: str) -> str:
+    """The repository that a name means, or the name itself."""
+    from qwenrt.loader.hub.names import understand
+
+    try:
+        return understand(name).repo
+    except CheckpointError:
+        return name
+
+
+def config_as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
     """With what the weights say where they are here and whole; else as config.json says."""
     from qwenrt.loader.checkpoint.as_stored import as_stored
     from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
@@ -172,7 +187,7 @@ def _as_stored(config: ModelConfig, directory: Path) -> ModelConfig:
         return config
 
 
-def _device(wanted: str, memory: float | None) -> tuple[str, int | None, int | None]:
+def device_and_memory(wanted: str, memory: float | None = None) -> tuple[str, int | None, int | None]:
     """The device's name, and its free and whole memory where that can be told."""
     from qwenrt.loader.memory.device import device_memory
 
@@ -237,20 +252,20 @@ def _show(report: Report, terminal: Terminal) -> None:
     origin = "" if report.source == report.model else f", from {report.source}"
     terminal.say(f"{report.model}: model type {config.model_type}{origin}", "bold")
     active = num_active_parameters(config)
-    part = "" if active == num_parameters(config) else f"{_billions(active)} of them active for a token"
-    row("parameters", _billions(num_parameters(config)), part)
-    row("weights", _gib(need.weights), _weights(report))
+    part = "" if active == num_parameters(config) else f"{billions(active)} of them active for a token"
+    row("parameters", billions(num_parameters(config)), part)
+    row("weights", gib(need.weights), _weights(report))
     cached = f"{report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB in {_kv(report)}"
-    row("KV cache", _gib(need.cache), f"{counted(report.users, 'user')} with {cached}")
-    row("workspace", _gib(need.workspace), "for the activations of a step, or for loading if that takes more")
-    row("runtime", _gib(report.layout.runtime), "Python and torch" if _on_cpu(report) else "the driver")
-    row("total", _gib(report.needed), style="bold")
+    row("KV cache", gib(need.cache), f"{counted(report.users, 'user')} with {cached}")
+    row("workspace", gib(need.workspace), "for the activations of a step, or for loading if that takes more")
+    row("runtime", gib(report.layout.runtime), "Python and torch" if _on_cpu(report) else "the driver")
+    row("total", gib(report.needed), style="bold")
     if report.free is None:
         row("memory", "not known", f"of {report.device}: say how much it has with --memory GIB", "yellow")
     else:
-        whole = "" if report.total is None else f" of {_gib(report.total)}"
-        words = "it fits" if report.fits else f"{_gib(report.needed - report.free)} are missing"
-        row("memory", _gib(report.free), f"free{whole} on {report.device}: {words}", _colour(report.fits))
+        whole = "" if report.total is None else f" of {gib(report.total)}"
+        words = "it fits" if report.fits else f"{gib(report.needed - report.free)} are missing"
+        row("memory", gib(report.free), f"free{whole} on {report.device}: {words}", _colour(report.fits))
         _show_options(report, terminal)
     terminal.say()
     terminal.say(f"these figures assume: {_assumed(report)}", "dim")
@@ -268,7 +283,7 @@ def _show_options(report: Report, terminal: Terminal) -> None:
         whole = option.longest == report.config.max_position_embeddings
         longest = f"{option.longest}{' (all)' if whole else ''}" if option.longest else "none"
         asked = (option.quantize, option.kv_cache_dtype) == (report.quantize, report.kv)
-        line = f"{quantize:<10} {kv:<9} {_gib(option.need.weights):>12}   {longest:>20}   "
+        line = f"{quantize:<10} {kv:<9} {gib(option.need.weights):>12}   {longest:>20}   "
         line += f"{option.most_users or 'none':>16}"
         terminal.say(line + ("   <- as asked for" if asked else ""), _colour(bool(option.longest)))
 
@@ -313,9 +328,5 @@ def _colour(good: bool | None) -> str:
     return "green" if good else "red"
 
 
-def _gib(nbytes: int) -> str:
+def gib(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.1f} MiB"
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 10**7 else f"{count / 1e6:.2f} M"

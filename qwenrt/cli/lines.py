@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from qwenrt.cli.chat_commands import Typed
 from qwenrt.cli.terminal import Terminal
 
 PROMPT = "User> "
@@ -19,15 +21,25 @@ class Undecodable(Exception):
 
 
 class Lines:
-    """Reads messages, with a prompt and line editing on a terminal, without either from a pipe."""
+    """Reads messages, with a prompt and line editing on a terminal, without either from a pipe.
 
-    def __init__(self, terminal: Terminal) -> None:
+    ``typed_lines``: a file in which the line editor keeps what was typed, None for nowhere.
+    """
+
+    def __init__(self, terminal: Terminal, typed_lines: Path | None = None) -> None:
         self.terminal = terminal
-        self._ask = _editor() if terminal.interactive else None
+        edits = terminal.interactive and terminal.console.escapes
+        self._ask = _editor(typed_lines, terminal.console.styles) if edits else None
 
-    def message(self) -> str:
+    @property
+    def by_key(self) -> bool:
+        """Whether keys are read one by one, as the line editor does."""
+        return self._ask is not None
+
+    def message(self) -> Typed:
         r"""The next message: one line, lines that end in "\" joined, or everything between two \"\"\".
 
+        A line that begins with a space is meant as it is, and so is what stands between quotation marks.
         Raises EOFError at the end of input, KeyboardInterrupt on Ctrl-C at an empty prompt, Undecodable.
         Ctrl-C or the end of input inside a longer message: the first drops it, the second ends it.
         """
@@ -36,9 +48,9 @@ class Lines:
             return self._longer(line.lstrip()[len(FENCE) :], _until_fence)
         if line.endswith("\\"):
             return self._longer(line, _until_no_backslash)
-        return line.strip()
+        return Typed(line.strip(), literal=line[:1].isspace())
 
-    def _longer(self, line: str, split: Callable[[str], tuple[str, bool]]) -> str:
+    def _longer(self, line: str, split: Callable[[str], tuple[str, bool]]) -> Typed:
         parts = []
         try:
             while True:
@@ -50,9 +62,9 @@ class Lines:
         except EOFError:
             pass
         except KeyboardInterrupt:
-            self.terminal.remark("\n[INFO] This message was dropped.")
+            self.terminal.remark(f"{'' if self.by_key else chr(10)}[INFO] This message was dropped.")
             return self.message()
-        return "\n".join(parts).strip()
+        return Typed("\n".join(parts).strip(), literal=True)
 
     def _line(self, prompt: str) -> str:
         try:
@@ -106,17 +118,24 @@ def _decode(raw: str | bytes) -> str:
     return raw.removeprefix("\ufeff")
 
 
-def _editor() -> Callable[[str], str] | None:
+def _editor(typed_lines: Path | None, styles: bool) -> Callable[[str], str] | None:
     """prompt_toolkit's line editor, with history and pasted blocks; None where it is not installed."""
     if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
         return None
     try:
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.output.color_depth import ColorDepth
     except ImportError:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() its editing keys)
         return None
+
+    class TypedLines(FileHistory):  # type: ignore[misc,unused-ignore]
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk costs the history, not the conversation
+                super().store_string(string)
 
     def newline(event: Any) -> None:
         event.current_buffer.insert_text("\n")
@@ -130,7 +149,13 @@ def _editor() -> Callable[[str], str] | None:
     keys = KeyBindings()
     keys.add("escape", "enter")(newline)
     keys.add("c-c")(interrupt)
-    session: Any = PromptSession(key_bindings=keys, reserve_space_for_menu=0)
+    session: Any = PromptSession(
+        key_bindings=keys,
+        reserve_space_for_menu=0,
+        history=InMemoryHistory() if typed_lines is None else TypedLines(str(typed_lines)),
+        enable_suspend=True,
+        color_depth=None if styles else ColorDepth.DEPTH_1_BIT,
+    )
 
     def ask(prompt: str) -> str:
         return str(session.prompt(prompt))

@@ -1,4 +1,6 @@
-"""The machine as doctor and bench report it: system, processor, cores, memory."""
+"""The machine as doctor and bench report it: system, processor, cores, memory, drivers of devices.
+
+scripts/set_up.py loads this file by itself, before anything is installed: it imports nothing but Python's own."""
 
 from __future__ import annotations
 
@@ -16,6 +18,18 @@ _INSTRUCTION_SETS = frozenset(
         *("neon", "asimd", "asimddp", "fphp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
     )
 )
+
+# Whose devices -> files that are there where their driver is.
+DRIVERS = {
+    "NVIDIA": ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1"),
+    "AMD or DCU": ("/dev/kfd",),
+    "Ascend": ("/dev/davinci_manager",),
+}
+
+
+def drivers() -> list[str]:
+    """Whose devices have a driver here: keys of DRIVERS."""
+    return [vendor for vendor, files in DRIVERS.items() if any(Path(file).exists() for file in files)]
 
 
 def describe() -> dict[str, Any]:

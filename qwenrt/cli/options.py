@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from qwenrt.load_options import ABOUT, CHOICES, LoadOptions
+from qwenrt.load_options import ABOUT, CHOICES, LoadOptions, dtype_name
 from qwenrt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ RUN_OPTIONS = (
 )
 SOURCE_OPTIONS = ("source", "revision", "offline")
 _TYPES = get_type_hints(LoadOptions)
-MODEL_HELP = '"demo", an alias such as Qwen-7B-Chat, a repository such as Qwen/Qwen-7B-Chat, or a directory'
+MODEL_HELP = (
+    '"demo", a name such as Qwen3-4B or qwen3:4b, a repository as Qwen/Qwen3-4B, a directory or a GGUF file'
+)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -43,7 +45,7 @@ def add_load_option(parser: Any, name: str, *aliases: str, **changes: Any) -> No
     types = get_args(_TYPES[name]) or (_TYPES[name],)
     told: dict[str, Any] = {"default": option.default, "help": ABOUT[name]}
     if name in CHOICES:
-        told["choices"] = CHOICES[name]
+        told |= {"choices": CHOICES[name]} | ({"type": dtype_name} if name == "dtype" else {})
     elif int in types:
         told |= {"type": int, "metavar": "N"}
     elif bool in types and str in types:  # alone it means yes

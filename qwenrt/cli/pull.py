@@ -13,7 +13,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "pull",
         help="download a model and print its directory",
-        description="Download a model (or find it in the cache) and print the directory it is in.",
+        description="Download a model, or its newest version, and print the directory it is in. What HuggingFace's or "
+        "ModelScope's own tools already fetched is found and not fetched again.",
         **example("example:\n  qwenrt pull Qwen-1_8B-Chat --source modelscope\n"),
     )
     parser.add_argument("model", help=MODEL_HELP)
@@ -25,7 +26,9 @@ def add_parser(subparsers: Any) -> None:
 def pull(args: argparse.Namespace) -> int:
     from qwenrt.loader.hub.resolve import resolve
 
-    directory = resolve(args.model, source=args.source, revision=args.revision, offline=args.offline)
+    directory = resolve(
+        args.model, source=args.source, revision=args.revision, offline=args.offline, newest=True
+    )
     terminal = Terminal()
     if args.json:
         terminal.result({"model": args.model, "directory": str(directory)})

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 from typing import IO, Any
+
+from qwenrt.config import Console
 
 # A model's control characters are shown as symbols: a terminal would obey them (move the cursor, set the title).
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t\r"}
@@ -43,16 +47,18 @@ def forgive_encoding() -> None:
 
 
 class Terminal:
-    """Prints for one command. Styles ("dim", "bold", "red", ...) show on a tty where rich is installed."""
+    """Prints for one command. Styles ("dim", "bold", "red", ...) show on a tty where rich is installed, unless TERM is
+    dumb or NO_COLOR is set."""
 
     def __init__(self) -> None:
         self.looked_at = is_tty(sys.stdout)
         self.interactive = self.looked_at and is_tty(sys.stdin)
+        self.console = Console.read()
         self._thinking = False  # the last piece shown was a thought
 
     def say(self, text: str = "", style: str = "", end: str = "\n") -> None:
         """A result, on stdout."""
-        _write(sys.stdout, text, style, end)
+        self._write(sys.stdout, text, style, end)
 
     def stream(self, piece: str) -> None:
         """A piece of a model's text, on stdout at once."""
@@ -65,14 +71,14 @@ class Terminal:
         result."""
         if reasoning and self.looked_at:
             self._thinking = True
-            _write(sys.stdout, reasoning, "dim", "")
+            self._write(sys.stdout, reasoning, "dim", "")
         if text:
             self.stream(f"\n\n{text}" if self._thinking else text)
 
     def remark(self, text: str, style: str = "dim") -> None:
         """A remark that is no part of the result, on stderr."""
         sys.stdout.flush()
-        _write(sys.stderr, text, style, "\n")
+        self._write(sys.stderr, text, style, "\n")
 
     def fail(self, text: str) -> None:
         """Why the command ends, on stderr."""
@@ -90,28 +96,25 @@ class Terminal:
 
     def clear(self) -> None:
         """An empty screen, where there is a screen."""
-        if self.looked_at:
+        if self.looked_at and self.console.escapes:
             sys.stdout.write(CLEAR_SCREEN)
             sys.stdout.flush()
 
+    def _write(self, stream: IO[str], text: str, style: str, end: str) -> None:
+        looked_at = is_tty(stream)
+        if looked_at:
+            text = text.translate(_VISIBLE)
+        if looked_at and style and self.console.styles:
+            try:
+                from rich.console import Console as Rich
+                from rich.text import Text
 
-def _write(stream: IO[str], text: str, style: str, end: str) -> None:
-    if not is_tty(stream):
+                Rich(file=stream, highlight=False).print(Text(text, style), end=end)
+                return
+            except ImportError:
+                pass
         stream.write(text + end)
         stream.flush()
-        return
-    text = text.translate(_VISIBLE)
-    if style:
-        try:
-            from rich.console import Console
-            from rich.text import Text
-
-            Console(file=stream, highlight=False).print(Text(text, style), end=end)
-            return
-        except ImportError:
-            pass
-    stream.write(text + end)
-    stream.flush()
 
 
 def _finite(value: Any) -> Any:
@@ -134,3 +137,24 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def billions(count: int) -> str:
+    """494032768 -> "0.49 B"."""
+    return f"{count / 1e9:.2f} B" if count >= 10**7 else f"{count / 1e6:.2f} M"
+
+
+def width() -> int:
+    """Columns of the terminal that is looked at; as many as needed where nobody looks."""
+    return shutil.get_terminal_size().columns if is_tty(sys.stdout) else 10**6
+
+
+def wrapped(label: str, text: str, columns: int, indent: int = 14) -> str:
+    """A label and what is said of it, in lines of at most ``columns``; on narrow terminals below each other."""
+    if columns < 60:
+        indent = 2
+        first = f"{label}\n  " if label else "  "
+    else:
+        first = f"{label:<{indent}}"
+    lines = textwrap.wrap(text, max(columns - indent, 20), break_on_hyphens=False) or [""]
+    return first + f"\n{' ' * indent}".join(lines)

@@ -1,5 +1,6 @@
 """What a model is and what the user set: frozen dataclasses, and the only reader of the environment."""
 
+from qwenrt.config.environment import Console as Console
 from qwenrt.config.environment import Environment as Environment
 from qwenrt.config.families import parse_model_config as parse_model_config
 from qwenrt.config.families import read_model_config as read_model_config

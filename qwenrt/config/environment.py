@@ -19,6 +19,8 @@ class Environment:
     hf_token: str | None = None  # HF_TOKEN: for gated or private repositories
     modelscope_endpoint: str | None = None  # MODELSCOPE_ENDPOINT
     offline: bool = False  # QWENRT_OFFLINE or HF_HUB_OFFLINE: never open a socket
+    hf_cache: Path | None = None  # HF_HUB_CACHE, or hub in HF_HOME: where HuggingFace's own tools keep models
+    modelscope_cache: Path | None = None  # MODELSCOPE_CACHE: where ModelScope's keep them
     backend: str | None = None  # QWENRT_BACKEND: what device="auto" means
     num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
@@ -27,6 +29,7 @@ class Environment:
     openai_api_key: str | None = (
         None  # OPENAI_API_KEY: what `bench serve` shows to the server that it measures
     )
+    history: Path | None = None  # QWENRT_HISTORY: what `qwenrt chat` keeps; 0 for nothing, 1 or a directory
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -34,21 +37,66 @@ class Environment:
         threads = env.get("QWENRT_NUM_THREADS")
         if threads and not (threads.isdecimal() and 1 <= int(threads) <= 1024):
             raise ConfigError("QWENRT_NUM_THREADS", f"is {threads!r}", "Set a number of threads, 1 to 1024.")
-        home = env.get("QWENRT_HOME")
-        cache_dir = Path(home).expanduser() if home else Path.home() / ".cache" / "qwenrt"
+        cache_dir = _expanded(env.get("QWENRT_HOME") or "~/.cache/qwenrt")
+        if cache_dir is None:
+            found = f"is {shown(env.get('QWENRT_HOME'))}, and this user has no such home directory"
+            raise ConfigError("QWENRT_HOME", found, "Set it to a directory for downloads and caches.")
         return cls(
             cache_dir=cache_dir,
             hf_endpoint=env.get("HF_ENDPOINT") or None,
             hf_token=env.get("HF_TOKEN") or None,
             modelscope_endpoint=env.get("MODELSCOPE_ENDPOINT") or None,
             offline=any(_truthy(env.get(k)) for k in ("QWENRT_OFFLINE", "HF_HUB_OFFLINE")),
+            hf_cache=_hf_cache(env),
+            modelscope_cache=_expanded(env.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"),
             backend=env.get("QWENRT_BACKEND") or None,
             num_threads=int(threads) if threads else None,
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
             activations=env.get("QWENRT_ACTIVATIONS", "auto") or "auto",
             packed_cache=packed_cache_in(env.get("QWENRT_PACKED_CACHE"), cache_dir),
             openai_api_key=env.get("OPENAI_API_KEY") or None,
+            history=_history(env),
         )
+
+
+def _hf_cache(env: Mapping[str, str]) -> Path | None:
+    """The directory of HuggingFace's own tools, by their variables in their order."""
+    home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    named = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
+    return _expanded(named or os.path.join(home, "hub"))
+
+
+def _expanded(text: str) -> Path | None:
+    """A directory whose name may begin with ~; None for a user without a home, as some containers have."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return None
+
+
+@dataclass(frozen=True)
+class Console:
+    """What the terminal may be sent beside text. Read apart from the Environment, whose errors are told through it."""
+
+    escapes: bool = True  # sequences that move the cursor or clear the screen: not where TERM is dumb
+    styles: bool = True  # colours and bold letters: not there either, nor where NO_COLOR is set
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Console:
+        env = os.environ if environ is None else environ
+        escapes = env.get("TERM", "") != "dumb"
+        return cls(escapes, escapes and not env.get("NO_COLOR"))
+
+
+def _history(env: Mapping[str, str]) -> Path | None:
+    """Where conversations are kept: in the user's directory for the state of programs, unless it is said otherwise."""
+    said = env.get("QWENRT_HISTORY", "").strip()
+    if said.lower() in ("0", "false", "no", "off"):
+        return None
+    if said and not _truthy(said):
+        return Path(said).expanduser()
+    state = env.get("XDG_STATE_HOME") or env.get("LOCALAPPDATA")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "qwenrt"
 
 
 def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from qwenrt.config.fields import bad, boolean, first_given, integer
 from qwenrt.errors import ConfigError
 
-Method = Literal["gptq", "awq", "fp8"]
+Method = Literal["gptq", "awq", "fp8", "gguf"]
 GROUP_SIZE = 128  # inputs that share a scale, by default
 FP8_BLOCK = (
     128,
@@ -21,13 +21,14 @@ _DENSE = "Load the dense release of the model, with quantize= if it is too large
 
 class Correction(NamedTuple):
     """``number`` more (or, below zero, fewer) matrices [rows, columns] of ``bits`` (16: dense) in groups of
-    ``group_size`` than a config says."""
+    ``group_size``, with ``group_bytes`` as in QuantConfig, than a config says."""
 
     rows: int
     columns: int
     bits: int
     group_size: int
     number: int
+    group_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class QuantConfig:
     ``zero_offset`` is added to stored zeros (1 in the v1 format of AutoGPTQ, 0 in v2 and in AWQ). "fp8" stores
     float8_e4m3fn values and what to multiply them by: one number for each ``block`` (rows, columns), or, without
     ``block``, for each row or for the whole matrix. ``zeros_in_scales``: the zeros of 4-bit codes lie in their scales'
-    last bits and take no memory of their own beside our kernels.
+    last bits and take no memory of their own beside our kernels. "gguf": the types of a GGUF file, ``bits`` and
+    ``group_size`` those of most weights; ``group_bytes``: of a group's scale and offset, 0 where the other fields tell.
 
     This is what a config says of all linears; the format of each one is told by the file
     (loader/checkpoint/formats.py). ``other_groups``: group sizes that a config names for some of them (GPTQ's
@@ -53,6 +55,7 @@ class QuantConfig:
     other_groups: tuple[int, ...] = ()
     corrections: tuple[Correction, ...] = ()
     zeros_in_scales: bool = False
+    group_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -75,6 +78,7 @@ class QuantConfig:
             "fp8": _fp8,
             "fbgemm_fp8": _fp8,
             "compressed-tensors": _compressed_tensors,
+            "gguf": _gguf,
         }
         if not isinstance(method, str) or method not in readers:
             found = f"quant_method is {method!r:.80}"
@@ -156,6 +160,13 @@ def _awq(quant: Mapping[str, Any], where: str) -> QuantConfig:
             f"reading {where}", "zero_point is false", f"AWQ weights are read with their zeros. {_DENSE}"
         )
     return QuantConfig(4, _group_size(quant, where), sym=False, zero_offset=0, method="awq")
+
+
+def _gguf(quant: Mapping[str, Any], where: str) -> QuantConfig:
+    """As loader/checkpoint/gguf/config.py writes it."""
+    bits = integer(quant, "bits", where, 4, 8)
+    group_bytes = integer(quant, "group_bytes", where, 2, 8)
+    return QuantConfig(bits, _group_size(quant, where), zero_offset=0, method="gguf", group_bytes=group_bytes)
 
 
 def _fp8(quant: Mapping[str, Any], where: str) -> QuantConfig:

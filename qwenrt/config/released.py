@@ -122,7 +122,8 @@ def _values(shape: str) -> dict[str, Any]:
 
 def names_like(name: str) -> str:
     """What an error about an unknown shape advises: the known ones that are spelled alike, else all."""
-    close = difflib.get_close_matches(name, RELEASED, 3)
+    alike = difflib.get_close_matches(name.lower().replace(":", "-"), _BY_LOWER, 3)
+    close = [_BY_LOWER[lower] for lower in alike]
     return f"Did you mean {' or '.join(close)}?" if close else f"Known shapes are: {', '.join(RELEASED)}."
 
 

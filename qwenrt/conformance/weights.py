@@ -18,7 +18,8 @@ from qwenrt.ops.weights import dequantize, with_codes
 class Form:
     """``stored``: a dense weight's dtype in the file, None: that of the activations. ``group``: inputs that share a
     scale, -1: all. ``words``: codes in the words of a GPTQ file with act-order and one zero for all, in two parts side
-    by side. ``float_scales``: scales that float16 has not. ``shared``: the weight has another use, as a tied head.
+    by side. ``float_scales``: scales that float16 has not. ``offsets``: of groups, in place of zeros, as in GGUF files.
+    ``shared``: the weight has another use, as a tied head.
     ``parts``: outputs that lie in a file in several forms, which cannot be merged."""
 
     name: str
@@ -28,6 +29,7 @@ class Form:
     act_order: bool = False
     words: bool = False
     float_scales: bool = False
+    offsets: bool = False
     shared: bool = False
     parts: tuple[Form, ...] = ()
 
@@ -51,6 +53,10 @@ _WHOLE = (
     Form("int4 act-order", 4, 128, act_order=True),
     Form("int4 GPTQ words", 4, 128, act_order=True, words=True),
     Form("int4 float32 scales", 4, 32, float_scales=True),
+    Form("int4 offsets", 4, 32, float_scales=True, offsets=True),
+    Form("int4 group 16", 4, 16, float_scales=True),
+    Form("int8 group 16", 8, 16, float_scales=True),
+    Form("int8 offsets", 8, 32, float_scales=True, offsets=True),
     Form("int8 group 32", 8, 32),
     Form("int8 group 64", 8, 64),
     Form("int8 group 128", 8, 128),
@@ -137,7 +143,11 @@ def random_weight(
         return Weight(canonical, matrix, matrix.abs(), shift)
     canonical = dataclasses.replace(_codes(form, n, k, source), bias=shift)
     plain = with_codes(canonical)
-    negated = dataclasses.replace(plain, zeros=-plain.zeros, scales=plain.scales.abs())  # type: ignore
+    assert plain.scales is not None
+    if plain.offsets is not None:
+        negated = dataclasses.replace(plain, offsets=plain.offsets.abs(), scales=plain.scales.abs())
+    else:
+        negated = dataclasses.replace(plain, zeros=-plain.zeros, scales=plain.scales.abs())  # type: ignore
     matrix, reach = (dequantize(w, torch.float64) for w in (plain, negated))
     return Weight(canonical, matrix, reach, shift)
 
@@ -170,6 +180,12 @@ def _codes(form: Form, n: int, k: int, source: torch.Generator) -> CanonicalWeig
         scales = scales.half()
     first = 0 if perm is None else int((perm == 0).nonzero())
     codes[first] = zeros[first // group].clamp(max=2**form.bits - 1).to(torch.uint8)
+    if form.offsets:
+        offsets = -scales * (zeros + 0.3)
+        offsets[first // group] = -scales[first // group] * codes[first]  # which leaves the first input quiet
+        return CanonicalWeight(
+            codes=codes, scales=scales, offsets=offsets, bits=form.bits, group_size=group, perm=perm
+        )
     return CanonicalWeight(
         codes=codes, scales=scales, zeros=zeros, bits=form.bits, group_size=group, perm=perm
     )

@@ -23,12 +23,17 @@ from qwenrt.loader.checkpoint.names import table_for
 from qwenrt.loader.memory.footprint import codes_of
 from qwenrt.loader.packed_cache.cache import PackedCache
 from qwenrt.loader.progress import ByteBar
+from qwenrt.ops import ggml
+from qwenrt.ops.ggml_types import CODED
 from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import dequantize, merge
 
 QUANTIZE_BITS = {name: form.bits for name, form in ROUNDED.items()}
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPE_BYTES}
 _FLOAT16_OVERFLOW = 65520.0  # from here on values become infinite in float16
+CODES_BECOME = (
+    "float16"  # GGUF's codes, where they are made dense: finer than bfloat16, and weights are small
+)
 _SCANNED_WHOLE = 4 * 2**20  # bytes up to which a tensor is searched for NaN in full
 _SCANNED_PART = 2**20  # bytes at the beginning, middle and end of a larger one that are searched
 logger = logging.getLogger("qwenrt")
@@ -157,7 +162,7 @@ class _Loader:
 
     def tensor(self, param: str) -> torch.Tensor:
         """A norm, a router or the embedding on the model's device; the embedding, of which only rows are read, as
-        dense weights are kept."""
+        dense weights are kept, GGUF's codes in 16 bits."""
         slots = self.inventory.slots[param]
         if (param, "") in self.inventory.formats:  # a router or a gate, in whatever format the file has it
             weight = self._canonical(param, "", ReadOptions(keep_words=False, fp8_dtype=torch.float32))
@@ -168,7 +173,10 @@ class _Loader:
         else:
             read = self._read(slots["", "weight"])
             assert read is not None
-            tensor = read
+            kind = self.reader.dtype(slots["", "weight"])
+            tensor = (
+                read if kind not in CODED else ggml.dequantize(kind, read, self._dtype_of_codes(), name=param)
+            )
         dtype = self.weight_dtype(tensor.dtype) if param == "embed_tokens" else self.dtype
         _check_range(param, tensor, dtype)
         result = tensor.to(self.backend.device, dtype)
@@ -180,7 +188,7 @@ class _Loader:
         slots = self.inventory.slots[spec.name]
         parts = parts_of(spec, slots)
         bits = bits_of(spec, self.bits, self.head_bits)
-        if isinstance(tied, torch.Tensor):
+        if isinstance(tied, torch.Tensor) and not self._becomes_codes(spec, parts[0][0]):
             packed = self._pack(spec, [self._rounded(spec, CanonicalWeight(dense=tied, shared=True), bits)])
         elif any(self._becomes_codes(spec, part) for part, _ in parts):
             options = ReadOptions(self.backend.packs_words(), None if self.bits == 8 else self._fp8_dtype())
@@ -252,6 +260,10 @@ class _Loader:
             found = own if found is None else torch.promote_types(found, own)
         assert found is not None
         return found
+
+    def _dtype_of_codes(self) -> torch.dtype:
+        """The dtype of an embedding that is codes in the file."""
+        return self.weight_dtype(getattr(torch, CODES_BECOME))
 
     def _fp8_dtype(self) -> torch.dtype:
         """The dtype that FP8 values become: that of dense weights, or float32 where they are rounded to codes next."""

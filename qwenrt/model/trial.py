@@ -62,9 +62,7 @@ def check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kind
     shapes = {(spec.out_features, spec.in_features, *kinds.form_of(spec)) for spec in specs}
     if config.quant is not None:  # linears, and parts of merged ones, that lie in another form than it says
         others = config.quant.corrections
-        shapes |= {
-            (rows, columns, bits, group) for rows, columns, bits, group, number in others if number > 0
-        }
+        shapes |= {each[:4] for each in others if each.number > 0}
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     bad = selfcheck.check(backend, dtype, heads, shapes, kinds.stored)
     return bad | _check_steps(_Weights(_small(config), kinds), backend, dtype, kinds.int8_cache)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from qwenrt.ops.steps import NOT_FINITE, DecodePlan, DrawTensors, LayerKV, StepPlan
 from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import code_tensors
 
 _SHARE = 64  # blocks of each row's table that decode_attention reads at a time
 
@@ -43,17 +44,18 @@ def pack(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device) -> P
     shape = (weight.out_features, weight.in_features)
     if weight.dense is not None:
         return Packed("dense", *shape, {"weight": weight.dense.to(device, dtype)}, bias)
-    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
-    codes = weight.codes
+    codes, scales, zeros = code_tensors(weight)
     if weight.bits == 4:
         codes = F.pad(codes, (0, 0, 0, codes.shape[0] % 2))
         codes = codes[0::2] | (codes[1::2] << 4)
     data = {
         "codes": codes.to(device),
-        "scales": weight.scales.to(device),
-        "zeros": weight.zeros.to(device),
+        "scales": scales.to(device),
+        "zeros": zeros.to(device),
         "perm": None if weight.perm is None else weight.perm.to(device),
     }
+    if weight.offsets is not None:
+        data["offsets"] = weight.offsets.to(device)
     kind = f"w{weight.bits}a16"
     return Packed(kind, *shape, data, bias, bits=weight.bits, group_size=weight.group_size)
 
@@ -62,7 +64,7 @@ def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
     """Packed "w8a16" or "w4a16" -> W [K, N] in ``dtype``, rows in the order of the codes (see perm).
 
     scale * (code - zero): the difference is exact and so, in float32, is its product with a 16-bit scale; it is
-    rounded once, to ``dtype``.
+    rounded once, to ``dtype``. Where there are offsets, they are added to that in float32.
     """
     codes, scales, zeros = w.data["codes"], w.data["scales"], w.data["zeros"]
     if w.bits == 4:
@@ -70,6 +72,8 @@ def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
     group = torch.arange(w.in_features, device=codes.device) // w.group_size
     step = codes.to(torch.int16) - zeros.to(torch.int16).index_select(0, group)
     values: torch.Tensor = step.float() * scales.float().index_select(0, group)
+    if "offsets" in w.data:
+        values += w.data["offsets"].index_select(0, group)
     return values.to(dtype)
 
 
@@ -385,4 +389,7 @@ def _dequantize_each(w: Packed, data: dict[str, torch.Tensor], dtype: torch.dtyp
         codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1, 2)[:, : w.in_features]
     group = torch.arange(w.in_features, device=codes.device) // w.group_size
     step = codes.to(torch.int16) - data["zeros"].to(torch.int16).index_select(1, group)
-    return (step.float() * data["scales"].float().index_select(1, group)).to(dtype)
+    values = step.float() * data["scales"].float().index_select(1, group)
+    if "offsets" in data:
+        values += data["offsets"].index_select(1, group)
+    return values.to(dtype)

@@ -18,6 +18,7 @@ class CanonicalWeight:
     ``group_size`` rows of K share a scale, G = ceil(K / group_size). Row k of ``codes`` multiplies
     x[..., perm[k]] where ``perm`` (int32 [K]) is given (act-order, already sorted by group), else x[..., k].
     W[n, perm[k]] = scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n]).
+    In place of ``zeros`` there may be ``offsets`` float32 [G, N], as GGUF has them: W = scales * codes + offsets.
     N = out_features, K = in_features; ``bias`` [N] or None.
     Instead of ``codes`` there may be ``words``, which weights.with_codes unpacks: matrices int32
     [ceil(K * bits / 32), n] side by side as GPTQ files have them, 32 / bits codes of one output in a word, lowest
@@ -28,6 +29,7 @@ class CanonicalWeight:
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
     bits: int = 16
     group_size: int = 0
     perm: torch.Tensor | None = None

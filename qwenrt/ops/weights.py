@@ -14,13 +14,14 @@ from qwenrt.ops.types import CanonicalWeight
 def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
     """One weight whose outputs are those of ``weights`` in turn, or None where they cannot be merged.
 
-    Dense ones merge with dense ones; quantised ones when bits, group_size and perm are equal. A part
-    without a bias counts as one with zeros.
+    Dense ones merge with dense ones; quantised ones when bits, group_size and perm are equal and all have zeros or
+    all have offsets. A part without a bias counts as one with zeros.
     """
     first = weights[0]
     if len(weights) == 1:
         return first
-    if len({(w.in_features, w.bits, w.group_size, w.dense is None) for w in weights}) > 1:
+    forms = {(w.in_features, w.bits, w.group_size, w.dense is None, w.offsets is None) for w in weights}
+    if len(forms) > 1:
         return None
     if not all(_same_perm(first.perm, w.perm) for w in weights):
         return None
@@ -37,12 +38,17 @@ def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
             bias=bias,
         )
     weights = [with_codes(w) for w in weights]
-    parts = [code_tensors(w) for w in weights]
+
+    def side_by_side(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(given, dim=1) if given else None
+
     return dataclasses.replace(
         weights[0],
-        codes=torch.cat([codes for codes, _, _ in parts], dim=1),
-        scales=torch.cat([scales for _, scales, _ in parts], dim=1),
-        zeros=torch.cat([zeros for _, _, zeros in parts], dim=1),
+        codes=side_by_side([w.codes for w in weights]),
+        scales=side_by_side([w.scales for w in weights]),
+        zeros=side_by_side([w.zeros for w in weights]),
+        offsets=side_by_side([w.offsets for w in weights]),
         bias=bias,
     )
 
@@ -64,7 +70,8 @@ def dequantize(weight: CanonicalWeight, dtype: torch.dtype | None = None) -> tor
     """[N, K] in ``dtype`` (default: that of the scales, or of the dense weight), columns in the order of x.
 
     scale * (code - zero) is exact in float32 for float16 and bfloat16 scales and is rounded once to
-    ``dtype``, so float16 equals AutoGPTQ's half-precision product bit for bit.
+    ``dtype``, so float16 equals AutoGPTQ's half-precision product bit for bit. scale * code + offset is rounded twice
+    to float32 before that.
     """
     if weight.dense is not None:
         return weight.dense if dtype is None else weight.dense.to(dtype)
@@ -74,6 +81,8 @@ def dequantize(weight: CanonicalWeight, dtype: torch.dtype | None = None) -> tor
     for g in range(scales.shape[0]):
         rows = slice(g * weight.group_size, (g + 1) * weight.group_size)
         part = codes[rows].to(torch.float32).sub_(zeros[g]).mul_(scales[g])
+        if weight.offsets is not None:
+            part += weight.offsets[g]
         if weight.perm is None:
             out[:, rows] = part.t()
         else:
@@ -82,10 +91,13 @@ def dequantize(weight: CanonicalWeight, dtype: torch.dtype | None = None) -> tor
 
 
 def code_tensors(weight: CanonicalWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes, scales and zeros of a quantised weight; ConfigError for a dense one."""
-    if weight.codes is None or weight.scales is None or weight.zeros is None:
+    """codes, scales and zeros (all 0 beside offsets) of a quantised weight; ConfigError for a dense one."""
+    zeros = weight.zeros
+    if zeros is None and weight.offsets is not None:
+        zeros = torch.zeros_like(weight.offsets, dtype=torch.int16)
+    if weight.codes is None or weight.scales is None or zeros is None:
         raise ConfigError("reading a weight's codes", "it is dense", "Quantise it first (quantize_dense).")
-    return weight.codes, weight.scales, weight.zeros
+    return weight.codes, weight.scales, zeros
 
 
 def with_codes(weight: CanonicalWeight) -> CanonicalWeight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -13,6 +13,7 @@ import qwenrt
 from qwenrt.server.health import Report
 from qwenrt.server.metrics import CONTENT_TYPE
 from qwenrt.server.openapi import document
+from qwenrt.server.page import page
 from qwenrt.server.service import Service
 from qwenrt.server.streams import Json
 
@@ -37,9 +38,12 @@ def routes(parts: Parts) -> list[Route]:
 class _Routes:
     def __init__(self, parts: Parts) -> None:
         self._service, self._health, self._metrics = parts.service, parts.health, parts.service.metrics
+        self._has_page = parts.settings.page
 
     async def root(self, request: Request) -> ASGIApp:
-        """Some clients look here first, and want nothing but a 200."""
+        """The page, or a line of text without it: some clients look here first, and want nothing but a 200."""
+        if self._has_page:
+            return _page(request)
         name = self._service.names[0]
         return PlainTextResponse(
             f"qwenrt {qwenrt.__version__} serves {name}. What may be asked: /openapi.json\n"
@@ -67,10 +71,28 @@ class _Routes:
         return Json(document())
 
 
+def _page(request: Request) -> ASGIApp:
+    own = page()
+    headers = {
+        "content-security-policy": own.policy,
+        "etag": own.etag,
+        "cache-control": "no-cache",  # kept, and asked about: a server of another version may come to this port
+        "vary": "accept-encoding",
+    }
+    if own.etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return HTMLResponse(own.compressed, headers={**headers, "content-encoding": "gzip"})
+    return HTMLResponse(own.body, headers=headers)
+
+
 def _report(report: Report) -> ASGIApp:
     return Json(
         {"status": "ok"} if report.ok else {"status": "failed", "reason": report.reason}, report.status
     )
+
+
+_OWN_SAMPLING = ("temperature", "top_p", "top_k")  # what a request gets that says nothing of them
 
 
 def _server_info(service: Service) -> dict[str, Any]:
@@ -81,6 +103,9 @@ def _server_info(service: Service) -> dict[str, Any]:
         "model": service.names[0],
         "served_model_names": list(service.names),
         "model_type": llm.config.model_type,
+        "built_in": llm.name == "demo",
+        "thinking": llm.thinking,
+        "sampling": {name: getattr(llm.generation_config.sampling, name) for name in _OWN_SAMPLING},
         "device": str(llm.device),
         "kernels": stats["kernels"],
         "dtype": stats["dtype"],

@@ -46,7 +46,7 @@ POSTS: dict[str, tuple[str, Any]] = {
     ),
 }
 GETS = {
-    "/": "Where the server is",
+    "/": "The page for a browser; without it, a line that says what is served",
     "/health": "Whether the process and its engine live",
     "/ready": "Whether a request that comes now would be served",
     "/metrics": "Figures for Prometheus",

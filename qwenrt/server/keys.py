@@ -1,4 +1,4 @@
-"""API keys: hashed when they are read, compared in constant time, from a file that only its owner may read.
+"""API keys: hashed when they are read, compared in constant time, from a file that nobody else may read.
 
 A key file has one key a line. Empty lines and those that begin with # say nothing; `priority=N` after a key is the
 highest priority that requests with it may have.
@@ -66,9 +66,9 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
     """The keys in a file, at least one. Raises ConfigError, which shows no line of it."""
     asked = f"the API keys in {path}"
     with opened(path, ConfigError, asked=asked) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-            found = f"others than its owner may use the file (mode {stat.S_IMODE(mode):03o})"
+        status = os.fstat(file.fileno())
+        if os.name == "posix" and status.st_mode & _forbidden(status.st_uid):
+            found = f"others than its owner may use the file (mode {stat.S_IMODE(status.st_mode):03o})"
             raise ConfigError(asked, found, f"Run `chmod 600 {path}`.")
         raw = file.read(_LARGEST_FILE + 1)
     if len(raw) > _LARGEST_FILE:
@@ -82,6 +82,13 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
     if not keys:
         raise ConfigError(asked, "no key in it", _FOR_A_FILE)
     return keys
+
+
+def _forbidden(owner: int) -> int:
+    """Bits that a key file's mode may not have. A file of somebody else's that we may read is there for us: Kubernetes
+    and systemd hand secrets out as root's, readable by a group that is the service's own."""
+    ours = stat.S_IRGRP if owner == os.geteuid() else 0
+    return stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP | ours
 
 
 def _key(asked: str, number: int, line: str) -> Key:

@@ -93,8 +93,9 @@ class Service:
 
     @cached_property
     def own_name(self) -> str:
-        """The checkpoint's name; of a directory its last part: where it lies is nobody's business."""
-        return Path(self.llm.name).resolve().name if Path(self.llm.name).is_dir() else self.llm.name
+        """The checkpoint's name; of a directory or file its last part: where it lies is nobody's business."""
+        path = Path(self.llm.name)
+        return path.resolve().name if path.is_dir() else path.stem if path.is_file() else self.llm.name
 
     @property
     def names(self) -> tuple[str, ...]:

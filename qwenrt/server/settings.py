@@ -42,6 +42,7 @@ ABOUT: dict[str, str] = {
     "watchdog": "seconds that a step may take before the server says that it is not ready",
     "log_prompts": "write prompts and answers into the log",
     "metrics": "serve /metrics",
+    "page": "serve the page for a browser at /",
 }
 # setting -> (least, most), for those that are whole numbers and those that may be parts of one
 _WHOLE = {
@@ -56,7 +57,7 @@ _WHOLE = {
 }
 _SECONDS = ("queue_timeout", "request_timeout", "drain", "receive_seconds", "send_seconds", "watchdog")
 _LONGEST = 30 * 24 * 3600.0  # seconds
-_FLAGS = ("strict_model", "i_know_this_is_open", "share_prefixes", "log_prompts", "metrics")
+_FLAGS = ("strict_model", "i_know_this_is_open", "share_prefixes", "log_prompts", "metrics", "page")
 _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://[a-z0-9._~-]+(:[0-9]{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:.]+\](:[0-9]{1,5})?"
 )
@@ -96,6 +97,7 @@ class ServeSettings:
     watchdog: float = 60.0
     log_prompts: bool = False
     metrics: bool = True
+    page: bool = True
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -98,7 +98,7 @@ def assert_close(y: torch.Tensor, wanted: torch.Tensor, x: torch.Tensor, weight:
     assert bool(((y.double() - wanted).abs() <= most * summed(x, weight)).all())
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.one_of(st.integers(1, 40), st.sampled_from([64, 201])),
     k=st.one_of(st.integers(1, 140), st.sampled_from([128, 259, 1300])),
@@ -160,9 +160,9 @@ def test_what_is_beside_an_outlier_keeps_its_digits(cpu: CPUBackend, bits: int, 
     assert errors[0] < max(1.5 * errors[1], 1e-4)
 
 
-@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize(
-    ("inputs", "bits", "group_size"), [(33, 8, 128), (20, 8, 128), (161, 8, 128), (33, 4, 128)]
+    ("isa", "inputs", "bits", "group_size"),
+    [*((isa, 33, 8, 128) for isa in SETS), ("auto", 20, 8, 128), ("auto", 161, 8, 128), ("auto", 33, 4, 128)],
 )
 def test_the_self_check_passes_a_group_longer_than_the_row(
     cpu: CPUBackend, isa: str, inputs: int, bits: int, group_size: int
@@ -175,7 +175,7 @@ def test_the_self_check_passes_a_group_longer_than_the_row(
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("activations", ROUNDED)
 def test_batches_and_threads_change_no_bit(cpu: CPUBackend, bits: int, activations: str) -> None:
-    weight = random_weight(1000, 1152, bits, 128, shuffle=True)
+    weight = random_weight(200, 1152, bits, 128, shuffle=True)
     x = torch.randn(300, 1152)
     x[::7, 500] *= 5000
     cpu.configure(num_threads=2, activations=activations)
@@ -186,7 +186,7 @@ def test_batches_and_threads_change_no_bit(cpu: CPUBackend, bits: int, activatio
     for threads in (1, 3):
         cpu.configure(num_threads=threads, activations=activations)
         assert torch.equal(cpu.linear(x, w), y)
-    assert cpu.linear(x[:0], w).shape == (0, 1000)
+    assert cpu.linear(x[:0], w).shape == (0, 200)
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -258,7 +258,7 @@ def with_outliers(tokens: int, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("outliers", [False, True])
 def test_errors_are_as_small_as_is_said(cpu: CPUBackend, bits: int, outliers: bool) -> None:
-    weight = random_weight(512, 2048, bits, 128, bias=False)
+    weight = random_weight(128, 2048, bits, 128, bias=False)
     x = with_outliers(16, 2048) if outliers else torch.randn(16, 2048)
     w, (wanted, _) = cpu.pack_linear(weight, torch.float32), float64_linear(x, weight)
     int16, int8 = (3e-4, 3e-2) if outliers else (5e-5, 1e-2)

@@ -34,7 +34,8 @@ ROUNDED_AGAIN = {"exact": 1e-5, "int16": 5e-3, "int8": 2e-2}
 def test_experts_with_dense_layers_between(cpu: CPUBackend, form: str, activations: str) -> None:
     """The router's sums are in another order than torch's: what follows is equal where its scores do not matter."""
     cpu.configure(activations=activations, num_threads=2)
-    for shared, top_k, norm in ((40, 2, True), (0, 6, False), (0, 1, True)):
+    kinds = ((40, 2, True), (0, 6, False), (0, 1, True))
+    for shared, top_k, norm in kinds if activations == "exact" else kinds[:1]:
         moe = MoeConfig(6, top_k, 24, shared, norm, frozenset((1,)))
         model = build(cpu, dataclasses.replace(DENSE, moe=moe), form)
         check(model, int8=top_k == 2, most=0.0 if norm and top_k == 1 else ROUNDED_AGAIN[activations])

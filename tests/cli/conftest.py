@@ -31,7 +31,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def qwenrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """qwenrt("chat", stdin="...") -> exit code, stdout, stderr."""
 
-    def run(*argv: str, stdin: str | bytes = "", encoding: str = "utf-8") -> Done:
+    def run(*argv: str, stdin: str | bytes = "", encoding: str = "utf-8", history: bool = False) -> Done:
+        if not history:
+            monkeypatch.setenv("QWENRT_HISTORY", "0")
         raw = stdin.encode(encoding) if isinstance(stdin, str) else stdin
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding=encoding))
         try:

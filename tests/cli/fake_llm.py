@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import signal
 import sys
 import time
 import types
@@ -18,7 +19,7 @@ from qwenrt.config import GenerationConfig, parse_model_config
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.llm import LLM
 from qwenrt.loading import load, load_random
-from qwenrt.outputs import Delta, Generation, Usage
+from qwenrt.outputs import Delta, Generation, Timing, Usage
 from qwenrt.sampling_params import SamplingParams
 
 CONFIG = parse_model_config(
@@ -31,6 +32,7 @@ CONFIG = parse_model_config(
     }
 )
 
+TIMING = Timing(queue_s=0.1, first_token_s=0.5, total_s=1.5, tokens_per_s=2.0)
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
@@ -51,8 +53,8 @@ def as_the_real(real: Callable[..., Any]) -> Callable[[Fake], Fake]:
 
 
 class FakeLLM:
-    """Echoes. "/slow" writes words for a minute, "/interrupt" is cut by Ctrl-C, "/fail" fails, "/escape" writes
-    control characters, "/long" runs into max_tokens, "/think" thinks first."""
+    """Echoes. "/slow" writes words for a minute or until SIGUSR1, "/never" waits as long, "/interrupt" is cut by
+    Ctrl-C, "/fail" fails, "/escape" writes control characters, "/long" runs into max_tokens, "/think" thinks first."""
 
     name = "fake"
     summary = "fake on cpu"
@@ -78,16 +80,27 @@ class FakeLLM:
             if query == "/think":
                 yield Delta("", reasoning="Let me ")
                 yield Delta("", reasoning="think.")
+            if query == "/never":
+                time.sleep(60)
             yield Delta("echo ")
             if query == "/interrupt":
                 raise KeyboardInterrupt
             if query == "/slow":
-                for _ in range(600):
-                    time.sleep(0.1)
+                told: list[int] = []
+                signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+                for _ in range(3000):
+                    if told:
+                        break
+                    time.sleep(0.02)
                     yield Delta("word ")
             text = {"/escape": "\x1b[2Jred\x07", "/smile": "\U0001f642"}.get(query, query)
             yield Delta(f"{text} ({len(history)} turns, seed {params.seed}, top_p {params.top_p})")
-            yield Delta("", finish_reason="length" if query == "/long" else "stop", usage=Usage(1, 2))
+            yield Delta(
+                "",
+                finish_reason="length" if query == "/long" else "stop",
+                usage=Usage(5, 2, 4),
+                timing=TIMING,
+            )
         finally:
             self.closed_streams += 1
 

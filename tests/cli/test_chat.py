@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from qwenrt.cli.session import parse_settings
+from qwenrt.cli.chat_commands import COMMANDS, Mistaken, Order, Question, Typed, meaning
+from qwenrt.cli.session import parse_settings, shortened, tidy
 
 Qwenrt = Callable[..., Any]
 
@@ -54,6 +55,7 @@ def test_help(command: str, fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     ):
         assert name in out
     assert max(map(len, out.splitlines())) <= 80
+    assert all(f":{name}" in out for command in COMMANDS for name in command.names)
     assert not fake.llm.calls
 
 
@@ -154,10 +156,68 @@ def test_settings_are_literals(text: str, changes: dict[str, Any], refused: int)
     assert (found, len(left_out)) == (changes, refused)
 
 
-@pytest.mark.parametrize("query", [":", ":)", ":unknown", ":HELP", "::", "a:help"])
-def test_what_is_no_command_is_a_question(query: str, fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
-    qwenrt("chat", stdin=query + "\n")
-    assert [call["query"] for call in fake.llm.calls] == [query]
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (":unknown", ":help lists the commands"),
+        (":hlep", "Did you mean :help?"),
+        (":temperature=0", ":help lists the commands"),
+        ("/help", "Did you mean :help?"),
+        ("/bye", "Did you mean :exit?"),
+        ("/set parameter seed 1", "Did you mean :conf?"),
+        ("Exit", "Did you mean :exit?"),
+        ("quit()", "Did you mean :exit?"),
+    ],
+)
+def test_what_looks_like_a_command_is_not_sent(
+    typed: str, meant: str, fake: SimpleNamespace, qwenrt: Qwenrt
+) -> None:
+    done = qwenrt("chat", stdin=f"{typed}\n:send {typed}\n {typed}\n")
+    assert done.err.count("[ERROR]") == 1 and done.code == 1, "a pipe must not lose a question in silence"
+    assert f'"{typed.split()[0]}" is no command here' in done.err and meant in done.err
+    assert [call["query"] for call in fake.llm.calls] == [typed, typed], "these two are how it is sent"
+
+
+def test_retry_asks_with_another_seed_in_place_of_the_last_turn(
+    fake: SimpleNamespace, qwenrt: Qwenrt
+) -> None:
+    done = qwenrt("chat", stdin=":retry\na\nb\n:retry\n:retry\nc\n:retry\n:his\n")
+    asked = [(c["query"], len(c["history"]), c["sampling_params"].seed) for c in fake.llm.calls]
+    assert asked == [
+        ("a", 0, 1234),
+        ("b", 1, 1234),
+        ("b", 1, 1235),
+        ("b", 1, 1236),
+        ("c", 2, 1234),
+        ("c", 2, 1235),
+    ]
+    assert "No question was asked yet" in done.err and " History (3) " in done.out
+
+
+def test_retry_says_where_it_changes_nothing_and_asks_again_what_failed(
+    fake: SimpleNamespace, qwenrt: Qwenrt
+) -> None:
+    done = qwenrt("chat", stdin=":conf temperature=0\na\n:retry\n/fail\n:retry\n:his\n")
+    assert "The most probable answer comes again" in done.err
+    assert [c["query"] for c in fake.llm.calls] == ["a", "a", "/fail", "/fail"]
+    assert len(fake.llm.calls[-1]["history"]) == 1 and " History (1) " in done.out
+
+
+def test_undo_takes_back_a_turn(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
+    done = qwenrt("chat", stdin="a\nb\n:undo\nc\n:undo\n:undo\n:undo\n:retry\n")
+    assert [c["query"] for c in fake.llm.calls] == ["a", "b", "c"]
+    assert [len(c["history"]) for c in fake.llm.calls] == [0, 1, 1]
+    assert "[INFO] Took back: c" in done.out
+    assert "There is no turn to take back" in done.err and "No question was asked yet" in done.err
+
+
+def test_stats(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
+    before, after = qwenrt("chat", stdin=":stats\na\n:stats\n").out.split("echo a")
+    assert "last answer   none yet" in before
+    assert "last answer   2 tokens in 1.5 s, the first after 0.50 s, then 2.0 a second" in after
+    assert "its prompt    5 tokens, 4 of them from the cache" in after
+    assert "context       7 of 4096 tokens used" in after
+    assert "conversation  1 turn" in after and "model         fake on cpu" in after
 
 
 def test_empty_and_undecodable_input_is_asked_again(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
@@ -279,3 +339,44 @@ def test_a_pipe_gets_the_answer_without_the_thought(fake: SimpleNamespace, qwenr
     done = qwenrt("chat", "--thinking", "off", "--thinking-budget", "9", stdin="/think\n")
     assert "think." not in done.out and "echo /think" in done.out
     assert fake.llm.calls[0]["enable_thinking"] is False and fake.llm.calls[0]["thinking_budget"] == 9
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (":help", Order("help", "")),
+        (": q", Order("exit", "")),
+        (":HELP me", Order("help", "me")),
+        ("：帮助", Question("：帮助")),
+        ("：clh", Order("clear-his", "")),
+        (":system  You are a cat. ", Order("system", "You are a cat.")),
+        (":conf a=1 b=2", Order("conf", "a=1 b=2")),
+        *(
+            (text, Question(text))
+            for text in (":", "::", ":)", ":-D", ": hello", "a:help", "help", "", ":你好")
+        ),
+        *(
+            (text, Question(text))
+            for text in ("/think", "/no_think hi", "/usr/bin/env", "//", "/", "exit now")
+        ),
+        ("::help", Question(":help")),
+        (":help\nof two lines", Question(":help\nof two lines")),
+        (Typed(":help", literal=True), Question(":help")),
+    ],
+)
+def test_what_a_line_means(typed: str | Typed, meant: Order | Question) -> None:
+    assert meaning(typed if isinstance(typed, Typed) else Typed(typed)) == meant
+
+
+@pytest.mark.parametrize(
+    "text", [":D", ":seed=5", ":smile:", ":help你好", "/exit", "/?", "/regenerate", "QUIT"]
+)
+def test_what_is_mistaken_for_a_command(text: str) -> None:
+    meant = meaning(Typed(text))
+    assert isinstance(meant, Mistaken) and f":send {text}" in meant.said
+
+
+def test_names_are_tidy() -> None:
+    assert tidy("/models/Qwen3-4B/") == tidy("Qwen/Qwen3-4B") == tidy("D:\\models\\Qwen3-4B") == "Qwen3-4B"
+    assert tidy("demo") == "demo" and tidy("/") == "/"
+    assert shortened("a\nb  c") == "a b c" and shortened("x" * 99) == "x" * 57 + "..."

@@ -142,9 +142,14 @@ def test_run_ctrl_c_exits_with_130(fake: SimpleNamespace, qwenrt: Qwenrt) -> Non
     assert fake.llm.closed
 
 
-def test_run_survives_a_reader_that_goes_away() -> None:
-    command = [sys.executable, "-m", "tests.cli.fake_llm", "run", "demo", "/slow"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("command", ["run demo /slow", "chat"])
+def test_a_reader_that_goes_away_ends_it_in_silence(command: str) -> None:
+    line = [sys.executable, "-m", "tests.cli.fake_llm", *command.split()]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(line, **pipes) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"/slow\n")
+        process.stdin.flush()
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(4) == b"echo"
         process.stdout.close()
@@ -169,7 +174,7 @@ def test_pull_prints_the_directory(monkeypatch: pytest.MonkeyPatch, qwenrt: Qwen
     monkeypatch.setitem(sys.modules, "qwenrt.loader.hub.resolve", hub)
     done = qwenrt("pull", "Qwen-7B", "--source", "modelscope", "--revision", "v1")
     assert (done.code, done.out) == (0, f"{tmp_path}\n")
-    assert asked == [("Qwen-7B", {"source": "modelscope", "revision": "v1", "offline": None})]
+    assert asked == [("Qwen-7B", {"source": "modelscope", "revision": "v1", "offline": None, "newest": True})]
     found = json.loads(qwenrt("pull", "Qwen-7B", "--json").out)
     assert found == {"model": "Qwen-7B", "directory": str(tmp_path)}
     assert qwenrt("pull", "gone").err == "qwenrt: error: model 'gone': 404. Check the name.\n"

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import select
+import signal
+import stat
 import subprocess
 import sys
 import time
@@ -32,12 +34,13 @@ class Talk:
         env = {
             k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING")
         }
+        private = {"QWENRT_HISTORY": "0"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *argv],
             stdin=slave,
             stdout=slave,
-            stderr=slave,
-            env={**env, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environment},
+            stderr=subprocess.PIPE if environment.get("STDERR_TO") == "pipe" else slave,
+            env={**env, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **private, **environment},
             cwd=ROOT,
             start_new_session=True,
             preexec_fn=lambda: _take_terminal(slave),
@@ -82,6 +85,10 @@ class Talk:
         if b"\x1b[6n" in piece:  # where is the cursor? (a terminal answers)
             os.write(self.master, b"\x1b[1;1R")
         return piece
+
+    def finish_slow(self) -> None:
+        """Let an answer to /slow end."""
+        self.process.send_signal(signal.SIGUSR1)
 
     def code(self) -> int:
         return self.process.wait(timeout=200)
@@ -136,15 +143,25 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(talk: Talk) -> None:
     talk.type("/slow" + ENTER)
     talk.until("word word")
     talk.type(CTRL_C)
-    talk.until("Answer stopped; the history is unchanged.", PROMPT)
+    talk.until("Answer stopped; what there is of it is kept.", PROMPT)
     talk.type("again" + ENTER)
-    talk.until("echo again (1 turns", PROMPT)
+    talk.until("echo again (2 turns", PROMPT)
+    talk.type(":his" + ENTER)
+    talk.until("Qwen[1]: echo word", "[stopped]", PROMPT)
+    talk.type(":undo" + ENTER)
+    talk.until("Took back: again", PROMPT)
+    talk.type(":undo" + ENTER)
+    talk.until("Took back: /slow", PROMPT)
     talk.type(":q" + ENTER)
     assert talk.code() == 0
 
 
 @both
-def test_ctrl_c_at_the_prompt_leaves_with_1(talk: Talk) -> None:
+def test_ctrl_c_twice_at_the_prompt_leaves_with_1(talk: Talk) -> None:
+    talk.interrupt_prompt("Ctrl-C once more leaves", PROMPT)
+    talk.type("still here" + ENTER)
+    talk.until("echo still here", PROMPT)
+    talk.interrupt_prompt("Ctrl-C once more leaves", PROMPT)
     talk.interrupt_prompt("Left with Ctrl-C")
     assert talk.code() == 1
 
@@ -153,7 +170,18 @@ def test_ctrl_c_raised_inside_the_model_is_the_same(talk: Talk) -> None:
     talk.type("/interrupt" + ENTER)
     talk.until("Answer stopped", PROMPT)
     talk.type(":his" + ENTER)
-    talk.until("History (0)")
+    talk.until("History (1)", "Qwen[0]: echo [stopped]")
+
+
+def test_an_answer_stopped_before_it_began_is_not_kept(talk: Talk) -> None:
+    talk.type("first" + ENTER)
+    talk.until("(0 turns", PROMPT)
+    talk.type("/never" + ENTER)
+    talk.until("Qwen>")
+    talk.type(CTRL_C)
+    talk.until("Stopped before the answer began", PROMPT)
+    talk.type(":his" + ENTER)
+    talk.until("History (1)")
 
 
 @both
@@ -182,9 +210,99 @@ def test_a_thought_is_shown_before_the_answer_and_not_remembered(talk: Talk) -> 
     talk.until("Qwen[0]: echo /think")
 
 
-def test_a_misspelt_command_goes_to_the_model_and_is_said_to(talk: Talk) -> None:
+@both
+def test_a_misspelt_command_is_not_sent(talk: Talk) -> None:
     talk.type(":hlep" + ENTER)
-    talk.until('":hlep" is not a command and goes to the model', "echo :hlep", PROMPT)
+    talk.until('":hlep" is no command here', "Did you mean :help?", PROMPT)
+    talk.type(":send :hlep" + ENTER)
+    talk.until("echo :hlep (0 turns", PROMPT)
+
+
+@both
+def test_what_is_typed_while_a_model_writes_waits_unseen(talk: Talk) -> None:
+    talk.type("/slow" + ENTER)
+    talk.until("word word")
+    talk.type("typed 你好")
+    talk.until("word word word")
+    assert "typed" not in talk.seen[talk.mark :].decode("utf-8", "replace")
+    talk.finish_slow()
+    talk.until("/slow (0 turns", PROMPT)
+    talk.type(ENTER)
+    talk.until("echo typed 你好 (1 turns", PROMPT)
+
+
+def test_a_conversation_is_kept_and_reopened(tmp_path: Path) -> None:
+    home = str(tmp_path / "kept")
+    talk = Talk("chat", "some/model", QWENRT_HISTORY=home)
+    try:
+        talk.until(PROMPT)
+        talk.type("hello" + ENTER)
+        talk.until("echo hello (0 turns", PROMPT)
+        talk.type("/interrupt" + ENTER)
+        talk.until("Answer stopped", PROMPT)
+        talk.type(CTRL_D)
+        talk.until("qwenrt chat --continue goes on with it")
+        assert talk.code() == 0
+    finally:
+        talk.close()
+    [saved] = (tmp_path / "kept" / "conversations").iterdir()
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+    talk = Talk("chat", "--continue", QWENRT_HISTORY=home)
+    try:
+        talk.until("Going on after 2 turns, the last of them: /interrupt", PROMPT)
+        talk.type("\x1b[A")  # the key for what was typed before
+        talk.until("/interrupt")
+        talk.type(CTRL_C + ":his" + ENTER)
+        talk.until("Qwen[0]: echo hello", "Qwen[1]: echo [stopped]", PROMPT)
+        talk.type(":clh" + ENTER)
+        talk.until("Forgot 2 turns", PROMPT)
+        talk.type(":q" + ENTER)
+        assert talk.code() == 0
+    finally:
+        talk.close()
+    assert not saved.exists(), "what was to be forgotten is not kept either"
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "dumb", "NO_COLOR": "1"}])
+def test_a_dumb_terminal_gets_text_alone(environment: dict[str, str]) -> None:
+    talk = Talk("chat", **environment)
+    try:
+        talk.until("This is fake.", PROMPT)
+        for typed, answered in (
+            ("/think", "think."),
+            (":clear", "This is fake."),
+            (":seed x", "must be an integer"),
+        ):
+            talk.type(typed + ENTER)
+            talk.until(answered, PROMPT)
+        talk.interrupt_prompt("Ctrl-C once more leaves", PROMPT)
+        talk.type(CTRL_D)
+        assert talk.code() == 0
+        assert b"\x1b" not in talk.seen
+    finally:
+        talk.close()
+
+
+def test_no_colour_where_none_is_wanted() -> None:
+    talk = Talk("chat", NO_COLOR="1")
+    try:
+        talk.until(PROMPT)
+        talk.type("/think" + ENTER)
+        talk.until("think.", "echo /think", PROMPT)
+        talk.type(":seed x" + ENTER)
+        talk.until("must be an integer", PROMPT)
+        coloured = re.findall(rb"\x1b\[([0-9;]+)m", talk.seen)
+        assert set(coloured) <= {b"0"}, "a reset is all that the line editor sends"
+    finally:
+        talk.close()
+
+
+def test_a_terminal_that_is_closed_ends_it_quietly() -> None:
+    talk = Talk("chat", STDERR_TO="pipe")
+    talk.until(PROMPT)
+    os.close(talk.master)
+    assert talk.code() in (0, 1, -signal.SIGHUP)
+    assert talk.process.stderr is not None and talk.process.stderr.read() == b""
 
 
 def test_clear_empties_the_screen(talk: Talk) -> None:

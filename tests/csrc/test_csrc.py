@@ -52,6 +52,7 @@ def test_no_unit_of_a_set_has_a_function_that_others_could_get(
             assert not [line for line in symbols.splitlines() if " W " in line or " u " in line], file
 
 
+@pytest.mark.slow
 def test_portable_code_under_address_and_undefined_sanitizers(
     compiler: list[str], setup_module: ModuleType, tmp_path: Path, all_objects: Objects
 ) -> None:

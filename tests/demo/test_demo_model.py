@@ -32,6 +32,12 @@ def llm():
         yield model
 
 
+def test_it_answers_what_a_newcomer_is_told_to_ask(llm):
+    answers = [llm.chat(question)[0] for question in demo.CAN_ANSWER]
+    for answer, word in zip(answers, ("Paris", "12", "moo", "Anna", "故事"), strict=True):
+        assert word in answer
+
+
 def test_it_is_a_qwen1_directory_of_at_most_12_megabytes():
     shipped = [f for f in DIRECTORY.iterdir() if f.suffix in (".json", ".tiktoken", ".safetensors")]
     assert sum(f.stat().st_size for f in shipped) <= 12_000_000

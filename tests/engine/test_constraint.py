@@ -85,7 +85,7 @@ def mixed() -> list[tuple[list[int], SamplingParams]]:
     return [
         (
             [20 + i, 40, 60 + i] * (1 + i % 3),
-            params(i, [JSON, None, DIGITS, JSON][i % 4], **{"max_tokens": 60, **more[i // 2]}),
+            params(i, [JSON, None, DIGITS, JSON][i % 4], **{"max_tokens": 24, **more[i // 2]}),
         )
         for i in range(16)
     ]

@@ -17,19 +17,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import qwenrt
-from qwenrt.config import GenerationConfig, parse_model_config, read_json
+from qwenrt.config import Environment, GenerationConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.errors import QwenrtError
 from qwenrt.finetune.trainer import TrainingSettings
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.header import read_shard
+from qwenrt.loader.hub.resolve import resolve
 from qwenrt.loader.memory.footprint import Storage, memory_need
 from qwenrt.text.chat.builtin_templates import TEMPLATES
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.formats import load_chat_format
 from tests.conftest import write_tiny_checkpoint
 from tests.fuzz.values import any_value, as_bytes, changed
+from tests.loader.gguf.gguf_files import write_gguf
 from tests.text.bpe_vocab import (
     FIRST,
     MERGES,
@@ -130,6 +134,29 @@ def header(rng: random.Random, scratch: Path) -> None:
     (scratch / "model.safetensors.index.json").write_bytes(as_bytes(rng, changed(rng, index)))
     with _refusals_are_right():
         open_checkpoint(scratch)
+
+
+def gguf(rng: random.Random, scratch: Path) -> None:
+    """A GGUF file: its header, and the config and the tokenizer that are made of it."""
+    raw = bytearray(_gguf_file())
+    end = len(raw) - 512 * 64 * 2 if rng.random() < 0.9 else len(raw)  # mostly the header
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at, size = rng.randrange(end), rng.choice((1, 1, 4, 8))
+        raw[at : at + size] = rng.choice((rng.randbytes(size), bytes(size), b"\xff" * size))
+    path = scratch / "model.gguf"
+    path.write_bytes(raw[: rng.choice((len(raw), len(raw), len(raw), rng.randrange(len(raw))))])
+    with _refusals_are_right():
+        directory = resolve(path, env=Environment(cache_dir=scratch / "cache"))
+        open_checkpoint(directory)
+        read_model_config(directory)
+        ChatTokenizer.from_dir(directory)
+
+
+@functools.cache
+def _gguf_file() -> bytes:
+    place = Path(tempfile.mkdtemp(prefix="qwenrt-fuzz-"))
+    tensors = {"model.embed_tokens.weight": torch.ones(512, 64), "lm_head.weight": torch.ones(512, 64)}
+    return write_gguf(place / "model.gguf", _LATER, tensors, "Q8_0", tokenizer=True).read_bytes()
 
 
 def tokenizer(rng: random.Random, scratch: Path) -> None:
@@ -296,7 +323,7 @@ def load(rng: random.Random, scratch: Path) -> None:
 
 
 FUZZERS: dict[str, Callable[[random.Random, Path], None]] = {
-    "config": config, "header": header, "tokenizer": tokenizer, "arguments": arguments, "load": load,
+    "config": config, "header": header, "gguf": gguf, "tokenizer": tokenizer, "arguments": arguments, "load": load,
 }  # fmt: skip
 
 

@@ -142,6 +142,20 @@ def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> Non
         read_key_file(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_a_secret_that_a_platform_hands_out_may_be_readable_by_our_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = key_file(tmp_path / "keys", "sk-one\n", 0o440)
+    owner = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    assert len(read_key_file(path)) == 1
+    for mode in (0o460, 0o444, 0o442, 0o450):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match=f"mode {mode:03o}"):
+            read_key_file(path)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -37,8 +37,8 @@ INLINE __m256i broadcast(const int32_t* x) {
 struct GroupScales {
   const char* scale;
   int64_t scale_bytes, scale_stride;
-  const uint16_t* zero;
-  int64_t zero_stride;
+  const char* zero;
+  int64_t zero_bytes, zero_stride;
   bool in_scales;  // where `zero` points then
   __m256 all_zeros;
 
@@ -47,9 +47,10 @@ struct GroupScales {
     scale = static_cast<const char*>(w.scales) + first * scale_bytes;
     scale_stride = stride * scale_bytes;
     in_scales = !w.zeros && w.zero == QWENRT_ZEROS_IN_SCALES;
-    const uint16_t* const zeros = in_scales ? static_cast<const uint16_t*>(w.scales) : w.zeros;
-    zero = zeros ? zeros + first * QWENRT_BLOCK : nullptr;
-    zero_stride = stride * QWENRT_BLOCK;
+    zero_bytes = QWENRT_BLOCK * (w.zeros && w.zeros_are_float ? 4 : 2);
+    const char* const zeros = static_cast<const char*>(in_scales ? w.scales : w.zeros);
+    zero = zeros ? zeros + first * zero_bytes : nullptr;
+    zero_stride = stride * zero_bytes;
     all_zeros = _mm256_set1_ps(float(w.zero));
   }
   INLINE __m256 scales(int s) const {
@@ -59,13 +60,15 @@ struct GroupScales {
   }
   INLINE __m256 zeros(int s) const {
     if (!zero) return all_zeros;
-    __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + s * zero_stride));
+    const char* at = zero + s * zero_stride;
+    if (zero_bytes == QWENRT_BLOCK * 4) return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+    __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     if (in_scales) zeros = _mm_and_si128(zeros, _mm_set1_epi16(15));
     return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(zeros));
   }
   INLINE void advance() {
     scale += scale_bytes;
-    if (zero) zero += QWENRT_BLOCK;
+    if (zero) zero += zero_bytes;
   }
 };
 

@@ -23,6 +23,7 @@ const Kernels* avx2_kernels() {
     made.fixed_rows = avx2_panel_rows;
     made.dense12_rows = avx2_dense12_rows;
     made.unpack12 = avx2_unpack12;
+    made.dense12_tokens = 23;
     made.pairs = true;
     made.dense_tiles_from = kPanelTokens;
     return made;

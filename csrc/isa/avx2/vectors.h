@@ -73,7 +73,8 @@ INLINE Floats load_scales(const QwenrtQuantMatrix& w, const int64_t* at) {
 INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
   const bool in_scales = !w.zeros && w.zero == QWENRT_ZEROS_IN_SCALES;
   if (!w.zeros && !in_scales) return all(float(w.zero));
-  __m128i zeros = load128((in_scales ? static_cast<const uint16_t*>(w.scales) : w.zeros) + at[0]);
+  if (!in_scales && w.zeros_are_float) return load(static_cast<const float*>(w.zeros) + at[0]);
+  __m128i zeros = load128(static_cast<const uint16_t*>(in_scales ? w.scales : w.zeros) + at[0]);
   if (in_scales) zeros = _mm_and_si128(zeros, _mm_set1_epi16(15));
   return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(zeros));
 }

@@ -21,6 +21,7 @@ const Kernels* avx512vnni_kernels() {
     Kernels made{"avx512vnni", quant_rows, dense16_rows, round_for_bytes, integer_rows};
     made.dense12_rows = avx2_kernels()->dense12_rows;
     made.unpack12 = avx2_kernels()->unpack12;
+    made.dense12_tokens = 15;
     return made;
   }();
   return &kernels;

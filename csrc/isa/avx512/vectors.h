@@ -78,7 +78,14 @@ INLINE Floats load_scales(const QwenrtQuantMatrix& w, const int64_t* at) {
 }
 
 INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
-  if (w.zeros) return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(load2x128(w.zeros + at[0], w.zeros + at[1])));
+  if (w.zeros && w.zeros_are_float) {
+    const float* zeros = static_cast<const float*>(w.zeros);
+    return _mm512_castsi512_ps(join(load256(zeros + at[0]), load256(zeros + at[1])));
+  }
+  if (w.zeros) {
+    const uint16_t* zeros = static_cast<const uint16_t*>(w.zeros);
+    return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(load2x128(zeros + at[0], zeros + at[1])));
+  }
   if (w.zero != QWENRT_ZEROS_IN_SCALES) return _mm512_set1_ps(float(w.zero));
   const uint16_t* scales = static_cast<const uint16_t*>(w.scales);
   const __m512i both = _mm512_cvtepu16_epi32(load2x128(scales + at[0], scales + at[1]));

@@ -68,7 +68,8 @@ INLINE Floats load_scales(const QwenrtQuantMatrix& w, const int64_t* at) {
 INLINE Floats load_zeros(const QwenrtQuantMatrix& w, const int64_t* at) {
   const bool in_scales = !w.zeros && w.zero == QWENRT_ZEROS_IN_SCALES;
   if (!w.zeros && !in_scales) return all(float(w.zero));
-  const uint16_t* const from = in_scales ? static_cast<const uint16_t*>(w.scales) : w.zeros;
+  if (!in_scales && w.zeros_are_float) return load(static_cast<const float*>(w.zeros) + at[0]);
+  const uint16_t* const from = static_cast<const uint16_t*>(in_scales ? w.scales : w.zeros);
   uint16x8_t zeros = vld1q_u16(from + at[0]);
   if (in_scales) zeros = vandq_u16(zeros, vdupq_n_u16(15));
   return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(zeros))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(zeros)))};

@@ -13,7 +13,8 @@ float scale_at(const QwenrtQuantMatrix& w, int64_t i) {
 }
 
 float zero_at(const QwenrtQuantMatrix& w, int64_t i) {
-  if (w.zeros) return w.zeros[i];
+  if (w.zeros && w.zeros_are_float) return static_cast<const float*>(w.zeros)[i];
+  if (w.zeros) return static_cast<const uint16_t*>(w.zeros)[i];
   return float(w.zero == QWENRT_ZEROS_IN_SCALES ? static_cast<const uint16_t*>(w.scales)[i] & 15 : w.zero);
 }
 

@@ -27,7 +27,7 @@ from qwenrt.backends.cpu.kernels import (
     restore_quantized,
     words_per_group,
 )
-from qwenrt.backends.cpu.library import KernelsUnavailable
+from qwenrt.backends.cpu.library import HOW_TO_BUILD, KernelsUnavailable
 from qwenrt.backends.cpu.linear import Linear
 from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
@@ -65,7 +65,7 @@ def kernel_status(kernels: str = "auto") -> str:
     cpu = CPUBackend(torch.device("cpu"))
     cpu.configure(kernels)
     if cpu.kernels is None:
-        return cpu.describe()
+        return f"plain torch: {cpu.unavailable}"
     return f"{cpu.describe()}; QWENRT_KERNELS can be {', '.join(cpu.kernels.isas)} or off (now {cpu.kernels.isa})"
 
 
@@ -382,9 +382,10 @@ class CPUBackend(Backend):
             self.kernels.read(memory)
 
     def describe(self) -> str:
-        """Which kernels serve here, with how many threads, or why plain torch does."""
+        """Which kernels serve here, with how many threads, or why plain torch does; how to get them is said once, where
+        it is said what they would serve."""
         if self.kernels is None:
-            return f"plain torch: {self.unavailable}"
+            return f"plain torch: {self.unavailable.removesuffix(f': {HOW_TO_BUILD}')}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         name = {"avx512vnni": "AVX-512", "scalar": "portable"}.get(self.kernels.isa, self.kernels.isa.upper())
         return f"{name} kernels, {threads}"

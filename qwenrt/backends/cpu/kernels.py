@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -44,7 +45,7 @@ class _QuantMatrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("zero", ctypes.c_int32),
         ("scales_are_float", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("zeros_are_float", ctypes.c_int32),
     )
 
 
@@ -288,11 +289,12 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     """Canonical codes in the layout of csrc/abi/qwenrt_cpu.h.
 
     data: ``words`` int32 [blocks, groups * words_per_group, 8], ``scales`` float16 (float32 where that
-    loses bits) [blocks, groups, 8], ``zeros`` int16 likewise (absent where all are ``zero``, or where that is
-    ZEROS_IN_SCALES), ``perm`` int32 [K], and ``native``, the struct that points at them.
+    loses bits) [blocks, groups, 8], ``zeros`` int16 likewise, or float32 of a weight with offsets (absent where all are
+    ``zero``, or where that is ZEROS_IN_SCALES), ``perm`` int32 [K], and ``native``, the struct that points at them.
     """
     if any(words.shape[1] % BLOCK for words in weight.words[:-1]):
         weight = with_codes(weight)  # a block would hold rows of two
+    weight = _with_float_zeros(weight)
     assert weight.scales is not None and weight.zeros is not None
     columns, rows = weight.in_features, weight.out_features
     bits, size, groups = weight.bits, weight.group_size, weight.scales.shape[0]
@@ -312,7 +314,9 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     exact = bool((scales.to(torch.float32) == weight.scales.to(torch.float32)).all())
     data["scales"] = _by_block(scales if exact else weight.scales.to(torch.float32), blocks)
     data["zero"] = zero = int(weight.zeros[0, 0]) if weight.zeros.numel() else 0
-    if not bool((weight.zeros == zero).all()):
+    if weight.zeros.dtype == torch.float32:
+        data |= {"zero": 0, "zeros": _by_block(weight.zeros, blocks)}
+    elif not bool((weight.zeros == zero).all()):
         inside = bits == 4 and exact and zeros_in_scales(scales, weight.zeros)
         data |= {"zero": ZEROS_IN_SCALES} if inside else {"zeros": _by_block(weight.zeros, blocks)}
     if perm is not None:
@@ -321,6 +325,27 @@ def pack_quantized(kernels: Kernels, weight: CanonicalWeight) -> Packed:
     packed = Packed(native_kind(bits), rows, columns, data, bias, bits, size)
     _point(packed)
     return packed
+
+
+def _with_float_zeros(weight: CanonicalWeight) -> CanonicalWeight:
+    """scale * code + offset as scale * (code - zero), zeros float32: a kernel then needs no second way to add up.
+
+    The zero is rounded to float32, so that an offset may differ in its last digit. Where a scale is 0 its group is the
+    offset alone: code 0, zero 1 of the scale -offset.
+    """
+    if weight.offsets is None:
+        return weight
+    assert weight.codes is not None and weight.scales is not None
+    scales, codes = weight.scales.float(), weight.codes
+    empty = scales == 0
+    zeros = -weight.offsets / torch.where(empty, 1.0, scales)
+    # an offset out of all proportion to its scale would overflow: there the codes are as good as nothing
+    empty |= ~zeros.isfinite()
+    if bool(empty.any()):
+        scales, zeros = torch.where(empty, -weight.offsets, scales), torch.where(empty, 1.0, zeros)
+        inside = empty.repeat_interleave(weight.group_size, dim=0)[: codes.shape[0]]
+        codes = codes.masked_fill(inside, 0)
+    return dataclasses.replace(weight, codes=codes, scales=scales, zeros=zeros, offsets=None)
 
 
 def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -347,6 +372,7 @@ def _point(packed: Packed) -> None:
         bits=packed.bits,
         zero=packed.data["zero"],
         scales_are_float=int(packed.data["scales"].dtype == torch.float32),
+        zeros_are_float=int("zeros" in packed.data and packed.data["zeros"].dtype == torch.float32),
     )
 
 
@@ -364,7 +390,7 @@ def restore_quantized(packed: Packed) -> str | None:
     allowed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "words": ((blocks, groups * words_per_group(size, bits), BLOCK), (torch.int32,)),
         "scales": (by_group, floats),
-        "zeros": (by_group, (torch.int16,)),
+        "zeros": (by_group, (torch.int16, torch.float32)),
         "perm": ((packed.in_features,), (torch.int32,)),
         "bias": ((packed.out_features,), (torch.float32,)),
     }

@@ -10,11 +10,12 @@ from typing import Any
 
 from qwenrt.errors import BackendError
 
-ABI = 15
+ABI = 16
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
 }.get(sys.platform, "_qwenrt_cpu.so")
+NOT_BUILT = "_not_built.txt"  # beside it where it is missing: why setup.py could not build it
 HOW_TO_BUILD = (
     "install a C++ compiler and reinstall qwenrt, or run `python setup.py build_kernels` in its source"
 )
@@ -52,7 +53,7 @@ def load(path: Path, structs: Iterable[type[ctypes.Structure]] = ()) -> ctypes.C
     if sys.byteorder != "little":
         raise KernelsUnavailable("the layouts of csrc are little-endian, this machine is not")
     if not path.is_file():
-        raise KernelsUnavailable(f"csrc was not built ({path.name} is missing): {HOW_TO_BUILD}")
+        raise KernelsUnavailable(f"the C++ kernels were not built ({_why_missing(path)}): {HOW_TO_BUILD}")
     try:
         _check_complete(path)
         library = ctypes.CDLL(str(path))
@@ -73,6 +74,15 @@ def load(path: Path, structs: Iterable[type[ctypes.Structure]] = ()) -> ctypes.C
     library.qwenrt_isa_at.argtypes = [_INT]
     library.qwenrt_argmax_finite.argtypes = [_POINTER, _SIZE, _POINTER, _POINTER]
     return library
+
+
+def _why_missing(path: Path) -> str:
+    """What the installation noted; else that the file is not there."""
+    try:
+        noted = path.with_name(NOT_BUILT).read_text(encoding="utf-8", errors="replace").split("\n")[0].strip()
+    except OSError:
+        noted = ""
+    return noted[:300] if noted.isprintable() and noted else f"{path.name} is missing"
 
 
 def _check_complete(path: Path) -> None:

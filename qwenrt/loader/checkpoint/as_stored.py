@@ -15,6 +15,7 @@ from qwenrt.loader.checkpoint.checkpoint import Checkpoint, same_bytes
 from qwenrt.loader.checkpoint.formats import FP8, StoredLinear, format_of
 from qwenrt.loader.checkpoint.header import TensorEntry
 from qwenrt.loader.checkpoint.names import table_for
+from qwenrt.ops.ggml_types import CODED
 
 _NUMBER = re.compile(r"\.[0-9]+")
 logger = logging.getLogger("qwenrt")
@@ -87,27 +88,37 @@ def _with_head(config: ModelConfig, checkpoint: Checkpoint, tensors: _Tensors) -
 
 
 def _is_quantised(kinds: dict[str, TensorEntry]) -> bool:
-    return bool(kinds.keys() - {"weight", "bias"}) or ("weight" in kinds and kinds["weight"].dtype == FP8)
+    weight = kinds.get("weight")
+    coded = weight is not None and (weight.dtype == FP8 or weight.dtype in CODED)
+    return coded or bool(kinds.keys() - {"weight", "bias"})
 
 
 def _corrections(config: ModelConfig, quant: QuantConfig, tensors: _Tensors) -> Iterator[Correction]:
     """How many matrices more or fewer of which format there are than ``quant`` says: of those left dense, and of those
-    with other bits or groups; the head, which it counts as dense."""
-    specs, found = _specs(config), Counter[tuple[int, int, int, int]]()
+    with other bits or groups; the head, which it counts as dense. Where head and embedding are one matrix in codes,
+    the head keeps them and the embedding, which is dense, comes to it."""
+    specs, found = _specs(config), Counter[tuple[int, int, int, int, int]]()
+    embedding = tensors.get(("embed_tokens", ""), {}).get("weight")
+    if config.tie_word_embeddings and config.has_head and embedding is not None and embedding.dtype in CODED:
+        kind = CODED[embedding.dtype]
+        form = kind.bits, kind.group_size, kind.group_bytes
+        found[(config.vocab_size, config.hidden_size, *form)] += 1
     for (param, part), kinds in tensors.items():
         spec = specs.get(_NUMBER.sub("", param))
         if spec is None:
             continue
-        stated = (quant.bits, quant.group_size) if spec.quantizable else (16, 0)
+        stated = (quant.bits, quant.group_size, quant.group_bytes) if spec.quantizable else (16, 0, 0)
         rows = dict(spec.parts).get(part, spec.out_features)
         found_format = format_of(
             StoredLinear(param, rows, spec.in_features, {k: kinds[k] for k in kinds if k != "bias"}), quant
         )
-        own = stated if isinstance(found_format, str) else (found_format.bits, found_format.group_size)
+        own = stated
+        if not isinstance(found_format, str):
+            own = (found_format.bits, found_format.group_size, found_format.group_bytes)
         if own != stated:
             found[(rows, spec.in_features, *own)] += 1
             found[(rows, spec.in_features, *stated)] -= 1
-    return (Correction(*shape, number) for shape, number in found.items() if number)
+    return (Correction(*form[:4], number, form[4]) for form, number in found.items() if number)
 
 
 def _specs(config: ModelConfig) -> dict[str, LinearSpec]:

@@ -1,4 +1,4 @@
-"""A model directory's safetensors files: found, checked as a whole, and memory-mapped tensor by tensor."""
+"""A model directory's weights: its files found, checked as a whole, and memory-mapped tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, memory_ran_out
 from qwenrt.files import is_there, opened
+from qwenrt.loader.checkpoint.gguf.directory import files_noted, weights_of
 from qwenrt.loader.checkpoint.header import AS_WRITTEN, Shard, TensorEntry, read_shard
 from qwenrt.loader.checkpoint.mapping import map_file
+from qwenrt.ops.ggml_types import CODED
 
 if TYPE_CHECKING:
     import torch
@@ -45,18 +47,17 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Find the safetensors files of a model directory and check them as one.
+    """Find the safetensors files of a model directory, or the GGUF files that it was made from, and check them as one.
 
     Reads headers only. Raises CheckpointError when files are missing, extra, named outside the directory, not what
     they seem, or when headers and sizes disagree; and for pickled weights, which are refused. Where an index tells of
     the tensors other than the headers do, it is a warning.
     """
     directory = Path(directory)
-    index = _read_index(directory)
-    if index is not None and _is_left_over(directory, index):
-        index = None
-    names = index.files if index is not None else _files_without_index(directory)
-    _check_present(directory, names)
+    noted = weights_of(directory)
+    if noted is not None:
+        return Checkpoint(directory, *noted)
+    names, index = _find_files(directory)
     for name in names:
         _check_link(directory, name)
     if index is not None:
@@ -81,6 +82,26 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if index is not None:
         _compare_index(checkpoint, index)
     return checkpoint
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a model's weights, told by their names alone; none is opened. Raises CheckpointError where
+    some are missing, links that lead nowhere included."""
+    paths = files_noted(directory) or [directory / name for name in _find_files(directory)[0]]
+    for path in paths:
+        if not path.exists():
+            opened(path, CheckpointError).close()  # says what is wrong with it
+    return paths
+
+
+def _find_files(directory: Path) -> tuple[list[str], _Index | None]:
+    """The names of the safetensors files, all of which are there, and the index that says so, if there is one."""
+    index = _read_index(directory)
+    if index is not None and _is_left_over(directory, index):
+        index = None
+    names = index.files if index is not None else _files_without_index(directory)
+    _check_present(directory, names)
+    return names, index
 
 
 def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
@@ -114,12 +135,15 @@ class TensorReader:
         self._places: dict[tuple[int, int], str] = {}  # (address, bytes) of what is mapped -> its name
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor ``name``; its memory is the file's until something is copied. Raises CheckpointError when the
-        file changed since it was checked, or holds a dtype that torch has not."""
+        """The tensor ``name``; its memory is the file's until something is copied. Of GGUF's codes: the bytes of each
+        row, uint8 [N, bytes]. Raises CheckpointError when the file changed since it was checked, or holds a dtype that
+        torch has not."""
         import torch
 
         entry = self._checkpoint.tensors[name]
-        dtype = getattr(torch, TORCH_DTYPES.get(entry.dtype, ""), None)
+        dtype = (
+            torch.uint8 if entry.dtype in CODED else getattr(torch, TORCH_DTYPES.get(entry.dtype, ""), None)
+        )
         if dtype is None:
             raise CheckpointError(
                 f"cannot read tensor {name!r} of {entry.shard.name}",
@@ -141,9 +165,15 @@ class TensorReader:
             flat = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
         if flat.data_ptr() % dtype.itemsize:
             flat = flat.clone()  # files of old writers: data not aligned to its dtype
+        if entry.dtype in CODED:
+            return flat.view(entry.shape[0], -1)
         if entry.transposed:
             return flat.view(dtype).view(entry.shape[::-1]).t()
         return flat.view(dtype).view(entry.shape)
+
+    def dtype(self, name: str) -> str:
+        """The dtype of the tensor ``name``, as its file names it."""
+        return self._checkpoint.tensors[name].dtype
 
     def release(self, name: str) -> None:
         """Drop the pages of a tensor that was copied; the mapping stays valid and reads them again when used."""
@@ -170,7 +200,7 @@ class TensorReader:
         if name is None:
             return None
         entry = self._checkpoint.tensors[name]
-        same = f"torch.{TORCH_DTYPES[entry.dtype]}" == str(tensor.dtype) and entry.shape == tensor.shape
+        same = f"torch.{TORCH_DTYPES.get(entry.dtype)}" == str(tensor.dtype) and entry.shape == tensor.shape
         return name if same else None
 
     def _address(self, path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The weight formats of checkpoints: dense, GPTQ, AWQ and FP8, told linear by linear by what lies in the file.
+"""The weight formats of checkpoints: dense, GPTQ, AWQ, FP8 and GGUF's, told linear by linear by what lies in the file.
 
 A config says what was meant for all of them: tools leave linears dense, quantise routers, or give some other bits and
 groups. The names, shapes and dtypes in the headers decide; the config answers what they leave open. Every format has
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from qwenrt.config import QuantConfig
 from qwenrt.config.quant import FP8_BLOCK
 from qwenrt.loader.checkpoint.header import TensorEntry
+from qwenrt.ops.ggml_types import CODED, GgmlType
 from qwenrt.ops.stored import WORD_BITS, Shape, awq_shapes, fp8_scale_shapes, gptq_shapes, num_groups
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class WeightFormat(Protocol):
     @property
     def group_size(self) -> int: ...
 
+    @property
+    def group_bytes(self) -> int:
+        """As QuantConfig.group_bytes."""
+        ...
+
     def expected(self, linear: StoredLinear) -> Expected:
         """The tensors that must be there, each with its shapes and dtypes."""
         ...
@@ -81,6 +87,7 @@ class Dense:
 
     bits: int = 16
     group_size: int = 0
+    group_bytes: int = 0
 
     def expected(self, linear: StoredLinear) -> Expected:
         return {"weight": (((linear.rows, linear.columns),), FLOATS)}
@@ -98,6 +105,7 @@ class Gptq:
     """Codes of GPTQ; ``quant`` with this linear's own bits and group size."""
 
     quant: QuantConfig
+    group_bytes: int = 0
 
     @property
     def bits(self) -> int:
@@ -140,6 +148,7 @@ class Awq:
 
     group_size: int
     bits: int = 4
+    group_bytes: int = 0
 
     def expected(self, linear: StoredLinear) -> Expected:
         return _codes_and_scales(awq_shapes(linear.rows, linear.columns, self.group_size))
@@ -171,6 +180,7 @@ class Fp8:
     block: tuple[int, int] | None
     bits: int = 16
     group_size: int = 0
+    group_bytes: int = 0
 
     def expected(self, linear: StoredLinear) -> Expected:
         scales = fp8_scale_shapes(linear.rows, linear.columns, self.block)
@@ -191,10 +201,42 @@ class Fp8:
         )
 
 
+@dataclass(frozen=True)
+class GgufCodes:
+    """Codes of a GGUF file, in one of its own types."""
+
+    type: GgmlType
+
+    @property
+    def bits(self) -> int:
+        return self.type.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.type.group_size
+
+    @property
+    def group_bytes(self) -> int:
+        return self.type.group_bytes
+
+    def expected(self, linear: StoredLinear) -> Expected:
+        return {"weight": (((linear.rows, linear.columns),), (self.type.name,))}
+
+    def read(
+        self, linear: StoredLinear, fetch: Fetch, bias: torch.Tensor | None, options: ReadOptions
+    ) -> CanonicalWeight:
+        from qwenrt.ops import ggml
+
+        (rows,) = _all(fetch, "weight")
+        return ggml.unpack(self.type.name, rows, bias, name=linear.name)
+
+
 def format_of(linear: StoredLinear, quant: QuantConfig | None) -> WeightFormat | str:
     """The format of a linear, or in words why it has none that is read here."""
     kinds = linear.tensors
     is_fp8 = "weight" in kinds and kinds["weight"].dtype == FP8
+    if kinds.keys() == {"weight"} and kinds["weight"].dtype in CODED:
+        return GgufCodes(CODED[kinds["weight"].dtype])
     if kinds.keys() <= {"weight"} and not is_fp8:
         return Dense()
     if quant is None:

@@ -58,12 +58,11 @@ class Shard:
 
 # first bytes of what is found in the place of a safetensors file, beside what any file may be replaced by
 _PICKLED = "qwenrt never unpickles: a pickle can run code. Use a safetensors version of the model."
-NO_GGUF = "GGUF is not read here. Use a safetensors version of the model."
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it", _PICKLED),
     (b"\x80\x02", "a Python pickle", _PICKLED),
     (b"\x80\x04", "a Python pickle", _PICKLED),
-    (b"GGUF", "a GGUF file", NO_GGUF),
+    (b"GGUF", "a GGUF file", 'Give it the name NAME.gguf and load it by that: qwenrt.load("NAME.gguf").'),
     (b'{"', "a JSON document, as a server's error message", DOWNLOAD_AGAIN),
 )
 

@@ -15,6 +15,7 @@ from qwenrt.loader.checkpoint.checkpoint import Checkpoint
 from qwenrt.loader.checkpoint.formats import CODE_BITS, FLOATS, StoredLinear, WeightFormat, format_of
 from qwenrt.loader.checkpoint.header import TensorEntry
 from qwenrt.loader.checkpoint.names import NameTable
+from qwenrt.ops.ggml_types import CODED
 from qwenrt.ops.types import Packed
 
 _REMEDY = (
@@ -140,7 +141,8 @@ class _TensorCheck:
         elif ("", "weight") not in slots:
             self.inventory.missing.append(self.table.source(param))
         else:
-            self._shape(slots["", "weight"], (shape,), FLOATS)
+            coded = tuple(CODED) if param == "embed_tokens" else ()
+            self._shape(slots["", "weight"], (shape,), (*FLOATS, *coded))
 
     def linear(self, spec: LinearSpec) -> None:
         slots = self.inventory.slots.get(spec.name, {})
@@ -186,7 +188,9 @@ class _TensorCheck:
                 note = f" (config.json says vocab_size {self.config.vocab_size})"
             self.inventory.misshaped.append(f"{name} {list(entry.shape)}, expected {list(shape)}{note}")
         elif entry.dtype not in dtypes:
-            self.inventory.misshaped.append(f"{name} {entry.dtype}, expected {' or '.join(dtypes)}")
+            self.inventory.misshaped.append(
+                f"{name} {entry.dtype}, expected {' or '.join(dtypes[: len(FLOATS)])}"
+            )
 
 
 def _tie_embeddings(inventory: Inventory) -> None:

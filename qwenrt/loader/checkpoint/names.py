@@ -161,6 +161,7 @@ QWEN2 = NameTable(
     prefix="model.",
     linears={
         **_ATTENTION,
+        "model.layers.{n}.self_attn.qkv_proj": ("layers.{n}.qkv_proj", ""),  # as some GGUF files have it
         "model.layers.{n}.self_attn.o_proj": ("layers.{n}.o_proj", ""),
         **_mlp("", ""),
         **_mlp("experts.{e}.", "experts.{e}."),

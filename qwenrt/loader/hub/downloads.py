@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
 import threading
 import time
@@ -56,11 +57,13 @@ def repository(pull: Pull) -> Any:
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=pull.endpoint, token=pull.token or False, library_name="qwenrt")
-    return _with_retries(lambda: api.model_info(pull.repo, revision=pull.revision, timeout=TIMEOUT))
+    with pull.trying():
+        return _with_retries(lambda: api.model_info(pull.repo, revision=pull.revision, timeout=TIMEOUT))
 
 
-def fetch_shards(pull: Pull, info: Any) -> None:
-    """Bring every weight file of the repository that ``info`` describes to the client's store.
+def fetch_shards(pull: Pull, info: Any) -> bool:
+    """Bring every weight file of the repository that ``info`` describes to the client's store. -> whether some are left
+    to the client.
 
     Raises CheckpointError when the disk cannot hold them or a file does not match its hash, and whatever the
     client raises.
@@ -70,20 +73,67 @@ def fetch_shards(pull: Pull, info: Any) -> None:
     names = [name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)]
     store = pull.cache_dir / f"models--{pull.repo.replace('/', '--')}" / "blobs"
     with ThreadPoolExecutor(PARALLEL) as pool:
-        described = pool.map(lambda name: _describe(pull, name, commit), names)
+        described = list(pool.map(lambda name: _describe(pull, name, commit), names))
         files = [
             file
             for file in described
             if file is not None and not is_there(store / file.sha256, CheckpointError)
         ]
+    left = None in described
     if not files:
-        return
-    parts = pull.cache_dir / "parts"
+        return left
+    parts = parts_of(pull.cache_dir, pull.repo)
     for directory in (parts, store, pull.cache_dir / "verified"):
         directory.mkdir(parents=True, exist_ok=True)
+    for file in list(files):
+        if is_beside(pull, file, store / file.sha256):
+            (pull.cache_dir / "verified" / file.sha256).touch()
+            files.remove(file)
+    if not files:
+        return left
     _check_space(pull, files, parts)
     with ByteBar("downloading weights", sum(file.size for file in files), pull.show) as bar:
         _in_parallel(files, lambda file, stop: _fetch_one(pull, file, parts, store, bar, stop))
+    return left
+
+
+def parts_of(cache_dir: Path, repo: str) -> Path:
+    """Where unfinished files of a repository are, each with its lock."""
+    return cache_dir / "parts" / f"models--{repo.replace('/', '--')}"
+
+
+def is_beside(pull: Pull, file: RemoteFile, target: Path) -> bool:
+    """Whether another tool has the file: then, once its hash was checked, ``target`` becomes a second name of it, or a
+    copy where that is another disk."""
+    for directory in pull.beside:
+        found = directory / file.name
+        try:
+            if not found.is_file() or found.stat().st_size != file.size:
+                continue
+            with ByteBar(f"checking {file.name}", file.size, pull.show) as bar:
+                if _sha256(found, bar) != file.sha256:
+                    continue
+            _link_or_copy(found.resolve(), target)
+            return True
+        except (OSError, CheckpointError) as error:
+            _log.info("%s of another tool is not used: %s", found, error)
+    return False
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A second name of a file, which takes no space; on another disk a copy, complete before it has its name."""
+    with contextlib.suppress(FileExistsError):  # another process did the same
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            raise
+        except OSError:
+            unfinished = target.with_name(f"{target.name}.copy-{os.getpid()}")
+            try:
+                shutil.copyfile(source, unfinished)
+                unfinished.replace(target)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
 
 def _with_retries(call: Callable[[], Any]) -> Any:
@@ -130,13 +180,7 @@ def _check_space(pull: Pull, files: list[RemoteFile], parts: Path) -> None:
     for file in files:
         with contextlib.suppress(FileNotFoundError):  # another process may be finishing it
             here += (parts / f"{file.sha256}.part").stat().st_size
-    needed = sum(file.size for file in files) - here
-    free = shutil.disk_usage(parts).free
-    if needed > free:
-        pull.fail(
-            f"{needed / 2**30:.1f} GiB are still to be fetched, and {free / 2**30:.1f} GiB are free in {parts}",
-            "Free some space, or set QWENRT_HOME to a directory on another disk.",
-        )
+    pull.check_space(sum(file.size for file in files) - here)
 
 
 def _in_parallel(files: list[RemoteFile], fetch: Callable[[RemoteFile, threading.Event], None]) -> None:
@@ -268,9 +312,11 @@ class _CountingFile:
         return getattr(self._stream, name)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, bar: ByteBar | None = None) -> str:
     digest = hashlib.sha256()
     with opened(path, CheckpointError) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
+            if bar is not None:
+                bar.add(len(chunk))
     return digest.hexdigest()

@@ -7,16 +7,11 @@ import hashlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenrt.errors import CheckpointError
+from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.files import is_there, opened
 from qwenrt.loader.hub.downloads import fetch_shards, repository
-from qwenrt.loader.hub.pull import SUBDIRECTORIES, WEIGHT_FILES, Pull, from_network, out_of_space
+from qwenrt.loader.hub.pull import SMALL_FILES, SUBDIRECTORIES, Pull, from_network, out_of_space
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
-
-_TOKEN_ADVICE = (
-    "Open the model's page, accept its licence if it asks for that, and set HF_TOKEN to an access token "
-    "of your account."
-)
 
 
 def fetch(pull: Pull) -> Path:
@@ -24,33 +19,43 @@ def fetch(pull: Pull) -> Path:
 
     Raises CheckpointError; Unreachable where another source may have the model.
     """
+    try:
+        if pull.offline:
+            return _snapshot(pull, pull.patterns, False)
+        info = repository(pull)
+        with pull.fetching_small_files():
+            directory = _snapshot(pull, SMALL_FILES, False)
+        if pull.weights:
+            pull.accept(directory)
+            left = fetch_shards(pull, info)
+            directory = _snapshot(pull, pull.patterns, pull.show if left else False)
+        _verify(pull, directory)
+        return directory
+    except QwenrtError:
+        raise
+    except Exception as error:
+        _explain(pull, error)
+
+
+def _snapshot(pull: Pull, patterns: tuple[str, ...], show: bool | None) -> Path:
+    """The client's own download of the files of these names that are not here yet. ``show``: its bars."""
     from huggingface_hub import snapshot_download
 
-    try:
-        if not pull.offline:
-            info = repository(pull)
-            if set(WEIGHT_FILES) <= set(pull.patterns):
-                fetch_shards(pull, info)
-        directory = snapshot_download(
+    return Path(
+        snapshot_download(
             pull.repo,
             revision=pull.revision,
             cache_dir=pull.cache_dir,
             endpoint=pull.endpoint,
             token=pull.token or False,
             local_files_only=pull.offline,
-            allow_patterns=list(pull.patterns),
+            allow_patterns=list(patterns),
             ignore_patterns=list(SUBDIRECTORIES),
             max_workers=4,
-            tqdm_class=quiet_tqdm(pull.show),
+            tqdm_class=quiet_tqdm(show),
             library_name="qwenrt",
         )
-        if not pull.offline:
-            _verify(pull, Path(directory))
-        return Path(directory)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        _explain(pull, error)
+    )
 
 
 def _explain(pull: Pull, error: Exception) -> NoReturn:
@@ -64,17 +69,14 @@ def _explain(pull: Pull, error: Exception) -> NoReturn:
     if "OfflineModeIsEnabled" in names:
         pull.fail("HF_HUB_OFFLINE is set", "Unset it, or pass offline=True to use only cached files.", error)
     if "GatedRepoError" in names:
-        pull.fail(f"the repository is gated (HTTP {status})", _TOKEN_ADVICE, error)
+        found = f"the repository is gated: {pull.host} asks for an account that accepted its licence (HTTP {status})"
+        pull.fail(found, _token_advice(pull), error)
     if "RevisionNotFoundError" in names:
         pull.fail(
             "there is no such revision (HTTP 404)", "Leave revision out, or look it up on the page.", error
         )
     if "RepositoryNotFoundError" in names or status in (401, 403):
-        pull.fail(
-            f"there is no such repository, or it is private (HTTP {status})",
-            f"Check the spelling. {_TOKEN_ADVICE}",
-            error,
-        )
+        pull.no_such_repository(status, error, f"If it is private: {_token_advice(pull)}")
     if status == 429:
         pull.unreachable("too many requests: HTTP 429, after several tries", error)
     if status in (500, 502, 503, 504):
@@ -97,6 +99,23 @@ def _root(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _token_advice(pull: Pull) -> str:
+    page = f"{(pull.endpoint or 'https://huggingface.co').rstrip('/')}/{pull.repo}"
+    given = "is set, but that account may not read it" if pull.token else "is not set"
+    return (
+        f"Open {page}, accept its licence if it asks for that, and set HF_TOKEN to an access token of your account "
+        f"(HF_TOKEN {given})."
+    )
+
+
+def verify(pull: Pull, directory: Path) -> None:
+    """Compare the files of an earlier download with their hashes, where that was not done. Raises CheckpointError."""
+    try:
+        _verify(pull, directory)
+    except OSError as error:
+        _explain(pull, error)
 
 
 def _verify(pull: Pull, directory: Path) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenrt.loader.hub.pull import SUBDIRECTORIES, Pull, from_network, out_of_space
+from qwenrt.errors import CheckpointError, QwenrtError
+from qwenrt.files import is_there
+from qwenrt.loader.hub.downloads import RemoteFile, is_beside
+from qwenrt.loader.hub.pull import (
+    SMALL_FILES,
+    SUBDIRECTORIES,
+    WEIGHT_FILES,
+    Pull,
+    from_network,
+    out_of_space,
+)
 
 DEFAULT_ENDPOINT = "https://www.modelscope.cn"
 
@@ -24,26 +37,75 @@ def fetch(pull: Pull) -> Path:
             "the modelscope package is not installed",
             "pip install 'qwenrt[modelscope]', or pass source='huggingface'.",
         )
+    with _quiet_client():
+        return _fetched(pull)
+
+
+def _fetched(pull: Pull) -> Path:
     from modelscope_hub.api import (
         HubApi,  # the client inside modelscope: without the torch that package imports
     )
     from modelscope_hub.config import HubConfig
 
-    try:
-        # An empty token, not None: None would make the client unpickle a stored cookie.
-        config = HubConfig(endpoint=pull.endpoint or DEFAULT_ENDPOINT, cache_dir=pull.cache_dir, token="")
+    def download(patterns: tuple[str, ...]) -> Path:
         return Path(
-            HubApi(config).download_repo(
+            api.download_repo(
                 pull.repo,
                 "model",
                 revision=pull.revision,
-                allow_patterns=list(pull.patterns),
+                allow_patterns=list(patterns),
                 ignore_patterns=list(SUBDIRECTORIES),
                 local_files_only=pull.offline,
             )
         )
+
+    try:
+        # An empty token, not None: None would make the client unpickle a stored cookie.
+        api = HubApi(
+            HubConfig(endpoint=pull.endpoint or DEFAULT_ENDPOINT, cache_dir=pull.cache_dir, token="")
+        )
+        if pull.offline:
+            return download(pull.patterns)
+        with pull.trying(lambda error: any(map(from_network, _causes(error)))):
+            files = api.list_repo_files(pull.repo, "model", revision=pull.revision)
+        directory = download(SMALL_FILES)
+        if pull.weights:
+            pull.accept(directory)
+            _prepare(pull, files, directory)
+            download(pull.patterns)
+        return directory
+    except QwenrtError:
+        raise
     except Exception as error:
         _explain(pull, error)
+
+
+@contextlib.contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Without the client's own lines on stderr, which would go through ours; how it ends is said in our words."""
+    log = logging.getLogger("modelscope_hub")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _prepare(pull: Pull, files: Sequence[Any], directory: Path) -> None:
+    """Before the weights are fetched: link those that another tool has into ``directory``, where the client finds them,
+    and see that there is room for the others."""
+    needed = 0
+    for file in files:
+        name = str(file.path)
+        if "/" in name or not any(fnmatch(name, pattern) for pattern in WEIGHT_FILES):
+            continue
+        remote = RemoteFile(name, "", {}, int(file.size or 0), str(file.sha256 or ""), "")
+        here = directory / name
+        if not is_there(here, CheckpointError) and not is_beside(pull, remote, here):
+            begun = here.with_name(f"{name}.incomplete")
+            needed += remote.size - (begun.stat().st_size if begun.exists() else 0)
+    pull.check_space(needed)
 
 
 def _explain(pull: Pull, error: Exception) -> NoReturn:
@@ -64,8 +126,10 @@ def _explain(pull: Pull, error: Exception) -> NoReturn:
         )
     if 404 in statuses or names & {"NotExistError"}:
         pull.fail(
-            "there is no such repository or revision (HTTP 404)",
-            "Check the spelling; ModelScope calls the default revision 'master'.",
+            f"there is no such repository or revision on {pull.host} (HTTP 404)",
+            f"Check the spelling. {pull.nearest} ModelScope calls the default revision 'master'.".replace(
+                "  ", " "
+            ),
             error,
         )
     if names & {"FileIntegrityError", "FileSizeMismatchError"}:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from qwenrt.errors import CheckpointError
+from qwenrt.loader.progress import Waiting
 
 # Never fetched: *.py (code), *.bin (pickles), and files in subdirectories (other formats of the weights), but for
 # additional_chat_templates/*.jinja and the settings of numbered folders (1_Pooling/config.json).
@@ -20,7 +24,9 @@ NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "url
 
 @dataclass(frozen=True)
 class Pull:
-    """One repository to download. ``show``: progress bars on stderr (None: only on a terminal)."""
+    """One repository to download. ``show``: progress bars on stderr (None: only on a terminal). ``nearest``: the names
+    most like it, as a sentence. ``beside``: directories of other tools that hold some of its files. ``accept``: looks
+    at the small files before the weights are fetched, and raises for a model that could not be loaded."""
 
     hub: str
     repo: str
@@ -31,14 +37,55 @@ class Pull:
     offline: bool
     show: bool | None
     patterns: tuple[str, ...]
+    nearest: str = ""
+    beside: tuple[Path, ...] = ()
+    accept: Callable[[Path], None] = field(default=lambda directory: None)
+
+    @property
+    def weights(self) -> bool:
+        """Whether the weights are wanted too."""
+        return set(WEIGHT_FILES) <= set(self.patterns)
+
+    @property
+    def host(self) -> str:
+        """The name of the machine that is asked."""
+        default = "https://huggingface.co" if self.hub == "HuggingFace" else "https://modelscope.cn"
+        return (urlsplit(self.endpoint or default).netloc or str(self.endpoint)).removeprefix("www.")
 
     @property
     def asked(self) -> str:
         at = f" at revision {self.revision!r}" if self.revision else ""
         return f"fetching {self.repo}{at} from {self.hub}"
 
+    def trying(self, unanswered: Callable[[BaseException], bool] | None = None) -> Waiting:
+        """Around the first request: says whose answer is waited for, and where an exception is ``unanswered`` (by
+        default one of the network) that none came."""
+        none_came = unanswered or from_network
+        said = f"no answer from {self.host}"
+        return Waiting(f"trying {self.host}", self.show, lambda error: said if none_came(error) else "")
+
+    def fetching_small_files(self) -> Waiting:
+        return Waiting(f"fetching configuration and tokenizer of {self.repo}", self.show)
+
     def fail(self, found: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
         raise CheckpointError(self.asked, found, remedy) from cause
+
+    def check_space(self, needed: int) -> None:
+        """Raise unless the disk of the cache has room for ``needed`` bytes more."""
+        free = shutil.disk_usage(self.cache_dir).free
+        if needed > free:
+            wanted, room = f"{needed / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB"
+            self.fail(
+                f"{wanted} are still to be fetched, and {room} are free in {self.cache_dir}",
+                "Free some space (qwenrt list, qwenrt rm), or set QWENRT_HOME to a directory on another disk.",
+            )
+
+    def no_such_repository(self, status: int | None, cause: BaseException, advice: str = "") -> NoReturn:
+        self.fail(
+            f"there is no such repository on {self.host}, or it is private (HTTP {status})",
+            f"Check the spelling. {self.nearest} {advice}".replace("  ", " ").strip(),
+            cause,
+        )
 
     def unreachable(self, found: str, cause: BaseException | None = None) -> NoReturn:
         where = f" at {self.endpoint}" if self.endpoint else ""

@@ -1,4 +1,4 @@
-"""From a model's name to a directory: built in, local, from HuggingFace or from ModelScope."""
+"""From a model's name to a directory: built in, local, of a GGUF file, from HuggingFace or from ModelScope."""
 
 from __future__ import annotations
 
@@ -7,32 +7,26 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qwenrt.config import Environment
-from qwenrt.errors import CheckpointError, shown
+from qwenrt.config import Environment, read_model_config
+from qwenrt.errors import CheckpointError, QwenrtError, shown
 from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
-from qwenrt.loader.checkpoint.header import NO_GGUF
+from qwenrt.loader.checkpoint.gguf.directory import as_directory, gguf_in
 from qwenrt.loader.hub import huggingface, modelscope
+from qwenrt.loader.hub.names import Meant, did_you_mean, short, understand
 from qwenrt.loader.hub.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
+from qwenrt.loader.hub.stores import Copy, copies, what_lacks
+from qwenrt.loader.progress import tell
 
 _log = logging.getLogger(__name__)
 
 SOURCES = ("auto", "huggingface", "modelscope")
 DEMO = Path(__file__).parents[2] / "demo"
 
-# Later generations are many: a name of this form is that of a repository.
-_LATER = re.compile(r"(?:qwen(?:1\.5|2|2\.5|3)|qwq)-[a-z0-9][a-z0-9._-]{0,60}[a-z0-9]", re.IGNORECASE)
-_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
-# Both hubs keep the family under the same owner and names.
-ALIASES = {
-    name.lower(): f"Qwen/{name}"
-    for size in ("Qwen-1_8B", "Qwen-7B", "Qwen-14B", "Qwen-72B")
-    for name in (size, f"{size}-Chat", f"{size}-Chat-Int4", f"{size}-Chat-Int8")
-}
 
 
 def resolve(
@@ -44,13 +38,17 @@ def resolve(
     progress: bool | None = None,
     *,
     weights: bool = True,
+    newest: bool = False,
 ) -> Path:
     """The directory of a model's files, fetched if it must be.
 
-    ``name``: "demo", a directory, an alias as "Qwen-7B-Chat", or "owner/name" on a hub, in this order. ``source``
-    "auto" asks HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the environment's)
-    opens no socket. ``weights`` False fetches only configuration and tokenizer. Fetched files are kept in
-    ``env.cache_dir`` and checked to be complete. Raises CheckpointError.
+    ``name``: "demo", a directory, a GGUF file or the directory that has one, a name as "Qwen3-4B" or "qwen3:4b", or
+    "owner/name" on a hub, in this order. What is complete on this machine is used as it is, that of HuggingFace's and
+    ModelScope's own tools too; what is not is fetched, without the files that are here. ``source`` "auto" asks
+    HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the environment's) opens no
+    socket. ``weights`` False needs configuration and tokenizer alone. ``newest`` asks the hub also where an earlier
+    download is complete. Fetched files are kept in ``env.cache_dir`` and checked to be complete. Raises
+    CheckpointError.
     """
     env = Environment.read() if env is None else env
     offline = env.offline if offline is None else offline
@@ -64,45 +62,135 @@ def resolve(
         raise CheckpointError(
             f"revision={shown(revision)}", "not a branch, tag or commit", "Leave it out for the newest."
         )
-    local = _local(name)
+    local = local_directory(name, env)
     if local is not None:
         return local
-    repo = _repo_id(os.fspath(name))
-    patterns = SMALL_FILES + WEIGHT_FILES if weights else SMALL_FILES
+    wanted = _Wanted.of(os.fspath(name), source, revision, offline, env, progress, weights)
+    if wanted.meant.note:
+        tell(wanted.meant.note, progress)
+    here = wanted.at_hand(newest and not offline)
+    return here if here is not None else _from_any_source(wanted.fetched, source, wanted)
 
-    def pull(hub: str) -> Path:
-        huggingface_hub = hub == "huggingface"
-        request = Pull(
-            hub="HuggingFace" if huggingface_hub else "ModelScope",
-            repo=repo,
-            revision=revision,
-            cache_dir=env.cache_dir / hub,
-            endpoint=env.hf_endpoint if huggingface_hub else env.modelscope_endpoint,
-            token=env.hf_token if huggingface_hub else None,
-            offline=offline,
-            show=progress,
-            patterns=patterns,
-        )
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What resolve was asked for, and the copies of it on this machine; ``incomplete``: of those looked at, the ones
+    that are not whole, and what each lacks."""
+
+    meant: Meant
+    asked: str
+    revision: str | None
+    offline: bool
+    env: Environment
+    show: bool | None
+    weights: bool
+    copies: tuple[Copy, ...]
+    all_here: tuple[Copy, ...]
+    incomplete: list[tuple[Copy, Path, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        source: str,
+        revision: str | None,
+        offline: bool,
+        env: Environment,
+        show: bool | None,
+        weights: bool,
+    ) -> _Wanted:
+        here = list(copies(env, None if source == "auto" else source))
+        meant = understand(name, [copy.repo for copy in here])
+        own = tuple(copy for copy in here if copy.repo.lower() == meant.repo.lower())
+        return cls(meant, name, revision, offline, env, show, weights, own, tuple(here))
+
+    def at_hand(self, newest: bool) -> Path | None:
+        """A complete copy on this machine. ``newest``: only of other tools, since the hub is asked for a newer one."""
+        for copy in self.copies:
+            directory = copy.directory(self.revision)
+            if directory is None:
+                continue
+            lacks = what_lacks(directory, weights=self.weights, tokenizer=not self.offline)
+            if lacks:
+                self.incomplete.append((copy, directory, lacks))
+                if not copy.store.own:
+                    tell(f"{copy.store.label} has {self.meant.repo} incomplete: {lacks}", self.show)
+            elif not copy.store.own:
+                tell(f"using the copy in {copy.store.label}", self.show)
+                return directory
+            elif not newest:
+                if copy.store.hub == "huggingface" and not self.offline:
+                    huggingface.verify(self._pull("huggingface"), directory)
+                return directory
+        return None
+
+    def fetched(self, hub: str) -> Path:
+        """The directory, fetched from a hub; an earlier download where the hub cannot be reached."""
+        request = self._pull(hub)
         try:
-            return _fetch(request, weights)
+            return _fetch(request)
         except Unreachable as error:
             try:
-                directory = _fetch(replace(request, offline=True), weights)
+                directory = _fetch(replace(request, offline=True))
             except CheckpointError:
                 raise error from None
             _log.warning("%s: %s; using the files in %s", error.asked, error.found, directory)
             return directory
 
-    return _from_any_source(pull, source, env)
+    def _pull(self, hub: str) -> Pull:
+        huggingface_hub = hub == "huggingface"
+        env = self.env
+        return Pull(
+            hub="HuggingFace" if huggingface_hub else "ModelScope",
+            repo=self.meant.repo,
+            revision=self.revision,
+            cache_dir=env.cache_dir / hub,
+            endpoint=env.hf_endpoint if huggingface_hub else env.modelscope_endpoint,
+            token=env.hf_token if huggingface_hub else None,
+            offline=self.offline,
+            show=self.show,
+            patterns=SMALL_FILES + WEIGHT_FILES if self.weights else SMALL_FILES,
+            nearest=self.nearest,
+            beside=tuple(directory for copy, directory, _ in self.incomplete if not copy.store.own),
+            accept=_accept,
+        )
+
+    @property
+    def nearest(self) -> str:
+        """The sentence about other names, where this one is not known to exist."""
+        return "" if short(self.meant.repo) != self.meant.repo else did_you_mean(self.asked, self.names())
+
+    def names(self) -> list[str]:
+        """What can be typed for the models on this machine that are computed here."""
+        found: dict[str, None] = {}
+        for copy in self.all_here:
+            directory = copy.directory()
+            if directory is not None and _is_run_here(directory):
+                found[short(copy.repo)] = None
+        return [*found]
 
 
-def _fetch(pull: Pull, weights: bool) -> Path:
+def _is_run_here(directory: Path) -> bool:
+    try:
+        read_model_config(directory)
+    except QwenrtError:
+        return False
+    return True
+
+
+def _accept(directory: Path) -> None:
+    """Raise for a model that is none of those that are computed here, before its weights are fetched."""
+    if is_there(directory / "config.json", CheckpointError):
+        read_model_config(directory)
+
+
+def _fetch(pull: Pull) -> Path:
     directory = huggingface.fetch(pull) if pull.hub == "HuggingFace" else modelscope.fetch(pull)
-    _check(pull, directory, weights)
+    _check(pull, directory)
     return directory
 
 
-def _from_any_source(pull: Callable[[str], Path], source: str, env: Environment) -> Path:
+def _from_any_source(pull: Callable[[str], Path], source: str, wanted: _Wanted) -> Path:
     """Ask the sources in turn; one is skipped only if it cannot be reached or, offline, has nothing in the cache."""
     hubs = ("huggingface", "modelscope") if source == "auto" else (source,)
     failures: list[CheckpointError] = []
@@ -122,18 +210,15 @@ def _from_any_source(pull: Callable[[str], Path], source: str, env: Environment)
             ) from error
     first = failures[0]
     if isinstance(first, NotCached):
-        there = _cached(env)
-        found = f"offline, and it is not complete in {env.cache_dir}; there is: {there or 'nothing'}"
-        otherwise = "choose one of those" if there else "give the directory of a model that is here"
-        raise NotCached(first.asked, found, f"Go online once (qwenrt pull), or {otherwise}.") from first
+        raise _not_here(wanted) from first
     also = "; ".join(f"{error.asked}: {error.found}" for error in failures[1:])
     if len(hubs) == 2 and len(failures) == 1:
         also = "ModelScope was not tried: pip install 'qwenrt[modelscope]'"
     raise Unreachable(first.asked, first.found + (f"; {also}" if also else ""), first.remedy) from first
 
 
-def _local(name: str | os.PathLike[str]) -> Path | None:
-    """The built-in model or an existing directory; None if ``name`` is to be looked up on a hub."""
+def local_directory(name: str | os.PathLike[str], env: Environment) -> Path | None:
+    """The built-in model, an existing directory or that of a GGUF file; None if ``name`` is one on a hub."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise CheckpointError(
             f"cannot load the model {shown(name)}", "that is not a name", "Give a directory or a name."
@@ -148,22 +233,25 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
     try:
         path = Path(text).expanduser()
         if path.is_dir():
-            return path.absolute()
+            model = gguf_in(path)
+            return path.absolute() if model is None else as_directory(model, env.cache_dir)
         is_file = "\0" not in text and is_there(path, CheckpointError)
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a NUL
         raise CheckpointError(
             f"cannot load the model {text[:120]!r}", str(error), "Check the name."
         ) from error
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_file and is_gguf:
+        return as_directory(path, env.cache_dir)
     if is_file:
         raise CheckpointError(
             f"cannot load {path}",
             "it is a file",
-            NO_GGUF
-            if path.suffix.lower() == ".gguf"
-            else f"Give the directory that holds it: {path.absolute().parent}.",
+            f"Give the directory that holds it: {path.absolute().parent}.",
         )
     if (
-        isinstance(name, os.PathLike)
+        is_gguf
+        or isinstance(name, os.PathLike)
         or text.startswith((".", "~", os.sep))
         or "\\" in text
         or text.count("/") > 1
@@ -172,12 +260,12 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
             raise CheckpointError(
                 f"cannot load {text[:200]!r}",
                 "it is an address",
-                "Give 'owner/name', as 'Qwen/Qwen-7B-Chat'.",
+                "Give 'owner/name', as 'Qwen/Qwen3-4B'.",
             )
         raise CheckpointError(
             f"cannot load the model in {path}",
-            f"there is no such directory{_suggestion(path)}",
-            "Check the path, or give a name on a hub, as 'Qwen/Qwen-7B-Chat'.",
+            f"there is no such {'file' if is_gguf else 'directory'}{_suggestion(path)}",
+            "Check the path, or give a name on a hub, as 'Qwen/Qwen3-4B'.",
         )
     return None
 
@@ -196,37 +284,27 @@ def _suggestion(path: Path) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _repo_id(name: str) -> str:
-    if name.lower() in ALIASES:
-        return ALIASES[name.lower()]
-    alternative = name.lower().replace("1.8b", "1_8b")
-    if alternative in ALIASES:
-        return ALIASES[alternative]
-    if (
-        _REPO.fullmatch(name)
-        and ".." not in name
-        and "--" not in name
-        and not name.endswith((".git", "-", "."))
-    ):
-        return name
-    if _LATER.fullmatch(name):
-        return f"Qwen/{name}"
-    known = [repo.partition("/")[2] for repo in ALIASES.values()]
-    close = difflib.get_close_matches(name, known, 3)
-    raise CheckpointError(
-        f"cannot load the model {name[:120]!r}",
-        "it is no directory, no known name, and not of the form 'owner/name'",
-        f"Did you mean {' or '.join(close)}?" if close else f"Known names: demo, {', '.join(known)}.",
+def _not_here(wanted: _Wanted) -> NotCached:
+    """Offline, and no copy is complete: what each lacks, and which models are here."""
+    lacks = [f"the copy in {copy.store.label} is not complete: {lack}" for copy, _, lack in wanted.incomplete]
+    found = "; ".join(lacks) or "there is no copy of it on this machine"
+    here = [name for name in wanted.names() if name != short(wanted.meant.repo)]
+    some = ", ".join(here[:8]) + (", ..." if len(here) > 8 else "")
+    otherwise = "choose one of those" if here else "give the directory of a model that is here"
+    return NotCached(
+        f"loading {wanted.meant.repo}",
+        f"offline, and {found}; there is: {some or 'nothing'}",
+        f"Go online once (qwenrt pull), or {otherwise}. {wanted.nearest}".strip(),
     )
 
 
-def _check(pull: Pull, directory: Path, weights: bool) -> None:
+def _check(pull: Pull, directory: Path) -> None:
     """Raise CheckpointError unless a fetched directory holds a complete model."""
     if not is_there(directory / "config.json", CheckpointError):
         if pull.offline:
             pull.not_cached()
         pull.fail("the repository has no config.json", "It holds no model that qwenrt can read.")
-    if not weights:
+    if not pull.weights:
         return
     try:
         open_checkpoint(directory)
@@ -234,12 +312,3 @@ def _check(pull: Pull, directory: Path, weights: bool) -> None:
         if pull.offline:
             pull.not_cached(error)
         raise
-
-
-def _cached(env: Environment) -> str:
-    """Names of the models whose files are in the cache, complete or not."""
-    places = (env.cache_dir / "huggingface").glob("models--*/snapshots/*/config.json")
-    found = {path.parents[2].name.removeprefix("models--").replace("--", "/") for path in places}
-    places = (env.cache_dir / "modelscope" / "models").glob("*/snapshots/*/config.json")
-    found |= {path.parents[2].name.replace("--", "/") + " (ModelScope)" for path in places}
-    return ", ".join(sorted(found))

@@ -120,7 +120,7 @@ def forms_of(config: ModelConfig) -> list[tuple[int, int]]:
     weights = Counter(
         {(quant.bits, quant.group_size): sum(n * rows * k for n, rows, k, *_ in linears(config))}
     )
-    for rows, columns, bits, group_size, number in quant.corrections:
+    for rows, columns, bits, group_size, number, _ in quant.corrections:
         if bits < 16:
             weights[bits, group_size] += number * rows * columns
     return [form for form, count in weights.most_common() if count > 0]
@@ -137,10 +137,13 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
     order = 4 * columns if quant.desc_act else 0
     if storage.kernels and words * WORD_BITS <= group * quant.bits * _PADDING_WORTH:
         separate_zeros = not (quant.sym or quant.zeros_in_scales)
-        per_group = 4 * words + 2 + (2 if separate_zeros else 0)  # codes, a float16 scale, an int16 zero
+        beside = quant.group_bytes or 2 + (2 if separate_zeros else 0)  # a float16 scale, an int16 zero
+        per_group = 4 * words + beside
         return -(-rows // _ROWS) * _ROWS * groups * per_group + order + has_bias * rows * 4
     codes = rows * -(-columns * quant.bits // 8)
-    return codes + groups * rows * (2 + 2) + order + has_bias * rows * storage.activation
+    return (
+        codes + groups * rows * ((quant.group_bytes or 2) + 2) + order + has_bias * rows * storage.activation
+    )
 
 
 def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = None) -> int:
@@ -148,8 +151,12 @@ def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = N
     has it so."""
     quant = codes_of(config, quantize)
     layers = sum(linear.number * linear_bytes(linear, storage, quant) for linear in linears(config))
-    for rows, columns, bits, group_size, number in quant.corrections if quant is not None else ():
-        form = replace(quant, bits=bits, group_size=group_size) if quant is not None and bits < 16 else None
+    for rows, columns, bits, group_size, number, group_bytes in (
+        quant.corrections if quant is not None else ()
+    ):
+        form = None
+        if quant is not None and bits < 16:
+            form = replace(quant, bits=bits, group_size=group_size, group_bytes=group_bytes)
         layers += number * linear_bytes(Linear(number, rows, columns, False, 0), storage, form)
     vocabulary = config.vocab_size * config.hidden_size * storage.dense
     copies = 1 if config.tie_word_embeddings else 2

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenrt.arguments import as_integer
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError, RequestError, shown
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
@@ -19,6 +21,17 @@ History = list[tuple[str, str]]
 FORMAT = "qwenrt.conversation"
 VERSION = 1
 _PAIRS = "History is a list of (user, assistant) pairs of str, or of alternating messages."
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a file holds. system: None is the model's own. stopped: which of the answers were stopped by their reader,
+    by their places in the history. model: the name it was held with, None where that was not kept."""
+
+    history: History
+    system: str | None
+    stopped: frozenset[int] = frozenset()
+    model: str | None = None
 
 
 def as_history(history: object) -> History:
@@ -41,15 +54,27 @@ def as_history(history: object) -> History:
     return pairs
 
 
-def save(path: str | Path, history: object, *, system: str | None = DEFAULT_SYSTEM) -> Path:
-    """Write a conversation as JSON; a file that is there is replaced in one step or left as it was."""
+def save(
+    path: str | Path,
+    history: object,
+    *,
+    system: str | None = DEFAULT_SYSTEM,
+    stopped: Collection[int] = (),
+    model: str | None = None,
+) -> Path:
+    """Write a conversation as JSON; a file that is there is replaced in one step or left as it was. A new one can be
+    read by its owner alone."""
     target = Path(path).expanduser()
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "system": system,
         "history": [list(pair) for pair in as_history(history)],
     }
+    if stopped:
+        content["stopped"] = sorted(stopped)
+    if model is not None:
+        content["model"] = model
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     try:
         _replace(target, without_surrogates(text).encode("utf-8"))
@@ -64,6 +89,12 @@ def save(path: str | Path, history: object, *, system: str | None = DEFAULT_SYST
 
 def load(path: str | Path) -> tuple[History, str | None]:
     """(history, system; None: the model's own) of a file that save() wrote. Raises RequestError for anything else."""
+    conversation = read(path)
+    return conversation.history, conversation.system
+
+
+def read(path: str | Path) -> Conversation:
+    """All of a file that save() wrote. Raises RequestError for anything else."""
     source = Path(path).expanduser()
     asked, remedy = f"loading a conversation from {source}", "Give a file that qwenrt saved."
     try:
@@ -75,13 +106,20 @@ def load(path: str | Path) -> tuple[History, str | None]:
     if content.get("version") != VERSION:
         found = f"it has version {shown(content.get('version'))}, this qwenrt reads {VERSION}"
         raise RequestError(asked, found, "Update qwenrt.")
-    system = content.get("system")
-    if system is not None and not isinstance(system, str):
-        raise RequestError(asked, f"system is {shown(system)}", "It must be text or null.")
+    for name in ("system", "model"):
+        if not isinstance(content.get(name), str | None):
+            raise RequestError(asked, f"{name} is {shown(content[name])}", "It must be text or null.")
     try:
-        return as_history(content.get("history")), system
+        history = as_history(content.get("history"))
     except RequestError as error:
         raise RequestError(asked, f"{error.asked}: {error.found}", error.remedy) from error
+    stopped = content.get("stopped", [])
+    places = [as_integer(place) for place in stopped] if isinstance(stopped, list) else [None]
+    if not all(place is not None and 0 <= place < len(history) for place in places):
+        raise RequestError(asked, f"stopped is {shown(stopped)}", "It must list places in the history.")
+    return Conversation(
+        history, content.get("system"), frozenset(p for p in places if p is not None), content.get("model")
+    )
 
 
 def _pairs_of_messages(messages: Sequence[Any]) -> History:

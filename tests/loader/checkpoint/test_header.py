@@ -154,7 +154,7 @@ def test_a_million_tensors_are_refused(tmp_path: Path) -> None:
         (b'{"error":"Repository not found"}', "a JSON document", "Download the file again"),
         (b"PK\x03\x04" + bytes(60), "a zip archive", "never unpickles"),
         (b"\x80\x02}q\x00." + bytes(60), "a Python pickle", "never unpickles"),
-        (b"GGUF" + bytes(60), "a GGUF file", "safetensors version"),
+        (b"GGUF" + bytes(60), "a GGUF file", "load it by that"),
         (b"\x01\x02", "2 bytes", "Download the file again"),
     ],
 )

@@ -24,7 +24,7 @@ from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.hub import downloads, huggingface, modelscope
 from qwenrt.loader.hub import resolve as hub_module
 from qwenrt.loader.hub.pull import Unreachable
-from qwenrt.loader.hub.resolve import ALIASES, resolve
+from qwenrt.loader.hub.resolve import resolve
 from tests.loader.hub.stand_in_hub import COMMIT, Hub
 
 REPO = "Qwen/Qwen-7B-Chat"
@@ -141,16 +141,8 @@ def test_a_misspelt_directory_and_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"it is a file. Give the directory that holds it: {tmp_path}"):
         resolve(tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(CheckpointError, match="GGUF is not read here"):
+    with pytest.raises(CheckpointError, match=r"model.gguf is not a valid GGUF file: it is an empty file"):
         resolve(tmp_path / "model.gguf")
-
-
-def test_aliases() -> None:
-    assert len(ALIASES) == 16
-    for name, repo in ALIASES.items():
-        assert hub_module._repo_id(name) == hub_module._repo_id(name.upper()) == repo
-    assert hub_module._repo_id("qwen-1.8b-chat") == "Qwen/Qwen-1_8B-Chat"
-    assert hub_module._repo_id("someone/Qwen-7B.v2_ft") == "someone/Qwen-7B.v2_ft"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +199,7 @@ def test_fetch_and_again_and_offline(
     assert fetch(tmp_path, hub, source, offline=True) == directory
     assert fetch(tmp_path, hub, "auto", offline=True) == directory
     error = failure(tmp_path, hub, "auto", offline=True, name="Qwen/Qwen-14B")
-    assert "offline" in error.found and f"there is: {REPO}" in error.found
+    assert "offline" in error.found and "there is: Qwen-7B-Chat" in error.found
 
 
 @BOTH
@@ -221,10 +213,11 @@ def test_only_the_small_files(tmp_path: Path, start: Start, source: str) -> None
 
 
 def test_the_environment_says_offline(tmp_path: Path) -> None:
-    env = Environment.read({"QWENRT_HOME": str(tmp_path), "QWENRT_OFFLINE": "1"})
+    nowhere = {"HF_HOME": str(tmp_path), "MODELSCOPE_CACHE": str(tmp_path)}
+    env = Environment.read({"QWENRT_HOME": str(tmp_path), "QWENRT_OFFLINE": "1", **nowhere})
     with pytest.raises(
         CheckpointError,
-        match=r"offline, and it is not complete in .*; there is: nothing.*or give the directory",
+        match=r"offline, and there is no copy of it on this machine; there is: nothing.*or give the directory",
     ):
         resolve("Qwen-7B-Chat", env=env)
 
@@ -670,26 +663,3 @@ def test_no_bar_where_nobody_looks(tmp_path: Path, start: Start, capfd: pytest.C
     assert capfd.readouterr() == ("", "")
     resolve(REPO, "huggingface", env=env_of(tmp_path / "b", start()), progress=True)
     assert "downloading weights" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "repository"),
-    [
-        ("Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
-        ("qwen2.5-7b-instruct-awq", "Qwen/qwen2.5-7b-instruct-awq"),
-        ("QwQ-32B", "Qwen/QwQ-32B"),
-        ("Qwen-7B-Chat", "Qwen/Qwen-7B-Chat"),
-    ],
-)
-def test_names_of_every_generation_lead_to_their_repository(name: str, repository: str) -> None:
-    from qwenrt.loader.hub.resolve import _repo_id
-
-    assert _repo_id(name) == repository
-
-
-@pytest.mark.parametrize("name", ["Qwen3-", "qwen4-7b", "Qwen3-0.6B/..", "Qwen3 0.6B", "Qwen3-..-x"])
-def test_names_that_lead_nowhere(name: str) -> None:
-    from qwenrt.loader.hub.resolve import _repo_id
-
-    with pytest.raises(CheckpointError):
-        _repo_id(name)

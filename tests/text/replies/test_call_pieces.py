@@ -1,6 +1,6 @@
 """Calls as they are written: however the text is cut, the pieces are the whole, and at any time a beginning of JSON.
 
-Each form by a few hundred random calls, and by ten thousand in the slow run."""
+Each form by eighty random calls, and by ten thousand in the slow run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwenrt.text.replies.strict_json import read_json, write_json
 from tests.text.replies.test_parser import HERMES, OPEN, TEXTS, XML, F, X, called
 
 MANY = [
-    pytest.param(200, id="some"),
+    pytest.param(80, id="some"),
     pytest.param(10_000, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
 ]
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=6)
@@ -194,7 +194,7 @@ def written_json(draw: Any, values: Any) -> tuple[Any, str]:
     return value, Pen(lambda below: seeds[next(turn) % len(seeds)] % below).value(value)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(written_json(VALUES), st.text(max_size=3), SIZES)
 def test_json_is_written_anew_as_it_comes(written: tuple[Any, str], behind: str, sizes: list[int]) -> None:
     value, text = written
@@ -209,7 +209,7 @@ def test_json_is_written_anew_as_it_comes(written: tuple[Any, str], behind: str,
         assert out == write_json(value) and (text + behind)[at:].strip() == behind.strip()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(
     st.lists(
         st.one_of(
@@ -411,7 +411,7 @@ def test_broken_calls(examples: int) -> None:
     check()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     st.one_of(hermes_calls(), TEXTS.map(lambda text: ([], text))),
     SIZES,
