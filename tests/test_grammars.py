@@ -345,3 +345,13 @@ def test_an_older_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(RequestError, match=rf"llguidance {found} is too old.*1\.9 or later"):
                 Grammars(tokenizer()).compile(Grammar.json_object())
     grammar_module._llguidance.cache_clear()
+
+
+def test_what_grammars_share_is_built_once_and_may_be_built_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, built = grammar_module._vocabulary, []
+    monkeypatch.setattr(grammar_module, "_vocabulary", lambda *args: built.append(build(*args)) or built[-1])
+    made = Grammars(tokenizer())
+    made.build()
+    made.build()
+    assert made.compile(Grammar.json_object()).vocabulary is built[0] and len(built) == 1
+    Grammars(None).build()

@@ -92,17 +92,25 @@ class Grammars:
                 self._kept.popitem(last=False)
         return compiled
 
+    def build(self) -> None:
+        """Make what all grammars share before the first one is asked for: some tenths of a second for a large
+        vocabulary. Raises RequestError where llguidance is missing."""
+        if self._tokenizer is not None:
+            self._shared(self._tokenizer)
+
+    def _shared(self, tokenizer: Tokenizer) -> Vocabulary:
+        with self._building:  # once, however many ask first
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(_llguidance(), tokenizer)
+            return self._vocabulary
+
     def _compiled(self, grammar: Grammar) -> Compiled:
         tokenizer = self._tokenizer
         if tokenizer is None:
             raise RequestError(
                 f"a grammar ({grammar.kind})", "this model has no tokenizer", "Generate without one."
             )
-        guidance = _llguidance()
-        with self._building:  # once, however many ask first
-            if self._vocabulary is None:
-                self._vocabulary = _vocabulary(guidance, tokenizer)
-        vocabulary = self._vocabulary
+        guidance, vocabulary = _llguidance(), self._shared(tokenizer)
         lark, schema = _as_lark(grammar)
         limits = guidance.LLParserLimits(**_LIMITS)
         source = guidance.LLMatcher.grammar_from_lark(lark)
