@@ -9,38 +9,28 @@ from typing import Any
 from benchmarks import bounds
 from benchmarks.render import PLOTS
 from benchmarks.summary import points
+from qwenrt.cli.plots import pyplot
 
 
 def draw(results: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """SVG files in ``directory`` -> their names by key of PLOTS; curves of one plot share a picture."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit(
-            "plots need matplotlib: pip install matplotlib (it is in the `bench` extra)"
-        ) from error
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "qwenrt"  # the same picture from the same results
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    from matplotlib import pyplot
-
     names, curves = {}, results["curves"]
     directory.mkdir(parents=True, exist_ok=True)
 
     def keep(figure: Any, key: str) -> None:
         names[key] = f"{key}.svg"
         figure.savefig(directory / names[key], metadata={"Date": None})
-        pyplot.close(figure)
+        pyplot().close(figure)
 
     if "bounds" in results:
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
         _scatter(axes, results["bounds"]["samples"])
         keep(figure, "bounds")
     for key, (title, x_label, y_label) in PLOTS.items():
         mine = [curve for curve in curves.values() if curve["plot"] == key]
         if not mine:
             continue
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
         for curve in mine:
             for label, line in points(curve).items():
                 style = "-o" if label.startswith("qwenrt") else "--s"

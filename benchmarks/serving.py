@@ -1,8 +1,9 @@
-"""Servers under load: streaming chats of many clients against anything that speaks OpenAI's dialect.
+"""The loads whose figures docs/serving.md has: streaming chats of many clients, sent by the client of `bench serve`.
 
     python -m benchmarks.serving --url http://127.0.0.1:8000 --clients 16 [--probe] [--pid SERVER] [--json FILE]
 
-Each client sends one request after the other, with a prompt of its own; `ignore_eos` makes all answers equally long.
+What `bench serve` cannot ask is here: prompts that share words within the question, answers held to a grammar, a long
+prompt among the others. `ignore_eos` makes all answers equally long.
 With --probe another process asks for /health meanwhile, on a new connection every 20 ms.
 """
 
@@ -15,11 +16,19 @@ import random
 import statistics
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+from qwenrt.load_test.client import OpenAIServer
+from qwenrt.load_test.connections import Address
+from qwenrt.load_test.figures import figures
+from qwenrt.load_test.pacing import ClosedLoop
+from qwenrt.load_test.running import LoadRun
+from qwenrt.load_test.server_process import cpu_seconds
+from qwenrt.load_test.workloads import WORDS, Conversation, Turn
+
+INTRUDER_S = 10.0  # when the long prompt comes: all clients have their first tokens
 _PROBE = """
 import signal, socket, sys, time
 running, took = True, []
@@ -37,125 +46,62 @@ while running:
     time.sleep(0.02)
 print(*took)
 """
-_WORDS = ["river", "stone", "garden", "window", "paper", "silver", "morning", "engine", "letter", "mountain"]
 
 
-@dataclass
-class Answer:
-    """When the pieces of one answer came, in seconds from its request; ``tokens``: of the answer, as its usage says."""
-
-    pieces: list[float] = field(default_factory=list)
-    tokens: int = 0
-    error: str = ""
+def conversation(source: random.Random, words: int, shared: int, new_tokens: int) -> Conversation:
+    """One question of ``words`` words, of which the first ``shared`` are the same in all."""
+    same = [WORDS[i % len(WORDS)] for i in range(shared)]
+    own = [source.choice(WORDS) for _ in range(words - shared)]
+    return Conversation([Turn("user", " ".join([*same, *own]), new_tokens)])
 
 
-@dataclass
-class Load:
-    """``words``: of a prompt; ``shared``: of these, how many are the same in all prompts; ``long_words``: of one more
-    prompt, which comes when all clients have their first tokens."""
+async def measure(args: argparse.Namespace) -> LoadRun:
+    """The run of all clients, each of which sends ``args.requests`` questions; the long prompt is not part of it."""
+    extra: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
+    if args.grammar:
+        extra["guided_regex"] = "[a-z0-9 ]{4000}"
+    server = OpenAIServer(Address.of(args.url), model="m", extra=extra, timeout=3600)
+    source = random.Random(args.seed)
+    asked = [
+        conversation(source, args.words, args.shared, args.new_tokens)
+        for _ in range(args.clients * args.requests)
+    ]
+    run = LoadRun(asked, server, ClosedLoop(args.clients))
 
-    url: str
-    clients: int
-    requests: int
-    words: int
-    shared: int
-    new_tokens: int
-    long_words: int = 0
-    model: str = "m"
-    grammar: bool = False
+    async def intrude() -> None:
+        await asyncio.sleep(INTRUDER_S)
+        request = conversation(source, args.long_words, 0, 1).ask()
+        assert request is not None
+        await server.ask(request)
 
-
-async def measure(load: Load) -> tuple[list[Answer], float]:
-    """All answers, and the seconds that they took together."""
-    began = time.perf_counter()
-    late = [_intruder(load)] if load.long_words else []
-    each = await asyncio.gather(*(_client(load, number) for number in range(load.clients)), *late)
-    answers = [answer for answers in each[: load.clients] for answer in answers]
-    return answers, time.perf_counter() - began
-
-
-async def _intruder(load: Load) -> list[Answer]:
-    """One long prompt among the others, with an answer of one token."""
-    await asyncio.sleep(10)
-    alone = replace(load, words=load.long_words, shared=0, new_tokens=1)
-    return [await _ask(alone, _prompt(alone, random.Random(-1)))]
+    await asyncio.gather(run.go(), *([intrude()] if args.long_words else []))
+    server.close()
+    return run
 
 
-async def _client(load: Load, number: int) -> list[Answer]:
-    source = random.Random(number)
-    return [await _ask(load, _prompt(load, source)) for _ in range(load.requests)]
+def summary(run: LoadRun, cpu_s: float | None) -> dict[str, object]:
+    """The figures under the names that benchmarks/results/serving has, in seconds."""
+    found = figures(run, percentiles=(99, 100))
 
+    def seconds(name: str) -> float | None:
+        return None if found[name] is None else round(found[name] / 1000, 4)
 
-def _prompt(load: Load, source: random.Random) -> str:
-    shared = [_WORDS[i % len(_WORDS)] for i in range(load.shared)]
-    own = [source.choice(_WORDS) for _ in range(load.words - load.shared)]
-    return " ".join([*shared, *own])
-
-
-async def _ask(load: Load, prompt: str) -> Answer:
-    body = {
-        "model": load.model,
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": load.new_tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if load.grammar:
-        body["guided_regex"] = "[a-z0-9 ]{4000}"
-    raw = json.dumps(body).encode()
-    parts = urlsplit(load.url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 24)
-    began, answer = time.perf_counter(), Answer()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(raw)}\r\nConnection: close\r\n\r\n"
-    )
-    writer.write(head.encode() + raw)
-    try:
-        status = (await reader.readline()).decode()
-        if " 200 " not in status:
-            answer.error = status.strip() + " " + (await reader.read()).decode("utf-8", "replace")[-300:]
-            return answer
-        async for line in reader:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            if event.get("usage"):
-                answer.tokens = event["usage"]["completion_tokens"]
-            choices = event.get("choices") or []
-            if choices and (
-                choices[0]["delta"].get("content") or choices[0]["delta"].get("reasoning_content")
-            ):
-                answer.pieces.append(time.perf_counter() - began)
-    finally:
-        writer.close()
-    return answer
-
-
-def summary(answers: list[Answer], seconds: float, cpu_s: float | None) -> dict[str, object]:
-    """What people compare: tokens a second together, the wait for the first, the gaps between pieces."""
-    good = [answer for answer in answers if answer.pieces and not answer.error]
-    gaps = [b - a for answer in good for a, b in zip(answer.pieces, answer.pieces[1:])]
-    firsts = [answer.pieces[0] for answer in good]
-    tokens = sum(answer.tokens for answer in good)
     result: dict[str, object] = {
-        "answers": len(good),
-        "errors": [answer.error for answer in answers if answer.error][:3],
-        "output_tokens": tokens,
-        "seconds": round(seconds, 3),
-        "output_tokens_per_s": round(tokens / seconds, 2),
-        "first_token_s_p50": round(statistics.median(firsts), 4) if firsts else None,
-        "first_token_s_max": round(max(firsts), 4) if firsts else None,
+        "answers": found["completed"],
+        "errors": [f"{failure['kind']}: {failure['first']}" for failure in found["failures"]],
+        "output_tokens": found["total_output_tokens"],
+        "seconds": round(found["duration"], 3),
+        "output_tokens_per_s": None
+        if found["output_throughput"] is None
+        else round(found["output_throughput"], 2),
+        "first_token_s_p50": seconds("median_ttft_ms"),
+        "first_token_s_max": seconds("p100_ttft_ms"),
+        "gap_s_p50": seconds("median_itl_ms"),
+        "gap_s_p99": seconds("p99_itl_ms"),
+        "tokens_per_event": found["tokens_per_event"],
+        "client": found["client"],
     }
-    if gaps:
-        ordered = sorted(gaps)
-        result["gap_s_p50"] = round(statistics.median(ordered), 4)
-        result["gap_s_p99"] = round(ordered[int(len(ordered) * 0.99)], 4)
-    if cpu_s is not None:
-        result["server_cpu_s"] = round(cpu_s, 3)
-    return result
+    return result if cpu_s is None else result | {"server_cpu_s": round(cpu_s, 3)}
 
 
 def probing(url: str) -> subprocess.Popen[str]:
@@ -177,14 +123,6 @@ def probed(process: subprocess.Popen[str]) -> dict[str, object]:
     }
 
 
-def cpu_seconds(pid: int | None) -> float | None:
-    """Processor time that a process has used, all its threads."""
-    if pid is None:
-        return None
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -197,25 +135,17 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--long-words", type=int, default=0, help="of one long prompt that comes between")
     parser.add_argument("--grammar", action="store_true", help="answers are held to a regular expression")
+    parser.add_argument("--seed", type=int, default=0, help="of the words: another one avoids a cache")
     parser.add_argument("--probe", action="store_true", help="ask for /health meanwhile")
     parser.add_argument("--pid", type=int, help="of the server, to count its processor time")
     parser.add_argument("--json", type=Path, help="also write the result to a file")
     args = parser.parse_args()
-    load = Load(
-        args.url,
-        args.clients,
-        args.requests,
-        args.words,
-        args.shared,
-        args.new_tokens,
-        args.long_words,
-        grammar=args.grammar,
-    )
     probe = probing(args.url) if args.probe else None
-    before = cpu_seconds(args.pid)
-    answers, seconds = asyncio.run(measure(load))
-    after = cpu_seconds(args.pid)
-    result = summary(answers, seconds, None if before is None or after is None else after - before)
+    before = cpu_seconds(args.pid) if args.pid else None
+    run = asyncio.run(measure(args))
+    after = cpu_seconds(args.pid) if args.pid else None
+    used = None if before is None or after is None else after - before
+    result = summary(run, used)
     if probe is not None:
         result |= probed(probe)
     text = json.dumps(result, indent=1)

@@ -43,7 +43,12 @@ logger = logging.getLogger("qwenrt")
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in load_options.DTYPES}
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
-LONGEST_BY_CHOICE = 32768  # the longest context that is set up unless the user asks for more
+LONGEST_BY_CHOICE = (
+    32768  # the longest context that is set up unless the user asks for more, or it takes little:
+)
+LITTLE_CACHE = (
+    1 << 29
+)  # bytes of a lone sequence's cache that are no reason for a shorter context than the model's own
 
 
 @dataclass
@@ -246,10 +251,11 @@ def _cache_token_bytes(
 def _longest_that_fits(
     config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions
 ) -> int:
-    """The longest context, up to the model's own and LONGEST_BY_CHOICE, whose cache is at most half of what is free
-    now."""
-    longest = min(config.max_position_embeddings, LONGEST_BY_CHOICE)
-    fits = backend.memory()[0] // 2 // _cache_token_bytes(config, backend, dtype, options)
+    """The longest context, up to the model's own and LONGEST_BY_CHOICE or LITTLE_CACHE, whose cache is at most half of
+    what is free now."""
+    per_token = _cache_token_bytes(config, backend, dtype, options)
+    longest = min(config.max_position_embeddings, max(LONGEST_BY_CHOICE, LITTLE_CACHE // per_token))
+    fits = backend.memory()[0] // 2 // per_token
     return max(min(longest, fits // BLOCK_SIZE * BLOCK_SIZE), min(longest, 256))
 
 

@@ -577,6 +577,11 @@ class LLM(Retrieval):
                 )
         return params.with_(stop_token_ids=(*params.stop_token_ids, *ids)) if ids else params
 
+    def build_grammars(self) -> None:
+        """Make what all grammars share, so that the first request with one does not wait for it; in this thread, beside
+        others. Raises RequestError where llguidance is missing."""
+        self._alive().engine.build_grammars()
+
     def _compile(self, params: SamplingParams) -> None:
         """Compile the grammar of a request, which is then at hand when it is submitted, from whatever thread."""
         if params.grammar is not None:

@@ -139,7 +139,7 @@ def write_base(directory: Path, vocabulary: list[bytes]) -> None:
         "fp32": False,
         "initializer_range": 0.02,
         "layer_norm_epsilon": 1e-06,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 65536,
         "model_type": "qwen",
         "no_bias": True,
         "onnx_safe": None,
@@ -168,7 +168,7 @@ def write_base(directory: Path, vocabulary: list[bytes]) -> None:
         "repetition_penalty": 1.0,
         "transformers_version": "4.32.0",
     }
-    tokenizer = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
+    tokenizer = {"model_max_length": 65536, "tokenizer_class": "QWenTokenizer"}
     for name, content in (
         ("config", config),
         ("generation_config", generation),

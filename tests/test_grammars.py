@@ -16,6 +16,7 @@ jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
 
 from qwenrt.engine import grammar as grammar_module  # noqa: E402
+from qwenrt.engine import grammar_bounds  # noqa: E402
 from qwenrt.engine.constraint import Constraint  # noqa: E402
 from qwenrt.engine.grammar import Compiled, Grammars  # noqa: E402
 from qwenrt.errors import RequestError  # noqa: E402
@@ -204,6 +205,11 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("a large multiple", {"type": "integer", "multipleOf": 1_000_003}, r"\$\.multipleOf"),
     ("multiples", {"allOf": [{"type": "integer", "multipleOf": n} for n in (991, 997, 1009)]}, "multipleOf"),
     ("many properties", {"properties": {f"k{i}": {} for i in range(2100)}}, r"\$\.properties.*2100 of them"),
+    ("many optional", {"properties": {f"k{i}": {} for i in range(401)}}, r"\$\.properties.*401 of them are optional"),
+    (
+        "many optional in alternatives",
+        {"anyOf": [{"properties": {f"{a}{i}": {} for i in range(150)}} for a in "abc"]}, r"\$\.anyOf.*450 of them",
+    ),
     ("keys that may repeat", {"type": "object", "minProperties": 3}, r"\$\.minProperties.*twice"),
     ("unique items", {"type": "array", "uniqueItems": True}, r"\$\.uniqueItems"),
     ("false", False, "false"),
@@ -303,7 +309,49 @@ def test_the_package_is_imported_when_a_grammar_is_asked_for() -> None:
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
+    grammar_module._llguidance.cache_clear()
     with pytest.raises(RequestError, match=r"qwenrt\[server\]"):
         Grammars(tokenizer()).compile(Grammar.json_object())
     with pytest.raises(RequestError, match="no tokenizer"):
         Grammars(None).compile(Grammar.json_object())
+
+
+def test_as_many_optional_properties_as_are_taken_can_be_written() -> None:
+    """A parser's row has room for them, whichever are written and left out."""
+    names = [f"k{i}" for i in range(grammar_bounds.MAX_OPTIONAL)]
+    for more in ({}, {"additionalProperties": False}):
+        schema = Grammar.json_schema({"type": "object", "properties": {name: {} for name in names}, **more})
+        for keys in (names, names[::9], names[-1:]):
+            assert fits(schema, json.dumps(dict.fromkeys(keys, 1)))
+    both = [
+        {"type": "object", "properties": {f"{a}{i}": {} for i in range(200)}, "required": []} for a in "ab"
+    ]
+    assert fits(Grammar.json_schema({"anyOf": both}), json.dumps({"a0": 1, "a199": 2}))
+
+
+def test_an_older_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, fine in (
+        ("1.8.2", False),
+        ("0.7.30", False),
+        ("1.9.0", True),
+        ("1.10.0rc1", True),
+        ("2", True),
+    ):
+        grammar_module._llguidance.cache_clear()
+        monkeypatch.setattr(grammar_module, "version", lambda name: found)  # noqa: B023
+        if fine:
+            assert Grammars(tokenizer()).compile(Grammar.json_object())
+        else:
+            with pytest.raises(RequestError, match=rf"llguidance {found} is too old.*1\.9 or later"):
+                Grammars(tokenizer()).compile(Grammar.json_object())
+    grammar_module._llguidance.cache_clear()
+
+
+def test_what_grammars_share_is_built_once_and_may_be_built_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, built = grammar_module._vocabulary, []
+    monkeypatch.setattr(grammar_module, "_vocabulary", lambda *args: built.append(build(*args)) or built[-1])
+    made = Grammars(tokenizer())
+    made.build()
+    made.build()
+    assert made.compile(Grammar.json_object()).vocabulary is built[0] and len(built) == 1
+    Grammars(None).build()

@@ -153,7 +153,7 @@ struct Kernels {
   int64_t dense12_tokens = 0;    // beside more, 12 bits are turned back into 16 and multiplied as these
   bool pairs = false;            // whether 8-bit codes want pairs
   int64_t dense_tiles_from = 0;  // tokens
-  int64_t by_token_from = 0;     // so many tokens lie by token in an IntegerInput, and split
+  int64_t by_token_from = 0;     // so many tokens lie by token in an IntegerInput
 };
 
 const Kernels* scalar_kernels();

@@ -45,6 +45,7 @@ void run_dense_task(void* context, int64_t i) {
 }
 
 constexpr float kOutlier = 64;        // times a token's mean; less, and what its block loses does not show
+constexpr int64_t kSplitTokens = 8;   // from so many on, half a tile for nothing is faster than none
 constexpr int64_t kFixedTokens = 32;  // from so many on, putting a panel into fixed point pays
 
 struct LayOutTask {
@@ -139,7 +140,7 @@ struct Sizes {
   int64_t tiled = 0, pairs = 0, scales = 0, outliers = 0, slabs = 0, split = 0;
 
   Sizes(const Kernels& kernels, int64_t tokens, int64_t in_features, bool rounded, bool is_half) {
-    if (rounded && !is_half && kernels.split_rows && tokens >= kernels.by_token_from && in_features % kSplitInputs == 0)
+    if (rounded && !is_half && kernels.split_rows && tokens >= kSplitTokens && in_features % kSplitInputs == 0)
       split = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile * in_features;
     if (!kernels.dense_tiles_from || tokens < kernels.dense_tiles_from) return;
     tiled = tokens * in_features;
@@ -255,7 +256,8 @@ int dense16_linear(const Kernels& kernels, DenseProduct product, bool rounded) {
 
 int dense12_linear(const Kernels& kernels, const QwenrtDense12& w, const float* x, float* y, int64_t tokens,
                    bool rounded) {
-  if (tokens <= kernels.dense12_tokens) return few_tokens(kernels, w, x, y, tokens);
+  const bool split = Sizes(kernels, tokens, w.in_features, rounded, false).split;
+  if (tokens <= kernels.dense12_tokens && !split) return few_tokens(kernels, w, x, y, tokens);
   return many_tokens(kernels, w, x, y, tokens, rounded);
 }
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 from qwenrt import __version__
 from qwenrt.cli import (
     bench,
+    bench_serve,
     chat,
     details,
     doctor,
@@ -38,6 +39,7 @@ COMMANDS = (
     removal,
     doctor,
     bench,
+    bench_serve,
     estimate,
     evaluation,
     finetuning,
@@ -70,6 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _of_two_words(argv: Sequence[str]) -> list[str]:
+    """["bench", "serve", ...] -> ["bench serve", ...]: `bench` alone takes a model there (one named "serve" is
+    `bench --model serve`)."""
+    return ["bench serve", *argv[2:]] if list(argv[:2]) == ["bench", "serve"] else list(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 when done, 1 after an error (one message on stderr), 130 after Ctrl-C.
 
@@ -82,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     forgive_encoding()
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_of_two_words(sys.argv[1:] if argv is None else argv))
     if not hasattr(args, "command"):
         parser.print_help()
         return EXIT_OK

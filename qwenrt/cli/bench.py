@@ -7,10 +7,11 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenrt import __version__
-from qwenrt.cli import machine
+from qwenrt.cli import bench_profile, machine
 from qwenrt.cli.options import MODEL_HELP, add_model_options, example, load_arguments
 from qwenrt.cli.terminal import Terminal, counted, readable_bytes
 from qwenrt.errors import RequestError
@@ -25,6 +26,7 @@ _READ_BYTES = 512 * 2**20  # far more than any cache holds
 EXAMPLES = """examples:
   qwenrt bench --shape Qwen-1_8B --quantize int4
   qwenrt bench --model demo --prompt-tokens 128 --new-tokens 32 --json
+  qwenrt bench demo --profile --tokens 512
 
 --shape takes random weights of that shape, so nothing is downloaded.
 Every figure is the median over the rounds. Decode reads every weight once for
@@ -53,9 +55,50 @@ def add_parser(subparsers: Any) -> None:
     work.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     work.add_argument("--batch", type=int, default=1, metavar="N", help="requests at once (default: 1)")
     work.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    _add_profile(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     add_model_options(parser)
     parser.set_defaults(command=bench)
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the table of speed and memory")
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        help="print that table in Markdown instead, one row for each precision: 2048 tokens after one, speed over "
+        "all of them, memory at its peak",
+    )
+    group.add_argument(
+        "--precisions",
+        type=_precisions,
+        default=None,
+        metavar="P,...",
+        help="of stored (as the files have the weights), int8, int4 (default: all; with --quantize, that one)",
+    )
+    group.add_argument(
+        "--tokens",
+        type=_token_counts,
+        default=(2048,),
+        metavar="N,...",
+        help="generated, one set of rows for each (default: 2048; the first such table had 8192 too)",
+    )
+    group.add_argument("--context", type=int, default=1, metavar="N", help="tokens before them (default: 1)")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.svg, .png, .pdf)")
+
+
+def _precisions(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if not set(found) <= set(bench_profile.PRECISIONS):
+        raise argparse.ArgumentTypeError(f"{text!r}: use some of {','.join(bench_profile.PRECISIONS)}")
+    return found
+
+
+def _token_counts(text: str) -> tuple[int, ...]:
+    found = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: use numbers of tokens, such as 2048,8192")
+    return found
 
 
 @dataclass(frozen=True)
@@ -85,6 +128,8 @@ class Round:
 
 
 def bench(args: argparse.Namespace) -> int:
+    if args.profile:
+        return bench_profile.profile(args)
     work = Work(args.prompt_tokens, args.new_tokens, args.batch, args.rounds)
     terminal = Terminal()
     with _load(args) as llm:

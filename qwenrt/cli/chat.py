@@ -30,6 +30,7 @@ from qwenrt.errors import QwenrtError, RequestError
 from qwenrt.outputs import Delta
 
 DEFAULT_SEED = 1234
+NOT_BEGUN = "Stopped before the answer began; the conversation is as it was. :retry asks again."
 EXAMPLES = """examples:
   qwenrt chat                                   the built-in demo model
   qwenrt chat Qwen-1_8B-Chat --quantize int4    an alias; downloaded once
@@ -132,6 +133,7 @@ def converse(session: Session, lines: Lines) -> int:
             except KeyboardInterrupt:
                 if not terminal.interactive:
                     raise
+                terminal.warn(NOT_BEGUN)  # the key came before an answer was asked for
             except QwenrtError as error:
                 terminal.error(str(error))
                 failed = not terminal.interactive
@@ -180,18 +182,18 @@ def respond(session: Session, typed: Typed, by_key: bool = False) -> None:
 
 
 def ask(session: Session, asking: Asking, by_key: bool = False) -> None:
-    """Stream one answer and remember it. One that is stopped is remembered as far as it came, and KeyboardInterrupt
-    raised; where one fails, the conversation stays as it was."""
+    """Stream one answer and remember it. One that is stopped is remembered as far as it came, at a terminal; in a
+    pipe KeyboardInterrupt is raised. Where one fails, the conversation stays as it was."""
     terminal = session.terminal
     pieces: list[str] = []
     last = None
     with contextlib.ExitStack() as meanwhile:
         meanwhile.enter_context(one_interrupt())
-        if terminal.interactive:
-            meanwhile.enter_context(unseen_keys(sys.stdin, by_key=by_key))
-            terminal.say("Qwen> ", "bold", end="")
         try:
             try:
+                if terminal.interactive:
+                    meanwhile.enter_context(unseen_keys(sys.stdin, by_key=by_key))
+                    terminal.say("Qwen> ", "bold", end="")
                 with contextlib.closing(session.stream(asking)) as deltas:
                     for last in deltas:
                         pieces.append(last.text)
@@ -200,9 +202,10 @@ def ask(session: Session, asking: Asking, by_key: bool = False) -> None:
                 if pieces or terminal.interactive:
                     terminal.stream("\n")
         except KeyboardInterrupt:
-            if terminal.interactive:
-                _stopped(session, asking, "".join(pieces).strip())
-            raise
+            if not terminal.interactive:
+                raise
+            _stopped(session, asking, "".join(pieces).strip())
+            return
     session.remember(asking, "".join(pieces).strip(), last or Delta(""))
     if last is not None and last.finish_reason == "length":
         terminal.remark("[INFO] The answer was cut at max_tokens; :conf max_tokens=N allows more.")
@@ -213,7 +216,7 @@ def _stopped(session: Session, asking: Asking, so_far: str) -> None:
         session.remember(asking, so_far, None)
         said = "Answer stopped; what there is of it is kept. :retry asks again, :undo takes it back."
     else:
-        said = "Stopped before the answer began; the conversation is as it was. :retry asks again."
+        said = NOT_BEGUN
     session.terminal.warn(said)
 
 

@@ -112,6 +112,20 @@ def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*RUN_OPTIONS, *SOURCE_OPTIONS)}
 
 
+def given_options(args: argparse.Namespace, also: tuple[str, ...] = ()) -> list[str]:
+    """The options of ``add_model_options``, and ``also`` others of `qwenrt.load`, that differ from their defaults, as a
+    command line has them."""
+    given: list[str] = []
+    defaults = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
+    for name in (*RUN_OPTIONS, *SOURCE_OPTIONS, *also):
+        value = getattr(args, name)
+        if value != defaults[name] and value is not False:
+            given.append("--" + name.replace("_", "-"))
+            if value is not True:
+                given.append(str(value))
+    return given
+
+
 def load_model(args: argparse.Namespace) -> LLM:
     from qwenrt.loading import load
 

@@ -35,7 +35,12 @@ SHARING_OPTIONS = (
 _ONE_OF_MANY = {"served_model_names": "--served-model-name", "allow_origins": "--allow-origin"}
 _ONE_OF_MANY |= {"allow_hosts": "--allow-host"}  # options that are given once for each entry
 _SIZES = ("max_body", "max_header", "receive_rate", "send_buffer")
-AGENTS_NEED = 32768  # tokens of context
+# What agents send before a question. How many tokens that is depends on the vocabulary: a text of their kind tells.
+AGENTS_SEND = 105_000  # bytes, with what a chat format adds
+_AGENTS_TEXT = (
+    "You are an agent that helps users with software engineering. Use the tools to read, search and edit files, and "
+    'run commands. {"name": "Bash", "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}}}'
+)
 _NEEDS = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 
 
@@ -162,9 +167,10 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str
         lines.append(f"  Open {address}/ in a browser to talk with it")
     lines.append(f"  Open WebUI and other OpenAI clients: base URL {address}/v1, API key {key}")
     agents = agent_lines(address, name, context, settings.has_keys)
-    if context < AGENTS_NEED:
+    need = AGENTS_SEND * len(llm.tokenizer.encode(_AGENTS_TEXT)) // len(_AGENTS_TEXT)
+    if context < need:
         lines.append(
-            f"  Agents send up to 25,000 tokens before a question: they need a longer context than these {context}."
+            f"  Agents send up to {need:,} tokens before a question: they need a longer context than these {context}."
         )
     lines += [f"  {agent + ':':<13} {line}" for agent, line in agents.items()]
     return "\n".join(lines)

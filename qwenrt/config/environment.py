@@ -26,6 +26,9 @@ class Environment:
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
     packed_cache: Path | None = None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory
+    openai_api_key: str | None = (
+        None  # OPENAI_API_KEY: what `bench serve` shows to the server that it measures
+    )
     history: Path | None = None  # QWENRT_HISTORY: what `qwenrt chat` keeps; 0 for nothing, 1 or a directory
 
     @classmethod
@@ -51,6 +54,7 @@ class Environment:
             kernels=env.get("QWENRT_KERNELS", "auto") or "auto",
             activations=env.get("QWENRT_ACTIVATIONS", "auto") or "auto",
             packed_cache=packed_cache_in(env.get("QWENRT_PACKED_CACHE"), cache_dir),
+            openai_api_key=env.get("OPENAI_API_KEY") or None,
             history=_history(env),
         )
 

@@ -86,6 +86,10 @@ class AsyncEngine:
         """What `submit` would do with a grammar, done now in this thread and kept. Raises RequestError."""
         self._alive().grammars.compile(grammar)
 
+    def build_grammars(self) -> None:
+        """Make now, in this thread, what the first grammar would wait for. Raises RequestError."""
+        self._alive().grammars.build()
+
     def logits(self, token_ids: List[int]) -> torch.Tensor:
         """Engine.logits between two steps -> float32 [num_tokens, vocab_size] on the CPU."""
         ids = list(token_ids)

@@ -19,6 +19,8 @@ from qwenrt.structure import Grammar
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 KEPT = 64  # compiled grammars
+# Older ones know no pattern for white space, would take any, and do not keep to patternProperties.
+_NEEDED = (1, 9)
 # What may stand between two parts of JSON: at most a space, or a line's end with an indentation. In a grammar that has
 # JSON within, such as a call, only the space.
 _BETWEEN, _BETWEEN_IN_LINE = r"[ ]?|\n[ ]{0,16}", "[ ]?"
@@ -90,17 +92,25 @@ class Grammars:
                 self._kept.popitem(last=False)
         return compiled
 
+    def build(self) -> None:
+        """Make what all grammars share before the first one is asked for: some tenths of a second for a large
+        vocabulary. Raises RequestError where llguidance is missing."""
+        if self._tokenizer is not None:
+            self._shared(self._tokenizer)
+
+    def _shared(self, tokenizer: Tokenizer) -> Vocabulary:
+        with self._building:  # once, however many ask first
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(_llguidance(), tokenizer)
+            return self._vocabulary
+
     def _compiled(self, grammar: Grammar) -> Compiled:
         tokenizer = self._tokenizer
         if tokenizer is None:
             raise RequestError(
                 f"a grammar ({grammar.kind})", "this model has no tokenizer", "Generate without one."
             )
-        guidance = _llguidance()
-        with self._building:  # once, however many ask first
-            if self._vocabulary is None:
-                self._vocabulary = _vocabulary(guidance, tokenizer)
-        vocabulary = self._vocabulary
+        guidance, vocabulary = _llguidance(), self._shared(tokenizer)
         lark, schema = _as_lark(grammar)
         limits = guidance.LLParserLimits(**_LIMITS)
         source = guidance.LLMatcher.grammar_from_lark(lark)
@@ -115,14 +125,7 @@ class Grammars:
 def _lark_json(schema: dict[str, Any], between: str) -> str:
     """A schema, checked, as a term of a Lark grammar. Characters that need no escape are written without: text of any
     script stays readable."""
-    if _is_old():  # these know no pattern, and would take any white space; nor what two rules say of one key
-        if '"patternProperties"' in json.dumps(schema):
-            found = "this version of llguidance does not keep to patternProperties"
-            raise RequestError("a grammar (json_schema)", found, "Install llguidance 1.9 or later.")
-        return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
-    options: dict[str, Any] = {"whitespace_pattern": between}
-    if _knows_escapes():
-        options["json_allow_general_unicode_escapes"] = False
+    options = {"whitespace_pattern": between, "json_allow_general_unicode_escapes": False}
     return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
@@ -193,32 +196,22 @@ class _Wrapped:
         return self._tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
+@cache
 def _llguidance() -> Any:
+    found = ""
     try:
         import llguidance
     except ImportError as error:
-        raise RequestError(
-            "a grammar",
-            f"the package llguidance cannot be imported ({shown(str(error))})",
-            'Install it with `pip install "qwenrt[server]"`.',
-        ) from error
+        found = f"the package llguidance cannot be imported ({shown(str(error))})"
+    else:
+        if _numbers(here := version("llguidance")) < _NEEDED:
+            found = f"llguidance {here} is too old"
+    if found:
+        wanted = ".".join(map(str, _NEEDED))
+        how = f'Install {wanted} or later with `pip install "qwenrt[server]"`.'
+        raise RequestError("a grammar", found, how)
     return llguidance
 
 
-@cache
-def _is_old() -> bool:
-    """Whether the version is before 1.9."""
-    major, minor = (int(part) for part in version("llguidance").split(".")[:2])
-    return (major, minor) < (1, 9)
-
-
-@cache
-def _knows_escapes() -> bool:
-    """Whether this version takes the option; older ones write no such escapes, or refuse unknown options."""
-    try:
-        options = {"json_allow_general_unicode_escapes": False}
-        guidance = _llguidance().LLMatcher
-        source = guidance.grammar_from_lark(f'start: %json {{"x-guidance": {json.dumps(options)}}}')
-        return not guidance.validate_grammar(source)
-    except (TypeError, ValueError):
-        return False
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -14,6 +14,9 @@ from qwenrt.structure import Grammar
 
 MAX_DEPTH = 64  # of a schema's JSON
 MAX_PROPERTIES = 1000  # of one object: compiling is quadratic in them
+MAX_OPTIONAL = (
+    400  # of these and of alternatives: each takes 4 of the 2000 items that a parser's row may have
+)
 MAX_REPETITIONS = (
     500  # *, +, ? and {m,n} in all regular expressions of a grammar: compiling is quadratic in them
 )
@@ -27,6 +30,7 @@ FORMATS = frozenset(
 # Keywords whose values are data, or schemas by names that are no keywords.
 _DATA = ("const", "enum", "default", "example", "examples")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_BRANCHES = ("anyOf", "oneOf", "allOf")
 _REPETITION = re.compile(r"\\.|[*+?]|\{\d+(?:,\d*)?\}", re.DOTALL)
 
 
@@ -105,6 +109,13 @@ def _check_schema(what: str, schema: dict[str, Any]) -> None:
             raise RequestError(
                 f"{what}, {place}", f"{len(value)} of them", f"At most {MAX_PROPERTIES} are taken."
             )
+        optional = _optional(value) if key in _BRANCHES else _optional([holder]) if key == "properties" else 0
+        if optional > MAX_OPTIONAL:
+            raise RequestError(
+                f"{what}, {place}",
+                f"{optional} of them are optional",
+                f"At most {MAX_OPTIONAL} are taken: list in required what is always there.",
+            )
         if key == "minProperties" and _may_repeat(value, holder):
             raise RequestError(
                 f"{what}, {place}",
@@ -113,6 +124,20 @@ def _check_schema(what: str, schema: dict[str, Any]) -> None:
             )
     _check_multiples(what, schema)
     _check_repetitions(what, list(_patterns(schema)))
+
+
+def _optional(parts: object) -> int:
+    """How many optional properties objects have that may begin at the same place."""
+    count = 0
+    for part in parts if isinstance(parts, list) else ():
+        properties = part.get("properties") if isinstance(part, Mapping) else None
+        if isinstance(properties, Mapping):
+            required = part.get("required")
+            listed = (
+                {key for key in required if isinstance(key, str)} if isinstance(required, list) else set()
+            )
+            count += len(properties.keys() - listed)
+    return count
 
 
 def _walk(schema: Any, place: str = "$") -> Iterator[tuple[str, str, Any, Mapping[str, Any]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwenrt.errors import QwenrtError
 from qwenrt.server import (
     about,
     agent_routes,
@@ -69,14 +71,23 @@ class Server:
     def hooks(self, started: Any) -> Hooks:
         """What this application does when the program around it is stopped. ``started``: called when it can be
         asked."""
+
+        def ready() -> None:
+            threading.Thread(target=self._build_grammars, name="qwenrt-grammars", daemon=True).start()
+            started()
+
         return Hooks(
-            started=started,
+            started=ready,
             look=self.health.look,
             closing=self.health.close,
             drain=self.admission.drain,
             abort=self._abort,
             reload=self._guard.reload,
         )
+
+    def _build_grammars(self) -> None:
+        with suppress(QwenrtError):  # without llguidance, or closed meanwhile: who asks for a grammar is told
+            self.llm.build_grammars()
 
     def _abort(self) -> None:
         self.admission.abandon()

@@ -52,7 +52,6 @@ class _Routes:
         service.check_name(ask.model)
         work = service.embed(ask.inputs, caller_of(request), ask.instruction, ask.prompt_name)
         vectors, count = await unless_gone(request.receive, work)
-        retrieval.check_dimensions(ask, len(vectors[0]))
         return await json_beside(partial(retrieval.embeddings_body, ask, vectors, service.names[0], count))
 
     async def rerank(self, request: Request) -> ASGIApp:

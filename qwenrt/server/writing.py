@@ -15,7 +15,7 @@ from qwenrt.server.kept_streams import About, KeptStreams
 from qwenrt.server.running import Running
 from qwenrt.server.service import Arrival, Caller, Made, Service
 from qwenrt.server.streams import Client, ClientGone, Json, Streaming, events, json_beside
-from qwenrt.text.dialects.answers import Served, Writer, new_id
+from qwenrt.text.dialects.answers import Served, Writer
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
 
@@ -64,7 +64,7 @@ class Writing:
             made = await client.unless_gone(self.service.make(ask, caller_of(request)))
             writer = writer_of(self.served(made, request, **told), ask)
             size = len(await request.body())
-            answer_id = getattr(writer, "id", "") or new_id("answer-")  # never what a client chose
+            answer_id = writer.id  # never what a client chose
             about = Arrival(request_id, dialect, answer_id, size)
             start = self.service.start(made, ask, caller_of(request), about)
             running = await client.unless_gone(start)
@@ -144,10 +144,19 @@ def _in_a_header(name: str) -> str:
     return name.encode("unicode_escape").decode("ascii").replace(",", "?")[:64]
 
 
+def _ignored(ask: Ask) -> list[str]:
+    """What was asked for and is not kept to. A call that the model makes of itself is held to no grammar: the schema of
+    a strict tool is kept to only where the request makes the model call."""
+    ignored = list(ask.ignored[:32])
+    if ask.tool_choice == "auto" and any(tool["function"].get("strict") is True for tool in ask.tools):
+        ignored.append("strict")
+    return ignored
+
+
 def _headers(ask: Ask, made: Made) -> dict[str, str]:
     headers = {}
     if made.max_tokens is not None:
         headers["x-qwenrt-max-tokens"] = str(made.max_tokens)
-    if ask.ignored:
-        headers["x-qwenrt-ignored"] = ", ".join(map(_in_a_header, ask.ignored[:32]))
+    if ignored := _ignored(ask):
+        headers["x-qwenrt-ignored"] = ", ".join(map(_in_a_header, ignored))
     return headers

@@ -82,7 +82,7 @@ def network_alone() -> list[str]:
 
 @contextmanager
 def serving_beside(chat: str) -> Iterator[Beside]:
-    """The server in a network of its own, with the scripted model that has this chat format."""
+    """The server in a network of its own, with the scripted model that has this chat format, or with "demo"."""
     command = [*network_alone(), sys.executable, "-m", "tests.agents.inside", chat]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -102,6 +102,12 @@ def beside() -> Iterator[Beside]:
 @pytest.fixture(scope="module")
 def beside_qwen1() -> Iterator[Beside]:
     with serving_beside("qwen1") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def beside_demo() -> Iterator[Beside]:
+    with serving_beside("demo") as running:
         yield running
 
 

@@ -1,6 +1,6 @@
-"""The scripted model behind the real server, and programs beside it, in whatever network this is run in.
+"""A model behind the real server, and programs beside it, in whatever network this is run in.
 
-    python -m tests.agents.inside qwen3|qwen1
+    python -m tests.agents.inside qwen3|qwen1|demo       scripted, in one of two chat formats; or the built-in model
 
 Reads one program a line of standard input, {"command": [...], "env": {...}, "cwd": "...", "seconds": 60}, runs it with
 {address} in its command and its environment replaced, and writes a line: {"code", "output", "requests", "answers"}.
@@ -14,8 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
+import qwenrt
+from qwenrt.llm import LLM
 from qwenrt.outputs import Usage
 from qwenrt.server import app
 from qwenrt.server.settings import ServeSettings
@@ -100,10 +103,16 @@ def run(program: dict[str, Any], address: str) -> dict[str, Any]:
     return {"code": code, "output": output.decode("utf-8", "replace")[-20000:], "seconds": seconds}
 
 
+def model(chat: str) -> AbstractContextManager[LLM]:
+    """As `qwenrt serve` loads it, where it is the built-in one."""
+    if chat == "demo":
+        return qwenrt.load("demo", progress=False)
+    return scripted_llm(react if chat == "qwen1" else assistant, CONTEXT, chat, max_num_batched_tokens=8192)
+
+
 def main() -> None:
     settings, chat = ServeSettings(port=0, drain=0), sys.argv[1]
-    reply = react if chat == "qwen1" else assistant
-    with scripted_llm(reply, CONTEXT, chat, max_num_batched_tokens=8192) as llm:
+    with model(chat) as llm:
         server = app(llm, settings)
         recorded = Recorded(server)
         with serving(recorded, settings, hooks=server.hooks(lambda: None)) as running:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenrt.cli.serve import agent_lines
+from qwenrt.cli.serve import AGENTS_SEND, agent_lines
 from scripts.client_envs import NPM
 from tests.agents.conftest import Beside, environment
 from tests.agents.inside import CONTEXT
@@ -77,3 +77,19 @@ def test_an_agent_makes_a_file(
     turns = [answer for answer in done.answers if answer["prompt"] > 10_000]
     first, second = turns
     assert second["prompt"] - second["cached"] <= second["prompt"] - first["prompt"] + BLOCK
+
+
+def test_claude_code_has_an_answer_of_the_built_in_model(
+    beside_demo: Beside, programs: Path, tmp_path: Path
+) -> None:
+    """A toy: what it says is of no use, but its context holds what Claude Code sends, and a turn ends."""
+    line = agent_lines("{address}", "demo", 65536)["Claude Code"]
+    line += f" -p {shlex.quote('Where does Anna live?')} --max-turns 2"
+    done = beside_demo.run(["sh", "-c", f"PATH={programs}:$PATH; {line}"], tmp_path, seconds=900)
+    assert done.code == 0, done.output
+    gone = [
+        request for request in done.refused if request["status"] == 499
+    ]  # left, and found the cache when it came back
+    assert done.output.strip() and done.refused == gone
+    whole = [answer for answer in done.answers if answer["prompt"] > AGENTS_SEND // 4]
+    assert whole and all(answer["answer"] > 0 for answer in whole)

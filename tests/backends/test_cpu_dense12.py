@@ -67,6 +67,20 @@ def test_every_shape_is_near_float64_and_the_same_for_all_threads(
                 )
 
 
+@pytest.mark.parametrize("isa", SETS)
+def test_activations_that_may_be_rounded_keep_16_bits(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before fixed point begins, which is at 32 tokens; the others of a tile are not there."""
+    torch.manual_seed(0)
+    weight = trained(130, 512)
+    packed = packed_anyway(weight, None, monkeypatch)
+    for tokens in (1, 7, 8, 9, 15, 16, 23, 24, 31):
+        x = torch.randn(tokens, 512)
+        wanted, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+        y = served(2, isa).dense12_linear(x, packed, True)
+        assert ((y - wanted).abs() <= (EXACT + 2.0**-16) * size).all(), f"{tokens} tokens"
+        assert torch.equal(served(1, isa).dense12_linear(x, packed, True), y), f"{tokens} tokens"
+
+
 BITS = st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=150)
 
 

@@ -80,22 +80,19 @@ class Talk:
     """A page, and what a person does there. ``requests``: the addresses that it asked for; ``errors``: what went wrong
     in its script."""
 
-    def __init__(self, page: Any, url: str) -> None:
+    def __init__(self, page: Any, url: str, ready: str = "#about:not([hidden])") -> None:
         self.page, self.url = page, url
         self.requests: list[str] = []
         self.errors: list[str] = []
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack}"))
         page.on("console", self._console)
-        self.open()
+        page.goto(url)
+        page.wait_for_selector(ready)
 
     def _console(self, message: Any) -> None:
         if message.type == "error" and not message.text.startswith("Failed to load resource"):
             self.errors.append(message.text)
-
-    def open(self, ready: str = "#about:not([hidden])") -> None:
-        self.page.goto(self.url)
-        self.page.wait_for_selector(ready)
 
     def reload(self) -> None:
         self.page.reload()
@@ -103,11 +100,10 @@ class Talk:
 
     def send(self, text: str) -> None:
         """Send a message, and wait until its answer is asked for."""
+        before = self.page.locator(".message").count()
         self.page.fill("#prompt", text)
         self.page.press("#prompt", "Enter")
-        self.wait(
-            "!document.querySelector('#prompt').value && document.querySelector('.message:last-child.assistant')"
-        )
+        self.wait(f"document.querySelectorAll('.message').length === {before + 2}")
 
     def ask(self, text: str) -> str:
         """Send a message and wait for the whole answer."""

@@ -14,6 +14,7 @@ import pytest
 
 from qwenrt.cli import serve
 from qwenrt.load_options import LoadOptions
+from qwenrt.loading import load_tokenizer
 from qwenrt.server.settings import ServeSettings
 
 pytest.importorskip("starlette")
@@ -109,11 +110,15 @@ def test_a_model_that_is_not_there_leaves_no_port_taken(fake: SimpleNamespace, q
         again.bind(("127.0.0.1", port))
 
 
-@pytest.mark.parametrize(("context", "warned"), [(8192, True), (32768, False)])
+@pytest.mark.parametrize(("context", "warned"), [(8192, True), (32768, True), (65536, False)])
 def test_what_is_said_at_the_start(context: int, warned: bool) -> None:
     blocks = {"max_model_len": context, "total_blocks": context, "block_size": 4}
     llm: Any = SimpleNamespace(
-        stats=lambda: blocks, options=LoadOptions(max_num_seqs=16), summary="one line", name="demo"
+        stats=lambda: blocks,
+        options=LoadOptions(max_num_seqs=16),
+        summary="one line",
+        name="demo",
+        tokenizer=load_tokenizer("demo"),
     )
     said = serve._greeting(llm, ServeSettings(), "http://127.0.0.1:8000", "demo")
     assert "Serving demo at http://127.0.0.1:8000" in said and "one line" in said and "toy" in said

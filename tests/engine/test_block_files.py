@@ -17,6 +17,12 @@ from qwenrt.engine import block_files
 from qwenrt.engine.block_files import BlockFiles, Label
 from qwenrt.errors import ConfigError
 
+
+@pytest.fixture(autouse=True, scope="module")
+def backend_kind() -> None:
+    """Nothing here has an engine: once instead of once for each kind of it."""
+
+
 MODEL, ROOT = b"m" * 32, b"r" * 32
 SIZE = 5000
 

@@ -55,7 +55,7 @@ DIALECTS: dict[str, tuple[str, dict[str, Any], Any]] = {
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[qwenrt.LLM]:
-    with qwenrt.load("demo", progress=False) as loaded:
+    with qwenrt.load("demo", progress=False, max_model_len=8192) as loaded:
         yield loaded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,17 @@ def reply(prompt: str) -> str:
 def llm() -> Iterator[qwenrt.LLM]:
     with scripted_llm(reply, max_model_len=8192) as loaded:
         yield loaded
+
+
+def test_what_grammars_share_is_built_before_anybody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted_llm(reply) as fresh:
+        built, build = threading.Event(), fresh.build_grammars
+        monkeypatch.setattr(fresh, "build_grammars", lambda: (build(), built.set()))
+        with serve(fresh) as running:
+            assert built.wait(100)
+            assert ask(running, "/health")[0] == 200
+        grammars = fresh._assembled.engine._alive().grammars
+        assert grammars._vocabulary is not None and grammars.num_compiled == 0
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,7 @@ async function learn() {
       return drawServer();
     } catch (error) {
       if (error.kind === "key") { await askKey(error); tries = -1; continue; }
-      const name = error.kind === "stopping" ? "stopping" : "gone";
-      await countdown(Math.min(2 ** tries, 15), left => error.kind === "refused" ? say("problem", error.message) : say(name, left));
+      await countdown(Math.min(2 ** tries, 15), left => error.kind === "refused" ? say("problem", error.message) : say(error.kind, left));
     }
   }
 }
@@ -85,6 +84,7 @@ function drawServer() {
   if (!info) return;
   const dtype = String(info.dtype).replace("torch.", "");
   $("about").replaceChildren(make("b", {}, info.model), ` · ${info.device} · ${dtype} · ${info.kernels}`);
+  $("about").title = say("aboutModel");
   $("about").hidden = false;
   const local = /^(localhost|127\.|\[::1\])/.test(location.hostname);
   $("hello-model").textContent = info.built_in ? say("toy", info.model) : local ? say("talkTo", info.model) : say("talkToRemote", info.model, location.host);
@@ -204,8 +204,6 @@ function drawPath() {
       view = new MessageView(chat, message, actions);
       views.set(message.id, view);
       fresh.push(view);
-    } else if (message.role === "user" && !view.node.querySelector("textarea")) {
-      view.drawUser();
     }
     view.draw(answers.of(message));
     if ($("thread").children[place] !== view.node) $("thread").insertBefore(view.node, $("thread").children[place] ?? null);
@@ -329,7 +327,6 @@ const actions = {
   },
   again(message) { $("prompt").focus(); answerTo(message.parent); },
   goOn(message) { $("prompt").focus(); answers.begin(chat, message); drawPath(); },
-  retry(message) { actions.goOn(message); },
   edited(message, text) { write(text, message.parent, message.files); },
   answerNow(live) { server.answerNow(live.id); },
   enterKey() { $("banner-go").click(); },
@@ -354,7 +351,7 @@ async function leaveOut(message, most) {
     else low = middle + 1;
   }
   await changeChat(chat.id, record => ({ ...record, from: asked[low].id }));
-  actions.retry(message);
+  actions.goOn(message);
 }
 
 // -- the field to write in

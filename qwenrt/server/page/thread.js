@@ -4,7 +4,7 @@ const ICONS = {
   close: "M6 6l12 12M18 6L6 18", plus: "M12 5v14M5 12h14", moon: "M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.5 10.5z",
   sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2v2M12 20v2M2 12h2M20 12h2M5 5l1.5 1.5M17.5 17.5L19 19M19 5l-1.5 1.5M6.5 17.5L5 19",
   sliders: "M4 7h10M18 7h2M4 17h2M10 17h10M16 5v4M8 15v4", menu: "M4 7h16M4 12h16M4 17h16", down: "M12 5v14M6 13l6 6 6-6",
-  up: "M12 19V5M6 11l6-6 6 6", stop: "M8 8h8v8H8z", clip: "M20 11l-8.5 8.5a5 5 0 0 1-7-7L13 4a3.3 3.3 0 0 1 4.7 4.7L9.5 17a1.6 1.6 0 0 1-2.3-2.3L15 7",
+  up: "M12 19V5M6 11l6-6 6 6", stop: "M6 6h12v12H6z", clip: "M20 11l-8.5 8.5a5 5 0 0 1-7-7L13 4a3.3 3.3 0 0 1 4.7 4.7L9.5 17a1.6 1.6 0 0 1-2.3-2.3L15 7",
   bulb: "M9 18h6M10 21h4M12 3a6 6 0 0 0-3.5 10.9c.6.500.9 1.2.900 2.1h5.2c0-.9.300-1.6.900-2.1A6 6 0 0 0 12 3z",
   copy: "M9 9h11v11H9zM5 15H4V4h11v1", check: "M5 13l4.5 4.5L19 7", edit: "M4 20h4L19 9l-4-4L4 16z", again: "M20 11a8 8 0 1 0-2 6M20 5v6h-6",
   goOn: "M5 5l8 7-8 7zM18 5v14", before: "M15 6l-6 6 6 6", after: "M9 6l6 6-6 6", remove: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
@@ -71,6 +71,7 @@ class MessageView {
   }
 
   drawUser() {
+    this.shape = this.chat.versions(this.message).length;
     const { message } = this, files = message.files.map(file => make("li", {}, file.name));
     const tools = make("div", { className: "tools" }, this.branches(), this.copyButton(), iconButton("edit", "edit", () => this.edit()));
     this.node.replaceChildren(make("div", { className: "body", lang: languageOf(message.text) }, message.text), tools);
@@ -93,7 +94,7 @@ class MessageView {
   }
 
   copyButton() {
-    const copy = iconButton("copy", "copy", () => copyText(copy, this.message.role === "user" ? wholeText(this.message) : this.message.text));
+    const copy = iconButton("copy", "copy", () => copyText(copy, this.views ? this.message.text : wholeText(this.message)));
     return copy;
   }
 
@@ -135,6 +136,7 @@ class MessageView {
 
   /** Brings what is around the text up to date. */
   draw(live) {
+    if (!this.views && this.shape !== this.chat.versions(this.message).length && !this.node.querySelector("textarea")) this.drawUser();
     if (!this.views) return;
     const { message } = this, running = message.state === "running", thinks = running && !message.text;
     this.node.classList.toggle("running", running && !live?.note);
@@ -149,7 +151,6 @@ class MessageView {
     this.shape = shape;
     const figures = this.tools.querySelector(".figures");
     if (figures) setText(figures, running ? liveFigures(live) : figuresOf(message.usage));
-    if (figures && !running && message.usage?.cached) figures.title = say("figuresCached", count(message.usage.cached), count(message.usage.prompt));
     this.tell(!running);
   }
 
@@ -178,22 +179,17 @@ class MessageView {
   /** Why an answer that is asked for does not come. */
   waits(note, live) {
     if (note.kind === "key") return [say("needsKey"), button("enterKey", () => this.actions.enterKey())];
-    const words = note.kind === "busy" ? say("busy", note.left) : note.kind === "stopping" ? say("stopping", note.left)
-      : note.left ? say("gone", note.left) : say("goneNow");
-    return [words, ...(note.left ? [button("tryNow", () => live.wake?.())] : [])];
+    return [say(note.kind, note.left), ...(note.left ? [button("tryNow", () => live.wake?.())] : [])];
   }
 
   /** How an answer ended, and the ways on. */
   ended() {
     const { message, actions } = this, { state, problem } = message;
     const goOn = message.text || message.thought ? [button("goOn", () => actions.goOn(message))] : [];
+    if (state === "done") return [];
     if (state === "failed" && problem.kind === "full") return actions.tooLong(message, problem);
-    if (state === "failed") {
-      const words = problem.kind === "slow" ? say("slow") : say("problem", problem.message);
-      return [words, ...(goOn.length ? goOn : [button("tryAgain", () => actions.retry(message))])];
-    }
-    if (state === "lost") return [say("lost"), ...(goOn.length ? goOn : [button("tryAgain", () => actions.retry(message))])];
-    return state === "done" ? [] : [say(state), ...goOn];
+    const words = state !== "failed" ? say(state) : problem.kind === "slow" ? say("slow") : say("problem", problem.message);
+    return [words, goOn.length || ["stopped", "cut", "late"].includes(state) ? goOn[0] ?? "" : button("tryAgain", () => actions.goOn(message))];
   }
 
   /** Announces the sentences that are whole by now. */

@@ -40,6 +40,7 @@ class Writer(Protocol):
     """
 
     media_type: str
+    id: str  # of the answer, which nobody can guess; told to the client where the dialect has a place for it
 
     def begin(self) -> bytes:
         """What is said before the first token."""

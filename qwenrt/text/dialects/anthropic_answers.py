@@ -79,7 +79,7 @@ class Writer:
         self._served = served
         # Claude Code sends thoughts back only to the model that they say they are of, by the name it asked for.
         self._model = ask.model or served.model
-        self._id = new_id("msg_")
+        self.id = new_id("msg_")
         self._pieces = Pieces()
         self._block = -1  # number of the latest block
         self._open = ""  # its type while it is open
@@ -149,7 +149,7 @@ class Writer:
         self, content: list[dict[str, Any]], reason: str | None, stop: str | None, usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "type": "message",
             "role": "assistant",
             "model": self._model,

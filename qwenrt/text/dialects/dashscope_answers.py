@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwenrt.outputs import CallDelta, Delta, FinishReason, Generation, Usage
-from qwenrt.text.dialects.answers import SSE_PING, Served, json_bytes, summed
+from qwenrt.text.dialects.answers import SSE_PING, Served, json_bytes, new_id, summed
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.dashscope import Form, error_body
 from qwenrt.text.dialects.logprobs import logprob_entries
@@ -57,6 +57,7 @@ class Writer:
     media_type = "text/event-stream"
 
     def __init__(self, served: Served, ask: Ask) -> None:
+        self.id = new_id("answer-")
         self._served = served
         self._form: Form = ask.extra
         self._progress: dict[int, _Progress] = {}

@@ -13,6 +13,7 @@ import msgspec
 
 from qwenrt.errors import RequestError, shown
 from qwenrt.sampling_params import SamplingParams
+from qwenrt.text.dialects.misspelt import look_for_misspelt
 from qwenrt.text.dialects.problem import Problem
 
 MAX_DEPTH = 200  # of arrays and objects; what walks over a request later may recurse
@@ -34,9 +35,10 @@ _ASKED = "sampling parameter "  # what the errors of SamplingParams begin with
 def decode(body: bytes, type: type[T]) -> T:
     """The JSON object in ``body`` as a msgspec Struct, or any other type that msgspec reads from an object.
 
-    Fields that the type does not know are passed over, those it knows must have its types; of a key that is there
-    twice the last one counts. Raises Problem: "invalid_json" for what is no JSON object in UTF-8, "invalid_request"
-    with the JSON path of the first value whose type is wrong.
+    Fields that the type does not know are passed over (the log says which are nearly one that it does), those it knows
+    must have its types; of a key that is there twice the last one counts. Raises Problem:
+    "invalid_json" for what is no JSON object in UTF-8, "invalid_request" with the JSON path of the first value whose
+    type is wrong.
     """
     body = body.removeprefix(_BOM)
     try:
@@ -47,6 +49,7 @@ def decode(body: bytes, type: type[T]) -> T:
         raise _no_json(f"it is nested more than {MAX_DEPTH} deep", "Send a flatter one.")
     try:
         value: T = _decoder(type).decode(body)
+        look_for_misspelt(body, type)
         return value
     except msgspec.ValidationError as error:
         raise _wrong_type(str(error)) from None

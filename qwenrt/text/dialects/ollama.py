@@ -240,8 +240,6 @@ def read_embed(request: EmbedRequest | EmbeddingsRequest) -> Embedding:
         return Embedding(request.model, [request.prompt or ""])
     texts = [request.input] if isinstance(request.input, str) else request.input or []
     at_most("input", texts, MAX_EMBEDDED)
-    if request.dimensions is not None and request.dimensions < 0:
-        raise bad("dimensions", f"got {shown(request.dimensions)}", "It must be a number of values.")
     return Embedding(request.model, texts, request.dimensions or None, request.truncate is not False)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from qwenrt.outputs import Delta, FinishReason, Generation, Timing, Usage
-from qwenrt.text.dialects.answers import Served, json_bytes
+from qwenrt.text.dialects.answers import Served, json_bytes, new_id
 from qwenrt.text.dialects.ask import Ask
+from qwenrt.text.dialects.dimensions import shortened
 from qwenrt.text.dialects.logprobs import logprob_entries
 from qwenrt.text.dialects.ollama import error_body
 from qwenrt.text.dialects.problem import Problem
@@ -38,6 +38,7 @@ class Writer:
     media_type = "application/x-ndjson"
 
     def __init__(self, served: Served, ask: Ask, clock: Callable[[], float] = time.time) -> None:
+        self.id = new_id("answer-")
         self._served, self._chat, self._clock = served, ask.extra == "chat", clock
         self._token_ids: list[int] = []
         self._last: Delta | None = None
@@ -128,10 +129,11 @@ def embed_body(
     seconds: float = 0.0,
 ) -> dict[str, Any]:
     """The body of an answer to /api/embed: one vector for each text. dimensions: of a vector's values only so many of
-    the first, then of length 1 again; seconds: how long it took."""
+    the first, then of length 1 again; seconds: how long it took. Raises Problem for dimensions that they do not
+    have."""
     return {
         "model": served.model,
-        "embeddings": vectors if dimensions is None else [_shortened(v, dimensions) for v in vectors],
+        "embeddings": shortened(vectors, dimensions),
         "total_duration": _nanoseconds(seconds),
         "load_duration": 1,
         "prompt_eval_count": served.prompt_tokens,
@@ -146,11 +148,6 @@ def embeddings_body(vector: Sequence[float]) -> dict[str, Any]:
 def rfc3339(seconds: float) -> str:
     """Seconds since the epoch as "2026-12-01T08:30:00.250000Z"."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-def _shortened(vector: Sequence[float], dimensions: int) -> list[float]:
-    length = math.hypot(*vector[:dimensions])
-    return [value / (length or 1.0) for value in vector[:dimensions]]
 
 
 def _nanoseconds(seconds: float) -> int:

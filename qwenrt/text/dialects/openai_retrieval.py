@@ -16,6 +16,7 @@ from qwenrt.errors import shown
 from qwenrt.text.dialects import decoding
 from qwenrt.text.dialects.answers import new_id
 from qwenrt.text.dialects.decoding import at_most, bad, said
+from qwenrt.text.dialects.dimensions import shortened
 from qwenrt.text.dialects.openai_bodies import error_body as error_body
 from qwenrt.text.dialects.openai_completions import TextsOrIds, texts_or_ids
 from qwenrt.text.dialects.openai_fields import Flag, Text, Whole
@@ -60,7 +61,7 @@ class ScoreRequest(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True)
 class EmbeddingAsk:
-    """inputs: texts, or their token ids. dimensions: None where the request says nothing."""
+    """inputs: texts, or their token ids. dimensions: how many of a vector's first values are wanted, None for all."""
 
     inputs: list[str | list[int]]
     model: str = ""
@@ -116,17 +117,12 @@ def read_embeddings(request: EmbeddingRequest) -> EmbeddingAsk:
     )
 
 
-def check_dimensions(ask: EmbeddingAsk, size: int) -> None:
-    """Raises Problem where vectors of another size were asked for than the model's ``size``."""
-    if ask.dimensions is not None and ask.dimensions != size:
-        found = f"got {shown(ask.dimensions)}, this model's vectors have {size}"
-        raise bad("dimensions", found, "Leave it out, and cut and normalise the vectors yourself.")
-
-
 def embeddings_body(
     ask: EmbeddingAsk, vectors: Sequence[Sequence[float]], model: str, prompt_tokens: int
 ) -> dict[str, Any]:
-    """vectors: one of each input, float32 values. In base64 they are little-endian."""
+    """vectors: one of each input, float32 values. In base64 they are little-endian. Raises Problem for dimensions that
+    they do not have."""
+    vectors = shortened(vectors, ask.dimensions)
     written: Sequence[Any] = [_base64(vector) for vector in vectors] if ask.as_base64 else vectors
     data = [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(written)]
     return {"object": "list", "data": data, "model": model, "usage": _usage(prompt_tokens)}

@@ -52,8 +52,9 @@ class Writer:
         self._last = Delta("", finish_reason="abort")
         self._number = 0
         self._events: list[bytes] = []
+        self.id = new_id("resp_")
         self.response: dict[str, Any] = {
-            "id": new_id("resp_"),
+            "id": self.id,
             "object": "response",
             "created_at": served.created,
             "completed_at": None,

@@ -301,7 +301,7 @@ def test_texts_to_embed() -> None:
     assert read(b'{"truncate": null, "dimensions": 0}') == ollama.Embedding("", [])
     older = ollama.read_embed(ollama.decode_embeddings(b'{"model": "m", "prompt": "a"}'))
     assert older == ollama.Embedding("m", ["a"])
-    for body in (b'{"input": 3}', b'{"dimensions": -1}', json.dumps({"input": ["a"] * 2049}).encode()):
+    for body in (b'{"input": 3}', b'{"dimensions": "4"}', json.dumps({"input": ["a"] * 2049}).encode()):
         with pytest.raises(Problem):
             read(body)
 

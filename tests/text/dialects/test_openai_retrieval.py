@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenrt.text.dialects import ollama_answers
 from qwenrt.text.dialects import openai_retrieval as retrieval
-from qwenrt.text.dialects.answers import json_bytes
-from qwenrt.text.dialects.openai_retrieval import EmbeddingAsk, RerankAsk, ScoreAsk, check_dimensions
+from qwenrt.text.dialects.answers import Served, json_bytes
+from qwenrt.text.dialects.openai_retrieval import EmbeddingAsk, RerankAsk, ScoreAsk
 from qwenrt.text.dialects.problem import Problem
 from tests.text.dialects.strategies import JSON, unhurried
 
@@ -105,13 +106,24 @@ def test_any_object_is_read_or_a_problem(route: str, fields: dict[str, Any]) -> 
         assert found.status == 400
 
 
-def test_dimensions_are_the_models_own() -> None:
-    check_dimensions(EmbeddingAsk(["a"]), 4)
-    check_dimensions(EmbeddingAsk(["a"], dimensions=4), 4)
-    for asked in (3, 0, -1, 10**30):
-        with pytest.raises(Problem) as caught:
-            check_dimensions(EmbeddingAsk(["a"], dimensions=asked), 4)
-        assert caught.value.param == "dimensions" and "4" in caught.value.message
+def test_vectors_are_cut_alike_for_clients_of_openai_and_ollama() -> None:
+    vectors = [[3.0, 4.0, 0.5, 1.0], [0.0, 0.0, 1.0, 0.0]]
+    for dimensions, wanted in ((None, vectors), (4, vectors), (2, [[0.6, 0.8], [0.0, 0.0]])):
+        asked = EmbeddingAsk(["a", "b"], dimensions=dimensions)
+        told = retrieval.embeddings_body(asked, vectors, "m", 5)["data"]
+        assert [one["embedding"] for one in told] == wanted
+        assert ollama_answers.embed_body(Served("m", "r"), vectors, dimensions)["embeddings"] == wanted
+    for dimensions in (5, 0, -1, 10**30):
+        problems = []
+        for refused in (
+            lambda: retrieval.embeddings_body(EmbeddingAsk(["a"], dimensions=dimensions), vectors, "m", 5),  # noqa: B023
+            lambda: ollama_answers.embed_body(Served("m", "r"), vectors, dimensions),  # noqa: B023
+        ):
+            with pytest.raises(Problem) as caught:
+                refused()
+            assert caught.value.param == "dimensions" and "1 to 4" in caught.value.message
+            problems.append(str(caught.value))
+        assert problems[0] == problems[1]
 
 
 def test_embeddings_are_numbers_or_base64_of_the_same_floats() -> None:
