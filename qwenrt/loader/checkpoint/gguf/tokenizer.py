@@ -19,6 +19,10 @@ _GGML = "tokenizer.ggml."
 _PLAIN, _WITH_MARKS = KNOWN_PATTERNS
 # tokenizer.ggml.pre -> the pattern that splits texts; files of old converters have none, or "default"
 _PATTERNS = {"qwen2": _PLAIN, "default": _PLAIN, "deepseek-r1-qwen": _PLAIN, "qwen35": _WITH_MARKS}
+# What converters take for control tokens by its look alone, and Qwen's own files show in texts.
+_SHOWN = frozenset(
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+)
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _TYPES = range(_NORMAL, _BYTE + 1)
 
@@ -91,7 +95,7 @@ def _words(metadata: Metadata) -> _Words:
                 found = f"tokens {vocab[content]} and {token_id} are both {content!r:.60}"
                 raise metadata.bad(f"{_GGML}tokens", found)
         else:
-            added[token_id] = content, kind != _USER_DEFINED
+            added[token_id] = content, kind != _USER_DEFINED and content not in _SHOWN
     return _Words(vocab, added, contents)
 
 
