@@ -17,7 +17,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import Binding
 from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
-from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters
+from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters, state_bytes
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
@@ -43,12 +43,10 @@ logger = logging.getLogger("qwenrt")
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in load_options.DTYPES}
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
-LONGEST_BY_CHOICE = (
-    32768  # the longest context that is set up unless the user asks for more, or it takes little:
-)
-LITTLE_CACHE = (
-    1 << 29
-)  # bytes of a lone sequence's cache that are no reason for a shorter context than the model's own
+SNAPSHOT_SHARE = 0.1  # of the memory left beside the weights, for states that can be found again
+# The longest context that is set up unless the user asks for more, or its cache takes so few bytes.
+LONGEST_BY_CHOICE = 32768
+LITTLE_CACHE = 1 << 29
 
 
 @dataclass
@@ -187,6 +185,7 @@ def _build(
         step_target_ms=options.step_target_ms,
         prefix_store=None if options.prefix_store is None else Path(options.prefix_store),
         prefix_store_bytes=options.prefix_store_bytes,
+        num_snapshots=_num_snapshots(config, backend, dtype, options),
     )
     engine = Engine(
         model,
@@ -244,7 +243,7 @@ def _cache_token_bytes(
     config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions
 ) -> int:
     return backend.kv_bytes_per_token(
-        config.num_layers, config.num_kv_heads, config.head_dim, dtype, options.kv_cache_dtype == "int8"
+        config.num_kv_layers, config.num_kv_heads, config.head_dim, dtype, options.kv_cache_dtype == "int8"
     )
 
 
@@ -253,7 +252,7 @@ def _longest_that_fits(
 ) -> int:
     """The longest context, up to the model's own and LONGEST_BY_CHOICE or LITTLE_CACHE, whose cache is at most half of
     what is free now."""
-    per_token = _cache_token_bytes(config, backend, dtype, options)
+    per_token = max(1, _cache_token_bytes(config, backend, dtype, options))
     longest = min(config.max_position_embeddings, max(LONGEST_BY_CHOICE, LITTLE_CACHE // per_token))
     fits = backend.memory()[0] // 2 // per_token
     return max(min(longest, fits // BLOCK_SIZE * BLOCK_SIZE), min(longest, 256))
@@ -265,8 +264,16 @@ def _num_blocks(
     """Blocks of the cache: every sequence at full length, if a share of the free memory holds that; one at least."""
     per_token = _cache_token_bytes(config, backend, dtype, options)
     one, all_of_them = longest, longest * options.max_num_seqs
-    affordable = int(backend.memory()[0] * CACHE_SHARE) // per_token
+    affordable = int(backend.memory()[0] * CACHE_SHARE) // max(1, per_token)
     return -(-max(one, min(all_of_them, affordable)) // BLOCK_SIZE)
+
+
+def _num_snapshots(config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions) -> int:
+    """States kept beside those of running sequences: three for each, if a share of the free memory holds that; four at
+    least."""
+    one = state_bytes(config, dtype.itemsize)
+    most = 3 * options.max_num_seqs
+    return min(most, max(4, int(backend.memory()[0] * SNAPSHOT_SHARE) // one)) if one else 0
 
 
 def _selfcheck(

@@ -22,6 +22,8 @@ GOLDEN = Path(__file__).parent / "golden"
 DENSE_GOLDENS = ("plain", "ntk_only", "logn_only", "ntk_logn", "big_base")
 GPTQ_GOLDENS = ("gptq_int4", "gptq_int8", "gptq_int4_act_order")
 
+HYBRID_GOLDENS = ("qwen3_next", "qwen3_5", "qwen3_5_vl", "qwen3_5_moe")  # with layers of linear attention
+
 
 class _TorchRandom:
     """torch's generator, which hypothesis resets before each example: a function of its arguments alone."""

@@ -104,7 +104,10 @@ def test_parameter_counts_of_the_releases(shape: tuple[int, ...], parameters: in
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are all true"),
         ({"use_logn_attn": "yes"}, "use_logn_attn is 'yes'"),
         ({"rotary_pct": 0.01}, "rotates 1 of them"),
-        ({"model_type": "qwen3_next"}, "model_type is 'qwen3_next' (Qwen3-Next): it has linear attention"),
+        (
+            {"model_type": "qwen4_exp"},
+            "model_type is 'qwen4_exp' (Qwen3.8-Flash-Next): it has several residual",
+        ),
         ({"model_type": "qwen9"}, "model_type is 'qwen9' (a Qwen this version does not know)"),
         ({"model_type": "llama"}, "model_type is 'llama' (not a Qwen)"),
         ({"model_type": ["qwen"]}, "(not a Qwen)"),

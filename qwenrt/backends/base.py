@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, OpSpec
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.config import LinearAttentionConfig
 from qwenrt.config.layers import kv_bytes_per_token
 from qwenrt.errors import BackendError
-from qwenrt.ops import quantization, reference
-from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import CanonicalWeight, Experts, Packed
+from qwenrt.ops import delta, quantization, reference
+from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerKV, LayerState, StepPlan, Vocabulary
+from qwenrt.ops.types import CanonicalWeight, DeltaWeights, Experts, Packed
 
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
@@ -37,6 +38,7 @@ class Backend:
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
+    dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
@@ -54,6 +56,7 @@ class Backend:
         by its definition, so a seam composes what really serves.
         """
         bound = copy.copy(self)
+        bound.dtype = spec.dtype
         for op in (*PRIMITIVES, *SEAMS):
             if self._native(op) is not None and self.why_not(op, spec) is not None:
                 setattr(bound, op, getattr(Backend, op).__get__(bound))
@@ -108,7 +111,7 @@ class Backend:
     # ---- primitives
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return reference.rms_norm(x, weight, eps)
+        return reference.rms_norm(x, weight, eps, self.dtype)
 
     def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         return reference.linear(x, w)
@@ -138,6 +141,26 @@ class Backend:
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.silu_and_mul(gate_up)
+
+    def causal_conv(
+        self, x: torch.Tensor, weight: torch.Tensor, state: LayerState | None, plan: StepPlan
+    ) -> torch.Tensor:
+        return delta.causal_conv(x, weight, state, plan)
+
+    def gated_delta(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: torch.Tensor,
+        g: torch.Tensor,
+        state: LayerState | None,
+        plan: StepPlan,
+    ) -> torch.Tensor:
+        return delta.gated_delta(q, k, v, beta, g, state, plan)
+
+    def gated_norm(self, o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return delta.gated_norm(o, z, weight, eps)
 
     # ---- seams: what a decoder layer calls
 
@@ -176,6 +199,27 @@ class Backend:
         if kv is not None and plan.slots is not None:
             self.store_kv(k, v, kv, plan.slots)
         return q, k, v
+
+    def delta_net(
+        self,
+        projected: torch.Tensor,
+        rates: torch.Tensor,
+        w: DeltaWeights,
+        eps: float,
+        state: LayerState | None,
+        plan: StepPlan,
+    ) -> torch.Tensor:
+        """projected [T, C + nv dv] (queries, keys, values and z) and rates [T, 2 nv] (b and a) -> what the tokens read
+        of their sequence's state, normed and gated [T, nv dv]; the state moves on."""
+        nk, nv, dk, dv = w.heads
+        mixed, z = projected.split_with_sizes((2 * nk * dk + nv * dv, nv * dv), dim=-1)
+        mixed = self.causal_conv(mixed, w.conv, state, plan)
+        q, k, v = mixed.split_with_sizes((nk * dk, nk * dk, nv * dv), dim=-1)
+        q, k = q.reshape(-1, nk, dk), k.reshape(-1, nk, dk)
+        v, z = v.reshape(-1, nv, dv), z.reshape(-1, nv, dv)
+        beta, g = delta.rates(rates, w.log_decay, w.decay_bias)
+        o = self.gated_delta(q, k, v, beta, g, state, plan)
+        return self.gated_norm(o, z, w.out_norm, eps).flatten(1)
 
     def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:
         """residual + linear(x), both [T, D]; a float32 residual beside float16 activations is not overflowed."""
@@ -316,6 +360,20 @@ class Backend:
             else:
                 layers.append(LayerKV(*(self.empty_kv(shape, dtype) for _ in range(2))))
         return layers
+
+    def alloc_states(
+        self, num_layers: int, slots: int, delta: LinearAttentionConfig, dtype: torch.dtype
+    ) -> list[LayerState]:
+        """Room for ``slots`` sequences' states in each layer of linear attention; what an unused slot holds must never
+        matter."""
+        matrices = (slots, delta.num_value_heads, delta.key_dim, delta.value_dim)
+        return [
+            LayerState(
+                self.empty_kv((slots, delta.conv_kernel - 1, delta.channels), dtype),
+                self.empty_kv(matrices, torch.float32),
+            )
+            for _ in range(num_layers)
+        ]
 
     def empty_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised memory of a cache, on the device."""

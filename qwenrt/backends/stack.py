@@ -9,13 +9,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from qwenrt.config.layers import BLOCK_SIZE
 from qwenrt.ops.steps import (
     FROM_BEFORE,
     NOT_FINITE,
     DecodePlan,
     Draw,
     DrawTensors,
+    LayerCache,
     LayerKV,
+    LayerState,
     RotaryRows,
     Step,
     StepPlan,
@@ -67,7 +70,11 @@ class Network(Protocol):
         """The rows of every position below ``length``, for all NTK factors that sequences of such a length have."""
 
     def run_layers(
-        self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, kv: list[LayerKV] | None
+        self,
+        x: torch.Tensor,
+        rotary: RotaryRows,
+        plan: StepPlan | DecodePlan,
+        kv: Sequence[LayerCache] | None,
     ) -> torch.Tensor:
         """The residual stream before the layers -> after them [T, D], op by op."""
 
@@ -91,7 +98,7 @@ class StackParts:
     """What stacks are made for: a model, its cache, and the largest step."""
 
     network: Network
-    cache: list[LayerKV]
+    cache: Sequence[LayerCache]
     vocabulary: Vocabulary
     max_rows: int  # sequences computed together
     max_model_len: int  # tokens of a sequence
@@ -101,7 +108,8 @@ class StackParts:
 
     @property
     def block_size(self) -> int:
-        return self.cache[0].block_size
+        """Slots of a block; any number where no layer keeps keys and values."""
+        return next((layer.block_size for layer in self.cache if isinstance(layer, LayerKV)), BLOCK_SIZE)
 
 
 @dataclass(frozen=True)
@@ -150,17 +158,28 @@ class SeamStack:
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         backend, network = self._backend, self._parts.network
         plan = plan_of(backend, step, self._parts.block_size)
+        copy_states(self._parts.cache, step.state_copies)
         x = network.embed(token_ids(backend, step, before))
         x = network.run_layers(x, network.rotary(plan, step.ntk_alphas), plan, self._parts.cache)
+        copy_states(self._parts.cache, step.states_kept)
         if len(step.logit_rows) < step.num_tokens:
             x = x.index_select(0, backend.send(step.logit_rows))
         logits = network.logits(network.final_norm(x)) if step.logit_rows else x
         return chosen_from(self, backend, logits, step.draws, self._parts.vocabulary)
 
 
+def copy_states(cache: Sequence[LayerCache], copies: list[tuple[int, int]]) -> None:
+    """States of sequences, (from, to) slot, in every layer that keeps one."""
+    for source, target in copies:
+        for layer in cache:
+            if isinstance(layer, LayerState):
+                layer.copy(source, target)
+
+
 def plan_of(backend: Device, step: Step, block_size: int) -> StepPlan:
     """What the layers are told of a step, its slots on the device."""
-    return StepPlan(step.q_lens, step.kv_lens, backend.send(step.slots(block_size)), step.tables)
+    slots = backend.send(step.slots(block_size))
+    return StepPlan(step.q_lens, step.kv_lens, slots, step.tables, state_slots=step.state_slots)
 
 
 def token_ids(backend: Device, step: Step, before: Outcome | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ from qwenrt.config.families import parse_model_config as parse_model_config
 from qwenrt.config.families import read_model_config as read_model_config
 from qwenrt.config.fields import read_json as read_json
 from qwenrt.config.generation import GenerationConfig as GenerationConfig
+from qwenrt.config.model import LinearAttentionConfig as LinearAttentionConfig
 from qwenrt.config.model import ModelConfig as ModelConfig
 from qwenrt.config.model import MoeConfig as MoeConfig
 from qwenrt.config.model import YarnConfig as YarnConfig

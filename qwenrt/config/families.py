@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenrt.config import qwen1, qwen2
+from qwenrt.config import hybrid, qwen1, qwen2
 from qwenrt.config.fields import LIMITS, bad, contradiction, first_given, read_json, token_ids
 from qwenrt.config.layers import num_parameters
 from qwenrt.config.model import ModelConfig
@@ -24,16 +24,19 @@ _WRAPPERS = {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe": "qwen3_moe",
     "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5_moe_text": "qwen3_5_moe",
 }
 MAX_PARAMETERS = 2**44
 MAX_EXPERTS = 2**17  # in all layers; the largest released model has 12,000
-_HYBRID = "linear attention (gated DeltaNet) layers, which this version does not compute"
+_QWEN4_EXP = (
+    "several residual streams, a table of n-grams and indexed attention, which this version does not compute"
+)
 _KNOWN = {  # model_type -> (what it is, what is missing)
-    "qwen3_next": ("Qwen3-Next", _HYBRID),
-    "qwen3_5": ("Qwen3.5", _HYBRID),
-    "qwen3_5_text": ("Qwen3.5", _HYBRID),
-    "qwen3_5_moe": ("a Qwen3.5 mixture of experts", _HYBRID),
-    "qwen3_5_moe_text": ("a Qwen3.5 mixture of experts", _HYBRID),
+    "qwen4_exp": ("Qwen3.8-Flash-Next", _QWEN4_EXP),
+    "qwen4_exp_text": ("Qwen3.8-Flash-Next", _QWEN4_EXP),
     "qwen2_audio": ("Qwen2-Audio", "an audio encoder around the text model"),
     "qwen2_5_omni": ("Qwen2.5-Omni", "speech and vision around the text model"),
     "qwen3_omni_moe": ("Qwen3-Omni", "speech and vision around the text model"),
@@ -79,6 +82,8 @@ def parse_model_config(config: Mapping[str, Any], quantize: Mapping[str, Any] | 
         return _check_total_size(qwen1.read(text, parsed, where), where)
     if isinstance(model_type, str) and model_type in qwen2.MODEL_TYPES:
         return _check_total_size(qwen2.read(model_type, text, parsed, where), where)
+    if isinstance(model_type, str) and model_type in hybrid.MODEL_TYPES:
+        return _check_total_size(hybrid.read(model_type, text, parsed, where), where)
     raise _unsupported(model_type, where)
 
 
@@ -88,6 +93,7 @@ _READ = (
     *LIMITS,
     *("rms_norm_eps", "hidden_act", "attention_bias", "qkv_bias", "norm_topk_prob", "decoder_sparse_step"),
     *("mlp_only_layers", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    *("full_attention_interval", "attn_output_gate", "output_gate_type", "mamba_ssm_dtype"),
     "quantization_config",
 )
 _QUANT = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
@@ -159,13 +165,14 @@ def text_model_type(config: Mapping[str, Any]) -> str:
 
 
 def _unsupported(model_type: object, where: str) -> ConfigError:
-    supported = f"This version of qwenrt runs model_type {', '.join(('qwen', *qwen2.MODEL_TYPES))}."
+    types = ("qwen", *qwen2.MODEL_TYPES, *hybrid.MODEL_TYPES)
+    supported = f"This version of qwenrt runs model_type {', '.join(types)}."
     found = f"model_type is {shown(model_type)}"
     if isinstance(model_type, str) and model_type in _KNOWN:
         what, missing = _KNOWN[model_type]
         return ConfigError(f"reading {where}", f"{found} ({what}): it has {missing}", supported)
     spelt = model_type.lower().replace("-", "_") if isinstance(model_type, str) else ""
-    if spelt != model_type and spelt in ("qwen", *qwen2.MODEL_TYPES, *_WRAPPERS):
+    if spelt != model_type and spelt in (*types, *_WRAPPERS):
         return ConfigError(f"reading {where}", found, f'Write "model_type": "{spelt}".')
     newer = spelt.startswith("qwen")
     note = " (a Qwen this version does not know)" if newer else " (not a Qwen)"

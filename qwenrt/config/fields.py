@@ -40,6 +40,11 @@ LIMITS = {  # name -> largest value that any Qwen comes near; more is a damaged 
     "num_experts_per_tok": 4096,
     "moe_intermediate_size": 2**20,
     "shared_expert_intermediate_size": 2**20,
+    "linear_num_key_heads": 4096,
+    "linear_num_value_heads": 4096,
+    "linear_key_head_dim": 4096,
+    "linear_value_head_dim": 4096,
+    "linear_conv_kernel_dim": 64,
 }
 
 

@@ -36,17 +36,13 @@ class LinearSpec:
 def layer_linears(config: ModelConfig, layer: int) -> list[LinearSpec]:
     """The linears of a layer, in the order they are used."""
     prefix, d = f"layers.{layer}", config.hidden_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = [
-        LinearSpec(f"{prefix}.qkv_proj", d, (("q", q), ("k", kv), ("v", kv)), bias=config.qkv_bias),
-        LinearSpec(f"{prefix}.o_proj", q, (("o", d),), bias=config.o_bias),
-    ]
+    mixer = _delta_linears(config, prefix) if config.is_linear(layer) else _attention_linears(config, prefix)
     moe = config.moe
     if moe is None or not config.is_moe(layer):
-        return [*attention, *_mlp_linears(prefix, d, config.intermediate_size, config.mlp_bias)]
+        return [*mixer, *_mlp_linears(prefix, d, config.intermediate_size, config.mlp_bias)]
     shared = moe.shared_intermediate_size
     return [
-        *attention,
+        *mixer,
         *(_mlp_linears(f"{prefix}.shared_expert", d, shared) if shared else ()),
         *(
             spec
@@ -54,6 +50,53 @@ def layer_linears(config: ModelConfig, layer: int) -> list[LinearSpec]:
             for spec in _mlp_linears(f"{prefix}.experts.{expert}", d, moe.intermediate_size)
         ),
     ]
+
+
+def _attention_linears(config: ModelConfig, prefix: str) -> list[LinearSpec]:
+    """Where the output has a gate, q_proj gives each head's query and then its gate."""
+    d, kv = config.hidden_size, config.num_kv_heads * config.head_dim
+    heads = config.num_heads * config.head_dim
+    q = 2 * heads if config.attn_gate else heads
+    return [
+        LinearSpec(f"{prefix}.qkv_proj", d, (("q", q), ("k", kv), ("v", kv)), bias=config.qkv_bias),
+        LinearSpec(f"{prefix}.o_proj", heads, (("o", d),), bias=config.o_bias),
+    ]
+
+
+def _delta_linears(config: ModelConfig, prefix: str) -> list[LinearSpec]:
+    """What a gated delta net is made of: queries, keys, values and z, the gate of its output; then b and a, of which
+    what it writes and forgets is made: a few rows that decide what is remembered, and are never rounded."""
+    delta, d = config.linear_attention, config.hidden_size
+    assert delta is not None
+    heads = delta.num_value_heads
+    parts: tuple[tuple[str, int], ...] = (("qkv", delta.channels), ("z", delta.values))
+    rates: tuple[tuple[str, int], ...] = (("b", heads), ("a", heads))
+    if delta.grouped:
+        parts, rates = (("qkvz", delta.channels + delta.values),), (("ba", 2 * heads),)
+    return [
+        LinearSpec(f"{prefix}.in_proj", d, parts, bias=False),
+        LinearSpec(f"{prefix}.rates_proj", d, rates, bias=False, quantizable=False),
+        LinearSpec(f"{prefix}.out_proj", delta.values, (("out", d),), bias=False),
+    ]
+
+
+def file_rows(config: ModelConfig, param: str) -> list[int] | None:
+    """The order in which a linear's rows are taken from the file, None for that of the file.
+
+    Qwen3-Next has them by key head: its query, its key, its value heads, their z; and their b, their a.
+    """
+    delta, name = config.linear_attention, param.rpartition(".")[2]
+    if delta is None or not delta.grouped or name not in ("in_proj", "rates_proj"):
+        return None
+    each = delta.num_value_heads // delta.num_key_heads
+    k, v = delta.key_dim, each * delta.value_dim
+    sizes = (k, k, v, v) if name == "in_proj" else (each, each)
+    rows: list[int] = []
+    for i, size in enumerate(sizes):
+        for head in range(delta.num_key_heads):
+            first = head * sum(sizes) + sum(sizes[:i])
+            rows.extend(range(first, first + size))
+    return rows
 
 
 def _mlp_linears(prefix: str, d: int, i: int, bias: bool = False) -> list[LinearSpec]:
@@ -64,10 +107,19 @@ def _mlp_linears(prefix: str, d: int, i: int, bias: bool = False) -> list[Linear
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """The other weights of a layer and their shapes: norms, and what chooses the experts."""
+    """The other weights of a layer and their shapes: norms, what chooses the experts, and of a gated delta net its
+    convolution and how fast each head forgets."""
     d, prefix = config.hidden_size, f"layers.{layer}"
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}.input_norm": (d,), f"{prefix}.post_norm": (d,)}
-    if config.qk_norm:
+    delta = config.linear_attention
+    if delta is not None and config.is_linear(layer):
+        shapes |= {
+            f"{prefix}.conv": (delta.channels, 1, delta.conv_kernel),
+            f"{prefix}.log_decay": (delta.num_value_heads,),
+            f"{prefix}.decay_bias": (delta.num_value_heads,),
+            f"{prefix}.out_norm": (delta.value_dim,),
+        }
+    elif config.qk_norm:
         shapes |= {f"{prefix}.q_norm": (config.head_dim,), f"{prefix}.k_norm": (config.head_dim,)}
     if config.moe is not None and config.is_moe(layer):
         shapes[f"{prefix}.router"] = (config.moe.num_experts, d)
@@ -83,14 +135,23 @@ def head_linear(config: ModelConfig) -> LinearSpec:
     )
 
 
+def is_zero_centred(config: ModelConfig, name: str) -> bool:
+    """Whether the file has a tensor less 1: all norms but that of a delta net's output."""
+    return config.zero_centred_norms and name.endswith("norm") and not name.endswith("out_norm")
+
+
+def is_wide(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is float32 whatever the model computes in: norms that the file has less 1, as 16 bits do not
+    hold their sum, and what decides how fast a delta net forgets."""
+    return is_zero_centred(config, name) or name.endswith((".log_decay", ".decay_bias", ".out_norm"))
+
+
 def kinds_of_layers(config: ModelConfig) -> list[tuple[int, int]]:
-    """(a layer, how many have its shapes): of those with one MLP, and of those with experts."""
-    sparse = config.num_moe_layers
-    return [
-        (next(n for n in range(config.num_layers) if config.is_moe(n) == is_moe), number)
-        for is_moe, number in ((False, config.num_layers - sparse), (True, sparse))
-        if number
-    ]
+    """(a layer, how many have its shapes), of each kind: with attention or a delta net, with one MLP or experts."""
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for layer in range(config.num_layers):
+        kinds.setdefault((config.is_linear(layer), config.is_moe(layer)), []).append(layer)
+    return [(layers[0], len(layers)) for layers in kinds.values()]
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -120,3 +181,13 @@ def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, itemsi
     """Bytes that one token takes in the cache of all layers, keys and values together, in elements of ``itemsize`` or
     in int8, where each head has a float32 scale and zero beside its codes."""
     return 2 * num_layers * num_kv_heads * (head_dim + 8 if int8 else head_dim * itemsize)
+
+
+def state_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of one sequence's state in all layers that keep one: float32 matrices, and the last tokens before the
+    convolution in elements of ``itemsize``."""
+    delta = config.linear_attention
+    if delta is None:
+        return 0
+    matrices = delta.num_value_heads * delta.key_dim * delta.value_dim * 4
+    return len(delta.layers) * (matrices + (delta.conv_kernel - 1) * delta.channels * itemsize)

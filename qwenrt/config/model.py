@@ -41,17 +41,55 @@ class MoeConfig:
 
 
 @dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Gated delta nets (arXiv 2412.06464) in place of attention in ``layers``: what a sequence has said is kept in a
+    matrix [key_dim, value_dim] for each of ``num_value_heads``, whatever its length.
+
+    ``num_key_heads`` divides num_value_heads: as many value heads share a query and a key. Queries, keys and values
+    each pass a causal convolution over the last ``conv_kernel`` tokens, channel by channel. ``grouped``: the file has
+    the rows of its projections key head by key head (Qwen3-Next), which is undone when they are read.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+    layers: frozenset[int]
+    grouped: bool = False
+
+    @property
+    def keys(self) -> int:
+        """Channels of all queries, and of all keys."""
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Channels of all values."""
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels that are convolved: queries, keys, values."""
+        return 2 * self.keys + self.values
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """``model_type`` names the generation: "qwen", "qwen2", "qwen2_moe", "qwen3" or "qwen3_moe".
+    """``model_type`` names the generation: "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5"
+    or "qwen3_5_moe".
 
     ``intermediate_size`` is the width of each MLP projection (Qwen-1's config.json stores twice that).
     ``train_length`` is Qwen-1's seq_length: the length NTK and LogN are relative to, not the longest context.
     ``qkv_bias``, ``o_bias``, ``mlp_bias``: which linears have biases. ``qk_norm``: queries and keys are normalised
     head by head. ``windows``: for each layer how many tokens a query sees, itself included (0: all); empty where no
     layer is limited. ``is_causal``: whether a token sees only earlier ones; some models for embeddings see later ones
-    as well, and generate nothing. ``eos_token_ids``: those named in config.json. ``dtype`` is None where the
-    checkpoint does not say. ``tie_word_embeddings``: the head is the embedding; ``has_head``: False where the files
-    have no head at all, which is enough for embeddings. Files overrule config.json: see loader.checkpoint.as_stored.
+    as well, and generate nothing. ``linear_attention``: layers that keep a state in place of keys and values;
+    ``attn_gate``: the others multiply what they attended to by a gate, which q_proj gives beside the query;
+    ``zero_centred_norms``: the file has the weights of norms less 1. ``eos_token_ids``: those named in config.json.
+    ``dtype`` is None where the checkpoint does not say. ``tie_word_embeddings``: the head is the embedding;
+    ``has_head``: False where the files have no head at all, which is enough for embeddings. Files overrule config.json:
+    see loader.checkpoint.as_stored.
     """
 
     model_type: str
@@ -79,6 +117,9 @@ class ModelConfig:
     is_causal: bool = True
     yarn: YarnConfig | None = None
     moe: MoeConfig | None = None
+    linear_attention: LinearAttentionConfig | None = None
+    attn_gate: bool = False
+    zero_centred_norms: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
     quant: QuantConfig | None = None
@@ -90,6 +131,19 @@ class ModelConfig:
     def is_moe(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer keeps a state of fixed size in place of keys and values."""
+        return self.linear_attention is not None and layer in self.linear_attention.layers
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that keep the keys and values of every token."""
+        return self.num_layers - self.num_linear_layers
+
+    @property
+    def num_linear_layers(self) -> int:
+        return 0 if self.linear_attention is None else len(self.linear_attention.layers)
 
     @property
     def num_moe_layers(self) -> int:

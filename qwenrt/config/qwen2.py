@@ -58,7 +58,7 @@ def read(model_type: str, config: Mapping[str, Any], quant: QuantConfig | None, 
         yarn=yarn,
         moe=_moe(model_type, config, layers, where) if model_type.endswith("_moe") else None,
         eos_token_ids=token_ids(config, "eos_token_id", where),
-        dtype=_dtype(config, where),
+        dtype=read_dtype(config, where),
         quant=quant,
     )
 
@@ -151,7 +151,7 @@ def _moe(model_type: str, config: Mapping[str, Any], layers: int, where: str) ->
 # ---- the rest
 
 
-def _dtype(config: Mapping[str, Any], where: str) -> str | None:
+def read_dtype(config: Mapping[str, Any], where: str) -> str | None:
     """dtype of later files, torch_dtype of earlier ones; None where the choice is open or no weights are kept so."""
     value = first_given(config, ("dtype", "torch_dtype"), where, "auto", strict=False)
     name = value.removeprefix("torch.") if isinstance(value, str) else value

@@ -51,7 +51,27 @@ _SPARSE = {
     "Qwen3-235B-A22B": (4096, 94, 64, 4, 12288, 151936, False, 128, 8, 1536, 0),
     "Qwen3-Coder-480B-A35B": (6144, 62, 96, 8, 8192, 151936, False, 160, 8, 2560, 0),
 }
-RELEASED = (*_DENSE, *_SPARSE)
+# Models with layers of linear attention: hidden size, layers, heads, key-value heads, key and value heads of linear
+# attention, intermediate size (of each expert), vocabulary, whether head and embedding are one, experts, experts a
+# token goes to. Of 0.8B and 2B the intermediate size, and of 2B the heads, are such that the parameters agree: no file
+# was at hand.
+_HYBRID = {
+    "Qwen3-Next-80B-A3B": (2048, 48, 16, 2, 16, 32, 512, 151936, False, 512, 10),
+    "Qwen3.5-0.8B": (1024, 24, 8, 2, 16, 16, 3584, 248320, True, 0, 0),
+    "Qwen3.5-2B": (2048, 24, 8, 2, 16, 16, 6144, 248320, True, 0, 0),
+    "Qwen3.5-4B": (2560, 32, 16, 4, 16, 32, 9216, 248320, True, 0, 0),
+    "Qwen3.5-9B": (4096, 32, 16, 4, 16, 32, 12288, 248320, False, 0, 0),
+    "Qwen3.5-27B": (5120, 64, 24, 4, 16, 48, 17408, 248320, False, 0, 0),
+    "Qwen3.5-35B-A3B": (2048, 40, 16, 2, 16, 32, 512, 248320, False, 256, 8),
+    "Qwen3.5-397B-A17B": (4096, 60, 32, 2, 16, 64, 1024, 248320, False, 512, 10),
+}
+_SAME_SHAPES = {
+    "Qwen3-Coder-Next": "Qwen3-Next-80B-A3B",
+    "Qwen3.6-27B": "Qwen3.5-27B",
+    "Qwen3.8-27B": "Qwen3.5-27B",
+    "Qwen3.6-35B-A3B": "Qwen3.5-35B-A3B",
+}
+RELEASED = (*_DENSE, *_SPARSE, *_HYBRID, *_SAME_SHAPES)
 _BY_LOWER = {name.lower(): name for name in RELEASED}
 _POSITIONS = {"qwq": 131072, "qwen3": 40960}  # by the beginning of the name; 32768 for the others
 _LONG = 262144  # Qwen3 of July 2025 and Qwen3-Coder
@@ -85,6 +105,9 @@ def released_config(name: str) -> ModelConfig | None:
 
 def _values(shape: str) -> dict[str, Any]:
     """The entries of config.json that say what the network is."""
+    shape = _SAME_SHAPES.get(shape, shape)
+    if shape in _HYBRID:
+        return _hybrid_values(shape)
     row = _DENSE.get(shape) or _SPARSE[shape]
     hidden, layers, heads, kv_heads, intermediate, vocab, tied = row[:7]
     family = "qwen" if shape in list(_DENSE)[:4] else "qwen3" if shape.startswith("Qwen3") else "qwen2"
@@ -118,6 +141,30 @@ def _values(shape: str) -> dict[str, Any]:
         if shared:
             values["shared_expert_intermediate_size"] = shared
     return values
+
+
+def _hybrid_values(shape: str) -> dict[str, Any]:
+    """As _values, of a model with layers of linear attention."""
+    hidden, layers, heads, kv_heads, keys, values, width, vocab, tied, experts, top_k = _HYBRID[shape]
+    family = "qwen3_next" if shape.startswith("Qwen3-Next") else "qwen3_5_moe" if experts else "qwen3_5"
+    found = {
+        "model_type": family,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": _LONG,
+        "rope_theta": 1e7,
+        "torch_dtype": "bfloat16",
+    }
+    if not experts:
+        return found | {"intermediate_size": width}
+    sizes = {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
+    return found | sizes | {"num_experts": experts, "num_experts_per_tok": top_k}
 
 
 def names_like(name: str) -> str:

@@ -22,8 +22,11 @@ _CHECK = "Check the file against the model's repository."
 logger = logging.getLogger("qwenrt")
 
 
-def read_rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[float, YarnConfig | None]:
-    """(rope_theta, YaRN or None for plain positions).
+def read_rope(
+    config: Mapping[str, Any], positions: int, where: str, *, partial: bool = False
+) -> tuple[float, YarnConfig | None]:
+    """(rope_theta, YaRN or None for plain positions). ``partial``: whether a part of each head may be rotated alone
+    (read_partial_rotary says which).
 
     ``config`` may hold rope_parameters, rope_scaling and rope_theta, and those of the level around it under
     "outer_rope". The more specific wins, with a warning that names both: YaRN over plain positions, a base
@@ -31,7 +34,7 @@ def read_rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[fl
     """
     stated = list(_settings(config, where))
     for label, level in (*stated, ("config.json", config)):
-        if level.get("partial_rotary_factor") not in (None, 1, 1.0):
+        if not partial and level.get("partial_rotary_factor") not in (None, 1, 1.0):
             found = f"partial_rotary_factor in {label} is {level['partial_rotary_factor']!r:.40}"
             raise ConfigError(f"reading {where}", found, "Heads of this family are rotated as a whole.")
     yarns = [(label, _yarn(rope, config, positions, where)) for label, rope in stated]
@@ -43,6 +46,21 @@ def read_rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[fl
     if scaled and plain:
         contradiction(where, f"YaRN in {scaled[0][0]}", f"plain positions in {plain[0]}", strict=False)
     return _theta(config, stated, where), scaled[0][1] if scaled else None
+
+
+def read_partial_rotary(config: Mapping[str, Any], where: str, default: float) -> float:
+    """The share of a head's channels that are rotated, from wherever the file says it."""
+    given = {
+        label: number(level, "partial_rotary_factor", where, 0.0, 1.0, default, low_open=True)
+        for label, level in (*_settings(config, where), ("config.json", config))
+        if level.get("partial_rotary_factor") is not None
+    }
+    first = next(iter(given), None)
+    for label, factor in given.items():
+        if first is not None and factor != given[first]:
+            ours = f"partial_rotary_factor {given[first]:g} in {first}"
+            contradiction(where, ours, f"{factor:g} in {label}", strict=True)
+    return default if first is None else given[first]
 
 
 def _settings(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from qwenrt.engine.sequence import Link, Sequence
+from qwenrt.engine.states import States
 
 # A full block's identity: what comes before it, and its own tokens.
 # Being the key of a dict, it is compared in full: equal hashes of different tokens never meet.
@@ -35,10 +36,14 @@ class BlockManager:
     stay findable until they are needed. Those that one request alone has used go first, then those of several, the
     least recently used first: what is asked in passing does not drive out the beginning that a conversation comes back
     to. An eighth of the blocks is left to what was used once, or nothing new would ever be found again.
+    ``states``: where sequences also have a state, which a shared prefix must have been kept with.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_caching: bool = True, states: States | None = None
+    ) -> None:
         self.num_blocks, self.block_size, self.prefix_caching = num_blocks, block_size, prefix_caching
+        self.states = states
         self._users = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))
         # Findable and in nobody's use, oldest first: those that one request has used, and those that several have.
@@ -67,7 +72,8 @@ class BlockManager:
         """Give a sequence without blocks room for all its tokens, shared ones first; False (and nothing
         changed) where fewer than ``reserve`` blocks would stay free. Sets ``num_computed`` to the tokens found
         in the cache; at least the last one is left to compute."""
-        found = self._find(seq)
+        matched = self._match(seq)
+        found = self._usable(matched)
         missing = self.blocks_for(len(seq.token_ids)) - len(found)
         idle = sum(self._users[block] == 0 for block in found)
         if missing + idle + reserve > self.num_free:
@@ -82,11 +88,14 @@ class BlockManager:
         seq.num_committed = len(found)
         if found:
             seq.chain = self._registered[found[-1]].uid
+        if self.states is not None:
+            uid = seq.chain if found and isinstance(seq.chain, int) else None
+            self.states.admit(seq, uid, len(matched) * self.block_size)
         return True
 
     def num_found(self, seq: Sequence) -> int:
         """How many tokens of a sequence without blocks are in the cache now."""
-        return len(self._find(seq)) * self.block_size
+        return len(self._usable(self._match(seq))) * self.block_size
 
     def num_uses(self, block: int) -> int:
         """How many requests have used a block that can be found; 0 for another."""
@@ -133,6 +142,8 @@ class BlockManager:
             known.used_by(seq)
             seq.chain = known.uid
             seq.num_committed += 1
+            if self.states is not None:
+                self.states.commit(seq, seq.num_committed * size, known.uid)
 
     def free(self, seq: Sequence) -> None:
         """Take all blocks back. The end of a sequence is reused before its beginning, which others may share."""
@@ -140,6 +151,8 @@ class BlockManager:
             self._users[block] -= 1
             if self._users[block] == 0:
                 self._put_back(block)
+        if self.states is not None:
+            self.states.free(seq)
         seq.reset()
 
     def forget(self, seq: Sequence) -> None:
@@ -148,7 +161,14 @@ class BlockManager:
             if block in self._registered:
                 self._unregister(block)
 
-    def _find(self, seq: Sequence) -> list[int]:
+    def _usable(self, matched: list[int]) -> list[int]:
+        """Of the blocks that a sequence begins with, those it can use: up to the last whose state was kept."""
+        if self.states is None:
+            return matched
+        return matched[: self.states.reach([self._registered[block].uid for block in matched])]
+
+    def _match(self, seq: Sequence) -> list[int]:
+        """The blocks in the cache that hold what a sequence begins with; its last token is left to compute."""
         if not self.prefix_caching:
             return []
         found: list[int] = []
@@ -182,4 +202,7 @@ class BlockManager:
                 self._once[self._shared.popitem(last=False)[0]] = None
 
     def _unregister(self, block: int) -> None:
-        del self._by_key[self._registered.pop(block).key]
+        known = self._registered.pop(block)
+        del self._by_key[known.key]
+        if self.states is not None:
+            self.states.drop(known.uid)

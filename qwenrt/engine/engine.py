@@ -32,9 +32,10 @@ from qwenrt.engine.requests import Bounds, Request
 from qwenrt.engine.sampler import Sampled, Sampler
 from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
+from qwenrt.engine.states import States
 from qwenrt.engine.step_target import StepTarget
 from qwenrt.engine.thoughts import Thought, ThoughtRules
-from qwenrt.errors import BackendError, QwenrtError, RequestError
+from qwenrt.errors import BackendError, ConfigError, QwenrtError, RequestError
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import Vocabulary
@@ -76,6 +77,11 @@ class Engine:
         self._eos = tuple(eos_token_ids)
         self.grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
+        states: States | None = None
+        if model.config.linear_attention is not None:
+            _check_stateful(options)
+            kept = options.snapshots if options.prefix_caching else 0
+            states = States(options.max_num_seqs, kept, options.block_size)
         cache = KVCache(
             model.config,
             backend,
@@ -84,6 +90,7 @@ class Engine:
             block_size=options.block_size,
             num_blocks=options.blocks,
             num_spare=0 if backend.graphs() is None else rows,
+            num_states=0 if states is None else states.num_slots,
         )
         if options.kv_cache_dtype == "int8":
             model.fit_key_codes(cache.layers)
@@ -105,15 +112,16 @@ class Engine:
             max_num_seqs=rows,
             max_model_len=self._bounds.context_limit,
             depth=options.depth,
+            states=states,
         )
-        self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching)
+        self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching, states)
         self.target = StepTarget(options.step_target_s(backend.device.type))
         self.scheduler = Scheduler(
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
         self.sampler = Sampler(vocabulary, backend)
         self.drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
-        if self.runner.depth == 0:
+        if self.runner.depth == 0 and states is None:  # a state cannot be taken back where a guess was wrong
             self.scheduler.drafts = self.drafts
         self.accounts = Accounts(clock)
         self._clock = clock
@@ -554,6 +562,16 @@ def _constraint(request: Request) -> Constraint | None:
     if grammar is None or request.grammar is None:
         return None
     return Constraint(request.grammar, grammar, request.rules.ids)
+
+
+def _check_stateful(options: EngineOptions) -> None:
+    """Raise ConfigError for what a model with layers of linear attention does not have."""
+    if options.prefix_store is not None:
+        raise ConfigError(
+            f"prefix_store={str(options.prefix_store)!r:.120}",
+            "this model has layers of linear attention, whose states are not kept on disk",
+            "Load it without prefix_store: prefixes are shared in memory all the same.",
+        )
 
 
 def _unused_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The paged cache of one engine: how many blocks its memory holds, and the tensors themselves."""
+"""The memory of one engine's sequences: keys and values in pages, and states; the tensors themselves."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import state_bytes
 from qwenrt.errors import CapacityError, ConfigError
-from qwenrt.ops.steps import LayerKV
+from qwenrt.ops.steps import LayerCache, LayerKV
 
 KV_CACHE_DTYPES = ("auto", "int8")
 
 
 class KVCache:
-    """``layers``: one LayerKV per decoder layer, ``num_blocks`` blocks of ``block_size`` slots each, and behind them
-    ``spare_blocks``, which no sequence owns.
+    """``layers``: for each decoder layer a LayerKV, ``num_blocks`` blocks of ``block_size`` slots each, and behind them
+    ``spare_blocks``, which no sequence owns; or a LayerState of ``num_states`` slots.
 
     ``kv_cache_dtype`` "auto" keeps the activation dtype, "int8" codes each token and head with its own range.
     """
@@ -29,14 +30,23 @@ class KVCache:
         block_size: int,
         num_blocks: int,
         num_spare: int = 0,
+        num_states: int = 0,
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.spare_blocks = list(range(num_blocks, num_blocks + num_spare))
         every = num_blocks + num_spare
         self.nbytes = every * block_bytes(config, backend, dtype, kv_cache_dtype, block_size)
-        shape = (config.num_layers, every, block_size, config.num_kv_heads, config.head_dim)
+        self.nbytes += num_states * state_bytes(config, dtype.itemsize)
+        shape = (config.num_kv_layers, every, block_size, config.num_kv_heads, config.head_dim)
         try:
-            self.layers: list[LayerKV] = backend.alloc_kv(*shape, dtype, kv_cache_dtype == "int8")
+            kv = iter(backend.alloc_kv(*shape, dtype, kv_cache_dtype == "int8"))
+            delta = config.linear_attention
+            states = iter(
+                backend.alloc_states(config.num_linear_layers, num_states, delta, dtype) if delta else ()
+            )
+            self.layers: list[LayerCache] = [
+                next(states) if config.is_linear(i) else next(kv) for i in range(config.num_layers)
+            ]
         except (RuntimeError, MemoryError) as error:
             raise CapacityError(
                 f"a KV cache of {num_blocks} blocks of {block_size} tokens ({self.nbytes} bytes)",
@@ -49,6 +59,7 @@ class KVCache:
         layers = (
             (layer.k, layer.v, layer.k_scale, layer.k_zero, layer.v_scale, layer.v_zero)
             for layer in self.layers
+            if isinstance(layer, LayerKV)
         )
         return [tensor[block] for layer in layers for tensor in layer if tensor is not None]
 
@@ -62,6 +73,6 @@ def block_bytes(
             "kv_cache_dtype", f"got {kv_cache_dtype!r}", f"It must be one of: {', '.join(KV_CACHE_DTYPES)}."
         )
     per_token = backend.kv_bytes_per_token(
-        config.num_layers, config.num_kv_heads, config.head_dim, dtype, kv_cache_dtype == "int8"
+        config.num_kv_layers, config.num_kv_heads, config.head_dim, dtype, kv_cache_dtype == "int8"
     )
     return per_token * block_size

@@ -10,6 +10,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.stack import Outcome, StackParts
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.sequence import Sequence
+from qwenrt.engine.states import States
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import FROM_BEFORE, Draw, Step, StepPlan, Vocabulary
@@ -31,8 +32,9 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         depth: int | None = None,
+        states: States | None = None,
     ) -> None:
-        self.model, self.backend, self.cache = model, backend, cache
+        self.model, self.backend, self.cache, self._states = model, backend, cache, states
         self.depth = backend.depth if depth is None else depth
         parts = StackParts(model, cache.layers, vocabulary, max_num_seqs, max_model_len, cache.spare_blocks)
         self.stacks = backend.stacks(parts)
@@ -86,8 +88,19 @@ class ModelRunner:
             logit_rows,
             draws,
             fed,
+            *self._states_of(batch),
         )
         return step, rows
+
+    def _states_of(
+        self, batch: list[tuple[Sequence, int]]
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+        """Of a step, where each sequence's state is, and which are copied before and after it."""
+        if self._states is None:
+            return [], [], []
+        kept = [self._states.keep(seq, seq.num_computed + count) for seq, count in batch]
+        copies = self._states.take_copies()
+        return [seq.state_slot for seq, _ in batch], copies, [copy for copy in kept if copy is not None]
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> torch.Tensor:

@@ -17,7 +17,9 @@ class EngineOptions:
     number max_num_seqs times max_model_len; a context can be no longer than it. ``depth``: how many steps may be under
     way when the next one is begun, 0 or 1; the backend's choice if not given. ``step_target_ms``: what a step in which
     somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
-    ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold. Raises ConfigError."""
+    ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold. ``num_snapshots``: how
+    many states are kept beside those of running sequences, in a model with layers of linear attention; three for each
+    sequence unless given. Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -30,6 +32,7 @@ class EngineOptions:
     step_target_ms: float | None = None
     prefix_store: Path | None = None
     prefix_store_bytes: int = 4 * 2**30
+    num_snapshots: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -51,6 +54,11 @@ class EngineOptions:
         if target is None:
             target = STEP_TARGET_MS if device == "cpu" else 0
         return target / 1000 or None
+
+    @property
+    def snapshots(self) -> int:
+        """num_snapshots, chosen."""
+        return 3 * self.max_num_seqs if self.num_snapshots is None else self.num_snapshots
 
     @property
     def blocks(self) -> int:

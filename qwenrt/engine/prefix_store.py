@@ -28,6 +28,7 @@ from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.sequence import Sequence, Status
 from qwenrt.loader.packed_cache.file import digest_of
 from qwenrt.model.qwen import Qwen
+from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import Packed
 
 FORMAT = 1
@@ -240,6 +241,7 @@ def fingerprint(model: Qwen, cache: KVCache, **settings: Any) -> bytes:
         for tensor in _tensors(model.get(name)):
             digest.update(_identity(tensor))
     for layer in cache.layers:
+        assert isinstance(layer, LayerKV)  # states are not kept on disk
         for fitted in (layer.k_offset, layer.k_factor):
             digest.update(b"none" if fitted is None else _identity(fitted))
     return digest.digest()

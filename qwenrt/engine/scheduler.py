@@ -64,7 +64,7 @@ class Scheduler:
         prompts += self._admit()
         prompts = [seq for seq in prompts if not seq.is_read]
         prompts.sort(key=lambda seq: (seq.turn, seq.seq_id))
-        remaining = [seq.num_remaining for seq in prompts]
+        remaining = [self._until(seq) for seq in prompts]
         counts = shares(remaining, self._budget(decoding, remaining, rows, most), most)
         self._num_steps += 1
         for seq, count in zip(prompts, counts, strict=True):
@@ -72,6 +72,11 @@ class Scheduler:
                 seq.turn = self._num_steps
                 batch.append((seq, count))
         return batch
+
+    def _until(self, seq: Sequence) -> int:
+        """How many tokens of a prompt a step may compute: all, or up to where its state is kept."""
+        states = self.blocks.states
+        return seq.num_remaining if states is None else states.until_kept(seq)
 
     def launch(self, seq: Sequence, num_tokens: int) -> bool:
         """A step computes these tokens now -> whether it chooses the next one."""
@@ -181,6 +186,8 @@ class Scheduler:
             same = common_length(other.token_ids[: other.prompt_len], seq.token_ids[:-1]) // size * size
             if same >= max(found, other.num_stored) + _WORTH_WAITING:
                 seq.ahead = Ahead(other, same, other.epoch)
+                if self.blocks.states is not None:
+                    self.blocks.states.plan(other, same)
                 return True
         return False
 

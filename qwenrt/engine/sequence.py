@@ -59,6 +59,10 @@ class Sequence:
     caller's. ``marks``: when it came how far. ``turn`` is the last step that computed some of its prompt,
     ``ahead`` a prompt that begins alike and is computed first; ``is_read`` says that its beginning is being read from
     the disk. ``guess``: tokens that may follow, which the next step checks.
+
+    In a model with layers of linear attention ``state_slot`` says where its state is (-1: nowhere), ``kept_at`` after
+    how many tokens that is to be kept, ``snapshots`` what steps under way keep: (tokens, slot); ``last_kept`` is the
+    block of its answer whose state was kept last.
     """
 
     __slots__ = (
@@ -73,6 +77,8 @@ class Sequence:
         "in_flight",
         "index",
         "is_read",
+        "kept_at",
+        "last_kept",
         "leader",
         "marks",
         "max_len",
@@ -87,6 +93,8 @@ class Sequence:
         "request_id",
         "seed",
         "seq_id",
+        "snapshots",
+        "state_slot",
         "status",
         "token_ids",
         "turn",
@@ -121,6 +129,10 @@ class Sequence:
         self.status = Status.WAITING
         self.num_cached: int | None = None  # prompt tokens found in the cache at first admission
         self.block_table: list[int]
+        self.state_slot: int
+        self.last_kept: int | None
+        self.kept_at: list[int]
+        self.snapshots: list[tuple[int, int]]
         self.reset()
 
     def reset(self) -> None:
@@ -130,6 +142,8 @@ class Sequence:
         self.num_committed = 0
         self.is_read = False
         self.guess: list[int] = []
+        self.state_slot, self.last_kept = -1, None
+        self.kept_at, self.snapshots = [], []
         self.epoch += 1
         self.chain: Link = self.root
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
 from qwenrt.backends import selfcheck
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import is_wide
 from qwenrt.config.quant import rounded_group
 from qwenrt.loader.weights import QUANTIZE_BITS, bits_of, quantize_bits
 from qwenrt.model.qwen import Qwen
@@ -30,10 +32,11 @@ def fill_with_random_weights(
     bfloat16."""
     bits, head_bits = quantize_bits(quantize, config), QUANTIZE_BITS.get(quantize_head or "")
     for name, dims in model.tensor_specs.items():
-        tensor = torch.ones(dims) if len(dims) == 1 else random_rows(dims[0], dims[1], 16).dense
+        tensor = torch.ones(dims) if len(dims) == 1 else random_rows(dims[0], math.prod(dims[1:]), 16).dense
         assert tensor is not None
         kept = backend.weight_dtype("bfloat16", dtype) if name == "embed_tokens" else dtype
-        model.set_tensor(name, tensor.to(backend.device, kept))
+        kept = torch.float32 if is_wide(config, name) else kept
+        model.set_tensor(name, tensor.view(dims).to(backend.device, kept))
     made: dict[tuple[int, int, int], CanonicalWeight] = {}  # the last two: experts are many and of one shape
     for name, spec in model.linear_specs.items():
         own = bits_of(spec, bits, head_bits) or 16

@@ -12,7 +12,7 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec
+from qwenrt.config.layers import LinearSpec, file_rows, is_wide, is_zero_centred
 from qwenrt.config.model import DTYPE_BYTES
 from qwenrt.config.quant import ROUNDED, rounded_group, rounding_description
 from qwenrt.errors import CapacityError, CheckpointError, memory_ran_out
@@ -26,7 +26,7 @@ from qwenrt.loader.progress import ByteBar
 from qwenrt.ops import ggml
 from qwenrt.ops.ggml_types import CODED
 from qwenrt.ops.types import CanonicalWeight, Packed
-from qwenrt.ops.weights import dequantize, merge
+from qwenrt.ops.weights import dequantize, merge, take_rows
 
 QUANTIZE_BITS = {name: form.bits for name, form in ROUNDED.items()}
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPE_BYTES}
@@ -85,7 +85,7 @@ def load_weights(
         if cache.load_into(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
     head_bits = QUANTIZE_BITS.get(quantize_head or "") if config.has_head else None
-    loader = _Loader(TensorReader(checkpoint), inventory, backend, dtype, bits, head_bits)
+    loader = _Loader(TensorReader(checkpoint), inventory, config, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
         served = f"int{bits}" if bits else _DTYPE_NAMES[loader.weight_dtype(torch.bfloat16)]
         logger.info("FP8 weights are turned into %s at load: no FP8 kernel serves here", served)
@@ -134,12 +134,14 @@ class _Loader:
         self,
         reader: TensorReader,
         inventory: Inventory,
+        config: ModelConfig,
         backend: Backend,
         dtype: torch.dtype,
         bits: int | None,
         head_bits: int | None,
     ) -> None:
-        self.reader, self.inventory, self.backend, self.dtype = reader, inventory, backend, dtype
+        self.reader, self.inventory, self.config = reader, inventory, config
+        self.backend, self.dtype = backend, dtype
         self.bits, self.head_bits = bits, head_bits
         self._bytes = 0
 
@@ -178,6 +180,9 @@ class _Loader:
                 read if kind not in CODED else ggml.dequantize(kind, read, self._dtype_of_codes(), name=param)
             )
         dtype = self.weight_dtype(tensor.dtype) if param == "embed_tokens" else self.dtype
+        if is_wide(self.config, param):
+            dtype = torch.float32
+            tensor = tensor.float() + 1 if is_zero_centred(self.config, param) else tensor
         _check_range(param, tensor, dtype)
         result = tensor.to(self.backend.device, dtype)
         self._release(slots)
@@ -280,7 +285,9 @@ class _Loader:
         linear, format_ = self.inventory.formats[param, part]
         given = self._read(slots.get((part, "bias")))
         kept = given if given is not None and (bias or bool(given.any())) else None
-        return format_.read(linear, lambda kind: self._read(slots.get((part, kind))), kept, options)
+        weight = format_.read(linear, lambda kind: self._read(slots.get((part, kind))), kept, options)
+        rows = file_rows(self.config, param)
+        return weight if rows is None else take_rows(weight, rows)
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

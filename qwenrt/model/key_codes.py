@@ -8,12 +8,15 @@ everywhere, and an offset takes it away; of what turns, a factor takes the size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from qwenrt.model.attention import Attention
 from qwenrt.model.layers import DecoderLayer
 from qwenrt.model.rotary import RotaryTables
 from qwenrt.ops import reference
-from qwenrt.ops.steps import LayerKV
+from qwenrt.ops.steps import LayerCache, LayerKV
 
 _TOKENS = 16  # random ones, each with its opposite
 _SPREADS = 4.0  # standard deviations that a channel goes from its middle
@@ -24,7 +27,11 @@ _LEAST = 0.25  # of the factor of a head's middle channel
 
 @torch.no_grad()
 def fit_key_codes(
-    layers: list[DecoderLayer], kv: list[LayerKV], rotary: RotaryTables, tokens: torch.Tensor, longest: int
+    layers: list[DecoderLayer],
+    kv: Sequence[LayerCache],
+    rotary: RotaryTables,
+    tokens: torch.Tensor,
+    longest: int,
 ) -> None:
     """Set offset and factor of every layer's cache by its weights, seen through the keys of ``tokens``
     (random_tokens). ``longest``: the context that the model is made for.
@@ -36,7 +43,9 @@ def fit_key_codes(
     near = min(_NEAR, last)
     cos, sin = rotary.turns(near * (last / max(near, 1)) ** torch.linspace(0, 1, _POSITIONS))
     for layer, cache in zip(layers, kv, strict=True):
-        keys = layer.keys(tokens, cos.shape[1]).float()
+        if not (isinstance(layer.mixer, Attention) and isinstance(cache, LayerKV)):
+            continue
+        keys = layer.mixer.keys(tokens, cos.shape[1]).float()
         middle = keys.mean(0)
         turned = reference.rotary(middle.expand(len(cos), *middle.shape), cos, sin)
         offset = turned.mean(0)

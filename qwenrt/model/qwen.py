@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, head_linear, layer_linears, layer_tensors
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.model.key_codes import fit_key_codes, random_tokens
-from qwenrt.model.layers import DecoderLayer, Weights
+from qwenrt.model.layers import DecoderLayer
 from qwenrt.model.rotary import RotaryTables, logn_scale, ntk_alpha
-from qwenrt.ops.steps import DecodePlan, LayerKV, RotaryRows, StepPlan
+from qwenrt.model.weights import Weights
+from qwenrt.ops.steps import DecodePlan, LayerCache, RotaryRows, StepPlan
 from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
 
 
@@ -154,7 +155,7 @@ class Qwen:
         weight = self.lm_head.data.get("weight")
         return isinstance(weight, torch.Tensor) and weight.data_ptr() == self.embed_tokens.data_ptr()
 
-    def fit_key_codes(self, kv: list[LayerKV]) -> None:
+    def fit_key_codes(self, kv: Sequence[LayerCache]) -> None:
         """Lay the codes of an int8 cache over this model's keys, before anything is stored in it."""
         tokens = random_tokens(self.config.hidden_size).to(self.backend.device, self._stream_dtype)
         fit_key_codes(self.layers, kv, self._rotary, tokens, self.config.max_position_embeddings)
@@ -166,7 +167,7 @@ class Qwen:
         token_ids: torch.Tensor,
         plan: StepPlan,
         ntk_alphas: list[int],
-        kv: list[LayerKV] | None = None,
+        kv: Sequence[LayerCache] | None = None,
     ) -> torch.Tensor:
         """token_ids int64 [T], ``ntk_alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
         final norm. ``kv``: one cache per layer, or None to attend over this step's tokens alone."""
@@ -220,7 +221,11 @@ class Qwen:
         return RotaryTable(rows, {alpha: i * length for i, alpha in enumerate(alphas)})
 
     def run_layers(
-        self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, kv: list[LayerKV] | None
+        self,
+        x: torch.Tensor,
+        rotary: RotaryRows,
+        plan: StepPlan | DecodePlan,
+        kv: Sequence[LayerCache] | None,
     ) -> torch.Tensor:
         """The residual stream before the layers -> after them [T, D]."""
         for i, layer in enumerate(self.layers):

@@ -17,10 +17,10 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import PRIMITIVES, SEAMS
 from qwenrt.backends.stack import Outcome, Stack, StackParts
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec
+from qwenrt.config.layers import LinearSpec, is_wide
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
-from qwenrt.ops.steps import FROM_BEFORE, Draw, LayerKV, Step, Vocabulary
+from qwenrt.ops.steps import FROM_BEFORE, Draw, LayerCache, LayerKV, LayerState, Step, Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import dequantize
 
@@ -127,9 +127,9 @@ def _blame(backend: Backend, run: Callable[[], float], allowed: float, why: str)
 def _small(config: ModelConfig) -> ModelConfig:
     """A few layers, one of each kind the model has and two at least, with its own head_dim and groups; windows, and the
     length from which positions are changed, that its few tokens reach."""
-    kinds: dict[tuple[bool, bool], int] = {}
+    kinds: dict[tuple[bool, bool, bool], int] = {}
     for i in range(config.num_layers):
-        kinds.setdefault((bool(config.window(i)), config.is_moe(i)), i)
+        kinds.setdefault((bool(config.window(i)), config.is_moe(i), config.is_linear(i)), i)
     chosen = [*kinds.values()] if len(kinds) > 1 else [*kinds.values()] * 2
     kv_heads = min(config.num_kv_heads, 2)
     moe = config.moe
@@ -143,6 +143,15 @@ def _small(config: ModelConfig) -> ModelConfig:
             shared_intermediate_size=min(moe.shared_intermediate_size, 256),
             dense_layers=frozenset(at for at, i in enumerate(chosen) if not config.is_moe(i)),
         )
+    delta = config.linear_attention
+    if delta is not None:
+        key_heads = min(delta.num_key_heads, 2)
+        delta = dataclasses.replace(
+            delta,
+            num_key_heads=key_heads,
+            num_value_heads=key_heads * (delta.num_value_heads // delta.num_key_heads),
+            layers=frozenset(at for at, i in enumerate(chosen) if config.is_linear(i)),
+        )
     return dataclasses.replace(
         config,
         vocab_size=min(config.vocab_size, 2048),
@@ -154,6 +163,7 @@ def _small(config: ModelConfig) -> ModelConfig:
         train_length=min(config.train_length, 16),
         windows=tuple(min(config.window(i), 20) for i in chosen) if config.windows else (),
         moe=moe,
+        linear_attention=delta,
         quant=None,
     )
 
@@ -172,6 +182,8 @@ class _Weights:
         for name, tensor in self.tensors.items():
             if name.endswith(("router", "gate")):
                 tensor *= 4 * config.hidden_size**-0.5
+            if name.endswith("log_decay"):
+                tensor -= 4  # much of what was written some tokens ago is still there
         self.tensors["embed_tokens"] = self.tensors["embed_tokens"].to(kinds.stored)
         self.linears = {
             name: self._linear(spec, *kinds.form_of(spec), kinds.stored)
@@ -216,7 +228,9 @@ class _Weights:
         """For plain torch, codes become the dense matrices that they stand for."""
         model = Qwen(self.config, backend, dtype)
         for name, tensor in self.tensors.items():
-            model.set_tensor(name, tensor.to(backend.device, dtype))
+            model.set_tensor(
+                name, tensor.to(backend.device, torch.float32 if is_wide(self.config, name) else dtype)
+            )
         plain = type(backend) is Backend
         for name, spec in model.linear_specs.items():
             packed = [
@@ -243,20 +257,31 @@ class _Run:
 
     logits: list[torch.Tensor]
     tokens: list[list[int | None]]
-    kv: list[LayerKV]
+    cache: list[LayerCache]
 
 
 def _parts(model: Qwen, int8_cache: bool) -> StackParts:
     """The small model over a cache whose slots all hold 1, with a spare block for each row of a step."""
     config, rows = model.config, len(_TABLES) + 1
-    shape = (config.num_layers, _NUM_BLOCKS + rows, _BLOCK, config.num_kv_heads, config.head_dim)
+    shape = (config.num_kv_layers, _NUM_BLOCKS + rows, _BLOCK, config.num_kv_heads, config.head_dim)
     kv = model.backend.alloc_kv(*shape, model.dtype, int8_cache)
+    states: list[LayerState] = []
+    if config.linear_attention is not None:
+        states = model.backend.alloc_states(
+            config.num_linear_layers, rows, config.linear_attention, model.dtype
+        )
     for layer in kv:
         selfcheck.fill_cache(layer, 1.0)
+    for tensor in (tensor for state in states for tensor in state.tensors):
+        tensor.fill_(1.0)
+    pages, slots = iter(kv), iter(states)
+    cache: list[LayerCache] = [
+        next(slots) if config.is_linear(i) else next(pages) for i in range(config.num_layers)
+    ]
     if int8_cache:
-        model.fit_key_codes(kv)
+        model.fit_key_codes(cache)
     spare = list(range(_NUM_BLOCKS, _NUM_BLOCKS + rows))
-    return StackParts(model, kv, Vocabulary(config.vocab_size), rows, len(_TABLES[0]) * _BLOCK, spare)
+    return StackParts(model, cache, Vocabulary(config.vocab_size), rows, len(_TABLES[0]) * _BLOCK, spare)
 
 
 @torch.no_grad()
@@ -281,11 +306,12 @@ def _run(model: Qwen, int8_cache: bool, wanted: _Run | None = None, index: int =
             tokens[-1] = wanted.tokens[i]
             chosen = model.backend.send([token or 0 for token in wanted.tokens[i]])
             before = dataclasses.replace(before, chosen=chosen)
-    kv = [_without_spare(layer) for layer in parts.cache]
-    return _Run(logits, tokens, kv)
+    return _Run(logits, tokens, [_without_spare(layer) for layer in parts.cache])
 
 
-def _without_spare(kv: LayerKV) -> LayerKV:
+def _without_spare(kv: LayerCache) -> LayerCache:
+    if isinstance(kv, LayerState):
+        return kv
     sides = ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")
     cut = {side: tensor[:_NUM_BLOCKS] for side in sides if (tensor := getattr(kv, side)) is not None}
     return dataclasses.replace(kv, **cut)
@@ -315,6 +341,7 @@ def _steps(config: ModelConfig) -> Iterator[Step]:
             list(rows),
             [Draw() if row % 2 else Draw(0.8, top_k=5, uniform=0.4) for row in rows],
             list(fed),
+            [len(_TABLES) - i for i in here] if config.linear_attention is not None else [],
         )
 
 
@@ -325,5 +352,8 @@ def _difference(got: _Run, wanted: _Run) -> float:
 def _errors(got: _Run, wanted: _Run) -> Iterator[float]:
     for a, b, rows in zip(got.logits, wanted.logits, _LOGIT_ROWS, strict=True):
         yield selfcheck.relative(a, b) if rows else 0.0
-    for ours, theirs in zip(got.kv, wanted.kv, strict=True):
-        yield selfcheck.cache_error(ours, theirs)
+    for ours, theirs in zip(got.cache, wanted.cache, strict=True):
+        if isinstance(ours, LayerState) and isinstance(theirs, LayerState):
+            yield from map(selfcheck.relative, ours.tensors, theirs.tensors)
+        elif isinstance(ours, LayerKV) and isinstance(theirs, LayerKV):
+            yield selfcheck.cache_error(ours, theirs)

@@ -15,12 +15,16 @@ from qwenrt.ops.weights import code_tensors
 _SHARE = 64  # blocks of each row's table that decode_attention reads at a time
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """x [..., D], weight [D] -> [..., D] in the weight's dtype. The norm is float32; its result is rounded to that
-    dtype first and then multiplied by the weight in it (the order Qwen was trained with)."""
+    dtype first and then multiplied by the weight in it (the order Qwen was trained with). Where ``dtype`` is another
+    than the weight's, which is float32 then, all of it is float32 and rounded to ``dtype`` at the end (as norms whose
+    file has their weights less 1 were trained)."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return normed.to(weight.dtype) * weight
+    return (normed.to(weight.dtype) * weight).to(dtype or weight.dtype)
 
 
 def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -89,6 +93,20 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     turned = torch.cat((-x2, x1), dim=-1)
     head = (head * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
     return head if dim == x.shape[-1] else torch.cat((head, x[..., dim:]), dim=-1)
+
+
+def split_gate(qkv: torch.Tensor, heads: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, (2 H + 2 KVH) hd], each query head followed by its gate -> qkv [T, (H + 2 KVH) hd], and gates [T, H, hd].
+    ``heads``: (H, KVH, hd)."""
+    num_heads, _, head_dim = heads
+    rows = qkv.view(qkv.shape[0], -1, head_dim)
+    queries, gates = rows[:, : 2 * num_heads].view(-1, num_heads, 2, head_dim).unbind(2)
+    return torch.cat((queries, rows[:, 2 * num_heads :]), dim=1).flatten(1), gates
+
+
+def gate_output(attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """[T, H, hd] * sigmoid(gate [T, H, hd]), each in its dtype."""
+    return attended * torch.sigmoid(gate)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

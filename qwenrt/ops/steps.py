@@ -53,6 +53,9 @@ class Step:
     logit_rows: list[int] = field(default_factory=list)
     draws: list[Draw | None] = field(default_factory=list)
     fed: list[int] = field(default_factory=list)
+    state_slots: list[int] = field(default_factory=list)
+    state_copies: list[tuple[int, int]] = field(default_factory=list)
+    states_kept: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +93,8 @@ class StepPlan:
     included); sum(q_lens) == T. Token j of sequence b has position kv_lens[b] - q_lens[b] + j.
     ``slots`` int64 [T]: where each token's key and value go. ``block_table``: per sequence, its block ids. A plan
     without a cache (``slots is None``) attends over the step's own tokens only: training, `logits()` and embeddings;
-    there ``causal`` may be False, and each token sees all of its sequence.
+    there ``causal`` may be False, and each token sees all of its sequence. ``state_slots``: per sequence, where layers
+    of linear attention keep its state.
     """
 
     q_lens: list[int]
@@ -98,6 +102,7 @@ class StepPlan:
     slots: torch.Tensor | None = None
     block_table: list[list[int]] = field(default_factory=list)
     causal: bool = True
+    state_slots: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -239,3 +244,28 @@ class LayerKV:
             self.k_factor,
         )
         return [tensor for tensor in every if tensor is not None]
+
+
+@dataclass
+class LayerState:
+    """What a layer of linear attention keeps of each sequence, by its slot; a slot of no sequence holds anything.
+
+    ``conv`` [slots, K - 1, C] in the activation dtype: of the last tokens what goes into the convolution over K.
+    ``delta`` float32 [slots, num_value_heads, key_dim, value_dim]: the matrices of the delta rule.
+    """
+
+    conv: torch.Tensor
+    delta: torch.Tensor
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it consists of."""
+        return [self.conv, self.delta]
+
+    def copy(self, source: int, target: int) -> None:
+        """One slot's state to another."""
+        for tensor in self.tensors:
+            tensor[target].copy_(tensor[source])
+
+
+LayerCache = LayerKV | LayerState

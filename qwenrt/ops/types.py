@@ -153,25 +153,53 @@ def _form(w: Packed) -> tuple[object, ...]:
     return w.kind, tensors, parts, w.group_size, w.bias is None
 
 
-@dataclass
-class LayerWeights:
-    """All that one decoder layer is made of: its norms [D], its linears, and what does not change between steps.
+@dataclass(frozen=True)
+class AttentionWeights:
+    """What attention in one layer is made of.
 
     ``qk_norms``: weights [hd] of the norms of each query and each key head, and their eps. ``heads``: (H, KVH, hd).
-    ``scale`` multiplies scores; of its keys a query sees the last ``window`` (0: all). ``mlp``: gate_up_proj [2I, D]
-    and down_proj [D, I], or experts.
+    ``scale`` multiplies scores; of its keys a query sees the last ``window`` (0: all). ``gated``: qkv_proj gives each
+    query head's gate behind it, which multiplies what it attended to.
     """
+
+    qkv_proj: Packed
+    o_proj: Packed
+    qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    heads: tuple[int, int, int]
+    scale: float
+    window: int
+    gated: bool
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """What a gated delta net in one layer is made of.
+
+    ``in_proj`` gives queries, keys, values and the output's gate z, ``rates_proj`` b and a of each value head.
+    ``conv`` [C, K]; ``log_decay`` and ``decay_bias`` float32 [num_value_heads]; ``out_norm`` float32 [value_dim].
+    ``heads``: (key heads, value heads, key_dim, value_dim).
+    """
+
+    in_proj: Packed
+    rates_proj: Packed
+    out_proj: Packed
+    conv: torch.Tensor
+    log_decay: torch.Tensor
+    decay_bias: torch.Tensor
+    out_norm: torch.Tensor
+    heads: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """All that one decoder layer is made of: its norms [D] and their eps, what mixes tokens, and the MLP: gate_up_proj
+    [2I, D] and down_proj [D, I], or experts."""
 
     input_norm: torch.Tensor
     post_norm: torch.Tensor
-    qkv_proj: Packed
-    o_proj: Packed
+    mixer: AttentionWeights | DeltaWeights
     mlp: tuple[Packed, Packed] | Experts
-    qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None
-    heads: tuple[int, int, int]
     eps: float
-    scale: float
-    window: int
 
 
 @dataclass

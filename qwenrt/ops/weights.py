@@ -53,6 +53,27 @@ def merge(weights: list[CanonicalWeight]) -> CanonicalWeight | None:
     )
 
 
+def take_rows(weight: CanonicalWeight, rows: list[int]) -> CanonicalWeight:
+    """The same linear with its outputs in another order: output i is the former output rows[i]. Exact in every form, as
+    an output's codes, scales and zeros are its own."""
+    index = torch.tensor(rows)
+
+    def taken(tensor: torch.Tensor | None, dim: int) -> torch.Tensor | None:
+        return None if tensor is None else tensor.index_select(dim, index)
+
+    words = (torch.cat(weight.words, dim=1).index_select(1, index),) if weight.words else ()
+    return dataclasses.replace(
+        weight,
+        dense=taken(weight.dense, 0),
+        codes=taken(weight.codes, 1),
+        scales=taken(weight.scales, 1),
+        zeros=taken(weight.zeros, 1),
+        offsets=taken(weight.offsets, 1),
+        bias=taken(weight.bias, 0),
+        words=words,
+    )
+
+
 def _same_perm(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b

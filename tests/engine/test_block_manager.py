@@ -75,8 +75,8 @@ def test_least_recently_used_goes_first_and_ends_before_beginnings() -> None:
     assert manager.num_free == 4 and manager.num_findable == 4
     manager.admit(sequence(2, [99]))  # takes one block: the end of the older sequence
     older, newer = sequence(3, [10, 11, 12, 13, 0]), sequence(4, [20, 21, 22, 23, 0])
-    assert len(manager._find(older)) == 1
-    assert len(manager._find(newer)) == 2
+    assert len(manager._match(older)) == 1
+    assert len(manager._match(newer)) == 2
 
 
 def asked(manager: BlockManager, seq_id: int, ids: list[int]) -> int:
@@ -155,7 +155,7 @@ def test_distrusted_blocks_are_not_found_again() -> None:
     manager.forget(seq)
     manager.free(seq)
     assert manager.num_free == 4 and manager.num_findable == 0
-    assert not manager._find(sequence(1, [1, 2, 3, 4, 5]))
+    assert not manager._match(sequence(1, [1, 2, 3, 4, 5]))
 
 
 def test_admission_leaves_the_reserve_alone() -> None:

@@ -14,7 +14,7 @@ from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import StepPlan
-from tests.conftest import DENSE_GOLDENS, GPTQ_GOLDENS
+from tests.conftest import DENSE_GOLDENS, GPTQ_GOLDENS, HYBRID_GOLDENS
 
 
 def load(directory: Path) -> Qwen:
@@ -26,12 +26,13 @@ def load(directory: Path) -> Qwen:
     return model
 
 
-@pytest.mark.parametrize("name", DENSE_GOLDENS + GPTQ_GOLDENS)
+@pytest.mark.parametrize("name", DENSE_GOLDENS + GPTQ_GOLDENS + HYBRID_GOLDENS)
 @torch.inference_mode()
 def test_logits_are_the_recorded_ones(golden_dir: Path, name: str) -> None:
     model = load(golden_dir / name)
     golden = load_file(golden_dir / name / "golden.safetensors")
-    keys = sorted({key.rsplit(".", 1)[0] for key in golden if not key.startswith("dequant.")})
+    keys = sorted({key.rsplit(".", 1)[0] for key in golden if not key.startswith(("dequant.", "mtp."))})
+    atol = 2e-4 if name in HYBRID_GOLDENS else 1e-4  # random delta nets amplify rounding a hundredfold
     assert keys
     for key in keys:
         prompt, new = golden[f"{key}.ids"].long(), golden[f"{key}.new_tokens"].long()
@@ -39,8 +40,8 @@ def test_logits_are_the_recorded_ones(golden_dir: Path, name: str) -> None:
         alpha = ntk_alpha(len(prompt), model.config)  # of the prompt alone, whatever it grows to
         logits = model.logits(model.forward(ids, StepPlan([len(ids)], [len(ids)]), [alpha]))
         steps = logits[len(prompt) - 1 :]
-        torch.testing.assert_close(logits[: len(prompt)], golden[f"{key}.prefill_logits"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(steps, golden[f"{key}.step_logits"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[: len(prompt)], golden[f"{key}.prefill_logits"], atol=atol, rtol=0)
+        torch.testing.assert_close(steps, golden[f"{key}.step_logits"], atol=atol, rtol=0)
         assert steps[:-1].argmax(-1).tolist() == new.tolist()
 
 

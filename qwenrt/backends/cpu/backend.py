@@ -34,7 +34,7 @@ from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.types import AttentionWeights, CanonicalWeight, Packed
 from qwenrt.ops.weights import with_codes
 
 logger = logging.getLogger("qwenrt")
@@ -326,7 +326,10 @@ class CPUBackend(Backend):
         stacks, network = super().stacks(parts), parts.network
         if self.kernels is None or network.dtype != torch.float32:
             return stacks
-        spec = OpSpec("", "", network.dtype, network.layer_weights[0].heads[2])
+        mixer = network.layer_weights[0].mixer
+        if not isinstance(mixer, AttentionWeights):
+            return stacks
+        spec = OpSpec("", "", network.dtype, mixer.heads[2])
         ops = ("linear", "rms_norm", "silu_and_mul", "attention", "rotary_store_kv")
         if any(self.why_not(op, spec) is not None for op in ops):
             return stacks

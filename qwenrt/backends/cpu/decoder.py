@@ -10,8 +10,8 @@ import torch
 from qwenrt.backends.cpu.attention import Cache, address, cache_struct, sequences_struct
 from qwenrt.backends.cpu.linear import Linear, of_parts
 from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, chosen_from, plan_of, token_ids
-from qwenrt.ops.steps import RotaryRows, Step, StepPlan
-from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
+from qwenrt.ops.steps import LayerKV, RotaryRows, Step, StepPlan
+from qwenrt.ops.types import AttentionWeights, Experts, Head, LayerWeights, Packed
 
 
 class ExpertsStruct(ctypes.Structure):
@@ -110,14 +110,17 @@ class _Structs:
 
     def layer(self, w: LayerWeights) -> Layer:
         """Raises _Unserved."""
-        q_norm, k_norm, _ = w.qk_norms or (None, None, w.eps)
+        mixer = w.mixer
+        if not isinstance(mixer, AttentionWeights) or mixer.gated:
+            raise _Unserved
+        q_norm, k_norm, _ = mixer.qk_norms or (None, None, w.eps)
         norms = [_floats(norm) for norm in (w.input_norm, w.post_norm, q_norm, k_norm)]
-        qkv, o = self._linear(w.qkv_proj), self._linear(w.o_proj)
+        qkv, o = self._linear(mixer.qkv_proj), self._linear(mixer.o_proj)
         if isinstance(w.mlp, Experts):
             mlp, experts = (Linear(), Linear()), self._kept(self._experts(w.mlp))
         else:
             mlp, experts = (self._linear(w.mlp[0]), self._linear(w.mlp[1])), None
-        return Layer(*norms, qkv, o, *mlp, experts, *w.heads, w.window, w.eps, w.scale)
+        return Layer(*norms, qkv, o, *mlp, experts, *mixer.heads, mixer.window, w.eps, mixer.scale)
 
     def head(self, head: Head) -> HeadStruct | None:
         """None where the kernels know nothing of one."""
@@ -175,7 +178,8 @@ class DecoderStack:
         layers = [structs.layer(w) for w in weights]
         self._layers, self._head = (Layer * len(layers))(*layers), structs.head(head)
         self._pointed_at = structs.memory, weights, head
-        self._caches = (Cache * len(parts.cache))(*map(cache_struct, parts.cache))
+        caches = [cache_struct(kv) for kv in parts.cache if isinstance(kv, LayerKV)]
+        self._caches = (Cache * len(caches))(*caches)
 
     @classmethod
     def of(

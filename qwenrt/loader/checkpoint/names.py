@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qwenrt.errors import ConfigError
@@ -156,6 +156,26 @@ def _mlp(module: str, param: str) -> dict[str, tuple[str, str]]:
     }
 
 
+_DELTA = {
+    "model.layers.{n}.linear_attn.in_proj_qkv": ("layers.{n}.in_proj", "qkv"),
+    "model.layers.{n}.linear_attn.in_proj_z": ("layers.{n}.in_proj", "z"),
+    "model.layers.{n}.linear_attn.in_proj_b": ("layers.{n}.rates_proj", "b"),
+    "model.layers.{n}.linear_attn.in_proj_a": ("layers.{n}.rates_proj", "a"),
+    "model.layers.{n}.linear_attn.out_proj": ("layers.{n}.out_proj", ""),
+}
+_GROUPED_DELTA = {  # their rows key head by key head: config.layers.file_rows
+    "model.layers.{n}.linear_attn.in_proj_qkvz": ("layers.{n}.in_proj", ""),
+    "model.layers.{n}.linear_attn.in_proj_ba": ("layers.{n}.rates_proj", ""),
+    "model.layers.{n}.linear_attn.out_proj": ("layers.{n}.out_proj", ""),
+}
+_DELTA_TENSORS = {
+    "model.layers.{n}.linear_attn.conv1d.weight": "layers.{n}.conv",
+    "model.layers.{n}.linear_attn.A_log": "layers.{n}.log_decay",
+    "model.layers.{n}.linear_attn.dt_bias": "layers.{n}.decay_bias",
+    "model.layers.{n}.linear_attn.norm.weight": "layers.{n}.out_norm",
+}
+
+
 # Qwen1.5 to Qwen3, dense and mixtures of experts: one table, since no name means two things.
 QWEN2 = NameTable(
     prefix="model.",
@@ -195,7 +215,16 @@ QWEN2 = NameTable(
     },
 )
 
-TABLES = {"qwen": QWEN1, "qwen2": QWEN2, "qwen2_moe": QWEN2, "qwen3": QWEN2, "qwen3_moe": QWEN2}
+_HYBRID_TENSORS = {**_DELTA_TENSORS, **QWEN2.tensors}
+QWEN3_NEXT = replace(QWEN2, linears={**_GROUPED_DELTA, **QWEN2.linears}, tensors=_HYBRID_TENSORS)
+QWEN3_5 = replace(QWEN2, linears={**_DELTA, **QWEN2.linears}, tensors=_HYBRID_TENSORS)
+
+TABLES = {
+    "qwen": QWEN1,
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), QWEN2),
+    "qwen3_next": QWEN3_NEXT,
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), QWEN3_5),
+}
 
 
 def table_for(model_type: str) -> NameTable:

@@ -12,7 +12,14 @@ from functools import cache
 from typing import NamedTuple
 
 from qwenrt.config import ModelConfig, QuantConfig
-from qwenrt.config.layers import BLOCK_SIZE, kinds_of_layers, kv_bytes_per_token, layer_linears, layer_tensors
+from qwenrt.config.layers import (
+    BLOCK_SIZE,
+    kinds_of_layers,
+    kv_bytes_per_token,
+    layer_linears,
+    layer_tensors,
+    state_bytes,
+)
 from qwenrt.config.quant import ROUNDED
 from qwenrt.errors import ConfigError
 from qwenrt.ops.stored import WORD_BITS, num_groups
@@ -25,6 +32,7 @@ _UNPACKING = (
     14  # bytes an element of plain torch's dequantisation at its peak: int16, and three times float32
 )
 _SAMPLING = 28  # bytes an entry of a row of logits: sorted, exponentiated and summed in float64
+_STATES = 4  # of a sequence: its own, and those kept so that its beginning can be found again
 _FIXED = 48 * 2**20  # the engine, the tokenizer, and the libraries' own buffers
 
 
@@ -165,7 +173,7 @@ def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = N
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dtype: str = "auto") -> int:
     """Bytes of the KV cache for ``tokens``."""
-    heads = (config.num_layers, config.num_kv_heads, config.head_dim)
+    heads = (config.num_kv_layers, config.num_kv_heads, config.head_dim)
     return tokens * kv_bytes_per_token(*heads, dtype_bytes, kv_cache_dtype == "int8")
 
 
@@ -186,6 +194,7 @@ def memory_need(
     """
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
+    cache += users * _STATES * state_bytes(config, storage.activation)
     at_once = min(max(batch_tokens, users), users * context)
     step = _step_peak(config, storage, codes_of(config, quantize), at_once, context, users, kv_cache_dtype)
     load = _load_peak(config, storage, quantize) if storage.on_host else 0
@@ -216,6 +225,12 @@ def _step_peak(
     rotation = tokens * (projected * a + (q + kv) * (16 if a == 4 else 20 + a * config.qk_norm))
     attention = tokens * a * (rotated + 2 * q)
     attention += _context_peak(config, storage, tokens, context, users, kv_cache_dtype)
+    delta = config.linear_attention
+    if (
+        delta is not None
+    ):  # its inputs, then float32 queries and keys of every value head, values, what is read
+        inside = delta.channels + delta.values + 3 * delta.num_value_heads * (delta.key_dim + delta.value_dim)
+        attention = max(attention, tokens * (a * projected + 4 * inside) + state_bytes(config, 4))
     held = tokens * a * (rotated + q + d)
     mlp = held + tokens * _mlp_width(config, storage, quant)
     if quant is not None and not storage.kernels:  # the codes of 4 bits are spread to bytes first

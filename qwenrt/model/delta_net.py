@@ -1,0 +1,60 @@
+"""A gated delta net in a layer: in place of keys and values of every token, one state of fixed size."""
+
+from __future__ import annotations
+
+import torch
+
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec
+from qwenrt.config import ModelConfig
+from qwenrt.model.weights import Weights
+from qwenrt.ops.steps import DecodePlan, LayerCache, LayerState, RotaryRows, StepPlan
+from qwenrt.ops.types import DeltaWeights
+
+
+class DeltaNet:
+    """x + out_proj(delta_net(in_proj(norm(x)))), over the state of each sequence."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        delta = config.linear_attention
+        assert delta is not None
+        self.prefix, self._eps = f"layers.{index}", config.rms_norm_eps
+        self._heads = (delta.num_key_heads, delta.num_value_heads, delta.key_dim, delta.value_dim)
+
+    def bind(
+        self, backend: Backend, dtype: torch.dtype, weights: Weights, norm: torch.Tensor
+    ) -> DeltaWeights:
+        """Take the weights, ``norm`` [D] being that of the layer's input, and choose the code of every seam."""
+        prefix = self.prefix
+        self.weights = w = DeltaWeights(
+            weights.packed(f"{prefix}.in_proj"),
+            weights.packed(f"{prefix}.rates_proj"),
+            weights.packed(f"{prefix}.out_proj"),
+            weights.tensor(f"{prefix}.conv").squeeze(1),
+            weights.tensor(f"{prefix}.log_decay"),
+            weights.tensor(f"{prefix}.decay_bias"),
+            weights.tensor(f"{prefix}.out_norm"),
+            self._heads,
+        )
+        self._norm = norm
+        self._norm_linear = backend.resolve(OpSpec("norm_linear", prefix, dtype, kind=w.in_proj.kind))
+        self._norm_rates = backend.resolve(OpSpec("norm_linear", prefix, dtype, kind=w.rates_proj.kind))
+        self._delta_net = backend.resolve(OpSpec("delta_net", prefix, dtype))
+        self._out_add = backend.resolve(OpSpec("linear_add", prefix, dtype, kind=w.out_proj.kind))
+        return w
+
+    def bind_decode(self, backend: Backend, dtype: torch.dtype) -> str | None:
+        """Why decoding over DecodePlan cannot be had."""
+        return f"{self.prefix}: the state of linear attention is not in a captured step"
+
+    def add(
+        self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """x [T, D] -> x and what its tokens read [T, D]; ``cache`` holds the state, which moves on."""
+        assert cache is None or isinstance(cache, LayerState)
+        w = self.weights
+        projected = self._norm_linear(x, self._norm, self._eps, w.in_proj)
+        rates = self._norm_rates(x, self._norm, self._eps, w.rates_proj)
+        read = self._delta_net(projected, rates, w, self._eps, cache, plan)
+        y: torch.Tensor = self._out_add(read, w.out_proj, x)
+        return y

@@ -1,0 +1,164 @@
+"""The definition of the ops of linear attention (gated delta nets) in plain torch: any device, differentiable.
+
+Sources: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464); and Qwen3-Next's and Qwen3.5's own code
+for the order in which numbers are rounded. Tokens are flat; a plan says which belong to which sequence. A sequence's
+state is carried from step to step token by token, so that it does not depend on how a prompt was cut, but for the last
+bit of torch's exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from qwenrt.ops.steps import LayerState, StepPlan
+
+_L2_EPS = 1e-6  # of queries and keys, whatever eps the norms have
+
+
+def _sequences(plan: StepPlan) -> Iterator[tuple[slice, int | None, bool]]:
+    """Of each sequence that has tokens: where they are, the slot of its state (None without a cache), and whether it
+    begins here."""
+    start = 0
+    slots: list[int] | list[None] = plan.state_slots or [None] * len(plan.q_lens)
+    for q_len, kv_len, slot in zip(plan.q_lens, plan.kv_lens, slots, strict=True):
+        if q_len:
+            yield slice(start, start + q_len), slot, kv_len == q_len
+        start += q_len
+
+
+def causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, state: LayerState | None, plan: StepPlan
+) -> torch.Tensor:
+    """silu of a causal convolution, channel by channel: x [T, C], weight [C, K] -> [T, C].
+
+    u[t, c] = silu(sum over j < K of weight[c, j] x[t - K + 1 + j, c]), what is before a sequence's start being 0.
+    Summed in float32 in this order and rounded once. ``state.conv`` gives the K - 1 tokens before, and takes the last.
+    """
+    taps, parts = weight.shape[1], []
+    for here, slot, begins in _sequences(plan):
+        before = x.new_zeros(taps - 1, x.shape[1])
+        if state is not None and slot is not None and not begins:
+            before = state.conv[slot].to(x.dtype)
+        rows = torch.cat((before, x[here]))
+        count = rows.shape[0] - taps + 1
+        total = rows[:count].float() * weight[:, 0].float()
+        for j in range(1, taps):
+            total = total + rows[j : j + count].float() * weight[:, j].float()
+        parts.append(F.silu(total).to(x.dtype))
+        if state is not None and slot is not None:
+            state.conv[slot].copy_(rows[count:])
+    return torch.cat(parts) if parts else x
+
+
+def rates(
+    ba: torch.Tensor, log_decay: torch.Tensor, decay_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ba [T, 2 nv] (b of each value head, then a) -> float32 beta = sigmoid(b), the share of what is predicted wrongly
+    that is written, and g = -exp(log_decay) softplus(a + decay_bias) <= 0, what is forgotten: both [T, nv]."""
+    b, a = ba.float().chunk(2, dim=-1)
+    return torch.sigmoid(b), -log_decay.exp() * F.softplus(a + decay_bias)
+
+
+def gated_delta(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    state: LayerState | None,
+    plan: StepPlan,
+) -> torch.Tensor:
+    """The gated delta rule of each sequence: q, k [T, nk, dk], v [T, nv, dv], beta, g float32 [T, nv] -> o float32
+    [T, nv, dv]. Value head h reads query and key head h // (nv / nk).
+
+    Queries and keys are divided by their lengths, queries by sqrt(dk) as well. Then for each token, S [dk, dv] of each
+    value head being 0 at a sequence's start and ' transposing:  S <- e^g S;  d = beta (v - S'k);  S <- S + k d';
+    o = S'q.  S is read once for that: p = e^g S'k, s = e^g S'q, d = beta (v - p), o = s + (k'q) d, S <- e^g S + k d'.
+    All of it is float32, and o stays so: it leaves float16's range in long texts. ``state.delta`` holds S.
+    """
+    each = v.shape[1] // k.shape[1]
+    q, k = (_unit(x.float()).repeat_interleave(each, dim=1) for x in (q, k))
+    q, v = q * q.shape[-1] ** -0.5, v.float()
+    parts = []
+    for here, slot, begins in _sequences(plan):
+        if state is not None and slot is not None and not begins:
+            s = state.delta[slot].clone()
+        else:
+            s = v.new_zeros(v.shape[1], k.shape[2], v.shape[2])
+        o, s = _delta_rule(q[here], k[here], v[here], beta[here], g[here].exp(), s)
+        parts.append(o)
+        if state is not None and slot is not None:
+            state.delta[slot].copy_(s)
+    return torch.cat(parts) if parts else v
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _L2_EPS)
+
+
+def _delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    decay: torch.Tensor,
+    s: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence, token by token: q, k [n, nv, dk], v [n, nv, dv], beta, decay [n, nv], S [nv, dk, dv] -> o, S."""
+    kq = torch.stack((k, q), dim=2)  # [n, nv, 2, dk]
+    both = (k * q).sum(-1, keepdim=True)
+    out = []
+    for t in range(q.shape[0]):
+        forget = decay[t, :, None]
+        predicted, read = (torch.bmm(kq[t], s) * forget[:, :, None]).unbind(1)
+        d = beta[t, :, None] * (v[t] - predicted)
+        out.append(read + both[t] * d)
+        s = s * forget[:, :, None] + k[t, :, :, None] * d[:, None, :]
+    return torch.stack(out), s
+
+
+def gated_delta_by_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    s: torch.Tensor,
+    size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same rule of one sequence, ``size`` tokens at a time in matrix products: q, k [n, nv, dk] (of unit length, q
+    scaled), v [n, nv, dv], beta, g [n, nv], S [nv, dk, dv], all float32 -> o [n, nv, dv], S. For devices that multiply
+    matrices much faster than they go through a loop. Its bits depend on where chunks begin.
+
+    In a chunk, G being the sums of g up to each token and D_ij = e^(G_i - G_j) for j <= i, else 0:
+    A = tril(diag(beta) K K' * D, -1);  (I + A) U = diag(beta) V;  (I + A) W = diag(beta e^G) K;  N = U - W S;
+    O = diag(e^G) Q S + tril(Q K' * D) N;  S <- e^(G_last) S + (diag(e^(G_last - G)) K)' N.
+    """
+    parts = []
+    for start in range(0, q.shape[0], size):
+        q_, k_, v_ = (x[start : start + size].transpose(0, 1) for x in (q, k, v))
+        b, total = beta[start : start + size].T, g[start : start + size].T.cumsum(-1)
+        n = q_.shape[1]
+        seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        decay = (total[:, :, None] - total[:, None, :]).masked_fill(~seen, -torch.inf).exp()
+        a = (b[:, :, None] * (k_ @ k_.mT) * decay).tril(-1)
+        right = torch.cat((b[:, :, None] * v_, (b * total.exp())[:, :, None] * k_), dim=-1)
+        eye = torch.eye(n, dtype=q.dtype, device=q.device)
+        solved = torch.linalg.solve_triangular(eye + a, right, upper=False, unitriangular=True)
+        u, w = solved.split_with_sizes((v_.shape[-1], k_.shape[-1]), dim=-1)
+        written = u - w @ s
+        out = (q_ * total.exp()[:, :, None]) @ s + ((q_ @ k_.mT) * decay).tril() @ written
+        last = total[:, -1:]
+        s = s * last.exp()[:, :, None] + (k_ * (last - total).exp()[:, :, None]).mT @ written
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts) if parts else v, s
+
+
+def gated_norm(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """o float32 [T, nv, dv], z [T, nv, dv], weight float32 [dv] -> [T, nv, dv] in z's dtype: rms_norm of each head in
+    float32, rounded; multiplied by the weight and silu(z) in float32, rounded again."""
+    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps)
+    return (normed.to(z.dtype).float() * weight * F.silu(z.float())).to(z.dtype)
