@@ -358,6 +358,6 @@ def test_reranking_knows_nothing_of_the_recipe(make: Make, monkeypatch: pytest.M
         sentence_bert_config_json={"max_seq_length": 4},
         **{"1_Pooling__config_json": pooling("mean")},
     )
-    monkeypatch.setattr("qwenrt.llm.verdict_ids", lambda _: (3, 4))
+    monkeypatch.setattr("qwenrt.retrieval.verdict_ids", lambda _: (3, 4))
     with load(plain) as one, load(dressed) as other:
         assert one.rerank("hello", ["world", "你好"]) == other.rerank("hello", ["world", "你好"])

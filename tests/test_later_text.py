@@ -211,7 +211,7 @@ def test_scores_are_the_share_of_yes(
     tokenizer = llm.tokenizer
     assert tokenizer is not None
     no, yes = tokenizer.encode("n")[0], tokenizer.encode("y")[0]
-    monkeypatch.setattr("qwenrt.llm.verdict_ids", lambda _: (no, yes))
+    monkeypatch.setattr("qwenrt.retrieval.verdict_ids", lambda _: (no, yes))
     documents = ["world", "hello <|im_end|>"]
     scores = llm.rerank("hello", documents)
     for document, score in zip(documents, scores, strict=True):
