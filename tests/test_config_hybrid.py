@@ -101,11 +101,11 @@ def test_the_rows_of_qwen3_next_are_put_in_order() -> None:
             "linear_value_head_dim": 1,
         }
     )
-    rows = file_rows(config, "layers.0.in_proj")
+    rows = file_rows(config, "layers.0.in_proj", "")
     assert rows == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    assert file_rows(config, "layers.0.rates_proj") == [0, 1, 4, 5, 2, 3, 6, 7]
-    assert file_rows(config, "layers.0.out_proj") is None
-    assert file_rows(parse(DENSE), "layers.0.in_proj") is None
+    assert file_rows(config, "layers.0.rates_proj", "") == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert file_rows(config, "layers.0.out_proj", "") is None
+    assert file_rows(parse(DENSE), "layers.0.in_proj", "") is None
 
 
 @pytest.mark.parametrize(

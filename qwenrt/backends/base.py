@@ -156,8 +156,9 @@ class Backend:
         g: torch.Tensor,
         state: LayerState | None,
         plan: StepPlan,
+        tiled: bool = False,
     ) -> torch.Tensor:
-        return delta.gated_delta(q, k, v, beta, g, state, plan)
+        return delta.gated_delta(q, k, v, beta, g, state, plan, tiled)
 
     def gated_norm(self, o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return delta.gated_norm(o, z, weight, eps)
@@ -218,7 +219,7 @@ class Backend:
         q, k = q.reshape(-1, nk, dk), k.reshape(-1, nk, dk)
         v, z = v.reshape(-1, nv, dv), z.reshape(-1, nv, dv)
         beta, g = delta.rates(rates, w.log_decay, w.decay_bias)
-        o = self.gated_delta(q, k, v, beta, g, state, plan)
+        o = self.gated_delta(q, k, v, beta, g, state, plan, w.tiled)
         return self.gated_norm(o, z, w.out_norm, eps).flatten(1)
 
     def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from qwenrt.config.rope import read_partial_rotary, read_rope
 from qwenrt.errors import ConfigError
 
 MODEL_TYPES = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+CONVERTED = "converted_for_ggml"  # not in released files: what is read from GGUF says so
 _LAYER_TYPES = ("linear_attention", "full_attention")
 _CHECK = "Check the file against the model's repository."
 
@@ -90,6 +91,7 @@ def _linear_attention(
         conv_kernel=integer(config, "linear_conv_kernel_dim", where, 2, default=4),
         layers=frozenset(_linear_layers(config, layers, where)),
         grouped=model_type == "qwen3_next",
+        converted=config.get(CONVERTED) is True,
     )
 
 

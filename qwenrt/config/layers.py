@@ -72,7 +72,8 @@ def _delta_linears(config: ModelConfig, prefix: str) -> list[LinearSpec]:
     parts: tuple[tuple[str, int], ...] = (("qkv", delta.channels), ("z", delta.values))
     rates: tuple[tuple[str, int], ...] = (("b", heads), ("a", heads))
     if delta.grouped:
-        parts, rates = (("qkvz", delta.channels + delta.values),), (("ba", 2 * heads),)
+        rates = (("ba", 2 * heads),)
+        parts = parts if delta.converted else (("qkvz", delta.channels + delta.values),)
     return [
         LinearSpec(f"{prefix}.in_proj", d, parts, bias=False),
         LinearSpec(f"{prefix}.rates_proj", d, rates, bias=False, quantizable=False),
@@ -80,13 +81,13 @@ def _delta_linears(config: ModelConfig, prefix: str) -> list[LinearSpec]:
     ]
 
 
-def file_rows(config: ModelConfig, param: str) -> list[int] | None:
-    """The order in which a linear's rows are taken from the file, None for that of the file.
+def file_rows(config: ModelConfig, param: str, part: str) -> list[int] | None:
+    """The order in which the rows of a linear's part are taken from the file, None for that of the file.
 
     Qwen3-Next has them by key head: its query, its key, its value heads, their z; and their b, their a.
     """
     delta, name = config.linear_attention, param.rpartition(".")[2]
-    if delta is None or not delta.grouped or name not in ("in_proj", "rates_proj"):
+    if delta is None or not delta.grouped or part or name not in ("in_proj", "rates_proj"):
         return None
     each = delta.num_value_heads // delta.num_key_heads
     k, v = delta.key_dim, each * delta.value_dim

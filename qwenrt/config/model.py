@@ -47,7 +47,9 @@ class LinearAttentionConfig:
 
     ``num_key_heads`` divides num_value_heads: as many value heads share a query and a key. Queries, keys and values
     each pass a causal convolution over the last ``conv_kernel`` tokens, channel by channel. ``grouped``: the file has
-    the rows of its projections key head by key head (Qwen3-Next), which is undone when they are read.
+    the rows of its projections key head by key head (Qwen3-Next), which is undone when they are read. ``converted``:
+    the file is as llama.cpp's converter leaves it: norms have their 1, decays are -exp(A_log), and unless grouped,
+    value head h reads key head h mod num_key_heads (`tiled`), not h // (num_value_heads / num_key_heads).
     """
 
     num_key_heads: int
@@ -57,6 +59,12 @@ class LinearAttentionConfig:
     conv_kernel: int
     layers: frozenset[int]
     grouped: bool = False
+    converted: bool = False
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the value heads that share a key head are num_key_heads apart, not beside each other."""
+        return self.converted and not self.grouped
 
     @property
     def keys(self) -> int:

@@ -182,11 +182,18 @@ class _Loader:
         dtype = self.weight_dtype(tensor.dtype) if param == "embed_tokens" else self.dtype
         if is_wide(self.config, param):
             dtype = torch.float32
-            tensor = tensor.float() + 1 if is_zero_centred(self.config, param) else tensor
+            tensor = self._as_computed(param, tensor.float())
         _check_range(param, tensor, dtype)
         result = tensor.to(self.backend.device, dtype)
         self._release(slots)
         return result
+
+    def _as_computed(self, param: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that stays float32, as the network wants it."""
+        delta = self.config.linear_attention
+        if delta is None or not delta.converted:
+            return tensor + 1 if is_zero_centred(self.config, param) else tensor
+        return (-tensor).log() if param.endswith(".log_decay") else tensor
 
     def linear(self, spec: LinearSpec, tied: Packed | torch.Tensor | None = None) -> Packed:
         """One packed linear from its parts, each in its own format, or from the embedding it is ``tied`` to."""
@@ -286,7 +293,7 @@ class _Loader:
         given = self._read(slots.get((part, "bias")))
         kept = given if given is not None and (bias or bool(given.any())) else None
         weight = format_.read(linear, lambda kind: self._read(slots.get((part, kind))), kept, options)
-        rows = file_rows(self.config, param)
+        rows = file_rows(self.config, param, part)
         return weight if rows is None else take_rows(weight, rows)
 
 

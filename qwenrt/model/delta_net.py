@@ -20,6 +20,7 @@ class DeltaNet:
         assert delta is not None
         self.prefix, self._eps = f"layers.{index}", config.rms_norm_eps
         self._heads = (delta.num_key_heads, delta.num_value_heads, delta.key_dim, delta.value_dim)
+        self._tiled = delta.tiled
 
     def bind(
         self, backend: Backend, dtype: torch.dtype, weights: Weights, norm: torch.Tensor
@@ -35,6 +36,7 @@ class DeltaNet:
             weights.tensor(f"{prefix}.decay_bias"),
             weights.tensor(f"{prefix}.out_norm"),
             self._heads,
+            self._tiled,
         )
         self._norm = norm
         self._norm_linear = backend.resolve(OpSpec("norm_linear", prefix, dtype, kind=w.in_proj.kind))

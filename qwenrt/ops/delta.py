@@ -70,9 +70,10 @@ def gated_delta(
     g: torch.Tensor,
     state: LayerState | None,
     plan: StepPlan,
+    tiled: bool = False,
 ) -> torch.Tensor:
     """The gated delta rule of each sequence: q, k [T, nk, dk], v [T, nv, dv], beta, g float32 [T, nv] -> o float32
-    [T, nv, dv]. Value head h reads query and key head h // (nv / nk).
+    [T, nv, dv]. Value head h reads query and key head h // (nv / nk), or h mod nk where they are ``tiled``.
 
     Queries and keys are divided by their lengths, queries by sqrt(dk) as well. Then for each token, S [dk, dv] of each
     value head being 0 at a sequence's start and ' transposing:  S <- e^g S;  d = beta (v - S'k);  S <- S + k d';
@@ -80,7 +81,8 @@ def gated_delta(
     All of it is float32, and o stays so: it leaves float16's range in long texts. ``state.delta`` holds S.
     """
     each = v.shape[1] // k.shape[1]
-    q, k = (_unit(x.float()).repeat_interleave(each, dim=1) for x in (q, k))
+    q, k = (_unit(x.float()) for x in (q, k))
+    q, k = (x.repeat(1, each, 1) if tiled else x.repeat_interleave(each, dim=1) for x in (q, k))
     q, v = q * q.shape[-1] ** -0.5, v.float()
     parts = []
     for here, slot, begins in _sequences(plan):

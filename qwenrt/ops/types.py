@@ -177,7 +177,8 @@ class DeltaWeights:
 
     ``in_proj`` gives queries, keys, values and the output's gate z, ``rates_proj`` b and a of each value head.
     ``conv`` [C, K]; ``log_decay`` and ``decay_bias`` float32 [num_value_heads]; ``out_norm`` float32 [value_dim].
-    ``heads``: (key heads, value heads, key_dim, value_dim).
+    ``heads``: (key heads, value heads, key_dim, value_dim); ``tiled``: value head h reads key head h mod key heads, not
+    h // (value heads / key heads).
     """
 
     in_proj: Packed
@@ -188,6 +189,7 @@ class DeltaWeights:
     decay_bias: torch.Tensor
     out_norm: torch.Tensor
     heads: tuple[int, int, int, int]
+    tiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,10 @@ _DELTA = {
     "model.layers.{n}.linear_attn.in_proj_a": ("layers.{n}.rates_proj", "a"),
     "model.layers.{n}.linear_attn.out_proj": ("layers.{n}.out_proj", ""),
 }
-_GROUPED_DELTA = {  # their rows key head by key head: config.layers.file_rows
+_GROUPED_DELTA = {  # their rows key head by key head (config.layers.file_rows); GGUF has qkv and z in order
     "model.layers.{n}.linear_attn.in_proj_qkvz": ("layers.{n}.in_proj", ""),
+    "model.layers.{n}.linear_attn.in_proj_qkv": ("layers.{n}.in_proj", "qkv"),
+    "model.layers.{n}.linear_attn.in_proj_z": ("layers.{n}.in_proj", "z"),
     "model.layers.{n}.linear_attn.in_proj_ba": ("layers.{n}.rates_proj", ""),
     "model.layers.{n}.linear_attn.out_proj": ("layers.{n}.out_proj", ""),
 }

@@ -70,6 +70,82 @@ def write_gguf(
     return path
 
 
+def next_as_gguf(tensors: dict[str, torch.Tensor], path: Path, recurrent: list[bool] | None) -> Path:
+    """The recorded Qwen3-Next: 2 key heads and 4 value heads of 16, three layers of four with linear attention."""
+    writer = gguf.GGUFWriter(path, "qwen3next")
+    keys: dict[str, Any] = {
+        "block_count": 4,
+        "context_length": 512,
+        "embedding_length": 32,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.recurrent_layers": recurrent,
+        "rope.dimension_count": 8,
+        "rope.freq_base": 1e7,
+        "expert_count": 6,
+        "expert_used_count": 3,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": 16,
+        "ssm.group_count": 2,
+        "ssm.time_step_rank": 4,
+        "ssm.inner_size": 64,
+    }
+    for key, value in keys.items():
+        if value is not None:
+            _add(writer, f"qwen3next.{key}", value)
+    plain = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "mlp.gate": "ffn_gate_inp",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        "linear_attn.out_proj": "ssm_out",
+        "linear_attn.norm": "ssm_norm",
+        "linear_attn.in_proj_ba": "ssm_ba",
+    }
+    made: dict[str, torch.Tensor] = {
+        "token_embd.weight": tensors["model.embed_tokens.weight"],
+        "output_norm.weight": tensors["model.norm.weight"] + 1,
+        "output.weight": tensors["lm_head.weight"],
+    }
+    for n in range(4):
+        own = {k.removeprefix(f"model.layers.{n}."): v for k, v in tensors.items() if f"layers.{n}." in k}
+        for name, value in own.items():
+            module = name.removesuffix(".weight")
+            if module in plain:
+                shifted = module.endswith("norm") and module != "linear_attn.norm"
+                made[f"blk.{n}.{plain[module]}.weight"] = value + 1 if shifted else value
+        for side in ("gate", "up", "down"):
+            experts = [own[f"mlp.experts.{e}.{side}_proj.weight"] for e in range(6)]
+            made[f"blk.{n}.ffn_{side}_exps.weight"] = torch.stack(experts)
+        if "linear_attn.A_log" in own:
+            packed = own["linear_attn.in_proj_qkvz.weight"].view(2, 96, 32)  # q 16, k 16, v 2 x 16, z 2 x 16
+            sides = [side.reshape(-1, 32) for side in packed.split((16, 16, 32, 32), dim=1)]
+            made[f"blk.{n}.attn_qkv.weight"] = torch.cat(sides[:3])
+            made[f"blk.{n}.attn_gate.weight"] = sides[3]
+            made[f"blk.{n}.ssm_a"] = -own["linear_attn.A_log"].exp()
+            made[f"blk.{n}.ssm_dt.bias"] = own["linear_attn.dt_bias"]
+            made[f"blk.{n}.ssm_conv1d.weight"] = own["linear_attn.conv1d.weight"].squeeze(1)
+    for name, tensor in made.items():
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def tokenizer_keys() -> dict[str, Any]:
     """A small vocabulary with all that Qwen3 adds to it, and two rows without a token."""
     ordinary = [form(token) for token in sorted(RANKS, key=RANKS.__getitem__)]

@@ -229,7 +229,7 @@ def test_estimates_read_the_header_alone(make: Any) -> None:
     [
         ({"general__architecture": "llama"}, "architecture 'llama': that is no Qwen"),
         ({"general__architecture": "clip"}, "a vision tower"),
-        ({"general__architecture": "qwen35"}, "gated DeltaNet"),
+        ({"general__architecture": "qwen4exp"}, "a Qwen that this version does not know"),
         ({"general__architecture": "qwen9"}, "a Qwen that this version does not know"),
         ({"general__type": "adapter"}, "of the type 'adapter', no model"),
         ({"tokenizer__ggml__model": "llama"}, "it is 'llama'. Qwen's vocabularies are byte-level BPE"),

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenrt.config import parse_model_config, read_json
+from qwenrt.config.hybrid import CONVERTED
+from qwenrt.config.hybrid import MODEL_TYPES as HYBRID_TYPES
 from qwenrt.errors import ConfigError, shown
 from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.gguf.metadata import Metadata
@@ -31,9 +33,10 @@ _MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
     "qwen3vl": "qwen3",
     "qwen3vlmoe": "qwen3_moe",
+    "qwen3next": "qwen3_next",
+    "qwen35": "qwen3_5",
+    "qwen35moe": "qwen3_5_moe",
 }
-_HYBRID = "it has linear attention (gated DeltaNet) layers, which this version does not read from GGUF"
-_NOT_YET = {"qwen3next": _HYBRID, "qwen35": _HYBRID, "qwen35moe": _HYBRID}
 _FIRST_7B, _LARGEST = 4096, 8192  # hidden sizes of Qwen-1 that were trained at other lengths than 8192
 _NTK_KEYS = ("use_dynamic_ntk", "use_logn_attn", "seq_length")
 # What the chat models of a generation were released with, for files that do not say: as their generation_config.json.
@@ -41,6 +44,8 @@ _SAMPLING: dict[str, dict[str, float]] = {
     "qwen": {"top_p": 0.8},
     "qwen2": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
     "qwen3": {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    "qwen3_next": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    "qwen3_5": {"temperature": 1.0, "top_p": 0.95, "top_k": 20},
 }
 _SAMPLING_KEYS = {
     "temp": "temperature",
@@ -64,9 +69,8 @@ def model_type_of(metadata: Metadata) -> str:
             metadata, f"of the type {shown(kind)}, no model", "Give the GGUF file of the model itself."
         )
     if name not in _MODEL_TYPES:
-        why = _NOT_YET.get(name, "of a Qwen that this version does not know")
-        what = f"of the architecture {shown(name)}: "
-        found = what + (why if name.startswith("qwen") else "that is no Qwen")
+        what = f"of the architecture {shown(name)}: that is "
+        found = what + ("a Qwen that this version does not know" if name.startswith("qwen") else "no Qwen")
         raise _refused(metadata, found, f"Architectures that are read: {', '.join(_MODEL_TYPES)}.")
     return _MODEL_TYPES[name]
 
@@ -76,7 +80,9 @@ def config_of(metadata: Metadata, tensors: Mapping[str, TensorEntry]) -> dict[st
     model_type = model_type_of(metadata)
     config: dict[str, Any] = {"model_type": model_type, **_sizes(metadata, tensors, model_type)}
     config |= _qwen1(metadata, config) if model_type == "qwen" else _later(metadata, tensors, model_type)
-    if model_type.endswith("_moe"):
+    if model_type in HYBRID_TYPES:
+        config |= _linear_attention(metadata, config)
+    if metadata.has(_key(metadata, "expert_count")):
         config |= _experts(metadata, tensors, config)
     config |= _quantization(tensors)
     try:
@@ -120,20 +126,35 @@ def _sizes(metadata: Metadata, tensors: Mapping[str, TensorEntry], model_type: s
     heads = metadata.one_for_all(_key(metadata, "attention.head_count"))
     hidden = metadata.integer(_key(metadata, "embedding_length"))
     head_dim = metadata.integer(_key(metadata, "attention.key_length"), hidden // max(heads, 1))
-    for name in ("attention.value_length", "rope.dimension_count"):
+    whole = () if model_type in HYBRID_TYPES else ("rope.dimension_count",)
+    for name in ("attention.value_length", *whole):
         if metadata.has(_key(metadata, name)) and metadata.integer(_key(metadata, name)) != head_dim:
             found = f"it is {metadata.integer(_key(metadata, name))}, and keys have {head_dim} channels"
             raise metadata.bad(_key(metadata, name), found, "No Qwen that runs here has that.")
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "num_hidden_layers": metadata.integer(_key(metadata, "block_count")),
+        "num_hidden_layers": num_layers(metadata),
         "num_attention_heads": heads,
         "kv_channels" if model_type == "qwen" else "head_dim": head_dim,
-        "intermediate_size": metadata.one_for_all(_key(metadata, "feed_forward_length")),
+        **_mlp_width(metadata, model_type),
         "max_position_embeddings": metadata.integer(_key(metadata, "context_length")),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
     }
+
+
+def num_layers(metadata: Metadata) -> int:
+    """Decoder layers of a file: its blocks without those of a head that guesses tokens."""
+    heads = metadata.integer(_key(metadata, "nextn_predict_layers"), 0)
+    return metadata.integer(_key(metadata, "block_count")) - heads
+
+
+def _mlp_width(metadata: Metadata, model_type: str) -> dict[str, Any]:
+    """Models all of whose layers have experts may name none."""
+    key = _key(metadata, "feed_forward_length")
+    if model_type in HYBRID_TYPES and not metadata.has(key):
+        return {}
+    return {"intermediate_size": metadata.one_for_all(key)}
 
 
 # ---- Qwen-1
@@ -203,6 +224,30 @@ def _positions(metadata: Metadata) -> dict[str, Any]:
         if metadata.has(f"{scaling}yarn_{name}"):
             rope[name] = metadata.number(f"{scaling}yarn_{name}")
     return {"rope_scaling": rope}
+
+
+def _linear_attention(metadata: Metadata, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of linear attention: their sizes, which they are, and that the file is as the converter left it."""
+    layers, heads = sizes["num_hidden_layers"], metadata.integer(_key(metadata, "ssm.time_step_rank"))
+    inner = metadata.integer(_key(metadata, "ssm.inner_size"))
+    if heads < 1 or inner % heads:
+        raise metadata.bad(_key(metadata, "ssm.inner_size"), f"{inner} channels for {heads} value heads")
+    found: dict[str, Any] = {
+        CONVERTED: True,
+        "linear_conv_kernel_dim": metadata.integer(_key(metadata, "ssm.conv_kernel")),
+        "linear_key_head_dim": metadata.integer(_key(metadata, "ssm.state_size")),
+        "linear_num_key_heads": metadata.integer(_key(metadata, "ssm.group_count")),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": inner // heads,
+        "partial_rotary_factor": metadata.integer(_key(metadata, "rope.dimension_count")) / sizes["head_dim"],
+    }
+    recurrent = _key(metadata, "attention.recurrent_layers")
+    if metadata.has(recurrent):
+        flags = metadata.flags(recurrent)[:layers]
+        found["layer_types"] = ["linear_attention" if flag else "full_attention" for flag in flags]
+    else:
+        found["full_attention_interval"] = metadata.integer(_key(metadata, "full_attention_interval"), 4)
+    return found
 
 
 def _experts(

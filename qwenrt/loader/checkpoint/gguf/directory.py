@@ -20,7 +20,7 @@ from pathlib import Path
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError
 from qwenrt.files import is_there
-from qwenrt.loader.checkpoint.gguf.config import as_json, config_of, generation_of, model_type_of
+from qwenrt.loader.checkpoint.gguf.config import as_json, config_of, generation_of, model_type_of, num_layers
 from qwenrt.loader.checkpoint.gguf.metadata import Metadata
 from qwenrt.loader.checkpoint.gguf.names import renamed
 from qwenrt.loader.checkpoint.gguf.reader import GgufFile, read_gguf
@@ -28,7 +28,7 @@ from qwenrt.loader.checkpoint.gguf.tokenizer import tokenizer_of
 from qwenrt.loader.checkpoint.header import Shard, TensorEntry
 
 NOTE = "gguf.json"  # in the directory: which files hold its weights
-FORMAT = 1  # of what is written; another one is made anew
+FORMAT = 2  # of what is written; another one is made anew
 MAX_PARTS = 999
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.IGNORECASE)
 logger = logging.getLogger("qwenrt")
@@ -144,7 +144,7 @@ def _tensors(files: list[GgufFile]) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"cannot load {first.path.name}", found, "The parts are of two models: fetch them again."
         )
-    return renamed(entries, model_type_of(first))
+    return renamed(entries, model_type_of(first), num_layers(first))
 
 
 def _content(files: list[GgufFile]) -> Mapping[str, str]:

@@ -61,6 +61,12 @@ class Metadata:
             raise self.bad(key, f"it is a list of {shown(values[0])} and more, not of integers")
         return values
 
+    def flags(self, key: str) -> list[bool]:
+        values = self._list(key)
+        if not all(type(value) is bool for value in values):
+            raise self.bad(key, f"it is a list of {shown(values[0])} and more, not of true and false")
+        return values
+
     def one_for_all(self, key: str, default: int | None = None) -> int:
         """A number, or a list of it for each layer."""
         if not isinstance(self.values.get(key), list):

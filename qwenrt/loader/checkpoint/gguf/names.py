@@ -1,7 +1,8 @@
 """GGUF's names of tensors -> those of the same tensors in a directory as HuggingFace lays one out.
 
-No Qwen's rows were moved by the conversion: queries and keys lie as in the original. Only the experts of a layer are
-one tensor, which is seen here as one matrix for each.
+No Qwen's rows were moved by the conversion of attention: queries and keys lie as in the original. Only the experts of a
+layer are one tensor, which is seen here as one matrix for each. What was done to layers of linear attention stays as it
+is: config.model.LinearAttentionConfig says it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from qwenrt.config.hybrid import MODEL_TYPES as HYBRID_TYPES
 from qwenrt.errors import CheckpointError
 from qwenrt.loader.checkpoint.header import TensorEntry
 
@@ -51,6 +53,22 @@ _LATER = {
     "ffn_up_shexp": "model.layers.{n}.mlp.shared_expert.up_proj",
     "ffn_down_shexp": "model.layers.{n}.mlp.shared_expert.down_proj",
 }
+_HYBRID = _LATER | {
+    "post_attention_norm": "model.layers.{n}.post_attention_layernorm",
+    "attn_qkv": "model.layers.{n}.linear_attn.in_proj_qkv",
+    "attn_gate": "model.layers.{n}.linear_attn.in_proj_z",
+    "ssm_in": "model.layers.{n}.linear_attn.in_proj_qkvz",
+    "ssm_ba": "model.layers.{n}.linear_attn.in_proj_ba",
+    "ssm_beta": "model.layers.{n}.linear_attn.in_proj_b",
+    "ssm_alpha": "model.layers.{n}.linear_attn.in_proj_a",
+    "ssm_conv1d": "model.layers.{n}.linear_attn.conv1d",
+    "ssm_norm": "model.layers.{n}.linear_attn.norm",
+    "ssm_out": "model.layers.{n}.linear_attn.out_proj",
+}
+_BARE = {  # whole names within a layer
+    "ssm_a": "model.layers.{n}.linear_attn.A_log",
+    "ssm_dt.bias": "model.layers.{n}.linear_attn.dt_bias",
+}
 _EXPERTS = {
     "ffn_gate_exps": "model.layers.{n}.mlp.experts.{e}.gate_proj",
     "ffn_up_exps": "model.layers.{n}.mlp.experts.{e}.up_proj",
@@ -60,13 +78,14 @@ _EXPERTS = {
 _FREQUENCIES = ("rope_freqs", "attn_rot_embd")  # of rotations, which follow from the config
 
 
-def renamed(entries: tuple[TensorEntry, ...], model_type: str) -> dict[str, TensorEntry]:
+def renamed(entries: tuple[TensorEntry, ...], model_type: str, layers: int) -> dict[str, TensorEntry]:
     """The tensors of a file under their names in HuggingFace's layout; a name that is not known stays as it is, so that
-    it is found to be unexpected. Raises CheckpointError where two are the same, or experts are without number."""
+    it is found to be unexpected. Blocks from ``layers`` on are heads that guess tokens. Raises CheckpointError where
+    two are the same, or experts are without number."""
     found: dict[str, TensorEntry] = {}
     experts = 0
     for entry in entries:
-        for each in _renamed(entry, model_type):
+        for each in _renamed(entry, model_type, layers):
             if each.name in found:
                 raise CheckpointError(
                     f"reading {entry.shard.name}",
@@ -83,10 +102,17 @@ def renamed(entries: tuple[TensorEntry, ...], model_type: str) -> dict[str, Tens
     return found
 
 
-def _renamed(entry: TensorEntry, model_type: str) -> Iterator[TensorEntry]:
-    table = _QWEN1 if model_type == "qwen" else _LATER
+def _renamed(entry: TensorEntry, model_type: str, layers: int) -> Iterator[TensorEntry]:
+    hybrid = model_type in HYBRID_TYPES
+    table = _QWEN1 if model_type == "qwen" else _HYBRID if hybrid else _LATER
     in_layer = _LAYER.fullmatch(entry.name)
     number, rest = in_layer.groups() if in_layer else ("", entry.name)
+    if hybrid and in_layer and int(number) >= layers:
+        yield replace(entry, name=f"mtp.{entry.name}")
+        return
+    if hybrid and in_layer and rest in _BARE:
+        yield replace(entry, name=_BARE[rest].replace("{n}", number))
+        return
     parts = _KIND.fullmatch(rest)
     module, kind = parts.groups() if parts else ("", "")
     path, stacked = table.get(module, ""), _EXPERTS.get(module, "") if model_type != "qwen" else ""
@@ -96,6 +122,8 @@ def _renamed(entry: TensorEntry, model_type: str) -> Iterator[TensorEntry]:
         yield from _experts(entry, f"{stacked}.{kind}".replace("{n}", number))
     elif path and ("{n}" in path) == bool(in_layer):
         shape = (1, *entry.shape) if module == "ffn_gate_inp_shexp" and len(entry.shape) == 1 else entry.shape
+        if module == "ssm_conv1d" and len(shape) == 2:
+            shape = (shape[0], 1, shape[1])
         yield replace(entry, name=f"{path}.{kind}".replace("{n}", number), shape=shape)
     else:
         yield entry
