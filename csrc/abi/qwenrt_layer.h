@@ -66,3 +66,31 @@ typedef struct {
 // Writes a->qk and, where there is a cache, this step's keys and values to their slots.
 QWENRT_API int qwenrt_rotary_store(const QwenrtHandle* with, const QwenrtRotary* a, const QwenrtCache* cache,
                                    int64_t tokens);
+
+// One layer of linear attention (a gated delta net) in one step, as `delta_net` of the Python package defines it.
+// Value head h reads key head h / (value_heads / key_heads), or h % key_heads where they are tiled.
+typedef struct {
+  const float* projected;   // [tokens][channels + value_heads * value_dim]: queries, keys, values, then z
+  const float* rates;       // [tokens][2 * value_heads]: b, then a
+  const float* conv;        // [taps][channels], channels = 2 * key_heads * key_dim + value_heads * value_dim
+  const float* log_decay;   // [value_heads]
+  const float* decay_bias;  // [value_heads]
+  const float* out_norm;    // [value_dim]
+  const int64_t* slots;     // [sequences]: where their states are
+  float* conv_states;       // [slots][taps - 1][channels]
+  float* delta_states;      // [slots][value_heads][key_dim][value_dim]
+  float* mixed;             // [tokens][channels]: room to work in
+  float* out;               // [tokens][value_heads * value_dim]
+  int64_t key_heads;
+  int64_t value_heads;
+  int64_t key_dim;    // up to 256
+  int64_t value_dim;  // a multiple of 8, up to 256
+  int64_t taps;       // 2 to 8
+  int64_t tiled;
+  float eps;
+  float reserved;
+} QwenrtDeltaNet;
+
+// Writes a->out, and moves the states of the step's sequences on; one that begins in this step begins at zero. What a
+// token reads is the same, bit for bit, in every batch, however its prompt was cut, and with any number of threads.
+QWENRT_API int qwenrt_delta_net(const QwenrtHandle* with, const QwenrtDeltaNet* a, const QwenrtSequences* sequences);

@@ -52,6 +52,11 @@ struct LayerKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t dim, float* out);
   void (*silu_and_mul)(const float* gate, const float* up, int64_t count, float* out);
   void (*rotary_store)(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token);
+  // Channels [first, last) of a token of a gated delta net, convolved and through silu: inputs[j] is what tap j reads.
+  void (*convolve)(const float* const* inputs, const float* conv, int64_t taps, int64_t channels, int64_t first,
+                   int64_t last, float* out);
+  // One value head of one sequence, whose `count` tokens begin with row `token`, over its `state`.
+  void (*delta_head)(const QwenrtDeltaNet& a, int64_t head, int64_t token, int64_t count, float* state);
   // The sum of exp((x - largest) / temperature) over x [count].
   double (*sum_exponentials)(const float* x, int64_t count, float largest, float temperature);
 };

@@ -12,10 +12,14 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 # What a backend may override: the primitive ops; the seams of a decoder layer that compose them; and what a whole step
 # is asked for, which is called as it is.
-PRIMITIVES = ("rms_norm", "linear", "rotary", "store_kv", "attention", "decode_attention", "silu_and_mul")
+PRIMITIVES = (
+    *("rms_norm", "linear", "rotary", "store_kv", "attention", "decode_attention", "silu_and_mul"),
+    *("causal_conv", "gated_delta", "gated_norm"),  # of layers of linear attention
+)
 SEAMS = {
     "norm_linear": ("rms_norm", "linear"),
     "rotary_store_kv": ("rotary", "store_kv"),
+    "delta_net": ("causal_conv", "gated_delta", "gated_norm"),
     "linear_add": ("linear",),
     "norm_gate_up_silu": ("rms_norm", "linear", "silu_and_mul"),
     "norm_moe_add": ("rms_norm", "linear", "silu_and_mul"),

@@ -31,7 +31,7 @@ class DeltaNet:
             weights.packed(f"{prefix}.in_proj"),
             weights.packed(f"{prefix}.rates_proj"),
             weights.packed(f"{prefix}.out_proj"),
-            weights.tensor(f"{prefix}.conv").squeeze(1),
+            weights.tensor(f"{prefix}.conv").squeeze(1).t().contiguous(),
             weights.tensor(f"{prefix}.log_decay"),
             weights.tensor(f"{prefix}.decay_bias"),
             weights.tensor(f"{prefix}.out_norm"),

@@ -32,21 +32,21 @@ def _sequences(plan: StepPlan) -> Iterator[tuple[slice, int | None, bool]]:
 def causal_conv(
     x: torch.Tensor, weight: torch.Tensor, state: LayerState | None, plan: StepPlan
 ) -> torch.Tensor:
-    """silu of a causal convolution, channel by channel: x [T, C], weight [C, K] -> [T, C].
+    """silu of a causal convolution, channel by channel: x [T, C], weight [K, C] -> [T, C].
 
-    u[t, c] = silu(sum over j < K of weight[c, j] x[t - K + 1 + j, c]), what is before a sequence's start being 0.
+    u[t, c] = silu(sum over j < K of weight[j, c] x[t - K + 1 + j, c]), what is before a sequence's start being 0.
     Summed in float32 in this order and rounded once. ``state.conv`` gives the K - 1 tokens before, and takes the last.
     """
-    taps, parts = weight.shape[1], []
+    taps, parts = weight.shape[0], []
     for here, slot, begins in _sequences(plan):
         before = x.new_zeros(taps - 1, x.shape[1])
         if state is not None and slot is not None and not begins:
             before = state.conv[slot].to(x.dtype)
         rows = torch.cat((before, x[here]))
         count = rows.shape[0] - taps + 1
-        total = rows[:count].float() * weight[:, 0].float()
+        total = rows[:count].float() * weight[0].float()
         for j in range(1, taps):
-            total = total + rows[j : j + count].float() * weight[:, j].float()
+            total = total + rows[j : j + count].float() * weight[j].float()
         parts.append(F.silu(total).to(x.dtype))
         if state is not None and slot is not None:
             state.conv[slot].copy_(rows[count:])

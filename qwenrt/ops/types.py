@@ -176,7 +176,7 @@ class DeltaWeights:
     """What a gated delta net in one layer is made of.
 
     ``in_proj`` gives queries, keys, values and the output's gate z, ``rates_proj`` b and a of each value head.
-    ``conv`` [C, K]; ``log_decay`` and ``decay_bias`` float32 [num_value_heads]; ``out_norm`` float32 [value_dim].
+    ``conv`` [K, C]; ``log_decay`` and ``decay_bias`` float32 [num_value_heads]; ``out_norm`` float32 [value_dim].
     ``heads``: (key heads, value heads, key_dim, value_dim); ``tiled``: value head h reads key head h mod key heads, not
     h // (value heads / key heads).
     """

@@ -17,10 +17,11 @@ from qwenrt.backends.cpu.activations import ACTIVATIONS
 from qwenrt.backends.cpu.kernels import Kernels
 from qwenrt.backends.cpu.linear import DENSE12, DENSE_BFLOAT16, QUANTIZED
 from qwenrt.backends.selfcheck import REGIMES
-from qwenrt.config.model import ModelConfig, MoeConfig
+from qwenrt.config.model import LinearAttentionConfig, ModelConfig, MoeConfig
 from qwenrt.config.released import released_config
 from qwenrt.errors import BackendError
 from qwenrt.model import trial
+from tests.backends.delta_mutants import DELTA_MUTANTS
 from tests.backends.mutants import MUTANTS, Mutant
 from tests.backends.step_mutants import STEP_MUTANTS
 from tests.conftest import write_tiny_checkpoint
@@ -44,6 +45,7 @@ PLAIN = ModelConfig(
     train_length=2048,
     max_position_embeddings=4096,
 )
+DELTA = LinearAttentionConfig(2, 4, 16, 24, 4, frozenset({0, 2}))
 EXPERTS = MoeConfig(8, 4, 40, shared_intermediate_size=48, dense_layers=frozenset({0}))
 
 
@@ -58,6 +60,9 @@ class Model:
 
 MODELS = {
     "plain": Model(),
+    "linear attention": Model(
+        dataclasses.replace(PLAIN, linear_attention=DELTA, attn_gate=True, zero_centred_norms=True)
+    ),
     "half": Model(stored=torch.float16),
     "large": Model(large=True),
     "codes": Model(form=(4, 128)),
@@ -114,7 +119,7 @@ def test_nothing_healthy_is_demoted_by_choice(
     assert check(cpu, MODELS[name], monkeypatch, dtype) == {}
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, *STEP_MUTANTS], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *STEP_MUTANTS, *DELTA_MUTANTS], ids=lambda mutant: mutant.name)
 def test_a_wrong_kernel_is_found_and_no_other_is_blamed(
     cpu: CPUBackend, mutant: Mutant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

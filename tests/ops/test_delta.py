@@ -77,7 +77,7 @@ def test_what_is_forgotten_at_once_overflows_nothing() -> None:
 @pytest.mark.parametrize("cuts", [[1] * 40, [3, 1, 20, 16], [39, 1]])
 def test_however_a_prompt_is_cut_it_reads_the_same(cuts: list[int]) -> None:
     """In another slot, beside a second sequence, with whatever lies in the slots before."""
-    x, weight, made = torch.randn(40, CHANNELS), torch.randn(CHANNELS, TAPS), inputs(40)
+    x, weight, made = torch.randn(40, CHANNELS), torch.randn(TAPS, CHANNELS), inputs(40)
     other = torch.randn(40, CHANNELS), inputs(40)
     whole = StepPlan([40], [40])
     conv, read = delta.causal_conv(x, weight, None, whole), delta.gated_delta(*made, None, whole)
@@ -97,16 +97,16 @@ def test_however_a_prompt_is_cut_it_reads_the_same(cuts: list[int]) -> None:
 
 
 def test_the_convolution_is_torchs_of_what_came_before() -> None:
-    x, weight = torch.randn(20, CHANNELS), torch.randn(CHANNELS, TAPS)
+    x, weight = torch.randn(20, CHANNELS), torch.randn(TAPS, CHANNELS)
     padded = F.pad(x.T, (TAPS - 1, 0)).unsqueeze(0)
-    wanted = F.silu(F.conv1d(padded, weight.unsqueeze(1), groups=CHANNELS))[0].T
+    wanted = F.silu(F.conv1d(padded, weight.T.unsqueeze(1), groups=CHANNELS))[0].T
     torch.testing.assert_close(delta.causal_conv(x, weight, None, StepPlan([20], [20])), wanted)
 
 
 def test_no_tokens_no_result() -> None:
     plan = StepPlan([0], [0], state_slots=[0])
     assert delta.causal_conv(
-        torch.empty(0, CHANNELS), torch.ones(CHANNELS, TAPS), empty_state(1), plan
+        torch.empty(0, CHANNELS), torch.ones(TAPS, CHANNELS), empty_state(1), plan
     ).shape == (0, CHANNELS)
     assert delta.gated_delta(*inputs(0), empty_state(1), plan).shape == (0, NV, DV)
 
@@ -132,6 +132,6 @@ def test_gradients_pass() -> None:
     for ours, theirs in zip(made, exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
-    x, weight = (t.requires_grad_() for t in (torch.randn(5, CHANNELS), torch.randn(CHANNELS, TAPS)))
+    x, weight = (t.requires_grad_() for t in (torch.randn(5, CHANNELS), torch.randn(TAPS, CHANNELS)))
     delta.causal_conv(x, weight, None, plan).sum().backward()
     assert x.grad is not None and weight.grad is not None and x.grad[1].abs().sum() > 0

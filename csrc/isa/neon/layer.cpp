@@ -3,10 +3,12 @@
 
 #ifdef QWENRT_ARM64
 #include "attention/body.h"
+#include "step/delta_body.h"
 #include "step/elementwise_body.h"
 
 const LayerKernels* neon_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store, sum_exponentials};
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store,
+                                       convolve, delta_head, sum_exponentials};
   return &kernels;
 }
 #endif

@@ -1,9 +1,11 @@
 // A decoder layer's kernels for any CPU.
 #define QWENRT_PORTABLE 1
 #include "attention/body.h"
+#include "step/delta_body.h"
 #include "step/elementwise_body.h"
 
 const LayerKernels* scalar_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store, sum_exponentials};
+  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store,
+                                       convolve, delta_head, sum_exponentials};
   return &kernels;
 }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
 from qwenrt.backends.cpu import attention as paged
-from qwenrt.backends.cpu import dense12, elementwise, linear, resources, sampling, torch_threads
+from qwenrt.backends.cpu import delta_net, dense12, elementwise, linear, resources, sampling, torch_threads
 from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, rounded_to, rounds_dense, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack
 from qwenrt.backends.cpu.huge_pages import huge_buffer
@@ -33,8 +33,8 @@ from qwenrt.backends.cpu.rounding import quantize, rounds_alike
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import AttentionWeights, CanonicalWeight, Packed
+from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, LayerState, StepPlan, Vocabulary
+from qwenrt.ops.types import AttentionWeights, CanonicalWeight, DeltaWeights, Packed
 from qwenrt.ops.weights import with_codes
 
 logger = logging.getLogger("qwenrt")
@@ -318,6 +318,26 @@ class CPUBackend(Backend):
         assert self.kernels is not None
         call = self.kernels.rotary_store
         return elementwise.rotary_store_kv(call, qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
+
+    @native(dtypes=(torch.float32,), needs=("csrc",))
+    def delta_net(
+        self,
+        projected: torch.Tensor,
+        rates: torch.Tensor,
+        w: DeltaWeights,
+        eps: float,
+        state: LayerState | None,
+        plan: StepPlan,
+    ) -> torch.Tensor:
+        if (
+            state is None
+            or not plan.state_slots
+            or not delta_net.serves(w)
+            or not elementwise.served(projected, rates)
+        ):
+            return super().delta_net(projected, rates, w, eps, state, plan)
+        assert self.kernels is not None
+        return delta_net.delta_net(self.kernels.delta_net, projected, rates, w, eps, state, plan)
 
     # ---- whole steps
 

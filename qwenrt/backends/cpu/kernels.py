@@ -15,6 +15,7 @@ from qwenrt.backends.cpu import linear
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, Sequences
 from qwenrt.backends.cpu.decoder import ExpertsStruct, HeadStruct, Layer, StepStruct
+from qwenrt.backends.cpu.delta_net import DeltaNet
 from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
@@ -58,6 +59,7 @@ STRUCTS = (  # that csrc shares with Python
     Sequences,
     Cache,
     Rotary,
+    DeltaNet,
     ExpertsStruct,
     Layer,
     StepStruct,
@@ -231,6 +233,13 @@ class Kernels:
         into = None if cache is None else ctypes.addressof(cache)
         status = self._library.qwenrt_rotary_store(self._handle, ctypes.addressof(rotary), into, tokens)
         check(status, "rotated queries and keys")
+
+    def delta_net(self, net: DeltaNet, sequences: Sequences) -> None:
+        """Compute what ``net`` points at, and move the sequences' states on."""
+        status = self._library.qwenrt_delta_net(
+            self._handle, ctypes.addressof(net), ctypes.addressof(sequences)
+        )
+        check(status, "linear attention")
 
     def forward(
         self,

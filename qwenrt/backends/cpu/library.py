@@ -10,7 +10,7 @@ from typing import Any
 
 from qwenrt.errors import BackendError
 
-ABI = 16
+ABI = 17
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
@@ -35,6 +35,7 @@ _COMPUTE: dict[str, list[type[Any]]] = {
     "rms_norm": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT],
     "silu_and_mul": [_POINTER, _POINTER, _SIZE, _SIZE],
     "rotary_store": [_POINTER, _POINTER, _SIZE],
+    "delta_net": [_POINTER, _POINTER],
     "forward": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
     "topk": [_POINTER, _SIZE, _FLOAT, _FLOAT, _SIZE, _POINTER, _POINTER, _POINTER],
     "read": [_POINTER, _SIZE],
