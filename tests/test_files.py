@@ -144,7 +144,7 @@ def as_a_stranger() -> Iterator[None]:
 @pytest.mark.parametrize("name", FILES)
 def test_closed_files_and_links_into_closed_directories(tmp_path: Path, name: str) -> None:
     tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:  # pytest's own are for this user alone
+    for parent in tmp_path.parents[:3]:  # pytest's own are for this user alone
         parent.chmod(0o755)
     model = whole(tmp_path / "m")
     (model / name).chmod(0)
@@ -289,8 +289,11 @@ def test_settings_are_no_servers_answer(tmp_path: Path) -> None:
 _OTHER_WAYS = re.compile(
     r"""\.open\("r|read_text\(|(?<!_)read_bytes\(|\.exists\(\)|\.is_file\(\)|\bopen\([^)]*"rb?"|os\.open\((?!directory)"""
 )
-_NOT_A_MODELS = {  # the system's own files, this package's, and the prefix store's, within a directory it holds open
+_NOT_A_MODELS = {
+    # the system's own files, this package's and this user's, and the prefix store's, within a directory it holds open
     "engine/block_files.py",
+    *("cli/keeping.py", "load_test/server_process.py", "loader/hub/names.py", "server/page/__init__.py"),
+    "loader/hub/removal.py",  # deletes, and reads what the system says of open files
     *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/memory/device.py", "cli/machine.py"),
     *("cli/doctor.py", "cli/__init__.py", "files.py"),
 }

@@ -26,7 +26,8 @@ from qwenrt.cli.session import Asking, Leave, Session, shortened
 from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.cli.typeahead import unseen_keys
 from qwenrt.config import Environment
-from qwenrt.errors import QwenrtError, RequestError
+from qwenrt.errors import ConfigError, QwenrtError, RequestError
+from qwenrt.files import is_there
 from qwenrt.outputs import Delta
 
 DEFAULT_SEED = 1234
@@ -223,4 +224,4 @@ def _stopped(session: Session, asking: Asking, so_far: str) -> None:
 def _findable(model: str) -> str:
     """A model's name by which it is found from any directory."""
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else model
+    return str(path.resolve()) if is_there(path, ConfigError) else model

@@ -96,7 +96,10 @@ def _history(env: Mapping[str, str]) -> Path | None:
     if said and not _truthy(said):
         return Path(said).expanduser()
     state = env.get("XDG_STATE_HOME") or env.get("LOCALAPPDATA")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "qwenrt"
+    try:
+        return (Path(state) if state else Path.home() / ".local" / "state") / "qwenrt"
+    except RuntimeError:  # a user without a home directory
+        return None
 
 
 def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path) -> Path | None:

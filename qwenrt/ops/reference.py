@@ -33,12 +33,26 @@ def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
         y = torch.cat([linear(x, part) for part in w.data["parts"]], dim=-1)
         return y if w.bias is None else y + w.bias
     if w.kind == "dense":
-        return F.linear(x, w.data["weight"], w.bias)
+        return F.linear(*_whole_tiles(x, w.data["weight"]), w.bias)
     perm = w.data.get("perm")
     if perm is not None:
         x = x.index_select(-1, perm)
     y = torch.matmul(x, dequantize(w, x.dtype))
     return y if w.bias is None else y + w.bias
+
+
+_TILE = 32  # inputs that AMX multiplies at once
+
+
+def _whole_tiles(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and a dense weight for torch's product of bfloat16 on a CPU with AMX, which reads past the end of rows that are
+    no multiple of a tile: NaN behind a row, be it the next one's, would get into its result."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return x, weight
+    missing = -x.shape[-1] % _TILE
+    if missing == 0:
+        return x.contiguous(), weight
+    return F.pad(x, (0, missing)), F.pad(weight, (0, missing))
 
 
 def pack(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device) -> Packed:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import qwenrt
-from qwenrt.errors import QwenrtError, shown
+from qwenrt.errors import ConfigError, QwenrtError, shown
+from qwenrt.files import is_there
 from qwenrt.outputs import Delta
 from qwenrt.server.admission import Admission, Turn
 from qwenrt.server.metrics import Metrics
@@ -95,7 +96,9 @@ class Service:
     def own_name(self) -> str:
         """The checkpoint's name; of a directory or file its last part: where it lies is nobody's business."""
         path = Path(self.llm.name)
-        return path.resolve().name if path.is_dir() else path.stem if path.is_file() else self.llm.name
+        if path.is_dir():
+            return path.resolve().name
+        return path.stem if is_there(path, ConfigError) else self.llm.name
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,11 +102,11 @@ def with_massive(tensors: dict[str, torch.Tensor], channels: torch.Tensor) -> di
 
 
 @functools.cache
-def conversations() -> list[tuple[list[int], torch.Tensor]]:
+def conversations(count: int = 40) -> list[tuple[list[int], torch.Tensor]]:
     """Token ids of conversations that the model never saw, and of these the positions that no other one begins with:
     what all share counts once."""
     tokenizer, seen, found = load_tokenizer("demo"), set(), []
-    for sample in held_out_samples(40, seed=5):
+    for sample in held_out_samples(count, seed=5):
         ids = encode_entry(tokenizer, sample.entry())[0][:200]
         beginnings = [tuple(ids[: i + 1]) for i in range(len(ids))]
         found.append(
@@ -177,7 +178,7 @@ HUGE = {
         12: None,
     },  # None: MASSIVE ** 0.5 times as large, and its query as much smaller
 }
-CACHED = 12  # of conversations()
+CACHED = 12  # of 80 conversations
 
 
 def with_huge_keys(
@@ -203,7 +204,7 @@ def with_huge_keys(
 def cached_logits(llm: LLM, kv: list[LayerKV]) -> torch.Tensor:
     """Logits of all positions of some conversations, their keys and values in ``kv``, each prompt in two cuts."""
     model, found = llm._assembled.model, []
-    for ids, positions in conversations()[:CACHED]:
+    for ids, positions in conversations(80)[:CACHED]:
         rows = []
         blocks = list(range(-(-len(ids) // kv[0].block_size)))
         for cut in (slice(0, len(ids) // 2), slice(len(ids) // 2, len(ids))):
@@ -217,6 +218,9 @@ def cached_logits(llm: LLM, kv: list[LayerKV]) -> torch.Tensor:
 def test_an_int8_cache(cpu: CPUBackend, tmp_path: Path, huge: str) -> None:
     for file in (*DEMO.glob("*.json"), *DEMO.glob("*.tiktoken")):
         shutil.copy(file, tmp_path)
+    # Codes are laid out for the positions of the whole context: here those that the texts come near to.
+    config = json.loads((DEMO / "config.json").read_text()) | {"max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(
         with_huge_keys(load_file(DEMO / "model.safetensors"), HUGE[huge]), tmp_path / "model.safetensors"
     )

@@ -152,7 +152,7 @@ def test_auto_takes_the_device_there_is(qwenrt: Qwenrt, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["Qwen3-9B"], "no released shape. Did you mean Qwen3-8B"),
+        (["Qwen3-9B"], "no released shape. Did you mean Qwen3.5-9B or Qwen3-8B"),
         (["zzz"], "Known shapes are: Qwen-1_8B"),
         (["./no/such/place"], "there is no such directory"),
         (["x" * 5000], "qwenrt: error:"),

@@ -282,7 +282,7 @@ def _calls() -> list[Callable[[Any], Any]]:
         calls.append(lambda v, name=name: llm.chat("a", **{name: v}, **short))  # type: ignore[misc]
     for field in fields(qwenrt.SamplingParams):
         calls.append(lambda v, name=field.name: _generate_two(llm, {"max_tokens": 1, name: v}))  # type: ignore[misc]
-    for name in qwenrt.load.__kwdefaults__:
+    for name in (field.name for field in fields(qwenrt.LoadOptions)):
         calls.append(lambda v, name=name: _load(name, v))  # type: ignore[misc]
     return calls
 

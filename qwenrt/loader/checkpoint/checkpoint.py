@@ -89,7 +89,9 @@ def weight_files(directory: Path) -> list[Path]:
     some are missing, links that lead nowhere included."""
     paths = files_noted(directory) or [directory / name for name in _find_files(directory)[0]]
     for path in paths:
-        if not path.exists():
+        try:
+            path.stat()
+        except OSError:
             opened(path, CheckpointError).close()  # says what is wrong with it
     return paths
 

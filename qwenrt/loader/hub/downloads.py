@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +109,8 @@ def is_beside(pull: Pull, file: RemoteFile, target: Path) -> bool:
     for directory in pull.beside:
         found = directory / file.name
         try:
-            if not found.is_file() or found.stat().st_size != file.size:
+            info = found.stat()
+            if not stat.S_ISREG(info.st_mode) or info.st_size != file.size:
                 continue
             with ByteBar(f"checking {file.name}", file.size, pull.show) as bar:
                 if _sha256(found, bar) != file.sha256:

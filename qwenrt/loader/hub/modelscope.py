@@ -104,7 +104,7 @@ def _prepare(pull: Pull, files: Sequence[Any], directory: Path) -> None:
         here = directory / name
         if not is_there(here, CheckpointError) and not is_beside(pull, remote, here):
             begun = here.with_name(f"{name}.incomplete")
-            needed += remote.size - (begun.stat().st_size if begun.exists() else 0)
+            needed += remote.size - (begun.stat().st_size if is_there(begun, CheckpointError) else 0)
     pull.check_space(needed)
 
 
