@@ -15,6 +15,7 @@ import torch
 from qwenrt.backends.cpu import CPUBackend, attention, dense12, kernels, library, rounding
 from qwenrt.backends.cpu.activations import EXACT
 from qwenrt.backends.cpu.decoder import Layer, StepStruct
+from qwenrt.backends.cpu.delta_net import DeltaNet
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
@@ -118,6 +119,7 @@ def _calls(k: kernels.Kernels) -> dict[str, Callable[[], Any]]:
         "rms_norm": lambda: k.rms_norm(x, x[0], 1e-6),
         "silu_and_mul": lambda: k.silu_and_mul(x),
         "rotary_store": lambda: k.rotary_store(Rotary(), None, 2),
+        "delta_net": lambda: k.delta_net(DeltaNet(), sequences),
         "forward": lambda: k.forward(layers, caches, None, StepStruct(), x, None),
         "argmax_finite": lambda: k.argmax_finite(x),
         "topk": lambda: k.topk(x[0], 1.0, 1.0, 3, False),
@@ -142,6 +144,8 @@ def test_arguments_that_cannot_be_are_refused_by_the_library() -> None:
     assert KERNELS is not None
     with pytest.raises(BackendError, match="an argument that cannot be"):
         KERNELS.rotary_store(Rotary(head_dim=7), None, 1)
+    with pytest.raises(BackendError, match="an argument that cannot be"):
+        KERNELS.delta_net(DeltaNet(key_heads=2, value_heads=3), attention.Sequences())
     with pytest.raises(BackendError, match="an argument that cannot be"):
         KERNELS.quantize(rounding.Rounding(bits=3))
     with pytest.raises(
