@@ -1,0 +1,92 @@
+"""Quantised checkpoints with layers of linear attention: each gives what the matrices that its codes mean give."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qwenrt
+from qwenrt.config import read_model_config
+from qwenrt.config.layers import num_parameters
+from qwenrt.sampling_params import SamplingParams
+from tests.conftest import GOLDEN
+from tests.ops.quantised_checkpoints import awq_config, awq_state, fp8_state, gptq_config, gptq_state
+
+LEFT_DENSE = ("in_proj_a", "in_proj_b", "in_proj_ba", "conv1d", "gate", "embed", "lm_head", "norm")
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+
+
+def quantised(name: str, how: str, directory: Path) -> tuple[Path, Path]:
+    """(a recorded checkpoint in a quantised form, the same with the matrices that it stands for)."""
+    source = GOLDEN / name
+    dense = load_file(source / "model.safetensors")
+    modules = [
+        key.removesuffix(".weight")
+        for key, tensor in dense.items()
+        if key.endswith(".weight") and tensor.dim() == 2 and not key.startswith(("mtp.", "model.visual."))
+    ]
+    modules = [m for m in modules if not m.rpartition(".")[2].startswith(LEFT_DENSE) or "gate_proj" in m]
+    modules = [m for m in modules if dense[f"{m}.weight"].shape[1] % 16 == 0]
+    modules = [m for m in modules if dense[f"{m}.weight"].shape[0] % 8 == 0]
+    if how == "fp8":
+        (state, exact), quant = fp8_state(dense, modules, (16, 16)), FP8
+        exact = {name: matrix.bfloat16().float() for name, matrix in exact.items()}  # as it is served
+    elif how == "awq":
+        (state, exact), quant = awq_state(dense, modules, 16), awq_config(16)
+    else:
+        bits = int(how[-1])
+        (state, exact), quant = gptq_state(dense, modules, bits, 16), gptq_config(bits, 16)
+    found = []
+    for kind, tensors, setting in (("codes", state, quant), ("exact", dense | exact, None)):
+        target = directory / kind
+        shutil.copytree(source, target)
+        config: dict[str, Any] = json.loads((source / "config.json").read_text())
+        if setting is not None:
+            config["quantization_config"] = setting
+        (target / "config.json").write_text(json.dumps(config))
+        save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors")
+        found.append(target)
+    return found[0], found[1]
+
+
+def logits(directory: Path, **settings: Any) -> torch.Tensor:
+    ids = load_file(GOLDEN / "qwen3_5" / "golden.safetensors")["1.ids"].tolist()
+    with qwenrt.load(str(directory), progress=False, activations="exact", dtype="float32", **settings) as llm:
+        return llm.logits(ids)
+
+
+@pytest.mark.parametrize("how", ["gptq4", "gptq8", "awq", "fp8"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
+def test_codes_give_what_they_stand_for(name: str, how: str, tmp_path: Path) -> None:
+    codes, exact = quantised(name, how, tmp_path)
+    wanted = logits(exact)
+    torch.testing.assert_close(logits(codes), wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_what_decides_what_is_remembered_is_not_rounded_at_load(quantize: str) -> None:
+    with qwenrt.load(str(GOLDEN / "qwen3_next"), progress=False, quantize=quantize) as llm:
+        model = llm._assembled.model
+        assert model.get("layers.0.rates_proj").bits == 16  # type: ignore[union-attr]
+        assert model.get("layers.0.in_proj").bits == int(quantize[-1])  # type: ignore[union-attr]
+        said = llm.generate(
+            prompt_token_ids=[1, 2, 3],
+            sampling_params=SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
+        )
+        assert len(said.token_ids) == 4
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5", "qwen3_5_vl", "qwen3_5_moe"])
+def test_parameters_are_those_in_the_file(name: str) -> None:
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    there = sum(
+        t.numel() for k, t in tensors.items() if not k.startswith(("mtp.", "model.visual.", "model.mtp."))
+    )
+    config = read_model_config(GOLDEN / name)
+    assert num_parameters(config) == there
