@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (3, 10)
+# Where PyTorch itself publishes its CPU builds; TORCH= of the Makefile names another place.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ANSWERS_WITHIN = 5.0  # seconds that the index has to answer
 WORTH_A_LINE = 5e6  # bytes of a download from which on it is named

@@ -32,11 +32,6 @@ class States:
         )  # pending: steps that make them are under way
         self._copies: list[tuple[int, int]] = []
 
-    @property
-    def num_kept(self) -> int:
-        """Snapshots that can be found."""
-        return len(self._snapshots)
-
     def reach(self, uids: list[int]) -> int:
         """Of a chain of blocks that a prompt begins with, how many lead to a snapshot."""
         return next((n for n in range(len(uids), 0, -1) if uids[n - 1] in self._snapshots), 0)

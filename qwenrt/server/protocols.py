@@ -71,8 +71,8 @@ class Deadlines:
     _unsent = 0  # bytes that waited when `_sending` was set
 
     def phase(self) -> Phase:
-        """What of a request is being received. Each of the two classes below asks its own parser."""
-        raise NotImplementedError  # meant: this class is only ever the first of theirs
+        """What of a request is being received: each of the two classes below asks its own parser."""
+        raise NotImplementedError("a connection is of one of the two classes below, never of this one alone")
 
     # ---- what the transport calls
 

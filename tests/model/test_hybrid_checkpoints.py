@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import qwenrt
 from qwenrt.config import read_model_config
 from qwenrt.config.layers import num_parameters
+from qwenrt.errors import CheckpointError
 from qwenrt.sampling_params import SamplingParams
 from tests.conftest import GOLDEN
 from tests.ops.quantised_checkpoints import awq_config, awq_state, fp8_state, gptq_config, gptq_state
@@ -90,3 +91,16 @@ def test_parameters_are_those_in_the_file(name: str) -> None:
     )
     config = read_model_config(GOLDEN / name)
     assert num_parameters(config) == there
+
+
+def test_a_projection_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    """Whole and in parts: neither is passed over."""
+    shutil.copytree(GOLDEN / "qwen3_next", tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    packed = tensors["model.layers.0.linear_attn.in_proj_qkvz.weight"]
+    tensors["model.layers.0.linear_attn.in_proj_z.weight"] = packed[:64].clone()
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"1 unexpected: model\.layers\.0\.linear_attn\.in_proj_z\.weight"
+    ):
+        qwenrt.load(str(tmp_path / "m"), progress=False)

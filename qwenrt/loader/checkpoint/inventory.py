@@ -152,6 +152,8 @@ class _TensorCheck:
             absent = ", ".join(self.table.source(spec.name, p) for p, _ in parts if p not in present)
             self.inventory.incomplete.append(f"{spec.name} lacks {absent}")
             return
+        read = {part for part, _ in parts}
+        self.inventory.unexpected += [name for (part, _), name in slots.items() if part not in read]
         for part, rows in parts:
             kinds = {kind: name for (p, kind), name in slots.items() if p == part}
             self._part(spec.name, part, (rows, spec.in_features), kinds, bias=spec.bias)

@@ -159,16 +159,15 @@ def _mlp(module: str, param: str) -> dict[str, tuple[str, str]]:
 _DELTA = {
     "model.layers.{n}.linear_attn.in_proj_qkv": ("layers.{n}.in_proj", "qkv"),
     "model.layers.{n}.linear_attn.in_proj_z": ("layers.{n}.in_proj", "z"),
-    "model.layers.{n}.linear_attn.in_proj_b": ("layers.{n}.rates_proj", "b"),
-    "model.layers.{n}.linear_attn.in_proj_a": ("layers.{n}.rates_proj", "a"),
     "model.layers.{n}.linear_attn.out_proj": ("layers.{n}.out_proj", ""),
 }
-_GROUPED_DELTA = {  # their rows key head by key head (config.layers.file_rows); GGUF has qkv and z in order
+_APART = {
+    "model.layers.{n}.linear_attn.in_proj_b": ("layers.{n}.rates_proj", "b"),
+    "model.layers.{n}.linear_attn.in_proj_a": ("layers.{n}.rates_proj", "a"),
+}
+_GROUPED = {  # their rows key head by key head: config.layers.file_rows
     "model.layers.{n}.linear_attn.in_proj_qkvz": ("layers.{n}.in_proj", ""),
-    "model.layers.{n}.linear_attn.in_proj_qkv": ("layers.{n}.in_proj", "qkv"),
-    "model.layers.{n}.linear_attn.in_proj_z": ("layers.{n}.in_proj", "z"),
     "model.layers.{n}.linear_attn.in_proj_ba": ("layers.{n}.rates_proj", ""),
-    "model.layers.{n}.linear_attn.out_proj": ("layers.{n}.out_proj", ""),
 }
 _DELTA_TENSORS = {
     "model.layers.{n}.linear_attn.conv1d.weight": "layers.{n}.conv",
@@ -217,9 +216,9 @@ QWEN2 = NameTable(
     },
 )
 
-_HYBRID_TENSORS = {**_DELTA_TENSORS, **QWEN2.tensors}
-QWEN3_NEXT = replace(QWEN2, linears={**_GROUPED_DELTA, **QWEN2.linears}, tensors=_HYBRID_TENSORS)
-QWEN3_5 = replace(QWEN2, linears={**_DELTA, **QWEN2.linears}, tensors=_HYBRID_TENSORS)
+_HYBRID = replace(QWEN2, linears={**_DELTA, **QWEN2.linears}, tensors={**_DELTA_TENSORS, **QWEN2.tensors})
+QWEN3_NEXT = replace(_HYBRID, linears={**_GROUPED, **_HYBRID.linears})
+QWEN3_5 = replace(_HYBRID, linears={**_APART, **_HYBRID.linears})
 
 TABLES = {
     "qwen": QWEN1,
