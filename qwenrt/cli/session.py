@@ -217,7 +217,7 @@ class Session:
         else:
             written = counted(usage.completion_tokens, "token")
             if timing is not None:
-                written += f" in {timing.total_s:.1f} s, the first after {timing.first_token_s:.2f} s"
+                written += f" in {timing.total_s:.2f} s, the first after {timing.first_token_s:.2f} s"
                 written += f", then {timing.tokens_per_s:.1f} a second" if timing.tokens_per_s else ""
             rows.append(("last answer", written))
             cached = f", {usage.cached_tokens} of them from the cache" if usage.cached_tokens else ""

@@ -26,9 +26,7 @@ class Environment:
     kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
     packed_cache: Path | None = None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory
-    openai_api_key: str | None = (
-        None  # OPENAI_API_KEY: what `bench serve` shows to the server that it measures
-    )
+    openai_api_key: str | None = None  # OPENAI_API_KEY: shown by `bench serve` to the server that it measures
     history: Path | None = None  # QWENRT_HISTORY: what `qwenrt chat` keeps; 0 for nothing, 1 or a directory
 
     @classmethod
@@ -91,15 +89,16 @@ class Console:
 def _history(env: Mapping[str, str]) -> Path | None:
     """Where conversations are kept: in the user's directory for the state of programs, unless it is said otherwise."""
     said = env.get("QWENRT_HISTORY", "").strip()
-    if said.lower() in ("0", "false", "no", "off"):
+    if _falsy(said):
         return None
     if said and not _truthy(said):
-        return Path(said).expanduser()
-    state = env.get("XDG_STATE_HOME") or env.get("LOCALAPPDATA")
-    try:
-        return (Path(state) if state else Path.home() / ".local" / "state") / "qwenrt"
-    except RuntimeError:  # a user without a home directory
-        return None
+        directory = _expanded(said)
+        if directory is None:
+            found = f"is {shown(said)}, and there is no such home directory"
+            raise ConfigError("QWENRT_HISTORY", found, "Set it to a directory, or to 0 to keep nothing.")
+        return directory
+    state = _expanded(env.get("XDG_STATE_HOME") or env.get("LOCALAPPDATA") or "~/.local/state")
+    return None if state is None else state / "qwenrt"
 
 
 def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path) -> Path | None:
@@ -109,7 +108,7 @@ def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path
     if not isinstance(text, str) or "\0" in text:
         raise ConfigError("packed_cache", f"got {shown(value)}", "Pass True, False or a directory.")
     text = text.strip()
-    if text.lower() in ("", "0", "false", "no", "off"):
+    if not text or _falsy(text):
         return None
     try:
         os.fsencode(text)
@@ -120,3 +119,7 @@ def packed_cache_in(value: str | bool | os.PathLike[str] | None, cache_dir: Path
 
 def _truthy(value: str | None) -> bool:
     return (value or "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def _falsy(value: str) -> bool:
+    return value.strip().lower() in ("0", "false", "no", "off")

@@ -214,7 +214,7 @@ def test_undo_takes_back_a_turn(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
 def test_stats(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
     before, after = qwenrt("chat", stdin=":stats\na\n:stats\n").out.split("echo a")
     assert "last answer   none yet" in before
-    assert "last answer   2 tokens in 1.5 s, the first after 0.50 s, then 2.0 a second" in after
+    assert "last answer   2 tokens in 1.50 s, the first after 0.50 s, then 2.0 a second" in after
     assert "its prompt    5 tokens, 4 of them from the cache" in after
     assert "context       7 of 4096 tokens used" in after
     assert "conversation  1 turn" in after and "model         fake on cpu" in after

@@ -16,7 +16,7 @@ from qwenrt.cli import keeping
 from qwenrt.cli.chat import _findable
 from qwenrt.cli.keeping import Kept
 from qwenrt.config import Console, Environment
-from qwenrt.errors import RequestError
+from qwenrt.errors import ConfigError, RequestError
 from qwenrt.text.chat import conversations
 from qwenrt.text.chat.conversations import Conversation
 
@@ -109,6 +109,11 @@ def test_where_nothing_can_be_kept_it_is_said(tmp_path: Path) -> None:
 )
 def test_where_it_is_kept(environ: dict[str, str], expected: str | None) -> None:
     assert Environment.read(environ).history == (None if expected is None else Path(expected))
+
+
+def test_a_home_that_there_is_not_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"QWENRT_HISTORY: is '~nobody-here/kept'.*or to 0 to keep nothing"):
+        Environment.read({"QWENRT_HISTORY": "~nobody-here/kept"})
 
 
 @pytest.mark.parametrize(
