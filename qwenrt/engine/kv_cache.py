@@ -48,10 +48,12 @@ class KVCache:
                 next(states) if config.is_linear(i) else next(kv) for i in range(config.num_layers)
             ]
         except (RuntimeError, MemoryError) as error:
+            states_too = f" and {num_states} states" if num_states else ""
+            smaller = "max_num_seqs or max_model_len" if num_states else "max_model_len or cache"
             raise CapacityError(
-                f"a KV cache of {num_blocks} blocks of {block_size} tokens ({self.nbytes} bytes)",
+                f"a KV cache of {num_blocks} blocks of {block_size} tokens{states_too} ({self.nbytes} bytes)",
                 str(error)[:200],
-                'Set a smaller max_model_len or cache, or kv_cache_dtype="int8".',
+                f'Set a smaller {smaller}, or kv_cache_dtype="int8".',
             ) from error
 
     def parts(self, block: int) -> list[torch.Tensor]:

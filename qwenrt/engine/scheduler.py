@@ -13,7 +13,7 @@ from qwenrt.engine.shares import shares
 from qwenrt.engine.step_target import StepTarget
 
 _WORTH_WAITING = 64  # tokens of a beginning that another prompt is computing right now
-_JUST_BEGUN = 4  # tokens of an answer, at most
+_JUST_BEGUN = 8  # tokens of an answer, at most
 
 
 class Scheduler:
@@ -120,14 +120,15 @@ class Scheduler:
         """How many tokens of prompts this step computes beside ``rows``.
 
         Requests that come together are not read in the same step, and the first to decode would make all others wait
-        for small chunks. So while everyone who decodes has just begun, prompts that one step could finish get whole
-        steps: it costs an answer the time between its first tokens, and later ones nothing.
+        for small chunks. So while everyone who decodes has just begun, prompts that one step could finish get half of
+        each: so long an answer waits between its first tokens, and later ones do not. Whole steps would double that
+        wait, and bring first tokens hardly sooner.
         """
         chunk = self.target.chunk(rows, most)
         if any(seq.num_output + seq.in_flight >= _JUST_BEGUN for seq in decoding):
             return chunk
         short = sum(count for count in remaining if count <= self.max_num_batched_tokens)
-        return max(chunk, min(short, most))
+        return max(chunk, min(short, most, self.max_num_batched_tokens // 2))
 
     def _guess(self, decoding: list[Sequence]) -> int:
         """Give decoding sequences guesses to check, where slots are free -> how many tokens more that is."""

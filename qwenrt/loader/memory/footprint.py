@@ -32,7 +32,7 @@ _UNPACKING = (
     14  # bytes an element of plain torch's dequantisation at its peak: int16, and three times float32
 )
 _SAMPLING = 28  # bytes an entry of a row of logits: sorted, exponentiated and summed in float64
-_STATES = 4  # of a sequence: its own, and those kept so that its beginning can be found again
+_SNAPSHOTS = 3, 4  # states kept so that beginnings can be found again: for each sequence; of all, at least
 _FIXED = 48 * 2**20  # the engine, the tokenizer, and the libraries' own buffers
 
 
@@ -177,24 +177,34 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dty
     return tokens * kv_bytes_per_token(*heads, dtype_bytes, kv_cache_dtype == "int8")
 
 
+def num_snapshots(sequences: int, affordable: int = 0) -> int:
+    """How many states are kept beside those of running sequences: three for each, or as many as are ``affordable``; a
+    few at least."""
+    each, least = _SNAPSHOTS
+    return min(each * sequences, max(least, affordable))
+
+
 def memory_need(
     config: ModelConfig,
     storage: Storage,
     context: int,
     *,
     users: int = 1,
+    sequences: int | None = None,
     quantize: str | None = None,
     kv_cache_dtype: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
 ) -> MemoryNeed:
     """What loading the model and serving ``users`` sequences of ``context`` tokens each take.
 
-    ``batch_tokens``: computed in one step. The workspace is what a step needs beside weights and cache or, if that is
-    more, what loading needs beside the weights while there is no cache yet.
+    ``sequences``: that may run together, each of which has a state where the model has layers of linear attention;
+    ``users`` unless given. ``batch_tokens``: computed in one step. The workspace is what a step needs beside weights
+    and cache or, if that is more, what loading needs beside the weights while there is no cache yet.
     """
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
-    cache += users * _STATES * state_bytes(config, storage.activation)
+    running = users if sequences is None else sequences
+    cache += (running + num_snapshots(running)) * state_bytes(config, storage.activation)
     at_once = min(max(batch_tokens, users), users * context)
     step = _step_peak(config, storage, codes_of(config, quantize), at_once, context, users, kv_cache_dtype)
     load = _load_peak(config, storage, quantize) if storage.on_host else 0
@@ -226,9 +236,8 @@ def _step_peak(
     attention = tokens * a * (rotated + 2 * q)
     attention += _context_peak(config, storage, tokens, context, users, kv_cache_dtype)
     delta = config.linear_attention
-    if (
-        delta is not None
-    ):  # its inputs, then float32 queries and keys of every value head, values, what is read
+    if delta is not None:
+        # Its inputs, then float32 queries and keys of every value head, values, what is read.
         inside = delta.channels + delta.values + 3 * delta.num_value_heads * (delta.key_dim + delta.value_dim)
         attention = max(attention, tokens * (a * projected + 4 * inside) + state_bytes(config, 4))
     held = tokens * a * (rotated + q + d)
