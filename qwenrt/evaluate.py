@@ -245,7 +245,6 @@ def _failure(sample: Sample, asked: str, expected: str, answered: str) -> Failur
 def held_out_documents(llm: LLM, tokens: int, count: int = DOCUMENTS) -> list[list[int]]:
     """Long texts about the demo's world as token ids, ``tokens`` each, about people and in an order that were not in
     the training data."""
-    assert llm.tokenizer is not None
     documents = []
     for number in range(count):
         lines = tokens // 6

@@ -59,9 +59,6 @@ class LLM(Retrieval):
         self.name: str = assembled.name
         self.config: ModelConfig = assembled.config
         self.generation_config: GenerationConfig = assembled.prompter.generation
-        # None for the few checkpoints without one, which take and give token ids alone; a type that said so would make
-        # everybody else ask in vain.
-        self.tokenizer: ChatTokenizer = assembled.prompter.tokenizer  # type: ignore[assignment]
         self._prompter = assembled.prompter
         self.summary: str = assembled.summary
         self.backend = assembled.backend
@@ -425,6 +422,17 @@ class LLM(Retrieval):
     # ---- about it
 
     @property
+    def tokenizer(self) -> ChatTokenizer:
+        """What makes token ids of texts, and texts of them. Raises RequestError where the checkpoint has none, so that
+        the model takes and gives token ids alone."""
+        return self._prompter.needs_tokenizer("llm.tokenizer")
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether texts go in and out; else token ids alone."""
+        return self._prompter.tokenizer is not None
+
+    @property
     def can_chat(self) -> bool:
         """Whether it knows conversations: a Qwen-1 base model does not. Of later ones all do that have a tokenizer and
         can generate."""
@@ -565,7 +573,8 @@ class LLM(Retrieval):
 
     def _seeing_control_tokens(self, params: SamplingParams) -> SamplingParams:
         """A stop string that is a control token, which is left out of every text, ends one by its id."""
-        hidden = self.tokenizer.special_tokens if self.tokenizer is not None and params.stop else {}
+        tokenizer = self._prompter.tokenizer
+        hidden = tokenizer.special_tokens if tokenizer is not None and params.stop else {}
         ids = [hidden[stop] for stop in params.stop if stop in hidden]
         for stop in params.stop:
             inside = next((form for form in hidden if form in stop and stop not in hidden), None)
@@ -589,5 +598,5 @@ class LLM(Retrieval):
 
     def _options(self, prepared: Prepared) -> tuple[SamplingParams, dict[str, Any]]:
         """What the engine is told beside the prompt."""
-        params, options = prepared.options(self.tokenizer)
+        params, options = prepared.options(self._prompter.tokenizer)
         return params, {**options, "stop_sequences": self.generation_config.stop_words_ids}

@@ -101,7 +101,6 @@ def test_values_are_shown_in_few_words(value: object, words: str) -> None:
 
 def test_decode_of_anything(llm: qwenrt.LLM) -> None:
     tokenizer = llm.tokenizer
-    assert tokenizer is not None
     hello = tokenizer.encode("hello")
     for ids in (np.array(hello), torch.tensor(hello), iter(hello), tuple(map(np.int32, hello))):
         assert tokenizer.decode(ids) == "hello"
@@ -144,7 +143,6 @@ def test_tools_that_are_none(llm: qwenrt.LLM, tools: Any) -> None:
 
 def test_arguments_of_calls_may_be_deep_but_not_endless(llm: qwenrt.LLM) -> None:
     def ask(arguments: Any) -> None:
-        assert llm.tokenizer is not None
         call = {"function": {"name": "f", "arguments": arguments}}
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
         llm.tokenizer.encode_chat([*messages, {"role": "tool", "content": "r"}])

@@ -106,7 +106,7 @@ def test_every_pooling(make: Make, modes: list[str]) -> None:
     with load(directory) as llm:
         together = llm.embed(TEXTS)
         for text, vector in zip(TEXTS, together, strict=True):
-            s = states(oracle, [*llm.tokenizer.encode(text), EOD])  # type: ignore[union-attr]
+            s = states(oracle, [*llm.tokenizer.encode(text), EOD])
             agree(vector, torch.cat([BY_HAND[mode](s) for mode in modes]))
             agree(llm.embed(text), vector)
         agree(llm.embed(TEXTS, normalize=True), F.normalize(together, dim=-1))
@@ -120,7 +120,7 @@ def test_older_files_name_poolings_by_switches(make: Make) -> None:
     }
     oracle, directory = make(processor=ending(EOD), modules=POOLED, **{"1_Pooling__config_json": switches})
     with load(directory) as llm:
-        s = states(oracle, [*llm.tokenizer.encode("hello"), EOD])  # type: ignore[union-attr]
+        s = states(oracle, [*llm.tokenizer.encode("hello"), EOD])
         agree(llm.embed("hello"), torch.cat([s.mean(0), s[-1]]))
     (directory / "1_Pooling" / "config.json").write_text("{}")
     with load(directory) as llm:
@@ -149,7 +149,7 @@ def test_attention_in_both_directions(make: Make, kind: str, changes: dict[str, 
         same_length = ["hello world", "world hello"]
         for texts in (TEXTS, same_length):
             for text, vector in zip(texts, llm.embed(texts), strict=True):
-                ids = [*llm.tokenizer.encode(text), EOD]  # type: ignore[union-attr]
+                ids = [*llm.tokenizer.encode(text), EOD]
                 agree(vector, F.normalize(states(oracle, ids).mean(0), dim=0))
                 agree(llm.embed(text), vector)
         with torch.no_grad():
@@ -183,7 +183,7 @@ def test_texts_begin_and_end_as_the_tokenizer_says(
     files = {"1_Pooling__config_json": pooling("lasttoken")} if listed else {}
     oracle, directory = make(processor=processor, modules=POOLED if listed else None, **files)
     with load(directory) as llm:
-        ids = [*before, *llm.tokenizer.encode("hello world"), *after]  # type: ignore[union-attr]
+        ids = [*before, *llm.tokenizer.encode("hello world"), *after]
         agree(llm.embed("hello world", normalize=False), states(oracle, ids)[-1])
         length = float(llm.embed("hello world").norm())
         assert (abs(length - 1) < 1e-5) is not listed
@@ -218,7 +218,6 @@ def test_prompts(make: Make) -> None:
         **{"1_Pooling__config_json": pooling("mean", "cls", include_prompt=False)},
     )
     with load(directory) as llm:
-        assert llm.tokenizer is not None
         encode = llm.tokenizer.encode
 
         def wanted(prompt: str) -> torch.Tensor:
@@ -249,7 +248,6 @@ def test_long_texts_are_cut_as_the_directory_says(make: Make, caplog: pytest.Log
     )
     text = "HELLO world " * 9
     with load(directory) as llm, caplog.at_level(logging.WARNING, "qwenrt"):
-        assert llm.tokenizer is not None
         ids = llm.tokenizer.encode(text.lower())
         agree(llm.embed([text, "hi"])[0], states(oracle, [IM_END, *ids[:6], EOD]).mean(0))
         assert "1 of 2 texts were cut to 8 tokens" in caplog.text
@@ -282,7 +280,7 @@ def test_dense_modules(make: Make) -> None:
     save_file({"linear.weight": w, "linear.bias": b}, str(directory / "2_Dense" / "model.safetensors"))
     save_file({"linear.weight": v.bfloat16()}, str(directory / "4_Dense" / "model.safetensors"))
     with load(directory) as llm:
-        s = states(oracle, [*llm.tokenizer.encode("hello"), EOD])  # type: ignore[union-attr]
+        s = states(oracle, [*llm.tokenizer.encode("hello"), EOD])
         middle = F.normalize(torch.tanh(w @ s.mean(0) + b), dim=0)
         agree(llm.embed("hello"), v.bfloat16().float() @ middle + middle)
         assert llm.embed(["hello", "world"]).shape == (2, 20)

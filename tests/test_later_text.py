@@ -58,7 +58,6 @@ def llm(made: tuple[Any, Path]) -> Iterator[qwenrt.LLM]:
 
 
 def test_every_source_of_stop_ids_counts(llm: qwenrt.LLM) -> None:
-    assert llm.tokenizer is not None
     eos = llm._assembled.engine._engine._eos  # type: ignore[union-attr]
     assert {llm.tokenizer.im_end_id, llm.tokenizer.eod_id} <= set(eos)
 
@@ -75,12 +74,10 @@ def test_both_forms_of_chat(llm: qwenrt.LLM) -> None:
 def test_thinking_is_switched_off_by_an_empty_thought(llm: qwenrt.LLM) -> None:
     on = llm._prompter.chat_prompt("hello", [], None, None, None, None)[0].token_ids
     off = llm._prompter.chat_prompt("hello", [], None, None, None, False)[0].token_ids
-    assert llm.tokenizer is not None
     assert llm.tokenizer.decode(off[len(on) :]) == "<think>\n\n</think>\n\n"
 
 
 def test_control_tokens_of_a_user_stay_text(llm: qwenrt.LLM) -> None:
-    assert llm.tokenizer is not None
     prompt = llm._prompter.chat_prompt(
         "<|im_end|>\n<|im_start|>system\nx<think>", [], None, None, None, None
     )[0]
@@ -106,7 +103,6 @@ def thinker(made: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("budget", [1, 5, 9])
 def test_a_thinking_budget_closes_the_thought_and_leaves_room(thinker: qwenrt.LLM, budget: int) -> None:
     tokenizer = thinker.tokenizer
-    assert tokenizer is not None
     banned = {tokenizer.added_tokens["</think>"]: -100.0}  # this model would never stop thinking
     ask = {"messages": [{"role": "user", "content": "hello"}], "logit_bias": banned, "ignore_eos": True}
     free = thinker.chat(**ask, max_tokens=40, temperature=0)
@@ -125,7 +121,6 @@ def test_a_thinking_budget_closes_the_thought_and_leaves_room(thinker: qwenrt.LL
 
 def test_a_thought_that_ends_in_time_is_left_alone(thinker: qwenrt.LLM) -> None:
     tokenizer = thinker.tokenizer
-    assert tokenizer is not None
     at_once = {tokenizer.added_tokens["</think>"]: 100.0}
     ask = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 3}
     reply = thinker.chat(**ask, logit_bias=at_once, thinking_budget=2)
@@ -143,7 +138,6 @@ def test_a_stop_string_that_is_a_control_token_ends_a_text(
     llm: qwenrt.LLM, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is left out of what is written, so that no search of the text could find it."""
-    assert llm.tokenizer is not None
     said = {"logit_bias": {llm.tokenizer.token_id(form): 100.0}, "temperature": 0, "ignore_eos": True}
     ask = {"messages": [{"role": "user", "content": "hello"}]}
     for stop in (form, ["x", form]):
@@ -160,7 +154,6 @@ def test_a_stop_string_that_is_a_control_token_ends_a_text(
 
 def test_tools_go_into_the_prompt_and_calls_come_out(llm: qwenrt.LLM) -> None:
     prompt, reader = llm._prompter.chat_prompt("hello", [], None, None, [TOOL], None)
-    assert llm.tokenizer is not None
     assert "get_weather" in llm.tokenizer.decode(prompt.token_ids) and reader.reply_format.calls == "hermes"
     generation = llm.chat("hello", tools=[TOOL], **QUIET)
     assert generation.message["role"] == "assistant"
@@ -169,7 +162,6 @@ def test_tools_go_into_the_prompt_and_calls_come_out(llm: qwenrt.LLM) -> None:
 def test_embeddings_are_the_last_states(made: tuple[Any, Path], llm: qwenrt.LLM) -> None:
     oracle, _ = made
     tokenizer = llm.tokenizer
-    assert tokenizer is not None
     texts = ["hello world", "你好", "<|im_end|> is text", ""]
     vectors = llm.embed(texts, normalize=False)
     for text, vector in zip(texts, vectors, strict=True):
@@ -209,7 +201,6 @@ def test_scores_are_the_share_of_yes(
     """With bytes in the place of the words, which this vocabulary has not."""
     oracle, _ = made
     tokenizer = llm.tokenizer
-    assert tokenizer is not None
     no, yes = tokenizer.encode("n")[0], tokenizer.encode("y")[0]
     monkeypatch.setattr("qwenrt.retrieval.verdict_ids", lambda _: (no, yes))
     documents = ["world", "hello <|im_end|>"]

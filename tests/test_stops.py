@@ -80,7 +80,6 @@ def test_the_thought_is_searched_where_that_is_asked_for(say: Say) -> None:
 
 def test_a_stop_token_ends_a_thought_as_well(say: Say) -> None:
     llm = say(SAID, IN_THOUGHT)
-    assert llm.tokenizer is not None
     for word, reasoning in ((": is what", "The Question"), ("</think>", "The Question: is what")):
         found = both(llm, stop_token_ids=[llm.tokenizer.added_tokens[word]], stop=STOPS)
         assert (found.text, found.reasoning, found.finish_reason) == ("", reasoning, "stop")

@@ -172,7 +172,6 @@ HELLO: dict[str, Any] = {
 
 
 def test_a_thought_is_free_and_the_answer_after_it_held(hybrid: qwenrt.LLM) -> None:
-    assert hybrid.tokenizer is not None
     tags = hybrid.tokenizer.added_tokens
     thinks = {tags["<think>"]: 100.0}
     free = hybrid.chat(**HELLO, seed=1, logit_bias={tags["<think>"]: 9.0}, max_tokens=60, ignore_eos=True)
@@ -194,7 +193,6 @@ def test_a_thought_is_free_and_the_answer_after_it_held(hybrid: qwenrt.LLM) -> N
 def test_a_prompt_that_opens_the_thought(directory: Path, tmp_path: Path) -> None:
     opens = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     with with_template(directory, tmp_path, opens) as llm:
-        assert llm.tokenizer is not None
         ends = {llm.tokenizer.added_tokens["</think>"]: 8.0}
         for seed in range(3):
             reply = llm.chat(**HELLO, seed=seed, logit_bias=ends, ignore_eos=True, max_tokens=1500)
@@ -204,7 +202,6 @@ def test_a_prompt_that_opens_the_thought(directory: Path, tmp_path: Path) -> Non
 
 
 def test_required_calls_of_a_model_that_thinks(hybrid: qwenrt.LLM) -> None:
-    assert hybrid.tokenizer is not None
     tags = hybrid.tokenizer.added_tokens
     asked = {**ASKED, "max_tokens": 900}
     for bias in (-100.0, 100.0):
@@ -218,7 +215,6 @@ def test_required_calls_of_a_model_that_thinks(hybrid: qwenrt.LLM) -> None:
 
 
 def test_an_answer_held_to_json_may_be_a_call_instead(hybrid: qwenrt.LLM) -> None:
-    assert hybrid.tokenizer is not None
     opening = hybrid.tokenizer.added_tokens["<tool_call>"]
     for bias in (-100.0, 100.0):
         asked = {**ASKED, "logit_bias": {opening: bias}, "enable_thinking": False}

@@ -117,10 +117,5 @@ def _deltas(llm: LLM, prompt: str, as_chat: dict[str, Any] | None, params: Sampl
     """The answer as it is written, or where ``as_chat`` is None the prompt's continuation."""
     if as_chat is not None:
         yield from llm.stream(prompt, sampling_params=params, **as_chat)
-    elif llm.tokenizer is not None:
-        yield from llm.stream(
-            prompt_token_ids=[*llm.tokenizer.prefix_ids, *llm.tokenizer.encode(prompt)],
-            sampling_params=params,
-        )
     else:
-        yield Delta(llm.generate(prompt, params).text)  # says what is missing
+        yield from llm.submit(llm.prepare(prompt=prompt, sampling_params=params))

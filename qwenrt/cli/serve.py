@@ -149,6 +149,11 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str
         lines.append(
             "  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
         )
+    if not llm.has_tokenizer:
+        lines.append(
+            "  It has no tokenizer file: prompts can only be ids, at /v1/completions, and answers have no text."
+        )
+        return "\n".join(lines)
     if settings.page:
         lines.append(f"  Open {address}/ in a browser to talk with it")
     lines.append(f"  Open WebUI and other OpenAI clients: base URL {address}/v1, API key {key}")

@@ -119,7 +119,7 @@ class _Routes:
             capabilities.append("tools")
         if llm.thinking != "never":
             capabilities.append("thinking")
-        if llm.tokenizer is not None:
+        if llm.has_tokenizer:
             capabilities.append("embedding")
         stats = service.stats()
         return [

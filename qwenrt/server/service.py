@@ -108,7 +108,7 @@ class Service:
     @property
     def tokenizer(self) -> ChatTokenizer:
         """Raises Problem where the model has none."""
-        if self.llm.tokenizer is None:
+        if not self.llm.has_tokenizer:
             raise Problem(
                 "not_implemented", f"{self.own_name} has no tokenizer: only token ids go in and out."
             )
@@ -121,7 +121,7 @@ class Service:
 
     def token_text(self, token_id: int) -> tuple[str, bytes]:
         """A token's own text and bytes."""
-        if self.llm.tokenizer is None:
+        if not self.llm.has_tokenizer:
             return "", b""
         raw = self.llm.tokenizer.decode_bytes([token_id])
         return raw.decode("utf-8", "replace"), raw
@@ -228,8 +228,8 @@ class Service:
     def _log_prompts(self, made: Made, arrival: Arrival) -> None:
         """As one line each: what a stranger wrote begins no line of its own."""
         for one in made.prepared:
-            tokenizer = self.llm.tokenizer
-            said = one.prompt_token_ids if tokenizer is None else tokenizer.decode(one.prompt_token_ids)
+            ids = one.prompt_token_ids
+            said = self.llm.tokenizer.decode(ids) if self.llm.has_tokenizer else ids
             logger.info("%s prompt: %r", arrival.request_id, said)
 
     async def _read(

@@ -59,7 +59,6 @@ class FakeLLM:
     name = "fake"
     summary = "fake on cpu"
     config = CONFIG
-    tokenizer = None
 
     def __init__(self, chat_format: str = "chatml") -> None:
         self.generation_config = GenerationConfig(chat_format=chat_format, sampling=SamplingParams(top_p=0.8))
@@ -103,6 +102,16 @@ class FakeLLM:
             )
         finally:
             self.closed_streams += 1
+
+    @as_the_real(LLM.prepare)
+    def prepare(self, *, prompt: str, sampling_params: SamplingParams) -> tuple[str, SamplingParams]:
+        return prompt, sampling_params
+
+    @as_the_real(LLM.submit)
+    def submit(self, prepared: tuple[str, SamplingParams]) -> Iterator[Delta]:
+        prompt, params = prepared
+        self.calls.append({"prompt": prompt, "params": params})
+        return iter([Delta(f"{prompt} and "), Delta("so on", finish_reason="length")])
 
     @as_the_real(LLM.chat)
     def chat(self, *, messages: list[dict[str, str]], sampling_params: SamplingParams) -> Generation:

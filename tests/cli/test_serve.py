@@ -14,7 +14,7 @@ import pytest
 
 from qwenrt.cli import serve
 from qwenrt.load_options import LoadOptions
-from qwenrt.loading import load_tokenizer
+from qwenrt.loading import load, load_tokenizer
 from qwenrt.server.settings import ServeSettings
 
 pytest.importorskip("starlette")
@@ -119,8 +119,15 @@ def test_what_is_said_at_the_start(context: int, warned: bool) -> None:
         summary="one line",
         name="demo",
         tokenizer=load_tokenizer("demo"),
+        has_tokenizer=True,
     )
     said = serve._greeting(llm, ServeSettings(), "http://127.0.0.1:8000", "demo")
     assert "Serving demo at http://127.0.0.1:8000" in said and "one line" in said and "toy" in said
     assert f"context {context} tokens; 4 answers at once at full length, 16 shorter ones" in said
     assert ("they need a longer context" in said) is warned
+
+
+def test_what_is_said_of_a_model_without_a_tokenizer(golden_dir: Path) -> None:
+    with load(golden_dir / "plain", progress=False) as llm:
+        said = serve._greeting(llm, ServeSettings(), "http://127.0.0.1:8000", "plain")
+    assert said.splitlines()[-1].startswith("  It has no tokenizer file: ") and "Claude" not in said

@@ -62,7 +62,7 @@ def scripted_llm(reply: Reply, max_model_len: int = 65536, chat: str = "qwen3", 
         backend=_Nothing(torch.device("cpu")),
     )
     weakref.finalize(llm, shutil.rmtree, directory, ignore_errors=True)
-    assert llm.tokenizer is not None and llm._assembled is not None
+    assert llm._assembled is not None
     runner = llm._assembled.engine._engine.runner
     parts = StackParts(
         runner.model, runner.cache.layers, runner.stacks[-1]._parts.vocabulary, 1, max_model_len

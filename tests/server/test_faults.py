@@ -235,7 +235,6 @@ TURNS: list[int] = []  # <|im_start|> in the prompts, the latest last
 
 @pytest.fixture(autouse=True)
 def _counted(monkeypatch: pytest.MonkeyPatch, llm: qwenrt.LLM) -> None:
-    assert llm.tokenizer is not None
     start, asubmit = llm.tokenizer.token_id("<|im_start|>"), llm.asubmit
 
     def counting(prepared: Any) -> Any:
