@@ -31,6 +31,7 @@ from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.checkpoint.inventory import check_size
 from qwenrt.loader.checkpoint.mapping import Watch
 from qwenrt.loader.hub.resolve import resolve
+from qwenrt.loader.memory.footprint import num_snapshots
 from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.random_weights import fill_with_random_weights
 from qwenrt.loader.weights import CODES_BECOME, QUANTIZE_BITS, bits_of, load_weights, quantize_bits
@@ -43,7 +44,9 @@ logger = logging.getLogger("qwenrt")
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in load_options.DTYPES}
 CACHE_SHARE = 0.25  # of the memory left beside the weights; a lone sequence of max_model_len may take more
-SNAPSHOT_SHARE = 0.1  # of the memory left beside the weights, for states that can be found again
+SNAPSHOT_SHARE = (
+    0.1  # of the memory left beside the weights, for states that can be found again; a few may take more
+)
 # The longest context that is set up unless the user asks for more, or its cache takes so few bytes.
 LONGEST_BY_CHOICE = 32768
 LITTLE_CACHE = 1 << 29
@@ -165,6 +168,7 @@ def _build(
         quantize=options.quantize,
         max_model_len=longest,
         kv_cache_dtype=options.kv_cache_dtype,
+        sequences=options.max_num_seqs,
         stored=stored,
         batch_tokens=options.max_num_batched_tokens,
     )
@@ -269,11 +273,10 @@ def _num_blocks(
 
 
 def _num_snapshots(config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions) -> int:
-    """States kept beside those of running sequences: three for each, if a share of the free memory holds that; four at
-    least."""
+    """States kept beside those of running sequences: as many as a share of the free memory holds, within limits."""
     one = state_bytes(config, dtype.itemsize)
-    most = 3 * options.max_num_seqs
-    return min(most, max(4, int(backend.memory()[0] * SNAPSHOT_SHARE) // one)) if one else 0
+    affordable = int(backend.memory()[0] * SNAPSHOT_SHARE) // one if one else 0
+    return num_snapshots(options.max_num_seqs, affordable)
 
 
 def _selfcheck(

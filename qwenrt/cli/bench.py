@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrt import __version__
 from qwenrt.cli import bench_profile, machine
-from qwenrt.cli.options import MODEL_HELP, add_model_options, example, load_arguments
+from qwenrt.cli.options import MODEL_HELP, add_model_options, example, load_model_or_shape
 from qwenrt.cli.terminal import Terminal, counted, readable_bytes
 from qwenrt.errors import RequestError
 from qwenrt.sampling_params import SamplingParams
@@ -81,7 +81,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         type=_token_counts,
         default=(2048,),
         metavar="N,...",
-        help="generated, one set of rows for each (default: 2048; the first such table had 8192 too)",
+        help="generated, one set of rows for each (default: 2048; the table of 2023 had 8192 too)",
     )
     group.add_argument("--context", type=int, default=1, metavar="N", help="tokens before them (default: 1)")
     group.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.svg, .png, .pdf)")
@@ -132,7 +132,7 @@ def bench(args: argparse.Namespace) -> int:
         return bench_profile.profile(args)
     work = Work(args.prompt_tokens, args.new_tokens, args.batch, args.rounds)
     terminal = Terminal()
-    with _load(args) as llm:
+    with load_model_or_shape(args, max_num_seqs=max(16, args.batch)) as llm:
         _check_fits(llm, work)
         _generate(llm, random.Random(1), work, 2)  # warm up
         peak = machine.peak_rss_bytes()  # before the buffer below adds to it
@@ -144,19 +144,6 @@ def bench(args: argparse.Namespace) -> int:
     else:
         _show(report, terminal)
     return 0
-
-
-def _load(args: argparse.Namespace) -> LLM:
-    arguments = load_arguments(args) | {"max_num_seqs": max(16, args.batch)}
-    if args.shape is None:
-        from qwenrt.loading import load
-
-        return load(args.model, **arguments)
-    from qwenrt.loading import load_random
-
-    for name in ("source", "revision", "offline"):
-        del arguments[name]
-    return load_random(args.shape, **arguments)
 
 
 def _check_fits(llm: LLM, work: Work) -> None:
@@ -194,7 +181,7 @@ def measure(llm: LLM, work: Work, buffer: torch.Tensor, terminal: Terminal) -> l
 def _generate(llm: LLM, source: random.Random, work: Work, new_tokens: int) -> tuple[float, float]:
     """Seconds for a batch of new random prompts with ``new_tokens`` each; and of these, those after the last first
     token."""
-    vocabulary = min(llm.config.vocab_size, 151643)  # ordinary tokens only, no control tokens
+    vocabulary = min(llm.config.vocab_size, bench_profile.ORDINARY)
     prompts = [[source.randrange(vocabulary) for _ in range(work.prompt_tokens)] for _ in range(work.batch)]
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     started = time.perf_counter()
@@ -239,7 +226,6 @@ def _report(llm: LLM, work: Work, rounds: list[Round]) -> dict[str, Any]:
     stats = llm.stats()
     weight_bytes = stats["weight_bytes_per_token"]
     fractions = [weight_bytes * work.new_tokens / r.decode_s / r.read_bytes_per_s for r in rounds]
-    found = machine.describe()
     return {
         "model": llm.name,
         "prompt_tokens": work.prompt_tokens,
@@ -255,7 +241,7 @@ def _report(llm: LLM, work: Work, rounds: list[Round]) -> dict[str, Any]:
         "kernels": stats["kernels"],
         "activations": stats["activations"],
         "dtype": stats["dtype"],
-        "machine": f"{found['processor'] or found['system']}, {found['cores_allowed']} logical cores",
+        "machine": machine.in_words(machine.describe()),
         "device": str(llm.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -266,33 +252,32 @@ def _report(llm: LLM, work: Work, rounds: list[Round]) -> dict[str, Any]:
 def _show(report: dict[str, Any], terminal: Terminal) -> None:
     from qwenrt.summary import activations
 
-    def row(label: str, text: str, style: str = "") -> None:
-        terminal.say(f"{label:<15} {text}", style)
-
     quantized = f"rounded to {report['quantize']} at load" if report["quantize"] else "not rounded at load"
-    row("model", f"{report['model']}, computed in {report['dtype']}, {quantized}")
-    row("kernels", report["kernels"])
+    terminal.row("model", f"{report['model']}, computed in {report['dtype']}, {quantized}")
+    terminal.row("kernels", report["kernels"])
     rounded = activations(report["activations"].split("+"), report["dtype"]) if report["activations"] else ""
     if rounded:
-        row("activations", f"{rounded} where weights are quantised")
-    row("machine", report["machine"])
-    row(
+        terminal.row("activations", f"{rounded} where weights are quantised")
+    terminal.row("machine", report["machine"])
+    terminal.row(
         "versions",
         f"qwenrt {report['qwenrt']}, torch {report['torch']}, {counted(report['threads'], 'thread')}",
     )
     size = f"{report['prompt_tokens']} prompt and {report['new_tokens']} new tokens"
-    row("work", f"{counted(report['batch'], 'request')} of {size}, {_rounds(report['rounds'])}")
-    row("prefill", f"{report['prefill_tokens_per_s']:.1f} prompt tokens/s", "bold")
-    row("decode", f"{report['decode_tokens_per_s']:.1f} new tokens/s", "bold")
-    row(
+    terminal.row("work", f"{counted(report['batch'], 'request')} of {size}, {_rounds(report['rounds'])}")
+    terminal.row("prefill", f"{report['prefill_tokens_per_s']:.1f} prompt tokens/s", "bold")
+    terminal.row("decode", f"{report['decode_tokens_per_s']:.1f} new tokens/s", "bold")
+    terminal.row(
         "weights",
         f"{readable_bytes(report['weight_bytes_per_token'])}, all read once for each step of decode",
     )
-    row("memory speed", f"{readable_bytes(report['read_bandwidth_bytes_per_s'])}/s, measured in the same run")
-    row("used by decode", f"{100 * report['bandwidth_fraction']:.0f} % of that speed")
-    row("load", f"{report['load_s']:.1f} s")
+    terminal.row(
+        "memory speed", f"{readable_bytes(report['read_bandwidth_bytes_per_s'])}/s, measured in the same run"
+    )
+    terminal.row("used by decode", f"{100 * report['bandwidth_fraction']:.0f} % of that speed")
+    terminal.row("load", f"{report['load_s']:.1f} s")
     if report["peak_rss_bytes"] is not None:
-        row("peak memory", readable_bytes(report["peak_rss_bytes"]))
+        terminal.row("peak memory", readable_bytes(report["peak_rss_bytes"]))
 
 
 def _rounds(count: int) -> str:

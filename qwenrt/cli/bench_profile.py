@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrt import __version__
 from qwenrt.cli import machine
-from qwenrt.cli.options import given_options, load_arguments
+from qwenrt.cli.options import given_options, load_model_or_shape
 from qwenrt.cli.terminal import Terminal, readable_bytes
 from qwenrt.errors import RequestError
 from qwenrt.sampling_params import SamplingParams
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("stored", "int8", "int4")
 _WARM_UP = 8  # tokens
-_ORDINARY = 151643  # ids below are no control tokens
+ORDINARY = 151643  # ids below are no control tokens
 
 
 def profile(args: argparse.Namespace) -> int:
@@ -74,7 +74,6 @@ def measure(args: argparse.Namespace, precision: str, tokens: int) -> dict[str, 
         _generate(llm, context, min(_WARM_UP, tokens), shown=False)
         seconds = _generate(llm, context, tokens, shown=True)
         stats, memory = llm.stats(), _device_peak(llm)
-        here = machine.describe()
         return {
             "model": llm.name,
             "precision": precision,
@@ -89,7 +88,7 @@ def measure(args: argparse.Namespace, precision: str, tokens: int) -> dict[str, 
             "kernels": stats["kernels"],
             "kv_cache_dtype": args.kv_cache_dtype,
             "device": str(llm.device),
-            "machine": f"{here['processor'] or here['system']}, {here['cores_allowed']} logical cores",
+            "machine": machine.in_words(machine.describe()),
             "torch": _torch_version(),
             "qwenrt": __version__,
         }
@@ -133,18 +132,12 @@ def how_measured(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _load(args: argparse.Namespace, precision: str, length: int) -> LLM:
-    arguments = load_arguments(args) | {"max_num_seqs": 1}
-    arguments["quantize"] = None if precision == "stored" else precision
-    arguments["max_model_len"] = args.max_model_len or length + _WARM_UP
-    if args.shape is None:
-        from qwenrt.loading import load
-
-        return load(args.model, **arguments)
-    from qwenrt.loading import load_random
-
-    for name in ("source", "revision", "offline"):
-        del arguments[name]
-    return load_random(args.shape, **arguments)
+    return load_model_or_shape(
+        args,
+        max_num_seqs=1,
+        quantize=None if precision == "stored" else precision,
+        max_model_len=args.max_model_len or length + _WARM_UP,
+    )
 
 
 def _generate(llm: LLM, context: int, tokens: int, shown: bool) -> float:
@@ -152,7 +145,7 @@ def _generate(llm: LLM, context: int, tokens: int, shown: bool) -> float:
     from qwenrt.loader.progress import quiet_tqdm
 
     source = random.Random(context)
-    ids = [source.randrange(min(llm.config.vocab_size, _ORDINARY)) for _ in range(context)]
+    ids = [source.randrange(min(llm.config.vocab_size, ORDINARY)) for _ in range(context)]
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     with quiet_tqdm(None if shown else False)(total=tokens, unit="token", leave=False, mininterval=1) as bar:
         began = time.perf_counter()

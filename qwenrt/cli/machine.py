@@ -62,6 +62,11 @@ def describe() -> dict[str, Any]:
     return found
 
 
+def in_words(found: dict[str, Any]) -> str:
+    """What of `describe` goes beside a measurement."""
+    return f"{found['processor'] or found['system']}, {found['cores_allowed']} logical cores"
+
+
 def peak_rss_bytes() -> int | None:
     """The most memory this process has held at once, None where the system does not say."""
     try:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from qwenrt.errors import ConfigError
 from qwenrt.load_options import ABOUT, CHOICES, LoadOptions, dtype_name
 from qwenrt.sampling_params import SamplingParams
 
@@ -18,6 +23,11 @@ RUN_OPTIONS = (
     *("max_model_len", "fallback", "packed_cache"),
 )
 SOURCE_OPTIONS = ("source", "revision", "offline")
+# And those that matter where many requests share a model.
+SHARING_OPTIONS = (
+    *("max_num_seqs", "max_num_batched_tokens", "step_target_ms"),
+    *("prefix_store", "prefix_store_bytes"),
+)
 _TYPES = get_type_hints(LoadOptions)
 MODEL_HELP = (
     '"demo", a name such as Qwen3-4B or qwen3:4b, a repository as Qwen/Qwen3-4B, a directory or a GGUF file'
@@ -68,6 +78,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     for name in RUN_OPTIONS:
         add_load_option(group, name)
     add_source_options(parser)
+
+
+def add_sharing_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `qwenrt.load` for a server's model."""
+    group = parser.add_argument_group("how requests share the model")
+    for name in SHARING_OPTIONS:
+        add_load_option(group, name)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -126,10 +143,44 @@ def given_options(args: argparse.Namespace, also: tuple[str, ...] = ()) -> list[
     return given
 
 
-def load_model(args: argparse.Namespace) -> LLM:
+def load_model(args: argparse.Namespace, **changes: Any) -> LLM:
+    """The model of ``args``, with ``changes`` to what its options say."""
     from qwenrt.loading import load
 
-    return load(args.model, **load_arguments(args))
+    return load(args.model, **load_arguments(args) | changes)
+
+
+def load_model_or_shape(args: argparse.Namespace, **changes: Any) -> LLM:
+    """The same for commands that also have --shape: random weights, which come from nowhere."""
+    if args.shape is None:
+        return load_model(args, **changes)
+    from qwenrt.loading import load_random
+
+    arguments = {name: value for name, value in load_arguments(args).items() if name not in SOURCE_OPTIONS}
+    return load_random(args.shape, **arguments | changes)
+
+
+def check_installed(command: str, needed: Sequence[str]) -> None:
+    """Raises ConfigError where a module that the command needs is not installed; all are in one extra."""
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        found = f"{', '.join(missing)} is not installed"
+        raise ConfigError(command, found, 'Install what it needs: pip install "qwenrt[server]"')
+
+
+def check_can_write(option: str, path: Path) -> None:
+    """Raises ConfigError where no file could be written, before anything is measured for it."""
+    if path.is_dir():
+        found = "it is a directory"
+    elif not path.parent.is_dir():
+        found = f"there is no directory {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        found = "it may not be written"
+    else:
+        return
+    raise ConfigError(
+        f"{option} {path}", found, "Choose a file in a directory that exists and can be written."
+    )
 
 
 def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:

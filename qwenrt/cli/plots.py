@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenrt.cli.options import check_can_write
 from qwenrt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,22 +19,26 @@ def check_can_draw(path: Path) -> None:
     """Raises ConfigError where nothing could be drawn to ``path``, before anything is measured for it."""
     if path.suffix not in FORMS:
         raise ConfigError(f"--plot {path}", "its name has another end", f"Use one of {', '.join(FORMS)}.")
+    check_can_write("--plot", path)
     pyplot()
 
 
-def draw_run(path: Path, found: dict[str, Any], run: LoadRun) -> None:
-    """A load test: how latencies are distributed, and how many tokens came in each second."""
+def draw_run(
+    path: Path, found: dict[str, Any], run: LoadRun, count: Callable[[str], int] | None = None
+) -> None:
+    """A load test: how latencies are distributed, and how many tokens came in each second. ``count``: counts tokens
+    where the server told none."""
     from qwenrt.load_test.figures import LATENCIES, latencies, tokens_by_second
 
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, values in latencies(run).items():
+    for name, values in latencies(run, count).items():
         ms = sorted(1000 * value for value in values)
         if ms:
             shares = [(number + 1) / len(ms) for number in range(len(ms))]
             left.step([ms[0], *ms], [0, *shares], where="post", label=LATENCIES[name])
     left.set(xscale="log", xlabel="ms", ylabel="share that took at most this long", title="Latencies")
     left.legend(fontsize="small")
-    seconds = tokens_by_second(run)
+    seconds = tokens_by_second(run, count)
     right.step([*seconds, len(seconds)], [*seconds.values(), 0], where="post")
     right.set(xlabel="seconds", ylabel="answer tokens", title="Tokens in each second", ylim=(0, None))
     for axes in (left, right):

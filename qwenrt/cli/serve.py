@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import logging
 import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from qwenrt.cli.options import MODEL_HELP, add_load_option, add_model_options, example, load_arguments
+from qwenrt.cli.options import (
+    MODEL_HELP,
+    SHARING_OPTIONS,
+    add_model_options,
+    add_sharing_options,
+    check_installed,
+    example,
+    load_model,
+)
 from qwenrt.cli.terminal import Terminal
 from qwenrt.errors import ConfigError
 from qwenrt.server import settings as serving
@@ -24,14 +31,6 @@ EXAMPLES = """examples:
   qwenrt serve Qwen3-4B --quantize int4 --port 11434
   qwenrt serve Qwen3-4B --host 0.0.0.0 --api-key-file ~/.qwenrt-keys
 """
-# Options of `qwenrt.load` that matter where many requests share a model.
-SHARING_OPTIONS = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "step_target_ms",
-    "prefix_store",
-    "prefix_store_bytes",
-)
 _ONE_OF_MANY = {"served_model_names": "--served-model-name", "allow_origins": "--allow-origin"}
 _ONE_OF_MANY |= {"allow_hosts": "--allow-host"}  # options that are given once for each entry
 _SIZES = ("max_body", "max_header", "receive_rate", "send_buffer")
@@ -56,9 +55,7 @@ def add_parser(subparsers: Any) -> None:
     for name in serving.ABOUT:
         _add_setting(group, name)
     add_model_options(parser)
-    group = parser.add_argument_group("how requests share the model")
-    for name in SHARING_OPTIONS:
-        add_load_option(group, name)
+    add_sharing_options(parser)
     parser.set_defaults(command=serve)
 
 
@@ -106,12 +103,11 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def serve(args: argparse.Namespace) -> int:
-    _check_installed()
+    check_installed("qwenrt serve", _NEEDS)
     given: dict[str, Any] = {name: getattr(args, name) for name in serving.ABOUT}
     given |= {name: () for name in _ONE_OF_MANY if given[name] is None}
     settings = ServeSettings(**given)
     sharing = {name: getattr(args, name) for name in SHARING_OPTIONS}
-    from qwenrt.loading import load
     from qwenrt.server import app
     from qwenrt.server.keys import Keyring
     from qwenrt.server.lifecycle import bind, run
@@ -120,7 +116,7 @@ def serve(args: argparse.Namespace) -> int:
     sockets = bind(settings)  # before a large model is loaded for a port that somebody else has
     host, port = sockets[0].getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    with load(args.model, **load_arguments(args), **sharing) as llm:
+    with load_model(args, **sharing) as llm:
         application, terminal = app(llm, settings), Terminal()
 
         def started() -> None:
@@ -135,16 +131,6 @@ def _log() -> None:
     """A line on stderr for each request, and for what it came to."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("qwenrt.server").setLevel(logging.INFO)
-
-
-def _check_installed() -> None:
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            "qwenrt serve",
-            f"{', '.join(missing)} is not installed",
-            'Install what the server needs: pip install "qwenrt[server]"',
-        )
 
 
 def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str:

@@ -60,6 +60,10 @@ class Terminal:
         """A result, on stdout."""
         self._write(sys.stdout, text, style, end)
 
+    def row(self, label: str, text: str, style: str = "") -> None:
+        """A result with what it is in front."""
+        self.say(f"{label:<15} {text}", style)
+
     def stream(self, piece: str) -> None:
         """A piece of a model's text, on stdout at once."""
         self._thinking = False

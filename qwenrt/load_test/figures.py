@@ -37,9 +37,9 @@ def figures(
     """The figures of a run; None where there is nothing to tell them from.
 
     TTFT, TPOT, ITL and E2EL are in ms. TTFT: to the first event with text. TPOT: of each answer the time from then to
-    its end, over its tokens less one; an answer that came in one event has none. ITL: the gaps between events with text
-    of all answers, however many tokens each carries. ``goals``: of "ttft", "tpot", "e2el" in ms, for request_goodput.
-    ``count``: counts tokens where the server told none.
+    its end, over its tokens less one; an answer that came in one event has none, and keeps a goal for it. ITL: the gaps
+    between events with text of all answers, however many tokens each carries. ``goals``: of "ttft", "tpot", "e2el" in
+    ms, for request_goodput. ``count``: counts tokens where the server told none.
     """
     good = _good(run)
     outputs = [_output_tokens(answer, count) for answer in good]
@@ -58,7 +58,7 @@ def figures(
         "tokens_counted_by": _counted_by(good, count),
         "tokens_per_event": _ratio(_sum(outputs), sum(len(answer.pieces) for answer in good)),
         "request_throughput": _ratio(len(good), seconds),
-        "request_goodput": _ratio(_reached(good, outputs, goals), seconds) if goals else None,
+        "request_goodput": _ratio(_reached(good, outputs, goals or {}), seconds),
         "output_throughput": _ratio(_sum(outputs), seconds),
         "total_token_throughput": _ratio(_sum([*inputs, *outputs]), seconds),
         "max_output_tokens_per_s": max(tokens_by_second(run, count).values(), default=None),
@@ -66,7 +66,7 @@ def figures(
     }
     for name, values in latencies(run, count).items():
         found |= _distribution(name, values, percentiles)
-    return found | {"failures": failures(run.answers), "client": _client(run, sum(n or 0 for n in outputs))}
+    return found | {"failures": failures(run.answers), "client": _client(run, _sum(outputs))}
 
 
 def latencies(run: LoadRun, count: Counting | None = None) -> dict[str, list[float]]:
@@ -222,8 +222,10 @@ def _per_token(answer: Answer, tokens: int | None) -> float | None:
     return (answer.seconds - answer.pieces[0]) / (tokens - 1)  # to the end: the last tokens may have no text
 
 
-def _reached(good: Sequence[Answer], outputs: Sequence[int | None], goals: Mapping[str, float]) -> int:
-    """How many answers keep all goals."""
+def _reached(good: Sequence[Answer], outputs: Sequence[int | None], goals: Mapping[str, float]) -> int | None:
+    """How many answers keep all goals; None where there are no goals, or one for tokens that nobody counted."""
+    if not goals or ("tpot" in goals and None in outputs):
+        return None
 
     def keeps(answer: Answer, tokens: int | None) -> bool:
         took = {
@@ -245,7 +247,7 @@ def _most_at_once(good: Sequence[Answer]) -> int:
     return most
 
 
-def _client(run: LoadRun, tokens: int) -> dict[str, float | None]:
+def _client(run: LoadRun, tokens: int | None) -> dict[str, float | None]:
     """What this process itself did: its processor time, and how late its loop was."""
     return {
         "cpu_s": run.cpu_s,

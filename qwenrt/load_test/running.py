@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, Protocol
 
 from qwenrt.load_test.client import Answer
 from qwenrt.load_test.pacing import ClosedLoop, OpenLoop
@@ -49,7 +49,7 @@ class LoadRun:
         """Send everything and wait for it. Cancelling it keeps what came so far."""
         clock = asyncio.get_running_loop().time
         began, cpu = clock(), time.process_time()
-        tasks = [asyncio.create_task(self._watch())]
+        watch = asyncio.create_task(self._watch())
         work = [asyncio.create_task(part) for part in self._work(began)]
         try:
             await asyncio.gather(*work)
@@ -57,11 +57,12 @@ class LoadRun:
             self.gone = str(gone)
         finally:
             self.seconds, self.cpu_s = clock() - began, time.process_time() - cpu
-            for task in (*tasks, *work):
+            for task in (watch, *work):
                 task.cancel()
-            await asyncio.gather(*tasks, *work, return_exceptions=True)
+            await asyncio.gather(watch, *work, return_exceptions=True)
 
-    def _work(self, began: float) -> list:  # type: ignore[type-arg]
+    def _work(self, began: float) -> list[Coroutine[Any, Any, None]]:
+        """What each client does, or each conversation."""
         pace = self.pace
         if isinstance(pace, ClosedLoop):
             waiting = iter(self._conversations)

@@ -155,14 +155,31 @@ def test_a_key_comes_from_a_file_or_the_environment_and_is_not_shown(
     assert done.code == 1 and "no key in it" in done.err
 
 
+@pytest.mark.parametrize("key", ["sk-\N{LATIN SMALL LETTER E WITH ACUTE}", "sk-\nmore", "sk-\x1b[0m"])
+def test_a_key_that_cannot_be_sent_is_not_shown_either(
+    key: str, qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    done = qwenrt("bench", "serve", "http://127.0.0.1:1")
+    assert done.code == 1 and "the API key in OPENAI_API_KEY: characters that no key has" in done.err
+    assert "sk-" not in done.out + done.err
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
         (("http://127.0.0.1:1", "--num-prompts", "0"), 1, "--num-prompts: got 0"),
+        (("http://127.0.0.1:1", "--warmups", "-1"), 1, "--warmups: got -1"),
+        (("http://127.0.0.1:1", "--timeout", "0"), 1, "--timeout: got 0"),
         (("http://127.0.0.1:1", "--concurrency", "0"), 1, "--concurrency: got 0"),
         (("http://127.0.0.1:1", "--goodput", "itl:3"), 1, "--goodput: got 'itl:3'"),
         (("http://127.0.0.1:1", "--quantize", "int4"), 1, "--quantize: http://127.0.0.1:1 runs already"),
         (("http://127.0.0.1:1", "--plot", "a.gif"), 1, "--plot a.gif: its name has another end"),
+        (("http://127.0.0.1:1", "--plot", "nowhere/a.svg"), 1, "there is no directory nowhere"),
+        (("http://127.0.0.1:1", "--save", "nowhere/a.json"), 1, "there is no directory nowhere"),
+        (("http://127.0.0.1:1", "--save", "."), 1, "--save .: it is a directory"),
+        (("a model that is not looked for", "--goodput", "itl:3"), 1, "--goodput: got 'itl:3'"),
+        (("a model that is not looked for", "--num-prompts", "0"), 1, "--num-prompts: got 0"),
         (("http://127.0.0.1:1",), 1, "Is the server running there?"),
         (("http://a?b",), 1, "Give one like http://127.0.0.1:8000"),
         (("http://a", "--percentiles", "0"), 2, "no percentiles"),
@@ -211,6 +228,16 @@ def test_a_run_is_drawn(form: str, qwenrt: Qwenrt, tmp_path: Path) -> None:
     assert done.code == 0 and f"Drawn: {path}" in done.err
     raw = path.read_bytes()
     assert b"first token (TTFT)" in raw if form == ".svg" else raw.startswith(b"\x89PNG")
+
+
+def test_a_picture_has_the_tokens_that_were_counted_here(qwenrt: Qwenrt, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from qwenrt.load_test.figures import LATENCIES
+
+    path = tmp_path / "run.svg"
+    with fake_openai(fake.streams(content("a word"), content(" more"), fake.FINISH, "[DONE]")) as server:
+        qwenrt("bench", "serve", server.url, *SMALL, "--tokenizer", "demo", "--plot", str(path))
+    assert LATENCIES["tpot"] in path.read_text()
 
 
 def test_without_matplotlib_nothing_is_measured_for_a_plot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qwenrt.backends.base import Backend
+from qwenrt.config import read_model_config
+from qwenrt.engine.kv_cache import KVCache
 from qwenrt.errors import CapacityError, ConfigError
 from qwenrt.ops import reference
+from tests.conftest import GOLDEN
 from tests.engine.conftest import make_engine
 
 
@@ -63,6 +67,14 @@ def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
 def test_memory_that_is_not_there_is_a_typed_error() -> None:
     with pytest.raises(CapacityError, match=r"a KV cache of \d+ blocks of 16 tokens"):
         make_engine(num_blocks=2**44)
+    config, size = (
+        read_model_config(GOLDEN / "qwen3_next"),
+        dict(block_size=16, num_blocks=1, num_states=2**50),
+    )
+    with pytest.raises(
+        CapacityError, match=r"1 blocks of 16 tokens and \d+ states .* a smaller max_num_seqs"
+    ):
+        KVCache(config, Backend(torch.device("cpu")), torch.float32, kv_cache_dtype="auto", **size)
 
 
 def test_without_a_size_the_cache_holds_every_sequence() -> None:

@@ -239,6 +239,9 @@ def test_goodput_counts_who_keeps_all_goals() -> None:
     assert figures(run, goals=parse_goals(["ttft:500", "tpot:200"]))["request_goodput"] == pytest.approx(0.1)
     assert figures(run, goals=parse_goals(["ttft:500"]))["request_goodput"] == pytest.approx(0.2)
     assert figures(run)["request_goodput"] is None
+    run.answers[1].output_tokens = None  # then nobody knows whether it kept the second
+    assert figures(run, goals=parse_goals(["ttft:500", "tpot:200"]))["request_goodput"] is None
+    assert figures(run, goals=parse_goals(["ttft:500"]))["request_goodput"] == pytest.approx(0.2)
     with pytest.raises(RequestError, match="--goodput: got 'itl:5'"):
         parse_goals(["itl:5"])
 

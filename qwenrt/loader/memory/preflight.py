@@ -28,29 +28,38 @@ def preflight(
     max_model_len: int,
     kv_cache_dtype: str = "auto",
     users: int = 1,
+    sequences: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     stored: str | None = None,
 ) -> MemoryNeed:
     """Compare what the model needs with what the device has free (in a container, what that may use).
 
-    The cache is counted for ``users`` sequences of ``max_model_len``; ``batch_tokens``: computed in one step;
-    ``stored``: the dtype of the files' dense weights. Raises CapacityError with the figures and what would fit;
-    nothing has been allocated then. Weights that stay mapped files count in full: a cache of the system could drop
-    them, and every token would then read them from the disk again.
+    The cache is counted for ``users`` sequences of ``max_model_len``, and for the states of ``sequences`` that may run
+    together (None: of the users); ``batch_tokens``: computed in one step; ``stored``: the dtype of the files' dense
+    weights. Raises CapacityError with the figures and what would fit; nothing has been allocated then. Weights that
+    stay mapped files count in full: a cache of the system could drop them, and every token would then read them from
+    the disk again.
     """
     free, total = backend.memory()
     storage = storage_of(backend, dtype, stored)
+    sequences = users if sequences is None else sequences
     needed = partial(memory_need, config, storage, users=users, batch_tokens=batch_tokens)
-    need = needed(max_model_len, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
+    need = needed(max_model_len, sequences=sequences, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
     if need.total <= free:
         return need
     levels = [quantize]
     if config.quant is None or not config.quant.has_codes:
         levels += [level for level in ("int8", "int4") if level != quantize and quantize != "int4"]
-    options = _what_fits(needed, max_model_len, free, levels, kv_cache_dtype)
+    options = _what_fits(partial(needed, sequences=sequences), max_model_len, free, levels, kv_cache_dtype)
+    states = ""
+    if config.linear_attention is not None:
+        as_asked = partial(needed, max_model_len, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
+        fewer = largest_that(lambda n: as_asked(sequences=n).total <= free, users, sequences)
+        options = [f"max_num_seqs={fewer}"] * (fewer >= users) + options
+        states = f" and the states of {sequences} sequences"
     remedy = f"This would fit: {'; '.join(options)}." if options else "No setting makes this model fit here."
     raise CapacityError(
-        f"loading this model on {backend.device} with {users * max_model_len} tokens of cache",
+        f"loading this model on {backend.device} with {users * max_model_len} tokens of cache{states}",
         f"it needs {_gib(need.total)} (weights {_gib(need.weights)}, cache {_gib(need.cache)}, "
         f"workspace {_gib(need.workspace)}), and {_gib(free)} of {_gib(total)} are free",
         remedy + ("" if options else " Use a smaller model or a machine with more memory."),

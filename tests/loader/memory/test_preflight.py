@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwenrt.assembly import assemble
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
-from qwenrt.config import ModelConfig, parse_model_config, read_model_config
+from qwenrt.config import Environment, ModelConfig, parse_model_config, read_model_config
 from qwenrt.config.released import released_config
 from qwenrt.errors import CapacityError
+from qwenrt.llm import LLM
+from qwenrt.load_options import LoadOptions
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
-from qwenrt.loader.memory.footprint import GIB, Storage, cache_bytes, memory_need, weight_bytes
+from qwenrt.loader.memory.footprint import GIB, Storage, cache_bytes, memory_need, num_snapshots, weight_bytes
 from qwenrt.loader.memory.preflight import preflight, storage_of
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
+from qwenrt.ops.steps import LayerState
+from tests.conftest import GOLDEN
 
 CPU = torch.device("cpu")
 
@@ -156,6 +161,38 @@ def test_several_users_are_counted() -> None:
         for users in (1, 2)
     )
     assert two.cache == 2 * one.cache
+
+
+def test_states_of_idle_sequences_count_and_fewer_are_offered() -> None:
+    """They are set up whether or not so many ever run."""
+    config = released_config("Qwen3.5-4B")
+    assert config is not None
+    backend = _roomy()
+    one = preflight(config, backend, torch.bfloat16, max_model_len=512, sequences=1)
+    backend.room = (one.total, 16 * GIB)
+    assert preflight(config, backend, torch.bfloat16, max_model_len=512) == one
+    with pytest.raises(CapacityError, match=r"the states of 16 sequences.*would fit: max_num_seqs=1\b"):
+        preflight(config, backend, torch.bfloat16, max_model_len=512, sequences=16)
+    backend.room = (one.total - 1, 16 * GIB)
+    with pytest.raises(CapacityError) as error:
+        preflight(config, backend, torch.bfloat16, max_model_len=512, sequences=16)
+    assert "max_num_seqs" not in str(error.value)
+
+
+class _Filled(Backend):
+    """A device that the weights fill: nothing is free once operations are bound."""
+
+    def memory(self) -> tuple[int, int]:
+        return (0 if self.bindings else GIB, GIB)
+
+
+def test_an_engine_sets_up_no_more_states_than_were_counted() -> None:
+    """Where memory is short: with room for more, more are kept."""
+    options = LoadOptions(max_num_seqs=5, max_model_len=64, progress=False)
+    with LLM(assemble(str(GOLDEN / "qwen3_next"), options, Environment.read(), _Filled(CPU))) as llm:
+        cache = llm._assembled.engine._engine.runner.cache
+        states = [layer.delta.shape[0] for layer in cache.layers if isinstance(layer, LayerState)]
+    assert states == [5 + num_snapshots(5)] * 3
 
 
 def test_fp8_may_be_rounded_further() -> None:
