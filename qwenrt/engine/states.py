@@ -26,8 +26,8 @@ class States:
         self.num_slots = num_sequences + num_snapshots
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._snapshots: OrderedDict[int, int] = OrderedDict()  # uid of a block -> slot, the oldest first
-        self._num_snapshots = num_snapshots  # at most
-        self._num_pending = 0  # those that steps under way make
+        self._num_snapshots = num_snapshots
+        self._num_pending = 0  # snapshots that steps under way make
         self._copies: list[tuple[int, int]] = []
 
     def reach(self, uids: list[int]) -> int:
