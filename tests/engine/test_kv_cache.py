@@ -62,6 +62,9 @@ def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
     for depth in (-1, 2, True, "1"):
         with pytest.raises(ConfigError, match=f"depth: got {depth!r}.*0 or 1"):
             make_engine(depth=depth)
+    for kept in (-1, True, 1.5):
+        with pytest.raises(ConfigError, match=f"num_snapshots: got {kept!r}.*>= 0"):
+            make_engine(num_snapshots=kept)
 
 
 def test_memory_that_is_not_there_is_a_typed_error() -> None:

@@ -19,6 +19,7 @@ from qwenrt.config.layers import (
     kv_bytes_per_token,
     layer_linears,
     layer_tensors,
+    num_snapshots,
     state_bytes,
 )
 from qwenrt.config.quant import ROUNDED
@@ -33,7 +34,6 @@ _UNPACKING = (
     14  # bytes an element of plain torch's dequantisation at its peak: int16, and three times float32
 )
 _SAMPLING = 28  # bytes an entry of a row of logits: sorted, exponentiated and summed in float64
-_SNAPSHOTS = 3, 4  # states kept so that beginnings can be found again: for each sequence; of all, at least
 _FIXED = 48 * 2**20  # the engine, the tokenizer, and the libraries' own buffers
 
 
@@ -187,13 +187,6 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dty
     return tokens * kv_bytes_per_token(*heads, dtype_bytes, kv_cache_dtype == "int8")
 
 
-def num_snapshots(sequences: int, affordable: int = 0) -> int:
-    """How many states are kept beside those of running sequences: three for each, or as many as are ``affordable``; a
-    few at least."""
-    each, least = _SNAPSHOTS
-    return min(each * sequences, max(least, affordable))
-
-
 def memory_need(
     config: ModelConfig,
     storage: Storage,
@@ -214,7 +207,7 @@ def memory_need(
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
     running = users if sequences is None else sequences
-    cache += (running + num_snapshots(running)) * state_bytes(config, storage.activation)
+    cache += (running + num_snapshots(running, 0)) * state_bytes(config, storage.activation)
     at_once = min(max(batch_tokens, users), users * context)
     step = _step_peak(config, storage, codes_of(config, quantize), at_once, context, users, kv_cache_dtype)
     load = _load_peak(config, storage, quantize) if storage.on_host else 0

@@ -14,7 +14,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.backends.selfcheck import random_weight
 from qwenrt.config import ModelConfig, parse_model_config
-from qwenrt.config.layers import is_wide, num_active_parameters, num_parameters, state_bytes
+from qwenrt.config.layers import is_wide, num_active_parameters, num_parameters, num_snapshots, state_bytes
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.errors import ConfigError
@@ -25,7 +25,6 @@ from qwenrt.loader.memory.footprint import (
     codes_of,
     linears,
     memory_need,
-    num_snapshots,
     other_bytes,
     weight_bytes,
 )
@@ -319,6 +318,9 @@ def test_the_states_of_all_that_may_run_are_counted_and_some_beside_them() -> No
     assert one == 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
     for sequences, states in ((1, 4), (2, 6), (16, 20)):
         assert memory_need(config, BF16, 1024, sequences=sequences).cache == tokens + states * one
-        assert num_snapshots(sequences) + sequences == states
+        assert num_snapshots(sequences, 0) + sequences == states
     assert memory_need(config, BF16, 1024).cache == tokens + 4 * one
-    assert num_snapshots(16, affordable=10) == 10 and num_snapshots(16, affordable=1000) == 48
+    assert (
+        num_snapshots(16, affordable=10) == 10
+        and num_snapshots(16, affordable=1000) == num_snapshots(16) == 48
+    )
