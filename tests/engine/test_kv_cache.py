@@ -10,6 +10,7 @@ from qwenrt.config import read_model_config
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.errors import CapacityError, ConfigError
 from qwenrt.ops import reference
+from qwenrt.ops.steps import LayerState
 from tests.conftest import GOLDEN
 from tests.engine.conftest import make_engine
 
@@ -52,6 +53,17 @@ def test_the_bytes_of_a_block_are_those_allocated() -> None:
             if tensor is not None and side not in ("k_offset", "k_factor")  # which a layer has once
         )
         assert engine.cache_bytes == held
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_and_states_are_where_their_layers_are_and_counted(kind: str, dtype: torch.dtype) -> None:
+    config, backend = read_model_config(GOLDEN / "qwen3_next"), Backend(torch.device("cpu"))
+    cache = KVCache(
+        config, backend, dtype, kv_cache_dtype=kind, block_size=16, num_blocks=3, num_spare=2, num_states=7
+    )
+    assert [isinstance(layer, LayerState) for layer in cache.layers] == [True, True, True, False]
+    assert cache.nbytes == sum(tensor.nbytes for layer in cache.layers for tensor in layer.tensors)
 
 
 def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
