@@ -17,7 +17,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import Binding
 from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
-from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters, state_bytes
+from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters, num_snapshots, state_bytes
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
@@ -31,7 +31,6 @@ from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.checkpoint.inventory import check_size
 from qwenrt.loader.checkpoint.mapping import Watch
 from qwenrt.loader.hub.resolve import resolve
-from qwenrt.loader.memory.footprint import num_snapshots
 from qwenrt.loader.memory.preflight import preflight
 from qwenrt.loader.random_weights import fill_with_random_weights
 from qwenrt.loader.weights import CODES_BECOME, QUANTIZE_BITS, bits_of, load_weights, quantize_bits

@@ -133,6 +133,16 @@ def test_what_no_released_model_has_is_refused(changes: dict[str, Any], message:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("listed", [False, 0, "", [40], [True]])
+def test_layers_without_experts_are_a_list_of_layers(listed: object) -> None:
+    with pytest.raises(ConfigError, match="mlp_only_layers is"):
+        parse(SPARSE, model_type="qwen3_next", mlp_only_layers=listed)
+    later = parse(SPARSE, mlp_only_layers=listed)  # which has no such setting
+    assert later.moe is not None and not later.moe.dense_layers
+    before = parse(SPARSE, model_type="qwen3_next", mlp_only_layers=[0], decoder_sparse_step=2)
+    assert before.moe is not None and before.moe.dense_layers == {0, *range(0, 40, 2)}
+
+
 def test_more_experts_for_a_token_than_there_are() -> None:
     with pytest.raises(ConfigError, match="each token goes to 9 experts of 8"):
         parse(SPARSE, num_experts=8, num_experts_per_tok=9)

@@ -4,7 +4,7 @@ better; the rest keeps working."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,11 +15,20 @@ import torch.nn.functional as F
 from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, OpSpec
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
-from qwenrt.config import LinearAttentionConfig
+from qwenrt.config import LinearAttentionConfig, ModelConfig
 from qwenrt.config.layers import kv_bytes_per_token
 from qwenrt.errors import BackendError
 from qwenrt.ops import delta, quantization, reference
-from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerKV, LayerState, StepPlan, Vocabulary
+from qwenrt.ops.steps import (
+    DecodePlan,
+    Draw,
+    DrawTensors,
+    LayerCache,
+    LayerKV,
+    LayerState,
+    StepPlan,
+    Vocabulary,
+)
 from qwenrt.ops.types import CanonicalWeight, DeltaWeights, Experts, Packed
 
 _HEADROOM_BITS = (
@@ -340,6 +349,25 @@ class Backend:
         """
         known = ("dense", "w4a16", "w8a16", "parts")
         return None if packed.kind in known else f"{self.name} has no weights of kind {packed.kind[:40]!r}"
+
+    def alloc_cache(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_states: int,
+        quantized: bool,
+    ) -> list[LayerCache]:
+        """The memory of a model's sequences: for each layer pages of keys and values, or states."""
+        shape = (config.num_kv_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        pages: Iterator[LayerCache] = iter(self.alloc_kv(*shape, dtype, quantized))
+        states: Iterator[LayerCache] = iter(())
+        delta = config.linear_attention
+        if delta is not None:
+            states = iter(self.alloc_states(config.num_linear_layers, num_states, delta, dtype))
+        return [next(states if config.is_linear(i) else pages) for i in range(config.num_layers)]
 
     def alloc_kv(
         self,

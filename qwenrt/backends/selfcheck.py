@@ -16,7 +16,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config.quant import ROUNDED
 from qwenrt.ops import quantization, reference
-from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerKV, StepPlan, Vocabulary
+from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerCache, LayerKV, StepPlan, Vocabulary
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import with_codes
 
@@ -106,11 +106,10 @@ def cache_error(got: LayerKV, wanted: LayerKV) -> float:
     return worst
 
 
-def fill_cache(kv: LayerKV, value: float) -> None:
-    """Make every slot hold ``value``, which a code is too, with that scale and zero."""
-    for tensor in (kv.k, kv.v, kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero):
-        if tensor is not None:
-            tensor.fill_(value if tensor.is_floating_point() else 1)
+def fill_cache(cache: LayerCache, value: float) -> None:
+    """Make every slot hold ``value``; a code is 1, with that scale and zero."""
+    for tensor in cache.tensors:
+        tensor.fill_(value if tensor.is_floating_point() else 1)
 
 
 def random_weight(

@@ -8,7 +8,7 @@ from typing import Any
 from qwenrt.config.fields import bad, boolean, integer, number, token_ids
 from qwenrt.config.model import LinearAttentionConfig, ModelConfig, MoeConfig
 from qwenrt.config.quant import QuantConfig
-from qwenrt.config.qwen2 import read_dtype
+from qwenrt.config.qwen2 import read_dense_layers, read_dtype, read_heads, read_top_k
 from qwenrt.config.rope import read_partial_rotary, read_rope
 from qwenrt.errors import ConfigError
 
@@ -27,11 +27,7 @@ def read(model_type: str, config: Mapping[str, Any], quant: QuantConfig | None, 
         raise bad(where, "attn_output_gate", False, "true, as in every released one")
     is_moe = model_type != "qwen3_5"
     layers = integer(config, "num_hidden_layers", where)
-    heads = integer(config, "num_attention_heads", where, default=16)
-    kv_heads = integer(config, "num_key_value_heads", where, default=4 if model_type == "qwen3_5" else 2)
-    if heads % kv_heads:
-        found = f"{heads} heads do not divide into {kv_heads} key-value heads"
-        raise ConfigError(f"reading {where}", found, _CHECK)
+    heads, kv_heads = read_heads(config, where, 16, 4 if model_type == "qwen3_5" else 2)
     head_dim = integer(config, "head_dim", where, 4, default=256)
     positions = integer(config, "max_position_embeddings", where, default=262144)
     theta, yarn = read_rope(config, positions, where, partial=True)
@@ -109,22 +105,12 @@ def _linear_layers(config: Mapping[str, Any], layers: int, where: str) -> list[i
 def _moe(model_type: str, config: Mapping[str, Any], layers: int, where: str) -> MoeConfig:
     is_next = model_type == "qwen3_next"
     experts = integer(config, "num_experts", where, default=512 if is_next else 256)
-    top_k = integer(config, "num_experts_per_tok", where, default=10 if is_next else 8)
-    if top_k > experts:
-        found = f"each token goes to {top_k} experts of {experts}"
-        raise ConfigError(f"reading {where}", found, _CHECK)
-    dense: set[int] = set()
-    if is_next:  # the others have neither setting
-        step = integer(config, "decoder_sparse_step", where, 1, 2**31, 1)
-        listed = config.get("mlp_only_layers") or []
-        if not isinstance(listed, list) or not all(type(n) is int and 0 <= n < layers for n in listed):
-            raise bad(where, "mlp_only_layers", listed, f"a list of layer numbers from 0 to {layers - 1}")
-        dense = set(listed) | {n for n in range(layers) if (n + 1) % step}
     return MoeConfig(
         num_experts=experts,
-        top_k=top_k,
+        top_k=read_top_k(config, experts, where, default=10 if is_next else 8),
         intermediate_size=integer(config, "moe_intermediate_size", where, default=512),
         shared_intermediate_size=integer(config, "shared_expert_intermediate_size", where, default=512),
         norm_topk_prob=not is_next or boolean(config, "norm_topk_prob", where, True),
-        dense_layers=frozenset(dense),
+        # The others have no setting for that.
+        dense_layers=read_dense_layers(config, layers, where) if is_next else frozenset(),
     )

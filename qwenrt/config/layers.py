@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from qwenrt.config.model import ModelConfig
 
 BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
+_SNAPSHOTS, _FEW = (
+    3,
+    4,
+)  # states kept so that beginnings are found again: for each sequence; of all, where room is short
 
 
 @dataclass(frozen=True)
@@ -192,3 +196,10 @@ def state_bytes(config: ModelConfig, itemsize: int) -> int:
         return 0
     matrices = delta.num_value_heads * delta.key_dim * delta.value_dim * 4
     return len(delta.layers) * (matrices + (delta.conv_kernel - 1) * delta.channels * itemsize)
+
+
+def num_snapshots(sequences: int, affordable: int | None = None) -> int:
+    """How many states are kept beside those of the running sequences: three for each, or as many as are
+    ``affordable``, a few at least."""
+    most = _SNAPSHOTS * sequences
+    return most if affordable is None else min(most, max(_FEW, affordable))

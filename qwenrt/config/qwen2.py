@@ -22,11 +22,7 @@ def read(model_type: str, config: Mapping[str, Any], quant: QuantConfig | None, 
     """Grouped queries; biases on q, k and v up to Qwen2.5, norms on q and k from Qwen3 on."""
     qwen3 = model_type.startswith("qwen3")
     hidden = integer(config, "hidden_size", where)
-    heads = integer(config, "num_attention_heads", where)
-    kv_heads = integer(config, "num_key_value_heads", where, default=heads)
-    if heads % kv_heads:
-        found = f"{heads} heads do not divide into {kv_heads} key-value heads"
-        raise ConfigError(f"reading {where}", found, _CHECK)
+    heads, kv_heads = read_heads(config, where)
     layers = integer(config, "num_hidden_layers", where)
     activation = config.get("hidden_act") or "silu"
     if activation != "silu":
@@ -127,28 +123,50 @@ def _moe(model_type: str, config: Mapping[str, Any], layers: int, where: str) ->
     experts = integer({"num_experts": named}, "num_experts", where, 0)
     if experts == 0:
         return None
-    top_k = integer(config, "num_experts_per_tok", where, 1, None, 4 if qwen2 else 8)
-    if top_k > experts:
-        found = f"each token goes to {top_k} experts of {experts}"
-        raise ConfigError(f"reading {where}", found, _CHECK)
-    step = integer(config, "decoder_sparse_step", where, 1, 2**31, 1)
-    listed = config.get("mlp_only_layers")
-    listed = [] if listed is None else listed
-    if not isinstance(listed, list) or not all(type(n) is int and 0 <= n < layers for n in listed):
-        raise bad(where, "mlp_only_layers", listed, f"a list of layer numbers from 0 to {layers - 1}")
     return MoeConfig(
         num_experts=experts,
-        top_k=top_k,
+        top_k=read_top_k(config, experts, where, default=4 if qwen2 else 8),
         intermediate_size=integer(config, "moe_intermediate_size", where, default=1408 if qwen2 else 768),
         shared_intermediate_size=integer(config, "shared_expert_intermediate_size", where, default=5632)
         if qwen2
         else 0,
         norm_topk_prob=boolean(config, "norm_topk_prob", where, False),
-        dense_layers=frozenset(listed) | {n for n in range(layers) if (n + 1) % step},
+        dense_layers=read_dense_layers(config, layers, where),
     )
 
 
+def read_top_k(config: Mapping[str, Any], experts: int, where: str, default: int) -> int:
+    """To how many of its experts each token goes."""
+    top_k = integer(config, "num_experts_per_tok", where, default=default)
+    if top_k > experts:
+        found = f"each token goes to {top_k} experts of {experts}"
+        raise ConfigError(f"reading {where}", found, _CHECK)
+    return top_k
+
+
+def read_dense_layers(config: Mapping[str, Any], layers: int, where: str) -> frozenset[int]:
+    """Layers that have one MLP among others that have experts."""
+    step = integer(config, "decoder_sparse_step", where, 1, 2**31, 1)
+    listed = config.get("mlp_only_layers")
+    listed = [] if listed is None else listed
+    if not isinstance(listed, list) or not all(type(n) is int and 0 <= n < layers for n in listed):
+        raise bad(where, "mlp_only_layers", listed, f"a list of layer numbers from 0 to {layers - 1}")
+    return frozenset(listed) | {n for n in range(layers) if (n + 1) % step}
+
+
 # ---- the rest
+
+
+def read_heads(
+    config: Mapping[str, Any], where: str, heads: int | None = None, kv_heads: int | None = None
+) -> tuple[int, int]:
+    """Heads, and key-value heads, which divide them; by default ``heads``, and as many or ``kv_heads``."""
+    found = integer(config, "num_attention_heads", where, default=heads)
+    shared = integer(config, "num_key_value_heads", where, default=found if kv_heads is None else kv_heads)
+    if found % shared:
+        said = f"{found} heads do not divide into {shared} key-value heads"
+        raise ConfigError(f"reading {where}", said, _CHECK)
+    return found, shared
 
 
 def read_dtype(config: Mapping[str, Any], where: str) -> str | None:

@@ -14,12 +14,10 @@ from qwenrt.structure import Grammar
 
 MAX_DEPTH = 64  # of a schema's JSON
 MAX_PROPERTIES = 1000  # of one object: compiling is quadratic in them
-MAX_OPTIONAL = (
-    400  # of these and of alternatives: each takes 4 of the 2000 items that a parser's row may have
-)
-MAX_REPETITIONS = (
-    500  # *, +, ? and {m,n} in all regular expressions of a grammar: compiling is quadratic in them
-)
+# Optional ones of these, and of alternatives: each takes 4 of the 2000 items that a parser's row may have.
+MAX_OPTIONAL = 400
+# Of *, +, ? and {m,n} in all regular expressions of a grammar: compiling is quadratic in them.
+MAX_REPETITIONS = 500
 MAX_MULTIPLE = 10_000  # digits of a multipleOf, as one number: an automaton has as many states
 MAX_MULTIPLES = 20_000  # of several that may apply to one number, multiplied
 

@@ -8,7 +8,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import state_bytes
 from qwenrt.errors import CapacityError, ConfigError
-from qwenrt.ops.steps import LayerCache, LayerKV
+from qwenrt.ops.steps import LayerKV
 
 KV_CACHE_DTYPES = ("auto", "int8")
 
@@ -37,16 +37,15 @@ class KVCache:
         every = num_blocks + num_spare
         self.nbytes = every * block_bytes(config, backend, dtype, kv_cache_dtype, block_size)
         self.nbytes += num_states * state_bytes(config, dtype.itemsize)
-        shape = (config.num_kv_layers, every, block_size, config.num_kv_heads, config.head_dim)
         try:
-            kv = iter(backend.alloc_kv(*shape, dtype, kv_cache_dtype == "int8"))
-            delta = config.linear_attention
-            states = iter(
-                backend.alloc_states(config.num_linear_layers, num_states, delta, dtype) if delta else ()
+            self.layers = backend.alloc_cache(
+                config,
+                dtype,
+                num_blocks=every,
+                block_size=block_size,
+                num_states=num_states,
+                quantized=kv_cache_dtype == "int8",
             )
-            self.layers: list[LayerCache] = [
-                next(states) if config.is_linear(i) else next(kv) for i in range(config.num_layers)
-            ]
         except (RuntimeError, MemoryError) as error:
             states_too = f" and {num_states} states" if num_states else ""
             smaller = "max_num_seqs or max_model_len" if num_states else "max_model_len or cache"

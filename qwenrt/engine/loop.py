@@ -27,9 +27,8 @@ from qwenrt.outputs import Delta
 logger = logging.getLogger("qwenrt")
 
 _CLOSE_TIMEOUT = 2.0  # seconds a close waits for a step that is being computed
-_EXIT_TIMEOUT = (
-    30.0  # seconds the interpreter's exit does: a thread that is torn out of torch's code aborts the process
-)
+# Seconds that the interpreter's exit waits: a thread that is torn out of torch's code aborts the process.
+_EXIT_TIMEOUT = 30.0
 _IDLE = 0.0005  # seconds between two bits of work for which nobody waits
 
 

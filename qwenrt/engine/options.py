@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenrt.config.layers import num_snapshots
 from qwenrt.errors import ConfigError
 
 STEP_TARGET_MS = 250  # on a CPU, unless something else is asked: four tokens a second still read as a flow
@@ -18,8 +19,8 @@ class EngineOptions:
     way when the next one is begun, 0 or 1; the backend's choice if not given. ``step_target_ms``: what a step in which
     somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
     ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold. ``num_snapshots``: how
-    many states are kept beside those of running sequences, in a model with layers of linear attention; three for each
-    sequence unless given. Raises ConfigError."""
+    many states are kept beside those of running sequences, in a model with layers of linear attention; unless given, as
+    config.layers says. Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -41,6 +42,9 @@ class EngineOptions:
                 raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")
         if self.depth is not None and (type(self.depth) is not int or self.depth not in (0, 1)):
             raise ConfigError("depth", f"got {self.depth!r}", "It must be 0 or 1.")
+        kept = self.num_snapshots
+        if kept is not None and (type(kept) is not int or kept < 0):
+            raise ConfigError("num_snapshots", f"got {kept!r}", "It must be an integer >= 0.")
         target = self.step_target_ms
         if target is not None and (isinstance(target, bool) or not target >= 0):
             raise ConfigError("step_target_ms", f"got {target!r}", "It must be a number >= 0.")
@@ -58,7 +62,7 @@ class EngineOptions:
     @property
     def snapshots(self) -> int:
         """num_snapshots, chosen."""
-        return 3 * self.max_num_seqs if self.num_snapshots is None else self.num_snapshots
+        return num_snapshots(self.max_num_seqs) if self.num_snapshots is None else self.num_snapshots
 
     @property
     def blocks(self) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-_SHORT = (
-    32  # tokens; kernels compute pieces below in another order, and their last bits would tell of the cut
-)
+# Tokens; kernels compute pieces below in another order, and their last bits would tell of the cut.
+_SHORT = 32
 _SHARE = 2 * _SHORT  # the least that a turn gives, so that a piece and what it leaves are both not short
 
 

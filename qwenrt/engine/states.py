@@ -26,10 +26,8 @@ class States:
         self.num_slots = num_sequences + num_snapshots
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._snapshots: OrderedDict[int, int] = OrderedDict()  # uid of a block -> slot, the oldest first
-        self._num_snapshots, self._num_pending = (
-            num_snapshots,
-            0,
-        )  # pending: steps that make them are under way
+        self._num_snapshots = num_snapshots
+        self._num_pending = 0  # snapshots that steps under way make
         self._copies: list[tuple[int, int]] = []
 
     def reach(self, uids: list[int]) -> int:

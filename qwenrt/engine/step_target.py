@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
-LEAST = (
-    32  # tokens: a prompt always advances, by pieces that kernels compute in the same order as longer ones
-)
+# Tokens: a prompt always advances, by pieces that kernels compute in the same order as longer ones.
+LEAST = 32
 _SEEN = 5  # steps whose median counts: two that were held up by something else do not matter
 _GROWTH = 2.0  # of a chunk, at most, from one step to the next
 _KEPT = 64  # numbers of rows whose time is remembered
@@ -49,9 +48,8 @@ class StepTarget:
     def done(self, began: float, rows: int, tokens: int) -> None:
         """A step is over that began at ``began`` by the clock: ``tokens`` of prompts beside ``rows`` that decoded."""
         now = self.clock()
-        seconds = now - max(
-            began, self._last_end
-        )  # two steps may be under way: the device takes one at a time
+        # Two steps may be under way: the device takes one at a time.
+        seconds = now - max(began, self._last_end)
         self._last_end = now
         if self.target_s is None or rows == 0:
             return

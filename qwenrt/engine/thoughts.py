@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 _OPENS_WITHIN = 4  # an answer that begins with a thought has its opening tag among so many first tokens
-_ANSWER_SHARE = (
-    4  # with a budget, one of so many of the tokens that may be written is reserved for the answer
-)
+# With a budget, one of so many of the tokens that may be written is reserved for the answer.
+_ANSWER_SHARE = 4
 
 
 @dataclass(frozen=True)

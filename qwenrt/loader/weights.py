@@ -193,7 +193,13 @@ class _Loader:
         delta = self.config.linear_attention
         if delta is None or not delta.converted:
             return tensor + 1 if is_zero_centred(self.config, param) else tensor
-        return (-tensor).log() if param.endswith(".log_decay") else tensor
+        if not param.endswith(".log_decay"):
+            return tensor
+        largest = float(tensor.max())
+        if largest > 0:
+            found = f"a decay, which is -exp of what was trained, is {largest:.3g}"
+            raise CheckpointError(f"reading {param}", found, "Fetch another file of the model.")
+        return (-tensor).log()
 
     def linear(self, spec: LinearSpec, tied: Packed | torch.Tensor | None = None) -> Packed:
         """One packed linear from its parts, each in its own format, or from the embedding it is ``tied`` to."""

@@ -263,21 +263,16 @@ class _Run:
 def _parts(model: Qwen, int8_cache: bool) -> StackParts:
     """The small model over a cache whose slots all hold 1, with a spare block for each row of a step."""
     config, rows = model.config, len(_TABLES) + 1
-    shape = (config.num_kv_layers, _NUM_BLOCKS + rows, _BLOCK, config.num_kv_heads, config.head_dim)
-    kv = model.backend.alloc_kv(*shape, model.dtype, int8_cache)
-    states: list[LayerState] = []
-    if config.linear_attention is not None:
-        states = model.backend.alloc_states(
-            config.num_linear_layers, rows, config.linear_attention, model.dtype
-        )
-    for layer in kv:
+    cache = model.backend.alloc_cache(
+        config,
+        model.dtype,
+        num_blocks=_NUM_BLOCKS + rows,
+        block_size=_BLOCK,
+        num_states=rows,
+        quantized=int8_cache,
+    )
+    for layer in cache:
         selfcheck.fill_cache(layer, 1.0)
-    for tensor in (tensor for state in states for tensor in state.tensors):
-        tensor.fill_(1.0)
-    pages, slots = iter(kv), iter(states)
-    cache: list[LayerCache] = [
-        next(slots) if config.is_linear(i) else next(pages) for i in range(config.num_layers)
-    ]
     if int8_cache:
         model.fit_key_codes(cache)
     spare = list(range(_NUM_BLOCKS, _NUM_BLOCKS + rows))

@@ -42,7 +42,9 @@ class Step:
     included). ``tables``: block ids of each. ``ntk_alphas`` [B]: NTK factors. ``token_ids`` [T]; FROM_BEFORE where the
     token is what the step before chose in its row ``fed`` [B] of logits (-1: none is). ``logit_rows``: the tokens, by
     their place in the step, whose logits are wanted, rising; ``draws``: how each of these R rows becomes a token, None
-    where the host chooses from the logits.
+    where the host chooses from the logits. ``state_slots`` [B]: where layers of linear attention keep each sequence's
+    state; ``state_copies``, ``states_kept``: (from, to) of the states to copy before the step and after it. All three
+    are empty for a model without such layers.
     """
 
     q_lens: list[int]

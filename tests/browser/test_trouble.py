@@ -10,6 +10,7 @@ import qwenrt
 from tests.browser.conftest import Talk
 from tests.browser.talker import LONG
 from tests.server.asking import Gate, serve
+from tests.server.wire import Serving
 
 KEY = "sk-of-the-page"
 
@@ -72,6 +73,23 @@ def test_a_connection_that_breaks_is_taken_up_again(context: Any, llm: qwenrt.LL
         talk.until("Sentence 90 of")
         talk.done()
         assert talk.answers == [LONG[:3000].rstrip()] and not talk.errors
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(404, "The server says: no such route"), (502, "is being stopped")]
+)
+def test_a_server_that_does_not_say_what_it_is(
+    context: Any, served: Serving, status: int, words: str
+) -> None:
+    """As behind a proxy that lets through some of its routes."""
+    page, body = context.new_page(), '{"error": {"message": "no such route"}}'
+    answer = {"status": status, "content_type": "application/json", "body": body}
+    page.route("**/server_info", lambda route: route.fulfill(**answer), times=1)
+    talk = Talk(page, served.url, ready="#banner:not([hidden])")
+    talk.until(words)
+    talk.click("Try now")
+    page.wait_for_selector("#about:not([hidden])")
+    assert not talk.errors
 
 
 def test_a_full_queue_is_waited_for(talk: Talk) -> None:

@@ -10,6 +10,7 @@ from qwenrt.config import read_model_config
 from qwenrt.engine.kv_cache import KVCache
 from qwenrt.errors import CapacityError, ConfigError
 from qwenrt.ops import reference
+from qwenrt.ops.steps import LayerState
 from tests.conftest import GOLDEN
 from tests.engine.conftest import make_engine
 
@@ -54,6 +55,17 @@ def test_the_bytes_of_a_block_are_those_allocated() -> None:
         assert engine.cache_bytes == held
 
 
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_and_states_are_where_their_layers_are_and_counted(kind: str, dtype: torch.dtype) -> None:
+    config, backend = read_model_config(GOLDEN / "qwen3_next"), Backend(torch.device("cpu"))
+    cache = KVCache(
+        config, backend, dtype, kv_cache_dtype=kind, block_size=16, num_blocks=3, num_spare=2, num_states=7
+    )
+    assert [isinstance(layer, LayerState) for layer in cache.layers] == [True, True, True, False]
+    assert cache.nbytes == sum(tensor.nbytes for layer in cache.layers for tensor in layer.tensors)
+
+
 def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_dtype: got 'int3'.*auto, int8"):
         make_engine(kv_cache_dtype="int3")
@@ -62,6 +74,9 @@ def test_unknown_kinds_and_caches_too_small_are_refused() -> None:
     for depth in (-1, 2, True, "1"):
         with pytest.raises(ConfigError, match=f"depth: got {depth!r}.*0 or 1"):
             make_engine(depth=depth)
+    for kept in (-1, True, 1.5):
+        with pytest.raises(ConfigError, match=f"num_snapshots: got {kept!r}.*>= 0"):
+            make_engine(num_snapshots=kept)
 
 
 def test_memory_that_is_not_there_is_a_typed_error() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import qwenrt
 from qwenrt.backends.base import Backend
 from qwenrt.config import Environment, read_model_config
-from qwenrt.errors import CheckpointError, ConfigError
+from qwenrt.errors import CheckpointError, ConfigError, QwenrtError
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import TensorReader, open_checkpoint
 from qwenrt.loader.hub.resolve import resolve
@@ -86,21 +86,42 @@ def test_logits_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
         assert steps[:-1].argmax(-1).tolist() == new.tolist()
 
 
+def next_model(file: Path) -> Qwen:
+    directory = opened(file, file.parent)
+    config = as_stored(read_model_config(directory), open_checkpoint(directory))
+    model = Qwen(config, Backend(torch.device("cpu")), torch.float32)
+    load_weights(model, directory, config, model.backend, torch.float32, progress=False)
+    return model
+
+
 @pytest.mark.parametrize("recurrent", [None, [True, True, True, False]])
 @torch.inference_mode()
 def test_qwen3_next_as_the_converter_leaves_it(recurrent: list[bool] | None, tmp_path: Path) -> None:
     """Queries, keys and values in order, b and a key head by key head, norms with their 1: the same logits."""
     source = GOLDEN / "qwen3_next"
     golden, tensors = load_file(source / "golden.safetensors"), load_file(source / "model.safetensors")
-    file = next_as_gguf(tensors, tmp_path / "next.gguf", recurrent)
-    directory = opened(file, tmp_path)
-    config = as_stored(read_model_config(directory), open_checkpoint(directory))
-    model = Qwen(config, Backend(torch.device("cpu")), torch.float32)
-    load_weights(model, directory, config, model.backend, torch.float32, progress=False)
+    model = next_model(next_as_gguf(tensors, tmp_path / "next.gguf", attention__recurrent_layers=recurrent))
     model.bind()
     ids = golden["3.ids"].long()
     logits = model.logits(model.forward(ids, StepPlan([len(ids)], [len(ids)]), [1]))
     torch.testing.assert_close(logits, golden["3.prefill_logits"], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"attention__key_length": 0, "attention__value_length": 0}, "head_dim is 0 .as config.json would"),
+        ({"rope__dimension_count": 7}, "rotates 7 channels"),
+        ({"ssm__time_step_rank": 0}, "64 channels for 0 value heads"),
+        ({"blk__1__ssm_a": torch.tensor([-1.0, -2.0, 0.25, -0.0])}, r"layers.1.log_decay.* is 0.25"),
+    ],
+)
+def test_what_no_layer_of_linear_attention_has_is_refused(
+    changes: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    tensors = load_file(GOLDEN / "qwen3_next" / "model.safetensors")
+    with pytest.raises(QwenrtError, match=match):
+        next_model(next_as_gguf(tensors, tmp_path / "next.gguf", **changes))
 
 
 @pytest.mark.parametrize("name", ["kquants", "legacy"])

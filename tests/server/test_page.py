@@ -20,8 +20,9 @@ from qwenrt.server.settings import ServeSettings
 from tests.server.asking import ask, serve
 from tests.server.wire import Serving, request
 
-MOST_BYTES, MOST_COMPRESSED, MOST_LINES = 108_000, 34_000, 2100
+MOST_BYTES, MOST_COMPRESSED, MOST_LINES = 105_000, 33_000, 2100
 KEY = "sk-page"
+DIRECTORY = Path(qwenrt.__file__).parent / "server" / "page"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,10 @@ def llm() -> Iterator[qwenrt.LLM]:
 def served(llm: qwenrt.LLM) -> Iterator[Serving]:
     with serve(llm, api_keys=(KEY,)) as running:
         yield running
+
+
+def source(name: str) -> str:
+    return (DIRECTORY / name).read_text(encoding="utf-8")
 
 
 def policy_of(headers: dict[str, str]) -> dict[str, list[str]]:
@@ -130,9 +135,28 @@ def test_the_greeting_says_where_it_is(llm: qwenrt.LLM) -> None:
     assert line not in _greeting(llm, ServeSettings(page=False), "http://127.0.0.1:8000", "demo")
 
 
+def test_every_word_is_there_in_both_languages_and_used() -> None:
+    english, chinese = (
+        set(re.findall(r"(?:^ +|, )(\w+): [\"\[]", part, re.MULTILINE))
+        for part in source("words.js").split("const WORDS")[1].split("let language")[0].split("  zh: {")
+    )
+    assert len(english) > 100 and english == chinese
+    others = source("index.html") + "".join(source(name) for name in SCRIPTS if name != "words.js")
+    assert [word for word in english if not re.search(rf'"{word}"|[{{,] {word}[:,]', others)] == []
+    told = set(re.findall(r'data-(?:t|label|placeholder)="(\w+)"|\bsay\("(\w+)"', others))
+    assert {one or other for one, other in told} <= english
+
+
+def test_the_built_in_model_answers_what_the_page_proposes(llm: qwenrt.LLM) -> None:
+    ideas = [json.loads(one) for one in re.findall(r"toyIdeas: (\[.*?\])", source("words.js"))]
+    right = [["Paris", "capitals", "blue"], ["Qwen", "东京", "capitals"]]
+    for questions, answers in zip(ideas, right, strict=True):
+        for question, word in zip(questions, answers, strict=True):
+            assert word in llm.chat(question)[0], question
+
+
 def test_its_sources_are_in_the_package() -> None:
-    directory = Path(qwenrt.__file__).parent / "server" / "page"
-    assert {path.name for path in directory.glob("*.js")} == set(SCRIPTS)
+    assert {path.name for path in DIRECTORY.glob("*.js")} == set(SCRIPTS)
     packaged = re.search(
         r'"qwenrt.server.page" = (\[.*\])', (Path(__file__).parents[2] / "pyproject.toml").read_text()
     )

@@ -14,10 +14,12 @@ from typing import NamedTuple
 from qwenrt.config import ModelConfig, QuantConfig
 from qwenrt.config.layers import (
     BLOCK_SIZE,
+    is_wide,
     kinds_of_layers,
     kv_bytes_per_token,
     layer_linears,
     layer_tensors,
+    num_snapshots,
     state_bytes,
 )
 from qwenrt.config.quant import ROUNDED
@@ -32,7 +34,6 @@ _UNPACKING = (
     14  # bytes an element of plain torch's dequantisation at its peak: int16, and three times float32
 )
 _SAMPLING = 28  # bytes an entry of a row of logits: sorted, exponentiated and summed in float64
-_SNAPSHOTS = 3, 4  # states kept so that beginnings can be found again: for each sequence; of all, at least
 _FIXED = 48 * 2**20  # the engine, the tokenizer, and the libraries' own buffers
 
 
@@ -68,33 +69,38 @@ class MemoryNeed:
 
 class Linear(NamedTuple):
     """``number`` equal linears [rows, columns]; ``part``: rows of the largest of the file's tensors one is merged
-    from, 0 where it is a single tensor."""
+    from, 0 where it is a single tensor. Where it is not ``quantizable``, it is dense beside codes."""
 
     number: int
     rows: int
     columns: int
     bias: bool
     part: int
+    quantizable: bool = True
 
 
 @cache
 def linears(config: ModelConfig) -> tuple[Linear, ...]:
     """Every linear of the layers; the head is not among them."""
-    found: Counter[tuple[int, int, bool, int]] = Counter()
+    found: Counter[tuple[int, int, bool, int, bool]] = Counter()
     for layer, layers in kinds_of_layers(config):
         for spec in layer_linears(config, layer):
             part = max(rows for _, rows in spec.parts) if len(spec.parts) > 1 else 0
-            found[spec.out_features, spec.in_features, spec.bias, part] += layers
+            found[spec.out_features, spec.in_features, spec.bias, part, spec.quantizable] += layers
     return tuple(Linear(number, *shape) for shape, number in found.items())
 
 
-def other_elements(config: ModelConfig) -> int:
-    """Elements of all norms, routers and gates of shared experts."""
-    layers = (
-        layers * sum(map(math.prod, layer_tensors(config, layer).values()))
-        for layer, layers in kinds_of_layers(config)
-    )
-    return sum(layers) + config.hidden_size
+def other_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of all that is neither linear nor embedding, as norms and routers, in elements of ``itemsize`` but for what
+    is always float32."""
+
+    def taken(tensors: dict[str, tuple[int, ...]]) -> int:
+        return sum(
+            math.prod(shape) * (4 if is_wide(config, name) else itemsize) for name, shape in tensors.items()
+        )
+
+    layers = (layers * taken(layer_tensors(config, layer)) for layer, layers in kinds_of_layers(config))
+    return sum(layers) + taken({"norm": (config.hidden_size,)})
 
 
 def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:
@@ -126,7 +132,11 @@ def forms_of(config: ModelConfig) -> list[tuple[int, int]]:
     if quant is None or not quant.has_codes:
         return []
     weights = Counter(
-        {(quant.bits, quant.group_size): sum(n * rows * k for n, rows, k, *_ in linears(config))}
+        {
+            (quant.bits, quant.group_size): sum(
+                n * rows * k for n, rows, k, *_, coded in linears(config) if coded
+            )
+        }
     )
     for rows, columns, bits, group_size, number, _ in quant.corrections:
         if bits < 16:
@@ -136,8 +146,8 @@ def forms_of(config: ModelConfig) -> list[tuple[int, int]]:
 
 def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) -> int:
     """One of these linears once it is packed, its bias included."""
-    _, rows, columns, has_bias, _ = linear
-    if quant is None:
+    _, rows, columns, has_bias, _, quantizable = linear
+    if quant is None or not quantizable:
         return rows * columns * storage.dense + has_bias * rows * storage.activation
     group = columns if quant.group_size == -1 else min(quant.group_size, columns)
     groups = num_groups(columns, quant.group_size)
@@ -168,20 +178,13 @@ def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = N
         layers += number * linear_bytes(Linear(number, rows, columns, False, 0), storage, form)
     vocabulary = config.vocab_size * config.hidden_size * storage.dense
     copies = 1 if config.tie_word_embeddings else 2
-    return layers + copies * vocabulary + other_elements(config) * storage.activation
+    return layers + copies * vocabulary + other_bytes(config, storage.activation)
 
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dtype: str = "auto") -> int:
     """Bytes of the KV cache for ``tokens``."""
     heads = (config.num_kv_layers, config.num_kv_heads, config.head_dim)
     return tokens * kv_bytes_per_token(*heads, dtype_bytes, kv_cache_dtype == "int8")
-
-
-def num_snapshots(sequences: int, affordable: int = 0) -> int:
-    """How many states are kept beside those of running sequences: three for each, or as many as are ``affordable``; a
-    few at least."""
-    each, least = _SNAPSHOTS
-    return min(each * sequences, max(least, affordable))
 
 
 def memory_need(
@@ -204,7 +207,7 @@ def memory_need(
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
     running = users if sequences is None else sequences
-    cache += (running + num_snapshots(running)) * state_bytes(config, storage.activation)
+    cache += (running + num_snapshots(running, 0)) * state_bytes(config, storage.activation)
     at_once = min(max(batch_tokens, users), users * context)
     step = _step_peak(config, storage, codes_of(config, quantize), at_once, context, users, kv_cache_dtype)
     load = _load_peak(config, storage, quantize) if storage.on_host else 0
@@ -307,6 +310,8 @@ def _packing(linear: Linear, config: ModelConfig, storage: Storage, quantize: st
     each code."""
     whole, part = linear.rows * linear.columns, linear.part * linear.columns
     stored = storage.stored
+    if not linear.quantizable:
+        return stored * (part if storage.dense == stored else max(part, whole))
     if config.quant is not None and config.quant.has_codes:
         return whole * (2 * 8 + config.quant.bits) // 8  # the codes of the parts, and merged
     if config.quant is None:

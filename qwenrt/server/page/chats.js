@@ -125,7 +125,7 @@ class Answers {
   /** Write on until the answer ends, however often the connection is lost on the way. mine: no other tab does. */
   async run(chat, message, mine) {
     if (this.live.has(message.id)) return;
-    const live = { mine, message, chat, abort: new AbortController(), saved: 0, count: 0, began: 0, note: null, wake: null };
+    const live = { mine, message, chat, abort: new AbortController(), saved: 0, began: 0, note: null, wake: null };
     this.live.set(message.id, live);
     if (mine) await this.save(message);
     for (let tries = 0; message.state === "running";) {
@@ -195,7 +195,7 @@ class Answers {
     if (live.thinkBegan) message.thinkMs = (live.thinkEnded ?? performance.now()) - live.thinkBegan;
     message.thought += thought;
     message.text += text;
-    if (reason) live.end = { abort: "stopped", timeout: "late", error: "failed" }[qwenrt?.finish_reason] ?? (reason === "length" ? "cut" : "done");
+    if (reason) live.end = { abort: "stopped", timeout: "late", error: "stopped" }[qwenrt?.finish_reason] ?? (reason === "length" ? "cut" : "done");
   }
 
   /** What to do about a request that was not served: wait and try again, or let the person decide. */
@@ -211,7 +211,7 @@ class Answers {
     } else if (error.kind === "key") {
       live.note = error;
       this.changed(message, live);
-      await this.needKey(error, live.abort.signal);
+      await this.needKey();
     } else if (message.begun && (error.kind === "missing" || message.offset)) {
       if (message.offset === 0 && Date.now() - message.asked < RECENT) message.begun = false; // it was never begun
       else message.state = "lost";

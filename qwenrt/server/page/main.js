@@ -41,8 +41,9 @@ async function learn() {
       showBanner(null);
       return drawServer();
     } catch (error) {
-      if (error.kind === "key") { await askKey(error); tries = -1; continue; }
-      await countdown(Math.min(2 ** tries, 15), left => error.kind === "refused" ? say("problem", error.message) : say(error.kind, left));
+      if (error.kind === "key") { await askKey(); tries = -1; continue; }
+      const passes = ["gone", "stopping", "busy"].includes(error.kind);
+      await countdown(Math.min(2 ** tries, 15), left => passes ? say(error.kind, left) : say("problem", error.message));
     }
   }
 }
@@ -109,8 +110,8 @@ async function drawList() {
     const open = make("button", { type: "button", className: "open", title, lang: languageOf(title), onclick: () => openChat(one.id) }, title);
     if (here) open.setAttribute("aria-current", "page");
     const item = make("li", { className: (here ? "here " : "") + (busy.has(one.id) ? "busy" : "") }, open);
-    for (const [name, action] of [["edit", () => rename(item, one)], ["remove", () => removeChat(one)]]) {
-      const tool = iconButton(name, name === "edit" ? "rename" : "remove", action);
+    for (const [name, action] of [["rename", () => rename(item, one)], ["remove", () => removeChat(one)]]) {
+      const tool = iconButton(name === "rename" ? "edit" : name, name, action);
       tool.ariaLabel += `: ${title}`;
       item.append(tool);
     }

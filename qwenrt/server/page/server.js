@@ -53,7 +53,6 @@ const server = {
 
   async learn() {
     this.info = await (await fetched("server_info")).json();
-    return this.info;
   },
 
   /** Begin an answer that outlives its connection under a random id, and the stream of its events. */

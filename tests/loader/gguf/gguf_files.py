@@ -70,8 +70,10 @@ def write_gguf(
     return path
 
 
-def next_as_gguf(tensors: dict[str, torch.Tensor], path: Path, recurrent: list[bool] | None) -> Path:
-    """The recorded Qwen3-Next: 2 key heads and 4 value heads of 16, three layers of four with linear attention."""
+def next_as_gguf(tensors: dict[str, torch.Tensor], path: Path, **changes: Any) -> Path:
+    """The recorded Qwen3-Next: 2 key heads and 4 value heads of 16, three layers of four with linear attention.
+    ``changes``: other keys, __ for each dot, and tensors."""
+    changed = {name.replace("__", "."): value for name, value in changes.items()}
     writer = gguf.GGUFWriter(path, "qwen3next")
     keys: dict[str, Any] = {
         "block_count": 4,
@@ -82,7 +84,6 @@ def next_as_gguf(tensors: dict[str, torch.Tensor], path: Path, recurrent: list[b
         "attention.key_length": 32,
         "attention.value_length": 32,
         "attention.layer_norm_rms_epsilon": 1e-6,
-        "attention.recurrent_layers": recurrent,
         "rope.dimension_count": 8,
         "rope.freq_base": 1e7,
         "expert_count": 6,
@@ -92,6 +93,7 @@ def next_as_gguf(tensors: dict[str, torch.Tensor], path: Path, recurrent: list[b
         "ssm.group_count": 2,
         "ssm.time_step_rank": 4,
         "ssm.inner_size": 64,
+        **{name: value for name, value in changed.items() if not isinstance(value, torch.Tensor)},
     }
     for key, value in keys.items():
         if value is not None:
@@ -137,6 +139,7 @@ def next_as_gguf(tensors: dict[str, torch.Tensor], path: Path, recurrent: list[b
             made[f"blk.{n}.ssm_a"] = -own["linear_attn.A_log"].exp()
             made[f"blk.{n}.ssm_dt.bias"] = own["linear_attn.dt_bias"]
             made[f"blk.{n}.ssm_conv1d.weight"] = own["linear_attn.conv1d.weight"].squeeze(1)
+    made |= {name: value for name, value in changed.items() if isinstance(value, torch.Tensor)}
     for name, tensor in made.items():
         writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -238,6 +239,8 @@ def test_estimates_read_the_header_alone(make: Any) -> None:
         ({"tokenizer__ggml__eos_token_id": 99999}, "it is 99999, and there are"),
         ({"qwen2__embedding_length": "64"}, "64.*not an integer"),
         ({"qwen2__embedding_length": None}, "there is none"),
+        ({"general__sampling__top_k": math.inf}, "sampling.top_k.*it is .*[iI]nf.*, not a number"),
+        ({"general__sampling__temp": math.nan}, "sampling.temp.*it is .*[nN]a[nN].*, not a number"),
         ({"qwen2__block_count": 100000}, "num_hidden_layers is 100000 .as config.json would say it"),
         ({"qwen2__rope__scaling__type": "linear", "qwen2__rope__scaling__factor": 2.0}, "rope type is 'linear'"),
         ({"qwen2__attention__value_length": 32}, "it is 32, and keys have 16 channels"),

@@ -14,7 +14,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.backends.selfcheck import random_weight
 from qwenrt.config import ModelConfig, parse_model_config
-from qwenrt.config.layers import num_active_parameters, num_parameters, state_bytes
+from qwenrt.config.layers import is_wide, num_active_parameters, num_parameters, num_snapshots, state_bytes
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import RELEASED, released_config
 from qwenrt.errors import ConfigError
@@ -25,8 +25,7 @@ from qwenrt.loader.memory.footprint import (
     codes_of,
     linears,
     memory_need,
-    num_snapshots,
-    other_elements,
+    other_bytes,
     weight_bytes,
 )
 from qwenrt.loader.memory.preflight import storage_of
@@ -39,7 +38,9 @@ BF16 = Storage(2, 2)
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
     """config.json of a tiny model of any generation."""
-    model_type = draw(st.sampled_from(["qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]))
+    model_type = draw(
+        st.sampled_from(["qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5"])
+    )
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([4, 8, 12]))
@@ -65,6 +66,20 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         }
     else:
         values["qkv_bias"] = draw(st.booleans())
+    if model_type in ("qwen3_next", "qwen3_5"):
+        key_heads = draw(st.integers(1, 3))
+        values |= {
+            "num_experts": draw(st.integers(1, 5)),
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": draw(st.integers(1, 20)),
+            "shared_expert_intermediate_size": draw(st.integers(1, 20)),
+            "head_dim": 2 * head_dim,
+            "linear_num_key_heads": key_heads,
+            "linear_num_value_heads": key_heads * draw(st.integers(1, 3)),
+            "linear_key_head_dim": draw(st.integers(1, 9)),
+            "linear_value_head_dim": draw(st.integers(1, 9)),
+            "full_attention_interval": draw(st.integers(1, 4)),
+        }
     if model_type.endswith("moe"):
         values |= {
             "num_experts": draw(st.integers(0, 5)),
@@ -92,8 +107,10 @@ def test_it_counts_what_the_network_lists(values: dict[str, Any]) -> None:
     )
     assert counted == wanted
     tensors = {name: dims for name, dims in model.tensor_specs.items() if name != "embed_tokens"}
-    assert other_elements(config) == sum(torch.Size(dims).numel() for dims in tensors.values())
-    assert weight_bytes(config, BF16) == 2 * num_parameters(config)
+    wide = sum(torch.Size(dims).numel() for name, dims in tensors.items() if is_wide(config, name))
+    others = 2 * sum(torch.Size(dims).numel() for dims in tensors.values())
+    assert other_bytes(config, 2) == others + 2 * wide
+    assert weight_bytes(config, BF16) == 2 * num_parameters(config) + 2 * wide
 
 
 def _filled(config: ModelConfig, backend: Backend, dtype: torch.dtype, bits: int, group: int) -> Qwen:
@@ -101,7 +118,8 @@ def _filled(config: ModelConfig, backend: Backend, dtype: torch.dtype, bits: int
     model = Qwen(config, backend, dtype)
     kept = backend.weight_dtype("bfloat16", dtype)
     for name, dims in model.tensor_specs.items():
-        model.set_tensor(name, torch.ones(dims, dtype=kept if name == "embed_tokens" else dtype))
+        own = torch.float32 if is_wide(config, name) else dtype
+        model.set_tensor(name, torch.ones(dims, dtype=kept if name == "embed_tokens" else own))
     for name, spec in model.linear_specs.items():
         if name == "lm_head" and config.tie_word_embeddings:
             model.set_linear(name, backend.pack_linear(_dense(model.embed_tokens), dtype))
@@ -143,7 +161,7 @@ def test_experts_gates_and_norms_are_in_it() -> None:
     config = released_config("Qwen1.5-MoE-A2.7B")
     assert config is not None and config.moe is not None
     assert sum(linear.number for linear in linears(config)) == 24 * (2 + 2 + 2 * 60)
-    assert other_elements(config) == 24 * (2 * 2048 + 60 * 2048 + 2048) + 2048
+    assert other_bytes(config, 2) == 2 * (24 * (2 * 2048 + 60 * 2048 + 2048) + 2048)
 
 
 # Billions of parameters, and of those a token meets, as the releases' own pages give them.
@@ -300,6 +318,9 @@ def test_the_states_of_all_that_may_run_are_counted_and_some_beside_them() -> No
     assert one == 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
     for sequences, states in ((1, 4), (2, 6), (16, 20)):
         assert memory_need(config, BF16, 1024, sequences=sequences).cache == tokens + states * one
-        assert num_snapshots(sequences) + sequences == states
+        assert num_snapshots(sequences, 0) + sequences == states
     assert memory_need(config, BF16, 1024).cache == tokens + 4 * one
-    assert num_snapshots(16, affordable=10) == 10 and num_snapshots(16, affordable=1000) == 48
+    assert (
+        num_snapshots(16, affordable=10) == 10
+        and num_snapshots(16, affordable=1000) == num_snapshots(16) == 48
+    )

@@ -13,12 +13,13 @@ from qwenrt.assembly import assemble
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_model_config
+from qwenrt.config.layers import num_snapshots
 from qwenrt.config.released import released_config
 from qwenrt.errors import CapacityError
 from qwenrt.llm import LLM
 from qwenrt.load_options import LoadOptions
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
-from qwenrt.loader.memory.footprint import GIB, Storage, cache_bytes, memory_need, num_snapshots, weight_bytes
+from qwenrt.loader.memory.footprint import GIB, Storage, cache_bytes, memory_need, weight_bytes
 from qwenrt.loader.memory.preflight import preflight, storage_of
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
@@ -192,7 +193,7 @@ def test_an_engine_sets_up_no_more_states_than_were_counted() -> None:
     with LLM(assemble(str(GOLDEN / "qwen3_next"), options, Environment.read(), _Filled(CPU))) as llm:
         cache = llm._assembled.engine._engine.runner.cache
         states = [layer.delta.shape[0] for layer in cache.layers if isinstance(layer, LayerState)]
-    assert states == [5 + num_snapshots(5)] * 3
+    assert states == [5 + num_snapshots(5, 0)] * 3
 
 
 def test_fp8_may_be_rounded_further() -> None:

@@ -232,6 +232,7 @@ def _linear_attention(metadata: Metadata, sizes: Mapping[str, Any]) -> dict[str,
     inner = metadata.integer(_key(metadata, "ssm.inner_size"))
     if heads < 1 or inner % heads:
         raise metadata.bad(_key(metadata, "ssm.inner_size"), f"{inner} channels for {heads} value heads")
+    rotated = metadata.integer(_key(metadata, "rope.dimension_count"))
     found: dict[str, Any] = {
         CONVERTED: True,
         "linear_conv_kernel_dim": metadata.integer(_key(metadata, "ssm.conv_kernel")),
@@ -239,7 +240,7 @@ def _linear_attention(metadata: Metadata, sizes: Mapping[str, Any]) -> dict[str,
         "linear_num_key_heads": metadata.integer(_key(metadata, "ssm.group_count")),
         "linear_num_value_heads": heads,
         "linear_value_head_dim": inner // heads,
-        "partial_rotary_factor": metadata.integer(_key(metadata, "rope.dimension_count")) / sizes["head_dim"],
+        "partial_rotary_factor": rotated / max(sizes["head_dim"], 1),
     }
     recurrent = _key(metadata, "attention.recurrent_layers")
     if metadata.has(recurrent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,9 @@ class Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """To seven digits: files hold float32, which writes 1e-6 as 9.99999997e-07."""
+        """A finite one, to seven digits: files hold float32, which writes 1e-6 as 9.99999997e-07."""
         value = self._needed(key, default)
-        if type(value) not in (int, float):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             raise self.bad(key, f"it is {shown(value)}, not a number")
         return float(f"{value:.7g}")
 
