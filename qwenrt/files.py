@@ -30,6 +30,15 @@ _IN_ITS_PLACE = "Put the file itself in its place."
 _NOT_FOUND = "Check the path."
 
 
+def expanded(path: str | os.PathLike[str], kind: type[QwenrtError], *, asked: str | None = None) -> Path:
+    """A path that may begin with ~ or ~user. Raises ``kind`` where there is no such home directory. ``asked``: what was
+    wanted, else "finding <path>"."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise kind(asked or f"finding {path}", "there is no such home directory", _NOT_FOUND) from error
+
+
 def is_there(path: Path, kind: type[QwenrtError]) -> bool:
     """Whether there is anything of this name, a link that leads nowhere included: `opened` says what is wrong with
     it. Raises ``kind`` where that cannot be told."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from qwenrt.cli.chat_commands import Mistaken, Order, Typed, meaning
@@ -27,7 +26,7 @@ from qwenrt.cli.terminal import Terminal, counted
 from qwenrt.cli.typeahead import unseen_keys
 from qwenrt.config import Environment
 from qwenrt.errors import ConfigError, QwenrtError, RequestError
-from qwenrt.files import is_there
+from qwenrt.files import expanded, is_there
 from qwenrt.outputs import Delta
 
 DEFAULT_SEED = 1234
@@ -223,5 +222,5 @@ def _stopped(session: Session, asking: Asking, so_far: str) -> None:
 
 def _findable(model: str) -> str:
     """A model's name by which it is found from any directory."""
-    path = Path(model).expanduser()
+    path = expanded(model, ConfigError)
     return str(path.resolve()) if is_there(path, ConfigError) else model

@@ -15,7 +15,7 @@ from qwenrt.config import Environment, ModelConfig, parse_model_config, read_jso
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.config.quant import rounding_description
 from qwenrt.errors import BackendError, CheckpointError, RequestError
-from qwenrt.files import is_there
+from qwenrt.files import expanded, is_there
 from qwenrt.load_options import CHOICES
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def find_config(name: str) -> tuple[ModelConfig, str]:
     from qwenrt.config.released import names_like, released_config
     from qwenrt.loader.hub.resolve import resolve
 
-    path = Path(name).expanduser()
+    path = expanded(name, CheckpointError)
     if os.path.isfile(path) and path.suffix.lower() != ".gguf":
         sidecar = path.with_name("quantize_config.json")
         quantize = read_json(sidecar) if is_there(sidecar, CheckpointError) else None

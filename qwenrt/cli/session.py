@@ -320,7 +320,7 @@ class Session:
         if not rest:
             self.terminal.warn(f"Which file? For example: :{name} conversation.json")
             return None
-        return Path(rest).expanduser()
+        return Path(rest)
 
 
 def tidy(name: str) -> str:

@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwenrt.errors import QwenrtError
+from qwenrt.errors import ConfigError, QwenrtError
+from qwenrt.files import expanded
 from qwenrt.server import (
     about,
     agent_routes,
@@ -151,7 +152,7 @@ class Named:
 
 
 def _path(directory: str | PathLike[str] | None) -> Path | None:
-    return None if directory is None else Path(directory).expanduser()
+    return None if directory is None else expanded(directory, ConfigError)
 
 
 _KINDS: dict[int, Kind] = {404: "not_found", 405: "method_not_allowed"}

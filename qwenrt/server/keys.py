@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qwenrt.errors import ConfigError, shown
-from qwenrt.files import opened
+from qwenrt.files import expanded, opened
 
 HIGHEST_PRIORITY = 9
 _LONGEST_KEY = 4096  # bytes; nobody's key is longer, and hashing what is would be work for strangers
@@ -166,4 +166,4 @@ def as_path(name: str, value: object) -> Path | None:
         return None
     if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
         raise ConfigError(f"{name}={shown(value)}", "not a path", "Pass the path of a file.")
-    return Path(value).expanduser()
+    return expanded(value, ConfigError, asked=f"{name}={shown(value)}")

@@ -50,6 +50,7 @@ def test_an_option_that_is_none_exits_with_2(
         (["--allow-host", "*"], "allow_hosts='*'"),
         (["--served-model-name", ""], "served_model_names=''"),
         (["--api-key-file", "/nowhere/keys"], "keys"),
+        (["--api-key-file", "~nobody-here/keys"], "there is no such home directory"),
         (["--host", "0.0.0.0"], "there is no API key"),
         (["--host", "::"], "there is no API key"),
         (["--host", "192.0.2.1", "--i-know-this-is-open"], "this machine has no such address"),

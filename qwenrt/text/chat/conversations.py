@@ -14,6 +14,7 @@ from typing import Any
 from qwenrt.arguments import as_integer
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError, RequestError, shown
+from qwenrt.files import expanded
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
 from qwenrt.text.tokenizer.unicode import without_surrogates
 
@@ -64,7 +65,7 @@ def save(
 ) -> Path:
     """Write a conversation as JSON; a file that is there is replaced in one step or left as it was. A new one can be
     read by its owner alone."""
-    target = Path(path).expanduser()
+    target = expanded(path, RequestError, asked=f"saving the conversation to {path}")
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -95,7 +96,7 @@ def load(path: str | Path) -> tuple[History, str | None]:
 
 def read(path: str | Path) -> Conversation:
     """All of a file that save() wrote. Raises RequestError for anything else."""
-    source = Path(path).expanduser()
+    source = expanded(path, RequestError, asked=f"loading a conversation from {path}")
     asked, remedy = f"loading a conversation from {source}", "Give a file that qwenrt saved."
     try:
         content = read_json(source)

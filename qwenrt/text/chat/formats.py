@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError, RequestError
-from qwenrt.files import is_there
+from qwenrt.files import expanded, is_there
 from qwenrt.text.chat.builtin_templates import TEMPLATES, family
 from qwenrt.text.chat.chatml import build_messages
 from qwenrt.text.chat.prompt import Prompt
@@ -100,7 +100,7 @@ def load_chat_format(directory: str | Path, model_type: str, chat_format: str | 
         return RawFormat()
     if model_type == "qwen":
         return ReactFormat()
-    return _template_format(Path(directory).expanduser(), model_type)
+    return _template_format(expanded(directory, ConfigError), model_type)
 
 
 def _template_format(directory: Path, model_type: str) -> ChatFormat:

@@ -93,6 +93,15 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     assert os.listdir(tmp_path) == ["c.json"]
 
 
+def test_a_home_that_there_is_not_is_named() -> None:
+    with pytest.raises(
+        RequestError, match=r"saving the conversation to ~nobody-here/c: there is no such home"
+    ):
+        save("~nobody-here/c", [])
+    with pytest.raises(RequestError, match=r"conversation from ~nobody-here/c: there is no such home"):
+        conversations.read("~nobody-here/c")
+
+
 def test_save_needs_a_directory(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"No such file or directory\. Choose a file in a directory"):
         save(tmp_path / "none" / "c.json", [])
