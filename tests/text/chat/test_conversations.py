@@ -99,7 +99,7 @@ def test_a_home_that_there_is_not_is_named() -> None:
     ):
         save("~nobody-here/c", [])
     with pytest.raises(RequestError, match=r"conversation from ~nobody-here/c: there is no such home"):
-        conversations.read("~nobody-here/c")
+        load("~nobody-here/c")
 
 
 def test_save_needs_a_directory(tmp_path: Path) -> None:
