@@ -46,16 +46,15 @@ def list_models(args: argparse.Namespace) -> int:
 
     found = on_this_machine(Environment.read())
     known = [model for model in found if model.config is not None or args.all or _unfinished(model)]
-    terminal = Terminal()
+    loaded, terminal = _loaded(found), Terminal()
     if args.json:
-        loaded = _loaded(found)
         terminal.result([as_json(model) | {"loaded": model in loaded} for model in known])
         return 0
     for line in _lines([_row(model) for model in known], width()):
         terminal.say(line)
-    whole = {model.name for model in _loaded(found)}
+    whole = {model.name for model in loaded}
     notes = [_not_complete(model, model.name in whole) for model in known if model.lacks]
-    if len({(model.name) for model in known}) < len(known):
+    if len({model.name for model in known}) < len(known):
         notes.append("a name that is listed twice means the first that is complete")
     if len(found) > len(known):
         others = counted(len(found) - len(known), "model")

@@ -152,7 +152,7 @@ class OpenAIServer:
             ) from None
 
     async def alive(self) -> bool:
-        """Whether it still takes connections, asked three times."""
+        """Whether it still takes connections, asked _PROBES times."""
         for attempt in range(_PROBES):
             if attempt:
                 await asyncio.sleep(_BETWEEN_PROBES_S)
