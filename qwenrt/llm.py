@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from qwenrt.answering import COMPLETION, Prepared, ReplyReader, checked_budget, deltas_of, generation_of
 from qwenrt.arguments import as_token_ids
 from qwenrt.config import GenerationConfig, ModelConfig
-from qwenrt.errors import QwenrtError, RequestError, shown
+from qwenrt.errors import QwenrtError, RequestError
 from qwenrt.load_options import LoadOptions
 from qwenrt.other_names import takes_no_tokenizer, unknown_attribute
 from qwenrt.outputs import Delta, Generation
@@ -569,22 +569,7 @@ class LLM(Retrieval):
                 "sampling_params", f"got {type(given).__name__}", "Pass qwenrt.SamplingParams(...)."
             )
         params = self.generation_config.sampling if given is None else given
-        return self._seeing_control_tokens(params.with_(**changes) if changes else params)
-
-    def _seeing_control_tokens(self, params: SamplingParams) -> SamplingParams:
-        """A stop string that is a control token, which is left out of every text, ends one by its id."""
-        tokenizer = self._prompter.tokenizer
-        hidden = tokenizer.special_tokens if tokenizer is not None and params.stop else {}
-        ids = [hidden[stop] for stop in params.stop if stop in hidden]
-        for stop in params.stop:
-            inside = next((form for form in hidden if form in stop and stop not in hidden), None)
-            if inside is not None:
-                logger.warning(
-                    "stop %s is never found: %s is left out of texts; it would end one by itself",
-                    shown(stop),
-                    inside,
-                )
-        return params.with_(stop_token_ids=(*params.stop_token_ids, *ids)) if ids else params
+        return self._prompter.seeing_control_tokens(params.with_(**changes) if changes else params)
 
     def build_grammars(self) -> None:
         """Make what all grammars share, so that the first request with one does not wait for it; in this thread, beside

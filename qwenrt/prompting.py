@@ -11,8 +11,9 @@ from typing import Any, Literal
 from qwenrt.answering import ReplyReader
 from qwenrt.arguments import as_integer, as_list, as_token_ids, flag
 from qwenrt.config import GenerationConfig, ModelConfig
-from qwenrt.errors import CheckpointError, ConfigError, RequestError
+from qwenrt.errors import CheckpointError, ConfigError, RequestError, shown
 from qwenrt.files import is_there
+from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.chatml import build_chat
 from qwenrt.text.chat.formats import ChatFormat, load_chat_format
@@ -178,6 +179,21 @@ class Prompter:
                     "prompt", f"got {type(text).__name__}", "Pass a string or a list of strings."
                 )
         return [[*tokenizer.prefix_ids, *tokenizer.encode(text)] for text in texts], isinstance(prompt, str)
+
+    def seeing_control_tokens(self, params: SamplingParams) -> SamplingParams:
+        """``params`` in which a stop string that is a control token, which is left out of every text, ends one by its
+        id."""
+        hidden = self.tokenizer.special_tokens if self.tokenizer is not None and params.stop else {}
+        ids = [hidden[stop] for stop in params.stop if stop in hidden]
+        for stop in params.stop:
+            inside = next((form for form in hidden if form in stop and stop not in hidden), None)
+            if inside is not None:
+                logger.warning(
+                    "stop %s is never found: %s is left out of texts; it would end one by itself",
+                    shown(stop),
+                    inside,
+                )
+        return params.with_(stop_token_ids=(*params.stop_token_ids, *ids)) if ids else params
 
     def _usable_chat_format(self) -> ChatFormat:
         if self.generation.chat_format == "raw":

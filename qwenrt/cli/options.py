@@ -170,11 +170,11 @@ def check_installed(command: str, needed: Sequence[str]) -> None:
 
 def check_can_write(option: str, path: Path) -> None:
     """Raises ConfigError where no file could be written, before anything is measured for it."""
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, false where it may not be looked at
         found = "it is a directory"
-    elif not path.parent.is_dir():
+    elif not os.path.isdir(path.parent):
         found = f"there is no directory {path.parent}"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+    elif not os.access(path if os.path.lexists(path) else path.parent, os.W_OK):
         found = "it may not be written"
     else:
         return
