@@ -37,9 +37,15 @@ class LinearSpec:
         return dict(self.parts).get("v", 0)
 
 
+def layer_prefix(config: ModelConfig, layer: int) -> str:
+    """What the names of a layer's weights begin with; those behind the decoder's are of the head that guesses."""
+    own = layer - config.num_layers
+    return f"layers.{layer}" if own < 0 else f"mtp.layers.{own}"
+
+
 def layer_linears(config: ModelConfig, layer: int) -> list[LinearSpec]:
     """The linears of a layer, in the order they are used."""
-    prefix, d = f"layers.{layer}", config.hidden_size
+    prefix, d = layer_prefix(config, layer), config.hidden_size
     mixer = _delta_linears(config, prefix) if config.is_linear(layer) else _attention_linears(config, prefix)
     moe = config.moe
     if moe is None or not config.is_moe(layer):
@@ -114,7 +120,7 @@ def _mlp_linears(prefix: str, d: int, i: int, bias: bool = False) -> list[Linear
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """The other weights of a layer and their shapes: norms, what chooses the experts, and of a gated delta net its
     convolution and how fast each head forgets."""
-    d, prefix = config.hidden_size, f"layers.{layer}"
+    d, prefix = config.hidden_size, layer_prefix(config, layer)
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}.input_norm": (d,), f"{prefix}.post_norm": (d,)}
     delta = config.linear_attention
     if delta is not None and config.is_linear(layer):
@@ -131,6 +137,26 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
         if config.moe.shared_intermediate_size:
             shapes[f"{prefix}.shared_expert_gate"] = (1, d)
     return shapes
+
+
+def mtp_linears(config: ModelConfig) -> list[LinearSpec]:
+    """The linears of the head that guesses the token after next, none where it is not loaded: ``fc`` brings an
+    embedding and a hidden state, side by side, to one; then come the layer's."""
+    if not config.num_mtp_layers:
+        return []
+    d = config.hidden_size
+    return [
+        LinearSpec("mtp.fc", 2 * d, (("fc", d),), bias=False),
+        *layer_linears(config, config.num_layers),
+    ]
+
+
+def mtp_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The other weights of that head and their shapes."""
+    if not config.num_mtp_layers:
+        return {}
+    norms = ("mtp.embedding_norm", "mtp.hidden_norm", "mtp.norm")
+    return dict.fromkeys(norms, (config.hidden_size,)) | layer_tensors(config, config.num_layers)
 
 
 def head_linear(config: ModelConfig) -> LinearSpec:
@@ -179,6 +205,10 @@ def _parameters(config: ModelConfig, experts: int) -> int:
             for spec in layer_linears(one, layer)
         )
         total += number * (tensors + sum(linears))
+    total += sum(map(math.prod, mtp_tensors(config).values()))
+    total += sum(
+        spec.num_parameters * (experts if ".experts." in spec.name else 1) for spec in mtp_linears(one)
+    )
     return total + config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 

@@ -73,7 +73,7 @@ def load_weights(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     bits = quantize_bits(quantize, config)
-    table = table_for(config.model_type)
+    table = table_for(config.model_type, config.with_mtp)
     checkpoint = split_experts(checkpoint, config, table)
     inventory = take_inventory(checkpoint, model, config, table)
     inventory.raise_problems(checkpoint)
@@ -81,6 +81,8 @@ def load_weights(
     cache: PackedCache | None = None
     if packed_cache is not None:
         settings = {"layers": rounding_description(quantize), "head": rounding_description(quantize_head)}
+        if config.with_mtp:
+            settings["mtp"] = settings["layers"]
         cache = PackedCache.of(packed_cache, checkpoint, config, backend, dtype, settings)
         if cache.load_into(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)

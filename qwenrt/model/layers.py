@@ -9,6 +9,7 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import layer_prefix
 from qwenrt.model.attention import Attention
 from qwenrt.model.delta_net import DeltaNet
 from qwenrt.model.weights import Weights
@@ -20,7 +21,7 @@ class DecoderLayer:
     """h = x + mixer(norm(x)); y = h + mlp(norm(h)), each step one bound seam of the backend."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
-        self.prefix = f"layers.{index}"
+        self.prefix = layer_prefix(config, index)
         self.moe = config.moe if config.is_moe(index) else None
         self.eps, self._head_dim = config.rms_norm_eps, config.head_dim
         self.mixer = (DeltaNet if config.is_linear(index) else Attention)(config, index)
