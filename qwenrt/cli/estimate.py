@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.cli.options import add_load_option, example
 from qwenrt.cli.terminal import Terminal, billions, counted
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
-from qwenrt.config.layers import num_active_parameters, num_parameters
+from qwenrt.config.layers import num_active_parameters, num_parameters, with_mtp
 from qwenrt.config.quant import rounding_description
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import expanded, is_there
@@ -68,6 +68,8 @@ def add_parser(subparsers: Any) -> None:
     add_load_option(parser, "dtype")
     add_load_option(parser, "quantize", choices=("none", *CHOICES["quantize"]), default="none")
     add_load_option(parser, "kv_cache_dtype", "--kv", dest="kv")
+    add_load_option(parser, "draft")
+    add_load_option(parser, "draft_tokens")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=estimate)
 
@@ -120,15 +122,23 @@ def examine(args: argparse.Namespace) -> Report:
     if args.memory is not None and not 0 < args.memory <= 2**20:
         raise RequestError("--memory", f"got {args.memory:g}", "Give the free memory in GiB.")
     config, source = find_config(args.model)
+    config = with_mtp(config, args.draft, args.model)
     device, free, total = device_and_memory(args.device, args.memory)
     quantize = None if args.quantize == "none" else args.quantize
     layout_of = partial(device_layout, config, device, args.dtype, free)
     layout = layout_of(quantize)
     context = args.ctx or usual_context(config)
     need = memory_need(
-        config, layout.storage, context, users=args.users, quantize=quantize, kv_cache_dtype=args.kv
+        config,
+        layout.storage,
+        context,
+        users=args.users,
+        quantize=quantize,
+        kv_cache_dtype=args.kv,
+        draft_tokens=args.draft_tokens,
     )
-    found = options(config, layout_of, Workload(context, args.users), free, BATCH_TOKENS) if free else []
+    work = Workload(context, args.users)
+    found = options(config, layout_of, work, free, BATCH_TOKENS, args.draft_tokens) if free else []
     return Report(
         *(args.model, source, config, device, free, total, context, args.users, quantize, args.kv),
         *(layout, need, found),

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 from qwenrt.config.model import ModelConfig
+from qwenrt.errors import ConfigError
 
+MOST_ROWS = 16  # of a step, those of guesses included: more cost a CPU as much as steps of their own
 BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
 _SNAPSHOTS, _FEW = (
     3,
@@ -139,6 +141,20 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
     return shapes
 
 
+def with_mtp(config: ModelConfig, draft: str | None, name: str) -> ModelConfig:
+    """The network with the head that guesses if that is how tokens are drafted. Raises ConfigError where config.json
+    has none; ``name``: of the model, for that."""
+    if draft != "mtp":
+        return config
+    if not config.mtp_layers:
+        raise ConfigError(
+            'draft="mtp"',
+            f"{name} has no MTP head (mtp_num_hidden_layers is 0 or absent in config.json)",
+            'Leave draft out: a request may ask for draft="lookup", which needs no head.',
+        )
+    return replace(config, with_mtp=True)
+
+
 def mtp_linears(config: ModelConfig) -> list[LinearSpec]:
     """The linears of the head that guesses the token after next, none where it is not loaded: ``fc`` brings an
     embedding and a hidden state, side by side, to one; then come the layer's."""
@@ -233,3 +249,9 @@ def num_snapshots(sequences: int, affordable: int | None = None) -> int:
     ``affordable``, a few at least."""
     most = _SNAPSHOTS * sequences
     return most if affordable is None else min(most, max(_FEW, affordable))
+
+
+def num_trail_states(sequences: int, guesses: int) -> int:
+    """How many states are written beside those of the running sequences while a step checks up to ``guesses`` tokens of
+    each: one after each of them, for as many sequences as a step has rows for."""
+    return guesses * min(sequences, MOST_ROWS // (guesses + 1))

@@ -154,6 +154,11 @@ class ModelConfig:
         return self.num_layers - self.num_linear_layers
 
     @property
+    def num_paged_layers(self) -> int:
+        """Layers with keys and values in pages, that of a head that guesses among them."""
+        return self.num_kv_layers + self.num_mtp_layers
+
+    @property
     def num_mtp_layers(self) -> int:
         """Layers of the head that guesses the token after next, 0 where it is not loaded: they keep keys and values
         too."""

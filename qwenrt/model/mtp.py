@@ -1,4 +1,4 @@
-"""The head that guesses the token after next (multi-token prediction): one decoder layer over the model's own states."""
+"""The head that guesses the token after next (multi-token prediction): one layer over the model's own states."""
 
 from __future__ import annotations
 

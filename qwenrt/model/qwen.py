@@ -11,7 +11,14 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.backends.stack import RotaryTable
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec, head_linear, layer_linears, layer_tensors, mtp_linears, mtp_tensors
+from qwenrt.config.layers import (
+    LinearSpec,
+    head_linear,
+    layer_linears,
+    layer_tensors,
+    mtp_linears,
+    mtp_tensors,
+)
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.model.key_codes import fit_key_codes, random_tokens
 from qwenrt.model.layers import DecoderLayer
@@ -148,7 +155,7 @@ class Qwen:
         total = self.weight_bytes
         if not self._head_is_embedding:
             total -= self.embed_tokens.nbytes - self.embed_tokens[0].nbytes
-        for layer in self.layers:
+        for layer in (*self.layers, *(() if self.mtp is None else (self.mtp.layer,))):
             mlp = layer.weights.mlp
             if isinstance(mlp, Experts):
                 experts = sum(packed.nbytes for packed in (*mlp.gate_up, *mlp.down))
@@ -160,10 +167,14 @@ class Qwen:
         weight = self.lm_head.data.get("weight")
         return isinstance(weight, torch.Tensor) and weight.data_ptr() == self.embed_tokens.data_ptr()
 
-    def fit_key_codes(self, kv: Sequence[LayerCache]) -> None:
-        """Lay the codes of an int8 cache over this model's keys, before anything is stored in it."""
+    def fit_key_codes(self, kv: Sequence[LayerCache], of_mtp: LayerKV | None = None) -> None:
+        """Lay the codes of an int8 cache over this model's keys, before anything is stored in it; ``of_mtp``: that of
+        the head that guesses."""
         tokens = random_tokens(self.config.hidden_size).to(self.backend.device, self._stream_dtype)
-        fit_key_codes(self.layers, kv, self._rotary, tokens, self.config.max_position_embeddings)
+        layers, caches = list(self.layers), list(kv)
+        if self.mtp is not None and of_mtp is not None:
+            layers, caches = [*layers, self.mtp.layer], [*caches, of_mtp]
+        fit_key_codes(layers, caches, self._rotary, tokens, self.config.max_position_embeddings)
 
     # ---- the network
 

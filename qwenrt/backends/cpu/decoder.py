@@ -192,6 +192,8 @@ class DecoderStack:
             return None
 
     def why_not(self, step: Step) -> str | None:
+        if any(step.state_trails):
+            return "states after each of several tokens"
         return None if step.num_tokens else "a step without tokens"
 
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:

@@ -95,7 +95,9 @@ def _with_mtp(config: ModelConfig, checkpoint: Checkpoint, tensors: _Tensors) ->
     if ("mtp.fc", "") not in tensors:
         found = f"{checkpoint.directory} has no MTP head: among its {len(checkpoint.tensors)} tensors is no mtp.fc"
     elif any(param.startswith("mtp.layers.1.") for param, _ in tensors):
-        found = f"the MTP head of {checkpoint.directory} has several layers, and those that are known have one"
+        found = (
+            f"the MTP head of {checkpoint.directory} has several layers, and those that are known have one"
+        )
     if found:
         remedy = 'Load it without draft="mtp" (a request may ask for draft="lookup"), or take a release that has it.'
         raise ConfigError('draft="mtp"', found, remedy)

@@ -223,7 +223,6 @@ QWEN3_NEXT = replace(_HYBRID, linears={**_GROUPED, **_HYBRID.linears})
 QWEN3_5 = replace(_HYBRID, linears={**_APART, **_HYBRID.linears})
 
 
-
 def _with_mtp(table: NameTable) -> NameTable:
     """A table that also knows the head that guesses the token after next; some writers put it below "model."."""
     within = "model.layers.{n}."
