@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
         self._device, self.sizes, self.nbytes, self._count = device, sizes, 0, 0
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # a handle of torch's
 
     def capture(self, body: Callable[[], None]) -> Graph:
         """As Graphs.capture. Raises what ``body`` did wrong, or else what the driver says."""
@@ -54,7 +55,8 @@ class CudaGraphs:
 
     def _take_down(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
         own, asking = self._stream, torch.cuda.current_stream()
         own.wait_stream(asking)
         with torch.cuda.stream(own):  # that of the capture: libraries keep a work area for each stream
