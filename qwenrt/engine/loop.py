@@ -171,9 +171,8 @@ class Loop:
             message = self._awaited(engine)
             engine.accounts.move()
             self._take(engine, message)
-        for _ in range(
-            self.inbox.qsize()
-        ):  # what comes meanwhile waits for a step, or steps would wait for ever
+        # what comes meanwhile waits for a step, or steps would wait for ever
+        for _ in range(self.inbox.qsize()):
             if self._stop.is_set():
                 return
             try:
