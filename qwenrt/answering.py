@@ -32,6 +32,7 @@ class TurnOptions(SamplingChanges, total=False):
 
     enable_thinking: bool | None
     thinking_budget: int | None
+    reasoning_effort: str | None
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool
     sampling_params: SamplingParams | None

@@ -32,6 +32,7 @@ from qwenrt.outputs import Delta, Generation
 from qwenrt.retrieval import Retrieval
 from qwenrt.sampling_params import SamplingChanges, SamplingParams
 from qwenrt.text.chat.conversations import as_history
+from qwenrt.text.chat.efforts import Thinking, ThoughtWish
 from qwenrt.text.chat.messages import given_tools
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from qwenrt.assembly import Assembled
     from qwenrt.engine.answers import AsyncAnswer, Handle
-    from qwenrt.prompting import Thinking
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
 logger = logging.getLogger("qwenrt")
@@ -95,6 +95,7 @@ class LLM(Asynchronous, Retrieval):
         tools: Messages | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
@@ -106,9 +107,10 @@ class LLM(Asynchronous, Retrieval):
         of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
         ``message`` is ready to append. ``enable_thinking``: for models that can answer with and without a thought, None
         takes their default. ``thinking_budget``: the longest thought, in tokens; then the answer begins; refused for
-        models that do not think. ``tool_choice``: "auto" (None), "none", or a call that is required, of any tool
-        ("required") or of one ({"type": "function", "function": {"name": ...}}). ``parallel_tool_calls``: if off, an
-        answer ends with its first call. ``sampling`` changes single fields of ``sampling_params`` or of the
+        models that do not think. ``reasoning_effort``: from "none" to "max", what the model is told where it was taught
+        to listen (Qwen3.8), else a budget. ``tool_choice``: "auto" (None), "none", or a call that is required, of any
+        tool ("required") or of one ({"type": "function", "function": {"name": ...}}). ``parallel_tool_calls``: if off,
+        an answer ends with its first call. ``sampling`` changes single fields of ``sampling_params`` or of the
         checkpoint's own defaults.
         """
         prepared, result = self._turn(
@@ -119,6 +121,7 @@ class LLM(Asynchronous, Retrieval):
             tools,
             enable_thinking=enable_thinking,
             thinking_budget=thinking_budget,
+            reasoning_effort=reasoning_effort,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             sampling_params=sampling_params,
@@ -139,6 +142,7 @@ class LLM(Asynchronous, Retrieval):
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
@@ -159,6 +163,7 @@ class LLM(Asynchronous, Retrieval):
             prompt_token_ids=prompt_token_ids,
             enable_thinking=enable_thinking,
             thinking_budget=thinking_budget,
+            reasoning_effort=reasoning_effort,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             sampling_params=sampling_params,
@@ -244,6 +249,7 @@ class LLM(Asynchronous, Retrieval):
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
@@ -256,17 +262,17 @@ class LLM(Asynchronous, Retrieval):
         """
         params, tools = self._params(sampling_params, sampling), given_tools(tools)
         if prompt is None and prompt_token_ids is None:
-            chat, reader = self._alive().prompter.chat_prompt(
+            chat, reader, budget = self._alive().prompter.chat_prompt(
                 query,
                 as_history(history),
                 system,
                 messages,
                 tools,
-                enable_thinking,
+                ThoughtWish(enable_thinking, thinking_budget, reasoning_effort),
                 tool_choice,
                 parallel_tool_calls,
             )
-            budget = checked_budget(thinking_budget, reader)
+            budget = checked_budget(budget, reader)
             self._compile(params)  # by itself, so that an error tells its place
             self._compile(reader.held(params))
             return Prepared(chat.token_ids, params, reader, chat.stop, budget)

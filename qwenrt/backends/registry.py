@@ -57,9 +57,9 @@ class _BuiltIn:
 
 # In the order "auto" tries them.
 _BUILT_IN = {
-    "cuda": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _accelerator("cuda")),
+    "cuda": _BuiltIn("cuda", "qwenrt.backends.cuda:CudaBackend", _accelerator("cuda")),
     "npu": _BuiltIn("npu", "qwenrt.backends.base:Backend", _accelerator("npu")),
-    "dcu": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _dcu),
+    "dcu": _BuiltIn("cuda", "qwenrt.backends.cuda:CudaBackend", _dcu),
     "cpu": _BuiltIn("cpu", "qwenrt.backends.cpu:CPUBackend", lambda: None),
 }
 

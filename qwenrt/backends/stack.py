@@ -138,6 +138,9 @@ class Stack(Protocol):
     def why_not(self, step: Step) -> str | None:
         """The reason it does not serve a step, as data; None where it does."""
 
+    def note(self) -> str:
+        """What `LLM.explain` says of it as things are now, or nothing."""
+
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         """Begin to compute a step it serves: store keys and values, choose tokens. ``before``: the step before, whose
         tokens may be this one's input. What `run` needs of the step it has read when it returns."""
@@ -153,6 +156,9 @@ class SeamStack:
 
     def why_not(self, step: Step) -> str | None:
         return None
+
+    def note(self) -> str:
+        return ""
 
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         backend, network = self._backend, self._parts.network

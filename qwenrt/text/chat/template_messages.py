@@ -27,6 +27,13 @@ def prepared(messages: Sequence[Message], allow_text_arguments: bool) -> list[Me
     return _in_order(parsed)
 
 
+def merged_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with all system texts in one message, the first, in their order, empty lines between."""
+    texts = [message.text for message in messages if message.role == "system" and message.text]
+    others = [message for message in messages if message.role != "system"]
+    return [Message("system", "\n\n".join(texts)), *others] if texts else others
+
+
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages in the shape that templates know: role, content, tool_calls, reasoning_content."""
     return [_template_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
