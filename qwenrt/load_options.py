@@ -71,6 +71,8 @@ ABOUT: dict[str, str] = {
     "draft": "guess tokens and check several in one step: the same answers, sooner where guesses are right; mtp "
     "guesses by the head that Qwen3-Next, Qwen3.5 and later have for it (default: only what a request asks for)",
     "draft_tokens": "how many tokens draft guesses for an answer at a time",
+    "merge_system_messages": "where a chat template takes a system message in the first place alone (Qwen3.5 to 3.8), "
+    "move the texts of later ones into that; otherwise they are an error",
 }
 
 
@@ -103,6 +105,7 @@ class LoadOptions:
     prefix_store_bytes: int = 4 * 2**30
     draft: Draft | None = None
     draft_tokens: int = 1
+    merge_system_messages: bool = False
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -152,7 +155,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
         return size(name, value)
     if name in _INTEGERS:
         return _integer(name, value, *_INTEGERS[name])
-    if name in ("offline", "progress"):
+    if name in ("offline", "progress", "merge_system_messages"):
         return flag(name, value, ConfigError)
     also = _DIRECTORIES.get(name, ())
     if isinstance(value, (str, *also)):

@@ -53,6 +53,7 @@ def load(
     prefix_store_bytes: int = 4 * 2**30,
     draft: Draft | None = None,
     draft_tokens: int = 1,
+    merge_system_messages: bool = False,
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
 
@@ -83,6 +84,7 @@ def load(
         prefix_store_bytes=prefix_store_bytes,
         draft=draft,
         draft_tokens=draft_tokens,
+        merge_system_messages=merge_system_messages,
     )
     return load_with(model, options)
 

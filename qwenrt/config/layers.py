@@ -10,10 +10,8 @@ from qwenrt.errors import ConfigError
 
 MOST_ROWS = 16  # of a step, those of guesses included: more cost a CPU as much as steps of their own
 BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
-_SNAPSHOTS, _FEW = (
-    3,
-    4,
-)  # states kept so that beginnings are found again: for each sequence; of all, where room is short
+# states kept so that beginnings are found again: for each sequence; of all, where room is short
+_SNAPSHOTS, _FEW = 3, 4
 
 
 @dataclass(frozen=True)
