@@ -47,6 +47,7 @@ class Backend:
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
+    serving: list[Stack] = field(default_factory=list, init=False)  # of the model that was set up last
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
     block_size: int = field(default=BLOCK_SIZE, init=False)  # tokens of a block of the cache
     name: ClassVar[str] = "torch"
@@ -96,7 +97,8 @@ class Backend:
             setattr(self, op, getattr(Backend, op).__get__(self))
 
     def note_wholes(self, stacks: list[Stack]) -> None:
-        """Say in ``bindings`` which of WHOLES serve; ``stacks``: those of a model."""
+        """Say in ``bindings`` which of WHOLES serve, and keep ``stacks``, those of a model, as the ones ``serving``."""
+        self.serving = stacks
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
@@ -424,7 +426,6 @@ class Backend:
         )
         if self.device.type == "cpu":
             return host
-        host = host.pin_memory() if self.device.type == "cuda" else host  # kept until the copy is done
         return host.to(self.device, non_blocking=True)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -433,8 +434,9 @@ class Backend:
         if tensor.device.type == "cpu":
             return lambda: tensor
         host = tensor.to("cpu", non_blocking=True)
-        done = torch.get_device_module(self.device).Event()
-        done.record()
+        module = torch.get_device_module(tensor.device)
+        done = module.Event()
+        done.record(module.current_stream(tensor.device))  # of its device, whichever is the current one
 
         def wait() -> torch.Tensor:
             done.synchronize()

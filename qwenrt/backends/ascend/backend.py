@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 
 from qwenrt.backends.ascend import calls, fused, packing, soc
-from qwenrt.backends.ascend.graphs import NPUGraphs, why_no_graphs
+from qwenrt.backends.ascend.graphs import GreedyGraphStack, NPUGraphs, why_no_graphs
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
 from qwenrt.backends.graphs import Graphs
+from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Experts, Packed
@@ -91,6 +92,9 @@ class AscendBackend(Backend):
             return super().choose(logits, draws, vocabulary)
         chosen = Backend(torch.device("cpu")).choose(logits.cpu(), draws, vocabulary)
         return chosen.to(self.device)
+
+    def graphs(self) -> Graphs | None:
+        return None
 
     def describe(self) -> str:
         """The family, and whether fused operators serve."""
@@ -185,5 +189,11 @@ class A2Backend(AscendBackend):
         normed = self.rms_norm(x, norm, eps)
         return x + self._shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
 
-    def graphs(self) -> Graphs | None:
-        return NPUGraphs(self._lengths, self.draws_here)
+    def stacks(self, parts: StackParts) -> list[Stack]:
+        if self.draws_here or "stacks" in self.demoted:
+            return super().stacks(parts)
+        seams = SeamStack(self, parts)
+        return [GreedyGraphStack(self, parts, self.graphs(), seams), seams]
+
+    def graphs(self) -> Graphs:
+        return NPUGraphs(self._lengths)

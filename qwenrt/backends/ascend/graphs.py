@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qwenrt.backends.ascend.fused import HostLengths
-from qwenrt.backends.graphs import Graph
+from qwenrt.backends.graphs import Graph, GraphStack
 from qwenrt.ops.steps import Step
 
 
@@ -29,20 +29,13 @@ def why_no_graphs() -> str | None:
 
 
 class NPUGraphs:
-    """Graphs for GraphStack. ``draws``: whether tokens can be drawn on the device (else only greedy steps are captured,
-    qwenrt.backends.ascend.backend)."""
+    """Graphs for GraphStack. They work in one pool of memory: they are replayed one after the other, and what a body gives
+    is in memory of its own. Few sizes: each graph takes streams, of which a device has some hundreds."""
 
-    sizes: tuple[int, ...] = (
-        1,
-        2,
-        4,
-        8,
-        16,
-        32,
-    )  # few: each graph takes streams, of which a device has some hundreds
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 
-    def __init__(self, lengths: HostLengths, draws: bool) -> None:
-        self._lengths, self._draws = lengths, draws
+    def __init__(self, lengths: HostLengths) -> None:
+        self._lengths, self._count = lengths, 0
         self._pool: Any = None
 
     def capture(self, body: Callable[[], None]) -> Graph:
@@ -54,11 +47,18 @@ class NPUGraphs:
         graph = npu.NPUGraph()
         self._lengths.capturing, self._lengths.rows = True, 0
         try:
-            with npu.graph(graph, pool=self._pool, auto_dispatch_capture=True):
+            # Other threads go on with what they do on this device: only this one's calls are part of the capture.
+            with npu.graph(
+                graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
+            ):
                 body()
         finally:
             self._lengths.capturing = False
+        self._count += 1
         return _Captured(graph, self._lengths.rows, npu.Event())
+
+    def note(self) -> str:
+        return f"captured in {self._count} graph{'' if self._count == 1 else 's'}"
 
 
 class _Captured:
@@ -72,3 +72,12 @@ class _Captured:
             self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": lengths}])
         self._graph.replay()
         self._done.record()
+
+
+class GreedyGraphStack(GraphStack):
+    """For devices that do not sum float64, which drawing tokens needs: the seams, and the host, serve steps that draw."""
+
+    def why_not(self, step: Step) -> str | None:
+        if any(draw is not None and not draw.greedy for draw in step.draws):
+            return "tokens are drawn, for which this device has no float64"
+        return super().why_not(step)
