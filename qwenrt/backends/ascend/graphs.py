@@ -29,8 +29,8 @@ def why_no_graphs() -> str | None:
 
 
 class NPUGraphs:
-    """Graphs for GraphStack. They work in one pool of memory: they are replayed one after the other, and what a body gives
-    is in memory of its own. Few sizes: each graph takes streams, of which a device has some hundreds."""
+    """Graphs for GraphStack, in one pool of memory: they are replayed one after the other, and what a body gives is in
+    memory of its own. Few sizes: each graph takes streams, of which a device has some hundreds."""
 
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 
@@ -75,7 +75,7 @@ class _Captured:
 
 
 class GreedyGraphStack(GraphStack):
-    """For devices that do not sum float64, which drawing tokens needs: the seams, and the host, serve steps that draw."""
+    """For devices that do not sum float64, which drawing tokens needs: the host draws, after a step by the seams."""
 
     def why_not(self, step: Step) -> str | None:
         if any(draw is not None and not draw.greedy for draw in step.draws):
