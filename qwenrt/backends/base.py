@@ -47,6 +47,9 @@ class Backend:
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
+    seams_because: str = field(
+        default="", init=False
+    )  # why no stack of its own serves the last model asked for
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
@@ -99,7 +102,8 @@ class Backend:
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
-            note = f"whole steps by {stacks[0].name}" if serves and op == "stacks" else ""
+            note = f"whole steps by {stacks[0].name}" if serves else self.seams_because
+            note = note if op == "stacks" else ""
             self.bindings.append(Binding(op, "model", "", serves, self.demoted.get(op, note)))
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
@@ -150,6 +154,9 @@ class Backend:
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.silu_and_mul(gate_up)
+
+    def gate_output(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return reference.gate_output(attended, gate)
 
     def causal_conv(
         self, x: torch.Tensor, weight: torch.Tensor, state: LayerState | None, plan: StepPlan
