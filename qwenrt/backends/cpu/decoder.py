@@ -174,9 +174,10 @@ class _Structs:
         """Raises Unserved."""
         if isinstance(w.mixer, AttentionWeights):
             mixer = self._attention(w.mixer)
-        else:
-            assert isinstance(cache, LayerState)
+        elif isinstance(cache, LayerState):
             mixer = self._delta_net(w.mixer, w.eps, cache)
+        else:
+            raise Unserved("linear attention without states")
         if isinstance(w.mlp, Experts):
             mlp: dict[str, Any] = {"experts": self._kept(self._experts(w.mlp))}
         else:
