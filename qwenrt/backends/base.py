@@ -47,9 +47,9 @@ class Backend:
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
-    seams_because: str = field(
-        default="", init=False
-    )  # why no stack of its own serves the last model asked for
+    serving: list[Stack] = field(default_factory=list, init=False)  # of the model that was set up last
+    # Why none but the seams serves that model, where it could be otherwise.
+    seams_because: str = field(default="", init=False)
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
@@ -98,7 +98,8 @@ class Backend:
             setattr(self, op, getattr(Backend, op).__get__(self))
 
     def note_wholes(self, stacks: list[Stack]) -> None:
-        """Say in ``bindings`` which of WHOLES serve; ``stacks``: those of a model."""
+        """Say in ``bindings`` which of WHOLES serve, and keep ``stacks``, those of a model, as the ones ``serving``."""
+        self.serving = stacks
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
@@ -430,7 +431,6 @@ class Backend:
         )
         if self.device.type == "cpu":
             return host
-        host = host.pin_memory() if self.device.type == "cuda" else host  # kept until the copy is done
         return host.to(self.device, non_blocking=True)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -439,8 +439,9 @@ class Backend:
         if tensor.device.type == "cpu":
             return lambda: tensor
         host = tensor.to("cpu", non_blocking=True)
-        done = torch.get_device_module(self.device).Event()
-        done.record()
+        module = torch.get_device_module(tensor.device)
+        done = module.Event()
+        done.record(module.current_stream(tensor.device))  # of its device, whichever is the current one
 
         def wait() -> torch.Tensor:
             done.synchronize()

@@ -100,9 +100,8 @@ def cache_error(got: LayerKV, wanted: LayerKV) -> float:
         for part in ("scale", "zero"):
             worst = max(worst, relative(getattr(got, f"{side}_{part}"), getattr(wanted, f"{side}_{part}")))
         apart = (codes[0].int() - codes[1].int()).abs()
-        beside = (
-            float((apart == 1).float().mean()) * 0.01
-        )  # one in a hundred is as much as float32 is allowed
+        # one in a hundred is as much as float32 is allowed
+        beside = float((apart == 1).float().mean()) * 0.01
         worst = max(worst, beside, (int(apart.max()) - 1) / 255)
     return worst
 

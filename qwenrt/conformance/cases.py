@@ -295,10 +295,8 @@ def selection(
     for op in OPS:
         if not ops or op.name in ops:
             who = [*subjects, *(linears_only if op.linear else ())]
-            for dtypes in (
-                DTYPES[:1],
-                DTYPES[1:],
-            ):  # of float32 and of narrower ones: kernels differ most in that
+            # of float32 and of narrower ones: kernels differ most in that
+            for dtypes in (DTYPES[:1], DTYPES[1:]):
                 some = [dtype for dtype in op.axes["dtype"] if dtype in dtypes]
                 for values in pairwise.pairs({**op.axes, "dtype": some, "subject": who}) if some else ():
                     subject = values.pop("subject")
