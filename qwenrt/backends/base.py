@@ -16,7 +16,7 @@ from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, 
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.config import LinearAttentionConfig, ModelConfig
-from qwenrt.config.layers import kv_bytes_per_token
+from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
 from qwenrt.errors import BackendError
 from qwenrt.ops import delta, quantization, reference
 from qwenrt.ops.steps import (
@@ -51,6 +51,7 @@ class Backend:
     # Why none but the seams serves that model, where it could be otherwise.
     seams_because: str = field(default="", init=False)
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
+    block_size: int = field(default=BLOCK_SIZE, init=False)  # tokens of a block of the cache
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
