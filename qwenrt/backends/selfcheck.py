@@ -47,6 +47,7 @@ def check(
         "attention": lambda: _worst(_attention(backend, dtype, heads)),
         "rms_norm": lambda: _worst(_rms_norm(backend, dtype)),
         "silu_and_mul": lambda: _worst(_silu_and_mul(backend, dtype)),
+        "gate_output": lambda: _worst(_gate_output(backend, dtype, heads)),
         "rotary": lambda: _worst(_rotary(backend, dtype, heads)),
         "rotary_store_kv": lambda: _worst(_rotary_store_kv(backend, dtype, heads)),
         "decode_attention": lambda: _worst(_decode_attention(backend, dtype, heads)),
@@ -397,6 +398,17 @@ def _silu_and_mul(backend: Backend, dtype: torch.dtype) -> Iterator[float]:
     x = _rows(backend, dtype)
     for part in (x[-1:], x):
         yield _each_row(backend.silu_and_mul(part), reference.silu_and_mul(part))
+
+
+def _gate_output(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
+    """Gates between queries, as the linear gives them."""
+    num_heads, _, head_dim = heads
+    source = _generator(backend)
+    attended = source(19, num_heads, head_dim).to(dtype)
+    gates = (4 * source(19, num_heads, 2, head_dim)).to(dtype)[:, :, 1]
+    for rows in (slice(18, 19), slice(0, 19)):
+        got, wanted = (ops.gate_output(attended[rows], gates[rows]) for ops in (backend, reference))
+        yield relative(got, wanted)
 
 
 # ---- choosing tokens

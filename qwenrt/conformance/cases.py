@@ -165,6 +165,16 @@ OPS = (
         },
     ),
     Op(
+        "gate_output",
+        RowsCase,
+        {
+            "dtype": DTYPES,
+            "width": (4, 28, 128, 512),
+            "values": (NORMAL, rows.ALL_SIZES, rows.NOT_FINITE),
+            "layout": LAYOUTS,
+        },
+    ),
+    Op(
         "rotary",
         RotaryCase,
         {
