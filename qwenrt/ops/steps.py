@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -101,6 +102,7 @@ class StepPlan:
     without a cache (``slots is None``) attends over the step's own tokens only: training, `logits()` and embeddings;
     there ``causal`` may be False, and each token sees all of its sequence. ``state_slots``: per sequence, where layers
     of linear attention keep its state; ``state_trails``: where that after each of its last tokens goes (Step).
+    ``made``: what a backend made of the plan for the first layer, for the others.
     """
 
     q_lens: list[int]
@@ -110,6 +112,7 @@ class StepPlan:
     causal: bool = True
     state_slots: list[int] = field(default_factory=list)
     state_trails: list[list[int]] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -188,12 +191,14 @@ class DecodePlan:
     """One step that computes one token of each of B sequences, as every layer is told. All of it lies on the device.
 
     ``position`` int64 [B]: of the token; its sequence's cache holds position + 1 tokens after the step. ``table`` int64
-    [B, W]: block ids, whatever stands behind those in use. ``slots`` int64 [B]: where keys and values go.
+    [B, W]: block ids, whatever stands behind those in use. ``slots`` int64 [B]: where keys and values go. ``made``: as
+    of StepPlan.
     """
 
     position: torch.Tensor
     table: torch.Tensor
     slots: torch.Tensor
+    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
