@@ -113,8 +113,9 @@ def write(digests: dict[str, Any], path: Path) -> None:
 def _load(model: str, device: str, dtype: str, options: dict[str, Any], kernels: str) -> LLM:
     """``kernels``: of the CPU; "off" computes as defined."""
     environment = dataclasses.replace(Environment.read(), kernels=kernels)
-    shared = {"activations": "exact", "progress": False, "max_model_len": _CONTEXT, "fallback": "silent"}
-    return load_with(model, LoadOptions(device=device, dtype=dtype, **(shared | options)), environment)
+    asked = {"device": device, "dtype": dtype, "activations": "exact", "fallback": "silent"}
+    chosen: dict[str, Any] = {**asked, "progress": False, "max_model_len": _CONTEXT, **options}
+    return load_with(model, LoadOptions(**chosen), environment)
 
 
 def _answers(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
