@@ -24,7 +24,7 @@ def facts(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "qwenrt": qwenrt.__version__,
         "commit": _commit(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "processor": _processor(),
         "packages": {name: _version(name) for name in _PACKAGES},
