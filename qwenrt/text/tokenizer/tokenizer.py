@@ -29,7 +29,7 @@ TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, QWEN1_FILE)
 
 # Whitespace as the split pattern's \s understands it (re's own \s has four more), but for newlines.
 _BLANK = "[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-_BLANKS, _TWO_BLANKS = re.compile(f"{_BLANK}+"), re.compile(f"{_BLANK}{{2}}")
+_BLANKS, _EIGHT_BLANKS = re.compile(f"{_BLANK}+"), re.compile(f"{_BLANK}{{8}}")
 _LONG_BLANKS = 4096
 
 
@@ -196,7 +196,13 @@ class Tokenizer:
         """Put the ids of a composed text without added tokens behind ``ids``."""
         own = self._own_ids.__getitem__
         for piece in slices(text, SPLIT_PLACE):
-            found = self._encode_piece(piece)
+            if len(piece) <= 4 * AT_ONCE or _may_have_long_blanks(piece):
+                ids.extend(map(own, self._encode_piece(piece)))
+                continue
+            # No place in it to cut it at: its ids come as numbers in memory, of which lists are made a part at a time.
+            # The encoder counts them in bytes and calls that their number; as bytes they are what they are.
+            raw = memoryview(self._encoding._core_bpe.encode_to_tiktoken_buffer(piece, set())).cast("B")
+            found = raw.cast("I")
             for at in range(0, len(found), AT_ONCE):
                 ids.extend(map(own, found[at : at + AT_ONCE]))
 
@@ -262,8 +268,8 @@ def _encoding(name: str, ranks: dict[bytes, int], pattern: str) -> tiktoken.Enco
 
 
 def _may_have_long_blanks(text: str) -> bool:
-    """Whether a run of blanks can be as long as _LONG_BLANKS: it would have two neighbours of every half of that."""
-    return _TWO_BLANKS.search(text[:: _LONG_BLANKS // 2]) is not None
+    """Whether a run of blanks can be as long as _LONG_BLANKS: eight of the characters looked at would be in it."""
+    return _EIGHT_BLANKS.search(text[:: _LONG_BLANKS // 8]) is not None
 
 
 def _long_blanks(text: str, at_least: int) -> Iterator[slice]:

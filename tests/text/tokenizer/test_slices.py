@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenrt.text.tokenizer import slices as slices_module
+from qwenrt.text.tokenizer import tokenizer as tokenizer_module
 from qwenrt.text.tokenizer.slices import AT_ONCE, COMPOSED_PLACE, SPLIT_PLACE, STARTERS, first, slices
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from qwenrt.text.tokenizer.tokenizer_json import KNOWN_PATTERNS
@@ -80,10 +81,16 @@ def test_starters_are_what_they_are_called() -> None:
     ],
 )
 def test_a_long_text_has_the_ids_of_the_whole(tokenizer: Tokenizer, unit: str) -> None:
-    text = unit * (3 * AT_ONCE // len(unit))
+    text = unit * (6 * AT_ONCE // len(unit))
     ids = tokenizer.encode(text)
     assert ids == tokenizer._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
     assert nfc(text) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("length", [4095, 4096, 4097, 4096 + 511])
+def test_long_blanks_are_seen_wherever_they_begin(length: int) -> None:
+    for start in (0, 1, 511, 512, 513, 5000):
+        assert tokenizer_module._may_have_long_blanks("a" * start + " " * length + "b") or length < 4096
 
 
 def test_slices_are_short_where_a_text_has_places() -> None:
