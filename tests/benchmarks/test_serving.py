@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,33 @@ def test_what_a_process_used(monkeypatch: pytest.MonkeyPatch) -> None:
     used, most = cpu_seconds(os.getpid()), peak_rss_bytes(os.getpid())
     assert used is not None and used > 0 and most is not None and most > 2**20
     assert cpu_seconds(2**30) is None and peak_rss_bytes(2**30) is None
+
+
+def test_a_server_without_health_has_no_figures_of_it() -> None:
+    """Whether it answers with something else or not at all; only a 200 is an answer that counts."""
+    for head, counts in ((b"404 No", False), (b"200 OK", True), (None, False)):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+            asked = threading.Semaphore(0)
+
+            def answer(listening: socket.socket = listening, head: bytes | None = head) -> None:
+                while True:
+                    try:
+                        connection = listening.accept()[0]
+                    except OSError:
+                        return
+                    with connection:
+                        connection.recv(1000)
+                        if head is not None:
+                            connection.sendall(b"HTTP/1.1 " + head + b"\r\ncontent-length: 0\r\n\r\n")
+                    asked.release()
+
+            thread = threading.Thread(target=answer, daemon=True)
+            thread.start()
+            probe = serving.probing(f"http://127.0.0.1:{port}")
+            for _ in range(3):
+                assert asked.acquire(timeout=60)
+            found = serving.probed(probe)
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+        assert (found["health"] != 0) is counts and (found["health_s_p50"] is not None) is counts
