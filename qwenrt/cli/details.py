@@ -16,6 +16,7 @@ from qwenrt.config import Environment, ModelConfig
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.files import opened
+from qwenrt.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from qwenrt.loader.hub.about import Facts
@@ -128,7 +129,10 @@ def memory(config: ModelConfig) -> tuple[list[Memory], str]:
     found = []
     for quantize in (None,) if coded else (None, "int8", "int4"):
         layout = device_layout(config, device, "auto", free, quantize)
-        total = memory_need(config, layout.storage, context, quantize=quantize).total + layout.runtime
+        need = memory_need(
+            config, layout.storage, context, quantize=quantize, sequences=LoadOptions.max_num_seqs
+        )
+        total = need.total + layout.runtime
         found.append(Memory(quantize, total, None if free is None else total <= free))
     room = "" if free is None else f", which has {gib(free)} free"
     return found, f"for {context} tokens on {device}{room}"
