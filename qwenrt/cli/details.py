@@ -80,7 +80,7 @@ def find(name: str) -> Facts:
 
     Raises CheckpointError, with the nearest names, where there is none.
     """
-    from qwenrt.loader.hub.about import facts
+    from qwenrt.loader.hub.about import facts, models_of
     from qwenrt.loader.hub.names import did_you_mean, short, understand
     from qwenrt.loader.hub.resolve import local_directory
     from qwenrt.loader.hub.stores import copies
@@ -90,11 +90,14 @@ def find(name: str) -> Facts:
         return facts(directory, name, headers=True)
     here = list(copies(Environment.read()))
     repos = [copy.repo for copy in here]
-    repo = understand(name, repos).repo
+    meant = understand(name, repos)
+    repo = meant.repo
     found = [
-        facts(directory, short(copy.repo), copy, headers=True)
+        facts(directory, called, copy, headers=True)
         for copy in here
-        if copy.repo.lower() == repo.lower() and (directory := copy.directory()) is not None
+        if copy.repo.lower() == repo.lower()
+        for called, directory in models_of(copy, Environment.read())
+        if not meant.gguf or called.partition(":")[2].lower() == meant.gguf.lower()
     ]
     if not found:
         raise CheckpointError(

@@ -71,6 +71,7 @@ def rm(args: argparse.Namespace) -> int:
 
 def _copy(name: str, whose: str | None, env: Environment) -> Copy:
     """The one copy that is meant. Raises where there is none, or several and nothing says which."""
+    from qwenrt.loader.hub.about import models_of
     from qwenrt.loader.hub.names import did_you_mean, short, understand
     from qwenrt.loader.hub.stores import copies
 
@@ -80,7 +81,8 @@ def _copy(name: str, whose: str | None, env: Environment) -> Copy:
         )
     here = list(copies(env))
     repos = [copy.repo for copy in here]
-    repo = understand(name, repos).repo
+    meant = understand(name, repos)
+    repo = meant.repo
     found = [copy for copy in here if copy.repo.lower() == repo.lower() and whose in (None, copy.store.whose)]
     if not found:
         place = f" from {whose}" if whose else ""
@@ -95,6 +97,13 @@ def _copy(name: str, whose: str | None, env: Environment) -> Copy:
             f"deleting {short(repo)}",
             f"there are {len(found)} copies, in {places}",
             f"Say which: {' or '.join(f'--from {copy.store.whose}' for copy in found)}.",
+        )
+    others = [one for one, _ in models_of(found[0], env)] if meant.gguf else []
+    if len(others) > 1:
+        raise CheckpointError(
+            f"deleting {name}",
+            f"the copy of {short(repo)} has {len(others)} GGUF models: {', '.join(others)}",
+            f"`qwenrt rm {short(repo)}` deletes all of them.",
         )
     return found[0]
 

@@ -45,7 +45,8 @@ class QuantConfig:
 
     This is what a config says of all linears; the format of each one is told by the file
     (loader/checkpoint/formats.py). ``other_groups``: group sizes that a config names for some of them (GPTQ's
-    ``dynamic``, AutoRound's ``extra_config``). ``corrections``: what the file's headers, once they were read, show to have another format.
+    ``dynamic``, AutoRound's ``extra_config``). ``corrections``: what the file's headers, once they were read, show to
+    have another format.
     """
 
     bits: int
