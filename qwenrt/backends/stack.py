@@ -102,9 +102,8 @@ class StackParts:
     vocabulary: Vocabulary
     max_rows: int  # sequences computed together
     max_model_len: int  # tokens of a sequence
-    spare_blocks: list[int] = field(
-        default_factory=list
-    )  # of the cache, max_rows that no sequence ever owns, or none
+    # of the cache, max_rows that no sequence ever owns, or none
+    spare_blocks: list[int] = field(default_factory=list)
 
     @property
     def block_size(self) -> int:

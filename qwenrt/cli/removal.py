@@ -22,10 +22,8 @@ EXAMPLES = """examples:
 Asks before it deletes. A model that a program has open, or that is being
 downloaded, is not deleted, and no link is followed out of its cache.
 """
-_OTHERS = {
-    "huggingface": "transformers, vLLM",
-    "modelscope": "modelscope, ms-swift",
-}  # who uses a cache beside qwenrt
+# who uses a cache beside qwenrt
+_OTHERS = {"huggingface": "transformers, vLLM", "modelscope": "modelscope, ms-swift"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -71,39 +69,34 @@ def rm(args: argparse.Namespace) -> int:
 
 def _copy(name: str, whose: str | None, env: Environment) -> Copy:
     """The one copy that is meant. Raises where there is none, or several and nothing says which."""
-    from qwenrt.loader.hub.about import models_of
-    from qwenrt.loader.hub.names import did_you_mean, short, understand
-    from qwenrt.loader.hub.stores import copies
+    from qwenrt.loader.hub.about import meant, models_of
 
     if name == "demo":
         raise CheckpointError(
             "deleting 'demo'", "it is a part of the package", "Uninstall qwenrt to be rid of it."
         )
-    here = list(copies(env))
-    repos = [copy.repo for copy in here]
-    meant = understand(name, repos)
-    repo = meant.repo
-    found = [copy for copy in here if copy.repo.lower() == repo.lower() and whose in (None, copy.store.whose)]
+    model, copies, others, gguf = meant(name, env)
+    found = [copy for copy in copies if whose in (None, copy.store.whose)]
     if not found:
         place = f" from {whose}" if whose else ""
         raise CheckpointError(
-            f"deleting {short(repo)}{place}",
+            f"deleting {model}{place}",
             "it is not on this machine" if whose is None else "there is no such copy",
-            f"`qwenrt list` shows what is. {did_you_mean(name, repos) if short(repo) == repo else ''}".strip(),
+            f"`qwenrt list` shows what is. {others}".strip(),
         )
     if len({copy.store.whose for copy in found}) > 1:
         places = " and ".join(copy.store.label for copy in found)
         raise CheckpointError(
-            f"deleting {short(repo)}",
+            f"deleting {model}",
             f"there are {len(found)} copies, in {places}",
             f"Say which: {' or '.join(f'--from {copy.store.whose}' for copy in found)}.",
         )
-    others = [one for one, _ in models_of(found[0], env)] if meant.gguf else []
-    if len(others) > 1:
+    held = [one for one, _ in models_of(found[0], env)] if gguf else []
+    if len(held) > 1:
         raise CheckpointError(
             f"deleting {name}",
-            f"the copy of {short(repo)} has {len(others)} GGUF models: {', '.join(others)}",
-            f"`qwenrt rm {short(repo)}` deletes all of them.",
+            f"the copy of {model} has {len(held)} GGUF models: {', '.join(held)}",
+            f"`qwenrt rm {model}` deletes all of them.",
         )
     return found[0]
 

@@ -1,4 +1,4 @@
-"""Ops of linear attention: the convolution, the delta rule, the gated norm, and all that is between a layer's linears."""
+"""Ops of linear attention: convolution, delta rule, gated norm, and all that is between a layer's linears."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwenrt.conformance.case import Case, Checker, generator
 from qwenrt.conformance.compare import CONTIGUOUS, Finding, Inputs, laid_out
 from qwenrt.conformance.subjects import Subject
 from qwenrt.ops.steps import LayerState, StepPlan
-from qwenrt.ops.types import DeltaWeights
+from qwenrt.ops.types import DeltaWeights, Packed
 
 _EPS = 1e-6
 _L2_EPS = 1e-6
@@ -23,8 +23,8 @@ _L2_EPS = 1e-6
 
 @dataclass(frozen=True)
 class StatesCase(Case):
-    """``heads``: (key heads, value heads, key_dim, value_dim). ``lens``: of each sequence how many tokens it has now and
-    with its history. ``kept``: there are states, else every sequence begins and leaves nothing."""
+    """``heads``: (key heads, value heads, key_dim, value_dim). ``lens``: of each sequence how many tokens it has now
+    and with its history. ``kept``: there are states, else every sequence begins and leaves nothing."""
 
     heads: tuple[int, int, int, int] = (2, 4, 16, 16)
     taps: int = 4
@@ -43,9 +43,11 @@ class StatesCase(Case):
         return 2 * key_heads * key_dim + value_heads * value_dim
 
     def checker(self) -> Checker:
-        return {"causal_conv": ConvChecker, "gated_delta": DeltaChecker, "gated_norm": GatedNormChecker}.get(
-            self.op, NetChecker
-        )(self)
+        if self.op == "causal_conv":
+            return ConvChecker(self)
+        if self.op == "gated_delta":
+            return DeltaChecker(self)
+        return GatedNormChecker(self) if self.op == "gated_norm" else NetChecker(self)
 
 
 class _States:
@@ -203,8 +205,8 @@ class DeltaChecker(_Checker):
         self.g = -torch.rand(case.tokens, value_heads, generator=self.source) * torch.logspace(
             -3, 1, value_heads
         )
-        near = (Near.exactly(x) for x in (self.q, self.k, self.v))
-        self.wanted, self.after = _delta(case, self.states, *near, self.beta, self.g)
+        q, k, v = (Near.exactly(x) for x in (self.q, self.k, self.v))
+        self.wanted, self.after = _delta(case, self.states, q, k, v, self.beta, self.g)
 
     def check(self, subject: Subject) -> Finding:
         op, finding = self.taken(subject)
@@ -256,16 +258,13 @@ class NetChecker(_Checker):
             self.normal(n, dtype=torch.float32) for n in (value_heads, value_dim)
         )
         mixed, self.inputs = _conv(case, self.states, self.projected[:, : case.channels], self.conv)
-        parts = [
-            Near(x, error)
-            for x, error in zip(
-                *(t.split((keys, keys, values), dim=-1) for t in (mixed.value, mixed.error)), strict=True
-            )
-        ]
-        heads = ((key_heads, key_dim), (key_heads, key_dim), (value_heads, value_dim))
         q, k, v = (
-            Near(part.value.view(-1, *shape), part.error.view(-1, *shape))
-            for part, shape in zip(parts, heads, strict=True)
+            Near(mixed.value[:, part].reshape(-1, *shape), mixed.error[:, part].reshape(-1, *shape))
+            for part, shape in (
+                (slice(keys), (key_heads, key_dim)),
+                (slice(keys, 2 * keys), (key_heads, key_dim)),
+                (slice(2 * keys, case.channels), (value_heads, value_dim)),
+            )
         )
         b, a = self.rates.double().chunk(2, dim=-1)
         g = -self.log_decay.double().exp() * F.softplus(a + self.decay_bias.double())
@@ -282,8 +281,10 @@ class NetChecker(_Checker):
         own = {
             name: getattr(self, name).to(device) for name in ("conv", "log_decay", "decay_bias", "out_norm")
         }
-        linears = cast("Any", (None, None, None))  # the seam lies between them
-        weights = DeltaWeights(*linears, *own.values(), case.heads, case.tiled)
+        linear = cast("Packed", None)  # the seam lies between them
+        weights = DeltaWeights(
+            in_proj=linear, rates_proj=linear, out_proj=linear, **own, heads=case.heads, tiled=case.tiled
+        )
         kept, state = Inputs(projected=projected, rates=rates, **own), self.states.on(device)
         got = op(projected, rates, weights, _EPS, state, self.states.plan)
         finding.near("the result", got, self.wanted, case.dtype)

@@ -35,11 +35,8 @@ from tests.text.strict_template import STRICT
 
 Reply = Callable[[str], str]
 
-CHATS = {
-    "qwen3": "qwen3",
-    "thinking": "qwen3-thinking",
-    "xml": "qwen3-coder",
-}  # templates by the name used here
+# templates by the name used here
+CHATS = {"qwen3": "qwen3", "thinking": "qwen3-thinking", "xml": "qwen3-coder"}
 RANKS = 3000  # tokens of the built-in vocabulary, which takes two characters a token
 WIDTH = 8  # of the network that computes nothing
 CERTAIN = 100.0  # the logit of the scripted token, where logits are asked for; that of the end is half of it
@@ -111,9 +108,8 @@ class ScriptedStack:
         self._slots = keys.reshape(keys.shape[0] * keys.shape[1], -1)[:, 0]
         self._blocks = keys[:, :, 0, 0]
         self._scripts: OrderedDict[bytes, _Script] = OrderedDict()
-        self._writing: dict[
-            int, tuple[_Script, int]
-        ] = {}  # by block: what is written in it, up to which length
+        # by block: what is written in it, up to which length
+        self._writing: dict[int, tuple[_Script, int]] = {}
 
     def why_not(self, step: Step) -> str | None:
         return None

@@ -15,7 +15,7 @@ from qwenrt.loader.checkpoint.gguf.directory import as_directory, files_noted
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.hub.downloads import parts_of
 from qwenrt.loader.hub.gguf_files import models
-from qwenrt.loader.hub.names import short
+from qwenrt.loader.hub.names import did_you_mean, short, understand
 from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.loader.hub.stores import Copy, copies, what_lacks
 
@@ -67,6 +67,20 @@ def _of_gguf(file: Path, env: Environment) -> Path:
         return as_directory(file, env.cache_dir)
     except QwenrtError:  # of another family, or parts are missing: what is said of the directory will do
         return file.parent
+
+
+def meant(name: str, env: Environment) -> tuple[str, list[Copy], str, str]:
+    """What a name means: the shortest name for it, its copies on this machine in the order of the stores, and a
+    sentence with the names nearest to it, "" where it is a released one; and which of its GGUF files, "" for none.
+
+    Raises CheckpointError for what is no name.
+    """
+    here = list(copies(env))
+    repos = [copy.repo for copy in here]
+    named = understand(name, repos)
+    repo = named.repo
+    found = [copy for copy in here if copy.repo.lower() == repo.lower()]
+    return short(repo), found, did_you_mean(name, repos) if short(repo) == repo else "", named.gguf
 
 
 def facts(directory: Path, name: str, copy: Copy | None = None, *, headers: bool = False) -> Facts:

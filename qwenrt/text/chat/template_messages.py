@@ -82,9 +82,8 @@ def _parsed(index: int, call: Call, allow_text_arguments: bool) -> Call:
 
 
 def _template_message(where: str, message: Message) -> dict[str, Any]:
-    role = (
-        "tool" if message.role == "function" else message.role
-    )  # one of five known words, never the caller's text
+    # one of five known words, never the caller's text
+    role = "tool" if message.role == "function" else message.role
     content = assistant_text(message.text) if role == "assistant" else plain(message.text)
     entry: dict[str, Any] = {"role": TemplateText(role), "content": content}
     if message.reasoning is not None:
@@ -102,11 +101,8 @@ def _template_call(where: str, call: Call) -> dict[str, Any]:
     arguments = untrusted(call.arguments, f"{where}: arguments of {call.name!r:.80}")
     function = {"name": untrusted(call.name, where), "arguments": arguments}
     entry = {} if call.id is None else {"id": untrusted(call.id, f"{where}: id of a call")}
-    return {
-        **entry,
-        "type": "function",
-        "function": function,
-    }  # in OpenAI's order: a template may print it whole
+    # in OpenAI's order: a template may print it whole
+    return {**entry, "type": "function", "function": function}
 
 
 def _object(text: str) -> dict[str, Any] | None:

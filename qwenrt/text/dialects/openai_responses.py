@@ -175,9 +175,8 @@ def kept_items(ask: Ask, writer: Writer) -> bytes:
     """All items of a conversation, the finished answer's included, as JSON: what `read` takes as ``earlier``."""
     items: bytes = ask.extra.items
     output = msgspec.json.encode(msgspec.convert(writer.response["output"], type=list[Item]))
-    between = (
-        b"," if len(items) > 2 and len(output) > 2 else b""
-    )  # a list of many is not read again for a few more
+    # a list of many is not read again for a few more
+    between = b"," if len(items) > 2 and len(output) > 2 else b""
     return items[:-1] + between + output[1:]
 
 
