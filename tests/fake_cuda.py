@@ -53,11 +53,26 @@ class FakeGraph:
 class FakeCuda:
     """``log``: what was asked of streams, captures and memory, in order. ``fails``: where a capture goes wrong."""
 
-    def __init__(self, fails: str = "", name: str = "NVIDIA H200", bfloat16: bool = True) -> None:
+    def __init__(
+        self,
+        fails: str = "",
+        name: str = "NVIDIA H200",
+        capability: tuple[int, int] = (9, 0),
+        arch: str = "",
+        warp_size: int = 64,
+    ) -> None:
         self.log: list[str] = []
         self.graphs: list[FakeGraph] = []
         self.free, self.total, self.fails, self.streams = 10_000_000, 20_000_000, fails, 0
-        self._current, self._name, self._bfloat16 = self._stream("main"), name, bfloat16
+        self._current = self._stream("main")
+        self._properties = SimpleNamespace(
+            name=name,
+            total_memory=self.total,
+            major=capability[0],
+            minor=capability[1],
+            gcnArchName=arch,
+            warp_size=warp_size,
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_REAL, name)  # what torch itself asks of it, on a machine without a device
@@ -126,10 +141,10 @@ class FakeCuda:
         return 1
 
     def is_bf16_supported(self, including_emulation: bool = True) -> bool:
-        return including_emulation or self._bfloat16
+        return True  # what torch says of an emulated one, too
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
-        return SimpleNamespace(name=self._name, total_memory=self.total)
+        return self._properties
 
 
 class OnCPU(CudaBackend):

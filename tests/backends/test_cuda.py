@@ -43,7 +43,7 @@ def test_recorded_operations_are_all_that_a_step_needs(name: str, monkeypatch: p
 def test_what_a_capture_asks_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = install(monkeypatch, FakeCuda())
     ran: list[str] = []
-    graphs = CudaGraphs(CPU)
+    graphs = CudaGraphs(CPU, (1, 2))
     for _ in range(2):
         graphs.capture(lambda: ran.append(fake.current_stream().name))
     around = ["side1 waits for main", "main waits for side1", "captures on side1, pool (0, 7), thread_local"]
@@ -93,7 +93,7 @@ def test_explain_says_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None
         captured.run(step)
     wanted = "steps that decode, of up to 1, 2 sequences: captured in 2 graphs, which took 1.9 MiB"
     assert wanted in summary.table(backend, model)
-    assert backend.describe() == "plain torch on NVIDIA H200, decoding captured"
+    assert backend.describe() == "plain torch on NVIDIA H200 (sm_90), decoding captured"
 
 
 def test_a_step_waits_for_the_stream_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +118,11 @@ def test_what_is_sent_goes_by_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_emulated_bfloat16_is_not_chosen(
     native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = install(monkeypatch, FakeCuda(bfloat16=native))
+    fake = install(monkeypatch, FakeCuda(capability=(8, 0) if native else (7, 5)))
     monkeypatch.setattr(torch, "get_device_module", lambda _: fake)
     assert OnCPU(CPU).default_dtype("bfloat16", 0, False) == dtype
     assert OnCPU(CPU).default_dtype("float32", 0, False) == torch.float32
+    assert OnCPU(CPU).profile.arch == ("sm_80" if native else "sm_75")
 
 
 def test_the_registry_gives_it_and_memory_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,8 @@ def test_the_registry_gives_it_and_memory_is_the_devices(monkeypatch: pytest.Mon
     assert backend.depth == 1
 
 
-def test_what_captured_steps_keep_is_counted() -> None:
+def test_what_captured_steps_keep_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeCuda())
     config = MODELS["logn"].config
     plain, captured = (
         memory_need(config, Storage(2, 2, captured=kept), 4096, users=2, sequences=8)
@@ -157,8 +159,9 @@ class Elsewhere(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["plain", "codes", "logn", "experts, int8"])
-def test_a_body_on_a_device_touches_nothing_of_the_host(name: str) -> None:
+def test_a_body_on_a_device_touches_nothing_of_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that holds nothing, so that no op can wait for what it holds."""
+    install(monkeypatch, FakeCuda())
     model, device = dataclasses.replace(MODELS[name], int8_cache=False), torch.device("meta")
     kinds = trial.Kinds(lambda spec: model.form if spec.quantizable else (16, 128), model.stored, False)
     backend = CudaBackend(device)

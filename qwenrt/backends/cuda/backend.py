@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cuda.graphs import CudaGraphs
+from qwenrt.backends.cuda.profiles import Profile, profile_of
 from qwenrt.backends.graphs import Graphs
 
 
@@ -16,8 +19,13 @@ class CudaBackend(Backend):
     name = "cuda"
     device_type = "cuda"
 
+    @cached_property
+    def profile(self) -> Profile:
+        """What the device's architecture is like."""
+        return profile_of(self.device)
+
     def graphs(self) -> Graphs | None:
-        return CudaGraphs(self.device)
+        return CudaGraphs(self.device, self.profile.graph_sizes)
 
     def send(self, values: list[int] | np.ndarray) -> torch.Tensor:
         """As Backend.send, by pinned memory: from other memory the host would wait for the copy."""
@@ -28,13 +36,11 @@ class CudaBackend(Backend):
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
-        """As Backend.default_dtype. Before sm_80 torch emulates bfloat16, slowly: float16 there."""
-        dtype = super().default_dtype(stored, nbytes_float32, quantized)
-        if dtype != torch.bfloat16:
-            return dtype
-        with torch.cuda.device(self.device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        """As Backend.default_dtype. Where torch only emulates bfloat16, which it does not tell: float16."""
+        if stored in ("float16", "float32"):
+            return super().default_dtype(stored, nbytes_float32, quantized)
+        return torch.bfloat16 if self.profile.bfloat16 else torch.float16
 
     def describe(self) -> str:
-        return f"plain torch on {torch.cuda.get_device_properties(self.device).name}, decoding captured"
+        name = torch.cuda.get_device_properties(self.device).name
+        return f"plain torch on {name} ({self.profile.arch}), decoding captured"

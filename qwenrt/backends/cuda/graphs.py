@@ -10,7 +10,6 @@ import torch
 from qwenrt.backends.graphs import Graph
 from qwenrt.ops.steps import Step
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
 _WARM_UPS = 2  # the first run makes handles, work areas and compiled kernels; the second is the first without
 
 
@@ -31,7 +30,7 @@ class CudaGraphs:
     and what a body gives is in memory of its own. ``nbytes``: how much less the device had free after the captures.
     """
 
-    def __init__(self, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    def __init__(self, device: torch.device, sizes: tuple[int, ...]) -> None:
         self._device, self.sizes, self.nbytes, self._count = device, sizes, 0, 0
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None  # a handle of torch's
