@@ -313,7 +313,7 @@ def _rotary_store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int
 
 
 # Of each sequence of a step: how many tokens it has now, and in the cache.
-_LENGTHS = ((1, 513), (5, 300), (33, 290), (16, 21), (1, 16), (200, 200))
+_LENGTHS = ((1, 700), (5, 300), (33, 290), (16, 21), (1, 16), (200, 200))
 
 
 def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:

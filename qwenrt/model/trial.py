@@ -60,7 +60,20 @@ class Kinds:
 
 def check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kinds) -> dict[str, str]:
     """Demote what differs from its definition at this model's shapes: ops by themselves, ops in steps of a small model,
-    stacks -> what was demoted and why."""
+    stacks -> what was demoted and why.
+
+    torch computes on one thread meanwhile: what there is to compute is small, and its threads would wait for each other
+    and beside the backend's. On a busy machine that took ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _check(config, backend, dtype, kinds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kinds) -> dict[str, str]:
     specs = Qwen(config, backend, dtype).linear_specs.values()
     shapes = {(spec.out_features, spec.in_features, *kinds.form_of(spec)) for spec in specs}
     if config.quant is not None:  # linears, and parts of merged ones, that lie in another form than it says

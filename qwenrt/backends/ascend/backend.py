@@ -19,6 +19,7 @@ from qwenrt.ops.types import CanonicalWeight, Experts, Packed
 from qwenrt.ops.weights import dequantize, with_codes
 
 _HALF = (torch.float16, torch.bfloat16)
+_ANY_CODES = OpSpec("linear", "", torch.float16, kind=packing.KINDS[8])
 
 
 @dataclass
@@ -39,7 +40,7 @@ class AscendBackend(Backend):
     device_type: ClassVar[str] = "npu"
     layout_id: ClassVar[str] = "npu-nd-v1"
     code_bits: ClassVar[dict[int, int]] = {}  # of a file's codes -> of those the operator multiplies
-    dense_codes: ClassVar[bool] = False  # codes that no operator multiplies become a matrix at load
+    uncoded: ClassVar[bool] = False  # codes that the operator does not multiply become a matrix at load
 
     # ---- which code serves
 
@@ -59,14 +60,14 @@ class AscendBackend(Backend):
         if weight.dense is not None:
             return super().pack_linear(weight, dtype)
         weight = with_codes(weight)
-        spec = OpSpec(
-            "linear", "", dtype, kind=packing.KINDS.get(self.code_bits.get(weight.bits, 0), "codes")
-        )
-        why = self.why_not("linear", spec) or packing.why_not(weight, dtype)
-        if why is None:
-            return packing.pack(weight, dtype, self.device, self.code_bits[weight.bits])
+        why, bits = "no operator multiplies codes here", self.code_bits.get(weight.bits, 0)
+        if bits:
+            spec = OpSpec("linear", "", dtype, kind=packing.KINDS[bits])
+            why = self.why_not("linear", spec) or packing.why_not(weight, dtype) or ""
+        if not why:
+            return packing.pack(weight, dtype, self.device, bits)
         self._uncoded[f"w{weight.bits}a16"] = why
-        if self.dense_codes:
+        if self.uncoded:
             weight = CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
         return super().pack_linear(weight, dtype)
 
@@ -78,6 +79,16 @@ class AscendBackend(Backend):
     def packing_id(self) -> str:
         """As Backend.packing_id; families have layouts of their own."""
         return f"{super().packing_id()} {self.family.name}"
+
+    @property
+    def dense_codes(self) -> bool:
+        """Whether every code becomes an element of a matrix."""
+        return self.uncoded and (not self.code_bits or self.why_not("linear", _ANY_CODES) is not None)
+
+    @property
+    def least_bits(self) -> int:
+        """What a code takes at least."""
+        return self.code_bits.get(4, 4)
 
     # ---- the device
 

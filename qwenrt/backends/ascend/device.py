@@ -6,9 +6,15 @@ import torch
 
 from qwenrt.backends.ascend import calls, soc
 from qwenrt.backends.ascend.backend import A2Backend, AscendBackend
+from qwenrt.backends.ascend.older import A910Backend, P310Backend
 from qwenrt.errors import BackendError
 
-_BACKENDS: dict[str, type[AscendBackend]] = {"A2": A2Backend, "A3": A2Backend}
+_BACKENDS: dict[str, type[AscendBackend]] = {
+    "A2": A2Backend,
+    "A3": A2Backend,
+    "310P": P310Backend,
+    "910A": A910Backend,
+}
 
 
 def backend_of(device: torch.device) -> AscendBackend:
