@@ -253,3 +253,11 @@ def num_trail_states(sequences: int, guesses: int) -> int:
     """How many states are written beside those of the running sequences while a step checks up to ``guesses`` tokens of
     each: one after each of them, for as many sequences as a step has rows for."""
     return guesses * min(sequences, MOST_ROWS // (guesses + 1))
+
+
+def least_state_bytes(config: ModelConfig, itemsize: int, sequences: int, guesses: int = 0) -> int:
+    """Bytes of the states that are set up for ``sequences`` that may run together, however short memory is: what
+    estimates, the check before loading and the choice of a context count with. ``guesses``: checked in a step of each,
+    if the network has the head for that."""
+    trail = num_trail_states(sequences, guesses) if config.num_mtp_layers else 0
+    return (sequences + num_snapshots(sequences, 0) + trail) * state_bytes(config, itemsize)

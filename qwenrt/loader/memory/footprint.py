@@ -19,10 +19,9 @@ from qwenrt.config.layers import (
     kv_bytes_per_token,
     layer_linears,
     layer_tensors,
+    least_state_bytes,
     mtp_linears,
     mtp_tensors,
-    num_snapshots,
-    num_trail_states,
     state_bytes,
 )
 from qwenrt.config.quant import ROUNDED
@@ -218,9 +217,8 @@ def memory_need(
     """
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
-    running = users if sequences is None else sequences
-    trails = num_trail_states(running, draft_tokens) if config.num_mtp_layers else 0
-    cache += (running + num_snapshots(running, 0) + trails) * state_bytes(config, storage.activation)
+    running = max(users, sequences or 0)
+    cache += least_state_bytes(config, storage.activation, running, draft_tokens)
     at_once = min(max(batch_tokens, users), users * context)
     quant = None if storage.dense_codes else codes_of(config, quantize)
     step = _step_peak(config, storage, quant, at_once, context, users, kv_cache_dtype)
