@@ -55,6 +55,7 @@ typedef struct {
   const int64_t* logit_rows;  // [logit_row_count]: the tokens whose logits are asked for
   int64_t logit_row_count;
   const int64_t* state_slots;  // as of QwenrtDeltaNet; NULL where no layer has one
+  const int64_t* state_trail;  // its trail, or NULL
   QwenrtInstead instead;       // or NULL: the step then ends where a linear refuses, states moved on or not
 } QwenrtStep;
 

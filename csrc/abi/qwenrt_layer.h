@@ -82,6 +82,9 @@ typedef struct {
   const float* decay_bias;  // [value_heads]
   const float* out_norm;    // [value_dim]
   const int64_t* slots;     // [sequences]: where their states are
+  // NULL, or [tokens]: for the last tokens of a sequence, but not its first, the slot that the state after each is left
+  // in, the one before going on from there; -1 for all others, whose state goes on in the sequence's own slot.
+  const int64_t* trail;
   float* conv_states;       // [slots][taps - 1][channels]
   float* delta_states;      // [slots][value_heads][key_dim][value_dim]
   float* mixed;             // [tokens][channels]: room to work in

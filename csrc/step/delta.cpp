@@ -18,9 +18,15 @@ struct DeltaTask {
   int64_t tokens, channels, pieces, tasks;
 
   int64_t values() const { return a->value_heads * a->value_dim; }
-  float* conv_state(int64_t s) const { return a->conv_states + a->slots[s] * (a->taps - 1) * channels; }
-  float* delta_state(int64_t s, int64_t head) const {
-    return a->delta_states + (a->slots[s] * a->value_heads + head) * a->key_dim * a->value_dim;
+  float* conv_state(int64_t slot) const { return a->conv_states + slot * (a->taps - 1) * channels; }
+  float* delta_state(int64_t slot, int64_t head) const {
+    return a->delta_states + (slot * a->value_heads + head) * a->key_dim * a->value_dim;
+  }
+  // How many of a sequence's tokens come before those whose states are left in slots of their own.
+  int64_t own_tokens(int64_t s) const {
+    int64_t own = sequences->q_lens[s];
+    while (a->trail && own > 1 && a->trail[sequences->first_tokens[s] + own - 1] >= 0) --own;
+    return own;
   }
   bool begins(int64_t s) const { return sequences->kv_lens[s] == sequences->q_lens[s]; }
   const float* row(int64_t token) const { return a->projected + token * (channels + values()); }
@@ -31,7 +37,7 @@ void inputs_of(const DeltaTask& t, int64_t s, int64_t j, const float* zeros, con
   const int64_t before = t.a->taps - 1, first = t.sequences->first_tokens[s];
   for (int64_t tap = 0; tap <= before; ++tap) {
     const int64_t at = j - before + tap;
-    inputs[tap] = at >= 0 ? t.row(first + at) : t.begins(s) ? zeros : t.conv_state(s) + (at + before) * t.channels;
+    inputs[tap] = at >= 0 ? t.row(first + at) : t.begins(s) ? zeros : t.conv_state(t.a->slots[s]) + (at + before) * t.channels;
   }
 }
 
@@ -56,14 +62,14 @@ void conv_task(void* context, int64_t i) {
   }
 }
 
-// The last inputs of a sequence, for its next step.
-void keep_inputs(const DeltaTask& t, int64_t s) {
-  const int64_t before = t.a->taps - 1, count = t.sequences->q_lens[s], first = t.sequences->first_tokens[s];
+// The last inputs of a sequence after `count` tokens of this step, in `slot`, for a next one.
+void keep_inputs(const DeltaTask& t, int64_t s, int64_t count, int64_t slot) {
+  const int64_t before = t.a->taps - 1, first = t.sequences->first_tokens[s];
   const size_t bytes = size_t(t.channels) * sizeof(float);
-  float* state = t.conv_state(s);
-  for (int64_t n = 0; n < before; ++n) {  // rising: what is read lies behind what is written
+  const float* state = t.conv_state(t.a->slots[s]);
+  for (int64_t n = 0; n < before; ++n) {  // rising: in its own slot, what is read lies behind what is written
     const int64_t at = count - before + n;
-    float* target = state + n * t.channels;
+    float* target = t.conv_state(slot) + n * t.channels;
     if (at >= 0)
       memcpy(target, t.row(first + at), bytes);
     else if (t.begins(s))
@@ -77,10 +83,19 @@ void head_task(void* context, int64_t i) {
   const DeltaTask& t = *static_cast<const DeltaTask*>(context);
   const int64_t s = i / t.a->value_heads, head = i % t.a->value_heads, count = t.sequences->q_lens[s];
   if (!count) return;
-  float* state = t.delta_state(s, head);
-  if (t.begins(s)) memset(state, 0, size_t(t.a->key_dim * t.a->value_dim) * sizeof(float));
-  t.kernels->delta_head(*t.a, head, t.sequences->first_tokens[s], count, state);
-  if (head == 0) keep_inputs(t, s);
+  const int64_t first = t.sequences->first_tokens[s], own = t.own_tokens(s);
+  const size_t bytes = size_t(t.a->key_dim * t.a->value_dim) * sizeof(float);
+  float* state = t.delta_state(t.a->slots[s], head);
+  if (t.begins(s)) memset(state, 0, bytes);
+  t.kernels->delta_head(*t.a, head, first, own, state);
+  for (int64_t j = own; j < count; ++j) {
+    float* next = t.delta_state(t.a->trail[first + j], head);
+    memcpy(next, state, bytes);
+    t.kernels->delta_head(*t.a, head, first + j, 1, state = next);
+  }
+  if (head) return;
+  for (int64_t j = own; j < count; ++j) keep_inputs(t, s, j + 1, t.a->trail[first + j]);
+  keep_inputs(t, s, own, t.a->slots[s]);  // last: the others were made from it
 }
 
 }  // namespace

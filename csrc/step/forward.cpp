@@ -96,7 +96,8 @@ int attend(const QwenrtHandle* with, const QwenrtLayer& l, const QwenrtStep& ste
 // b.qkv and b.rates -> b.attended, over the states.
 int move_states(const QwenrtHandle* with, const QwenrtLayer& l, const QwenrtStep& step, const Buffers& b) {
   QwenrtDeltaNet net = l.delta->net;
-  net.projected = b.qkv, net.rates = b.rates, net.slots = step.state_slots, net.mixed = b.qk, net.out = b.attended;
+  net.projected = b.qkv, net.rates = b.rates, net.slots = step.state_slots, net.trail = step.state_trail;
+  net.mixed = b.qk, net.out = b.attended;
   return qwenrt_delta_net(with, &net, step.sequences);
 }
 

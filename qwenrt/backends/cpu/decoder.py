@@ -86,6 +86,7 @@ class StepStruct(ctypes.Structure):
         ("logit_rows", ctypes.c_void_p),
         ("logit_row_count", ctypes.c_int64),
         ("state_slots", ctypes.c_void_p),
+        ("state_trail", ctypes.c_void_p),
         ("instead", ctypes.c_void_p),
     )
 
@@ -278,8 +279,6 @@ class DecoderStack:
         self._pointed_at = structs.memory, weights, head, instead
 
     def why_not(self, step: Step) -> str | None:
-        if any(step.state_trails):
-            return "states after each of several tokens"
         return None if step.num_tokens else "a step without tokens"
 
     def note(self) -> str:
@@ -314,6 +313,7 @@ class DecoderStack:
         assert plan.slots is not None
         sequences, wanted = sequences_struct(plan), (ctypes.c_int64 * len(rows))(*rows)
         cos, sin, states = rotary.cos.contiguous(), rotary.sin.contiguous(), array("q", plan.state_slots)
+        trail = _trail(plan)
         struct = StepStruct(
             ctypes.addressof(sequences),
             cos.data_ptr(),
@@ -325,7 +325,18 @@ class DecoderStack:
             ctypes.addressof(wanted),
             0 if logits is None else len(rows),
             states.buffer_info()[0] if states else None,
+            trail.buffer_info()[0] if trail else None,
             self._instead,
         )
         if not self._forward(self._layers, self._caches, self._head, struct, x, logits):
             raise self._failures.pop()
+
+
+def _trail(plan: StepPlan) -> array[int]:
+    """Of each token the slot that the state after it is left in, -1 where it stays in its sequence's; empty where all
+    do."""
+    flat: array[int] = array("q")
+    if any(plan.state_trails):
+        for q_len, trail in zip(plan.q_lens, plan.state_trails, strict=True):
+            flat.extend([*[-1] * (q_len - len(trail)), *trail])
+    return flat

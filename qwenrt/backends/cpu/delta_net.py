@@ -26,6 +26,7 @@ class DeltaNet(ctypes.Structure):
         ("decay_bias", ctypes.c_void_p),
         ("out_norm", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
+        ("trail", ctypes.c_void_p),
         ("conv_states", ctypes.c_void_p),
         ("delta_states", ctypes.c_void_p),
         ("mixed", ctypes.c_void_p),
