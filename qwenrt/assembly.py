@@ -92,7 +92,7 @@ def assemble(
     checkpoint = open_checkpoint(directory)
     check_size(checkpoint, config)
     config = as_stored(config, checkpoint)
-    prompter = Prompter.load(name, directory, config)
+    prompter = Prompter.load(name, directory, config, merge_system_messages=options.merge_system_messages)
     embedder = Embedder.load(directory, config)
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ from qwenrt.ops.steps import (
     StepPlan,
     Vocabulary,
 )
-from qwenrt.ops.types import CanonicalWeight, DeltaWeights, Experts, Packed
+from qwenrt.ops.types import PLAIN, CanonicalWeight, DeltaWeights, Experts, Packed
 
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
@@ -47,10 +47,12 @@ class Backend:
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
+    serving: list[Stack] = field(default_factory=list, init=False)  # of the model that was set up last
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
+    stackable: ClassVar[tuple[str, ...]] = PLAIN  # kinds of which linear_of_each takes many at once
 
     # ---- which code serves
 
@@ -95,7 +97,8 @@ class Backend:
             setattr(self, op, getattr(Backend, op).__get__(self))
 
     def note_wholes(self, stacks: list[Stack]) -> None:
-        """Say in ``bindings`` which of WHOLES serve; ``stacks``: those of a model."""
+        """Say in ``bindings`` which of WHOLES serve, and keep ``stacks``, those of a model, as the ones ``serving``."""
+        self.serving = stacks
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
@@ -274,11 +277,15 @@ class Backend:
         weights = weights.gather(1, order).unsqueeze(-1)
         total = torch.zeros_like(x)
         for rank in range(w.top_k):
-            inner = self.silu_and_mul(reference.linear_of_each(normed, gate_up, chosen[:, rank]))
+            inner = self.silu_and_mul(self.linear_of_each(normed, gate_up, chosen[:, rank]))
             scaled = inner if x.dtype == normed.dtype else inner * 2.0**-_HEADROOM_BITS
-            y = reference.linear_of_each(scaled, down, chosen[:, rank]).to(x.dtype)
+            y = self.linear_of_each(scaled, down, chosen[:, rank]).to(x.dtype)
             total = total + (y if x.dtype == normed.dtype else y * 2.0**_HEADROOM_BITS) * weights[:, rank]
         return x + self._shared_expert(normed, w, total)
+
+    def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+        """reference.linear_of_each, of kinds that are ``stackable``."""
+        return reference.linear_of_each(x, w, which)
 
     def _wide_linear(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
         """linear(x) for a sum in ``dtype``. Some float16 models have outputs beyond 65504 at a few tokens: where the
@@ -423,7 +430,6 @@ class Backend:
         )
         if self.device.type == "cpu":
             return host
-        host = host.pin_memory() if self.device.type == "cuda" else host  # kept until the copy is done
         return host.to(self.device, non_blocking=True)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -432,8 +438,9 @@ class Backend:
         if tensor.device.type == "cpu":
             return lambda: tensor
         host = tensor.to("cpu", non_blocking=True)
-        done = torch.get_device_module(self.device).Event()
-        done.record()
+        module = torch.get_device_module(tensor.device)
+        done = module.Event()
+        done.record(module.current_stream(tensor.device))  # of its device, whichever is the current one
 
         def wait() -> torch.Tensor:
             done.synchronize()

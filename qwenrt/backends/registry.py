@@ -43,9 +43,15 @@ def _accelerator(module: str) -> Callable[[], str | None]:
 
 def _dcu() -> str | None:
     missing = _accelerator("cuda")()
-    if missing is None and torch.version.hip is None:
+    if missing is not None:
+        return missing
+    if torch.version.hip is None:
         return f"this torch ({torch.__version__}) is not a ROCm or DTK build"
-    return missing
+    profiles = importlib.import_module("qwenrt.backends.cuda.profiles")
+    found = profiles.profile_of(torch.device("cuda"))
+    if found.vendor != "hygon":
+        return f"the device is AMD's {found.arch} and no DTK is here; its name is cuda"
+    return None
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,9 @@ class _BuiltIn:
 
 # In the order "auto" tries them.
 _BUILT_IN = {
-    "cuda": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _accelerator("cuda")),
+    "cuda": _BuiltIn("cuda", "qwenrt.backends.cuda:CudaBackend", _accelerator("cuda")),
     "npu": _BuiltIn("npu", "qwenrt.backends.base:Backend", _accelerator("npu")),
-    "dcu": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _dcu),
+    "dcu": _BuiltIn("cuda", "qwenrt.backends.dcu.backend:DcuBackend", _dcu),
     "cpu": _BuiltIn("cpu", "qwenrt.backends.cpu:CPUBackend", lambda: None),
 }
 
@@ -94,6 +100,8 @@ def create(device: str | torch.device = "auto", preferred: str | None = None) ->
     if name in _plugins():
         plugin = _load(_plugins()[name].value, name)
         return plugin(_torch_device(plugin.device_type, index))
+    if name == "cuda" and _dcu() is None:
+        name = "dcu"  # torch calls it cuda, and so do users
     built_in = _BUILT_IN.get(name)
     if built_in is None:
         raise BackendError(f"device={device!r}", "no such backend", _advice())

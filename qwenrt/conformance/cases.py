@@ -134,6 +134,19 @@ OPS = (
         linear=True,
     ),
     Op(
+        "norm_moe_add_each",
+        ExpertsCase,
+        {
+            "dtype": DTYPES,
+            "form": MAIN_FORMS,
+            "experts": ((6, 2), (4, 4)),
+            "sizes": ((48, 24, 0), (64, 40, 72)),
+            "norm_topk": (True, False),
+            "wide": (False, True),
+        },
+        linear=True,
+    ),
+    Op(
         "quantize_dense",
         RoundingCase,
         {
@@ -285,10 +298,8 @@ def selection(
     for op in OPS:
         if not ops or op.name in ops:
             who = [*subjects, *(linears_only if op.linear else ())]
-            for dtypes in (
-                DTYPES[:1],
-                DTYPES[1:],
-            ):  # of float32 and of narrower ones: kernels differ most in that
+            # of float32 and of narrower ones: kernels differ most in that
+            for dtypes in (DTYPES[:1], DTYPES[1:]):
                 some = [dtype for dtype in op.axes["dtype"] if dtype in dtypes]
                 for values in pairwise.pairs({**op.axes, "dtype": some, "subject": who}) if some else ():
                     subject = values.pop("subject")

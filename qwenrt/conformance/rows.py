@@ -54,9 +54,8 @@ class NormChecker:
         for tokens in TOKENS:
             wanted = self.wanted.rows(torch.arange(len(x) - tokens, len(x)))
             finding.near(f"{tokens} tokens", op(last_rows(x, tokens), weight, _EPS), wanted, case.dtype)
-        heads = (
-            x.view(-1, 2, case.width) if case.layout != TRANSPOSED else x[:, None]
-        )  # as norms of heads have it: [T, H, hd]
+        # as norms of heads have it: [T, H, hd]
+        heads = x.view(-1, 2, case.width) if case.layout != TRANSPOSED else x[:, None]
         finding.near("rows of heads", op(heads, weight, _EPS).flatten(0, 1), self.wanted, case.dtype)
         kept.unchanged(finding)
         return finding

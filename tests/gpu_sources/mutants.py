@@ -96,6 +96,17 @@ MUTANTS = [
         "linear_add",
         _kind("dense"),
     ),
+    *_linears(
+        {
+            "the first expert for all": (
+                "tl.load(which_ptr + j).to(tl.int64)",
+                "tl.load(which_ptr).to(tl.int64)",
+            ),
+            "the next token's experts": ("(j // RANKS) * K", "(j % RANKS) * K"),
+        },
+        "norm_moe_add_each",
+        having(norm_topk=True),
+    ),
     *_between(
         {
             "the wrong half turns": (
@@ -156,8 +167,8 @@ MUTANTS = [
             ),
             (
                 "the neighbour's key head",
-                "kv_head * (H // KVH) + of_group",
-                "(KVH - 1 - kv_head) * (H // KVH) + of_group",
+                "kv_head = first_head // (H // KVH)",
+                "kv_head = KVH - 1 - first_head // (H // KVH)",
                 having(heads=(4, 2, 80)),
             ),
         )

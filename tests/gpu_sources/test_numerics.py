@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from qwenrt.backends import selfcheck
 from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.backends.cuda.tables import Tile, Tiles
 from qwenrt.conformance import cases
@@ -21,6 +22,7 @@ from tests.gpu_sources.mutants import MUTANTS, Mutant
 
 pytestmark = pytest.mark.gpu_sources
 LINEARS = ("linear", "pack_linear", "norm_linear", "linear_add", "norm_gate_up_silu")
+EXPERTS = ("norm_moe_add", "norm_moe_add_each")  # a program for each expert of each token: slow here
 OPS = (*LINEARS, "rms_norm", "silu_and_mul", "rotary_store_kv", "decode_attention", "choose")
 # A program costs a fiftieth of a second whatever it does: one to three for most shapes, the last one not full.
 _LARGE = Tile(384, 1024)
@@ -79,7 +81,7 @@ def test_kernels_are_as_defined(op: str, subject: Subject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("op", (*OPS, "norm_moe_add"))
+@pytest.mark.parametrize("op", (*OPS, *EXPERTS))
 def test_kernels_are_as_defined_wherever_two_values_meet(op: str, subject: Subject) -> None:
     assert not list(wrong(of(op, subject), subject))
 
@@ -88,7 +90,23 @@ def test_every_op_of_the_backend_is_looked_at(subject: Subject) -> None:
     from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES
 
     own = {op for op in (*PRIMITIVES, *SEAMS, *WHOLES) if subject.backend.overrides(op)}
-    assert own <= {*OPS, "choose_rows"}
+    assert own <= {*OPS, *EXPERTS, "choose_rows"}
+
+
+@pytest.mark.parametrize(
+    "spoilt", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["right", "wrong"]
+)
+def test_the_self_check_at_load(
+    spoilt: bool, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds nothing in right kernels, and of a wrong one all that it serves."""
+    if spoilt:
+        replace(next(m for m in MUTANTS if m.name == "the last row of a tile"), tmp_path, monkeypatch)
+    backend = TritonBackend(torch.device("cpu"))
+    backend.tiles = _TILES
+    linears = [(48, 64, 16, 0), (40, 64, 4, 32)]
+    found = selfcheck.check(backend, torch.float32, (4, 2, 64), linears)
+    assert set(found) == ({"linear", "norm_linear", "linear_add"} if spoilt else set()), found
 
 
 def mutated(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -107,14 +125,18 @@ def mutated(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Mo
     return module
 
 
+def replace(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenrt.backends.cuda import kernels
+
+    importlib.import_module(f"qwenrt.backends.cuda.kernels.{mutant.module}")
+    monkeypatch.setattr(kernels, mutant.module, mutated(mutant, folder, monkeypatch))
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_wrong_kernel_is_found(
     mutant: Mutant, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenrt.backends.cuda import kernels
-
-    importlib.import_module(f"qwenrt.backends.cuda.kernels.{mutant.module}")
-    monkeypatch.setattr(kernels, mutant.module, mutated(mutant, tmp_path, monkeypatch))
+    replace(mutant, tmp_path, monkeypatch)
     todo = [case for case in of(mutant.op, subject) if mutant.shows(case)]
     assert todo
     assert next(wrong(todo, subject), None) is not None

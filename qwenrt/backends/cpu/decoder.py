@@ -194,6 +194,9 @@ class DecoderStack:
     def why_not(self, step: Step) -> str | None:
         return None if step.num_tokens else "a step without tokens"
 
+    def note(self) -> str:
+        return ""
+
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         network, backend = self._parts.network, self._backend
         plan = plan_of(backend, step, self._parts.block_size)

@@ -1,1 +1,5 @@
-"""NVIDIA and AMD GPUs."""
+"""NVIDIA's and AMD's GPUs, which torch calls "cuda" both."""
+
+from qwenrt.backends.cuda.backend import CudaBackend
+
+__all__ = ["CudaBackend"]

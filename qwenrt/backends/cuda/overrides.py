@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,7 @@ from qwenrt.backends.cuda import packing
 from qwenrt.backends.cuda.tables import TILES, Tiles
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, DrawTensors, LayerKV, StepPlan
-from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
 from qwenrt.ops.weights import with_codes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,15 +38,28 @@ def missing_triton() -> str | None:
     return None
 
 
-@dataclass
 class TritonBackend(Backend):
     """Decoding by kernels of our own. Prompts are torch's: its products, over matrices dequantised from codes, and its
-    attention. ``tiles``: how much the programs of each kernel do at once."""
+    attention."""
 
-    tiles: Tiles = field(default=TILES, init=False)
+    switched_off = False
+    stackable: ClassVar[tuple[str, ...]] = (*PLAIN, *packing.KINDS.values())
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """How much the programs of each kernel do at once."""
+        return TILES
+
+    def configure(
+        self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
+    ) -> None:
+        """As Backend.configure; ``kernels`` "off": every op as defined."""
+        self.switched_off = kernels == "off"
 
     def provides(self, need: str) -> str | None:
-        return missing_triton() if need == "triton" else super().provides(need)
+        if need != "triton":
+            return super().provides(need)
+        return "the kernels are switched off (QWENRT_KERNELS=off)" if self.switched_off else missing_triton()
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
         why = super().why_not(op, spec)
@@ -68,8 +82,8 @@ class TritonBackend(Backend):
 
         if len(x) == 0:
             return x.new_empty(0, w.out_features)
-        if len(x) <= FEW and not x.requires_grad:
-            tile = self.tiles.product[portable.power(len(x), 16)]
+        if len(x) <= FEW and not x.requires_grad and self.tiles.matrix_units:
+            tile = self.tiles.product[next(size for size in self.tiles.product if size >= len(x))]
             return portable.tokens(x.contiguous(), w, tile)
         return self._many(x, w)
 
@@ -89,13 +103,16 @@ class TritonBackend(Backend):
         norm: tuple[torch.Tensor, float] | None = None,
         pair: bool = False,
         residual: torch.Tensor | None = None,
+        which: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """x [1, K] by ``w``, or x [T, K] by experts ``which`` int64 [J], J / T of them for each token."""
         from qwenrt.backends.cuda.kernels import portable
 
         tile = self.tiles.dense if w.kind == "dense" else self.tiles.codes[w.bits]
         weight, eps = norm or (None, 0.0)
         residual = None if residual is None else residual.contiguous()
-        fused = portable.Fused(weight, eps, pair, residual)
+        ranks = 0 if which is None else len(which) // max(1, len(x))
+        fused = portable.Fused(weight, eps, pair, residual, which, ranks)
         return portable.token(x.contiguous(), w, tile, dtype, fused)
 
     def _many(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -107,7 +124,7 @@ class TritonBackend(Backend):
         parts = []
         for some in packing.in_rows(w, max(1, _AT_ONCE // w.in_features)):
             matrix = portable.matrix(some, x.dtype, self.tiles.matrix)
-            dense = Packed("dense", *matrix.shape, {"weight": matrix}, some.bias)
+            dense = Packed("dense", some.out_features, some.in_features, {"weight": matrix}, some.bias)
             parts.append(reference.linear(x, dense))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -128,6 +145,28 @@ class TritonBackend(Backend):
         if not self._alone(x, w):
             return residual + self._wide_linear(x, w, residual.dtype)
         return self._token(x, w, residual.dtype, residual=residual)
+
+    def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+        if w.kind == "parts":
+            y = torch.cat([self.linear_of_each(x, part, which) for part in w.data["parts"]], dim=-1)
+            return y if w.bias is None else y + w.bias[which]
+        if w.kind in PLAIN:
+            return super().linear_of_each(x, w, which)
+        return self._token(x, w, x.dtype, which=which.contiguous())
+
+    @native(dtypes=DTYPES, kinds=("dense", *packing.KINDS.values()), needs=("triton",))
+    def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        """All experts of all tokens in two launches. Their results are summed in float32."""
+        assert w.stacked is not None
+        gate_up, down = w.stacked
+        normed = self.rms_norm(x, norm, eps)
+        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+        chosen, order = chosen.sort(dim=-1)
+        which, share = chosen.flatten(), weights.gather(1, order).float().unsqueeze(-1)
+        inner = self._token(normed, gate_up, normed.dtype, pair=True, which=which)
+        y = self._token(inner, down, torch.float32, which=which)
+        total = (y.view(*chosen.shape, x.shape[1]) * share).sum(1).to(x.dtype)
+        return x + self._shared_expert(normed, w, total)
 
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; codes by rows, where a kernel has their groups."""

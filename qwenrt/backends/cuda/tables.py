@@ -19,7 +19,11 @@ class Tiles:
     """Of each kernel. ``rows``: elements that a program of an op between the linears computes; ``keys``: of a sequence
     that attention looks at at once, ``per_split``: that a program of it looks at before another one is started.
 
-    These are a first guess from how many bytes each thread loads at once; they were measured on no device.
+    ``matrix_units``: whether small matrices are multiplied by units for them, without which such a kernel has far too
+    few registers: then sums serve, and torch's product.
+
+    All are a first guess from how many bytes each thread loads at once, and were measured on no device. Four warps are
+    as many threads as a DCU's kernels may have.
     """
 
     dense: Tile = Tile(4, 1024)
@@ -33,6 +37,7 @@ class Tiles:
     per_split: int = 256
     heads: int = 1  # whose splits a program merges
     vocabulary: int = 4096  # logits that a program looks at
+    matrix_units: bool = True
 
 
 TILES = Tiles()

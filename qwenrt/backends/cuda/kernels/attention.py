@@ -18,6 +18,37 @@ _MOST_SPLITS = 64
 
 
 @triton.jit
+def weighted(
+    weights,
+    v,
+    v_scale_ptr,
+    v_zero_ptr,
+    slot,
+    seen,
+    dtype: tl.constexpr,
+    CODES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """weights [BQ, BK] times values [BK, BD], which may be codes -> float32. By a tensor product both are rounded to
+    q's dtype first; by sums, of one query, a token's scale and zero meet its weight."""
+    if CODES:
+        scale = tl.load(v_scale_ptr + slot, mask=seen, other=0.0)
+        zero = tl.load(v_zero_ptr + slot, mask=seen, other=0.0)
+    if DOT:
+        if CODES:
+            v = (v.to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
+        result = tl.dot(weights.to(dtype), v, input_precision="ieee")
+    else:
+        weight = tl.reshape(weights, (weights.shape[1],))
+        if CODES:
+            moved = tl.sum(weight * zero, 0)
+            result = tl.sum((weight * scale)[:, None] * v.to(tl.float32), 0)[None, :] + moved
+        else:
+            result = tl.sum(weight[:, None] * v.to(tl.float32), 0)[None, :]
+    return result
+
+
+@triton.jit
 def split_keys(
     q_ptr,
     k_ptr,
@@ -40,21 +71,23 @@ def split_keys(
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     CODES: tl.constexpr,
+    QUERIES: tl.constexpr,
     DOT: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A share of the keys of one sequence and key head, for all queries that share it: their weighted values, and
+    """A share of the keys of one sequence and key head, for QUERIES heads that share it: their weighted values, and the
     maximum and sum of their softmax. Of one split alone the result."""
-    row, kv_head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, first_head, share = tl.program_id(0), tl.program_id(1) * QUERIES, tl.program_id(2)
+    kv_head = first_head // (H // KVH)
     length = tl.load(position_ptr + row).to(tl.int32) + 1
     first = tl.maximum(length - window, 0) if WINDOW else 0
     per_split = tl.cdiv(tl.cdiv(length - first, SPLITS), BK) * BK
     low = first + share * per_split
     high = tl.minimum(low + per_split, length)
     of_group, d = tl.arange(0, BQ)[:, None], tl.arange(0, BD)[None, :]
-    head, has_query, real = kv_head * (H // KVH) + of_group, of_group < H // KVH, d < D
+    head, has_query, real = first_head + of_group, of_group < QUERIES, d < D
     q = tl.load(q_ptr + (row * H + head) * D + d, mask=has_query & real, other=0.0)
     q_sum = tl.sum(q.to(tl.float32), 1)[:, None]
     most = tl.full((BQ,), -float("inf"), tl.float32)
@@ -80,19 +113,7 @@ def split_keys(
         before, weights = tl.exp(most - now), tl.exp(scores - now[:, None])
         total = total * before + tl.sum(weights, 1)
         out *= before[:, None]
-        if CODES:
-            v_scale = tl.load(v_scale_ptr + slot, mask=seen, other=0.0)
-            v_zero = tl.load(v_zero_ptr + slot, mask=seen, other=0.0)
-        if DOT:  # values are rounded to q's dtype, and so are weights
-            if CODES:
-                v = (v.to(tl.float32) * v_scale[:, None] + v_zero[:, None]).to(q.dtype)
-            out += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
-        else:  # a scale and a zero are a token's: they meet its weight
-            weight = tl.reshape(weights, (BK,))
-            if CODES:
-                out += tl.sum(weight * v_zero, 0)
-                weight *= v_scale
-            out += tl.sum(weight[:, None] * v.to(tl.float32), 0)[None, :]
+        out += weighted(weights, v, v_scale_ptr, v_zero_ptr, slot, seen, q.dtype, CODES, DOT)
         most = now
     if SPLITS == 1:
         result = (out / total[:, None]).to(parts_ptr.dtype.element_ty)
@@ -142,16 +163,17 @@ def decode_attention(
     group, keys = heads // kv_heads, table.shape[1] * kv.block_size
     seen = min(keys, window) if window else keys
     splits = min(_MOST_SPLITS, power(cdiv(seen, tiles.per_split)))
-    by_product = group > 1
+    by_product = group > 1 and tiles.matrix_units
+    queries = group if by_product else 1
     alone = splits == 1
     parts = y if alone else torch.empty(rows * heads * splits, head_dim, device=q.device)
     ends = y if alone else torch.empty(rows * heads * splits, 2, device=q.device)
     codes = [y if x is None else x for x in (kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero)]
     args = (q, kv.k, kv.v, *codes, table, plan.position, parts, ends, scale, table.stride(0), window)
     shape = {"H": heads, "KVH": kv_heads, "D": head_dim, "SLOTS": kv.block_size, "SPLITS": splits}
-    flags = {"WINDOW": window > 0, "CODES": kv.quantized, "DOT": by_product}
-    sizes = {"BQ": power(group, 16 if by_product else 1), "BK": tiles.keys, "BD": power(head_dim, 16)}
-    launch(split_keys, (rows, kv_heads, splits), *args, **shape, **flags, **sizes)
+    flags = {"WINDOW": window > 0, "CODES": kv.quantized, "DOT": by_product, "QUERIES": queries}
+    sizes = {"BQ": power(queries, 16 if by_product else 1), "BK": tiles.keys, "BD": power(head_dim, 16)}
+    launch(split_keys, (rows, heads // queries, splits), *args, **shape, **flags, **sizes)
     if not alone:
         sizes = {"D": head_dim, "SPLITS": splits, "BR": tiles.heads, "BD": power(head_dim)}
         grid = (cdiv(rows * heads, tiles.heads),)

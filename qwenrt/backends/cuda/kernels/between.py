@@ -31,9 +31,8 @@ def rms_norm(
     y = torch.empty(x.shape, dtype=dtype or weight.dtype, device=x.device)
     block = power(width)
     count = min(max(1, elements // block), power(len(flat)))
-    warps = 4 if block * count <= 4096 else 8
     grid = (cdiv(len(flat), count),)
-    launch(norm_rows, grid, flat, weight, y, len(flat), width, eps, warps=warps, BR=count, BD=block)
+    launch(norm_rows, grid, flat, weight, y, len(flat), width, eps, BR=count, BD=block)
     return y
 
 

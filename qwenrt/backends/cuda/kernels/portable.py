@@ -121,8 +121,8 @@ def zeros_of(zeros_ptr, at, inside, zero: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def values_of(words, zeros, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Words [rows, BG, GROUP * BITS / 32] -> their codes less zeros [rows, BG] as float32 [rows, BG, GROUP], exactly and
-    in the order of inputs."""
+    """Words [rows, BG, GROUP * BITS / 32] -> their codes less zeros [rows, BG], exact float32 [rows, BG, GROUP], in the
+    order of inputs."""
     pairs = tl.join(words, words >> 16)
     quads = tl.join(pairs, pairs >> 8)
     if BITS == 4:
@@ -334,10 +334,21 @@ def token(x: torch.Tensor, w: Packed, tile: Tile, dtype: torch.dtype, fused: Fus
         launch(dense_token, grid, *args, warps=tile.warps, **sizes, **flags)
     else:
         codes, perm = _codes(w, y), w.data["perm"]
-        args = (x, _or(fused.norm, y), _or(perm, y), *codes.tensors, *ends, codes.groups, fused.eps)
+        pointers = (x, _or(fused.norm, y), _or(perm, y), *codes.tensors)
         sizes = {"BN": outputs, "BG": codes.at_once(tile.inputs)}
         constants = {**codes.constants, "PERM": perm is not None}
-        launch(codes_token, grid, *args, warps=tile.warps, **constants, **sizes, **flags)
+        launch(
+            codes_token,
+            grid,
+            *pointers,
+            *ends,
+            codes.groups,
+            fused.eps,
+            warps=tile.warps,
+            **constants,
+            **sizes,
+            **flags,
+        )
     return y
 
 
