@@ -16,7 +16,7 @@ from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, 
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.config import LinearAttentionConfig, ModelConfig
-from qwenrt.config.layers import kv_bytes_per_token
+from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
 from qwenrt.errors import BackendError
 from qwenrt.ops import delta, quantization, reference
 from qwenrt.ops.steps import (
@@ -48,11 +48,20 @@ class Backend:
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
     serving: list[Stack] = field(default_factory=list, init=False)  # of the model that was set up last
+    # Why none but the seams serves that model, where it could be otherwise.
+    seams_because: str = field(default="", init=False)
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
+    block_size: int = field(default=BLOCK_SIZE, init=False)  # tokens of a block of the cache
+    api: ClassVar[int] = 1  # of this class, for plug-ins: it changes when they have to
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
     stackable: ClassVar[tuple[str, ...]] = PLAIN  # kinds of which linear_of_each takes many at once
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why a plug-in's device is not here, or None. Cheap, and asked before one is made."""
+        return None
 
     # ---- which code serves
 
@@ -102,7 +111,8 @@ class Backend:
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
-            note = f"whole steps by {stacks[0].name}" if serves and op == "stacks" else ""
+            note = f"whole steps by {stacks[0].name}" if serves else self.seams_because
+            note = note if op == "stacks" else ""
             self.bindings.append(Binding(op, "model", "", serves, self.demoted.get(op, note)))
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
@@ -153,6 +163,9 @@ class Backend:
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.silu_and_mul(gate_up)
+
+    def gate_output(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return reference.gate_output(attended, gate)
 
     def causal_conv(
         self, x: torch.Tensor, weight: torch.Tensor, state: LayerState | None, plan: StepPlan

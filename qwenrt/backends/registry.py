@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -57,27 +58,46 @@ def _dcu() -> str | None:
 @dataclass(frozen=True)
 class _BuiltIn:
     torch_device: str
-    backend: str  # module:class
+    backend: str  # module:what makes one of a torch.device
     missing: Callable[[], str | None]
 
 
 # In the order "auto" tries them.
 _BUILT_IN = {
     "cuda": _BuiltIn("cuda", "qwenrt.backends.cuda:CudaBackend", _accelerator("cuda")),
-    "npu": _BuiltIn("npu", "qwenrt.backends.base:Backend", _accelerator("npu")),
+    "npu": _BuiltIn("npu", "qwenrt.backends.ascend:backend_of", _accelerator("npu")),
     "dcu": _BuiltIn("cuda", "qwenrt.backends.dcu.backend:DcuBackend", _dcu),
     "cpu": _BuiltIn("cpu", "qwenrt.backends.cpu:CPUBackend", lambda: None),
 }
 
 
 def probe_all() -> list[Probe]:
-    """Every backend there is, built in or plugged in, with whether it can serve here."""
+    """Every backend there is, built in or plugged in, with whether it can serve here; plug-ins are imported for it."""
+    return [*_probes(), *map(_probe, _plugins().values())]
+
+
+def _probes() -> list[Probe]:
     found = []
     for name, built_in in _BUILT_IN.items():
         missing = built_in.missing()
         found.append(Probe(name, missing is None, missing or "available"))
-    found += [Probe(point.name, True, f"plugin {point.value}") for point in _plugins().values()]
     return found
+
+
+def _probe(point: metadata.EntryPoint) -> Probe:
+    try:
+        missing = _missing(_plugin(point.value, point.name))
+    except BackendError as error:
+        missing = error.found
+    return Probe(point.name, missing is None, f"plugin {point.value}" + (f": {missing}" if missing else ""))
+
+
+def _missing(plugin: type[Backend]) -> str | None:
+    """Why a plug-in cannot serve here, or None; what it raises is a reason too."""
+    try:
+        return plugin.missing()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def create(device: str | torch.device = "auto", preferred: str | None = None) -> Backend:
@@ -92,13 +112,16 @@ def create(device: str | torch.device = "auto", preferred: str | None = None) ->
     if device == "auto":
         device = preferred or device
     if device == "auto":
-        device = next(p.name for p in probe_all() if p.usable)
+        device = next(p.name for p in _probes() if p.usable)
     name, _, index = device.partition(":")
     # torch keeps the number in a byte: 300 would silently be device 44.
     if index and not (index.isdecimal() and len(index) <= 3 and int(index) < 128):
         raise BackendError(f"device={device!r}", f"{index!r} is not a device number", _advice())
     if name in _plugins():
-        plugin = _load(_plugins()[name].value, name)
+        plugin = _plugin(_plugins()[name].value, name)
+        why = _missing(plugin)
+        if why is not None:
+            raise BackendError(f"device={device!r}", why, _advice())
         return plugin(_torch_device(plugin.device_type, index))
     if name == "cuda" and _dcu() is None:
         name = "dcu"  # torch calls it cuda, and so do users
@@ -112,7 +135,8 @@ def create(device: str | torch.device = "auto", preferred: str | None = None) ->
     count = 1 if name == "cpu" else torch.get_device_module(torch_device).device_count()
     if int(index or 0) >= count:
         raise BackendError(f"device={device!r}", f"the last {name} device is number {count - 1}", _advice())
-    return _load(built_in.backend, name)(torch_device)
+    made: Backend = _imported(built_in.backend, name)(torch_device)
+    return made
 
 
 def _torch_device(kind: str, index: str) -> torch.device:
@@ -123,25 +147,35 @@ def _plugins() -> dict[str, metadata.EntryPoint]:
     return {point.name: point for point in metadata.entry_points(group=PLUGIN_GROUP)}
 
 
-def _load(dotted: str, name: str) -> type[Backend]:
+def _imported(dotted: str, name: str) -> Any:
     module, _, attribute = dotted.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise BackendError(
             f"loading backend {name!r} from {dotted}",
             f"{type(error).__name__}: {str(error)[:200]}",
             "Reinstall the plugin, or choose another device.",
         ) from error
+
+
+def _plugin(dotted: str, name: str) -> type[Backend]:
+    cls = _imported(dotted, name)
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
         raise BackendError(
             f"loading backend {name!r} from {dotted}",
             "not a subclass of qwenrt.backends.base.Backend",
             "Ask the plugin's author for a version that fits this qwenrt.",
         )
+    if cls.api != Backend.api:
+        raise BackendError(
+            f"loading backend {name!r} from {dotted}",
+            f"it is written for interface {cls.api} of backends, and this qwenrt has {Backend.api}",
+            "Install a version of the plugin that fits this qwenrt.",
+        )
     return cls
 
 
 def _advice() -> str:
-    usable = [p.name for p in probe_all() if p.usable]
+    usable = [*(p.name for p in _probes() if p.usable), *_plugins()]
     return f'Available here: {", ".join(usable)}; "auto" takes the first. `qwenrt doctor` says more.'

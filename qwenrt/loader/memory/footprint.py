@@ -19,7 +19,7 @@ from qwenrt.config.layers import (
     kv_bytes_per_token,
     layer_linears,
     layer_tensors,
-    num_snapshots,
+    least_state_bytes,
     state_bytes,
 )
 from qwenrt.config.quant import ROUNDED
@@ -45,8 +45,9 @@ class Storage:
     ``activation``: also of norms, routers and, in most places, biases. ``dense``: of weights without codes and of the
     embedding. ``stored``: of dense weights in the file. ``kernels``: integer codes are in the layout of the CPU's
     kernels and multiplied as they are; elsewhere plain torch makes a matrix of a linear's codes for every product.
-    ``on_host``: what reading and rounding the file takes comes out of the same memory. ``captured``: steps that decode
-    work in memory of their own, which they keep.
+    ``dense_codes``: no code is kept, each becomes an element of a dense matrix. ``least_bits``: what a code takes at
+    least. ``on_host``: what reading and rounding the file takes comes out of the same memory. ``captured``: steps that
+    decode work in memory of their own, which they keep.
     """
 
     activation: int
@@ -54,6 +55,8 @@ class Storage:
     stored: int = 2
     kernels: bool = False
     on_host: bool = False
+    dense_codes: bool = False
+    least_bits: int = 4
     captured: bool = False
 
 
@@ -161,7 +164,7 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
         beside = quant.group_bytes or 2 + (2 if separate_zeros else 0)  # a float16 scale, an int16 zero
         per_group = 4 * words + beside
         return -(-rows // _ROWS) * _ROWS * groups * per_group + order + has_bias * rows * 4
-    codes = rows * -(-columns * quant.bits // 8)
+    codes = rows * -(-columns * max(quant.bits, storage.least_bits) // 8)
     return (
         codes + groups * rows * ((quant.group_bytes or 2) + 2) + order + has_bias * rows * storage.activation
     )
@@ -170,7 +173,7 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
 def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = None) -> int:
     """All weights once they are packed. Routers, norms and the embedding are never in codes, the head where the file
     has it so."""
-    quant = codes_of(config, quantize)
+    quant = None if storage.dense_codes else codes_of(config, quantize)
     layers = sum(linear.number * linear_bytes(linear, storage, quant) for linear in linears(config))
     for rows, columns, bits, group_size, number, group_bytes in (
         quant.corrections if quant is not None else ()
@@ -209,10 +212,11 @@ def memory_need(
     """
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
-    running = users if sequences is None else sequences
-    cache += (running + num_snapshots(running, 0)) * state_bytes(config, storage.activation)
+    running = max(users, sequences or 0)
+    cache += least_state_bytes(config, storage.activation, running)
     at_once = min(max(batch_tokens, users), users * context)
-    step = _step_peak(config, storage, codes_of(config, quantize), at_once, context, users, kv_cache_dtype)
+    quant = None if storage.dense_codes else codes_of(config, quantize)
+    step = _step_peak(config, storage, quant, at_once, context, users, kv_cache_dtype)
     step += _captured(config, context, users, running) if storage.captured else 0
     load = _load_peak(config, storage, quantize) if storage.on_host else 0
     return MemoryNeed(weight_bytes(config, storage, quantize), cache, max(step, load - cache) + _FIXED)
