@@ -15,9 +15,12 @@ import torch
 from qwenrt.backends import selfcheck
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import PRIMITIVES, SEAMS
+from qwenrt.backends.graphs import GraphStack
 from qwenrt.backends.stack import Outcome, Stack, StackParts
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, is_wide
+from qwenrt.config.released import released_config
+from qwenrt.errors import BackendError
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import FROM_BEFORE, Draw, LayerCache, LayerKV, LayerState, Step, Vocabulary
@@ -261,6 +264,17 @@ class _Weights:
 
 def _dense(weight: CanonicalWeight, dtype: torch.dtype) -> CanonicalWeight:
     return CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
+
+
+def captured_stack(backend: Backend, dtype: torch.dtype) -> GraphStack:
+    """Of a plain small model, its stack of captured steps: for whoever looks at these alone."""
+    config = released_config("Qwen-1_8B")
+    assert config is not None
+    kinds = Kinds(lambda spec: (16, 128), torch.bfloat16, False)
+    stack = backend.stacks(_parts(_Weights(_small(config), kinds).model(backend, dtype), False))[0]
+    if not isinstance(stack, GraphStack):
+        raise BackendError(f"captured steps on {backend.device}", "none", "Its graphs() gives none.")
+    return stack
 
 
 # ---- its steps
