@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import textwrap
@@ -50,6 +51,7 @@ def doctor(args: argparse.Namespace) -> int:
 def examine(device: str = "auto") -> dict[str, Any]:
     """All findings, ready for JSON. Nothing here raises: a failure is a finding."""
     problems: list[dict[str, str]] = []  # each: what, fix
+    ascend = _ascend(device, problems)  # before torch, whose import a broken torch_npu would end
     report: dict[str, Any] = {
         "qwenrt": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
@@ -57,6 +59,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "extras": _extras(problems),
         "machine": machine.describe(),
         "torch": _torch(problems),
+        "ascend": ascend,
     }
     for name, version in report["packages"].items():
         if version is None:
@@ -69,6 +72,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
     report["backend"] = (
         _chosen(device, environment, problems) if usable else {"name": None, "why": "no torch"}
     )
+    report["operators"] = _operators(report["backend"]["name"], problems)
     report["problems"] = problems
     return report
 
@@ -92,6 +96,25 @@ def _extras(problems: list[dict[str, str]]) -> dict[str, Any]:
             what = f"optional: {' and '.join(missing)} not installed ({purpose})"
             problems.append({"what": what, "fix": f'pip install "qwenrt[{extra}]"'})
     return found
+
+
+def _ascend(device: str, problems: list[dict[str, str]]) -> dict[str, Any] | None:
+    """What is installed for Ascend devices, where there are any or one is asked for."""
+    if (
+        _version("torch-npu") is None
+        and "Ascend" not in machine.drivers()
+        and device.partition(":")[0] != "npu"
+    ):
+        return None
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = (
+        "0"  # torch would import torch_npu by itself, and fail with it
+    )
+    software = machine.beside("backends/ascend/software.py")
+    found = software.look()
+    problems += [{"what": what, "fix": fix} for what, fix in found.problems]
+    if found.error is not None:
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # it may end this process as well
+    return {name: getattr(found, name) for name in ("torch_npu", "driver", "cann", "error")}
 
 
 def _torch(problems: list[dict[str, str]]) -> dict[str, Any]:
@@ -225,6 +248,26 @@ def _chosen(device: str, environment: Environment | None, problems: list[dict[st
     return {"name": backend.name, "device": str(backend.device), "why": why, "kernels": backend.describe()}
 
 
+def _operators(backend: str | None, problems: list[dict[str, str]]) -> dict[str, str]:
+    """Of each fused operator of torch_npu: in which releases it is as here, or why it is not used."""
+    if backend != "npu":
+        return {}
+    from qwenrt.backends.ascend import calls
+
+    found, misfits = {}, calls.misfits()
+    for op in calls.CALLS:
+        schema = calls.installed(op)
+        known = calls.releases_with(op, schema) if schema is not None else ()
+        found[op] = misfits.get(op) or (
+            f"as in torch_npu {', '.join(known)}" if known else "a form not seen before"
+        )
+    for why in misfits.values():
+        problems.append(
+            {"what": f"{why}: its definition serves", "fix": "another torch_npu, or none: it is slower"}
+        )
+    return found
+
+
 # ---- for people
 
 
@@ -255,6 +298,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
             f"device {backend['name']}",
             usable + ("" if backend["why"] == "available" else f": {backend['why']}"),
         )
+    _show_ascend(report, row)
     if report["cpu_kernels"]:
         row("CPU kernels", report["cpu_kernels"])
     settings = report["environment"]
@@ -275,6 +319,14 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         row("to do", f"{problem['what']}. Fix: {problem['fix']}", "yellow")
     if not report["problems"]:
         row("to do", "nothing, all is well", "green")
+
+
+def _show_ascend(report: dict[str, Any], row: Any) -> None:
+    if report["ascend"]:
+        here = {name: report["ascend"][name] or "not found" for name in ("torch_npu", "cann", "driver")}
+        row("Ascend", ", ".join(f"{name} {version}" for name, version in here.items()))
+    for op, releases in report["operators"].items():
+        row("operator", f"{op}: {releases}")
 
 
 def _show_machine(found: dict[str, Any], row: Any) -> None:
