@@ -24,7 +24,6 @@ def tree(root: Path, **files: str) -> Path:
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     versions: dict[str, str | None] = {"torch-npu": "2.9.0", "torch": "2.9.0+cpu"}
     monkeypatch.setattr(software, "_package", versions.get)
-    monkeypatch.setattr(software, "_import_error", lambda timeout_s: None)
     return versions
 
 
@@ -59,37 +58,10 @@ def test_what_does_not_fit_is_said_with_what_to_do(
     assert all(fix for _, fix in problems)
 
 
-@pytest.mark.parametrize(
-    ("code", "error", "fix"),
-    [
-        ("raise ImportError('libhccl.so: cannot open shared object file')", "libhccl.so", "set_env.sh"),
-        ("raise ImportError('libatb.so: cannot open')", "libatb.so", "nnal"),
-        (
-            "raise RuntimeError('Two accelerators cannot be used at the same time')",
-            "Two acc",
-            "CPU build of torch",
-        ),
-        ("import os; os.kill(os.getpid(), 11)", "it ends the process (signal 11)", "set_env.sh"),
-        ("import time; time.sleep(60)", "it takes longer than 1 s", "set_env.sh"),
-    ],
-)
-def test_a_broken_import_is_a_finding_with_its_cause(
-    code: str, error: str, fix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(software, "_package", {"torch-npu": "2.9.0", "torch": "2.9.0"}.get)
-    monkeypatch.setattr(software, "_IMPORT", code)
-    found = software.look(tree(tmp_path, cann="8.5.0"), timeout_s=1.0 if "sleep" in code else 60.0)
-    assert error in (found.error or "")
-    ((what, how),) = found.problems
-    assert error in what and fix in how
-
-
-def test_doctor_looks_before_torch_is_imported() -> None:
+def test_doctor_reads_without_importing_torch() -> None:
     code = (
-        "import sys\nfrom qwenrt.cli import doctor\nproblems = []\n"
-        "found = doctor._ascend('npu', problems)\n"
+        "import sys\nfrom qwenrt.cli import doctor\nfound = doctor._ascend('npu', [])\n"
         "assert 'torch' not in sys.modules and 'torch_npu' in found\n"
-        "import os\nassert os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] == '0'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,27 +16,21 @@ _CANN = (
     *("ascend-toolkit/latest/toolkit/version.info", "ascend-toolkit/latest/compiler/version.info"),
 )
 _NUMBER = re.compile(r"(\d+\.\d+(?:\.[0-9A-Za-z]+)*)")
-_IMPORT = "import torch; import torch_npu; print(torch.npu.is_available(), torch.npu.device_count())"
-_SOURCE = (
-    "run `source /usr/local/Ascend/ascend-toolkit/set_env.sh` (newer: /usr/local/Ascend/cann/set_env.sh)"
-)
 
 
 @dataclass
 class Software:
-    """Versions, None for what is not there; ``error``: what importing torch_npu gives, None where that works or was
-    not tried; ``problems``: (what is wrong, how to mend it)."""
+    """Versions, None for what is not there; ``problems``: (what does not fit, how to mend it)."""
 
     torch_npu: str | None
     torch: str | None
     driver: str | None
     cann: str | None
-    error: str | None = None
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
-def look(root: Path = Path("/"), timeout_s: float = 120.0) -> Software:
-    """What is here. torch_npu is imported in a process of its own: a broken one may end the process that does."""
+def look(root: Path = Path("/")) -> Software:
+    """What is here."""
     home = root / _INSTALLED
     found = Software(_package("torch-npu"), _package("torch"), _version(home, _DRIVER), _version(home, _CANN))
     if found.torch_npu is None:
@@ -49,9 +40,6 @@ def look(root: Path = Path("/"), timeout_s: float = 120.0) -> Software:
             )
         return found
     found.problems += _mismatches(found)
-    found.error = _import_error(timeout_s)
-    if found.error is not None:
-        found.problems.append((f"torch_npu cannot be imported: {found.error}", _remedy(found.error, found)))
     return found
 
 
@@ -112,37 +100,3 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _install(torch: str | None) -> str:
     fitting = f"=={_first(torch, 3)}.*" if torch else ""
     return f'pip install "torch-npu{fitting}", the one for this torch'
-
-
-def _import_error(timeout_s: float) -> str | None:
-    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORT],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return f"it takes longer than {timeout_s:.0f} s"
-    except OSError as error:
-        return str(error)
-    if done.returncode < 0:
-        return f"it ends the process (signal {-done.returncode})"
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("[ERROR]")]
-        return lines[-1].strip()[:300] if lines else f"exit status {done.returncode}"
-    return None
-
-
-def _remedy(error: str, found: Software) -> str:
-    """What to do about an error of the import."""
-    library = re.search(r"(lib\w+\.so)", error)
-    if library is not None:
-        missing = library.group(1)
-        package = "CANN's nnal package (ATB)" if "atb" in missing else "CANN"
-        return f"{missing} is {package}'s and not found: {_SOURCE}, or install it"
-    if "Two accelerators" in error:
-        return "torch_npu needs a torch without CUDA: pip install the CPU build of torch"
-    return f"install torch_npu and CANN as a pair; {_SOURCE}"
