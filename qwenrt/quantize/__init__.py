@@ -20,7 +20,6 @@ from qwenrt.errors import ConfigError, RequestError
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.weights import WeightReader, open_weights
-from qwenrt.loading import load_tokenizer
 from qwenrt.model.qwen import Qwen
 from qwenrt.quantize.calibration import texts_for, warn_if_few
 from qwenrt.quantize.finished import PARTS, FinishedLayers, check_fingerprint, claimed, fingerprint
@@ -47,13 +46,13 @@ def quantize(
 ) -> QuantizeReport:
     """Quantise the dense checkpoint in ``model_dir`` and write a complete new one to ``output_dir``, in GPTQ's format.
 
-    ``calibration``: a JSON or JSON-lines file of conversations or texts, a file of plain text, a list of entries or of
-    texts, or "self": the model writes them. Keyword settings: see QuantizeSettings (``method``, ``bits``,
-    ``group_size``, ``sym``, ``act_order``, ``samples``, ``sample_length``, ...). One layer is in memory at a time, in
-    float32, and the
-    residual stream of all texts. Each layer is kept when it is done, and the same call goes on after a cut (``resume``)
-    with the same result. An ``output_dir`` that holds anything else is refused unless ``overwrite``. Raises
-    RequestError for settings, texts and ``output_dir``, ConfigError and CheckpointError for the model's files.
+    ``calibration``: a JSON or JSON-lines file of conversations or texts, a file of plain text, a list of entries, of
+    texts or of token ids, or "self": the model writes them. Keyword settings: see QuantizeSettings (``method``,
+    ``bits``, ``group_size``, ``sym``, ``act_order``, ``samples``, ``sample_length``, ...). One layer is in memory at a
+    time, in float32, and the residual stream of all texts. Each layer is kept when it is done, and the same call goes
+    on after a cut (``resume``) with the same result. An ``output_dir`` that holds anything else is refused unless
+    ``overwrite``. Raises RequestError for settings, texts and ``output_dir``, ConfigError and CheckpointError for the
+    model's files.
     """
     began = time.monotonic()
     options = QuantizeSettings(**settings)
@@ -69,7 +68,8 @@ def quantize(
     _claim(target, source, overwrite)
     with claimed(target) as parts, torch.no_grad():
         _check_room(target, config, quantized, options, checkpoint.nbytes)
-        calibrating, held_out = texts_for(source, load_tokenizer(source), calibration, options)
+        calibrating, held_out = texts_for(source, calibration, options)
+        _check_ids([*calibrating, *held_out], config.vocab_size)
         if options.method == "gptq":
             warn_if_few(calibrating, max(spec.in_features for spec in quantized))
         check_fingerprint(parts, fingerprint(reader, options, [*calibrating, *held_out]), resume)
@@ -129,6 +129,14 @@ def _check_source(source: Path, config: ModelConfig) -> None:
     if not config.has_head or not config.is_causal:
         found = "it makes embeddings and writes no texts"
         raise ConfigError(asked, found, 'Load it with quantize="int8" or "int4" instead.')
+
+
+def _check_ids(texts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for number, text in enumerate(texts, 1):
+        wrong = next((token for token in text if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            found = f"text {number} has the token {wrong}, and the model a vocabulary of {vocab_size}"
+            raise RequestError("calibrating", found, "Tokenise it with the model's own tokenizer.")
 
 
 def _claim(target: Path, source: Path, overwrite: bool) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenrt.arguments import as_token_ids
 from qwenrt.errors import RequestError
 from qwenrt.files import read
+from qwenrt.loading import load_tokenizer
 from qwenrt.quantize.self_written import write_texts
 from qwenrt.quantize.settings import SELF, QuantizeSettings
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
@@ -20,20 +22,17 @@ logger = logging.getLogger("qwenrt")
 
 
 def texts_for(
-    source: Path,
-    tokenizer: ChatTokenizer,
-    calibration: str | Path | Sequence[Any],
-    settings: QuantizeSettings,
+    source: Path, calibration: str | Path | Sequence[Any], settings: QuantizeSettings
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(texts that calibrate, texts that measure) as token ids, ``settings.samples`` in all where there are so many.
 
-    ``calibration``: a file of entries (JSON or JSON lines) or of plain text, the entries themselves, or "self". Raises
-    RequestError where there are too few.
+    ``calibration``: a file of entries (JSON or JSON lines) or of plain text, entries, texts or token ids, or "self".
+    Raises RequestError where there are too few.
     """
     if calibration == SELF:
-        texts = write_texts(source, tokenizer, settings)
+        texts = write_texts(source, load_tokenizer(source), settings)
     else:
-        made = _texts_in(tokenizer, calibration, settings.sample_length)
+        made = _texts_in(source, calibration, settings.sample_length)
         texts = [text for text in made if len(text) >= _LEAST][: settings.samples]
     if len(texts) <= _LEAST_HELD_OUT:
         raise RequestError(
@@ -58,19 +57,19 @@ def warn_if_few(texts: Sequence[Sequence[int]], widest: int) -> None:
         )
 
 
-def _texts_in(
-    tokenizer: ChatTokenizer, calibration: str | Path | Sequence[Any], length: int
-) -> Iterator[list[int]]:
-    if isinstance(calibration, (str, Path)):
-        path = Path(calibration)
-        if path.suffix not in (".json", ".jsonl"):
-            raw = read(
-                path, MAX_DATA_BYTES, RequestError, asked=f"calibration texts {path}", what="file of texts"
-            )
-            yield from _windows(tokenizer.encode(raw.decode("utf-8-sig", errors="replace")), length)
-            return
-        calibration = read_entries(path)
-    for number, value in enumerate(calibration, 1):
+def _texts_in(source: Path, calibration: str | Path | Sequence[Any], length: int) -> Iterator[list[int]]:
+    if isinstance(calibration, (str, Path)) and Path(calibration).suffix not in (".json", ".jsonl"):
+        asked = f"calibration texts {calibration}"
+        raw = read(Path(calibration), MAX_DATA_BYTES, RequestError, asked=asked, what="file of texts")
+        yield from _windows(load_tokenizer(source).encode(raw.decode("utf-8-sig", errors="replace")), length)
+        return
+    values = read_entries(calibration) if isinstance(calibration, (str, Path)) else calibration
+    tokenizer: ChatTokenizer | None = None
+    for number, value in enumerate(values, 1):
+        if isinstance(value, (list, tuple)) or hasattr(value, "dtype"):
+            yield as_token_ids(value)[:length]
+            continue
+        tokenizer = tokenizer or load_tokenizer(source)
         entry = Entry(text=value) if isinstance(value, str) else entry_of(value, number)
         if entry.text is not None:
             yield from _windows([*tokenizer.encode(entry.text), tokenizer.eod_id], length)
