@@ -103,6 +103,8 @@ def entry_of(value: object, number: int = 1) -> Entry:
         messages = _alpaca(value, number)
     else:
         raise bad_entry(number, "no list of conversations", _SHAPES)
+    if not messages:
+        raise bad_entry(number, "nobody says anything in it", "Remove the entry.")
     return Entry(tuple(messages), tuple(_tools(value.get("tools"), number)))
 
 
@@ -128,17 +130,18 @@ def _openai(turns: list[Any], number: int) -> list[dict[str, Any]]:
 
 
 def _conversation(turns: list[Any], number: int) -> list[dict[str, Any]]:
-    said = [_object(turn, number, f"conversations[{i}]").get("from") for i, turn in enumerate(turns)]
+    objects = [_object(turn, number, f"conversations[{i}]") for i, turn in enumerate(turns)]
+    said = [str(turn.get("from")) for turn in objects]
     # one leading turn of another role is dropped in the first Qwen's shape, as its trainer does
     first = 1 if said[0] not in _FIRST_QWENS and {*said[1:]} <= _FIRST_QWENS and said[1:] else 0
     if first == 0 and said[0] == "assistant" and {*said} <= _FIRST_QWENS:
         first = 1
     messages: list[dict[str, Any]] = []
     for index, turn in enumerate(turns[first:], first):
-        where, role = f"conversations[{index}]", _SPEAKERS.get(str(said[index]))
+        where, role = f"conversations[{index}]", _SPEAKERS.get(said[index])
         if role is None or (role == "system" and index > 0):
             raise bad_entry(
-                number, f"{where} is from {said[index]!r:.40}", "It must be 'user' or 'assistant'."
+                number, f"{where} is from {turn.get('from')!r:.40}", "It must be 'user' or 'assistant'."
             )
         value = _string(turn.get("value"), number, f"{where} value")
         messages.append(_call(value, number, where) if role == "call" else {"role": role, "content": value})
