@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from qwenrt.arguments import as_integer
 from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import RequestError, shown
 from qwenrt.outputs import Delta, FinishReason, Generation, Timing, TokenLogprob, Usage
+from qwenrt.sampling_params import SamplingChanges, SamplingParams
 from qwenrt.structure import Grammar, Thought
 from qwenrt.text.replies.call_grammar import or_calls
 from qwenrt.text.replies.parser import Reply, ReplyStream, parse_reply
@@ -18,8 +19,24 @@ from qwenrt.text.replies.thinking import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from qwenrt.engine.answers import Handle
-    from qwenrt.sampling_params import SamplingParams
     from qwenrt.text.tokenizer.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+# What was said before: (user, assistant) pairs, as `chat` returns them, or alternating messages.
+Past = Sequence[Sequence[str] | Mapping[str, Any]] | None
+Pairs = list[tuple[str, str]]
+
+
+class TurnOptions(SamplingChanges, total=False):
+    """What else may be asked of a turn: keywords of chat, stream, achat and astream."""
+
+    enable_thinking: bool | None
+    thinking_budget: int | None
+    reasoning_effort: str | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
+    sampling_params: SamplingParams | None
+
 
 PLAIN = ReplyFormat(calls="none", thinking="none")
 # The sentence that Qwen3 was trained to end a thought with when its budget is used up.

@@ -17,7 +17,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import Binding
 from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
-from qwenrt.config.layers import BLOCK_SIZE, LinearSpec, num_parameters, num_snapshots, state_bytes
+from qwenrt.config.layers import LinearSpec, num_parameters, num_snapshots, state_bytes
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
@@ -92,7 +92,7 @@ def assemble(
     checkpoint = open_checkpoint(directory)
     check_size(checkpoint, config)
     config = as_stored(config, checkpoint)
-    prompter = Prompter.load(name, directory, config)
+    prompter = Prompter.load(name, directory, config, merge_system_messages=options.merge_system_messages)
     embedder = Embedder.load(directory, config)
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
@@ -182,7 +182,7 @@ def _build(
         max_model_len=longest,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
-        block_size=BLOCK_SIZE,
+        block_size=backend.block_size,
         kv_cache_dtype=options.kv_cache_dtype,
         num_blocks=_num_blocks(config, backend, dtype, options, longest),
         step_target_ms=options.step_target_ms,
@@ -258,7 +258,7 @@ def _longest_that_fits(
     per_token = max(1, _cache_token_bytes(config, backend, dtype, options))
     longest = min(config.max_position_embeddings, max(LONGEST_BY_CHOICE, LITTLE_CACHE // per_token))
     fits = backend.memory()[0] // 2 // per_token
-    return max(min(longest, fits // BLOCK_SIZE * BLOCK_SIZE), min(longest, 256))
+    return max(min(longest, fits // backend.block_size * backend.block_size), min(longest, 256))
 
 
 def _num_blocks(
@@ -268,7 +268,7 @@ def _num_blocks(
     per_token = _cache_token_bytes(config, backend, dtype, options)
     one, all_of_them = longest, longest * options.max_num_seqs
     affordable = int(backend.memory()[0] * CACHE_SHARE) // max(1, per_token)
-    return -(-max(one, min(all_of_them, affordable)) // BLOCK_SIZE)
+    return -(-max(one, min(all_of_them, affordable)) // backend.block_size)
 
 
 def _num_snapshots(config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions) -> int:

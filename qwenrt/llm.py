@@ -7,13 +7,23 @@ serves all callers, so any thread may use one LLM.
 from __future__ import annotations
 
 import logging
-from asyncio import to_thread
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
-from qwenrt.answering import COMPLETION, Prepared, ReplyReader, checked_budget, deltas_of, generation_of
+from qwenrt.answering import (
+    COMPLETION,
+    Messages,
+    Pairs,
+    Past,
+    Prepared,
+    TurnOptions,
+    checked_budget,
+    deltas_of,
+    generation_of,
+)
 from qwenrt.arguments import as_token_ids
+from qwenrt.asynchronous import Asynchronous
 from qwenrt.config import GenerationConfig, ModelConfig
 from qwenrt.errors import QwenrtError, RequestError
 from qwenrt.load_options import LoadOptions
@@ -22,6 +32,7 @@ from qwenrt.outputs import Delta, Generation
 from qwenrt.retrieval import Retrieval
 from qwenrt.sampling_params import SamplingChanges, SamplingParams
 from qwenrt.text.chat.conversations import as_history
+from qwenrt.text.chat.efforts import Thinking, ThoughtWish
 from qwenrt.text.chat.messages import given_tools
 
 if TYPE_CHECKING:
@@ -30,28 +41,12 @@ if TYPE_CHECKING:
 
     from qwenrt.assembly import Assembled
     from qwenrt.engine.answers import AsyncAnswer, Handle
-    from qwenrt.prompting import Thinking
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
 logger = logging.getLogger("qwenrt")
 
-Messages = Sequence[Mapping[str, Any]]
-# What was said before: (user, assistant) pairs, as `chat` returns them, or alternating messages.
-Past = Sequence[Sequence[str] | Mapping[str, Any]] | None
-Pairs = list[tuple[str, str]]
 
-
-class TurnOptions(SamplingChanges, total=False):
-    """What else may be asked of a turn: keywords of chat, stream, achat and astream."""
-
-    enable_thinking: bool | None
-    thinking_budget: int | None
-    tool_choice: str | Mapping[str, Any] | None
-    parallel_tool_calls: bool
-    sampling_params: SamplingParams | None
-
-
-class LLM(Retrieval):
+class LLM(Asynchronous, Retrieval):
     """One model in memory. Made by `load`; usable from any thread; a context manager that frees it at the end."""
 
     def __init__(self, assembled: Assembled) -> None:
@@ -100,6 +95,7 @@ class LLM(Retrieval):
         tools: Messages | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
@@ -111,9 +107,10 @@ class LLM(Retrieval):
         of it (None: the model's own default). With ``messages`` (OpenAI's shape) or ``tools``: -> Generation, whose
         ``message`` is ready to append. ``enable_thinking``: for models that can answer with and without a thought, None
         takes their default. ``thinking_budget``: the longest thought, in tokens; then the answer begins; refused for
-        models that do not think. ``tool_choice``: "auto" (None), "none", or a call that is required, of any tool
-        ("required") or of one ({"type": "function", "function": {"name": ...}}). ``parallel_tool_calls``: if off, an
-        answer ends with its first call. ``sampling`` changes single fields of ``sampling_params`` or of the
+        models that do not think. ``reasoning_effort``: from "none" to "max", what the model is told where it was taught
+        to listen (Qwen3.8), else a budget. ``tool_choice``: "auto" (None), "none", or a call that is required, of any
+        tool ("required") or of one ({"type": "function", "function": {"name": ...}}). ``parallel_tool_calls``: if off,
+        an answer ends with its first call. ``sampling`` changes single fields of ``sampling_params`` or of the
         checkpoint's own defaults.
         """
         prepared, result = self._turn(
@@ -124,6 +121,7 @@ class LLM(Retrieval):
             tools,
             enable_thinking=enable_thinking,
             thinking_budget=thinking_budget,
+            reasoning_effort=reasoning_effort,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             sampling_params=sampling_params,
@@ -144,6 +142,7 @@ class LLM(Retrieval):
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
@@ -164,6 +163,7 @@ class LLM(Retrieval):
             prompt_token_ids=prompt_token_ids,
             enable_thinking=enable_thinking,
             thinking_budget=thinking_budget,
+            reasoning_effort=reasoning_effort,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             sampling_params=sampling_params,
@@ -249,6 +249,7 @@ class LLM(Retrieval):
         prompt_token_ids: Sequence[int] | None = None,
         enable_thinking: bool | None = None,
         thinking_budget: int | None = None,
+        reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         sampling_params: SamplingParams | None = None,
@@ -261,17 +262,17 @@ class LLM(Retrieval):
         """
         params, tools = self._params(sampling_params, sampling), given_tools(tools)
         if prompt is None and prompt_token_ids is None:
-            chat, reader = self._alive().prompter.chat_prompt(
+            chat, reader, budget = self._alive().prompter.chat_prompt(
                 query,
                 as_history(history),
                 system,
                 messages,
                 tools,
-                enable_thinking,
+                ThoughtWish(enable_thinking, thinking_budget, reasoning_effort),
                 tool_choice,
                 parallel_tool_calls,
             )
-            budget = checked_budget(thinking_budget, reader)
+            budget = checked_budget(budget, reader)
             self._compile(params)  # by itself, so that an error tells its place
             self._compile(reader.held(params))
             return Prepared(chat.token_ids, params, reader, chat.stop, budget)
@@ -298,126 +299,6 @@ class LLM(Retrieval):
         """The same from a running event loop -> an asynchronous iterator, for a task of that loop."""
         params, options = self._options(prepared)
         return self._alive().engine.asubmit(prepared.prompt_token_ids, params, **options)
-
-    # ---- for asyncio: prompts are made in a thread, and cancelling the task ends the work in the engine
-
-    @overload
-    async def achat(
-        self, query: str, history: Past = None, system: str | None = None, **options: Unpack[TurnOptions]
-    ) -> tuple[str, Pairs]: ...
-
-    @overload
-    async def achat(
-        self,
-        query: str,
-        history: Past = None,
-        system: str | None = None,
-        *,
-        tools: Messages,
-        **options: Unpack[TurnOptions],
-    ) -> Generation: ...
-
-    @overload
-    async def achat(
-        self, *, messages: Messages, tools: Messages | None = None, **options: Unpack[TurnOptions]
-    ) -> Generation: ...
-
-    async def achat(
-        self,
-        query: str | None = None,
-        history: Any = None,
-        system: str | None = None,
-        *,
-        messages: Messages | None = None,
-        tools: Messages | None = None,
-        **asked: Any,
-    ) -> Any:
-        """`chat`, with the same arguments and results."""
-        prepared, result = await to_thread(self._turn, query, history, system, messages, tools, **asked)
-        return result(await self._whole(self.asubmit(prepared), prepared.reader))
-
-    async def astream(
-        self,
-        query: str | None = None,
-        history: Past = None,
-        system: str | None = None,
-        *,
-        messages: Messages | None = None,
-        tools: Messages | None = None,
-        prompt_token_ids: Sequence[int] | None = None,
-        **options: Unpack[TurnOptions],
-    ) -> AsyncIterator[Delta]:
-        """`stream`, with the same arguments: an asynchronous generator. Closing it cancels the request."""
-        prepared = await to_thread(
-            self.prepare,
-            query,
-            history,
-            system,
-            messages=messages,
-            tools=tools,
-            prompt_token_ids=prompt_token_ids,
-            **options,
-        )
-        answer = self.asubmit(prepared)
-        try:
-            async for delta in answer:
-                yield delta
-        finally:
-            answer.cancel()
-
-    @overload
-    async def agenerate(
-        self, prompt: str, sampling_params: SamplingParams | None = None, **sampling: Unpack[SamplingChanges]
-    ) -> Generation: ...
-
-    @overload
-    async def agenerate(
-        self,
-        prompt: list[str] | tuple[str, ...],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **sampling: Unpack[SamplingChanges],
-    ) -> list[Generation]: ...
-
-    @overload
-    async def agenerate(
-        self,
-        prompt: None = None,
-        sampling_params: SamplingParams | None = None,
-        *,
-        prompt_token_ids: Sequence[int],
-        **sampling: Unpack[SamplingChanges],
-    ) -> Generation: ...
-
-    @overload
-    async def agenerate(
-        self,
-        prompt: None = None,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        prompt_token_ids: Sequence[Sequence[int]],
-        **sampling: Unpack[SamplingChanges],
-    ) -> list[Generation]: ...
-
-    async def agenerate(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        **sampling: Any,
-    ) -> Any:
-        """`generate`, with the same arguments and results."""
-        each, single = await to_thread(self._completions, prompt, sampling_params, prompt_token_ids, sampling)
-        answers: list[AsyncAnswer] = []
-        try:
-            for prepared in each:
-                answers.append(self.asubmit(prepared))
-            done = [await self._whole(answer) for answer in answers]
-        except BaseException:
-            for answer in answers:
-                answer.cancel()
-            raise
-        return done[0] if single else done
 
     # ---- about it
 
@@ -558,10 +439,6 @@ class LLM(Retrieval):
         for params in each:
             self._compile(params)
         return [Prepared(ids, params) for ids, params in zip(prompts, each, strict=True)], single
-
-    async def _whole(self, answer: AsyncAnswer, reader: ReplyReader = COMPLETION) -> Generation:
-        deltas = [delta async for delta in answer]
-        return generation_of(deltas, reader, answer.replies)
 
     def _params(self, given: object, changes: Mapping[str, Any]) -> SamplingParams:
         if given is not None and not isinstance(given, SamplingParams):

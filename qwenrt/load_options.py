@@ -65,6 +65,8 @@ ABOUT: dict[str, str] = {
     "prefix_store": "keep what was computed of beginnings that prompts share in this directory, where the next process "
     "finds it; it tells what was asked, and only its owner may read it (default: nothing is kept)",
     "prefix_store_bytes": "how much that directory may hold; what was used least lately goes first",
+    "merge_system_messages": "where a chat template takes a system message in the first place alone (Qwen3.5 to 3.8), "
+    "move the texts of later ones into that; otherwise they are an error",
 }
 
 
@@ -95,6 +97,7 @@ class LoadOptions:
     step_target_ms: int | None = None
     prefix_store: str | PathLike[str] | None = None
     prefix_store_bytes: int = 4 * 2**30
+    merge_system_messages: bool = False
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -140,7 +143,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
         return size(name, value)
     if name in _INTEGERS:
         return _integer(name, value, *_INTEGERS[name])
-    if name in ("offline", "progress"):
+    if name in ("offline", "progress", "merge_system_messages"):
         return flag(name, value, ConfigError)
     also = _DIRECTORIES.get(name, ())
     if isinstance(value, (str, *also)):

@@ -50,6 +50,7 @@ def load(
     step_target_ms: int | None = None,
     prefix_store: str | PathLike[str] | None = None,
     prefix_store_bytes: int = 4 * 2**30,
+    merge_system_messages: bool = False,
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
 
@@ -78,6 +79,7 @@ def load(
         step_target_ms=step_target_ms,
         prefix_store=prefix_store,
         prefix_store_bytes=prefix_store_bytes,
+        merge_system_messages=merge_system_messages,
     )
     return load_with(model, options)
 

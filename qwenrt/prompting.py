@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qwenrt.answering import ReplyReader
 from qwenrt.arguments import as_integer, as_list, as_token_ids, flag
@@ -16,6 +16,7 @@ from qwenrt.files import is_there
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.chatml import build_chat
+from qwenrt.text.chat.efforts import NO_WISH, Thinking, ThoughtWish, resolved
 from qwenrt.text.chat.formats import ChatFormat, load_chat_format
 from qwenrt.text.chat.prompt import Prompt
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
@@ -27,7 +28,6 @@ from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 logger = logging.getLogger("qwenrt")
 
 History = list[tuple[str, str]]
-Thinking = Literal["never", "optional", "always"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,16 @@ class Prompter:
     chat_format: ChatFormat | ConfigError | None = None
 
     @classmethod
-    def load(cls, name: str, directory: Path, config: ModelConfig) -> Prompter:
+    def load(
+        cls, name: str, directory: Path, config: ModelConfig, *, merge_system_messages: bool = False
+    ) -> Prompter:
         """By the files of a model directory. Raises CheckpointError and ConfigError for a tokenizer that is broken or
-        of another model."""
+        of another model. ``merge_system_messages``: as LoadOptions has it."""
         generation = GenerationConfig.from_dir(directory)
         tokenizer = _tokenizer(directory, config)
-        chat_format = None if tokenizer is None else _chat_format(directory, config, generation)
+        chat_format = None
+        if tokenizer is not None:
+            chat_format = _chat_format(directory, config, generation, merge_system_messages)
         return cls(name, config, generation, tokenizer, chat_format)
 
     @property
@@ -109,31 +113,40 @@ class Prompter:
         system: str | None,
         messages: Sequence[Mapping[str, Any]] | None,
         tools: Sequence[Mapping[str, Any]] | None,
-        enable_thinking: bool | None,
+        thought: ThoughtWish = NO_WISH,
         tool_choice: object = None,
         parallel_tool_calls: bool = True,
-    ) -> tuple[Prompt, ReplyReader]:
-        """The prompt of one turn, as LLM.chat takes its parts, and how its answers are read."""
+    ) -> tuple[Prompt, ReplyReader, int | None]:
+        """The prompt of one turn, as LLM.chat takes its parts, how its answers are read, and the budget of their
+        thoughts."""
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
             raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
-        enable_thinking = None if enable_thinking is None else flag("enable_thinking", enable_thinking)
+        if thought.enable is not None:
+            thought = thought._replace(enable=flag("enable_thinking", thought.enable))
         single_call = not flag("parallel_tool_calls", parallel_tool_calls)
         choice = chosen_tools(None if tools is None else list(tools), tool_choice)
         tools = choice.tools
         tokenizer, chat_format = self.needs_tokenizer("chat"), self._usable_chat_format()
+        thought = resolved(thought, self.thinking, chat_format.efforts)
         is_qwen1 = self.config.model_type == "qwen"
         window = self.generation.max_window_size if is_qwen1 else None
         if messages is None:
             assert query is not None
-            if is_qwen1 and not tools and not enable_thinking:
+            if is_qwen1 and not tools and not thought.enable:
                 system = DEFAULT_SYSTEM if system is None else system
-                return Prompt(build_chat(tokenizer, query, history, system, window)), ReplyReader()
+                prompt = Prompt(build_chat(tokenizer, query, history, system, window))
+                return prompt, ReplyReader(), thought.budget
             messages = _as_messages(query, history, system)
         prompt = chat_format.prompt(
-            tokenizer, messages, tools, enable_thinking=enable_thinking, max_window_size=window
+            tokenizer,
+            messages,
+            tools,
+            enable_thinking=thought.enable,
+            reasoning_effort=thought.effort,
+            max_window_size=window,
         )
-        return prompt, self._reader(chat_format.reply_format, prompt, choice, single_call)
+        return prompt, self._reader(chat_format.reply_format, prompt, choice, single_call), thought.budget
 
     def _reader(
         self, written: ReplyFormat, prompt: Prompt, choice: ToolChoice, single_call: bool
@@ -231,11 +244,16 @@ def _tokenizer(directory: Path, config: ModelConfig) -> ChatTokenizer | None:
 
 
 def _chat_format(
-    directory: Path, config: ModelConfig, generation: GenerationConfig
+    directory: Path, config: ModelConfig, generation: GenerationConfig, merge_system_messages: bool
 ) -> ChatFormat | ConfigError:
     """How the checkpoint is talked to. A template that cannot be used keeps nobody from completing texts."""
     try:
-        return load_chat_format(directory, config.model_type, generation.chat_format)
+        return load_chat_format(
+            directory,
+            config.model_type,
+            generation.chat_format,
+            merge_system_messages=merge_system_messages,
+        )
     except ConfigError as error:
         logger.warning("this model cannot chat: %s", error)
         return error

@@ -28,8 +28,8 @@ def line(name: str, backend: Backend, model: Qwen, *, cache: str, context: int, 
 
 
 def table(backend: Backend, model: Qwen) -> list[str]:
-    """Lines: operation, form of the weights, what serves it in how many places, and why or with which note; then bytes
-    by form."""
+    """Lines: operation, form of the weights, what serves it in how many places, and why or with which note; what there
+    is to say of stacks; then bytes by form."""
     forms = {"parts": "several forms"} | {piece.kind: _form(piece) for piece in _pieces(model)}
     rows: dict[tuple[str, str, str, str], int] = {}
     for b in backend.bindings:
@@ -41,6 +41,7 @@ def table(backend: Backend, model: Qwen) -> list[str]:
         f"{op:<16} {form:<{width}} {served:<12} {count:>6}  {note}".rstrip()
         for (op, form, served, note), count in sorted(rows.items())
     ]
+    lines += [note for stack in backend.serving if (note := stack.note())]
     sizes: dict[str, int] = {}
     for piece in _pieces(model):
         sizes[_form(piece)] = sizes.get(_form(piece), 0) + piece.nbytes

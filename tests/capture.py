@@ -166,6 +166,9 @@ class FakeGraphs:
         self.captures += 1
         return _Fake(self, body)
 
+    def note(self) -> str:
+        return f"captured {self.captures} times"
+
 
 class GraphBackend(Backend):
     """The definitions, on a CPU that plays a device that captures steps and computes by itself."""

@@ -33,9 +33,8 @@ def test_importing_the_package_imports_little() -> None:
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(new - sys.stdlib_module_names))"
     )
-    assert (
-        in_fresh_python(code).strip() == "['qwenrt']"
-    )  # what it is made of is imported when it is asked for
+    # what it is made of is imported when it is asked for
+    assert in_fresh_python(code).strip() == "['qwenrt']"
 
 
 def test_text_and_config_import_no_torch() -> None:

@@ -295,7 +295,8 @@ _NOT_A_MODELS = {
     *("cli/keeping.py", "load_test/server_process.py", "loader/hub/names.py", "server/page/__init__.py"),
     "loader/hub/removal.py",  # deletes, and reads what the system says of open files
     *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/memory/device.py", "cli/machine.py"),
-    *("cli/doctor.py", "cli/__init__.py", "files.py"),
+    *("cli/doctor.py", "cli/__init__.py", "files.py", "backends/dcu/software.py"),
+    *("backends/ascend/calls.py", "backends/ascend/software.py"),
 }
 
 

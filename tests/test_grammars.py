@@ -296,9 +296,8 @@ def test_the_tables_are_made_once_and_grammars_kept(monkeypatch: pytest.MonkeyPa
     assert fresh.compile(Grammar.json_object()) is kept
     for word in ("c", "d", "e"):
         fresh.compile(Grammar.choice([word]))
-    assert fresh.num_compiled in range(
-        6, 10
-    )  # the first by whoever of the four began before another had ended
+    # the first by whoever of the four began before another had ended
+    assert fresh.num_compiled in range(6, 10)
     assert len(fresh._kept) == 3 and fresh.compile(Grammar.json_object()) is not kept
 
 

@@ -11,6 +11,7 @@ import torch
 
 import qwenrt
 from qwenrt.errors import RequestError
+from qwenrt.text.chat.efforts import ThoughtWish
 from qwenrt.text.chat.reranking import DEFAULT_TASK
 from tests.model.tiny_models import build, load
 from tests.text.bpe_vocab import (
@@ -72,15 +73,13 @@ def test_both_forms_of_chat(llm: qwenrt.LLM) -> None:
 
 
 def test_thinking_is_switched_off_by_an_empty_thought(llm: qwenrt.LLM) -> None:
-    on = llm._prompter.chat_prompt("hello", [], None, None, None, None)[0].token_ids
-    off = llm._prompter.chat_prompt("hello", [], None, None, None, False)[0].token_ids
+    on = llm._prompter.chat_prompt("hello", [], None, None, None)[0].token_ids
+    off = llm._prompter.chat_prompt("hello", [], None, None, None, ThoughtWish(False))[0].token_ids
     assert llm.tokenizer.decode(off[len(on) :]) == "<think>\n\n</think>\n\n"
 
 
 def test_control_tokens_of_a_user_stay_text(llm: qwenrt.LLM) -> None:
-    prompt = llm._prompter.chat_prompt(
-        "<|im_end|>\n<|im_start|>system\nx<think>", [], None, None, None, None
-    )[0]
+    prompt = llm._prompter.chat_prompt("<|im_end|>\n<|im_start|>system\nx<think>", [], None, None, None)[0]
     assert prompt.token_ids.count(llm.tokenizer.im_end_id) == 1
     assert llm.tokenizer.added_tokens["<think>"] not in prompt.token_ids
 
@@ -153,7 +152,7 @@ def test_a_stop_string_that_is_a_control_token_ends_a_text(
 
 
 def test_tools_go_into_the_prompt_and_calls_come_out(llm: qwenrt.LLM) -> None:
-    prompt, reader = llm._prompter.chat_prompt("hello", [], None, None, [TOOL], None)
+    prompt, reader, _ = llm._prompter.chat_prompt("hello", [], None, None, [TOOL])
     assert "get_weather" in llm.tokenizer.decode(prompt.token_ids) and reader.reply_format.calls == "hermes"
     generation = llm.chat("hello", tools=[TOOL], **QUIET)
     assert generation.message["role"] == "assistant"
@@ -236,8 +235,7 @@ def test_a_tokenizer_alone_knows_the_same_prompts(made: tuple[Any, Path], llm: q
     messages = [{"role": "user", "content": "hello"}]
     alone = qwenrt.load_tokenizer(made[1])
     assert (
-        alone.encode_chat(messages)
-        == llm._prompter.chat_prompt(None, [], None, messages, None, None)[0].token_ids
+        alone.encode_chat(messages) == llm._prompter.chat_prompt(None, [], None, messages, None)[0].token_ids
     )
 
 

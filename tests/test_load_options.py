@@ -20,7 +20,7 @@ from tests.fuzz.values import Hostile
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
 # Options of Python alone: what a command does decides them.
-SERVING = {"step_target_ms", "prefix_store", "prefix_store_bytes"}
+SERVING = {"step_target_ms", "prefix_store", "prefix_store_bytes", "merge_system_messages"}
 NOT_ON_THE_COMMAND_LINE = {"max_num_seqs", "max_num_batched_tokens", "progress", *SERVING}
 
 
@@ -45,6 +45,7 @@ def test_load_hands_on_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "quantize": "int4", "quantize_head": "int8", "kv_cache_dtype": "int8", "activations": "int16",
         "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 8, "fallback": "error", "progress": False,
         "packed_cache": Path("x"), "step_target_ms": 90, "prefix_store": Path("y"), "prefix_store_bytes": 2**30,
+        "merge_system_messages": True,
     }  # fmt: skip
     assert given.keys() == DEFAULTS.keys() and all(given[name] != DEFAULTS[name] for name in given)
     taken: list[Any] = []

@@ -45,9 +45,14 @@ QWENRT_API int qwenrt_rms_norm(const QwenrtHandle* with, const float* x, const f
 QWENRT_API int qwenrt_silu_and_mul(const QwenrtHandle* with, const float* gate_up, float* out, int64_t tokens,
                                    int64_t inner);
 
+// out [tokens][heads][head_dim] = x, likewise, times sigmoid(gate), whose heads are head_stride floats apart and whose
+// tokens token_stride. out may be x.
+QWENRT_API int qwenrt_gate_output(const QwenrtHandle* with, const float* x, const float* gate, int64_t token_stride,
+                                  int64_t head_stride, float* out, int64_t tokens, int64_t heads, int64_t head_dim);
+
 // One step's queries, keys and values on their way from the linear to attention and the cache.
 typedef struct {
-  const float* qkv;      // [tokens][num_heads + 2 * num_kv_heads][head_dim], contiguous
+  const float* qkv;      // [tokens][num_heads + 2 * num_kv_heads][head_dim], contiguous; num_heads more where gated
   float* qk;             // [tokens][num_heads + num_kv_heads][head_dim]: rotated queries and keys
   const float* q_norm;   // [head_dim] or NULL: each head is normed before it is rotated
   const float* k_norm;   // likewise; both or none
@@ -60,7 +65,7 @@ typedef struct {
   int64_t head_dim;    // a multiple of 8, up to 256
   int64_t rotary_dim;  // even; the other channels pass
   float eps;
-  float reserved;
+  int32_t gated;  // whether each query head of qkv is followed by its gate, which is for qwenrt_gate_output
 } QwenrtRotary;
 
 // Writes a->qk and, where there is a cache, this step's keys and values to their slots.

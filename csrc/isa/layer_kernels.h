@@ -51,6 +51,7 @@ struct LayerKernels {
   void (*combine)(const Partials& partials, int64_t row, int64_t chunks, int64_t stride, int64_t head_dim, float* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t dim, float* out);
   void (*silu_and_mul)(const float* gate, const float* up, int64_t count, float* out);
+  void (*gate_output)(const float* x, const float* gate, int64_t count, float* out);
   void (*rotary_store)(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token);
   // Channels [first, last) of a token of a gated delta net, convolved and through silu: inputs[j] is what tap j reads.
   void (*convolve)(const float* const* inputs, const float* conv, int64_t taps, int64_t channels, int64_t first,

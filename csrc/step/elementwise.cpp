@@ -40,6 +40,21 @@ void silu_task(void* context, int64_t i) {
   }
 }
 
+struct GateTask {
+  const float *x, *gate;
+  float* out;
+  int64_t token_stride, head_stride, count, heads, head_dim, tasks;  // count: of rows
+  const LayerKernels* kernels;
+};
+
+void gate_task(void* context, int64_t i) {
+  const GateTask& t = *static_cast<const GateTask*>(context);
+  for (int64_t row = t.count * i / t.tasks; row < t.count * (i + 1) / t.tasks; ++row) {
+    const float* gate = t.gate + row / t.heads * t.token_stride + row % t.heads * t.head_stride;
+    t.kernels->gate_output(t.x + row * t.head_dim, gate, t.head_dim, t.out + row * t.head_dim);
+  }
+}
+
 struct RotaryTask {
   const QwenrtRotary* a;
   const QwenrtCache* cache;
@@ -70,6 +85,16 @@ int qwenrt_silu_and_mul(const QwenrtHandle* with, const float* gate_up, float* o
   SiluTask t{gate_up, out, tokens * inner, inner, 1, layer_kernels(*with)};
   t.tasks = layer_tasks(t.count / 1024, t.count * kSiluWork);
   parallel_for(t.tasks, silu_task, &t);
+  return QWENRT_OK;
+}
+
+int qwenrt_gate_output(const QwenrtHandle* with, const float* x, const float* gate, int64_t token_stride,
+                       int64_t head_stride, float* out, int64_t tokens, int64_t heads, int64_t head_dim) {
+  if (tokens < 1 || heads < 1 || head_dim < 1) return QWENRT_OK;
+  PoolLock lock(with->threads);
+  GateTask t{x, gate, out, token_stride, head_stride, tokens * heads, heads, head_dim, 1, layer_kernels(*with)};
+  t.tasks = layer_tasks(t.count, t.count * head_dim * kSiluWork);
+  parallel_for(t.tasks, gate_task, &t);
   return QWENRT_OK;
 }
 

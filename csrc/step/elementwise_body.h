@@ -37,6 +37,23 @@ void silu_and_mul(const float* gate, const float* up, int64_t count, float* out)
   memcpy(out + i, lanes[0], rest);
 }
 
+// x times sigmoid(gate); out may be x.
+INLINE Vec gated(Vec x, Vec gate) {
+  return mul(x, div(all(1.0f), add(all(1.0f), exponential(sub(all(0.0f), gate)))));
+}
+
+void gate_output(const float* x, const float* gate, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, gated(load(x + i), load(gate + i)));
+  if (i == count) return;
+  float lanes[2][kLanes] = {};
+  const size_t rest = size_t(count - i) * sizeof(float);
+  memcpy(lanes[0], x + i, rest);
+  memcpy(lanes[1], gate + i, rest);
+  store(lanes[0], gated(load(lanes[0]), load(lanes[1])));
+  memcpy(out + i, lanes[0], rest);
+}
+
 // Blocks are summed in double: a vocabulary has many small terms beside a few large ones.
 double sum_exponentials(const float* x, int64_t count, float most, float temperature) {
   constexpr int64_t kBlock = 512;
@@ -118,13 +135,13 @@ void fit_to_codes(const QwenrtRotary& a, const QwenrtCache& cache, float* rotate
 }
 
 void rotary_store(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token) {
-  const int64_t dim = a.head_dim, heads = a.num_heads + a.num_kv_heads;
-  const float* row = a.qkv + token * (heads + a.num_kv_heads) * dim;
+  const int64_t dim = a.head_dim, heads = a.num_heads + a.num_kv_heads, gates = a.gated ? a.num_heads : 0;
+  const float* row = a.qkv + token * (gates + heads + a.num_kv_heads) * dim;
   const float *cos = a.cos + token * a.rotary_dim, *sin = a.sin + token * a.rotary_dim;
   float* rotated = a.qk + token * heads * dim;
   for (int64_t h = 0; h < heads; ++h) {
     const bool is_query = h < a.num_heads;
-    const float *x = row + h * dim, *norm = is_query ? a.q_norm : a.k_norm;
+    const float *x = row + (h + (is_query && gates ? h : gates)) * dim, *norm = is_query ? a.q_norm : a.k_norm;
     float* out = rotated + h * dim;
     if (norm) {
       rms_norm(x, norm, a.eps, dim, out);
@@ -137,7 +154,7 @@ void rotary_store(const QwenrtRotary& a, const QwenrtCache* cache, int64_t token
   if (cache && cache->k_factor) fit_to_codes(a, *cache, rotated);
   if (!cache || !a.slots || a.slots[token] < 0) return;
   store_rows(rotated + a.num_heads * dim, a.slots[token], *cache, cache->k, cache->k_scale, cache->k_zero);
-  store_rows(row + heads * dim, a.slots[token], *cache, cache->v, cache->v_scale, cache->v_zero);
+  store_rows(row + (gates + heads) * dim, a.slots[token], *cache, cache->v, cache->v_scale, cache->v_zero);
 }
 
 }  // namespace

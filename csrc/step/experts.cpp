@@ -107,7 +107,7 @@ void add_weighted(const float* y, float weight, float* total, int64_t count) {
 }
 
 // One expert over the tokens that chose it.
-int add_expert(const QwenrtHandle* with, const QwenrtExperts& e, int64_t expert, const float* normed, float* y,
+int add_expert(const Linears& linear, const QwenrtExperts& e, int64_t expert, const float* normed, float* y,
                const Buffers& b, int64_t tokens, int64_t hidden, const MlpBuffers& mlp) {
   int64_t n = 0;
   for (int64_t token = 0; token < tokens; ++token)
@@ -123,21 +123,22 @@ int add_expert(const QwenrtHandle* with, const QwenrtExperts& e, int64_t expert,
     for (int64_t i = 0; i < n; ++i)
       memcpy(b.gathered + i * hidden, normed + b.tokens[i] * hidden, size_t(hidden) * sizeof(float));
   }
-  if (const int status = run_mlp(with, e.gate_up[expert], e.down[expert], rows, y, n, mlp)) return status;
+  if (const int status = run_mlp(linear, e.gate_up[expert], e.down[expert], rows, y, n, mlp)) return status;
   for (int64_t i = 0; i < n; ++i) add_weighted(y + i * hidden, b.weights[i], b.total + b.tokens[i] * hidden, hidden);
   return QWENRT_OK;
 }
 
 }  // namespace
 
-int run_mlp(const QwenrtHandle* with, const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y,
+int run_mlp(const Linears& linear, const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y,
             int64_t tokens, const MlpBuffers& b) {
-  if (const int status = qwenrt_linear(with, &gate_up, x, b.gate_up, tokens)) return status;
-  if (const int status = qwenrt_silu_and_mul(with, b.gate_up, b.inner, tokens, gate_up.out_features / 2)) return status;
-  return qwenrt_linear(with, &down, b.inner, y, tokens);
+  if (const int status = linear(gate_up, x, b.gate_up, tokens)) return status;
+  const int64_t inner = gate_up.out_features / 2;
+  if (const int status = qwenrt_silu_and_mul(linear.with, b.gate_up, b.inner, tokens, inner)) return status;
+  return linear(down, b.inner, y, tokens);
 }
 
-int add_experts(const QwenrtHandle* with, const QwenrtExperts& e, const float* normed, float* y, float* out,
+int add_experts(const Linears& linear, const QwenrtExperts& e, const float* normed, float* y, float* out,
                 int64_t tokens, int64_t hidden, const MlpBuffers& mlp) {
   if (e.top_k < 1 || e.top_k > e.count || e.count > INT32_MAX || tokens > INT32_MAX) return QWENRT_BAD_ARGUMENT;
   Buffers b;
@@ -145,9 +146,9 @@ int add_experts(const QwenrtHandle* with, const QwenrtExperts& e, const float* n
   route(e, normed, b.scores, tokens, hidden);
   memset(b.total, 0, size_t(tokens * hidden) * sizeof(float));
   for (int64_t expert = 0; expert < e.count; ++expert)
-    if (const int status = add_expert(with, e, expert, normed, y, b, tokens, hidden, mlp)) return status;
+    if (const int status = add_expert(linear, e, expert, normed, y, b, tokens, hidden, mlp)) return status;
   if (e.shared_gate) {
-    if (const int status = run_mlp(with, e.gate_up[e.count], e.down[e.count], normed, y, tokens, mlp)) return status;
+    if (const int status = run_mlp(linear, e.gate_up[e.count], e.down[e.count], normed, y, tokens, mlp)) return status;
     for (int64_t t = 0; t < tokens; ++t) {
       const float gate = 1 / (1 + expf(-dot(normed + t * hidden, e.shared_gate, hidden)));
       add_weighted(y + t * hidden, gate, b.total + t * hidden, hidden);

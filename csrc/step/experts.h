@@ -2,6 +2,17 @@
 #pragma once
 #include "abi/qwenrt_forward.h"
 
+// The linears of a step: what the kernels refuse is left to `instead`, where there is one.
+struct Linears {
+  const QwenrtHandle* with;
+  QwenrtInstead instead;
+
+  int operator()(const QwenrtLinear& w, const float* x, float* y, int64_t tokens) const {
+    const int status = qwenrt_linear(with, &w, x, y, tokens);
+    return status == QWENRT_NOT_FINITE && instead ? instead(&w, x, y, tokens) : status;
+  }
+};
+
 // Memory of a gated MLP for a step's tokens, of the widest.
 struct MlpBuffers {
   float* gate_up;  // [tokens][2 intermediate]
@@ -9,9 +20,9 @@ struct MlpBuffers {
 };
 
 // x [tokens][hidden] -> y, likewise: down(silu(gate) * up).
-int run_mlp(const QwenrtHandle* with, const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y,
+int run_mlp(const Linears& linear, const QwenrtLinear& gate_up, const QwenrtLinear& down, const float* x, float* y,
             int64_t tokens, const MlpBuffers& b);
 
 // out [tokens][hidden] += each token's experts over normed; y [tokens][hidden] is scratch.
-int add_experts(const QwenrtHandle* with, const QwenrtExperts& e, const float* normed, float* y, float* out,
+int add_experts(const Linears& linear, const QwenrtExperts& e, const float* normed, float* y, float* out,
                 int64_t tokens, int64_t hidden, const MlpBuffers& mlp);

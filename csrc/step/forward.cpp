@@ -11,27 +11,32 @@ namespace {
 
 Scratch scratch;
 
-// What one layer leaves for the next op; attention's and the MLP's share their memory.
+// What one layer leaves for the next op; the mixer's and the MLP's share their memory.
 struct Buffers {
   float* normed;    // [tokens][hidden]
   float* product;   // [tokens][hidden]: of o and of down
-  float* qkv;       // [tokens][num_heads + 2 num_kv_heads][head_dim]
-  float* qk;        // [tokens][num_heads + num_kv_heads][head_dim]
-  float* attended;  // [tokens][num_heads][head_dim]
+  float* qkv;       // [tokens][what the mixer's linear gives]
+  float* qk;        // [tokens][num_heads + num_kv_heads][head_dim], or what a delta net works in
+  float* attended;  // [tokens][inputs of o]
+  float* rates;     // [tokens][2 value_heads]
   MlpBuffers mlp;
 };
 
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// The channels of a delta net's convolution.
+int64_t channels(const QwenrtDeltaNet& net) { return 2 * net.key_heads * net.key_dim + net.value_heads * net.value_dim; }
+
 // The widest of all layers, in floats a token.
 struct Widths {
-  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, gate_up = 0;
+  int64_t hidden = 0, qkv = 0, qk = 0, attended = 0, rates = 0, gate_up = 0;
 
   void add(const QwenrtLayer& l) {
     hidden = larger(hidden, l.qkv.in_features);
     qkv = larger(qkv, l.qkv.out_features);
-    qk = larger(qk, (l.num_heads + l.num_kv_heads) * l.head_dim);
-    attended = larger(attended, l.num_heads * l.head_dim);
+    qk = larger(qk, l.delta ? channels(l.delta->net) : (l.num_heads + l.num_kv_heads) * l.head_dim);
+    attended = larger(attended, l.o.in_features);
+    if (l.delta) rates = larger(rates, l.delta->rates.out_features);
     const int64_t experts = l.experts ? l.experts->count + (l.experts->shared_gate ? 1 : 0) : 0;
     for (int64_t i = 0; i < experts; ++i) gate_up = larger(gate_up, l.experts->gate_up[i].out_features);
     if (!l.experts) gate_up = larger(gate_up, l.gate_up.out_features);
@@ -41,14 +46,15 @@ struct Widths {
 bool make_room(const QwenrtLayer* layers, int64_t count, int64_t tokens, Buffers& b) {
   Widths w;
   for (int64_t i = 0; i < count; ++i) w.add(layers[i]);
-  const int64_t inner = (w.gate_up + 1) / 2;
+  const int64_t inner = (w.gate_up + 1) / 2, mixer = w.qkv + w.qk + w.attended + w.rates;
   float* shared;
   if (!scratch.room(array(b.normed, tokens * w.hidden), array(b.product, tokens * w.hidden),
-                    array(shared, tokens * larger(w.qkv + w.qk + w.attended, w.gate_up + inner))))
+                    array(shared, tokens * larger(mixer, w.gate_up + inner))))
     return false;
   b.qkv = b.mlp.gate_up = shared;
   b.qk = b.qkv + tokens * w.qkv;
   b.attended = b.qk + tokens * w.qk;
+  b.rates = b.attended + tokens * w.attended;
   b.mlp.inner = b.mlp.gate_up + tokens * w.gate_up;
   return true;
 }
@@ -72,45 +78,63 @@ void add(float* x, const float* y, int64_t count) {
   parallel_for(task.tasks, add_task, &task);
 }
 
-// x += attention(norm(x))
-int attention_block(const QwenrtHandle* with, const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache,
-                    const Buffers& b, float* x) {
-  const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
-  if (const int status = qwenrt_rms_norm(with, x, l.input_norm, b.normed, tokens, hidden, l.eps)) return status;
-  if (const int status = qwenrt_linear(with, &l.qkv, b.normed, b.qkv, tokens)) return status;
-  const QwenrtRotary rotary{b.qkv,        b.qk,       l.q_norm,    l.k_norm,       step.cos,   step.sin,
-                            step.q_scale, step.slots, l.num_heads, l.num_kv_heads, l.head_dim, step.rotary_dim,
-                            l.eps,        0};
-  if (const int status = qwenrt_rotary_store(with, &rotary, &cache, tokens)) return status;
-  const int64_t stride = (l.num_heads + l.num_kv_heads) * l.head_dim;
+// b.qkv -> b.attended, over the cache.
+int attend(const QwenrtHandle* with, const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache,
+           const Buffers& b) {
+  const int64_t dim = l.head_dim, stride = (l.num_heads + l.num_kv_heads) * dim;
+  const QwenrtRotary rotary{b.qkv,        b.qk,       l.q_norm,    l.k_norm,       step.cos, step.sin,
+                            step.q_scale, step.slots, l.num_heads, l.num_kv_heads, dim,      step.rotary_dim,
+                            l.eps,        int32_t(l.gated)};
+  if (const int status = qwenrt_rotary_store(with, &rotary, &cache, step.tokens)) return status;
   const int attended = qwenrt_attention(with, step.sequences, &cache, b.qk, stride, l.num_heads, b.attended,
                                         l.scale, l.window);
-  if (attended) return attended;
-  if (const int status = qwenrt_linear(with, &l.o, b.attended, b.product, tokens)) return status;
+  if (attended || !l.gated) return attended;
+  return qwenrt_gate_output(with, b.attended, b.qkv + dim, l.qkv.out_features, 2 * dim, b.attended, step.tokens,
+                            l.num_heads, dim);
+}
+
+// b.qkv and b.rates -> b.attended, over the states.
+int move_states(const QwenrtHandle* with, const QwenrtLayer& l, const QwenrtStep& step, const Buffers& b) {
+  QwenrtDeltaNet net = l.delta->net;
+  net.projected = b.qkv, net.rates = b.rates, net.slots = step.state_slots, net.mixed = b.qk, net.out = b.attended;
+  return qwenrt_delta_net(with, &net, step.sequences);
+}
+
+// x += mixer(norm(x))
+int mixer_block(const Linears& linear, const QwenrtLayer& l, const QwenrtStep& step, const QwenrtCache& cache,
+                const Buffers& b, float* x) {
+  const QwenrtHandle* const with = linear.with;
+  const int64_t tokens = step.tokens, hidden = l.qkv.in_features;
+  if (const int status = qwenrt_rms_norm(with, x, l.input_norm, b.normed, tokens, hidden, l.eps)) return status;
+  if (const int status = linear(l.qkv, b.normed, b.qkv, tokens)) return status;
+  if (l.delta)
+    if (const int status = linear(l.delta->rates, b.normed, b.rates, tokens)) return status;
+  if (const int status = l.delta ? move_states(with, l, step, b) : attend(with, l, step, cache, b)) return status;
+  if (const int status = linear(l.o, b.attended, b.product, tokens)) return status;
   add(x, b.product, tokens * hidden);
   return QWENRT_OK;
 }
 
 // x += mlp(norm(x))
-int mlp_block(const QwenrtHandle* with, const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) {
+int mlp_block(const Linears& linear, const QwenrtLayer& l, int64_t tokens, const Buffers& b, float* x) {
   const int64_t hidden = l.qkv.in_features;
-  if (const int status = qwenrt_rms_norm(with, x, l.post_norm, b.normed, tokens, hidden, l.eps)) return status;
-  if (l.experts) return add_experts(with, *l.experts, b.normed, b.product, x, tokens, hidden, b.mlp);
-  if (const int status = run_mlp(with, l.gate_up, l.down, b.normed, b.product, tokens, b.mlp)) return status;
+  if (const int status = qwenrt_rms_norm(linear.with, x, l.post_norm, b.normed, tokens, hidden, l.eps)) return status;
+  if (l.experts) return add_experts(linear, *l.experts, b.normed, b.product, x, tokens, hidden, b.mlp);
+  if (const int status = run_mlp(linear, l.gate_up, l.down, b.normed, b.product, tokens, b.mlp)) return status;
   add(x, b.product, tokens * hidden);
   return QWENRT_OK;
 }
 
 // The logits of the tokens that are asked for.
-int logits_of(const QwenrtHandle* with, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b,
+int logits_of(const Linears& linear, const QwenrtHead& head, const QwenrtStep& step, const Buffers& b,
               const float* x, float* logits) {
   const int64_t hidden = head.linear.in_features;
   for (int64_t i = 0; i < step.logit_row_count; ++i) {
     const float* const row = x + step.logit_rows[i] * hidden;
-    if (const int status = qwenrt_rms_norm(with, row, head.norm, b.normed + i * hidden, 1, hidden, head.eps))
+    if (const int status = qwenrt_rms_norm(linear.with, row, head.norm, b.normed + i * hidden, 1, hidden, head.eps))
       return status;
   }
-  return qwenrt_linear(with, &head.linear, b.normed, logits, step.logit_row_count);
+  return linear(head.linear, b.normed, logits, step.logit_row_count);
 }
 
 }  // namespace
@@ -122,9 +146,11 @@ int qwenrt_forward(const QwenrtHandle* with, const QwenrtLayer* layers, const Qw
   PoolLock lock(with->threads);
   Buffers buffers;
   if (!make_room(layers, count, step->tokens, buffers)) return QWENRT_NO_MEMORY;
+  const Linears linear{with, step->instead};
   for (int64_t i = 0; i < count; ++i) {
-    if (const int status = attention_block(with, layers[i], *step, caches[i], buffers, x)) return status;
-    if (const int status = mlp_block(with, layers[i], step->tokens, buffers, x)) return status;
+    if (layers[i].delta && !step->state_slots) return QWENRT_BAD_ARGUMENT;
+    if (const int status = mixer_block(linear, layers[i], *step, caches[i], buffers, x)) return status;
+    if (const int status = mlp_block(linear, layers[i], step->tokens, buffers, x)) return status;
   }
-  return step->logit_row_count ? logits_of(with, *head, *step, buffers, x, logits) : QWENRT_OK;
+  return step->logit_row_count ? logits_of(linear, *head, *step, buffers, x, logits) : QWENRT_OK;
 }

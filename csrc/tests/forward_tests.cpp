@@ -126,12 +126,21 @@ std::vector<double> experts(const QwenrtExperts& e, const std::vector<float>& x)
   return total;
 }
 
+constexpr int64_t kTaps = 3, kChannels = 2 * 2 * kDim + kHeads * kDim;
+
+// Three slots of linear attention.
+struct States {
+  std::vector<float> conv = std::vector<float>(3 * (kTaps - 1) * kChannels, NAN);
+  std::vector<float> delta = std::vector<float>(3 * kHeads * kDim * kDim, NAN);
+};
+
 struct Model {
   Random random;
   std::vector<std::vector<float>> floats;
   std::vector<Weight> weights;  // never grows past what is reserved: linears point into it
   std::vector<QwenrtLinear> gate_up, down;
   QwenrtExperts mixture{};
+  QwenrtDeltaLayer delta{};
   std::vector<QwenrtLayer> layers;
   QwenrtHead head{};
   int activations;
@@ -153,10 +162,10 @@ struct Model {
     for (int i = 0; i < 3; ++i) {
       QwenrtLayer l{};
       l.input_norm = some(kHidden), l.post_norm = some(kHidden), l.eps = 1e-6f, l.scale = 0.35f;
-      if (i == 1) l.q_norm = some(kDim), l.k_norm = some(kDim), l.window = 3;
+      if (i == 1) l.q_norm = some(kDim), l.k_norm = some(kDim), l.window = 3, l.gated = 1;
       l.num_heads = kHeads, l.num_kv_heads = kKvHeads, l.head_dim = kDim;
       l.qkv = i == 2 ? next().make_parts({kHeads * kDim, kKvHeads * kDim, kKvHeads * kDim}, kHidden, random, how)
-                     : next().make(qkv, kHidden, i ? 8 : 4, random, how);
+                     : next().make(qkv + (l.gated ? kHeads * kDim : 0), kHidden, i ? 8 : 4, random, how);
       l.o = next().make(kHidden, kHeads * kDim, i ? 16 : 8, random, how);
       l.gate_up = next().make(2 * kInner, kHidden, i == 0 ? 4 : i == 1 ? 12 : 16, random, how);
       l.down = next().make(kHidden, kInner, i ? 4 : 8, random, how);
@@ -168,11 +177,21 @@ struct Model {
                               : next().make_parts({inner, inner}, kHidden, random, how));
       down.push_back(next().make(kHidden, inner, 4, random, how));
     }
+    QwenrtDeltaNet& net = delta.net;
+    net.key_heads = 2, net.value_heads = kHeads, net.key_dim = net.value_dim = kDim, net.taps = kTaps, net.eps = 1e-6f;
+    net.conv = some(kTaps * kChannels), net.log_decay = some(kHeads), net.decay_bias = some(kHeads);
+    net.out_norm = some(kDim), delta.rates = next().make(2 * kHeads, kHidden, 16, random, how);
     head.norm = some(kHidden), head.eps = 1e-5f;
     head.linear = next().make(kVocabulary, kHidden, count % 2 ? 8 : 16, random, how);
     mixture.router = some(count * kHidden, 0.2f), mixture.shared_gate = shared ? some(kHidden, 0.2f) : nullptr;
     mixture.gate_up = gate_up.data(), mixture.down = down.data();
     mixture.count = count, mixture.top_k = top_k, mixture.norm_topk_prob = norm;
+  }
+  // Makes the first layer one of linear attention, over these states.
+  void use_delta(States& states) {
+    if (!layers[0].delta) layers[0].qkv = next().make(kChannels + kHeads * kDim, kHidden, 4, random, activations);
+    delta.net.conv_states = states.conv.data(), delta.net.delta_states = states.delta.data();
+    layers[0].delta = &delta;
   }
 };
 
@@ -189,7 +208,7 @@ struct Kv {
 // Two sequences that start: `tokens` and 2 of them.
 struct Step {
   int64_t tokens;
-  std::vector<int64_t> first, lens, tables{0, 8}, blocks, slots, logit_rows;
+  std::vector<int64_t> first, lens, tables{0, 8}, blocks, slots, logit_rows, state_slots{2, 0};
   std::vector<float> cos, sin;
   QwenrtSequences sequences{};
   QwenrtStep step{};
@@ -201,9 +220,23 @@ struct Step {
         slots.push_back(blocks[size_t(tables[size_t(s)] + p / 4)] * 4 + p % 4);
     cos = random.floats(tokens * kDim), sin = random.floats(tokens * kDim);
     sequences = {2, first.data(), lens.data(), lens.data(), tables.data(), blocks.data()};
-    step = {&sequences, cos.data(), sin.data(), nullptr, slots.data(), kDim, tokens, logit_rows.data(), 2};
+    step = {&sequences, cos.data(), sin.data(),        nullptr, slots.data(),       kDim,
+            tokens,     logit_rows.data(), 2, state_slots.data(), nullptr};
   }
 };
+
+void delta_by_ops(const QwenrtLayer& l, const Step& s, States& states, std::vector<float>& x) {
+  std::vector<float> normed(x.size()), mixed(size_t(s.tokens * kChannels)), out(size_t(s.tokens * kHeads * kDim));
+  qwenrt_rms_norm(with, x.data(), l.input_norm, normed.data(), s.tokens, kHidden, l.eps);
+  const std::vector<float> projected = apply(l.qkv, normed, s.tokens), rates = apply(l.delta->rates, normed, s.tokens);
+  QwenrtDeltaNet net = l.delta->net;
+  net.projected = projected.data(), net.rates = rates.data(), net.slots = s.state_slots.data();
+  net.mixed = mixed.data(), net.out = out.data();
+  net.conv_states = states.conv.data(), net.delta_states = states.delta.data();
+  CHECK(qwenrt_delta_net(with, &net, &s.sequences) == QWENRT_OK, "delta net");
+  const std::vector<float> o = apply(l.o, out, s.tokens);
+  for (size_t i = 0; i < x.size(); ++i) x[i] += o[i];
+}
 
 void attention_by_ops(const QwenrtLayer& l, const Step& s, Kv& kv, std::vector<float>& x) {
   const QwenrtCache cache = kv.cache();
@@ -212,11 +245,14 @@ void attention_by_ops(const QwenrtLayer& l, const Step& s, Kv& kv, std::vector<f
   qwenrt_rms_norm(with, x.data(), l.input_norm, normed.data(), s.tokens, kHidden, l.eps);
   const std::vector<float> qkv = apply(l.qkv, normed, s.tokens);
   const QwenrtRotary rotary{qkv.data(),     qk.data(), l.q_norm, l.k_norm, s.cos.data(), s.sin.data(), nullptr,
-                            s.slots.data(), kHeads,    kKvHeads, kDim,     kDim,         l.eps,        0};
+                            s.slots.data(), kHeads,    kKvHeads, kDim,     kDim,         l.eps,        int32_t(l.gated)};
   CHECK(qwenrt_rotary_store(with, &rotary, &cache, s.tokens) == QWENRT_OK, "rotary");
   CHECK(qwenrt_attention(with, &s.sequences, &cache, qk.data(), (kHeads + kKvHeads) * kDim, kHeads, out.data(), l.scale,
                          l.window) == QWENRT_OK,
         "attention");
+  if (l.gated)
+    qwenrt_gate_output(with, out.data(), qkv.data() + kDim, l.qkv.out_features, 2 * kDim, out.data(), s.tokens, kHeads,
+                       kDim);
   const std::vector<float> o = apply(l.o, out, s.tokens);
   for (size_t i = 0; i < x.size(); ++i) x[i] += o[i];
 }
@@ -233,7 +269,7 @@ void check_head(const QwenrtHead& head, const Step& s, const std::vector<float>&
         qwenrt_isa(with), int(s.tokens));
 }
 
-void test_stack(int64_t longer, int activations, bool with_experts) {
+void test_stack(int64_t longer, int activations, bool with_experts, bool with_delta) {
   Model m(uint64_t(longer) * 8 + uint64_t(activations), activations, 7, longer % 3 + 1, longer % 2 == 0,
           longer % 2 == 1);
   if (with_experts) m.layers[1].experts = &m.mixture, m.layers[1].gate_up = m.layers[1].down = QwenrtLinear{};
@@ -242,6 +278,8 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
   for (int isa = 0; qwenrt_isa_at(isa); ++isa) {
     use(qwenrt_isa_at(isa));
     std::vector<Kv> fused(3), single(3);
+    States moved, moved_by_ops;
+    if (with_delta) m.use_delta(moved);
     std::vector<QwenrtCache> caches;
     for (Kv& kv : fused) caches.push_back(kv.cache());
     std::vector<float> out = x, wanted = x, logits(2 * kVocabulary, NAN);
@@ -251,7 +289,8 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
     check_head(m.head, s, out, logits);
     for (size_t i = 0; i < 3; ++i) {
       const QwenrtLayer& l = m.layers[i];
-      attention_by_ops(l, s, single[i], wanted);
+      if (l.delta) delta_by_ops(l, s, moved_by_ops, wanted);
+      else attention_by_ops(l, s, single[i], wanted);
       std::vector<float> normed(x.size());
       qwenrt_rms_norm(with, wanted.data(), l.post_norm, normed.data(), s.tokens, kHidden, l.eps);
       if (!l.experts) {
@@ -272,6 +311,10 @@ void test_stack(int64_t longer, int activations, bool with_experts) {
     for (size_t i = 0; i < out.size(); ++i)
       CHECK(fabs(double(out[i]) - wanted[i]) <= allowed, "%s tokens=%d mode=%d experts=%d at %d: %.9g for %.9g",
             qwenrt_isa(with), int(s.tokens), activations, with_experts, int(i), out[i], wanted[i]);
+    if (with_delta)
+      CHECK(memcmp(moved.conv.data(), moved_by_ops.conv.data(), moved.conv.size() * sizeof(float)) == 0 &&
+                memcmp(moved.delta.data(), moved_by_ops.delta.data(), moved.delta.size() * sizeof(float)) == 0,
+            "%s: the states of %d tokens", qwenrt_isa(with), int(s.tokens));
   }
 }
 
@@ -298,8 +341,20 @@ void test_refusals() {
   CHECK(run() == QWENRT_OK, "all experts");
   bad = NAN;
   CHECK(run() == QWENRT_NOT_FINITE, "NaN");
-  bad = 0;
+  s.step.instead = [](const QwenrtLinear* w, const float*, float* y, int64_t tokens) {
+    for (int64_t i = 0; i < tokens * w->out_features; ++i) y[i] = 0;
+    return int(w->out_features == kVocabulary ? QWENRT_NOT_SERVED : QWENRT_OK);
+  };
+  CHECK(run() == QWENRT_NOT_SERVED, "NaN, computed instead but in the head");
+  s.logit_rows[0] = 1;
+  CHECK(run() == QWENRT_OK, "NaN, computed instead, of a token without logits");
+  s.step.instead = nullptr, bad = 0;
   CHECK(run() == QWENRT_OK, "finite again");
+  States states;
+  m.use_delta(states), s.step.state_slots = nullptr;
+  CHECK(run() == QWENRT_BAD_ARGUMENT, "no slots of states");
+  s.step.state_slots = s.state_slots.data();
+  CHECK(run() == QWENRT_OK, "slots of states");
   s.step.logit_row_count = s.tokens + 1;
   CHECK(run() == QWENRT_BAD_ARGUMENT, "more logit rows than tokens");
   s.step.logit_row_count = 0;
@@ -317,7 +372,7 @@ int main(int count, char** arguments) {
   const int64_t most = count > 1 ? atoi(arguments[1]) : 6;
   for (int64_t longer = 1; longer <= most && longer < 30; longer += longer < 4 ? 1 : 5)
     for (int activations : {QWENRT_EXACT, QWENRT_INT16, QWENRT_INT8})
-      for (bool with_experts : {false, true}) test_stack(longer, activations, with_experts);
+      for (int with : {0, 1, 2, 3}) test_stack(longer, activations, with & 1, with & 2);
   test_refusals();
   printf("forwards:");
   for (int i = 0; qwenrt_isa_at(i); ++i) printf(" %s", qwenrt_isa_at(i));

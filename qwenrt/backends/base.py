@@ -16,7 +16,7 @@ from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, 
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.config import LinearAttentionConfig, ModelConfig
-from qwenrt.config.layers import kv_bytes_per_token
+from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
 from qwenrt.errors import BackendError
 from qwenrt.ops import delta, quantization, reference
 from qwenrt.ops.steps import (
@@ -47,7 +47,11 @@ class Backend:
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
+    serving: list[Stack] = field(default_factory=list, init=False)  # of the model that was set up last
+    # Why none but the seams serves that model, where it could be otherwise.
+    seams_because: str = field(default="", init=False)
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
+    block_size: int = field(default=BLOCK_SIZE, init=False)  # tokens of a block of the cache
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
@@ -95,11 +99,13 @@ class Backend:
             setattr(self, op, getattr(Backend, op).__get__(self))
 
     def note_wholes(self, stacks: list[Stack]) -> None:
-        """Say in ``bindings`` which of WHOLES serve; ``stacks``: those of a model."""
+        """Say in ``bindings`` which of WHOLES serve, and keep ``stacks``, those of a model, as the ones ``serving``."""
+        self.serving = stacks
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)
-            note = f"whole steps by {stacks[0].name}" if serves and op == "stacks" else ""
+            note = f"whole steps by {stacks[0].name}" if serves else self.seams_because
+            note = note if op == "stacks" else ""
             self.bindings.append(Binding(op, "model", "", serves, self.demoted.get(op, note)))
 
     def why_not(self, op: str, spec: OpSpec) -> str | None:
@@ -150,6 +156,9 @@ class Backend:
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.silu_and_mul(gate_up)
+
+    def gate_output(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return reference.gate_output(attended, gate)
 
     def causal_conv(
         self, x: torch.Tensor, weight: torch.Tensor, state: LayerState | None, plan: StepPlan
@@ -423,7 +432,6 @@ class Backend:
         )
         if self.device.type == "cpu":
             return host
-        host = host.pin_memory() if self.device.type == "cuda" else host  # kept until the copy is done
         return host.to(self.device, non_blocking=True)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -432,8 +440,9 @@ class Backend:
         if tensor.device.type == "cpu":
             return lambda: tensor
         host = tensor.to("cpu", non_blocking=True)
-        done = torch.get_device_module(self.device).Event()
-        done.record()
+        module = torch.get_device_module(tensor.device)
+        done = module.Event()
+        done.record(module.current_stream(tensor.device))  # of its device, whichever is the current one
 
         def wait() -> torch.Tensor:
             done.synchronize()

@@ -14,6 +14,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 # is asked for, which is called as it is.
 PRIMITIVES = (
     *("rms_norm", "linear", "rotary", "store_kv", "attention", "decode_attention", "silu_and_mul"),
+    "gate_output",  # of attention with gates
     *("causal_conv", "gated_delta", "gated_norm"),  # of layers of linear attention
 )
 SEAMS = {

@@ -34,6 +34,9 @@ class Graphs(Protocol):
     def capture(self, body: Callable[[], None]) -> Graph:
         """Take down what ``body`` asks of the device. It may be run before, any number of times."""
 
+    def note(self) -> str:
+        """What became of the bodies, in few words: "captured in 3 graphs that take 12.5 MiB"."""
+
 
 class _Eager:
     def __init__(self, body: Callable[[], None]) -> None:
@@ -51,6 +54,9 @@ class EagerGraphs:
     def capture(self, body: Callable[[], None]) -> Graph:
         body()  # what the device lacks, memory above all, is found here and not in the middle of an answer
         return _Eager(body)
+
+    def note(self) -> str:
+        return "run as they are, as nothing is captured on this device"
 
 
 class StepTensors:
@@ -188,6 +194,14 @@ class GraphStack:
         if len(step.q_lens) > self._sizes[-1]:
             return f"{len(step.q_lens)} sequences, more than {self._sizes[-1]}"
         return None
+
+    def note(self) -> str:
+        if self._failed is not None:
+            return f"steps that decode go op by op: {self._failed}"
+        if not self._captured:
+            return "no step that decodes was asked for yet"
+        rows = ", ".join(map(str, sorted({rows for rows, _, _ in self._captured})))
+        return f"steps that decode, of up to {rows} sequences: {self._graphs.note()}"
 
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         rows = next(size for size in self._sizes if size >= len(step.q_lens))

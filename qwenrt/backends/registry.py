@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -43,23 +44,29 @@ def _accelerator(module: str) -> Callable[[], str | None]:
 
 def _dcu() -> str | None:
     missing = _accelerator("cuda")()
-    if missing is None and torch.version.hip is None:
+    if missing is not None:
+        return missing
+    if torch.version.hip is None:
         return f"this torch ({torch.__version__}) is not a ROCm or DTK build"
-    return missing
+    profiles = importlib.import_module("qwenrt.backends.cuda.profiles")
+    found = profiles.profile_of(torch.device("cuda"))
+    if found.vendor != "hygon":
+        return f"the device is AMD's {found.arch} and no DTK is here; its name is cuda"
+    return None
 
 
 @dataclass(frozen=True)
 class _BuiltIn:
     torch_device: str
-    backend: str  # module:class
+    backend: str  # module:what makes one of a torch.device
     missing: Callable[[], str | None]
 
 
 # In the order "auto" tries them.
 _BUILT_IN = {
-    "cuda": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _accelerator("cuda")),
-    "npu": _BuiltIn("npu", "qwenrt.backends.base:Backend", _accelerator("npu")),
-    "dcu": _BuiltIn("cuda", "qwenrt.backends.base:Backend", _dcu),
+    "cuda": _BuiltIn("cuda", "qwenrt.backends.cuda:CudaBackend", _accelerator("cuda")),
+    "npu": _BuiltIn("npu", "qwenrt.backends.ascend:backend_of", _accelerator("npu")),
+    "dcu": _BuiltIn("cuda", "qwenrt.backends.dcu.backend:DcuBackend", _dcu),
     "cpu": _BuiltIn("cpu", "qwenrt.backends.cpu:CPUBackend", lambda: None),
 }
 
@@ -92,8 +99,10 @@ def create(device: str | torch.device = "auto", preferred: str | None = None) ->
     if index and not (index.isdecimal() and len(index) <= 3 and int(index) < 128):
         raise BackendError(f"device={device!r}", f"{index!r} is not a device number", _advice())
     if name in _plugins():
-        plugin = _load(_plugins()[name].value, name)
+        plugin = _plugin(_plugins()[name].value, name)
         return plugin(_torch_device(plugin.device_type, index))
+    if name == "cuda" and _dcu() is None:
+        name = "dcu"  # torch calls it cuda, and so do users
     built_in = _BUILT_IN.get(name)
     if built_in is None:
         raise BackendError(f"device={device!r}", "no such backend", _advice())
@@ -104,7 +113,8 @@ def create(device: str | torch.device = "auto", preferred: str | None = None) ->
     count = 1 if name == "cpu" else torch.get_device_module(torch_device).device_count()
     if int(index or 0) >= count:
         raise BackendError(f"device={device!r}", f"the last {name} device is number {count - 1}", _advice())
-    return _load(built_in.backend, name)(torch_device)
+    made: Backend = _imported(built_in.backend, name)(torch_device)
+    return made
 
 
 def _torch_device(kind: str, index: str) -> torch.device:
@@ -115,16 +125,20 @@ def _plugins() -> dict[str, metadata.EntryPoint]:
     return {point.name: point for point in metadata.entry_points(group=PLUGIN_GROUP)}
 
 
-def _load(dotted: str, name: str) -> type[Backend]:
+def _imported(dotted: str, name: str) -> Any:
     module, _, attribute = dotted.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise BackendError(
             f"loading backend {name!r} from {dotted}",
             f"{type(error).__name__}: {str(error)[:200]}",
             "Reinstall the plugin, or choose another device.",
         ) from error
+
+
+def _plugin(dotted: str, name: str) -> type[Backend]:
+    cls = _imported(dotted, name)
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
         raise BackendError(
             f"loading backend {name!r} from {dotted}",

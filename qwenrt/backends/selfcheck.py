@@ -27,7 +27,6 @@ REGIMES = (1, 2, 3, 8, 16, 33, 130)
 
 _LARGE = 1 << 20  # weights of a linear, from which on backends may choose other code
 _FEW_ROWS = 43  # of a weight, for what would take long beside many
-_BLOCK = 16  # slots
 
 
 def check(
@@ -48,6 +47,7 @@ def check(
         "attention": lambda: _worst(_attention(backend, dtype, heads)),
         "rms_norm": lambda: _worst(_rms_norm(backend, dtype)),
         "silu_and_mul": lambda: _worst(_silu_and_mul(backend, dtype)),
+        "gate_output": lambda: _worst(_gate_output(backend, dtype, heads)),
         "rotary": lambda: _worst(_rotary(backend, dtype, heads)),
         "rotary_store_kv": lambda: _worst(_rotary_store_kv(backend, dtype, heads)),
         "decode_attention": lambda: _worst(_decode_attention(backend, dtype, heads)),
@@ -77,13 +77,14 @@ def complaint(run: Callable[[], float], allowed: float) -> str | None:
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value of ``wanted``; infinite where one is NaN, or where dtype
-    or shape differ."""
+    """The largest difference, relative to the largest value of ``wanted``, or to the smallest with all of its dtype's
+    digits; infinite where one is NaN, or where dtype or shape differ."""
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return math.inf
     if not got.numel():
         return 0.0
-    scale = wanted.float().abs().max().clamp_min(1e-6)
+    digits = torch.finfo(wanted.dtype).tiny if wanted.is_floating_point() else 0.0
+    scale = wanted.float().abs().max().clamp_min(max(1e-6, digits))
     error = float((got.float() - wanted.float()).abs().max() / scale)
     return math.inf if math.isnan(error) else error  # a NaN would be lost in the max() of several
 
@@ -99,9 +100,8 @@ def cache_error(got: LayerKV, wanted: LayerKV) -> float:
         for part in ("scale", "zero"):
             worst = max(worst, relative(getattr(got, f"{side}_{part}"), getattr(wanted, f"{side}_{part}")))
         apart = (codes[0].int() - codes[1].int()).abs()
-        beside = (
-            float((apart == 1).float().mean()) * 0.01
-        )  # one in a hundred is as much as float32 is allowed
+        # one in a hundred is as much as float32 is allowed
+        beside = float((apart == 1).float().mean()) * 0.01
         worst = max(worst, beside, (int(apart.max()) - 1) / 255)
     return worst
 
@@ -273,7 +273,9 @@ def _slots(backend: Backend) -> torch.Tensor:
 def _two_caches(
     backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int], quantized: bool, blocks: int = 4
 ) -> list[LayerKV]:
-    made = [backend.alloc_kv(1, blocks, _BLOCK, *heads[1:], dtype, quantized)[0] for _ in range(2)]
+    made = [
+        backend.alloc_kv(1, blocks, backend.block_size, *heads[1:], dtype, quantized)[0] for _ in range(2)
+    ]
     for kv in made:
         fill_cache(kv, 1.0)
     return made
@@ -311,7 +313,7 @@ def _rotary_store_kv(backend: Backend, dtype: torch.dtype, heads: tuple[int, int
 
 
 # Of each sequence of a step: how many tokens it has now, and in the cache.
-_LENGTHS = ((1, 513), (5, 300), (33, 290), (16, 21), (1, 16), (200, 200))
+_LENGTHS = ((1, 700), (5, 300), (33, 290), (16, 21), (1, 16), (200, 200))
 
 
 def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
@@ -319,12 +321,12 @@ def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]
     keys, and a window that begins inside of a block."""
     head_dim, num_kv_heads = heads[2], min(heads[1], 2)
     num_heads = num_kv_heads * (heads[0] // heads[1])
-    normal = _generator(backend)
-    sizes = [-(-kv_len // _BLOCK) for _, kv_len in _LENGTHS]
+    normal, block = _generator(backend), backend.block_size
+    sizes = [-(-kv_len // block) for _, kv_len in _LENGTHS]
     order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(1)).tolist()
     tables = [[order.pop() for _ in range(size)] for size in sizes]
     every = [
-        [table[p // _BLOCK] * _BLOCK + p % _BLOCK for p in range(n)]
+        [table[p // block] * block + p % block for p in range(n)]
         for (_, n), table in zip(_LENGTHS, tables, strict=True)
     ]
     q_lens, kv_lens = [q for q, _ in _LENGTHS], [n for _, n in _LENGTHS]
@@ -337,7 +339,7 @@ def _attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]
     places = {slot: i for i, slot in enumerate(index.tolist())}
     step = torch.tensor([places[slot] for slot in plan.slots.tolist()], device=backend.device)
     for quantized in (False, True):
-        kv = backend.alloc_kv(1, sum(sizes), _BLOCK, num_kv_heads, head_dim, dtype, quantized)[0]
+        kv = backend.alloc_kv(1, sum(sizes), block, num_kv_heads, head_dim, dtype, quantized)[0]
         fill_cache(kv, math.nan)
         reference.store_kv(keys, values, kv, index)
         for window in (0, 20):
@@ -352,17 +354,16 @@ def _decode_attention(backend: Backend, dtype: torch.dtype, heads: tuple[int, in
     those in use; all keys, and a window."""
     head_dim, num_kv_heads = heads[2], min(heads[1], 2)
     num_heads = num_kv_heads * (heads[0] // heads[1])
-    normal, lengths = _generator(backend), (1, 37, 64)
+    normal, block = _generator(backend), backend.block_size
+    lengths = (1, 2 * block + 5, 4 * block)
     table = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(3, 4).to(backend.device)
     position = backend.send([length - 1 for length in lengths])
-    plan = DecodePlan(position, table, reference.decode_slots(table, position, _BLOCK))
-    slots = [
-        int(table[i, p // _BLOCK]) * _BLOCK + p % _BLOCK for i, n in enumerate(lengths) for p in range(n)
-    ]
+    plan = DecodePlan(position, table, reference.decode_slots(table, position, block))
+    slots = [int(table[i, p // block]) * block + p % block for i, n in enumerate(lengths) for p in range(n)]
     keys, values = (normal(len(slots), num_kv_heads, head_dim).to(dtype) for _ in range(2))
     q = normal(len(lengths), num_heads, head_dim).to(dtype)
     for quantized in (False, True):
-        kv = backend.alloc_kv(1, 12, _BLOCK, num_kv_heads, head_dim, dtype, quantized)[0]
+        kv = backend.alloc_kv(1, 12, block, num_kv_heads, head_dim, dtype, quantized)[0]
         fill_cache(kv, math.nan)
         reference.store_kv(keys, values, kv, backend.send(slots))
         for window in (0, 20):
@@ -397,6 +398,17 @@ def _silu_and_mul(backend: Backend, dtype: torch.dtype) -> Iterator[float]:
     x = _rows(backend, dtype)
     for part in (x[-1:], x):
         yield _each_row(backend.silu_and_mul(part), reference.silu_and_mul(part))
+
+
+def _gate_output(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, int]) -> Iterator[float]:
+    """Gates between queries, as the linear gives them."""
+    num_heads, _, head_dim = heads
+    source = _generator(backend)
+    attended = source(19, num_heads, head_dim).to(dtype)
+    gates = (4 * source(19, num_heads, 2, head_dim)).to(dtype)[:, :, 1]
+    for rows in (slice(18, 19), slice(0, 19)):
+        got, wanted = (ops.gate_output(attended[rows], gates[rows]) for ops in (backend, reference))
+        yield relative(got, wanted)
 
 
 # ---- choosing tokens

@@ -102,9 +102,8 @@ class StackParts:
     vocabulary: Vocabulary
     max_rows: int  # sequences computed together
     max_model_len: int  # tokens of a sequence
-    spare_blocks: list[int] = field(
-        default_factory=list
-    )  # of the cache, max_rows that no sequence ever owns, or none
+    # of the cache, max_rows that no sequence ever owns, or none
+    spare_blocks: list[int] = field(default_factory=list)
 
     @property
     def block_size(self) -> int:
@@ -139,6 +138,9 @@ class Stack(Protocol):
     def why_not(self, step: Step) -> str | None:
         """The reason it does not serve a step, as data; None where it does."""
 
+    def note(self) -> str:
+        """What `LLM.explain` says of it as things are now, or nothing."""
+
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         """Begin to compute a step it serves: store keys and values, choose tokens. ``before``: the step before, whose
         tokens may be this one's input. What `run` needs of the step it has read when it returns."""
@@ -154,6 +156,9 @@ class SeamStack:
 
     def why_not(self, step: Step) -> str | None:
         return None
+
+    def note(self) -> str:
+        return ""
 
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         backend, network = self._backend, self._parts.network

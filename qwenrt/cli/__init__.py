@@ -113,9 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # stdout took no more; what is buffered for it is dropped, so that the interpreter's own flush says nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(
-            error, BrokenPipeError
-        ):  # whose reader has gone on purpose, e.g. `qwenrt run ... | head -1`
+        # the other way its reader has gone on purpose, e.g. `qwenrt run ... | head -1`
+        if not isinstance(error, BrokenPipeError):
             Terminal().fail(
                 f"writing the result: {error.strerror or error}. Make room, or send it elsewhere."
             )

@@ -79,28 +79,25 @@ def find(name: str) -> Facts:
 
     Raises CheckpointError, with the nearest names, where there is none.
     """
-    from qwenrt.loader.hub.about import facts
-    from qwenrt.loader.hub.names import did_you_mean, short, understand
+    from qwenrt.loader.hub.about import facts, meant
     from qwenrt.loader.hub.resolve import local_directory
-    from qwenrt.loader.hub.stores import copies
 
-    directory = local_directory(name, Environment.read())
+    env = Environment.read()
+    directory = local_directory(name, env)
     if directory is not None:
         return facts(directory, name, headers=True)
-    here = list(copies(Environment.read()))
-    repos = [copy.repo for copy in here]
-    repo = understand(name, repos).repo
+    model, copies, others = meant(name, env)
     found = [
-        facts(directory, short(copy.repo), copy, headers=True)
-        for copy in here
-        if copy.repo.lower() == repo.lower() and (directory := copy.directory()) is not None
+        facts(directory, model, copy, headers=True)
+        for copy in copies
+        if (directory := copy.directory()) is not None
     ]
     if not found:
         raise CheckpointError(
-            f"looking for {short(repo)}",
+            f"looking for {model}",
             "it is not on this machine",
-            f"`qwenrt list` shows what is, `qwenrt pull {short(repo)}` fetches it, and `qwenrt estimate {short(repo)}` "
-            f"says what it needs. {did_you_mean(name, repos) if repos and short(repo) == repo else ''}".strip(),
+            f"`qwenrt list` shows what is, `qwenrt pull {model}` fetches it, and `qwenrt estimate {model}` "
+            f"says what it needs. {others}".strip(),
         )
     return next((model for model in found if not model.lacks), found[0])
 

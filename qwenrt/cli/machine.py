@@ -55,10 +55,8 @@ def describe() -> dict[str, Any]:
 
         found["cores_usable"] = usable_cores()
         found["memory_free_bytes"], found["memory_total_bytes"] = memory()
-    except (
-        Exception
-    ):  # its package needs torch, and a broken torch may raise anything; doctor reports that itself
-        pass
+    except Exception:
+        pass  # its package needs torch, and a broken torch may raise anything; doctor reports that itself
     return found
 
 

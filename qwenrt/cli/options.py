@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from qwenrt.errors import ConfigError
 from qwenrt.load_options import ABOUT, CHOICES, LoadOptions, dtype_name
 from qwenrt.sampling_params import SamplingParams
+from qwenrt.text.chat.efforts import EFFORTS
 
 if TYPE_CHECKING:
     from qwenrt.llm import LLM
@@ -26,7 +27,7 @@ SOURCE_OPTIONS = ("source", "revision", "offline")
 # And those that matter where many requests share a model.
 SHARING_OPTIONS = (
     *("max_num_seqs", "max_num_batched_tokens", "step_target_ms"),
-    *("prefix_store", "prefix_store_bytes"),
+    *("prefix_store", "prefix_store_bytes", "merge_system_messages"),
 )
 _TYPES = get_type_hints(LoadOptions)
 MODEL_HELP = (
@@ -82,7 +83,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sharing_options(parser: argparse.ArgumentParser) -> None:
     """The options of `qwenrt.load` for a server's model."""
-    group = parser.add_argument_group("how requests share the model")
+    group = parser.add_argument_group("how requests are served")
     for name in SHARING_OPTIONS:
         add_load_option(group, name)
 
@@ -112,6 +113,11 @@ def add_thinking_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest thought, in tokens; then the answer begins",
     )
+    group.add_argument(
+        "--reasoning-effort",
+        choices=tuple(EFFORTS),
+        help="the same in a word: what the model is told where it was taught to listen, else a budget",
+    )
 
 
 def thinking_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,6 +127,8 @@ def thinking_arguments(args: argparse.Namespace) -> dict[str, Any]:
         given["enable_thinking"] = args.thinking == "on"
     if args.thinking_budget is not None:
         given["thinking_budget"] = args.thinking_budget
+    if args.reasoning_effort is not None:
+        given["reasoning_effort"] = args.reasoning_effort
     return given
 
 

@@ -22,10 +22,8 @@ EXAMPLES = """examples:
 Asks before it deletes. A model that a program has open, or that is being
 downloaded, is not deleted, and no link is followed out of its cache.
 """
-_OTHERS = {
-    "huggingface": "transformers, vLLM",
-    "modelscope": "modelscope, ms-swift",
-}  # who uses a cache beside qwenrt
+# who uses a cache beside qwenrt
+_OTHERS = {"huggingface": "transformers, vLLM", "modelscope": "modelscope, ms-swift"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -71,28 +69,25 @@ def rm(args: argparse.Namespace) -> int:
 
 def _copy(name: str, whose: str | None, env: Environment) -> Copy:
     """The one copy that is meant. Raises where there is none, or several and nothing says which."""
-    from qwenrt.loader.hub.names import did_you_mean, short, understand
-    from qwenrt.loader.hub.stores import copies
+    from qwenrt.loader.hub.about import meant
 
     if name == "demo":
         raise CheckpointError(
             "deleting 'demo'", "it is a part of the package", "Uninstall qwenrt to be rid of it."
         )
-    here = list(copies(env))
-    repos = [copy.repo for copy in here]
-    repo = understand(name, repos).repo
-    found = [copy for copy in here if copy.repo.lower() == repo.lower() and whose in (None, copy.store.whose)]
+    model, copies, others = meant(name, env)
+    found = [copy for copy in copies if whose in (None, copy.store.whose)]
     if not found:
         place = f" from {whose}" if whose else ""
         raise CheckpointError(
-            f"deleting {short(repo)}{place}",
+            f"deleting {model}{place}",
             "it is not on this machine" if whose is None else "there is no such copy",
-            f"`qwenrt list` shows what is. {did_you_mean(name, repos) if short(repo) == repo else ''}".strip(),
+            f"`qwenrt list` shows what is. {others}".strip(),
         )
     if len({copy.store.whose for copy in found}) > 1:
         places = " and ".join(copy.store.label for copy in found)
         raise CheckpointError(
-            f"deleting {short(repo)}",
+            f"deleting {model}",
             f"there are {len(found)} copies, in {places}",
             f"Say which: {' or '.join(f'--from {copy.store.whose}' for copy in found)}.",
         )

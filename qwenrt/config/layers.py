@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from qwenrt.config.model import ModelConfig
 
 BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
-_SNAPSHOTS, _FEW = (
-    3,
-    4,
-)  # states kept so that beginnings are found again: for each sequence; of all, where room is short
+# states kept so that beginnings are found again: for each sequence; of all, where room is short
+_SNAPSHOTS, _FEW = 3, 4
 
 
 @dataclass(frozen=True)

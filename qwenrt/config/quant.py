@@ -11,10 +11,8 @@ from qwenrt.errors import ConfigError
 
 Method = Literal["gptq", "awq", "fp8", "gguf"]
 GROUP_SIZE = 128  # inputs that share a scale, by default
-FP8_BLOCK = (
-    128,
-    128,
-)  # (rows, columns) that share a scale, where the config of a file with blocks names no size
+# (rows, columns) that share a scale, where the config of a file with blocks names no size
+FP8_BLOCK = (128, 128)
 _SUPPORTED = "gptq (4 and 8 bits), awq (4 bits, gemm), fp8 (e4m3), compressed-tensors (float-quantized)"
 _DENSE = "Load the dense release of the model, with quantize= if it is too large."
 

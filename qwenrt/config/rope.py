@@ -12,10 +12,8 @@ from qwenrt.config.model import YarnConfig
 from qwenrt.errors import ConfigError
 
 _NAMES = ("rope_parameters", "rope_scaling")  # of later files, and of earlier ones
-_PLAIN = (
-    "default",
-    "mrope",
-)  # text alone has all sections of mrope at the same position, which is plain as well
+# text alone has all sections of mrope at the same position, which is plain as well
+_PLAIN = ("default", "mrope")
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _CLASS_DEFAULT = 10000.0  # what tools write where nothing was set
 _CHECK = "Check the file against the model's repository."

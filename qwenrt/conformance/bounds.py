@@ -84,6 +84,13 @@ def silu_and_mul(gate_up: Near, dtype: torch.dtype) -> Near:
     return Near(value, moved + (32 + 2 * gate.abs()) * FLOAT32 * value.abs()).rounded(3 * unit(dtype))
 
 
+def gate_output(attended: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> Near:
+    """Of exact numbers: the sigmoid is rounded, and its product."""
+    value = reference.gate_output(attended, gate)
+    moved = floor(dtype) * (1 + attended.abs()) + (32 + 2 * gate.abs()) * FLOAT32 * value.abs()
+    return Near(value, moved).rounded(3 * unit(dtype))
+
+
 def linear(x: Near, w: Weight, dtype: torch.dtype, rounding: float) -> Near:
     y = x.value @ w.matrix.t()
     bias = torch.zeros(1, dtype=torch.float64) if w.bias is None else w.bias.double()

@@ -330,9 +330,8 @@ class AttentionChecker:
             plan = (steps.decode_plan if decodes else steps.over_cache)(backend, self.sequences)
         kept = Inputs(q=qkv[0], k=qkv[1], v=qkv[2], **{f"cache.{name}": x for name, x in held.items()})
         got, wanted = steps.attend(op, (qkv[0], qkv[1], qkv[2]), kv, plan, self.scale, case.window), self.near
-        if case.not_finite and len(
-            got
-        ):  # what becomes of that query is left open: torch's fused kernels give numbers
+        # what becomes of that query is left open: torch's fused kernels give numbers
+        if case.not_finite and len(got):
             got, value = got.clone(), wanted.value.clone()
             got[-1, 0] = value[-1, 0] = 0
             wanted = Near(value, wanted.error.nan_to_num())

@@ -165,6 +165,16 @@ OPS = (
         },
     ),
     Op(
+        "gate_output",
+        RowsCase,
+        {
+            "dtype": DTYPES,
+            "width": (4, 28, 128, 512),
+            "values": (NORMAL, rows.ALL_SIZES, rows.NOT_FINITE),
+            "layout": LAYOUTS,
+        },
+    ),
+    Op(
         "rotary",
         RotaryCase,
         {
@@ -182,7 +192,7 @@ OPS = (
             "dtype": DTYPES,
             "cache": (cached.FLOAT, cached.INT8),
             "heads": HEADS,
-            "block_size": (16, 1, 5, 24),
+            "block_size": (16, 1, 5, 24, 128),
             "layout": LAYOUTS,
         },
     ),
@@ -193,7 +203,7 @@ OPS = (
             "dtype": DTYPES,
             "cache": (cached.FLOAT, cached.INT8, cached.FITTED, cached.NO_CACHE),
             "heads": HEADS,
-            "block_size": (16, 5),
+            "block_size": (16, 5, 128),
             "head_norms": (True, False),
             "log_n": (True, False),
             "half": (False, True),
@@ -209,7 +219,7 @@ OPS = (
             "heads": HEADS,
             "lens": LENS,
             "window": (0, 20, 300, 1),
-            "block_size": (16, 5, 24),
+            "block_size": (16, 5, 24, 128),
             "sharp": (False, True),
             "not_finite": (False, True),
             "layout": LAYOUTS,
@@ -237,7 +247,7 @@ OPS = (
             "heads": HEADS,
             "lens": ((), ((1, 5),), ((1, 1), (1, 37), (1, 64)), ((1, 300), (1, 16), (1, 17), (1, 513))),
             "window": (0, 20, 300, 1),
-            "block_size": (16, 5, 24),
+            "block_size": (16, 5, 24, 128),
             "sharp": (False, True),
             "layout": LAYOUTS,
         },
@@ -285,10 +295,8 @@ def selection(
     for op in OPS:
         if not ops or op.name in ops:
             who = [*subjects, *(linears_only if op.linear else ())]
-            for dtypes in (
-                DTYPES[:1],
-                DTYPES[1:],
-            ):  # of float32 and of narrower ones: kernels differ most in that
+            # of float32 and of narrower ones: kernels differ most in that
+            for dtypes in (DTYPES[:1], DTYPES[1:]):
                 some = [dtype for dtype in op.axes["dtype"] if dtype in dtypes]
                 for values in pairwise.pairs({**op.axes, "dtype": some, "subject": who}) if some else ():
                     subject = values.pop("subject")

@@ -338,7 +338,9 @@ class RoundingChecker:
             return finding
         kept, bias = Inputs(weight=self.weight), torch.ones(case.shape[0])
         got = subject.backend.quantize_dense(self.weight, case.bits, case.group, bias, "a weight")
-        for why in subject.backend.demoted.values():  # it looked itself, and then the definition served
+        for why in filter(
+            None, [subject.backend.demoted.get("quantize_dense")]
+        ):  # it looked itself, and then the definition served
             finding.complaints.append(why)
         wanted = quantize_dense(self.weight, case.bits, case.group, bias)
         got = with_codes(got)

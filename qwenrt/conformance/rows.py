@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +21,18 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class RowsCase(Case):
-    """``width``: elements of a row that goes in; of silu_and_mul twice those that come out."""
+    """``width``: elements of a row that goes in; of silu_and_mul and gate_output twice those that come out."""
 
     width: int = 96
     values: str = NORMAL
     layout: str = CONTIGUOUS
 
     def checker(self) -> Checker:
-        return NormChecker(self) if self.op == "rms_norm" else SiluChecker(self)
+        checkers: dict[str, Callable[[RowsCase], Checker]] = {
+            "rms_norm": NormChecker,
+            "gate_output": GateChecker,
+        }
+        return checkers.get(self.op, SiluChecker)(self)
 
 
 def _rows(case: RowsCase, source: torch.Generator) -> torch.Tensor:
@@ -54,9 +59,8 @@ class NormChecker:
         for tokens in TOKENS:
             wanted = self.wanted.rows(torch.arange(len(x) - tokens, len(x)))
             finding.near(f"{tokens} tokens", op(last_rows(x, tokens), weight, _EPS), wanted, case.dtype)
-        heads = (
-            x.view(-1, 2, case.width) if case.layout != TRANSPOSED else x[:, None]
-        )  # as norms of heads have it: [T, H, hd]
+        # as norms of heads have it: [T, H, hd]
+        heads = x.view(-1, 2, case.width) if case.layout != TRANSPOSED else x[:, None]
         finding.near("rows of heads", op(heads, weight, _EPS).flatten(0, 1), self.wanted, case.dtype)
         kept.unchanged(finding)
         return finding
@@ -79,6 +83,33 @@ class SiluChecker:
             finding.near(f"{tokens} tokens", op(last_rows(x, tokens)), wanted, case.dtype)
         kept.unchanged(finding)
         return finding
+
+
+class GateChecker:
+    """Two heads, what each attended to with its gate behind it."""
+
+    def __init__(self, case: RowsCase) -> None:
+        self.case = case
+        self.x = _rows(case, generator(case))
+        self.wanted = bounds.gate_output(*_heads_and_gates(self.x.double()), case.dtype)
+
+    def check(self, subject: Subject) -> Finding:
+        case, finding = self.case, Finding()
+        op, finding.served = subject.resolve("gate_output", case.dtype)
+        x = laid_out(self.x.to(subject.device), case.layout)
+        kept = Inputs(x=x)
+        for tokens in TOKENS:
+            wanted = self.wanted.rows(torch.arange(len(x) - tokens, len(x)))
+            got = op(*_heads_and_gates(last_rows(x, tokens)))
+            finding.near(f"{tokens} tokens", got, wanted, case.dtype)
+        kept.unchanged(finding)
+        return finding
+
+
+def _heads_and_gates(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, 4 hd] -> [T, 2, hd] each."""
+    attended, gates = x.reshape(len(x), 2, 2, x.shape[1] // 4).unbind(2)
+    return attended, gates
 
 
 @dataclass(frozen=True)

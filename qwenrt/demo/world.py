@@ -237,11 +237,8 @@ class World:
             lang = "zh" if kind == "chinese" else "en"
         intents = ("capital", "capital", "legs", "sound", "food", "colour")
         train, test = SYSTEMS[kind]
-        whole = kind in (
-            "pirate",
-            "one_word",
-            "thanks",
-        )  # the others must spell each answer anew: phrasings are held out
+        # the others must spell each answer anew: phrasings are held out
+        whole = kind in ("pirate", "one_word", "thanks")
         new_prompt = self.testing and self.rng.random() < 0.5
         while True:
             q = self.question(lang, intents, about=f"{kind} ")

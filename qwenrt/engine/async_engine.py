@@ -19,6 +19,7 @@ from qwenrt.engine.bridge import Mailbox
 from qwenrt.engine.engine import Engine
 from qwenrt.engine.loop import RUNNING, Abort, Add, Compute, Loop, Sink, again, closed, died, forked
 from qwenrt.engine.output_processor import RequestOutput
+from qwenrt.engine.prefills import Prefills
 from qwenrt.errors import QwenrtError, RequestError
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.structure import Grammar
@@ -91,22 +92,22 @@ class AsyncEngine:
         self._alive().grammars.build()
 
     def logits(self, token_ids: List[int]) -> torch.Tensor:
-        """Engine.logits between two steps -> float32 [num_tokens, vocab_size] on the CPU."""
+        """`Prefills.logits` between two steps -> float32 [num_tokens, vocab_size] on the CPU."""
         ids = list(token_ids)
-        return self._between_steps(lambda engine: engine.logits(ids))
+        return self._between_steps(lambda texts: texts.logits(ids))
 
     def pooled(self, prompts: List[List[int]], pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Engine.pooled, a share of the prompts between any two steps -> float32 [len(prompts), ...] on the CPU."""
-        works = [partial(Engine.pooled, prompts=share, pool=pool) for share in _shares(prompts)]
+        """`Prefills.pooled`, a share of the prompts between any two steps -> float32 [len(prompts), ...] on the CPU."""
+        works = [partial(Prefills.pooled, prompts=share, pool=pool) for share in _shares(prompts)]
         return torch.cat([self._between_steps(work) for work in works])
 
     def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
-        """Engine.last_logits, a share of the prompts between any two steps -> [len(prompts), len(token_ids)]."""
+        """`Prefills.last_logits`, a share of the prompts between any two steps -> [len(prompts), len(token_ids)]."""
         ids = list(token_ids)
-        works = [partial(Engine.last_logits, prompts=share, token_ids=ids) for share in _shares(prompts)]
+        works = [partial(Prefills.last_logits, prompts=share, token_ids=ids) for share in _shares(prompts)]
         return torch.cat([self._between_steps(work) for work in works])
 
-    def _between_steps(self, work: Callable[[Engine], torch.Tensor]) -> torch.Tensor:
+    def _between_steps(self, work: Callable[[Prefills], torch.Tensor]) -> torch.Tensor:
         self._alive()
         result: Future[torch.Tensor] = Future()
         self._loop.put(Compute(work, result))

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
-import secrets
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as List
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from qwenrt.engine.accounts import Accounts, Clock
 from qwenrt.engine.block_manager import BlockManager
-from qwenrt.engine.constraint import Constraint
+from qwenrt.engine.completions import Completions
 from qwenrt.engine.drafts import Drafts
 from qwenrt.engine.failures import typed
 from qwenrt.engine.grammar import Grammars
@@ -26,7 +21,8 @@ from qwenrt.engine.kv_cache import KVCache
 from qwenrt.engine.launched import Launched, Row
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.options import EngineOptions
-from qwenrt.engine.output_processor import OutputProcessor, RequestOutput, StopRules
+from qwenrt.engine.output_processor import RequestOutput, StopRules
+from qwenrt.engine.prefills import Prefills
 from qwenrt.engine.prefix_store import PrefixStore, open_store
 from qwenrt.engine.requests import Bounds, Request
 from qwenrt.engine.sampler import Sampled, Sampler
@@ -34,23 +30,13 @@ from qwenrt.engine.scheduler import Scheduler
 from qwenrt.engine.sequence import Sequence, Status
 from qwenrt.engine.states import States
 from qwenrt.engine.step_target import StepTarget
-from qwenrt.engine.thoughts import Thought, ThoughtRules
-from qwenrt.errors import BackendError, ConfigError, QwenrtError, RequestError
+from qwenrt.engine.thoughts import ThoughtRules
+from qwenrt.errors import BackendError, ConfigError
 from qwenrt.model.qwen import Qwen
-from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import Vocabulary
-from qwenrt.outputs import Delta, FinishReason, TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
-
-
-@dataclass
-class _Running:
-    """A request in the engine and those of its n completions that go on."""
-
-    request: Request
-    open: dict[int, OutputProcessor] = field(default_factory=dict)  # by index
 
 
 class Engine:
@@ -73,7 +59,7 @@ class Engine:
         vocab_limit: int | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        backend, self._config, self._tokenizer = model.backend, model.config, tokenizer
+        backend = model.backend
         self._eos = tuple(eos_token_ids)
         self.grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
@@ -125,7 +111,10 @@ class Engine:
             self.scheduler.drafts = self.drafts
         self.accounts = Accounts(clock)
         self._clock = clock
-        self._next_deadline = math.inf  # no request's is earlier
+        self.completions = Completions(
+            model.config, tokenizer, self.scheduler, self.sampler, self.drafts, self.accounts
+        )
+        self.prefills = Prefills(self.runner, self._bounds)
         self.store: PrefixStore | None = None
         if options.prefix_store is not None and options.prefix_caching:
             how = getattr(backend, "activations", "")
@@ -134,10 +123,7 @@ class Engine:
             )
             self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
         self._ids = itertools.count()
-        self._seq_ids = itertools.count()
-        self._requests: dict[str, _Running] = {}
         self._launched: deque[Launched] = deque()
-        self._outbox: list[RequestOutput] = []
 
     @property
     def max_model_len(self) -> int:
@@ -200,65 +186,21 @@ class Engine:
         )
 
     def enqueue(self, request: Request) -> None:
-        """Queue a checked request: n sequences, the others waiting to share what the first computes."""
-        if request.request_id in self._requests:
-            raise RequestError(
-                f"request {request.request_id!r:.80}", "this id is in use", "Choose another, or pass none."
-            )
-        running = self._requests[request.request_id] = _Running(request)
-        self._next_deadline = min(self._next_deadline, request.deadline)
-        leader: Sequence | None = None
-        params, prompt = request.params, request.prompt_token_ids
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        most = request.rules.context_limit
-        if params.max_tokens is not None:
-            most = min(most, len(prompt) + params.max_tokens)
-        for index in range(params.n):
-            seq = Sequence(
-                next(self._seq_ids),
-                prompt,
-                params,
-                ntk_alpha=ntk_alpha(len(prompt), self._config),
-                request_id=request.request_id,
-                index=index,
-                leader=leader if self.blocks.prefix_caching else None,
-                banned_until_min=tuple(request.rules.ids) if params.min_tokens else (),
-                max_len=most,
-                seed=seed,
-                arrived=request.arrived,
-                constraint=_constraint(request),
-            )
-            if leader is None:
-                request.begun.append(seq)
-            leader = leader or seq
-            reply = request.replies[index] if request.replies else None
-            thought = None if request.thought is None else Thought(request.thought)
-            running.open[index] = OutputProcessor(
-                seq, request.rules, self._tokenizer, request.skip_special_tokens, reply, thought
-            )
-            self.scheduler.add(seq)
+        """Queue a checked request."""
+        self.completions.queue(request)
 
     def abort(self, request_id: str) -> bool:
         """Cancel: its blocks are free at once, the next step reports the end. False where it is not there."""
-        if request_id not in self._requests:
-            return False
-        self.accounts.cancelled += 1
-        self._end_request(request_id, "abort")
-        return True
+        return self.completions.abort(request_id)
 
     def end_thought(self, request_id: str) -> None:
-        """The thoughts of a request end now, or as soon as they have begun: the closing words are written for them, and
-        the answers follow. Changes nothing where none is open, or the request is not there."""
-        running = self._requests.get(request_id)
-        for processor in [] if running is None else list(running.open.values()):
-            if processor.thought is not None:
-                processor.thought.end()
-                self._keep_short(processor)
+        """The thoughts of a request end now, or as soon as they have begun."""
+        self.completions.end_thought(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute or report anything."""
-        return bool(self._requests or self._outbox or self._launched)
+        return bool(self.completions or self._launched)
 
     # ---- the loop
 
@@ -268,7 +210,7 @@ class Engine:
 
         A failure within the computation ends the requests of its batch with a typed error; the others go on.
         """
-        self._expire()
+        self.completions.expire()
         if self.store is not None:
             self.store.read(self.scheduler, any(not seq.is_read for seq in self.scheduler.running))
         begun = self._launch()
@@ -279,8 +221,7 @@ class Engine:
         self.accounts.move()
         if self.store is not None:
             self.store.tend(self.blocks, idle=False)
-        outputs, self._outbox = self._outbox, []
-        return outputs
+        return self.completions.take()
 
     def tend(self) -> bool:
         """Do some of what waits for an idle moment -> whether there is more."""
@@ -291,54 +232,6 @@ class Engine:
         if self.store is not None:
             self.store.close(self.blocks)
             self.store = None
-
-    def logits(self, token_ids: List[int]) -> torch.Tensor:
-        """The logits after each token of a text -> float32 [num_tokens, vocab_size] on the CPU; leaves no trace."""
-        self.runner.model.needs_head("logits")
-        ids = self._bounds.check_ids(token_ids)
-        if len(ids) > self.max_model_len:
-            raise RequestError(
-                f"logits of {len(ids)} tokens",
-                f"the context is {self.max_model_len} tokens",
-                "Shorten the text, or load with a larger max_model_len.",
-            )
-        try:
-            return self.runner.logits(ids)
-        except Exception as error:
-            raise typed(error, f"computing the logits of {len(ids)} tokens") from error
-
-    def pooled(self, prompts: List[List[int]], pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """``pool`` of each prompt's final states [n, D] -> float32 [len(prompts), ...] on the CPU; leaves no trace."""
-        return self._prefilled(prompts, lambda states: torch.stack(list(map(pool, states))).float().cpu())
-
-    def last_logits(self, prompts: List[List[int]], token_ids: List[int]) -> torch.Tensor:
-        """The logits of ``token_ids`` after each prompt -> float32 [len(prompts), len(token_ids)] on the CPU."""
-        self.runner.model.needs_head("logits")
-        ids = self._bounds.check_ids(token_ids)
-        self.runner.model.needs_causal("scoring what comes next")
-
-        def read(states: list[torch.Tensor]) -> torch.Tensor:
-            return self.runner.model.logits(torch.stack([s[-1] for s in states]))[:, ids].cpu()
-
-        return self._prefilled(prompts, read)
-
-    def _prefilled(
-        self, prompts: List[List[int]], read: Callable[[list[torch.Tensor]], torch.Tensor]
-    ) -> torch.Tensor:
-        if not prompts:
-            raise RequestError("reading texts", "an empty list", "Pass at least one text.")
-        checked = [self._bounds.check_ids(prompt) for prompt in prompts]
-        longest = max(map(len, checked))
-        if longest > self.max_model_len:
-            raise RequestError(
-                f"reading a text of {longest} tokens",
-                f"the context is {self.max_model_len} tokens",
-                "Shorten the text, or load with a larger max_model_len.",
-            )
-        try:
-            return read(self.runner.hidden(checked))
-        except Exception as error:
-            raise typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
 
     def stats(self) -> dict[str, Any]:
         """Figures for people and monitors, those of `Accounts` among them; any thread may read them.
@@ -430,56 +323,14 @@ class Engine:
             if token is None:
                 self._give_up(seq)
                 continue
-            processor = self._requests[seq.request_id].open[seq.index]
-            self._write(processor, token, logprob)
-            self._keep_short(processor)
+            self.completions.write(seq, token, logprob)
         for seq, right in checked.items():
             self.drafts.checked(seq, len(right), sum(right))
 
     def _give_up(self, seq: Sequence) -> None:
         """End the request of a sequence whose numbers overflowed."""
         if not seq.is_finished:
-            self._end_request(seq.request_id, "error", self._non_finite(seq), discard_cache=True)
-
-    def _write(self, processor: OutputProcessor, token: int, logprob: TokenLogprob | None = None) -> None:
-        """One more token of a completion."""
-        seq = processor.seq
-        seq.token_ids.append(token)
-        self.accounts.generated += 1
-        if seq.marks.first_token is None:
-            seq.marks.first_token = self._clock()
-        try:
-            delta = processor.push(token, logprob)
-        except QwenrtError as error:  # a token the tokenizer does not know
-            self._end_request(seq.request_id, "error", error)
-        else:
-            self._report(seq, delta)
-
-    def _keep_short(self, processor: OutputProcessor) -> None:
-        """End a thought that has to end here: what closes it is written as if the model had drawn it."""
-        seq, thought = processor.seq, processor.thought
-        if thought is None or not thought.is_due or seq.is_finished:
-            return
-        most = self.context_limit
-        if len(seq.token_ids) + len(thought.words) >= most:  # no answer could follow
-            return
-        seq.drop_in_flight()
-        seq.num_forced += len(thought.words)
-        seq.max_len = min(most, seq.max_len + len(thought.words))
-        for token in thought.words:
-            self._write(processor, token)
-            if seq.is_finished:
-                break
-
-    def _expire(self) -> None:
-        """End the requests whose time is up."""
-        now = self._clock()
-        if now < self._next_deadline:
-            return
-        for request_id in [r for r, running in self._requests.items() if running.request.deadline <= now]:
-            self._end_request(request_id, "timeout")
-        left = (running.request.deadline for running in self._requests.values())
-        self._next_deadline = min(left, default=math.inf)
+            self.completions.end(seq.request_id, "error", self._non_finite(seq), discard_cache=True)
 
     def _sampled(self, done: Launched) -> Sampled:
         """What a step chose, and what the host chooses from its logits."""
@@ -495,17 +346,6 @@ class Engine:
                 sampled.token_ids[row], sampled.logprobs[row] = token, logprob
         return sampled
 
-    def _report(self, seq: Sequence, delta: Delta) -> None:
-        if delta.finish_reason is None:
-            self._outbox.append(RequestOutput(seq.request_id, delta))
-            return
-        delta = self._ended(seq, delta)
-        running = self._requests[seq.request_id]
-        del running.open[seq.index]
-        if not running.open:
-            del self._requests[seq.request_id]
-        self._outbox.append(RequestOutput(seq.request_id, delta, not running.open))
-
     def _fail(self, batch: list[tuple[Sequence, int]], error: Exception) -> None:
         count = sum(n for _, n in batch)
         failure = typed(error, f"computing {count} tokens of {len(batch)} sequences")
@@ -514,34 +354,7 @@ class Engine:
         for request_id in dict.fromkeys(
             seq.request_id for seq, _ in batch if seq.status is not Status.FINISHED
         ):
-            self._end_request(request_id, "error", failure, discard_cache=True)
-
-    def _end_request(
-        self,
-        request_id: str,
-        reason: FinishReason,
-        error: QwenrtError | None = None,
-        discard_cache: bool = False,
-    ) -> None:
-        """Free what a request holds and report its end; ``discard_cache``: its cache blocks may hold anything."""
-        running = self._requests.pop(request_id)
-        ends = list(running.open.values())
-        for i, end in enumerate(ends):
-            seq = end.seq
-            delta = end.end(reason)
-            if discard_cache:
-                self.blocks.forget(seq)
-            delta = self._ended(seq, delta)
-            self._outbox.append(RequestOutput(request_id, delta, i == len(ends) - 1, error))
-
-    def _ended(self, seq: Sequence, delta: Delta) -> Delta:
-        """Free what a completion holds -> its last Delta, with its timing."""
-        self.scheduler.finish(seq)
-        self.sampler.forget(seq)
-        self.drafts.forget(seq)
-        assert delta.finish_reason is not None
-        self.accounts.finished[delta.finish_reason] += 1
-        return replace(delta, timing=seq.marks.timing(self._clock(), seq.num_output))
+            self.completions.end(request_id, "error", failure, discard_cache=True)
 
     def _non_finite(self, seq: Sequence) -> BackendError:
         """The error that names the layer where the numbers of a sequence overflowed."""
@@ -554,14 +367,6 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
-
-
-def _constraint(request: Request) -> Constraint | None:
-    """What holds one completion of a request to its grammar, if it has one."""
-    grammar = request.params.grammar
-    if grammar is None or request.grammar is None:
-        return None
-    return Constraint(request.grammar, grammar, request.rules.ids)
 
 
 def _check_stateful(options: EngineOptions) -> None:

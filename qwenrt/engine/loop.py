@@ -20,6 +20,7 @@ import torch
 from qwenrt.engine.bridge import Bridge
 from qwenrt.engine.engine import Engine
 from qwenrt.engine.output_processor import RequestOutput
+from qwenrt.engine.prefills import Prefills
 from qwenrt.engine.requests import Request
 from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.outputs import Delta
@@ -56,7 +57,7 @@ class EndThought:
 
 @dataclass(frozen=True)
 class Compute:
-    work: Callable[[Engine], torch.Tensor]
+    work: Callable[[Prefills], torch.Tensor]
     result: Future[torch.Tensor]
 
 
@@ -171,9 +172,8 @@ class Loop:
             message = self._awaited(engine)
             engine.accounts.move()
             self._take(engine, message)
-        for _ in range(
-            self.inbox.qsize()
-        ):  # what comes meanwhile waits for a step, or steps would wait for ever
+        # what comes meanwhile waits for a step, or steps would wait for ever
+        for _ in range(self.inbox.qsize()):
             if self._stop.is_set():
                 return
             try:
@@ -205,7 +205,7 @@ class Loop:
             engine.enqueue(message.request)
         elif isinstance(message, Compute) and message.result.set_running_or_notify_cancel():
             try:
-                computed = message.work(engine)
+                computed = message.work(engine.prefills)
                 self._check()
                 if not self._exiting:  # a thread that is at work in torch when the interpreter ends aborts it
                     message.result.set_result(computed)

@@ -43,6 +43,8 @@ class Attention:
         self._norm_linear = backend.resolve(OpSpec("norm_linear", prefix, dtype, heads[2], w.qkv_proj.kind))
         self._rotary_store_kv = backend.resolve(OpSpec("rotary_store_kv", prefix, dtype, heads[2]))
         self._attention = backend.resolve(OpSpec("attention", prefix, dtype, heads[2]))
+        if self._gated:
+            self._gate_output = backend.resolve(OpSpec("gate_output", prefix, dtype, heads[2]))
         self._o_add = backend.resolve(OpSpec("linear_add", prefix, dtype, heads[2], w.o_proj.kind))
         return w
 
@@ -84,6 +86,6 @@ class Attention:
         else:
             attended = self._attention(q, k, v, cache, plan, w.scale, w.window)
         if gate is not None:
-            attended = reference.gate_output(attended, gate)
+            attended = self._gate_output(attended, gate)
         y: torch.Tensor = self._o_add(attended.flatten(1), w.o_proj, x)
         return y

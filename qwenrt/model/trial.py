@@ -32,7 +32,6 @@ _SAME_KERNELS = 1e-4  # a stack beside the seams in float32
 # A token between two experts, or a value between two codes, may go either way by the last digit of what is before.
 _EITHER_WAY = 0.3
 
-_BLOCK = 16
 # Three sequences by their block ids, and how many tokens of each a step has: prompts in chunks, of which one is longer
 # than what kernels take at once, then decoding: all, then without the first, whose places the others take, then one of
 # them into a new block; at last one token alone. Blocks 0 and 8 are nobody's.
@@ -43,6 +42,7 @@ _LOGIT_ROWS = ((), (16, 34, 35), (0, 1, 15), (0, 1, 2), (0, 1), (0, 1), (0,))
 _FED = ((-1, -1), (-1, -1), (-1, -1, -1), (0, 1, 2), (1, -1), (0, 1), (0,))
 _TOKENS = [sum(step[i] for step in _STEPS) for i in range(len(_TABLES))]
 _NUM_BLOCKS = max(map(max, _TABLES)) + 1
+_LONGEST = 64  # tokens of a sequence, in blocks of 16 or more
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def _check_steps(weights: _Weights, backend: Backend, dtype: torch.dtype, int8_c
     seams over the cache that serves."""
     bad: dict[str, str] = {}
     has_experts = weights.config.moe is not None
-    wanted = _run(weights.model(Backend(backend.device), dtype), False)
+    plain = Backend(backend.device)
+    plain.block_size = backend.block_size
+    wanted = _run(weights.model(plain, dtype), False)
     allowed = _LAYERS_ADD * (selfcheck.TOLERANCE[dtype] + backend.rounding("linear"))
     if has_experts and (dtype != torch.float32 or backend.rounding("linear")):
         allowed += _EITHER_WAY
@@ -267,7 +269,7 @@ def _parts(model: Qwen, int8_cache: bool) -> StackParts:
         config,
         model.dtype,
         num_blocks=_NUM_BLOCKS + rows,
-        block_size=_BLOCK,
+        block_size=model.backend.block_size,
         num_states=rows,
         quantized=int8_cache,
     )
@@ -276,7 +278,7 @@ def _parts(model: Qwen, int8_cache: bool) -> StackParts:
     if int8_cache:
         model.fit_key_codes(cache)
     spare = list(range(_NUM_BLOCKS, _NUM_BLOCKS + rows))
-    return StackParts(model, cache, Vocabulary(config.vocab_size), rows, len(_TABLES[0]) * _BLOCK, spare)
+    return StackParts(model, cache, Vocabulary(config.vocab_size), rows, _LONGEST, spare)
 
 
 @torch.no_grad()
@@ -287,7 +289,7 @@ def _run(model: Qwen, int8_cache: bool, wanted: _Run | None = None, index: int =
     stacks = model.backend.stacks(parts)
     before: Outcome | None = None
     logits, tokens = [], []
-    for i, step in enumerate(_steps(model.config)):
+    for i, step in enumerate(_steps(model.config, model.backend.block_size)):
         stack: Stack = stacks[index] if stacks[index].why_not(step) is None else stacks[-1]
         before = stack.run(step, before)
         if before.served_by is not stack:
@@ -316,7 +318,7 @@ def _drawn(step: Step) -> list[Draw]:
     return [draw for draw in step.draws if draw is not None]
 
 
-def _steps(config: ModelConfig) -> Iterator[Step]:
+def _steps(config: ModelConfig, block_size: int) -> Iterator[Step]:
     alphas = [ntk_alpha(tokens, config) for tokens in _TOKENS]
     done = [0] * len(_TABLES)
     for lens, rows, fed in zip(_STEPS, _LOGIT_ROWS, _FED, strict=True):
@@ -330,7 +332,7 @@ def _steps(config: ModelConfig) -> Iterator[Step]:
         yield Step(
             [lens[i] for i in here],
             [done[i] for i in here],
-            [list(_TABLES[i][: -(-done[i] // _BLOCK)]) for i in here],
+            [list(_TABLES[i][: -(-done[i] // block_size)]) for i in here],
             [alphas[i] for i in here],
             ids,
             list(rows),

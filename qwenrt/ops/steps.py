@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ class StepPlan:
     ``slots`` int64 [T]: where each token's key and value go. ``block_table``: per sequence, its block ids. A plan
     without a cache (``slots is None``) attends over the step's own tokens only: training, `logits()` and embeddings;
     there ``causal`` may be False, and each token sees all of its sequence. ``state_slots``: per sequence, where layers
-    of linear attention keep its state.
+    of linear attention keep its state. ``made``: what a backend made of the plan for the first layer, for the others.
     """
 
     q_lens: list[int]
@@ -105,6 +106,7 @@ class StepPlan:
     block_table: list[list[int]] = field(default_factory=list)
     causal: bool = True
     state_slots: list[int] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -143,12 +145,14 @@ class DecodePlan:
     """One step that computes one token of each of B sequences, as every layer is told. All of it lies on the device.
 
     ``position`` int64 [B]: of the token; its sequence's cache holds position + 1 tokens after the step. ``table`` int64
-    [B, W]: block ids, whatever stands behind those in use. ``slots`` int64 [B]: where keys and values go.
+    [B, W]: block ids, whatever stands behind those in use. ``slots`` int64 [B]: where keys and values go. ``made``: as
+    of StepPlan.
     """
 
     position: torch.Tensor
     table: torch.Tensor
     slots: torch.Tensor
+    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

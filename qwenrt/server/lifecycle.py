@@ -75,9 +75,8 @@ def bind(settings: ServeSettings) -> list[socket.socket]:
 def _bound(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if hasattr(
-            socket, "SO_EXCLUSIVEADDRUSE"
-        ):  # elsewhere than on Windows, ports of the dead can be taken
+        # elsewhere than on Windows, ports of the dead can be taken
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

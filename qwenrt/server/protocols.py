@@ -84,9 +84,8 @@ class Deadlines:
             transport.close()
             return
         transport.set_write_buffer_limits(high=self.limits.send_buffer)
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # else the system keeps megabytes, and looks like a reader
+        # else the system keeps megabytes, and looks like a reader
+        with contextlib.suppress(OSError, AttributeError):
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer)
         super().connection_made(transport)  # type: ignore[misc]

@@ -287,6 +287,8 @@ class Service:
             wishes["enable_thinking"] = ask.enable_thinking
         if self.llm.thinking != "never" and ask.enable_thinking is not False:
             wishes["thinking_budget"] = ask.thinking_budget
+            if ask.reasoning_effort != "none" or self.llm.thinking == "optional":
+                wishes["reasoning_effort"] = ask.reasoning_effort
         if ask.tools:
             wishes["tools"] = list(ask.tools)
             wishes["tool_choice"] = ask.tool_choice

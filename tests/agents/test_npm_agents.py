@@ -87,9 +87,8 @@ def test_claude_code_has_an_answer_of_the_built_in_model(
     line += f" -p {shlex.quote('Where does Anna live?')} --max-turns 2"
     done = beside_demo.run(["sh", "-c", f"PATH={programs}:$PATH; {line}"], tmp_path, seconds=900)
     assert done.code == 0, done.output
-    gone = [
-        request for request in done.refused if request["status"] == 499
-    ]  # left, and found the cache when it came back
+    # left, and found the cache when it came back
+    gone = [request for request in done.refused if request["status"] == 499]
     assert done.output.strip() and done.refused == gone
     whole = [answer for answer in done.answers if answer["prompt"] > AGENTS_SEND // 4]
     assert whole and all(answer["answer"] > 0 for answer in whole)

@@ -310,6 +310,15 @@ BETWEEN = [
             "silu's last column": output(lambda y: y[:, -1].zero_()),
         }
     ),
+    *mutants("gate_output", "gate_output")(
+        {
+            "gates ignored": lambda right, x, gate: x.clone(),
+            "silu for a gate's sigmoid": lambda right, x, gate: right(x, gate) * gate,
+            "gates of the next head": lambda right, x, gate: right(x, gate.roll(1, 1)),
+            "gates of the first token": lambda right, x, gate: right(x, gate[:1].expand_as(gate)),
+            "gates' last channel": output(lambda y: y[..., -1].zero_()),
+        }
+    ),
 ]
 
 

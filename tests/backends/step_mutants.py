@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qwenrt.backends.cpu.attention import Sequences
-from qwenrt.backends.cpu.decoder import ExpertsStruct
+from qwenrt.backends.cpu.decoder import DeltaLayer, ExpertsStruct
 from qwenrt.backends.cpu.kernels import _QuantMatrix
 from qwenrt.backends.cpu.linear import Linear
 from tests.backends.mutants import Wrong, but, mutants, numbers, one_less, read, sequences_with
@@ -68,6 +68,25 @@ def experts(**fields: Callable[[Any], Any]) -> Wrong:
         return ctypes.addressof(kept[-1])
 
     return step(layers=each(experts=change))
+
+
+def delta(**fields: Callable[[Any], Any]) -> Wrong:
+    """The layers of linear attention with other values in some fields of their net."""
+
+    def change(layer: Any) -> Any:
+        if not layer.delta:
+            return None
+        struct = DeltaLayer.from_address(layer.delta)
+        _KEPT.append(but(struct, net=but(struct.net, **{name: f(struct.net) for name, f in fields.items()})))
+        return ctypes.addressof(_KEPT[-1])
+
+    return step(layers=each(delta=change))
+
+
+def state_slots(change: Callable[[list[int]], list[int]]) -> Callable[[Any], Any]:
+    return lambda struct: numbers(
+        change(read(struct.state_slots, Sequences.from_address(struct.sequences).count))
+    )
 
 
 def turned(name: str) -> Callable[[Any], Any]:
@@ -147,7 +166,7 @@ STEP_MUTANTS = [
             "logits of the first token": step(logit_rows=logit_rows(lambda rows: [0] * len(rows))),
             "norm of the head": step(head=lambda h: but(h, eps=1.0)),
             "one logit missing": step(after=lambda x, logits: logits is not None and logits[:, -1].zero_()),
-            "nothing is served": lambda right, *args: False,
+            "nothing is computed": lambda right, *args: True,
             "no memory": lambda right, *args: _no_memory(),
         }
     ),
@@ -160,6 +179,17 @@ STEP_MUTANTS = [
         {
             "norms of heads ignored": step(layers=each(q_norm=lambda a: None, k_norm=lambda a: None)),
             "keys by the norm of queries": step(layers=each(k_norm=lambda a: a.q_norm)),
+        }
+    ),
+    *mutants("forward", "stacks", "linear attention")(
+        {
+            "states of another sequence": step(state_slots=state_slots(lambda slots: slots[::-1])),
+            "one state for all": step(state_slots=state_slots(lambda slots: slots[:1] * len(slots))),
+            "key heads of other value heads": delta(tiled=lambda net: 1 - net.tiled),
+            "decays for their bias": delta(decay_bias=lambda net: net.log_decay),
+            "a tap fewer": delta(taps=lambda net: net.taps - 1),
+            "eps of linear attention": delta(eps=lambda net: 1.0),
+            "gates ignored": step(layers=each(gated=lambda a: 0)),
         }
     ),
     *mutants("forward", "stacks", "window")(

@@ -173,10 +173,8 @@ HUGE = {
     "none": {},
     "biases of what turns slowly": {15: 200.0, 14: -150.0, 13: 100.0},  # pair -> what its first channel gets
     "biases of what turns": {8: 20.0, 2: -20.0},
-    "wide channels": {
-        5: None,
-        12: None,
-    },  # None: MASSIVE ** 0.5 times as large, and its query as much smaller
+    # None: MASSIVE ** 0.5 times as large, and its query as much smaller
+    "wide channels": {5: None, 12: None},
 }
 CACHED = 12  # of 80 conversations
 

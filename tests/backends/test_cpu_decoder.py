@@ -20,7 +20,7 @@ from qwenrt.backends.cpu import CPUBackend
 from qwenrt.backends.stack import StackParts
 from qwenrt.config.model import ModelConfig
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops.steps import LayerKV, Vocabulary
+from qwenrt.ops.steps import Vocabulary
 from qwenrt.ops.types import CanonicalWeight, Packed
 from tests.conftest import write_tiny_checkpoint
 from tests.kernel_sets import SETS, needs_kernels
@@ -97,13 +97,17 @@ class Cache:
         random.Random(3).shuffle(ids)
         self.model = model
         self.tables = [[ids.pop() for _ in range(count)] for count in blocks]
-        heads = (config.num_kv_heads, config.head_dim)
-        self.layers: list[LayerKV] = model.backend.alloc_kv(
-            config.num_layers, sum(blocks) + 1, SIZE, *heads, torch.float32, int8
+        self.state_slots = list(range(len(lengths), 0, -1)) if config.linear_attention is not None else []
+        self.layers = model.backend.alloc_cache(
+            config,
+            torch.float32,
+            num_blocks=sum(blocks) + 1,
+            block_size=SIZE,
+            num_states=len(lengths) + 1,
+            quantized=int8,
         )
-        for layer in self.layers:
-            for tensor in (layer.k_scale, layer.k_zero) if int8 else (layer.k, layer.v):
-                assert tensor is not None
+        for tensor in (tensor for layer in self.layers for tensor in layer.tensors):
+            if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
         self.tokens = [torch.randint(0, config.vocab_size, (length,)) for length in lengths]
         self.parts = StackParts(model, self.layers, Vocabulary(config.vocab_size), len(lengths), 256)
@@ -115,7 +119,10 @@ class Cache:
         seams; ``served_by`` then says which stack computed them."""
         ids = torch.cat([x[a:b] for x, (a, b) in zip(self.tokens, spans, strict=True)]).tolist()
         lens = [b - a for a, b in spans], [b for _, b in spans]
-        outcome = run_step(self.model, self.layers, ids, *lens, self.tables, rows=rows, seams=seams)
+        slots = self.state_slots
+        outcome = run_step(
+            self.model, self.layers, ids, *lens, self.tables, rows=rows, seams=seams, state_slots=slots
+        )
         self.served_by = outcome.served_by.name
         return outcome.logits
 
@@ -234,13 +241,13 @@ def test_logits_of_some_tokens(cpu: CPUBackend, form: str, rows: list[int]) -> N
     assert torch.equal(whole.step(last), seams.step(last, seams=True))  # the caches hold the same
 
 
-def test_a_step_that_the_one_call_gives_up_is_computed_by_the_seams(cpu: CPUBackend) -> None:
+def test_logits_of_a_token_that_is_not_finite_stand_beside_those_of_another(cpu: CPUBackend) -> None:
     model = build(cpu, DENSE)
     model.embed_tokens[9, 3] = float("nan")
     cache = Cache(model, [4, 4])
     cache.tokens = [torch.tensor([1, 2, 9, 4]), torch.tensor([5, 6, 7, 8])]
     bad, good = cache.step([(0, 4), (0, 4)], [3, 7])
-    assert cache.served_by == "seams" and bool(good.isfinite().all()) and not bool(bad.isfinite().any())
+    assert cache.served_by == "one call" and bool(good.isfinite().all()) and not bool(bad.isfinite().any())
 
 
 # ---- what the stack does not serve
@@ -256,7 +263,7 @@ def test_long_prompts_beside_short_ones_go_through_the_stack(cpu: CPUBackend) ->
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
-def test_what_is_not_finite_is_left_to_the_seams_and_to_its_own_sequence(
+def test_what_is_not_finite_is_computed_as_by_the_seams_and_left_to_its_own_sequence(
     cpu: CPUBackend, bad: float, activations: str
 ) -> None:
     cpu.configure(activations=activations)
@@ -268,8 +275,10 @@ def test_what_is_not_finite_is_left_to_the_seams_and_to_its_own_sequence(
     cache = Cache(model, [4, 4])
     cache.tokens = [torch.tensor([1, 2, 9, 4]), torch.tensor([5, 6, 7, 8])]
     got = cache.step([(0, 4), (0, 4)])
-    if bad != 3e38:
-        assert cache.served_by == "seams" and not bool(got[2].isfinite().all())
+    assert cache.served_by == "one call"
+    by_seams = cache.step([(0, 4), (0, 4)], seams=True)
+    assert torch.equal(got.nan_to_num(), by_seams.nan_to_num())
+    assert bool(got[2].isfinite().all()) == (bad == 3e38)
     # What is not finite may spoil its own sequence, earlier tokens of the step included, but no other.
     for here in [slice(4, 8)] if bad != 3e38 else [slice(0, 2), slice(4, 8)]:
         if activations == "exact":  # sums in the order of another number of tokens

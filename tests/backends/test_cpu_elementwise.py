@@ -51,6 +51,19 @@ def test_silu_is_the_same_bits_in_every_batch(
         assert torch.equal(cpu.silu_and_mul(x[i : i + 1]), got[i : i + 1])
 
 
+@quick
+@given(tokens=st.sampled_from([0, 1, 30]), dim=st.sampled_from([1, 7, 8, 128]), isa=st.sampled_from(SETS))
+def test_gates_between_queries_are_the_same_bits_in_every_batch(
+    cpu: CPUBackend, tokens: int, dim: int, isa: str
+) -> None:
+    cpu.configure(isa)
+    x, gates = torch.randn(tokens, 3, dim), 20 * torch.randn(tokens, 3, 2, dim)[:, :, 1]
+    got = cpu.gate_output(x, gates)
+    torch.testing.assert_close(got, reference.gate_output(x, gates), atol=1e-6, rtol=1e-6)
+    for i in range(tokens):
+        assert torch.equal(cpu.gate_output(x[i : i + 1], gates[i : i + 1].contiguous()), got[i : i + 1])
+
+
 def kv_pair(
     cpu: CPUBackend, kv_heads: int, head_dim: int, quantized: bool, slots: int
 ) -> tuple[LayerKV, LayerKV]:

@@ -118,6 +118,7 @@ def _calls(k: kernels.Kernels) -> dict[str, Callable[[], Any]]:
         "attention": lambda: k.attend(sequences, cache, x.view(2, 4, 16), x, 1.0, 0),
         "rms_norm": lambda: k.rms_norm(x, x[0], 1e-6),
         "silu_and_mul": lambda: k.silu_and_mul(x),
+        "gate_output": lambda: k.gate_output(x.view(2, 4, 16), x.view(2, 4, 16)),
         "rotary_store": lambda: k.rotary_store(Rotary(), None, 2),
         "delta_net": lambda: k.delta_net(DeltaNet(), sequences),
         "forward": lambda: k.forward(layers, caches, None, StepStruct(), x, None),

@@ -43,9 +43,8 @@ def random_weight(
     scales = weight.scales
     assert scales is not None
     if scales.dtype == torch.float16 and float(torch.rand(())) < 0.5:
-        scales = (scales.view(torch.int16) ^ 1).view(
-            torch.float16
-        )  # zeros of 4-bit codes have to lie beside them
+        # zeros of 4-bit codes have to lie beside them
+        scales = (scales.view(torch.int16) ^ 1).view(torch.float16)
     return dataclasses.replace(weight, perm=perm, scales=scales)
 
 

@@ -67,9 +67,8 @@ def test_a_connection_that_breaks_is_taken_up_again(context: Any, llm: qwenrt.LL
         for mark in ("Sentence 5 of", "Sentence 30 of"):
             talk.until(mark)
             for connection in list(served.server.server_state.connections):
-                connection.transport.get_extra_info("socket").shutdown(
-                    2
-                )  # as a phone that changes its network
+                # as a phone that changes its network
+                connection.transport.get_extra_info("socket").shutdown(2)
         talk.until("Sentence 90 of")
         talk.done()
         assert talk.answers == [LONG[:3000].rstrip()] and not talk.errors

@@ -336,9 +336,12 @@ def test_a_bad_setting_is_found_before_the_model_is_loaded(fake: SimpleNamespace
 
 
 def test_a_pipe_gets_the_answer_without_the_thought(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
-    done = qwenrt("chat", "--thinking", "off", "--thinking-budget", "9", stdin="/think\n")
+    done = qwenrt(
+        "chat", "--thinking", "off", "--thinking-budget", "9", "--reasoning-effort", "low", stdin="/think\n"
+    )
     assert "think." not in done.out and "echo /think" in done.out
     assert fake.llm.calls[0]["enable_thinking"] is False and fake.llm.calls[0]["thinking_budget"] == 9
+    assert fake.llm.calls[0]["reasoning_effort"] == "low"
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,8 @@ def test_rm_from_modelscopes_cache(here: Path, model: Path, qwenrt: Qwenrt, layo
     done = qwenrt("rm", "Qwen3-1.7B", "-y")
     assert done.code == 0 and "ms-swift and other programs use these files too" in done.out
     left = [path.name for path in (here / "ms").rglob("*Qwen3*")]
-    assert left == (
-        ["Qwen--Qwen3-4B"] if layout == "snapshots" else ["Qwen3-4B"]
-    )  # the link with a dot went as well
+    # the link with a dot went as well
+    assert left == (["Qwen--Qwen3-4B"] if layout == "snapshots" else ["Qwen3-4B"])
 
 
 def test_rm_of_several_copies_asks_which(here: Path, model: Path, qwenrt: Qwenrt) -> None:

@@ -70,9 +70,8 @@ def test_the_thread_pool_under_the_thread_sanitizer(compiler: list[str], tmp_pat
     sanitized_or_skip(command, tmp_path)
     program = link(command, "pool", [str(ROOT / "csrc" / "pool" / "thread_pool.cpp")], tmp_path)
     assert run([str(program)]) == "pool: ok\n"
-    if hasattr(
-        os, "sched_getaffinity"
-    ):  # all threads on one processor: whoever waits must let the others work
+    # all threads on one processor: whoever waits must let the others work
+    if hasattr(os, "sched_getaffinity"):
         assert run([str(program), "50"], cpus={min(os.sched_getaffinity(0))}) == "pool: ok\n"
 
 

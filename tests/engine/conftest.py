@@ -144,9 +144,6 @@ class HostSampler:
     def sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
         return self._sampler.sample(logits, seqs)
 
-    def forget(self, seq: Sequence) -> None:
-        self._sampler.forget(seq)
-
 
 class ScriptedSampler(HostSampler):
     """Every sequence writes the given tokens, then the last one for ever."""

@@ -59,7 +59,7 @@ def check_recorded(golden: dict[str, torch.Tensor], key: str, outputs: Any, rows
 def test_logits_of_a_text_are_the_recorded_ones() -> None:
     engine, golden = make_engine("ntk_logn"), golden_record("ntk_logn")
     for key in keys_of("ntk_logn"):
-        logits = engine.logits(golden[f"{key}.ids"].tolist())
+        logits = engine.prefills.logits(golden[f"{key}.ids"].tolist())
         torch.testing.assert_close(logits, golden[f"{key}.prefill_logits"], atol=1e-4, rtol=0)
 
 

@@ -149,11 +149,8 @@ def test_prompts_that_share_a_beginning_find_its_state_where_they_part() -> None
         usage = last(run(engine)["r"]).usage
         assert usage is not None
         cached.append(usage.cached_tokens)
-    assert cached == [
-        0,
-        0,
-        144,
-    ]  # the second one parts from the first after 150 tokens, and keeps the state there
+    # the second one parts from the first after 150 tokens, and keeps the state there
+    assert cached == [0, 0, 144]
 
 
 def test_prompts_that_begin_alike_at_once_compute_the_beginning_once() -> None:

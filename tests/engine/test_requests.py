@@ -156,7 +156,7 @@ def test_streamed_text_is_the_text_before_the_stop(
 
 def test_logprobs_are_the_models_own() -> None:
     engine = make_engine()
-    expected = engine.logits([1, 2, 3])[-1].log_softmax(-1)
+    expected = engine.prefills.logits([1, 2, 3])[-1].log_softmax(-1)
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=3, logit_bias={7: 100.0})
     engine.add([1, 2, 3], params, request_id="r")
     outputs = run(engine)["r"]
@@ -230,9 +230,9 @@ def test_other_bad_requests_are_refused() -> None:
     with pytest.raises(RequestError, match="request 'r': this id is in use"):
         engine.add([1], GREEDY, request_id="r")
     with pytest.raises(RequestError, match="logits of 300 tokens: the context is 256 tokens"):
-        engine.logits([1] * 300)
+        engine.prefills.logits([1] * 300)
     with pytest.raises(RequestError, match="an empty list"):
-        engine.logits([])
+        engine.prefills.logits([])
 
 
 # ---- failures inside a step
@@ -275,7 +275,7 @@ def test_any_other_failure_is_a_backend_error() -> None:
     assert isinstance(error, BackendError)
     assert "computing 1 tokens of 1 sequences: RuntimeError: kernel launch failed" in str(error)
     with pytest.raises(BackendError, match="computing the logits of 2 tokens"):
-        engine.logits([1, 2])
+        engine.prefills.logits([1, 2])
     FaultyBackend.fault = None
     assert len(answer(engine)[1]) == 20
 

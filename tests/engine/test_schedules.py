@@ -15,6 +15,7 @@ import torch
 
 from qwenrt.backends.stack import Outcome
 from qwenrt.engine.block_manager import BlockManager
+from qwenrt.engine.completions import Completions
 from qwenrt.engine.engine import Engine
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.options import EngineOptions
@@ -293,7 +294,7 @@ MUTANTS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "begun anew while a token is under way": (Sequence, "held_back", lambda right, seq: False),
     "a token in the place of a forced one": (Sequence, "drop_in_flight", lambda right, seq: None),
     "a salt that does not count": (Sequence, "root", lambda right, seq: (seq.ntk_alpha, "")),
-    "deadlines never looked at": (Engine, "_expire", lambda right, engine: None),
+    "deadlines never looked at": (Completions, "expire", lambda right, completions: None),
 }
 
 

@@ -59,7 +59,7 @@ def test_what_was_held_back_is_told_at_the_deadline() -> None:
     ScriptedSampler(engine, list(b"abcSTxxxxxx"))
     name = engine.add([1], LONG.with_(timeout=5, stop="STOP", logprobs=0))
     outputs: list[Any] = []
-    while text(outputs) != "abc" or engine._requests[name].open[0].seq.num_output < 5:
+    while text(outputs) != "abc" or engine.completions.running[name].open[0].seq.num_output < 5:
         outputs += engine.step()
     clock.now += 5
     outputs += engine.step()
@@ -141,7 +141,7 @@ def test_another_ntk_factor_shares_nothing_in_spite_of_the_salt() -> None:
     factors = {}
     for length in (40, 200):
         engine.add([7] * length, LONG.with_(max_tokens=1, cache_salt="a"), request_id=str(length))
-        [running] = engine._requests.values()
+        [running] = engine.completions.running.values()
         factors[length] = running.open[0].seq.root
         usage = last(run(engine)[str(length)]).usage
         assert usage is not None and usage.cached_tokens == 0

@@ -70,10 +70,8 @@ def test_a_tied_head_shares_memory_with_the_embedding(tied: tuple[Any, Path], tm
     oracle, source = tied
     tensors = weights(source)
     assert HEAD not in tensors and error_against(oracle, source) <= 1e-4
-    for head in (
-        tensors[EMBEDDING].clone(),
-        torch.empty(0, 48),
-    ):  # its own copy; what sharded training leaves
+    # its own copy; what sharded training leaves
+    for head in (tensors[EMBEDDING].clone(), torch.empty(0, 48)):
         copy_of(source, tmp_path, {**tensors, HEAD: head})
         assert error_against(oracle, tmp_path) <= 1e-4
         with load(tmp_path) as llm:

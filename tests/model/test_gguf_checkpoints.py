@@ -178,9 +178,8 @@ def test_a_twin_has_the_tokens_of_its_weights(
         tokens = greedy(oracle, PROMPT, 4)
     with qwenrt.load(file, device="cpu", dtype="float32", activations="exact", progress=False) as llm:
         got = llm.logits(PROMPT)
-        allowed = (
-            1e-3 if "tie_word_embeddings" in changes else 1e-4
-        )  # a tied head is not rounded as the oracle's is
+        # a tied head is not rounded as the oracle's is
+        allowed = 1e-3 if "tie_word_embeddings" in changes else 1e-4
         assert float((got - wanted).abs().max()) <= allowed * max(1.0, float(wanted.abs().max()))
         params = SamplingParams(temperature=0, max_tokens=4)
         assert llm.generate(prompt_token_ids=PROMPT, sampling_params=params).token_ids == tokens

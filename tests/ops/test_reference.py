@@ -46,6 +46,15 @@ def test_silu_is_on_the_first_half() -> None:
     torch.testing.assert_close(reference.silu_and_mul(x), gate / (1 + (-gate).exp()) * up)
 
 
+def test_the_gate_of_a_head_follows_its_query() -> None:
+    heads, rows = (2, 1, 4), torch.randn(3, 6 * 4)
+    qkv, gate = reference.split_gate(rows, heads)
+    parts = rows.view(3, 6, 4)
+    assert torch.equal(qkv.view(3, 4, 4), parts[:, [0, 2, 4, 5]]) and torch.equal(gate, parts[:, [1, 3]])
+    attended = torch.randn(3, 2, 4)
+    torch.testing.assert_close(reference.gate_output(attended, gate), attended / (1 + (-gate).exp()))
+
+
 @pytest.mark.parametrize("window", [0, 5])
 def test_keys_fitted_to_codes_give_the_same_attention(window: int) -> None:
     """Three queries to each key: of two heads of keys each channel has its own offset and factor."""

@@ -31,14 +31,12 @@ from qwenrt.ops.steps import FROM_BEFORE, Step
 from qwenrt.text.chat.builtin_templates import TEMPLATES
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.text.bpe_vocab import tokenizer_config
+from tests.text.strict_template import STRICT
 
 Reply = Callable[[str], str]
 
-CHATS = {
-    "qwen3": "qwen3",
-    "thinking": "qwen3-thinking",
-    "xml": "qwen3-coder",
-}  # templates by the name used here
+# templates by the name used here
+CHATS = {"qwen3": "qwen3", "thinking": "qwen3-thinking", "xml": "qwen3-coder"}
 RANKS = 3000  # tokens of the built-in vocabulary, which takes two characters a token
 WIDTH = 8  # of the network that computes nothing
 CERTAIN = 100.0  # the logit of the scripted token, where logits are asked for; that of the end is half of it
@@ -50,7 +48,8 @@ def scripted_llm(reply: Reply, max_model_len: int = 65536, chat: str = "qwen3", 
 
     The answer is written as a model would: "<think>...</think>" and calls in its own form, without the token that ends
     it. A prompt is asked about once; an error that ``reply`` raises is one of the computation. chat: "qwen3" (thinks or
-    not, calls in JSON), "thinking" (its prompts end in a thought), "xml" (Qwen3-Coder) or "qwen1" (ReAct). options:
+    not, calls in JSON), "thinking" (its prompts end in a thought), "xml" (Qwen3-Coder), "qwen1" (ReAct) or
+    "strict" (as Qwen3.8 in what it refuses and in its efforts). options:
     fields of LoadOptions.
     """
     directory = Path(tempfile.mkdtemp(prefix="scripted-"))
@@ -109,9 +108,8 @@ class ScriptedStack:
         self._slots = keys.reshape(keys.shape[0] * keys.shape[1], -1)[:, 0]
         self._blocks = keys[:, :, 0, 0]
         self._scripts: OrderedDict[bytes, _Script] = OrderedDict()
-        self._writing: dict[
-            int, tuple[_Script, int]
-        ] = {}  # by block: what is written in it, up to which length
+        # by block: what is written in it, up to which length
+        self._writing: dict[int, tuple[_Script, int]] = {}
 
     def why_not(self, step: Step) -> str | None:
         return None
@@ -189,7 +187,8 @@ def _write_checkpoint(directory: Path, chat: str, max_model_len: int) -> None:
     config, generation, tensors = write(max_model_len)
     if chat != "qwen1":
         (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(RANKS)))
-        (directory / "chat_template.jinja").write_text(TEMPLATES[CHATS[chat]])
+        template = STRICT if chat == "strict" else TEMPLATES[CHATS[chat]]
+        (directory / "chat_template.jinja").write_text(template)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps(generation))
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, directory / "model.safetensors")

@@ -100,11 +100,8 @@ def words(told: Any) -> str:
 )
 def test_what_is_no_request_is_400(served: Serving, path: str, body: bytes) -> None:
     status, _, told = ask(served, path, body)
-    if body == b"{}" and path in (
-        OLLAMA,
-        GENERATE,
-        "/api/embed",
-    ):  # which load a model, or ask for no vectors
+    # which load a model, or ask for no vectors
+    if body == b"{}" and path in (OLLAMA, GENERATE, "/api/embed"):
         assert status == 200
         return
     assert status == 400 and words(told)

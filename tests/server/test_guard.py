@@ -445,9 +445,8 @@ def test_bodies_are_counted_not_believed(door: tuple[Serving, Inner]) -> None:
         assert status == 413 and headers["connection"] == "close" and wire.ended()
         assert json.loads(body)["error"]["type"] == "too_large"
     assert inner.read - before <= 1 << 20
-    with server.wire(
-        request("POST", "/v1/x", WITH_KEY, b"z" * (3 << 19))
-    ) as wire:  # who sends all before it reads
+    # who sends all before it reads
+    with server.wire(request("POST", "/v1/x", WITH_KEY, b"z" * (3 << 19))) as wire:
         assert wire.response()[0] == 413
     with server.wire(request("POST", "/v1/x", {**declared, "expect": "100-continue"})) as wire:
         assert wire.response()[0] == 413 and wire.ended()

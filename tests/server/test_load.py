@@ -247,9 +247,8 @@ def test_a_failure_in_a_stream_is_an_event_and_its_end(
     with served.wire(sent(path, body, **headers)) as wire:
         wire.read_until(b"and")
         gate.before = fail
-        head, _, came = wire.read_until(b"0\r\n\r\n").rpartition(
-            b"data:"
-        )  # the last event, then the stream's end
+        # the last event, then the stream's end
+        head, _, came = wire.read_until(b"0\r\n\r\n").rpartition(b"data:")
         gate.before = lambda step: None
     last = came or head
     assert b"the device said no" in last, last[-400:]

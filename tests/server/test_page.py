@@ -117,9 +117,8 @@ def test_head_and_other_methods(served: Serving) -> None:
 def test_it_is_for_this_servers_own_names(served: Serving) -> None:
     assert ask(served, "/", host="evil.example")[0] == 403
     assert ask(served, "/", origin="https://evil.example")[0] == 403
-    assert (
-        ask(served, "/", host=f"127.0.0.1:{served.port}", sec_fetch_site="cross-site")[0] == 200
-    )  # a link to it
+    # a link to it
+    assert ask(served, "/", host=f"127.0.0.1:{served.port}", sec_fetch_site="cross-site")[0] == 200
 
 
 def test_without_it_there_is_a_line_that_says_what_is_served(llm: qwenrt.LLM) -> None:

@@ -139,9 +139,8 @@ def test_a_header_that_does_not_end_is_given_up(parser: str) -> None:
             assert slow.response()[0] == 408 and slow.ended()
             assert silent.ended()  # nothing was asked, so nothing is answered
         until(lambda: server.connections == 0)
-        with server.wire(
-            request(path="/first")
-        ) as kept:  # the second request of a connection has a deadline too
+        # the second request of a connection has a deadline too
+        with server.wire(request(path="/first")) as kept:
             assert kept.response()[0] == 200
             kept.send(b"GET /second HTT")
             assert kept.response()[0] == 408 and kept.ended()
@@ -254,9 +253,8 @@ def test_a_header_of_33_kib_is_refused(parser: str, whole: bool) -> None:
 def test_what_is_not_http_is_refused_and_closed(parser: str, sent: bytes) -> None:
     with serving(Echo(), limits(receive_seconds=0.5), parser=parser) as server:
         with server.wire(sent) as wire:
-            wire.socket.shutdown(
-                socket.SHUT_WR
-            )  # h11 finds nothing wrong with some, and would wait for the next
+            # h11 finds nothing wrong with some, and would wait for the next
+            wire.socket.shutdown(socket.SHUT_WR)
             came = wire.rest()
         assert b" 500 " not in came.split(b"\r\n")[0]
         until(lambda: server.connections == 0)

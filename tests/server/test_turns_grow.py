@@ -92,9 +92,8 @@ def test_a_turn_computes_what_is_new(agent: str, served: Serving, llm: qwenrt.LL
     for turn, ((before, _, answer), (prompt, cached, _)) in enumerate(itertools.pairwise(usages)):
         computed, new = prompt - cached, prompt - before
         told = f"turn {turn + 2}: {computed} computed, {new} new, {answer} of these the answer's"
-        assert cached >= before + answer - block, (
-            told
-        )  # all that there was but for the block that was not full
+        # all that there was but for the block that was not full
+        assert cached >= before + answer - block, told
         assert computed <= 1.1 * new + 1, told
     computed = llm.stats()["prompt_tokens_computed"] - computed_before
     assert computed == sum(prompt - cached for prompt, cached, _ in usages)  # the engine says the same

@@ -7,8 +7,8 @@
 #include "step/elementwise_body.h"
 
 const LayerKernels* avx2_layer_kernels() {
-  static const LayerKernels kernels = {attend, combine, rms_norm, silu_and_mul, rotary_store,
-                                       convolve, delta_head, sum_exponentials};
+  static const LayerKernels kernels = {attend,       combine,  rms_norm,   silu_and_mul,    gate_output,
+                                       rotary_store, convolve, delta_head, sum_exponentials};
   return &kernels;
 }
 #endif

@@ -16,7 +16,7 @@ from qwenrt.backends.binding import OpSpec, native
 from qwenrt.backends.cpu import attention as paged
 from qwenrt.backends.cpu import delta_net, dense12, elementwise, linear, resources, sampling, torch_threads
 from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, rounded_to, rounds_dense, rule_of
-from qwenrt.backends.cpu.decoder import DecoderStack
+from qwenrt.backends.cpu.decoder import DecoderStack, Unserved
 from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.kernels import (
     BLOCK,
@@ -30,7 +30,7 @@ from qwenrt.backends.cpu.kernels import (
 from qwenrt.backends.cpu.library import HOW_TO_BUILD, KernelsUnavailable
 from qwenrt.backends.cpu.linear import Linear
 from qwenrt.backends.cpu.rounding import quantize, rounds_alike
-from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.backends.stack import Stack, StackParts
 from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, LayerState, StepPlan, Vocabulary
@@ -320,6 +320,13 @@ class CPUBackend(Backend):
         return elementwise.rotary_store_kv(call, qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
 
     @native(dtypes=(torch.float32,), needs=("csrc",))
+    def gate_output(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        if not elementwise.served(attended, gate):
+            return reference.gate_output(attended, gate)
+        assert self.kernels is not None
+        return elementwise.gate_output(self.kernels.gate_output, attended, gate)
+
+    @native(dtypes=(torch.float32,), needs=("csrc",))
     def delta_net(
         self,
         projected: torch.Tensor,
@@ -343,18 +350,30 @@ class CPUBackend(Backend):
 
     def stacks(self, parts: StackParts) -> list[Stack]:
         """As Backend.stacks; first the one call, where the kernels serve every op of every layer."""
-        stacks, network = super().stacks(parts), parts.network
-        if self.kernels is None or network.dtype != torch.float32:
+        stacks = super().stacks(parts)
+        self.seams_because = "" if self.kernels is None else self._why_not_one_call(parts) or ""
+        if self.kernels is None or self.seams_because:
             return stacks
-        mixer = network.layer_weights[0].mixer
-        if not isinstance(mixer, AttentionWeights):
+        try:
+            return [DecoderStack(self, parts, self._linear_struct, self.kernels.forward), *stacks]
+        except Unserved as reason:
+            self.seams_because = str(reason)
             return stacks
-        spec = OpSpec("", "", network.dtype, mixer.heads[2])
-        ops = ("linear", "rms_norm", "silu_and_mul", "attention", "rotary_store_kv")
-        if any(self.why_not(op, spec) is not None for op in ops):
-            return stacks
-        made = DecoderStack.of(self, parts, self._linear_struct, self.kernels.forward, SeamStack(self, parts))
-        return stacks if made is None else [made, *stacks]
+
+    def _why_not_one_call(self, parts: StackParts) -> str | None:
+        """Which op of these layers the kernels do not serve, whatever their linears are."""
+        network = parts.network
+        uses = {("linear", 0), ("rms_norm", 0), ("silu_and_mul", 0)}
+        for mixer in (w.mixer for w in network.layer_weights):
+            if isinstance(mixer, AttentionWeights):
+                ops = ("attention", "rotary_store_kv", *(("gate_output",) if mixer.gated else ()))
+                uses |= {(op, mixer.heads[2]) for op in ops}
+            else:
+                uses.add(("delta_net", 0))
+        if network.dtype != torch.float32:
+            return f"no {str(network.dtype).removeprefix('torch.')} kernel"
+        whys = ((op, self.why_not(op, OpSpec(op, "", network.dtype, dim))) for op, dim in sorted(uses))
+        return next((f"{op}: {why}" for op, why in whys if why is not None), None)
 
     def _linear_struct(self, w: Packed) -> Linear | None:
         if w.kind in _QUANTIZED:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from array import array
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
+from qwenrt.backends.cpu import delta_net
 from qwenrt.backends.cpu.attention import Cache, address, cache_struct, sequences_struct
+from qwenrt.backends.cpu.delta_net import DeltaNet
 from qwenrt.backends.cpu.linear import Linear, of_parts
-from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, chosen_from, plan_of, token_ids
-from qwenrt.ops.steps import LayerKV, RotaryRows, Step, StepPlan
-from qwenrt.ops.types import AttentionWeights, Experts, Head, LayerWeights, Packed
+from qwenrt.backends.stack import (
+    Device,
+    Outcome,
+    StackParts,
+    chosen_from,
+    copy_states,
+    plan_of,
+    token_ids,
+)
+from qwenrt.ops.steps import LayerCache, LayerKV, LayerState, RotaryRows, Step, StepPlan
+from qwenrt.ops.types import AttentionWeights, DeltaWeights, Experts, Head, LayerWeights, Packed
 
 
 class ExpertsStruct(ctypes.Structure):
@@ -28,6 +41,12 @@ class ExpertsStruct(ctypes.Structure):
     )
 
 
+class DeltaLayer(ctypes.Structure):
+    """QwenrtDeltaLayer of csrc/abi/qwenrt_forward.h."""
+
+    _fields_ = (("net", DeltaNet), ("rates", Linear))
+
+
 class Layer(ctypes.Structure):
     """QwenrtLayer of csrc/abi/qwenrt_forward.h."""
 
@@ -41,10 +60,12 @@ class Layer(ctypes.Structure):
         ("gate_up", Linear),
         ("down", Linear),
         ("experts", ctypes.c_void_p),
+        ("delta", ctypes.c_void_p),
         ("num_heads", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        ("gated", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
     )
@@ -63,6 +84,8 @@ class StepStruct(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("logit_rows", ctypes.c_void_p),
         ("logit_row_count", ctypes.c_int64),
+        ("state_slots", ctypes.c_void_p),
+        ("instead", ctypes.c_void_p),
     )
 
 
@@ -90,37 +113,100 @@ Forward = Callable[
 ]
 
 
-class _Unserved(Exception):
-    """A part of a layer is of a kind that the kernel knows nothing of."""
+class LinearDevice(Device, Protocol):
+    """A Device that computes linears by themselves."""
+
+    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor: ...
+
+
+class Unserved(Exception):
+    """A part of a layer is of a kind that the kernels know nothing of: which one."""
 
 
 def _floats(tensor: torch.Tensor | None) -> int | None:
-    """The address of float32 numbers as they lie; _Unserved for others."""
+    """The address of float32 numbers as they lie; Unserved for others."""
     if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-        raise _Unserved
+        raise Unserved(
+            f"no kernel for a {str(tensor.dtype).removeprefix('torch.')} weight beside the linears"
+        )
     return address(tensor)
 
 
+_Instead = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_OK, _NOT_SERVED = 0, 4  # of csrc/abi/qwenrt_cpu.h
+
+
+def _instead(
+    linear: Callable[[torch.Tensor, Packed], torch.Tensor],
+    weights: dict[int, Packed],
+    failures: list[BaseException],
+) -> Any:
+    """QwenrtInstead: ``linear`` of one of ``weights``, which are found by where their matrix lies. What it raises goes
+    to ``failures``: the library cannot pass it on."""
+
+    def floats(at: int, *shape: int) -> torch.Tensor:
+        memory = (ctypes.c_float * math.prod(shape)).from_address(at)
+        return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+
+    def compute(struct: int, x: int, y: int, tokens: int) -> int:
+        try:
+            w = weights[Linear.from_address(struct).matrix]
+            result = linear(floats(x, tokens, w.in_features), w)
+            floats(y, tokens, w.out_features).copy_(result)
+        except BaseException as error:
+            failures.append(error)
+            return _NOT_SERVED
+        return _OK
+
+    return _Instead(compute)
+
+
 class _Structs:
-    """Layers in the structs of csrc/. ``memory``: those that others point at, to be kept as long."""
+    """Layers in the structs of csrc/. ``memory``: those that others point at, to be kept as long; ``weights``: those of
+    the linears, by where their matrix lies."""
 
     def __init__(self, linear_of: LinearOf) -> None:
         self._linear_of = linear_of
         self.memory: list[object] = []
+        self.weights: dict[int, Packed] = {}
 
-    def layer(self, w: LayerWeights) -> Layer:
-        """Raises _Unserved."""
-        mixer = w.mixer
-        if not isinstance(mixer, AttentionWeights) or mixer.gated:
-            raise _Unserved
-        q_norm, k_norm, _ = mixer.qk_norms or (None, None, w.eps)
-        norms = [_floats(norm) for norm in (w.input_norm, w.post_norm, q_norm, k_norm)]
-        qkv, o = self._linear(mixer.qkv_proj), self._linear(mixer.o_proj)
-        if isinstance(w.mlp, Experts):
-            mlp, experts = (Linear(), Linear()), self._kept(self._experts(w.mlp))
+    def layer(self, w: LayerWeights, cache: LayerCache) -> Layer:
+        """Raises Unserved."""
+        if isinstance(w.mixer, AttentionWeights):
+            mixer = self._attention(w.mixer)
+        elif isinstance(cache, LayerState):
+            mixer = self._delta_net(w.mixer, w.eps, cache)
         else:
-            mlp, experts = (self._linear(w.mlp[0]), self._linear(w.mlp[1])), None
-        return Layer(*norms, qkv, o, *mlp, experts, *mixer.heads, mixer.window, w.eps, mixer.scale)
+            raise Unserved("linear attention without states")
+        if isinstance(w.mlp, Experts):
+            mlp: dict[str, Any] = {"experts": self._kept(self._experts(w.mlp))}
+        else:
+            mlp = {"gate_up": self._linear(w.mlp[0]), "down": self._linear(w.mlp[1])}
+        norms = {"input_norm": _floats(w.input_norm), "post_norm": _floats(w.post_norm)}
+        return Layer(**norms, **mixer, **mlp, eps=w.eps)
+
+    def _attention(self, w: AttentionWeights) -> dict[str, Any]:
+        q_norm, k_norm, _ = w.qk_norms or (None, None, 0.0)
+        return {
+            "q_norm": _floats(q_norm),
+            "k_norm": _floats(k_norm),
+            "qkv": self._linear(w.qkv_proj),
+            "o": self._linear(w.o_proj),
+            **dict(zip(("num_heads", "num_kv_heads", "head_dim"), w.heads, strict=True)),
+            "window": w.window,
+            "gated": w.gated,
+            "scale": w.scale,
+        }
+
+    def _delta_net(self, w: DeltaWeights, eps: float, state: LayerState) -> dict[str, Any]:
+        if not delta_net.serves(w):
+            raise Unserved(
+                f"no kernel for linear attention of {w.conv.shape[0]} taps and heads of {w.heads[2:]}"
+            )
+        for tensor in (w.conv, w.log_decay, w.decay_bias, w.out_norm):
+            _floats(tensor)
+        delta = DeltaLayer(delta_net.net_struct(w, eps, state), self._linear(w.rates_proj))
+        return {"qkv": self._linear(w.in_proj), "o": self._linear(w.out_proj), "delta": self._kept(delta)}
 
     def head(self, head: Head) -> HeadStruct | None:
         """None where the kernels know nothing of one."""
@@ -128,18 +214,23 @@ class _Structs:
             return None
         try:
             return HeadStruct(_floats(head.norm), self._linear(head.linear), head.eps)
-        except _Unserved:
+        except Unserved:
             return None
 
     def _linear(self, w: Packed) -> Linear:
         if w.kind != "parts":
-            if (linear := self._linear_of(w)) is None:
-                raise _Unserved
-            return linear
-        if w.bias is not None:  # the loader gives each part its own
-            raise _Unserved
-        parts = w.data["parts"]
-        return of_parts(self._array(parts), len(parts), w.out_features, w.in_features)
+            linear = self._linear_of(w)
+        elif w.bias is not None:  # the loader gives each part its own
+            linear = None
+        else:
+            parts = w.data["parts"]
+            linear = of_parts(self._array(parts), len(parts), w.out_features, w.in_features)
+        if linear is None:
+            raise Unserved(
+                f"no kernel for a linear of kind {w.kind} (its weights are not of 4, 8 or 16 bits)"
+            )
+        self.weights[linear.matrix] = w
+        return linear
 
     def _array(self, weights: list[Packed]) -> int:
         return self._kept((Linear * len(weights))(*map(self._linear, weights)))
@@ -163,45 +254,43 @@ class _Structs:
 class DecoderStack:
     """Steps of a float32 model on the CPU in one call, ``forward`` of the kernels. Keeps what they point at alive.
 
-    A head that the kernels know nothing of follows by the seams. Where the call finds numbers that are not finite it
-    gives up, and the seams compute the whole step: they keep one sequence's away from the others.
+    A linear that refuses its inputs as not finite is computed as the seams compute it, which keep one sequence's away
+    from the others. A head that the kernels know nothing of follows by the seams.
     """
 
     name = "one call"
 
     def __init__(
-        self, backend: Device, parts: StackParts, structs: _Structs, forward: Forward, seams: SeamStack
+        self, backend: LinearDevice, parts: StackParts, linear_of: LinearOf, forward: Forward
     ) -> None:
-        """Raises _Unserved where a part is of a kind that the kernels know nothing of."""
-        self._backend, self._parts, self._forward, self._seams = backend, parts, forward, seams
-        weights, head = list(parts.network.layer_weights), parts.network.head
-        layers = [structs.layer(w) for w in weights]
+        """Raises Unserved where a part is of a kind that the kernels know nothing of."""
+        self._backend, self._parts, self._forward = backend, parts, forward
+        structs, head = _Structs(linear_of), parts.network.head
+        weights = list(parts.network.layer_weights)
+        layers = [structs.layer(w, kv) for w, kv in zip(weights, parts.cache, strict=True)]
         self._layers, self._head = (Layer * len(layers))(*layers), structs.head(head)
-        self._pointed_at = structs.memory, weights, head
-        caches = [cache_struct(kv) for kv in parts.cache if isinstance(kv, LayerKV)]
+        caches = [cache_struct(kv) if isinstance(kv, LayerKV) else Cache() for kv in parts.cache]
         self._caches = (Cache * len(caches))(*caches)
-
-    @classmethod
-    def of(
-        cls, backend: Device, parts: StackParts, linear_of: LinearOf, forward: Forward, seams: SeamStack
-    ) -> DecoderStack | None:
-        """None where a layer has a part that the kernels know nothing of."""
-        try:
-            return cls(backend, parts, _Structs(linear_of), forward, seams)
-        except _Unserved:
-            return None
+        self._failures: list[BaseException] = []
+        instead = _instead(backend.linear, structs.weights, self._failures)
+        self._instead = ctypes.cast(instead, ctypes.c_void_p).value
+        self._pointed_at = structs.memory, weights, head, instead
 
     def why_not(self, step: Step) -> str | None:
         return None if step.num_tokens else "a step without tokens"
 
+    def note(self) -> str:
+        return ""
+
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
-        network, backend = self._parts.network, self._backend
+        network, backend, cache = self._parts.network, self._backend, self._parts.cache
         plan = plan_of(backend, step, self._parts.block_size)
+        copy_states(cache, step.state_copies)
         x = network.embed(token_ids(backend, step, before)).contiguous()
         rotary, rows = network.rotary(plan, step.ntk_alphas), step.logit_rows
         logits = torch.empty(len(rows), network.vocab_size) if rows and self._head is not None else None
-        if not self._compute(x, rotary, plan, rows, logits):
-            return self._seams.run(step, before)
+        self._compute(x, rotary, plan, rows, logits)
+        copy_states(cache, step.states_kept)
         if rows and logits is None:
             logits = network.logits(network.final_norm(x[rows]))
         return chosen_from(
@@ -215,12 +304,12 @@ class DecoderStack:
         plan: StepPlan,
         rows: list[int],
         logits: torch.Tensor | None,
-    ) -> bool:
+    ) -> None:
         """x float32 [T, D] -> the residual stream after the layers in its place, and the ``logits`` of its ``rows``
-        where they are given; False where it gave up."""
+        where they are given; states move on."""
         assert plan.slots is not None
         sequences, wanted = sequences_struct(plan), (ctypes.c_int64 * len(rows))(*rows)
-        cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
+        cos, sin, states = rotary.cos.contiguous(), rotary.sin.contiguous(), array("q", plan.state_slots)
         struct = StepStruct(
             ctypes.addressof(sequences),
             cos.data_ptr(),
@@ -231,5 +320,8 @@ class DecoderStack:
             x.shape[0],
             ctypes.addressof(wanted),
             0 if logits is None else len(rows),
+            states.buffer_info()[0] if states else None,
+            self._instead,
         )
-        return self._forward(self._layers, self._caches, self._head, struct, x, logits)
+        if not self._forward(self._layers, self._caches, self._head, struct, x, logits):
+            raise self._failures.pop()

@@ -50,6 +50,23 @@ def serves(w: DeltaWeights) -> bool:
     return key_dim <= _MOST_DIM and value_dim <= _MOST_DIM and value_dim % 8 == 0 and w.conv.shape[0] in _TAPS
 
 
+def net_struct(w: DeltaWeights, eps: float, state: LayerState) -> DeltaNet:
+    """Of a layer's sizes, weights and states, which must outlive it; what a step gives and takes is left out."""
+    fields = dict(zip(("key_heads", "value_heads", "key_dim", "value_dim"), w.heads, strict=True))
+    return DeltaNet(
+        conv=w.conv.data_ptr(),
+        log_decay=w.log_decay.data_ptr(),
+        decay_bias=w.decay_bias.data_ptr(),
+        out_norm=w.out_norm.data_ptr(),
+        conv_states=state.conv.data_ptr(),
+        delta_states=state.delta.data_ptr(),
+        taps=w.conv.shape[0],
+        tiled=w.tiled,
+        eps=eps,
+        **fields,
+    )
+
+
 def delta_net(
     kernel: Kernel,
     projected: torch.Tensor,
@@ -61,21 +78,10 @@ def delta_net(
 ) -> torch.Tensor:
     """As Backend.delta_net, all float32, with states."""
     _, value_heads, _, value_dim = w.heads
-    tokens, (taps, channels) = projected.shape[0], w.conv.shape
-    out, mixed = torch.empty(tokens, value_heads * value_dim), torch.empty(tokens, channels)
-    projected, rates, slots = projected.contiguous(), rates.contiguous(), array("q", plan.state_slots)
-    tensors = projected, rates, w.conv, w.log_decay, w.decay_bias, w.out_norm
-    net = DeltaNet(
-        *(tensor.data_ptr() for tensor in tensors),
-        slots.buffer_info()[0],
-        state.conv.data_ptr(),
-        state.delta.data_ptr(),
-        mixed.data_ptr(),
-        out.data_ptr(),
-        *w.heads,
-        taps,
-        w.tiled,
-        eps,
-    )
+    tokens, slots = projected.shape[0], array("q", plan.state_slots)
+    out, mixed = torch.empty(tokens, value_heads * value_dim), torch.empty(tokens, w.conv.shape[1])
+    projected, rates, net = projected.contiguous(), rates.contiguous(), net_struct(w, eps, state)
+    net.projected, net.rates, net.slots = projected.data_ptr(), rates.data_ptr(), slots.buffer_info()[0]
+    net.mixed, net.out = mixed.data_ptr(), out.data_ptr()
     kernel(net, sequences_struct(plan))
     return out

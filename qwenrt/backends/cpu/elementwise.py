@@ -1,4 +1,4 @@
-"""Norm, silu, and rotary with its store in csrc/: one call each where torch needs several; not for training."""
+"""Norm, silu, gates, and rotary with its store in csrc/: one call each where torch needs several; not for training."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class Rotary(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("rotary_dim", ctypes.c_int64),
         ("eps", ctypes.c_float),
-        ("reserved", ctypes.c_float),
+        ("gated", ctypes.c_int32),
     )
 
 
+Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 RotaryStore = Callable[[Rotary, Cache | None, int], None]
 
 
@@ -39,6 +40,11 @@ def served(*tensors: torch.Tensor) -> bool:
     """Whether the kernels may have these: float32, and no gradient is to flow back."""
     recorded = torch.is_grad_enabled()
     return all(x.dtype == torch.float32 and not (recorded and x.requires_grad) for x in tensors)
+
+
+def gate_output(kernel: Gate, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """As Backend.gate_output, both float32."""
+    return kernel(attended.contiguous(), gate if gate.stride(2) == 1 else gate.contiguous())
 
 
 def rotary_store_kv(

@@ -16,9 +16,8 @@ def huge_buffer(nbytes: int) -> torch.Tensor:
     end for every token, and the fewer pages they lie on, the fewer walks through the page tables that takes."""
     if sys.platform != "linux" or nbytes < 2 * _HUGE_PAGE:
         return torch.empty(nbytes, dtype=torch.uint8)
-    memory = torch.empty(
-        nbytes + _HUGE_PAGE, dtype=torch.uint8
-    )  # what alignment leaves over is never touched
+    # what alignment leaves over is never touched
+    memory = torch.empty(nbytes + _HUGE_PAGE, dtype=torch.uint8)
     first = -memory.data_ptr() % _HUGE_PAGE
     advise = getattr(ctypes.CDLL(None), "madvise", None)
     if advise is not None:  # advice: a kernel without huge pages says no, and nothing is lost

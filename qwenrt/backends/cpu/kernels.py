@@ -14,7 +14,7 @@ import torch
 from qwenrt.backends.cpu import linear
 from qwenrt.backends.cpu.activations import Activations
 from qwenrt.backends.cpu.attention import Cache, Sequences
-from qwenrt.backends.cpu.decoder import ExpertsStruct, HeadStruct, Layer, StepStruct
+from qwenrt.backends.cpu.decoder import DeltaLayer, ExpertsStruct, HeadStruct, Layer, StepStruct
 from qwenrt.backends.cpu.delta_net import DeltaNet
 from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
@@ -60,6 +60,7 @@ STRUCTS = (  # that csrc shares with Python
     Cache,
     Rotary,
     DeltaNet,
+    DeltaLayer,
     ExpertsStruct,
     Layer,
     StepStruct,
@@ -228,6 +229,13 @@ class Kernels:
         check(self._library.qwenrt_silu_and_mul(self._handle, *pointers, tokens, inner), "silu")
         return out
 
+    def gate_output(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """attended float32 [T, H, hd] contiguous, gate likewise, a head's channels contiguous -> float32 [T, H, hd]."""
+        out = torch.empty(attended.shape)
+        pointers = attended.data_ptr(), gate.data_ptr(), gate.stride(0), gate.stride(1), out.data_ptr()
+        check(self._library.qwenrt_gate_output(self._handle, *pointers, *attended.shape), "gated outputs")
+        return out
+
     def rotary_store(self, rotary: Rotary, cache: Cache | None, tokens: int) -> None:
         """Rotate what ``rotary`` points at and, with a cache, store keys and values."""
         into = None if cache is None else ctypes.addressof(cache)
@@ -251,14 +259,14 @@ class Kernels:
         logits: torch.Tensor | None,
     ) -> bool:
         """x float32 [T, D], contiguous, through all layers in its place, and then the ``logits`` of the step's rows;
-        False where x stops being finite."""
+        False where what the step names to compute a linear ``instead`` has failed."""
         pointers = ctypes.addressof(layers), ctypes.addressof(caches)
         last = None if head is None else ctypes.addressof(head)
         into = None if logits is None else logits.data_ptr()
         status = self._library.qwenrt_forward(
             self._handle, *pointers, len(layers), last, ctypes.addressof(step), x.data_ptr(), into
         )
-        return finite(status, f"the activations of {x.shape[0]} tokens")
+        return served(status, f"the activations of {x.shape[0]} tokens")
 
     def argmax_finite(self, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
         """logits float32 [B, V], each row contiguous -> of each row the first of its largest numbers, that number, and

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwenrt.errors import BackendError
 
-ABI = 17
+ABI = 18
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
@@ -34,6 +34,7 @@ _COMPUTE: dict[str, list[type[Any]]] = {
     "attention": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _FLOAT, _SIZE],
     "rms_norm": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT],
     "silu_and_mul": [_POINTER, _POINTER, _SIZE, _SIZE],
+    "gate_output": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE],
     "rotary_store": [_POINTER, _POINTER, _SIZE],
     "delta_net": [_POINTER, _POINTER],
     "forward": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER],

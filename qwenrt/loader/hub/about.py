@@ -13,7 +13,7 @@ from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.loader.checkpoint.checkpoint import TORCH_DTYPES, weight_files
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.hub.downloads import parts_of
-from qwenrt.loader.hub.names import short
+from qwenrt.loader.hub.names import did_you_mean, short, understand
 from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.loader.hub.stores import Copy, copies, what_lacks
 
@@ -48,6 +48,19 @@ def on_this_machine(env: Environment) -> list[Facts]:
         if directory is not None:
             found.append(facts(directory, short(copy.repo), copy))
     return found
+
+
+def meant(name: str, env: Environment) -> tuple[str, list[Copy], str]:
+    """What a name means: the shortest name for it, its copies on this machine in the order of the stores, and a
+    sentence with the names nearest to it, "" where it is a released one.
+
+    Raises CheckpointError for what is no name.
+    """
+    here = list(copies(env))
+    repos = [copy.repo for copy in here]
+    repo = understand(name, repos).repo
+    found = [copy for copy in here if copy.repo.lower() == repo.lower()]
+    return short(repo), found, did_you_mean(name, repos) if short(repo) == repo else ""
 
 
 def facts(directory: Path, name: str, copy: Copy | None = None, *, headers: bool = False) -> Facts:

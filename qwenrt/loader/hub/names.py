@@ -35,10 +35,8 @@ _FAMILIES = {"qwen2.5vl": "qwen2.5-vl", "codeqwen": "codeqwen1.5"}
 _GGUF = re.compile(r"(?:^|-)(i?q[1-8](?:_[a-z0-9]+)*)$", re.IGNORECASE)
 _SIXTEEN_BITS = re.compile(r"-(?:fp16|bf16|f16)$", re.IGNORECASE)
 _ROUNDED = re.compile(r"-(?:(?:gptq-)?int[48]|awq|fp8)$", re.IGNORECASE)
-_TO_TALK_TO = (
-    "instruct",
-    "chat",
-)  # the variant that a name without one means, before the one without a variant
+# the variant that a name without one means, before the one without a variant
+_TO_TALK_TO = ("instruct", "chat")
 _ALIKE = 0.55  # how much of two names must be equal for one to be offered in place of the other
 
 

@@ -90,11 +90,6 @@ def copies(env: Environment, hub: str | None = None) -> Iterator[Copy]:
             yield from _hub_copies(store) if store.hub == "huggingface" else _modelscope_copies(store)
 
 
-def copies_of(repo: str, env: Environment, hub: str | None = None) -> list[Copy]:
-    """Where a repository is on this machine, whatever the case of its letters."""
-    return [copy for copy in copies(env, hub) if copy.repo.lower() == repo.lower()]
-
-
 def what_lacks(directory: Path, *, weights: bool = True, tokenizer: bool = True, headers: bool = True) -> str:
     """What a directory lacks of a model, in words; "" where it is complete.
 

@@ -68,7 +68,7 @@ def device_layout(
     if name != "cpu":
         dtype = stored if dtype == "auto" else dtype
         itemsize = DTYPE_BYTES[dtype]
-        return DeviceLayout(dtype, Storage(itemsize, itemsize, stored_bytes), _CONTEXT)
+        return DeviceLayout(dtype, Storage(itemsize, itemsize, stored_bytes, captured=True), _CONTEXT)
     if dtype == "auto":
         small = free is None or num_parameters(config) * stored_bytes <= _FILLS_MEMORY * free
         dtype = "float32" if coded or quantize or small else "bfloat16"

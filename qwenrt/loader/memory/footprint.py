@@ -34,6 +34,7 @@ _UNPACKING = (
     14  # bytes an element of plain torch's dequantisation at its peak: int16, and three times float32
 )
 _SAMPLING = 28  # bytes an entry of a row of logits: sorted, exponentiated and summed in float64
+_GATHERED = 1024  # tokens of each sequence whose keys a captured step looks at together
 _FIXED = 48 * 2**20  # the engine, the tokenizer, and the libraries' own buffers
 
 
@@ -44,7 +45,9 @@ class Storage:
     ``activation``: also of norms, routers and, in most places, biases. ``dense``: of weights without codes and of the
     embedding. ``stored``: of dense weights in the file. ``kernels``: integer codes are in the layout of the CPU's
     kernels and multiplied as they are; elsewhere plain torch makes a matrix of a linear's codes for every product.
-    ``on_host``: what reading and rounding the file takes comes out of the same memory.
+    ``dense_codes``: no code is kept, each becomes an element of a dense matrix. ``least_bits``: what a code takes at
+    least. ``on_host``: what reading and rounding the file takes comes out of the same memory. ``captured``: steps that
+    decode work in memory of their own, which they keep.
     """
 
     activation: int
@@ -52,6 +55,9 @@ class Storage:
     stored: int = 2
     kernels: bool = False
     on_host: bool = False
+    dense_codes: bool = False
+    least_bits: int = 4
+    captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
         beside = quant.group_bytes or 2 + (2 if separate_zeros else 0)  # a float16 scale, an int16 zero
         per_group = 4 * words + beside
         return -(-rows // _ROWS) * _ROWS * groups * per_group + order + has_bias * rows * 4
-    codes = rows * -(-columns * quant.bits // 8)
+    codes = rows * -(-columns * max(quant.bits, storage.least_bits) // 8)
     return (
         codes + groups * rows * ((quant.group_bytes or 2) + 2) + order + has_bias * rows * storage.activation
     )
@@ -167,7 +173,7 @@ def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) ->
 def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = None) -> int:
     """All weights once they are packed. Routers, norms and the embedding are never in codes, the head where the file
     has it so."""
-    quant = codes_of(config, quantize)
+    quant = None if storage.dense_codes else codes_of(config, quantize)
     layers = sum(linear.number * linear_bytes(linear, storage, quant) for linear in linears(config))
     for rows, columns, bits, group_size, number, group_bytes in (
         quant.corrections if quant is not None else ()
@@ -209,7 +215,9 @@ def memory_need(
     running = users if sequences is None else sequences
     cache += (running + num_snapshots(running, 0)) * state_bytes(config, storage.activation)
     at_once = min(max(batch_tokens, users), users * context)
-    step = _step_peak(config, storage, codes_of(config, quantize), at_once, context, users, kv_cache_dtype)
+    quant = None if storage.dense_codes else codes_of(config, quantize)
+    step = _step_peak(config, storage, quant, at_once, context, users, kv_cache_dtype)
+    step += _captured(config, context, users, running) if storage.captured else 0
     load = _load_peak(config, storage, quantize) if storage.on_host else 0
     return MemoryNeed(weight_bytes(config, storage, quantize), cache, max(step, load - cache) + _FIXED)
 
@@ -291,6 +299,19 @@ def _context_peak(
     chunk = min(tokens, context)
     mask = chunk * context * (2 + a) if chunk < context else 0  # bool, its complement, and the sum's summand
     return fetched + max(unpacking, copies + max(decode, mask))
+
+
+def _captured(config: ModelConfig, context: int, users: int, sequences: int) -> int:
+    """What captured steps keep: logits of every row and the rotary rows of every position, which do not move; and what
+    they work in for ``users``: a share of keys and values as they are gathered, brought to float32 and masked, scores,
+    draws. What the driver keeps of the graphs themselves is not known."""
+    alphas = 1
+    if config.use_dynamic_ntk and context > config.train_length:
+        alphas += (-(-context // config.train_length) - 1).bit_length()
+    kept = sequences * config.vocab_size * 4 + alphas * 2 * context * config.rotary_dim * 4
+    share = min(context, _GATHERED) * config.num_kv_heads * config.head_dim
+    attention = 12 * share + 12 * config.num_heads * context
+    return kept + users * max(attention, config.vocab_size * (4 + _SAMPLING))
 
 
 # ---- loading

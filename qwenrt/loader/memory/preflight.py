@@ -74,6 +74,9 @@ def storage_of(backend: Backend, dtype: torch.dtype, stored: str | None) -> Stor
         stored=4 if stored == "float32" else 2,
         kernels=getattr(backend, "kernels", None) is not None and "linear" not in backend.demoted,
         on_host=backend.device.type == "cpu",
+        dense_codes=bool(getattr(backend, "dense_codes", False)),
+        least_bits=int(getattr(backend, "least_bits", 4)),
+        captured=backend.graphs() is not None,
     )
 
 

@@ -32,6 +32,11 @@ class ChatFormat(Protocol):
         ...
 
     @property
+    def efforts(self) -> tuple[str, ...]:
+        """The words for reasoning_effort that its prompts can say, least first; none in most formats."""
+        ...
+
+    @property
     def takes_tools(self) -> bool:
         """Whether a prompt has a place for tools."""
         ...
@@ -43,6 +48,7 @@ class ChatFormat(Protocol):
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         enable_thinking: bool | None = None,
+        reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
     ) -> Prompt:
@@ -55,6 +61,7 @@ class ReactFormat:
 
     reply_format = ReplyFormat(calls="react", thinking="none")
     has_thinking_switch, takes_tools = False, True
+    efforts: tuple[str, ...] = ()
 
     def prompt(
         self,
@@ -63,6 +70,7 @@ class ReactFormat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         enable_thinking: bool | None = None,
+        reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
     ) -> Prompt:
@@ -77,6 +85,7 @@ class RawFormat:
 
     reply_format = ReplyFormat(calls="none", thinking="none")
     has_thinking_switch = takes_tools = False
+    efforts: tuple[str, ...] = ()
 
     def prompt(
         self, tokenizer: Tokenizer, messages: object, tools: object = None, **options: object
@@ -88,22 +97,28 @@ class RawFormat:
         )
 
 
-def load_chat_format(directory: str | Path, model_type: str, chat_format: str | None = None) -> ChatFormat:
+def load_chat_format(
+    directory: str | Path,
+    model_type: str,
+    chat_format: str | None = None,
+    *,
+    merge_system_messages: bool = False,
+) -> ChatFormat:
     """The chat format of a model directory.
 
     ``chat_format``: as generation_config.json names it; "raw" has no conversations. ``model_type``: "qwen" is
-    Qwen-1. All others use a template of the directory (see template.sources; of several, "tool_use"
-    is taken where there are tools), else through a built-in one (see builtin_templates.family). Raises ConfigError
-    for a template that cannot be used.
+    Qwen-1. All others use a template of the directory (see template.sources; of several, "tool_use" is taken where
+    there are tools), else a built-in one (see builtin_templates.family). ``merge_system_messages``: as TemplateFormat
+    has it. Raises ConfigError for a template that cannot be used.
     """
     if chat_format == "raw":
         return RawFormat()
     if model_type == "qwen":
         return ReactFormat()
-    return _template_format(expanded(directory, ConfigError), model_type)
+    return _template_format(expanded(directory, ConfigError), model_type, merge_system_messages)
 
 
-def _template_format(directory: Path, model_type: str) -> ChatFormat:
+def _template_format(directory: Path, model_type: str, merge_system_messages: bool) -> ChatFormat:
     # Here, because Jinja is slow to import and Qwen-1 has no template.
     from qwenrt.text.chat.template_format import TemplateFormat
     from qwenrt.text.template.sandbox import JinjaTemplate
@@ -116,4 +131,4 @@ def _template_format(directory: Path, model_type: str) -> ChatFormat:
     if not templates:
         name = family(directory, model_type)
         return TemplateFormat(JinjaTemplate(TEMPLATES[name], f"the built-in chat template of {name}"))
-    return TemplateFormat(templates["default"], templates.get("tool_use"), token_texts)
+    return TemplateFormat(templates["default"], templates.get("tool_use"), token_texts, merge_system_messages)

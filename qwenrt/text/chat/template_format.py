@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.errors import RequestError, shown
+from qwenrt.text.chat.efforts import EFFORTS
 from qwenrt.text.chat.messages import Message, check_messages, check_tools
 from qwenrt.text.chat.outside_text import split_at_control_tokens, untrusted
 from qwenrt.text.chat.prompt import Prompt, check_window
-from qwenrt.text.chat.template_messages import prepared, template_messages
+from qwenrt.text.chat.template_messages import merged_system, prepared, template_messages
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.template.provenance import TemplateText, masked, plain
 from qwenrt.text.template.sandbox import JinjaTemplate
@@ -39,6 +40,7 @@ class TemplateFormat:
 
     ``for_tools``: the template to take where tools are given; ``default``: for everything else.
     ``token_texts``: names such as eos_token and their texts, which the templates of some checkpoints write.
+    ``merge_system_messages``: where the template takes no system message after the first, their texts join that one.
     """
 
     def __init__(
@@ -46,12 +48,18 @@ class TemplateFormat:
         default: JinjaTemplate,
         for_tools: JinjaTemplate | None = None,
         token_texts: Mapping[str, str] | None = None,
+        merge_system_messages: bool = False,
     ) -> None:
         self._default = default
         self._for_tools = for_tools or default
         self._token_texts = {name: TemplateText(text) for name, text in (token_texts or {}).items()}
         self.reply_format = self._read_reply_format()
         self.has_thinking_switch = "enable_thinking" in default.variables
+        self.efforts = tuple(
+            word for word in EFFORTS if word in default.words and "reasoning_effort" in default.variables
+        )
+        self._merges_system_messages = merge_system_messages
+        self._one_system_message = self._refuses_a_late_system_message()
         self.takes_tools = "tools" in self._for_tools.variables
 
     def prompt(
@@ -61,6 +69,7 @@ class TemplateFormat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         enable_thinking: bool | None = None,
+        reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
     ) -> Prompt:
@@ -69,6 +78,7 @@ class TemplateFormat:
         Messages that end with the assistant's are continued (with ``add_generation_prompt`` off: closed).
         ``max_window_size``: the oldest exchanges, each a user message with all that answers it, are left out
         until the prompt has at most that many tokens; the last one and system messages stay whatever their size.
+        ``reasoning_effort``: one of ``efforts``, for the template.
         Raises RequestError for what the model's template does not support: tools, a switch for thinking, a conversation
         in this order.
         """
@@ -79,11 +89,15 @@ class TemplateFormat:
             if "tools" not in template.variables:
                 found = "its chat template has no place for them"
                 raise RequestError("tools for this model", found, "Describe them in the system message.")
-        switch = self._switch(template, enable_thinking)
+        switch: dict[str, Any] = self._switch(template, enable_thinking)
+        if reasoning_effort is not None:
+            switch["reasoning_effort"] = TemplateText(reasoning_effort)
         allow_text = re.search(r"arguments\s+is\s+(not\s+)?string", template.source) is not None
         checked = prepared(check_messages(messages), allow_text)
         if not checked:
             raise RequestError("messages", "an empty list", "Add a message with role 'user'.")
+        if self._one_system_message:
+            checked = merged_system(checked) if self._merges_system_messages else _system_first(checked)
         variables = {
             "documents": None,  # as transformers passes it
             **self._token_texts,
@@ -104,13 +118,18 @@ class TemplateFormat:
     def _prompt(self, request: _Request, messages: Sequence[Message]) -> Prompt:
         tokenizer = request.tokenizer
         continues = request.answer and messages[-1].role == "assistant"
-        rendered = request.template.render(
-            {
-                **request.variables,
-                "messages": template_messages(messages),
-                "add_generation_prompt": request.answer and not continues,
-            }
-        )
+        variables = {
+            **request.variables,
+            "messages": template_messages(messages),
+            "add_generation_prompt": request.answer and not continues,
+        }
+        try:
+            rendered = request.template.render(variables)
+        except RequestError as error:
+            if any(message.role == "user" for message in messages):
+                raise
+            found = f"none of {len(messages)} has role 'user', and the model's chat template asks for one"
+            raise RequestError("messages", found, "Add the user's message.") from error
         if continues:
             rendered = _without_end(rendered, _end_of_turn(tokenizer))
         ids: list[int] = []
@@ -142,6 +161,18 @@ class TemplateFormat:
             )
         return {}
 
+    def _refuses_a_late_system_message(self) -> bool:
+        """Whether a conversation can be written, and no more once it has a system message within."""
+        said = [{"role": role, "content": "Hello"} for role in ("system", "user", "assistant", "user")]
+        return self._writes(said) and not self._writes([*said[:3], said[0], said[3]])
+
+    def _writes(self, messages: list[dict[str, str]]) -> bool:
+        variables = {**self._token_texts, "messages": messages, "tools": None, "add_generation_prompt": True}
+        try:
+            return bool(self._default.render(variables))
+        except RequestError:
+            return False
+
     def _read_reply_format(self) -> ReplyFormat:
         """The format of calls by the tags in the template, thinking by what it writes before an answer."""
         source = self._default.source + self._for_tools.source
@@ -155,6 +186,20 @@ class TemplateFormat:
         if rendered.rstrip().endswith(OPEN):
             thinking = "open"
         return ReplyFormat(calls, thinking)  # type: ignore[arg-type]
+
+
+def _system_first(messages: Sequence[Message]) -> list[Message]:
+    """The messages, for a template that takes a system message nowhere else."""
+    for index, message in enumerate(messages):
+        if message.role == "system" and index > 0:
+            raise RequestError(
+                f"messages[{index}]",
+                f"a system message behind {index} other{'s' * (index > 1)}, and the model's chat template takes one "
+                "alone, in the first place",
+                "Put its text into the first system message, or load the model with merge_system_messages=True "
+                "(--merge-system-messages), which does so.",
+            )
+    return list(messages)
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> str:

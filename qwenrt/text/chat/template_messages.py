@@ -27,6 +27,13 @@ def prepared(messages: Sequence[Message], allow_text_arguments: bool) -> list[Me
     return _in_order(parsed)
 
 
+def merged_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with all system texts in one message, the first, in their order, empty lines between."""
+    texts = [message.text for message in messages if message.role == "system" and message.text]
+    others = [message for message in messages if message.role != "system"]
+    return [Message("system", "\n\n".join(texts)), *others] if texts else others
+
+
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages in the shape that templates know: role, content, tool_calls, reasoning_content."""
     return [_template_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
@@ -75,9 +82,8 @@ def _parsed(index: int, call: Call, allow_text_arguments: bool) -> Call:
 
 
 def _template_message(where: str, message: Message) -> dict[str, Any]:
-    role = (
-        "tool" if message.role == "function" else message.role
-    )  # one of five known words, never the caller's text
+    # one of five known words, never the caller's text
+    role = "tool" if message.role == "function" else message.role
     content = assistant_text(message.text) if role == "assistant" else plain(message.text)
     entry: dict[str, Any] = {"role": TemplateText(role), "content": content}
     if message.reasoning is not None:
@@ -95,11 +101,8 @@ def _template_call(where: str, call: Call) -> dict[str, Any]:
     arguments = untrusted(call.arguments, f"{where}: arguments of {call.name!r:.80}")
     function = {"name": untrusted(call.name, where), "arguments": arguments}
     entry = {} if call.id is None else {"id": untrusted(call.id, f"{where}: id of a call")}
-    return {
-        **entry,
-        "type": "function",
-        "function": function,
-    }  # in OpenAI's order: a template may print it whole
+    # in OpenAI's order: a template may print it whole
+    return {**entry, "type": "function", "function": function}
 
 
 def _object(text: str) -> dict[str, Any] | None:

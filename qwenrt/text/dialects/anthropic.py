@@ -17,7 +17,6 @@ from qwenrt.text.dialects.anthropic_answers import count_body as count_body
 from qwenrt.text.dialects.anthropic_answers import error_body as error_body
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.decoding import bad, blamed_on, said
-from qwenrt.text.dialects.efforts import thought as thought_of_effort
 from qwenrt.text.dialects.problem import Problem
 from qwenrt.text.dialects.signed_thoughts import SignedThoughts
 from qwenrt.text.dialects.turns import Turns
@@ -127,7 +126,6 @@ def read(request: CountRequest, thoughts: SignedThoughts) -> Ask:
     """
     _no_thread(request)
     tools, ignored = _tools(request.tools or [])
-    enable_thinking, budget = _thinking(request)
     messages = _messages(request, thoughts)
     sampling = _sampling(request)
     stop = tuple(sampling.get("stop", ()))
@@ -138,8 +136,7 @@ def read(request: CountRequest, thoughts: SignedThoughts) -> Ask:
         tool_choice=_tool_choice(request.tool_choice, tools, ignored),
         parallel_tool_calls=not (request.tool_choice and request.tool_choice.disable_parallel_tool_use),
         sampling=sampling,
-        enable_thinking=enable_thinking,
-        thinking_budget=budget,
+        **_thinking(request),
         stream=bool(request.stream) if isinstance(request, Request) else False,
         include_usage=True,
         ignored=ignored,
@@ -295,19 +292,20 @@ def _tool_choice(
     return decoding.chosen_tool(choice.name or "", tools, "tool_choice.name")
 
 
-def _thinking(request: CountRequest) -> tuple[bool, int | None]:
-    """Whether to think, and for how many tokens at most. In this dialect a request that does not ask for thoughts gets
+def _thinking(request: CountRequest) -> dict[str, Any]:
+    """Ask's fields of the thought. In this dialect a request that does not ask for thoughts gets
     none: its client takes the first block for the answer."""
     config, thinking = request.output_config, request.thinking
-    budget = None
-    if config is not None and config.effort is not None:
-        _, budget = thought_of_effort(config.effort, "output_config.effort")
+    effort = decoding.checked_effort(config.effort if config else None, "output_config.effort")
     if thinking is None or thinking.type == "disabled":
-        return False, None
+        return {"enable_thinking": False}
     if thinking.budget_tokens is not None:
         decoding.between("thinking.budget_tokens", thinking.budget_tokens, 1, 2**63 - 1)
-        budget = thinking.budget_tokens
-    return True, budget
+    return {
+        "enable_thinking": True,
+        "thinking_budget": thinking.budget_tokens,
+        "reasoning_effort": effort,
+    }
 
 
 def _sampling(request: CountRequest) -> dict[str, Any]:

@@ -17,10 +17,11 @@ class Ask:
     SamplingParams that the request sets, under their own names and as it gave them; what it leaves out is the
     checkpoint's. max_tokens is among them, as asked: the server cuts what does not fit.
 
-    model: the name that was asked for, which decides nothing. enable_thinking, thinking_budget: None where the request
-    says nothing. before: token ids that stand in front of a conversation's prompt. ignored: what was asked for and is
-    not served (names of hosted tools), told in the header x-qwenrt-ignored. priority: 0 to 9, larger is
-    sooner. progress: how far the prompt is computed is to be told. extra: what only the dialect's own writer needs.
+    model: the name that was asked for, which decides nothing. enable_thinking, thinking_budget, reasoning_effort (of
+    chat.efforts): None where the request says nothing. before: token ids that stand in front of a conversation's
+    prompt. ignored: what was asked for and is not served (names of hosted tools), told in the header
+    x-qwenrt-ignored. priority: 0 to 9, larger is sooner. progress: how far the prompt is computed is to be told.
+    extra: what only the dialect's own writer needs.
     """
 
     model: str = ""
@@ -32,6 +33,7 @@ class Ask:
     sampling: dict[str, Any] = field(default_factory=dict)
     enable_thinking: bool | None = None
     thinking_budget: int | None = None
+    reasoning_effort: str | None = None
     before: tuple[int, ...] = ()
     stream: bool = False
     include_usage: bool = False

@@ -15,6 +15,7 @@ from qwenrt.text.dialects.decoding import (
     bad,
     between,
     blamed_on,
+    checked_effort,
     checked_tools,
     chosen_tool,
     sampling_from,
@@ -147,6 +148,7 @@ class Parameters(msgspec.Struct):
     presence_penalty: float | None = None
     enable_thinking: bool | None = None
     thinking_budget: int | None = None
+    reasoning_effort: str | None = None
     tools: list[Tool] | None = None
     tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -212,6 +214,7 @@ def read(
         sampling=sampling,
         enable_thinking=wanted.enable_thinking,
         thinking_budget=_budget(wanted),
+        reasoning_effort=checked_effort(wanted.reasoning_effort, "parameters.reasoning_effort"),
         stream=stream,
         ignored=tuple(ignored),
         extra=Form(as_message, bool(wanted.incremental_output)),

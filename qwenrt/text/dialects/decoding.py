@@ -13,6 +13,7 @@ import msgspec
 
 from qwenrt.errors import RequestError, shown
 from qwenrt.sampling_params import SamplingParams
+from qwenrt.text.chat.efforts import EFFORTS
 from qwenrt.text.dialects.misspelt import look_for_misspelt
 from qwenrt.text.dialects.problem import Problem
 
@@ -159,6 +160,13 @@ def checked_sampling(sampling: Mapping[str, Any], paths: Mapping[str, str]) -> N
         field = error.asked.removeprefix(_ASKED)
         param = paths.get(field, field)
         raise bad(param, error.found, error.remedy) from error
+
+
+def checked_effort(effort: str | None, param: str) -> str | None:
+    """How much to think, in a word. Raises Problem for an unknown one, which stands at the JSON path ``param``."""
+    if effort is not None and effort not in EFFORTS:
+        raise bad(param, f"got {shown(effort)}", f"Known are: {', '.join(EFFORTS)}.")
+    return effort
 
 
 def tool_name(name: str, param: str) -> str:

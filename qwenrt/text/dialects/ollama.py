@@ -16,12 +16,12 @@ from qwenrt.text.dialects.decoding import (
     bad,
     between,
     blamed_on,
+    checked_effort,
     checked_sampling,
     checked_tools,
     decode,
     tool_name,
 )
-from qwenrt.text.dialects.efforts import thought
 from qwenrt.text.dialects.problem import Problem
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -250,22 +250,16 @@ def error_body(problem: Problem) -> dict[str, str]:
 
 def _ask(request: Request, context: int, *, chat: bool = False, **of_kind: Any) -> Ask:
     """What chat and generate ask for in the same words. Ask.extra says to the writer whether it is a chat."""
-    enable_thinking, budget = _thought(request.think)
+    think = request.think
     return Ask(
         model=request.model,
         sampling=_sampling(request, context),
-        enable_thinking=enable_thinking,
-        thinking_budget=budget,
+        enable_thinking=None if isinstance(think, str) else think,
+        reasoning_effort=checked_effort(think, "think") if isinstance(think, str) else None,
         stream=request.stream is not False,
         extra="chat" if chat else "generate",
         **of_kind,
     )
-
-
-def _thought(think: bool | str | None) -> tuple[bool | None, int | None]:
-    if isinstance(think, str):
-        return thought(think, "think")
-    return think, None
 
 
 def _sampling(request: Request, context: int) -> dict[str, Any]:

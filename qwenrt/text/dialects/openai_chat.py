@@ -110,7 +110,7 @@ def read_with(request: ChatFields, model: str, given: Sequence[ChatMessage]) -> 
         raise bad("messages", "it is empty", "Send at least one message.")
     tools, ignored, old_calls = _tools(request)
     wishes = wishes_of(request, _logprobs(request), old_calls=old_calls)
-    enable_thinking, budget = thought_of(
+    thought = thought_of(
         said(request.reasoning_effort), kwargs, said(request.enable_thinking), said(request.thinking_budget)
     )
     messages = [_message(f"messages[{i}]", message) for i, message in enumerate(given)]
@@ -123,8 +123,7 @@ def read_with(request: ChatFields, model: str, given: Sequence[ChatMessage]) -> 
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls is not False and not old_calls,
         sampling=_sampling(request, wishes),
-        enable_thinking=enable_thinking,
-        thinking_budget=budget,
+        **thought,
         stream=request.stream is True,
         include_usage=wishes.usage,
         ignored=ignored,

@@ -16,8 +16,15 @@ from msgspec import UNSET, UnsetType
 from qwenrt.errors import shown
 from qwenrt.sampling_params import MAX_N
 from qwenrt.structure import Grammar
-from qwenrt.text.dialects.decoding import at_most, bad, between, blamed_on, checked_sampling, said
-from qwenrt.text.dialects.efforts import thought
+from qwenrt.text.dialects.decoding import (
+    at_most,
+    bad,
+    between,
+    blamed_on,
+    checked_effort,
+    checked_sampling,
+    said,
+)
 
 MAX_PROMPTS = 1024  # of one request
 LONGEST_THOUGHT = 2**31
@@ -35,6 +42,7 @@ class TemplateKwargs(msgspec.Struct):
 
     enable_thinking: Flag = UNSET
     thinking_budget: Whole = UNSET
+    reasoning_effort: Text = UNSET
     chat_template: Any = UNSET
 
 
@@ -265,18 +273,24 @@ def _of_response_format(asked: ResponseFormat) -> list[tuple[str, Callable[[], G
 
 def thought_of(
     effort: str | None, kwargs: TemplateKwargs, enable: bool | None, budget: int | None
-) -> tuple[bool | None, int | None]:
-    """Ask.enable_thinking and Ask.thinking_budget. What is said to the template counts most, then the two fields of
-    their own names, then the effort. A budget of 0 is no thought. Raises Problem."""
-    enabled, most = (None, None) if effort is None else thought(effort, "reasoning_effort")
+) -> dict[str, Any]:
+    """Ask's enable_thinking, thinking_budget and reasoning_effort. What is said to the template counts most, then the
+    two fields of their own names. A budget of 0 is no thought. Raises Problem."""
+    effort = checked_effort(effort, "reasoning_effort")
+    told = checked_effort(said(kwargs.reasoning_effort), "chat_template_kwargs.reasoning_effort")
     inner, param = said(kwargs.thinking_budget), "chat_template_kwargs.thinking_budget"
     if inner is None:
         inner, param = budget, "thinking_budget"
+    enabled: bool | None = None
     if inner is not None:
         between(param, inner, 0, LONGEST_THOUGHT)
-        enabled, most = inner > 0, inner or None
+        enabled = inner > 0
     said_so = said(kwargs.enable_thinking)
     said_so = enable if said_so is None else said_so
     if said_so is not None:
         enabled = said_so and inner != 0
-    return enabled, most if enabled else None
+    return {
+        "enable_thinking": enabled,
+        "thinking_budget": None if enabled is False else inner or None,
+        "reasoning_effort": effort if told is None else told,
+    }

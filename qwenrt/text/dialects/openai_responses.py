@@ -13,8 +13,7 @@ from qwenrt.errors import shown
 from qwenrt.structure import Grammar
 from qwenrt.text.dialects import decoding
 from qwenrt.text.dialects.ask import Ask
-from qwenrt.text.dialects.decoding import bad, blamed_on, said
-from qwenrt.text.dialects.efforts import thought as thought_of_effort
+from qwenrt.text.dialects.decoding import bad, blamed_on, checked_effort, said
 from qwenrt.text.dialects.openai_bodies import error_body as error_body
 from qwenrt.text.dialects.responses_answers import Writer as Writer
 from qwenrt.text.dialects.responses_answers import count_body as count_body
@@ -139,9 +138,7 @@ def read(request: CountRequest, thoughts: SignedThoughts, earlier: bytes = b"[]"
         raise bad("input", "it is empty", "Send a text or a list of items.")
     tools = served_tools(request.tools or ())
     tool_choice, functions = chosen(request.tool_choice, tools)
-    enable_thinking, budget = None, None
-    if request.reasoning is not None and request.reasoning.effort is not None:
-        enable_thinking, budget = thought_of_effort(request.reasoning.effort, "reasoning.effort")
+    effort = checked_effort(request.reasoning.effort if request.reasoning else None, "reasoning.effort")
     messages = _messages(request.instructions or "", before, items, thoughts)
     full = request if isinstance(request, Request) else None
     store = full is not None and full.store is not False
@@ -152,8 +149,7 @@ def read(request: CountRequest, thoughts: SignedThoughts, earlier: bytes = b"[]"
         tool_choice=tool_choice,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         sampling=_sampling(request),
-        enable_thinking=enable_thinking,
-        thinking_budget=budget,
+        reasoning_effort=effort,
         stream=bool(full and full.stream),
         include_usage=True,
         ignored=tools.ignored,
@@ -179,9 +175,8 @@ def kept_items(ask: Ask, writer: Writer) -> bytes:
     """All items of a conversation, the finished answer's included, as JSON: what `read` takes as ``earlier``."""
     items: bytes = ask.extra.items
     output = msgspec.json.encode(msgspec.convert(writer.response["output"], type=list[Item]))
-    between = (
-        b"," if len(items) > 2 and len(output) > 2 else b""
-    )  # a list of many is not read again for a few more
+    # a list of many is not read again for a few more
+    between = b"," if len(items) > 2 and len(output) > 2 else b""
     return items[:-1] + between + output[1:]
 
 

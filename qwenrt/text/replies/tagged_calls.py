@@ -45,9 +45,8 @@ class TaggedCalls:
         self._state = "start" if tools else "outside"
         self._scanner = TagScanner()
         self._content = Trimmed(at_tag=False)
-        self._block: list[
-            str
-        ] = []  # what was read of a call that has not begun, for the case that it is none
+        # what was read of a call that has not begun, for the case that it is none
+        self._block: list[str] = []
         self._body: Body = JsonBody()
         self._call: CallWriter | None = None  # has begun
         self._count = 0  # of calls that have begun

@@ -43,9 +43,8 @@ _TAGS = frozenset(
     ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 )
 _CONTROL_SHAPE = re.compile("<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|im_start|>; DeepSeek's bars are wide
-_TAG_SHAPE = re.compile(
-    r"<[^<>]+>|\[[^\[\]]+\]"
-)  # <answer>, [INST]; other text of a template is no structure
+# <answer>, [INST]; other text of a template is no structure
+_TAG_SHAPE = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
 MAX_TOKEN_CHARS = 256
 # As \w and \s of the tokenizers library, which has Unicode's definitions; Python's differ in these.
 _WORD_CATEGORIES = ("L", "M", "Nd", "Nl", "Pc")

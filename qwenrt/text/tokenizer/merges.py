@@ -19,9 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from qwenrt.errors import ConfigError
 from qwenrt.text.tokenizer.vocabulary import FETCH_ALL_AGAIN, MAX_TOKEN_ID
 
-MAX_VOCAB_CHARS = (
-    2**23
-)  # of all forms together, which bounds the time of the check; the released ones have 1 million
+# of all forms together, which bounds the time of the check; the released ones have 1 million
+MAX_VOCAB_CHARS = 2**23
 _ID_BITS = MAX_TOKEN_ID.bit_length()
 
 

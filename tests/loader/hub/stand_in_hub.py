@@ -28,13 +28,11 @@ class Hub:
     gated: bool = False
     statuses: list[int] = field(default_factory=list)  # answers to the next file requests, before any success
     api_statuses: list[int] = field(default_factory=list)  # the same for listings
-    cut_after: dict[str, int] = field(
-        default_factory=dict
-    )  # file -> bytes sent before the connection drops, once
+    # file -> bytes sent before the connection drops, once
+    cut_after: dict[str, int] = field(default_factory=dict)
     altered: dict[str, bytes] = field(default_factory=dict)  # file -> what is sent in place of its contents
-    stall_after: dict[str, int] = field(
-        default_factory=dict
-    )  # file -> bytes sent before a long silence, once
+    # file -> bytes sent before a long silence, once
+    stall_after: dict[str, int] = field(default_factory=dict)
     stalled: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)  # ends the silence
     delay: float = 0.0  # seconds before the contents of a large file

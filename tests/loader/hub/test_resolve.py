@@ -273,9 +273,8 @@ def test_a_killed_download_is_resumed_by_the_next_process(
         threading.Event().wait(0.02)
     child.kill()
     child.wait()
-    assert (
-        "not complete" in failure(tmp_path, hub, source, offline=True).found
-    )  # what is here is no model yet
+    # what is here is no model yet
+    assert "not complete" in failure(tmp_path, hub, source, offline=True).found
     before = hub.sent.pop(WEIGHTS)
     assert before == 500_000
     directory = fetch(tmp_path, hub, source)

@@ -17,7 +17,7 @@ from qwenrt.config import Environment
 from qwenrt.errors import CheckpointError, ConfigError
 from qwenrt.loader.hub import downloads
 from qwenrt.loader.hub.resolve import resolve
-from qwenrt.loader.hub.stores import copies, copies_of, stores, what_lacks
+from qwenrt.loader.hub.stores import copies, stores, what_lacks
 from tests.loader.hub.caches import COMMIT, FIRST, SECOND, into_huggingface, into_modelscope, sharded_model
 from tests.loader.hub.stand_in_hub import Hub
 
@@ -105,7 +105,7 @@ def test_qwenrts_own_place_comes_first(tmp_path: Path, model: Path, env: Environ
     into_modelscope(tmp_path / "ms", REPO, model)
     own = into_huggingface(tmp_path / "own" / "huggingface", REPO, model)
     assert resolve(REPO, env=env, offline=True) == own
-    assert [copy.store.whose for copy in copies_of(REPO, env)] == ["qwenrt", "huggingface", "modelscope"]
+    assert [copy.store.whose for copy in copies(env)] == ["qwenrt", "huggingface", "modelscope"]
     (own / SECOND).unlink()
     assert resolve(REPO, env=env, offline=True).is_relative_to(tmp_path / "hf")
 
@@ -310,9 +310,8 @@ def test_the_nearest_names_where_a_hub_does_not_know_one(tmp_path: Path, model: 
         resolve("me/my-finetune", "huggingface", env=env, progress=False)
     assert "Did you mean someone/my-finetune" in error.value.remedy
     with pytest.raises(CheckpointError) as error:
-        resolve(
-            "Qwen3-4B", "huggingface", env=env, progress=False
-        )  # a name that is right: no others are offered
+        # a name that is right: no others are offered
+        resolve("Qwen3-4B", "huggingface", env=env, progress=False)
     assert "Did you mean" not in error.value.remedy
 
 

@@ -15,6 +15,7 @@ from qwenrt.text.chat.template_format import TemplateFormat
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.template.sandbox import JinjaTemplate
 from tests.text.bpe_vocab import load_json, small_json, write
+from tests.text.strict_template import STRICT
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 ECHO = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
@@ -310,3 +311,48 @@ def test_several_templates_are_files_beside_the_default_one(tmp_path, text):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     chat = load_chat_format(tmp_path, "qwen2")
     assert text(chat, [user("hi")]) == "from the confighi" and text(chat, [user("hi")], [TOOL]) == "f hi"
+
+
+# ---- templates that take one system message, in the first place, and know efforts (Qwen3.5 to 3.8)
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def test_a_late_system_message_is_an_error_with_its_place_or_joins_the_first(tokenizer, text):
+    late = [system("A"), user("a"), assistant("b"), {"role": "developer", "content": "B"}, user("c")]
+    with pytest.raises(RequestError) as caught:
+        made(STRICT).prompt(tokenizer, late)
+    assert (caught.value.asked, "behind 3 others" in caught.value.found) == ("messages[3]", True)
+    assert "merge_system_messages=True" in caught.value.remedy
+    merging = made(STRICT, merge_system_messages=True)
+    first = [system("A\n\nB"), user("a"), assistant("b"), user("c")]
+    assert text(merging, late) == text(made(STRICT), first)
+    assert text(merging, [user("a"), system("B"), system("")]) == text(made(STRICT), [system("B"), user("a")])
+    assert text(merging, [user("a"), system("")]) == text(made(STRICT), [user("a")])
+    early = [system("A"), user("c")]
+    assert text(made(STRICT), early) == text(merging, early)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_take_late_system_messages_get_them_where_they_are(text, name):
+    late = [user("a"), assistant("b"), system("B"), user("c")]
+    merging = made(TEMPLATES[name], merge_system_messages=True)
+    assert (
+        text(merging, late) == text(FORMATS[name], late)
+        and "assistant\nb" in text(merging, late).split("B")[0]
+    )
+
+
+def test_a_conversation_without_a_user_says_what_is_missing(tokenizer):
+    with pytest.raises(
+        RequestError, match=r"messages: none of 2 has role 'user', and .* Add the user's message"
+    ):
+        made(STRICT).prompt(tokenizer, [system("A"), assistant("b")])
+
+
+def test_efforts_are_those_that_the_template_compares(text):
+    assert made(STRICT).efforts == ("low", "xhigh") and FORMATS["qwen3"].efforts == ()
+    assert text(made(STRICT), [user("a")], reasoning_effort="low").startswith("Be brief.\n<|im")
+    assert text(made(STRICT), [user("a")]).startswith("<|im")

@@ -104,9 +104,8 @@ def test_control_tokens_are_those_of_the_same_conversation_with_neutral_words(to
     neutral_conversation = conversation(roles, lambda: "w", lambda: "w", lambda: "w", lambda: next(neutral))
     found = prompt_of(name, tokenizer, *hostile_conversation)
     wanted = prompt_of(name, tokenizer, *neutral_conversation)
-    thoughts = {
-        tokenizer.added_tokens[tag] for tag in ("<think>", "</think>")
-    }  # the assistant's own may count
+    # the assistant's own may count
+    thoughts = {tokenizer.added_tokens[tag] for tag in ("<think>", "</think>")}
     ids = set(tokenizer.added_tokens.values()) - thoughts
     assert [i for i in found.token_ids if i in ids] == [i for i in wanted.token_ids if i in ids]
 

@@ -16,6 +16,7 @@ from qwenrt.text.dialects.problem import Problem
 from qwenrt.text.dialects.signed_thoughts import SignedThoughts
 from tests.text.dialects import agent_turns
 from tests.text.dialects.strategies import JSON, unhurried
+from tests.text.dialects.thoughts import thought
 
 THOUGHTS = SignedThoughts(b"key")
 TOOL = {"name": "f", "description": "does f", "input_schema": {"type": "object", "properties": {"a": {}}}}
@@ -279,7 +280,7 @@ def test_a_choice_that_cannot_be_made() -> None:
 )
 def test_thinking_and_effort(fields: Any, enable: bool | None, budget: int | None) -> None:
     made = ask(**fields)
-    assert (made.enable_thinking, made.thinking_budget) == (enable, budget)
+    assert thought(made) == (enable, budget, None)
 
 
 @pytest.mark.parametrize(

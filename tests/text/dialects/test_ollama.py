@@ -14,6 +14,7 @@ from qwenrt.text.dialects import ollama
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
 from tests.text.dialects.strategies import JSON, unhurried
+from tests.text.dialects.thoughts import thought
 
 CONTEXT = 4096
 HELLO = [{"role": "user", "content": "hello"}]
@@ -187,7 +188,7 @@ def test_formats_are_grammars() -> None:
 )
 def test_think_is_a_switch_or_an_effort(think: Any, thinking: bool | None, budget: int | None) -> None:
     ask = chat(think=think)
-    assert (ask.enable_thinking, ask.thinking_budget) == (thinking, budget)
+    assert thought(ask) == (thinking, budget, None)
 
 
 def test_logprobs_are_asked_for_by_a_switch_and_a_number() -> None:

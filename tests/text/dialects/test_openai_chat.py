@@ -18,6 +18,7 @@ from qwenrt.text.dialects.openai_chat import ChatRequest, decode, read
 from qwenrt.text.dialects.openai_fields import Wishes
 from qwenrt.text.dialects.problem import Problem
 from tests.text.dialects.strategies import JSON, unhurried
+from tests.text.dialects.thoughts import thought
 
 USER = {"role": "user", "content": "hello"}
 
@@ -360,11 +361,17 @@ THOUGHTS = [
 
 
 @pytest.mark.parametrize(
-    ("fields", "thought"), THOUGHTS, ids=[json.dumps(fields)[:60] for fields, _ in THOUGHTS]
+    ("fields", "wish"), THOUGHTS, ids=[json.dumps(fields)[:60] for fields, _ in THOUGHTS]
 )
-def test_thinking_is_off_or_has_a_budget(fields: dict[str, Any], thought: tuple[Any, Any]) -> None:
-    read_as = ask(**fields)
-    assert (read_as.enable_thinking, read_as.thinking_budget) == thought
+def test_thinking_is_off_or_has_a_budget(fields: dict[str, Any], wish: tuple[Any, Any]) -> None:
+    assert thought(ask(**fields)) == (*wish, None)
+
+
+def test_an_effort_is_for_the_template_that_knows_it_and_what_is_said_to_that_goes_first() -> None:
+    known = ("low", "medium", "xhigh")
+    assert thought(ask(reasoning_effort="high"), known) == (True, None, "xhigh")
+    both = ask(reasoning_effort="high", chat_template_kwargs={"reasoning_effort": "low"}, thinking_budget=7)
+    assert thought(both, known) == (True, 7, "low")
 
 
 ASSISTANT = {"role": "assistant", "content": "Once upon"}

@@ -19,6 +19,7 @@ from qwenrt.text.dialects.responses_tools import input_of_custom, joined
 from qwenrt.text.dialects.signed_thoughts import SignedThoughts
 from tests.text.dialects import agent_turns
 from tests.text.dialects.strategies import JSON, unhurried
+from tests.text.dialects.thoughts import thought
 
 THOUGHTS = SignedThoughts(b"key")
 FUNCTION = {
@@ -343,7 +344,7 @@ def test_the_input_of_a_custom_tool(arguments: str, expected: str) -> None:
 )
 def test_effort(effort: str | None, enable: bool | None, budget: int | None) -> None:
     made = ask(reasoning={"effort": effort, "summary": "auto"})
-    assert (made.enable_thinking, made.thinking_budget) == (enable, budget)
+    assert thought(made) == (enable, budget, None)
 
 
 def test_sampling() -> None:

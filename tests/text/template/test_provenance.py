@@ -76,9 +76,8 @@ def test_what_was_written_stays_the_templates_own() -> None:
     assert masked(text[2:].strip()) == "<|END|> " + MASK
     assert masked(TemplateText("-").join(["a", "b"])) == MASK + "-" + MASK
     assert masked(TemplateText.replace(TemplateText("aXb"), "X", TemplateText("<Y>"))) == "a<Y>b"
-    assert (
-        masked(TemplateText.replace("aXb", "X", TemplateText("<Y>"))) == MASK * 5
-    )  # it replaced outside text
+    # it replaced outside text
+    assert masked(TemplateText.replace("aXb", "X", TemplateText("<Y>"))) == MASK * 5
     assert masked(TemplateText("ß").upper()) == "SS"
     assert [masked(line) for line in joined([TemplateText("A\n"), "x\n"]).splitlines()] == ["A", MASK]
 

@@ -225,13 +225,8 @@ def test_a_word_is_one_token_in_any_text_and_a_control_token_none(tmp_path: Path
     tokenizer = load_json(tmp_path, added_tokens=added)
     text = "aZirconium, <gene_42>[GENE]量子点x\t\ty<|im_start|>"
     ids = tokenizer.encode(text)
-    assert [i - WORD for i in ids if i >= WORD] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]  # im_start is inside a control token's form
+    # im_start is inside a control token's form
+    assert [i - WORD for i in ids if i >= WORD] == [0, 1, 2, 3, 4]
     assert ids == oracle_of(tmp_path).encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text
     spelled = "".join([*CONTROL, *SHOWN])

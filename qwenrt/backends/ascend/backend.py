@@ -1,0 +1,210 @@
+"""What all Ascend processors share; fused.py has A2's and A3's operators, older.py what the older ones do instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from qwenrt.backends.ascend import calls, fused, packing, soc
+from qwenrt.backends.ascend.graphs import GreedyGraphStack, NPUGraphs, why_no_graphs
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec, native
+from qwenrt.backends.graphs import Graphs
+from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.ops import reference
+from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
+from qwenrt.ops.types import CanonicalWeight, Experts, Packed
+from qwenrt.ops.weights import dequantize, with_codes
+
+_HALF = (torch.float16, torch.bfloat16)
+_ANY_CODES = OpSpec("linear", "", torch.float16, kind=packing.KINDS[8])
+
+
+@dataclass
+class AscendBackend(Backend):
+    """Every op by its definition, on an Ascend processor; families that are known override it.
+
+    ``misfits``: fused operators that the installed torch_npu does not have as they are called here, and why.
+    ``draws_here``: whether the device sums float64, which drawing tokens needs; else the host draws.
+    """
+
+    family: soc.Family = soc.UNKNOWN
+    misfits: dict[str, str] = field(default_factory=dict)
+    draws_here: bool = True
+    _uncoded: dict[str, str] = field(
+        default_factory=dict, init=False, repr=False
+    )  # kind -> why not multiplied as codes
+    name: ClassVar[str] = "npu"
+    device_type: ClassVar[str] = "npu"
+    layout_id: ClassVar[str] = "npu-nd-v1"
+    code_bits: ClassVar[dict[int, int]] = {}  # of a file's codes -> of those the operator multiplies
+    uncoded: ClassVar[bool] = False  # codes that the operator does not multiply become a matrix at load
+
+    # ---- which code serves
+
+    def provides(self, need: str) -> str | None:
+        return self.misfits.get(need) if need in calls.CALLS else super().provides(need)
+
+    def why_not(self, op: str, spec: OpSpec) -> str | None:
+        why = super().why_not(op, spec)
+        if why is not None and op == "linear" and op not in self.demoted and spec.kind in self._uncoded:
+            return self._uncoded[spec.kind]
+        return why
+
+    # ---- layouts
+
+    def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
+        """As Backend.pack_linear; codes in the operator's layout where it computes exactly what they stand for."""
+        if weight.dense is not None:
+            return super().pack_linear(weight, dtype)
+        weight = with_codes(weight)
+        why, bits = "no operator multiplies codes here", self.code_bits.get(weight.bits, 0)
+        if bits:
+            spec = OpSpec("linear", "", dtype, kind=packing.KINDS[bits])
+            why = self.why_not("linear", spec) or packing.why_not(weight, dtype) or ""
+        if not why:
+            return packing.pack(weight, dtype, self.device, bits)
+        self._uncoded[f"w{weight.bits}a16"] = why
+        if self.uncoded:
+            weight = CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
+        return super().pack_linear(weight, dtype)
+
+    def restore_packed(self, packed: Packed) -> str | None:
+        if packed.kind in packing.KINDS.values():
+            return packing.restore(packed)
+        return super().restore_packed(packed)
+
+    def packing_id(self) -> str:
+        """As Backend.packing_id; families have layouts of their own."""
+        return f"{super().packing_id()} {self.family.name}"
+
+    @property
+    def dense_codes(self) -> bool:
+        """Whether every code becomes an element of a matrix."""
+        return self.uncoded and (not self.code_bits or self.why_not("linear", _ANY_CODES) is not None)
+
+    @property
+    def least_bits(self) -> int:
+        """What a code takes at least."""
+        return self.code_bits.get(4, 4)
+
+    # ---- the device
+
+    def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
+        """float16 for codes, whose scales are float16 and have to be exact; else bfloat16 where there is one."""
+        if quantized or not self.family.bfloat16:
+            return torch.float16
+        return super().default_dtype(stored, nbytes_float32, quantized)
+
+    def choose(self, logits: torch.Tensor, draws: list[Draw], vocabulary: Vocabulary) -> torch.Tensor:
+        if self.draws_here or all(draw.greedy for draw in draws):
+            return super().choose(logits, draws, vocabulary)
+        chosen = Backend(torch.device("cpu")).choose(logits.cpu(), draws, vocabulary)
+        return chosen.to(self.device)
+
+    def graphs(self) -> Graphs | None:
+        return None
+
+    def describe(self) -> str:
+        """The family, and whether fused operators serve."""
+        lacking = f", without {', '.join(sorted(self.misfits))}" if self.misfits else ""
+        own = any(self.overrides(op) for op in ("attention", "rms_norm"))
+        how = "fused operators" if own else "plain torch: this project has no code for the processor"
+        return f"{self.family.name}, {how}{lacking if own else ''}"
+
+
+@dataclass
+class A2Backend(AscendBackend):
+    """Atlas A2 and A3 (910B1 to 910B4, 910C)."""
+
+    _lengths: fused.HostLengths = field(default_factory=fused.HostLengths, init=False, repr=False)
+    code_bits: ClassVar[dict[int, int]] = {4: 4, 8: 8}
+
+    def __post_init__(self) -> None:
+        self.block_size, self._mask = fused.PAGE, fused.causal_mask(self.device)
+        why = why_no_graphs()
+        if why is not None:
+            self.demoted["stacks"] = why
+
+    @native(needs=("npu_rms_norm",))
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if not x.numel() or x.requires_grad:
+            return reference.rms_norm(x, weight, eps, self.dtype)
+        return fused.rms_norm(x, weight, eps, self.dtype)
+
+    @native(needs=("npu_rotary_mul",), head_dim=tuple(range(2, 896, 2)))
+    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if not x.numel() or x.requires_grad:
+            return reference.rotary(x, cos, sin)
+        return fused.rotary(x, cos, sin)
+
+    @native(needs=("npu_swiglu",))
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if not gate_up.numel() or gate_up.requires_grad:
+            return reference.silu_and_mul(gate_up)
+        return fused.silu_and_mul(gate_up)
+
+    @native(needs=("npu_scatter_nd_update_",))
+    def store_kv(self, k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
+        (reference if kv.quantized or not k.numel() else fused).store_kv(k, v, kv, slots)
+
+    @native(
+        dtypes=_HALF,
+        kinds=("dense", "parts", "npu_int4", "npu_int8"),
+        needs=("npu_weight_quant_batchmatmul",),
+    )
+    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        if w.kind == "parts":
+            y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
+            return y if w.bias is None else y + w.bias
+        if w.kind not in packing.KINDS.values():
+            return reference.linear(x, w)
+        return fused.linear(x, w) if x.numel() else x.new_empty(len(x), w.out_features)
+
+    @native(dtypes=_HALF, head_dim=tuple(range(16, 513, 16)), needs=("npu_fused_infer_attention_score",))
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv: LayerKV | None,
+        plan: StepPlan,
+        scale: float,
+        window: int = 0,
+    ) -> torch.Tensor:
+        if kv is None or not fused.serves(kv, window) or q.requires_grad:
+            return reference.attention(q, k, v, kv, plan, scale, window)
+        return fused.attention(q, kv, plan, scale, self._mask)
+
+    @native(dtypes=_HALF, head_dim=tuple(range(16, 513, 16)), needs=("npu_fused_infer_attention_score",))
+    def decode_attention(
+        self, q: torch.Tensor, kv: LayerKV, plan: DecodePlan, scale: float, window: int = 0
+    ) -> torch.Tensor:
+        if not fused.serves(kv, window) or not q.numel():
+            return reference.decode_attention(q, kv, plan, scale, window)
+        return fused.decode_attention(q, kv, plan, scale, self._mask, self._lengths)
+
+    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        if w.stacked is None or w.stacked[0].bias is not None or not x.numel() or x.requires_grad:
+            return super().norm_moe_add(x, norm, eps, w)
+        return self._grouped_experts(x, norm, eps, w)
+
+    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        return self._grouped_experts(x, norm, eps, w)
+
+    def _grouped_experts(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        normed = self.rms_norm(x, norm, eps)
+        return x + self._shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
+
+    def stacks(self, parts: StackParts) -> list[Stack]:
+        if self.draws_here or "stacks" in self.demoted:
+            return super().stacks(parts)
+        seams = SeamStack(self, parts)
+        return [GreedyGraphStack(self, parts, self.graphs(), seams), seams]
+
+    def graphs(self) -> Graphs:
+        return NPUGraphs(self._lengths)

@@ -1,0 +1,211 @@
+"""The ops through fused operators of torch_npu. Layouts, masks and modes are always said: their defaults changed.
+
+All operators are called by torch's dispatcher and known to it alone; qwenrt.backends.ascend.calls has how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qwenrt.backends.ascend.packing import dequantize
+from qwenrt.ops import reference
+from qwenrt.ops.steps import DecodePlan, LayerKV, StepPlan
+from qwenrt.ops.types import Experts, Packed
+
+PAGE = 128  # tokens of a block of the cache
+PAGES = (128, 256, 384, 512)  # what attention over prompts takes
+_MASK = 2048  # rows of the one causal mask that the operator lays over any length
+_CAUSAL = 3  # sparse_mode: the last query sees all keys
+_HEADROOM_BITS = 6  # as Backend.linear_add: sums wider than float16
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None) -> torch.Tensor:
+    """As reference.rms_norm, rounded once. Where x and weight differ, all of it is float32."""
+    if x.dtype != weight.dtype:
+        x, weight, dtype = x.float(), weight.float(), dtype or weight.dtype
+    y: torch.Tensor = torch.ops.npu.npu_rms_norm(x.contiguous(), weight, epsilon=eps)[0]
+    return y.to(dtype or weight.dtype)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As reference.rotary: in float32, since the operator would round cos and sin to the dtype of x."""
+    dim = cos.shape[-1]
+    head = x[..., :dim].float().unsqueeze(0).contiguous()
+    rows = (table.view(1, -1, 1, dim).contiguous() for table in (cos, sin))
+    turned = torch.ops.npu.npu_rotary_mul(head, *rows, rotary_mode="half")[0].to(x.dtype)
+    return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As reference.silu_and_mul, rounded once."""
+    y: torch.Tensor = torch.ops.npu.npu_swiglu(gate_up.contiguous(), dim=-1)
+    return y
+
+
+def store_kv(k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
+    """As reference.store_kv of a float cache."""
+    for x, cache in ((k, kv.k), (v, kv.v)):
+        by_slot = cache.view(-1, *cache.shape[2:])
+        torch.ops.npu.npu_scatter_nd_update_(by_slot, slots.unsqueeze(1), x.to(cache.dtype).contiguous())
+
+
+def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """As reference.linear of codes that packing.pack made. For training they are made a matrix: the operator has no
+    gradient."""
+    perm = w.data["perm"]
+    if perm is not None:
+        x = x.index_select(-1, perm)
+    if x.requires_grad:
+        y = torch.matmul(x, dequantize(w, x.dtype))
+        return y if w.bias is None else y + w.bias
+    out: torch.Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
+        x.contiguous(),
+        w.data["weight"],
+        w.data["scale"],
+        antiquant_offset=w.data["offset"],
+        bias=w.data["bias"],
+        antiquant_group_size=w.group_size,
+        inner_precise=0,
+    )
+    return out
+
+
+def experts(
+    normed: torch.Tensor, w: Experts, dtype: torch.dtype, silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Of tokens normed [T, D] the weighted sum of their experts in ``dtype`` [T, D], experts in the order of their
+    numbers. ``w.stacked`` are dense. Nothing waits for the device, so it can be captured."""
+    assert w.stacked is not None
+    gate_up, down = (side.data["weight"].transpose(1, 2) for side in w.stacked)
+    weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+    chosen, ranks = chosen.sort(dim=-1)
+    weights = weights.gather(1, ranks)
+    order = chosen.flatten().argsort(stable=True)  # (token, rank) by expert
+    counts = (chosen.flatten()[:, None] == torch.arange(len(gate_up), device=chosen.device)).sum(0)
+    inner = silu_and_mul(_grouped(normed.index_select(0, order // w.top_k), gate_up, counts))
+    wide = dtype != normed.dtype
+    y = _grouped(inner * 2.0**-_HEADROOM_BITS if wide else inner, down, counts).to(dtype)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    y = y.index_select(0, back).view(*chosen.shape, -1)
+    if wide:
+        y = y * 2.0**_HEADROOM_BITS
+    return (y * weights.unsqueeze(-1)).sum(1)
+
+
+def _grouped(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """x [M, K], whose first counts[0] rows are multiplied by weight[0] [K, N], the next by weight[1], ... -> [M, N]."""
+    y: torch.Tensor = torch.ops.npu.npu_grouped_matmul(
+        [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=1
+    )[0]
+    return y
+
+
+# ---- attention over pages
+
+
+@dataclass
+class HostLengths:
+    """What a captured step has in place of lengths, which the operator wants from the host.
+
+    While ``capturing``, decoding is given the longest lengths there can be; ``rows`` then says how many lengths each
+    replay has to bring, 0 where nothing asked for any.
+    """
+
+    capturing: bool = False
+    rows: int = 0
+
+    def of(self, plan: DecodePlan, longest: int) -> list[int]:
+        """The lengths of a plan's sequences, this step's token included. Outside of a capture the device is asked."""
+        if not self.capturing:
+            return [position + 1 for position in plan.position.tolist()]
+        self.rows = len(plan.position)
+        return [longest] * self.rows
+
+
+def serves(kv: LayerKV | None, window: int) -> bool:
+    """Whether attention over this cache is the operator's."""
+    return kv is not None and not kv.quantized and not window and kv.block_size in PAGES
+
+
+def causal_mask(device: torch.device) -> torch.Tensor:
+    """True where a key is not seen: above the diagonal."""
+    return torch.ones(_MASK, _MASK, dtype=torch.bool).triu(1).to(device)
+
+
+def attention(q: torch.Tensor, kv: LayerKV, plan: StepPlan, scale: float, mask: torch.Tensor) -> torch.Tensor:
+    """As reference.attention over a float cache in pages. Neighbours with as many tokens go together."""
+    if "runs" not in plan.made:
+        plan.made["runs"] = _runs(plan, q.device)
+    out, first = [], 0
+    for q_len, kv_lens, table in plan.made["runs"]:
+        here = q[first : first + q_len * len(kv_lens)]
+        first += len(here)
+        out.append(_attend(here.view(len(kv_lens), q_len, *q.shape[1:]), kv, kv_lens, table, scale, mask))
+    if not out:
+        return q.new_empty(q.shape)
+    return (out[0] if len(out) == 1 else torch.cat([part.flatten(0, 1) for part in out])).view(q.shape)
+
+
+def _runs(plan: StepPlan, device: torch.device) -> list[tuple[int, list[int], torch.Tensor]]:
+    """Sequences that follow each other and have as many tokens: (how many, lengths with history, block table int32)."""
+    runs: list[tuple[int, list[int], list[list[int]]]] = []
+    for q_len, kv_len, blocks in zip(plan.q_lens, plan.kv_lens, plan.block_table, strict=True):
+        if q_len == 0:
+            continue
+        if not runs or runs[-1][0] != q_len:
+            runs.append((q_len, [], []))
+        runs[-1][1].append(kv_len)
+        runs[-1][2].append(blocks)
+    made = []
+    for q_len, kv_lens, tables in runs:
+        width = max(map(len, tables))
+        rows = [table + [0] * (width - len(table)) for table in tables]
+        made.append((q_len, kv_lens, torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)))
+    return made
+
+
+def decode_attention(
+    q: torch.Tensor, kv: LayerKV, plan: DecodePlan, scale: float, mask: torch.Tensor, lengths: HostLengths
+) -> torch.Tensor:
+    """As reference.decode_attention over a float cache in pages; ``lengths`` are the host's."""
+    if "table" not in plan.made:
+        plan.made["table"] = plan.table.to(torch.int32).contiguous()
+        plan.made["lengths"] = lengths.of(plan, plan.table.shape[1] * kv.block_size)
+    table, kv_lens = plan.made["table"], plan.made["lengths"]
+    return _attend(q.unsqueeze(1), kv, kv_lens, table, scale, mask).view(q.shape)
+
+
+def _attend(
+    q: torch.Tensor,
+    kv: LayerKV,
+    kv_lens: list[int],
+    table: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """q [B, S, H, hd] of B sequences whose last S tokens they are -> [B, S, H, hd]."""
+    batch, tokens, heads, _ = q.shape
+    blocks, block_size, kv_heads, head_dim = kv.k.shape
+    pages = (blocks, block_size, kv_heads * head_dim)
+    out: torch.Tensor = torch.ops.npu.npu_fused_infer_attention_score(
+        q.contiguous(),
+        kv.k.view(pages),
+        kv.v.view(pages),
+        atten_mask=mask,
+        actual_seq_lengths=[tokens] * batch,
+        actual_seq_lengths_kv=kv_lens,
+        block_table=table,
+        num_heads=heads,
+        scale=scale,
+        pre_tokens=2147483647,
+        next_tokens=2147483647,
+        input_layout="BSND",
+        num_key_value_heads=kv_heads,
+        sparse_mode=_CAUSAL,
+        inner_precise=0,
+        block_size=block_size,
+    )[0]
+    return out

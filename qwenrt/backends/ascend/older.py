@@ -1,0 +1,110 @@
+"""310P and 910A: float16, and attention in torch's own ops: fused ones are not made for them, or not trusted there.
+
+Their half-precision numbers saturate, so what a query must not see gets the smallest number and not minus infinity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from qwenrt.backends.ascend import fused, packing
+from qwenrt.backends.ascend.backend import AscendBackend
+from qwenrt.backends.binding import native
+from qwenrt.ops import reference
+from qwenrt.ops.steps import LayerKV, StepPlan
+from qwenrt.ops.types import Packed
+
+_QUERIES = 1024  # of a prompt that are computed at once: their scores are float32
+_FLOATS = (torch.float16, torch.float32)
+
+
+@dataclass
+class A910Backend(AscendBackend):
+    """Atlas training cards of the first generation (910A, 910ProA, 910ProB). No operator multiplies codes here: they
+    become float16 matrices at load."""
+
+    uncoded: ClassVar[bool] = True
+
+    @native(dtypes=_FLOATS, needs=("npu_rms_norm",))
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if not x.numel() or x.requires_grad:
+            return reference.rms_norm(x, weight, eps, self.dtype)
+        return fused.rms_norm(x, weight, eps, self.dtype)
+
+    @native(dtypes=_FLOATS, head_dim=(128,), needs=("npu_rotary_mul",))
+    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        # Larger products of tokens and channels are outside of what the operator is documented for here.
+        if cos.shape[-1] != 128 or not 0 < len(x) <= 1024 or x.requires_grad:
+            return reference.rotary(x, cos, sin)
+        return fused.rotary(x, cos, sin)
+
+    @native(dtypes=_FLOATS, needs=("npu_scatter_nd_update_",))
+    def store_kv(self, k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor) -> None:
+        (reference if kv.quantized or not k.numel() else fused).store_kv(k, v, kv, slots)
+
+    @native(dtypes=(torch.float16,), note="matrix products, softmax in float32")
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv: LayerKV | None,
+        plan: StepPlan,
+        scale: float,
+        window: int = 0,
+    ) -> torch.Tensor:
+        if kv is None or not plan.causal or q.requires_grad:
+            return reference.attention(q, k, v, kv, plan, scale, window)
+        return attention(q, kv, plan, scale, window)
+
+
+@dataclass
+class P310Backend(A910Backend):
+    """Atlas inference cards (310P, 300I Duo): as A910Backend, but codes are multiplied, those of 4 bits as 8."""
+
+    code_bits: ClassVar[dict[int, int]] = {4: 8, 8: 8}
+
+    @native(
+        dtypes=(torch.float16,), kinds=("dense", "parts", "npu_int8"), needs=("npu_weight_quant_batchmatmul",)
+    )
+    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        if w.kind == "parts":
+            y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
+            return y if w.bias is None else y + w.bias
+        if w.kind not in packing.KINDS.values():
+            return reference.linear(x, w)
+        return fused.linear(x, w) if x.numel() else x.new_empty(len(x), w.out_features)
+
+
+def attention(q: torch.Tensor, kv: LayerKV, plan: StepPlan, scale: float, window: int) -> torch.Tensor:
+    """As reference.attention over a cache."""
+    out, first = [], 0
+    for q_len, kv_len, blocks in zip(plan.q_lens, plan.kv_lens, plan.block_table, strict=True):
+        if q_len:
+            keys, values = reference.load_kv(kv, blocks, kv_len, q.dtype)
+            out.append(_attend(q[first : first + q_len], keys, values, scale, window))
+            first += q_len
+    return torch.cat(out) if out else q.new_empty(q.shape)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+    """q [n, H, hd] over k, v [m, KVH, hd], the last query over all keys -> [n, H, hd], some queries at a time."""
+    tokens, kv_heads = len(k), k.shape[1]
+    groups = q.shape[1] // kv_heads
+    keys, values = (side.transpose(0, 1).unsqueeze(1) for side in (k, v))  # [KVH, 1, m, hd]
+    scaled = (q.float() * scale).to(q.dtype).view(len(q), kv_heads, groups, -1).permute(1, 2, 0, 3)
+    at = torch.arange(tokens, device=q.device)
+    parts = []
+    for first in range(0, len(q), _QUERIES):
+        some = scaled[:, :, first : first + _QUERIES]
+        scores = (some @ keys.transpose(-1, -2)).float()
+        last = tokens - len(q) + first + torch.arange(some.shape[2], device=q.device)[:, None]
+        unseen = at > last
+        if window:
+            unseen = unseen | (at <= last - window)
+        weights = scores.masked_fill(unseen, torch.finfo(torch.float32).min).softmax(-1)
+        parts.append((weights.to(q.dtype) @ values).permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(parts)

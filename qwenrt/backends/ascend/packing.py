@@ -1,0 +1,124 @@
+"""Integer codes as npu_weight_quant_batchmatmul multiplies them: exactly, or not at all."""
+
+from __future__ import annotations
+
+import torch
+
+from qwenrt.ops.types import CanonicalWeight, Packed
+
+KINDS = {4: "npu_int4", 8: "npu_int8"}
+_MOST = 65535  # rows and columns of a matrix that the operator takes
+_WIDE = 65528  # the most columns of a part: whole words of int4
+
+
+def why_not(weight: CanonicalWeight, dtype: torch.dtype) -> str | None:
+    """The reason the operator cannot multiply codes for activations in ``dtype`` as they are; None where it can.
+
+    It computes (code + offset) * scale in that dtype: scales have to be exact in it.
+    """
+    scales, group, inputs = weight.scales, weight.group_size, weight.in_features
+    assert scales is not None
+    if weight.offsets is not None:
+        return "offsets of float32 (GGUF) are more than the operator's have digits for"
+    if not torch.equal(scales.to(dtype).float(), scales.float()):
+        name = str(dtype).removeprefix("torch.")
+        return f"scales that {name} does not hold" + (', which dtype="float16" may' * (name == "bfloat16"))
+    if len(scales) > 1 and group % 32:
+        return f"groups of {group}, which are no multiple of 32"
+    if weight.bits == 4 and weight.out_features % 8:
+        return f"{weight.out_features} outputs, which do not fill words of 8 codes"
+    return f"{inputs} inputs, more than {_MOST}" if inputs > _MOST else None
+
+
+def pack(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device, bits: int) -> Packed:
+    """A weight with codes that fits (`why_not`) -> Packed "npu_int4" or "npu_int8", by ``bits``: 8 for codes of either
+    width. More than 65528 outputs become parts.
+
+    data: ``weight`` int8 [K, N], or int32 [K, N / 8] with output 8 j + i in bits 4 i to 4 i + 3; ``scale`` in ``dtype``
+    [G, N], or [N] where all inputs share one; ``offset`` alike, to be added to codes before they are scaled, or None
+    where all are 0; ``perm`` int64 [K] or None; ``bias`` as the operator wants it.
+    """
+    outputs = weight.out_features
+    if outputs > _MOST:
+        parts = [
+            pack(_columns(weight, at, at + _WIDE), dtype, device, bits) for at in range(0, outputs, _WIDE)
+        ]
+        return Packed("parts", outputs, weight.in_features, {"parts": parts})
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    assert codes is not None and scales is not None and zeros is not None
+    middle = 1 << weight.bits - 1
+    signed = (codes.to(torch.int16) - middle).to(torch.int8)
+    offset = (middle - zeros.to(torch.int16)).to(dtype)
+    grouped = len(scales) > 1
+    bias = None if weight.bias is None else weight.bias.to(device, dtype)
+    data = {
+        "weight": (_words(signed) if bits == 4 else signed.contiguous()).to(device),
+        "scale": (scales if grouped else scales[0]).to(device, dtype).contiguous(),
+        "offset": (offset if grouped else offset[0]).to(device).contiguous() if bool(offset.any()) else None,
+        "perm": None if weight.perm is None else weight.perm.to(device, torch.int64),
+        "bias": bias.float() if bias is not None and dtype == torch.bfloat16 else bias,
+    }
+    group = weight.group_size if grouped else 0
+    return Packed(KINDS[bits], outputs, weight.in_features, data, bias, bits=bits, group_size=group)
+
+
+def _columns(weight: CanonicalWeight, first: int, last: int) -> CanonicalWeight:
+    """Some outputs of a weight."""
+    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
+    return CanonicalWeight(
+        codes=weight.codes[:, first:last],
+        scales=weight.scales[:, first:last],
+        zeros=weight.zeros[:, first:last],
+        bits=weight.bits,
+        group_size=weight.group_size,
+        perm=weight.perm,
+        bias=None if weight.bias is None else weight.bias[first:last],
+    )
+
+
+def _words(signed: torch.Tensor) -> torch.Tensor:
+    """int8 [K, N], -8 to 7 -> int32 [K, N / 8], eight outputs in a word, the first in the lowest bits."""
+    pairs = signed.contiguous().view(torch.uint8).view(len(signed), -1, 2) & 15
+    return (pairs[..., 0] | pairs[..., 1] << 4).view(torch.int32)
+
+
+def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """What ``pack`` made -> W [K, N] in ``dtype``, rows in the order of the codes."""
+    weight, scale, offset = w.data["weight"], w.data["scale"], w.data["offset"]
+    if w.kind == KINDS[4]:
+        pairs = weight.view(torch.uint8)
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+        signed = (codes ^ 8).to(torch.int16) - 8
+    else:
+        signed = weight.to(torch.int16)
+    values = signed.float()
+    if w.group_size:
+        group = torch.arange(w.in_features, device=weight.device) // w.group_size
+        scale = scale.index_select(0, group)
+        offset = None if offset is None else offset.index_select(0, group)
+    if offset is not None:
+        values = values + offset.float()
+    dense: torch.Tensor = (values * scale.float()).to(dtype)
+    return dense
+
+
+def restore(packed: Packed) -> str | None:
+    """Why a packed weight that comes from a file cannot be used, or None."""
+    inputs, outputs = packed.in_features, packed.out_features
+    words = packed.kind == KINDS[4]
+    groups = -(-inputs // packed.group_size) if packed.group_size > 0 else 0
+    columns = (groups, outputs) if groups else (outputs,)
+    wanted = {
+        "weight": ((inputs, outputs // 8 if words else outputs), (torch.int32 if words else torch.int8,)),
+        "scale": (columns, (torch.float16, torch.bfloat16)),
+        "offset": (columns, (torch.float16, torch.bfloat16)),
+        "perm": ((inputs,), (torch.int64,)),
+        "bias": ((outputs,), (torch.float16, torch.float32)),
+    }
+    for name, (shape, dtypes) in wanted.items():
+        tensor = packed.data.get(name)
+        if tensor is None and name in ("offset", "perm", "bias"):
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or tensor.dtype not in dtypes:
+            return f"{name} of a weight of kind {packed.kind} is not {list(shape)}"
+    return None

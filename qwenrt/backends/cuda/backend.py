@@ -1,0 +1,46 @@
+"""The backend of torch's "cuda" devices: ops as defined, steps that decode captured once and replayed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from qwenrt.backends.base import Backend
+from qwenrt.backends.cuda.graphs import CudaGraphs
+from qwenrt.backends.cuda.profiles import Profile, profile_of
+from qwenrt.backends.graphs import Graphs
+
+
+class CudaBackend(Backend):
+    """Runs on one NVIDIA or AMD GPU."""
+
+    name = "cuda"
+    device_type = "cuda"
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What the device's architecture is like."""
+        return profile_of(self.device)
+
+    def graphs(self) -> Graphs | None:
+        return CudaGraphs(self.device, self.profile.graph_sizes)
+
+    def send(self, values: list[int] | np.ndarray) -> torch.Tensor:
+        """As Backend.send, by pinned memory: from other memory the host would wait for the copy."""
+        host = (
+            torch.tensor(values, dtype=torch.int64) if isinstance(values, list) else torch.from_numpy(values)
+        )
+        # torch keeps the pinned memory until the copy is done.
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+    def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
+        """As Backend.default_dtype. Where torch only emulates bfloat16, which it does not tell: float16."""
+        if stored in ("float16", "float32"):
+            return super().default_dtype(stored, nbytes_float32, quantized)
+        return torch.bfloat16 if self.profile.bfloat16 else torch.float16
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_properties(self.device).name
+        return f"plain torch on {name} ({self.profile.arch}), decoding captured"

@@ -1,0 +1,205 @@
+"""The operators of torch_npu that are called, as their documentation defines them, on the CPU.
+
+Written from that documentation and from reports, not from the code that calls them. What hardware refuses, or answers
+wrongly in silence, is refused here: a simulator that takes everything would only confirm what the caller believes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise RuntimeError(f"simulated operator: {complaint}")
+
+
+def rms_norm(
+    x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    require(x.numel() > 0, "empty tensor")
+    require(gamma.dtype in (x.dtype, torch.float32), f"gamma {gamma.dtype} beside x {x.dtype}")
+    require(x.shape[-1:] == gamma.shape, "gamma is not x's last dimension")
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + epsilon)
+    return (x32 * rstd * gamma.float()).to(x.dtype), rstd
+
+
+def rotary_mul(
+    x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str = "half", rotate: Any = None
+) -> torch.Tensor:
+    require(x.dim() == 4 and x.numel() > 0, "x has to have 4 dimensions and elements")
+    batch, tokens, heads, dim = x.shape
+    require(r1.shape == r2.shape == (batch, tokens, 1, dim), f"cos {list(r1.shape)} beside x {list(x.shape)}")
+    require(rotary_mode == "half" and dim % 2 == 0 and dim < 896, f"mode {rotary_mode}, {dim} channels")
+    require(batch < 1000 and heads < 1000, "1000 heads or more")
+    cos, sin = (
+        r1.to(x.dtype).float(),
+        r2.to(x.dtype).float(),
+    )  # of another dtype they are rounded to that of x
+    first, second = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+
+def swiglu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    require(x.is_contiguous() and x.numel() > 0 and x.shape[dim] % 2 == 0, "not contiguous, empty or odd")
+    gate, up = x.float().chunk(2, dim)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def scatter_nd_update_(x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+    require(indices.shape == (len(updates), 1), f"indices {list(indices.shape)}")
+    require(indices.dtype in (torch.int32, torch.int64) and updates.dtype == x.dtype, "dtypes")
+    require(x.shape[1:] == updates.shape[1:], "rows of another shape")
+    rows = indices[:, 0].long()
+    require(len(rows.unique()) == len(rows), "an index twice: which one is written is not defined")
+    require(bool(((rows >= 0) & (rows < len(x))).all()), "an index outside")
+    x[rows] = updates
+    return x
+
+
+def weight_quant_batchmatmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    antiquant_scale: torch.Tensor,
+    antiquant_offset: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> torch.Tensor:
+    require(x.dtype in HALF and x.dim() == 2 and x.numel() > 0, f"x {x.dtype} {list(x.shape)}")
+    require(antiquant_scale.dtype == x.dtype, "scales of another dtype than x")
+    require(weight.is_contiguous() and x.is_contiguous(), "not contiguous")
+    if weight.dtype == torch.int32:
+        words = weight.long()
+        nibbles = torch.stack([words >> 4 * i & 15 for i in range(8)], -1).flatten(1)
+        codes = torch.where(nibbles > 7, nibbles - 16, nibbles)
+    else:
+        require(weight.dtype == torch.int8, f"weight {weight.dtype}")
+        codes = weight.long()
+    inputs, outputs = codes.shape
+    require(x.shape[1] == inputs and max(inputs, outputs) <= 65535, f"matrix of {inputs} x {outputs}")
+    group = antiquant_group_size
+    require(group == 0 or (group % 32 == 0 and 32 <= group < inputs), f"groups of {group} of {inputs}")
+    columns = (-(-inputs // group), outputs) if group else (outputs,)
+    require(antiquant_scale.shape == columns, f"scales {list(antiquant_scale.shape)}, not {list(columns)}")
+
+    def rows(side: torch.Tensor) -> torch.Tensor:
+        wide = side.float().view(-1, outputs)
+        return wide.repeat_interleave(group or inputs, 0)[:inputs]
+
+    values = codes.float()
+    if antiquant_offset is not None:
+        require(antiquant_offset.shape == columns and antiquant_offset.dtype == x.dtype, "offsets")
+        values = values + rows(antiquant_offset)
+    dense = (values * rows(antiquant_scale)).to(x.dtype)  # the offset is added first
+    y = x.float() @ dense.float()
+    if bias is not None:
+        wanted = torch.float32 if x.dtype == torch.bfloat16 else torch.float16
+        require(bias.dtype == wanted and bias.shape == (outputs,), f"bias {bias.dtype}, not {wanted}")
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def grouped_matmul(
+    x: list[torch.Tensor],
+    weight: list[torch.Tensor],
+    *,
+    group_list: torch.Tensor | None = None,
+    split_item: int = 0,
+    group_type: int = -1,
+    group_list_type: int = 0,
+    **others: Any,
+) -> list[torch.Tensor]:
+    require(len(x) == len(weight) == 1 and not any(others.values()), "one x and one weight are simulated")
+    require((split_item, group_type, group_list_type) == (2, 0, 1), "modes")
+    require(group_list is not None and group_list.dtype == torch.int64, "counts int64")
+    counts = group_list.tolist()
+    require(sum(counts) == len(x[0]) and len(counts) == len(weight[0]), "counts are not of all rows")
+    parts = [part.float() @ w.float() for part, w in zip(x[0].split(counts), weight[0], strict=True)]
+    return [torch.cat(parts).to(x[0].dtype)]
+
+
+def fused_infer_attention_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    atten_mask: torch.Tensor | None = None,
+    actual_seq_lengths: list[int] | None = None,
+    actual_seq_lengths_kv: list[int] | None = None,
+    block_table: torch.Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    pre_tokens: int = 2147483647,
+    next_tokens: int = 2147483647,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    block_size: int = 0,
+    softmax_lse_flag: bool = False,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layout BSND over pages, sparse_mode 3; everything else has been reported wrong or is not simulated."""
+    require(
+        not any(value is not None and value is not False and value != 0 for value in others.values()),
+        "others",
+    )
+    require(input_layout == "BSND" and query.dim() == 4 and query.is_contiguous(), f"layout {input_layout}")
+    require(query.dtype in HALF and key.dtype == value.dtype == query.dtype, f"query {query.dtype}")
+    batch, tokens, heads, dim = query.shape
+    kv_heads = num_key_value_heads or num_heads
+    require(heads == num_heads and heads % kv_heads == 0 and heads // kv_heads <= 64, "heads")
+    require(dim <= 512 and dim % 8 == 0 and heads * dim < 65535, f"head size {dim}")
+    require(block_size % 128 == 0 and 128 <= block_size <= 512, f"blocks of {block_size}")
+    require(
+        key.shape == value.shape and key.shape[1:] == (block_size, kv_heads * dim), f"pages {list(key.shape)}"
+    )
+    require(
+        block_table is not None and block_table.dtype == torch.int32 and len(block_table) == batch, "table"
+    )
+    require(
+        actual_seq_lengths_kv is not None and len(actual_seq_lengths_kv) >= batch,
+        "a length for each sequence",
+    )
+    mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+    require(
+        sparse_mode == 3 and atten_mask is not None, "without sparse_mode 3 long prompts were reported wrong"
+    )
+    require(
+        atten_mask.shape == mask.shape and torch.equal(atten_mask.bool(), mask), "1 hides: above the diagonal"
+    )
+    require(actual_seq_lengths in (None, [tokens] * batch), "lengths of queries")
+    out = torch.empty_like(query)
+    for b, length in enumerate(actual_seq_lengths_kv[:batch]):
+        require(tokens <= length <= block_table.shape[1] * block_size, f"length {length}")
+        pages = block_table[b, : -(-length // block_size)].long()
+        k, v = (
+            side[pages].view(-1, kv_heads, dim)[:length].float().repeat_interleave(heads // kv_heads, 1)
+            for side in (key, value)
+        )
+        scores = torch.einsum("shd,thd->hst", query[b].float() * scale, k)
+        unseen = torch.ones(tokens, length, dtype=torch.bool).triu(length - tokens + 1)
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        out[b] = torch.einsum("hst,thd->shd", weights, v).to(out.dtype)
+    return out, query.new_empty(0)
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "npu_rms_norm": rms_norm,
+    "npu_rotary_mul": rotary_mul,
+    "npu_swiglu": swiglu,
+    "npu_scatter_nd_update_": scatter_nd_update_,
+    "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
+    "npu_grouped_matmul": grouped_matmul,
+    "npu_fused_infer_attention_score": fused_infer_attention_score,
+}

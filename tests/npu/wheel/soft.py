@@ -1,0 +1,208 @@
+"""A soft device: what torch_npu is asked to compute is computed on the CPU, over the same bytes.
+
+torch_npu allocates and views (tests/npu/cann has the libraries it links against); every other op is taken down by its
+schema and computed by torch's CPU kernel, or by tests/npu/operators.py where the op is torch_npu's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tests.npu.operators import OPERATORS
+
+# What makes a view or memory: torch_npu's own.
+_LEFT_TO_TORCH_NPU = {
+    f"aten::{name}"
+    for name in (
+        *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "set_", "resize_"),
+        *(
+            "view",
+            "_unsafe_view",
+            "_reshape_alias",
+            "as_strided",
+            "t",
+            "transpose",
+            "permute",
+            "expand",
+            "unfold",
+        ),
+        *(
+            "slice",
+            "select",
+            "narrow",
+            "unsqueeze",
+            "squeeze",
+            "split",
+            "split_with_sizes",
+            "unbind",
+            "detach",
+            "alias",
+        ),
+        *("is_pinned", "_pin_memory", "record_stream", "view_as_real", "lift_fresh", "chunk"),
+    )
+}
+_ASKS_THE_DEVICE = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::item",
+    "aten::is_nonzero",
+    "aten::equal",
+}
+
+
+Recorded = tuple[
+    Callable[..., Any], tuple[Any, ...], dict[str, Any], Any
+]  # an op, its arguments, what it gave
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as a tensor of the CPU."""
+    if tensor.device.type != "npu":
+        return tensor
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    buffer = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    base = torch.frombuffer(buffer, dtype=torch.uint8)
+    whole = torch.empty(0, dtype=tensor.dtype)
+    return whole.set_(base.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def on_npu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the device's memory."""
+    made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="npu")
+    on_cpu(made).copy_(tensor)
+    return made
+
+
+class Soft(TorchDispatchMode):
+    """``log``: the ops that were computed, in order. ``recording``: calls that a captured graph consists of, or None.
+    ``broken``: op -> what computes it in place of its definition, for faults."""
+
+    log: ClassVar[list[str]] = []
+    recording: ClassVar[list[Recorded] | None] = None
+    broken: ClassVar[dict[str, Callable[..., Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func._schema.name
+        wanted = kwargs.get("device")
+        here = any(x.device.type == "npu" for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        to_npu = wanted is not None and torch.device(wanted).type == "npu"
+        if not (here or to_npu) or name in _LEFT_TO_TORCH_NPU or name.startswith("prim"):
+            return func(*args, **kwargs)
+        Soft.log.append(name)
+        if Soft.recording is not None:
+            if name in _ASKS_THE_DEVICE or (name == "aten::_to_copy" and not to_npu and wanted is not None):
+                raise RuntimeError(f"{name} in a capture: the host would wait for the device")
+            done = _compute(func, name, args, dict(kwargs))
+            Soft.recording.append((func, args, kwargs, done))
+            return done
+        return _compute(func, name, args, kwargs)
+
+
+def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    if name == "aten::copy_":
+        on_cpu(args[0]).copy_(on_cpu(args[1]))
+        return args[0]
+    if name == "aten::_to_copy":
+        source = args[0]
+        target = torch.device(kwargs.get("device") or source.device)
+        moved = on_cpu(source).to(dtype=kwargs.get("dtype") or source.dtype, copy=True)
+        return on_npu(moved) if target.type == "npu" else moved
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("cpu")
+    kwargs.pop("pin_memory", None)
+    own = name.removeprefix("npu::")
+    compute = Soft.broken.get(own) or (OPERATORS[own] if name.startswith("npu::") else func)
+    given, named = tree_map_only(torch.Tensor, on_cpu, (args, kwargs))
+    out = compute(*given, **named)
+    changed = [
+        i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+    if changed:  # in place, and over the same bytes
+        first = func._schema.arguments[changed[0]].name
+        return args[changed[0]] if changed[0] < len(args) else kwargs[first]
+    return tree_map_only(torch.Tensor, on_npu, out)
+
+
+class SoftGraph:
+    """In place of torch.npu.NPUGraph: the calls of a capture, made again over the same memory."""
+
+    def __init__(self) -> None:
+        self.calls: list[Recorded] = []
+        self.updates: list[list[int]] = []
+
+    def update(self, cpu_update_input: list[dict[str, Any]]) -> None:
+        """As torch_npu: what was named when it was captured, one dict for every recorded attention."""
+        (new,) = cpu_update_input
+        self.updates.append(new["actual_seq_lengths_kv"])
+        for func, _, kwargs, _ in self.calls:
+            if func._schema.name == "npu::npu_fused_infer_attention_score":
+                kwargs |= {key: value for key, value in new.items() if key in kwargs}
+
+    def replay(self) -> None:
+        for func, args, kwargs, before in self.calls:
+            after = _compute(func, func._schema.name, args, dict(kwargs))
+            for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    on_cpu(old).copy_(on_cpu(new))
+
+
+@contextmanager
+def soft_capture(
+    npu_graph: SoftGraph,
+    pool: Any = None,
+    auto_dispatch_capture: bool = False,
+    capture_error_mode: str = "global",
+) -> Iterator[None]:
+    """In place of torch.npu.graph."""
+    assert auto_dispatch_capture and Soft.recording is None
+    Soft.recording = npu_graph.calls
+    try:
+        yield
+    finally:
+        Soft.recording = None
+
+
+class _Graph:
+    """torch.npu.graph is a class whose arguments are looked at."""
+
+    def __init__(
+        self,
+        npu_graph: SoftGraph,
+        pool: Any = None,
+        auto_dispatch_capture: bool = False,
+        capture_error_mode: str = "",
+    ) -> None:
+        self._context = soft_capture(npu_graph, pool, auto_dispatch_capture, capture_error_mode)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._context.__exit__(*raised)
+
+
+def install() -> None:
+    """From now on every thread of this process computes softly."""
+    import torch_npu  # noqa: F401
+
+    run = threading.Thread.run
+
+    def softly(self: threading.Thread) -> None:
+        with Soft():
+            run(self)
+
+    threading.Thread.run = softly  # type: ignore[method-assign]
+    npu = torch.get_device_module("npu")
+    npu.NPUGraph, npu.graph, npu.graph_pool_handle = SoftGraph, _Graph, object
+    Soft().__enter__()
