@@ -17,7 +17,13 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import Binding
 from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.config.environment import packed_cache_in
-from qwenrt.config.layers import LinearSpec, num_parameters, num_snapshots, state_bytes
+from qwenrt.config.layers import (
+    LinearSpec,
+    least_state_bytes,
+    num_parameters,
+    num_snapshots,
+    state_bytes,
+)
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
 from qwenrt.embedding import Embedder
@@ -254,10 +260,11 @@ def _longest_that_fits(
     config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions
 ) -> int:
     """The longest context, up to the model's own and LONGEST_BY_CHOICE or LITTLE_CACHE, whose cache is at most half of
-    what is free now."""
+    what is free now, the states of sequences included."""
     per_token = max(1, _cache_token_bytes(config, backend, dtype, options))
     longest = min(config.max_position_embeddings, max(LONGEST_BY_CHOICE, LITTLE_CACHE // per_token))
-    fits = backend.memory()[0] // 2 // per_token
+    states = least_state_bytes(config, dtype.itemsize, options.max_num_seqs)
+    fits = max(0, backend.memory()[0] // 2 - states) // per_token
     return max(min(longest, fits // backend.block_size * backend.block_size), min(longest, 256))
 
 

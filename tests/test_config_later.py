@@ -241,6 +241,43 @@ def test_dynamic_rules_of_gptq_tell_group_sizes_alone() -> None:
         read({"quantization_config": {**quant, "dynamic": [1]}})
 
 
+AUTO_ROUND = {
+    "quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "data_type": "int",
+    "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers", "autoround_version": "0.9",
+    "extra_config": {
+        "model.layers.0.linear_attn.in_proj_a": {"bits": 16, "data_type": "float"},
+        ".*shared_expert.*": {"bits": 8, "group_size": 32},
+    },
+}  # fmt: skip
+
+
+def test_auto_rounds_own_config_is_that_of_the_layout_it_names() -> None:
+    def quant(**fields: Any) -> QuantConfig | None:
+        return read({"quantization_config": {**AUTO_ROUND, **fields}}).quant
+
+    assert quant() == QuantConfig(4, 128, other_groups=(32,))
+    assert quant(quant_method="intel/auto-round", extra_config=None, act_bits=16) == QuantConfig(4, 128)
+    assert quant(packing_format="auto_round:auto_awq") == QuantConfig(
+        4, 128, sym=False, zero_offset=0, method="awq"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"packing_format": "auto_round:llm_compressor"}, "packing_format is 'auto_round:llm_compressor'"),
+        ({"packing_format": None}, "packing_format is None. Supported are: auto_round:auto_gptq"),
+        ({"data_type": "mx_fp4"}, "data_type 'mx_fp4', with activations of 16 bits"),
+        ({"act_bits": 8}, "data_type 'int', with activations of 8 bits"),
+        ({"bits": 3}, "3-bit GPTQ weights"),
+        ({"extra_config": [1]}, r"extra_config is \[1\]"),
+    ],
+)
+def test_what_auto_round_writes_and_is_not_read_is_named(fields: dict[str, Any], found: str) -> None:
+    with pytest.raises(ConfigError, match=found):
+        read({"quantization_config": {**AUTO_ROUND, **fields}})
+
+
 def test_the_names_awq_had_first() -> None:
     quant = {"quant_method": "AWQ", "w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}
     config = read({"quantization_config": quant}).quant

@@ -52,9 +52,15 @@ class Backend:
     seams_because: str = field(default="", init=False)
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
     block_size: int = field(default=BLOCK_SIZE, init=False)  # tokens of a block of the cache
+    api: ClassVar[int] = 1  # of this class, for plug-ins: it changes when they have to
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why a plug-in's device is not here, or None. Cheap, and asked before one is made."""
+        return None
 
     # ---- which code serves
 

@@ -23,6 +23,7 @@ from qwenrt.cli import (
     quantizing,
     removal,
     run,
+    selftest,
     serve,
 )
 from qwenrt.cli.options import example
@@ -39,6 +40,7 @@ COMMANDS = (
     pull,
     removal,
     doctor,
+    selftest,
     bench,
     bench_serve,
     estimate,

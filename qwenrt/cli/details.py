@@ -16,6 +16,7 @@ from qwenrt.config import Environment, ModelConfig
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.files import opened
+from qwenrt.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from qwenrt.loader.hub.about import Facts
@@ -79,18 +80,19 @@ def find(name: str) -> Facts:
 
     Raises CheckpointError, with the nearest names, where there is none.
     """
-    from qwenrt.loader.hub.about import facts, meant
+    from qwenrt.loader.hub.about import facts, meant, models_of
     from qwenrt.loader.hub.resolve import local_directory
 
     env = Environment.read()
     directory = local_directory(name, env)
     if directory is not None:
         return facts(directory, name, headers=True)
-    model, copies, others = meant(name, env)
+    model, copies, others, gguf = meant(name, env)
     found = [
-        facts(directory, model, copy, headers=True)
+        facts(directory, called, copy, headers=True)
         for copy in copies
-        if (directory := copy.directory()) is not None
+        for called, directory in models_of(copy, env)
+        if not gguf or called.partition(":")[2].lower() == gguf.lower()
     ]
     if not found:
         raise CheckpointError(
@@ -125,7 +127,10 @@ def memory(config: ModelConfig) -> tuple[list[Memory], str]:
     found = []
     for quantize in (None,) if coded else (None, "int8", "int4"):
         layout = device_layout(config, device, "auto", free, quantize)
-        total = memory_need(config, layout.storage, context, quantize=quantize).total + layout.runtime
+        need = memory_need(
+            config, layout.storage, context, quantize=quantize, sequences=LoadOptions.max_num_seqs
+        )
+        total = need.total + layout.runtime
         found.append(Memory(quantize, total, None if free is None else total <= free))
     room = "" if free is None else f", which has {gib(free)} free"
     return found, f"for {context} tokens on {device}{room}"

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.cli.options import add_load_option, example
 from qwenrt.cli.terminal import Terminal, billions, counted
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
-from qwenrt.config.layers import num_active_parameters, num_parameters
+from qwenrt.config.layers import least_state_bytes, num_active_parameters, num_parameters
 from qwenrt.config.quant import rounding_description
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import expanded, is_there
 from qwenrt.load_options import CHOICES
 
 if TYPE_CHECKING:
-    from qwenrt.loader.memory.fit import DeviceLayout, Option
+    from qwenrt.loader.memory.fit import DeviceLayout, Option, Workload
     from qwenrt.loader.memory.footprint import MemoryNeed
 
 GIB = 2**30
@@ -65,6 +65,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--users", type=int, default=1, metavar="N", help="conversations at the same time (default: 1)"
     )
+    add_load_option(parser, "max_num_seqs")
     add_load_option(parser, "dtype")
     add_load_option(parser, "quantize", choices=("none", *CHOICES["quantize"]), default="none")
     add_load_option(parser, "kv_cache_dtype", "--kv", dest="kv")
@@ -82,13 +83,17 @@ class Report:
     device: str
     free: int | None
     total: int | None
-    context: int
-    users: int
+    work: Workload
     quantize: str | None
     kv: str
     layout: DeviceLayout
     need: MemoryNeed
     options: list[Option]
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the cache, what does not grow with the context."""
+        return least_state_bytes(self.config, self.layout.storage.activation, self.work.sequences)
 
     @property
     def needed(self) -> int:
@@ -111,10 +116,11 @@ def estimate(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Report:
-    from qwenrt.loader.memory.fit import Workload, device_layout, options
+    from qwenrt.loader.memory.fit import MOST_USERS, Workload, device_layout, options
     from qwenrt.loader.memory.footprint import BATCH_TOKENS, memory_need
 
-    for name, value, most in (("--ctx", args.ctx, _MOST), ("--users", args.users, 4096)):
+    numbers = (("--ctx", args.ctx), ("--users", args.users), ("--max-num-seqs", args.max_num_seqs))
+    for (name, value), most in zip(numbers, (_MOST, MOST_USERS, MOST_USERS), strict=True):
         if value is not None and not 1 <= value <= most:
             raise RequestError(name, f"got {value}", f"It must be from 1 to {most}.")
     if args.memory is not None and not 0 < args.memory <= 2**20:
@@ -125,12 +131,18 @@ def examine(args: argparse.Namespace) -> Report:
     layout_of = partial(device_layout, config, device, args.dtype, free)
     layout = layout_of(quantize)
     context = args.ctx or usual_context(config)
+    sequences = max(args.users, args.max_num_seqs)
     need = memory_need(
-        config, layout.storage, context, users=args.users, quantize=quantize, kv_cache_dtype=args.kv
+        *(config, layout.storage, context),
+        users=args.users,
+        sequences=sequences,
+        quantize=quantize,
+        kv_cache_dtype=args.kv,
     )
-    found = options(config, layout_of, Workload(context, args.users), free, BATCH_TOKENS) if free else []
+    work = Workload(context, args.users, sequences)
+    found = options(config, layout_of, work, free, BATCH_TOKENS) if free else []
     return Report(
-        *(args.model, source, config, device, free, total, context, args.users, quantize, args.kv),
+        *(args.model, source, config, device, free, total, work, quantize, args.kv),
         *(layout, need, found),
     )
 
@@ -219,13 +231,15 @@ def as_json(report: Report) -> dict[str, Any]:
         "active_parameters": num_active_parameters(config),
         "device": report.device,
         "dtype": report.layout.dtype,
-        "context": report.context,
-        "users": report.users,
+        "context": report.work.context,
+        "users": report.work.users,
+        "max_num_seqs": report.work.sequences,
         "quantize": report.quantize,
         "kv_cache_dtype": report.kv,
         "weight_bytes": report.need.weights,
         "kv_bytes_per_token": _token_bytes(report),
         "cache_bytes": report.need.cache,
+        "state_bytes": report.state_bytes,
         "workspace_bytes": report.need.workspace,
         "runtime_bytes": report.layout.runtime,
         "total_bytes": report.needed,
@@ -255,8 +269,15 @@ def _show(report: Report, terminal: Terminal) -> None:
     part = "" if active == num_parameters(config) else f"{billions(active)} of them active for a token"
     row("parameters", billions(num_parameters(config)), part)
     row("weights", gib(need.weights), _weights(report))
-    cached = f"{report.context} tokens of {_token_bytes(report) / 1024:.1f} KiB in {_kv(report)}"
-    row("KV cache", gib(need.cache), f"{counted(report.users, 'user')} with {cached}")
+    cached = f"{report.work.context} tokens of {_token_bytes(report) / 1024:.1f} KiB in {_kv(report)}"
+    states = report.state_bytes
+    row("KV cache", gib(need.cache - states), f"{counted(report.work.users, 'user')} with {cached}")
+    if states:
+        row(
+            "states",
+            gib(states),
+            f"of linear attention, for max_num_seqs={report.work.sequences} and prefixes",
+        )
     row("workspace", gib(need.workspace), "for the activations of a step, or for loading if that takes more")
     row("runtime", gib(report.layout.runtime), "Python and torch" if _on_cpu(report) else "the driver")
     row("total", gib(report.needed), style="bold")
@@ -275,7 +296,7 @@ def _show_options(report: Report, terminal: Terminal) -> None:
     """What would fit: a line for each way to load."""
     terminal.say()
     terminal.say("what fits, by what the model is loaded with:")
-    head = (f"context for {counted(report.users, 'user')}", f"users with {report.context}")
+    head = (f"context for {counted(report.work.users, 'user')}", f"users with {report.work.context}")
     terminal.say(f"{'quantize':<10} {'KV cache':<9} {'weights':>12}   {head[0]:>20}   {head[1]:>16}", "bold")
     for option in report.options:
         kv = "int8" if option.kv_cache_dtype == "int8" else report.layout.dtype
@@ -297,7 +318,7 @@ def _assumed(report: Report) -> str:
         said.append("16-bit weights in the file")
     if config.quant is not None and not config.quant.has_codes and report.quantize is None:
         said.append("FP8 weights turned into 16 bits at load")
-    if report.context > config.max_position_embeddings:
+    if report.work.context > config.max_position_embeddings:
         said.append(f"a context beyond the {config.max_position_embeddings} tokens the model was made for")
     return ", ".join(said)
 

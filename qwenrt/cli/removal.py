@@ -69,13 +69,13 @@ def rm(args: argparse.Namespace) -> int:
 
 def _copy(name: str, whose: str | None, env: Environment) -> Copy:
     """The one copy that is meant. Raises where there is none, or several and nothing says which."""
-    from qwenrt.loader.hub.about import meant
+    from qwenrt.loader.hub.about import meant, models_of
 
     if name == "demo":
         raise CheckpointError(
             "deleting 'demo'", "it is a part of the package", "Uninstall qwenrt to be rid of it."
         )
-    model, copies, others = meant(name, env)
+    model, copies, others, gguf = meant(name, env)
     found = [copy for copy in copies if whose in (None, copy.store.whose)]
     if not found:
         place = f" from {whose}" if whose else ""
@@ -90,6 +90,13 @@ def _copy(name: str, whose: str | None, env: Environment) -> Copy:
             f"deleting {model}",
             f"there are {len(found)} copies, in {places}",
             f"Say which: {' or '.join(f'--from {copy.store.whose}' for copy in found)}.",
+        )
+    held = [one for one, _ in models_of(found[0], env)] if gguf else []
+    if len(held) > 1:
+        raise CheckpointError(
+            f"deleting {name}",
+            f"the copy of {model} has {len(held)} GGUF models: {', '.join(held)}",
+            f"`qwenrt rm {model}` deletes all of them.",
         )
     return found[0]
 

@@ -201,3 +201,9 @@ def num_snapshots(sequences: int, affordable: int | None = None) -> int:
     ``affordable``, a few at least."""
     most = _SNAPSHOTS * sequences
     return most if affordable is None else min(most, max(_FEW, affordable))
+
+
+def least_state_bytes(config: ModelConfig, itemsize: int, sequences: int) -> int:
+    """Bytes of the states that are set up for ``sequences`` that may run together, however short memory is: what
+    estimates, the check before loading and the choice of a context count with."""
+    return (sequences + num_snapshots(sequences, 0)) * state_bytes(config, itemsize)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from qwenrt.config.fields import bad, boolean, first_given, integer
@@ -13,7 +13,10 @@ Method = Literal["gptq", "awq", "fp8", "gguf"]
 GROUP_SIZE = 128  # inputs that share a scale, by default
 # (rows, columns) that share a scale, where the config of a file with blocks names no size
 FP8_BLOCK = (128, 128)
-_SUPPORTED = "gptq (4 and 8 bits), awq (4 bits, gemm), fp8 (e4m3), compressed-tensors (float-quantized)"
+_SUPPORTED = (
+    "gptq (4 and 8 bits), awq (4 bits, gemm), auto-round (in the layout of either), fp8 (e4m3), compressed-tensors "
+    "(float-quantized)"
+)
 _DENSE = "Load the dense release of the model, with quantize= if it is too large."
 
 
@@ -40,7 +43,8 @@ class QuantConfig:
 
     This is what a config says of all linears; the format of each one is told by the file
     (loader/checkpoint/formats.py). ``other_groups``: group sizes that a config names for some of them (GPTQ's
-    ``dynamic``). ``corrections``: what the file's headers, once they were read, show to have another format.
+    ``dynamic``, AutoRound's ``extra_config``). ``corrections``: what the file's headers, once they were read, show to
+    have another format.
     """
 
     bits: int
@@ -76,6 +80,7 @@ class QuantConfig:
             "fp8": _fp8,
             "fbgemm_fp8": _fp8,
             "compressed-tensors": _compressed_tensors,
+            **dict.fromkeys(("auto-round", "auto_round", "intel/auto-round"), _auto_round),
             "gguf": _gguf,
         }
         if not isinstance(method, str) or method not in readers:
@@ -109,17 +114,19 @@ def _group_size(quant: Mapping[str, Any], where: str, default: int = GROUP_SIZE)
     return group
 
 
-def _other_groups(quant: Mapping[str, Any], group_size: int, where: str) -> tuple[int, ...]:
-    """The group sizes that ``dynamic`` gives to some modules.
+def _other_groups(
+    quant: Mapping[str, Any], group_size: int, where: str, name: str = "dynamic"
+) -> tuple[int, ...]:
+    """The group sizes that ``dynamic``, or the field of another ``name``, gives to some modules.
 
     Its patterns are not read: which linear is dense, and the bits of the others, are told by the file itself, and an
     untrusted pattern could take for ever to match.
     """
-    rules = quant.get("dynamic")
+    rules = quant.get(name)
     if rules is None or rules is False:
         return ()
     if not isinstance(rules, Mapping):
-        raise bad(where, "dynamic", rules, "an object: pattern -> settings of the modules it matches")
+        raise bad(where, name, rules, "an object: pattern -> settings of the modules it matches")
     settings = [rule for rule in rules.values() if isinstance(rule, Mapping)]
     named = {_group_size(rule, where, group_size) for rule in settings}
     return tuple(sorted(named - {group_size}))
@@ -158,6 +165,25 @@ def _awq(quant: Mapping[str, Any], where: str) -> QuantConfig:
             f"reading {where}", "zero_point is false", f"AWQ weights are read with their zeros. {_DENSE}"
         )
     return QuantConfig(4, _group_size(quant, where), sym=False, zero_offset=0, method="awq")
+
+
+def _auto_round(quant: Mapping[str, Any], where: str) -> QuantConfig:
+    """AutoRound's own config. Its tensors lie as those of GPTQ (zeros as in v1) or of AWQ, as ``packing_format`` says;
+    ``extra_config`` gives some modules other bits and groups, or leaves them dense, and like GPTQ's ``dynamic`` it is
+    not matched: the file tells. ``block_name_to_quantize`` says no more than that."""
+    kind, rounded = quant.get("data_type") or "int", quant.get("act_bits") or 16
+    if kind != "int" or rounded != 16:
+        found = f"AutoRound weights of data_type {kind!r:.40}, with activations of {rounded!r:.20} bits"
+        raise ConfigError(f"reading {where}", found, f"Read are integers beside 16-bit activations. {_DENSE}")
+    packing = quant.get("packing_format")
+    layouts = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq"}
+    if not isinstance(packing, str) or packing not in layouts:
+        found = f"packing_format is {packing!r:.80}"
+        raise ConfigError(f"reading {where}", found, f"Supported are: {', '.join(layouts)}. {_DENSE}")
+    if layouts[packing] == "awq":
+        return _awq({**quant, "version": "gemm", "zero_point": True}, where)
+    form = _gptq({**quant, "checkpoint_format": "gptq", "dynamic": None}, where)
+    return replace(form, other_groups=_other_groups(quant, form.group_size, where, "extra_config"))
 
 
 def _gguf(quant: Mapping[str, Any], where: str) -> QuantConfig:

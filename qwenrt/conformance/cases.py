@@ -15,6 +15,7 @@ from qwenrt.conformance.choosing import ChoosingCase
 from qwenrt.conformance.compare import CONTIGUOUS, LAYOUTS, ROWS_APART
 from qwenrt.conformance.linears import ExpertsCase, LinearCase, RoundingCase
 from qwenrt.conformance.rows import RotaryCase, RowsCase
+from qwenrt.conformance.states import StatesCase
 from qwenrt.conformance.weights import FORMS, MAIN_FORMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +33,16 @@ LENS = (
     ((33, 33), (0, 20), (130, 130)),
     ((8, 1030), (17, 600)),
     ((1, 4097), (1, 1)),
+    (),
+)
+# Of linear attention: key heads, value heads and their widths; sequences that begin, go on, decode, do nothing.
+DELTA_HEADS = ((2, 6, 16, 24), (1, 1, 8, 8), (4, 4, 128, 128), (2, 8, 40, 16))
+STATE_LENS = (
+    ((1, 513), (5, 300), (70, 134), (16, 16), (1, 1), (200, 200)),
+    ((1, 1),),
+    ((1, 40), (1, 300), (1, 2)),
+    ((3, 3), (7, 10), (8, 11)),
+    ((33, 33), (0, 20), (130, 257)),
     (),
 )
 
@@ -269,6 +280,48 @@ OPS = (
             "min_p": (0.0, 0.05),
             "temperature": (0.7, 1.3, 1e-3),
             "gaps": (False, True),
+        },
+    ),
+    Op(
+        "causal_conv",
+        StatesCase,
+        {
+            "dtype": DTYPES,
+            "taps": (4, 2, 8),
+            "heads": DELTA_HEADS[:2],
+            "lens": STATE_LENS,
+            "kept": (True, False),
+            "layout": (CONTIGUOUS, ROWS_APART),
+        },
+    ),
+    Op(
+        "gated_delta",
+        StatesCase,
+        {
+            "dtype": DTYPES,
+            "heads": DELTA_HEADS,
+            "tiled": (False, True),
+            "lens": STATE_LENS,
+            "kept": (True, False),
+            "layout": (CONTIGUOUS, ROWS_APART),
+        },
+    ),
+    Op(
+        "gated_norm",
+        StatesCase,
+        {"dtype": DTYPES, "heads": DELTA_HEADS, "lens": STATE_LENS[-3:], "layout": (CONTIGUOUS, ROWS_APART)},
+    ),
+    Op(
+        "delta_net",
+        StatesCase,
+        {
+            "dtype": DTYPES,
+            "heads": DELTA_HEADS,
+            "taps": (4, 2, 8),
+            "tiled": (False, True),
+            "lens": STATE_LENS,
+            "kept": (True, False),
+            "layout": (CONTIGUOUS, ROWS_APART),
         },
     ),
 )

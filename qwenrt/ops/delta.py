@@ -2,13 +2,14 @@
 
 Sources: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464); and Qwen3-Next's and Qwen3.5's own code
 for the order in which numbers are rounded. Tokens are flat; a plan says which belong to which sequence. A sequence's
-state is carried from step to step token by token, so that it does not depend on how a prompt was cut, but for the last
-bit of torch's exp.
+state is carried from step to step: token by token where they are few, so that drafts and answers move it alike, and by
+chunks where they are many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,18 @@ import torch.nn.functional as F
 from qwenrt.ops.steps import LayerState, StepPlan
 
 _L2_EPS = 1e-6  # of queries and keys, whatever eps the norms have
+CHUNK = 64  # tokens of a sequence, from its first one on, that are computed together in matrix products
+_MANY = 8  # tokens of a step from where on that costs less than going through them
 
 
-def _sequences(plan: StepPlan) -> Iterator[tuple[slice, int | None, bool]]:
-    """Of each sequence that has tokens: where they are, the slot of its state (None without a cache), and whether it
-    begins here."""
+def _sequences(plan: StepPlan) -> Iterator[tuple[slice, int | None, int]]:
+    """Of each sequence that has tokens: where they are, the slot of its state (None without a cache), and the position
+    of the first."""
     start = 0
     slots: list[int] | list[None] = plan.state_slots or [None] * len(plan.q_lens)
     for q_len, kv_len, slot in zip(plan.q_lens, plan.kv_lens, slots, strict=True):
         if q_len:
-            yield slice(start, start + q_len), slot, kv_len == q_len
+            yield slice(start, start + q_len), slot, kv_len - q_len
         start += q_len
 
 
@@ -38,9 +41,9 @@ def causal_conv(
     Summed in float32 in this order and rounded once. ``state.conv`` gives the K - 1 tokens before, and takes the last.
     """
     taps, parts = weight.shape[0], []
-    for here, slot, begins in _sequences(plan):
+    for here, slot, first in _sequences(plan):
         before = x.new_zeros(taps - 1, x.shape[1])
-        if state is not None and slot is not None and not begins:
+        if state is not None and slot is not None and first > 0:
             before = state.conv[slot].to(x.dtype)
         rows = torch.cat((before, x[here]))
         count = rows.shape[0] - taps + 1
@@ -78,19 +81,21 @@ def gated_delta(
     Queries and keys are divided by their lengths, queries by sqrt(dk) as well. Then for each token, S [dk, dv] of each
     value head being 0 at a sequence's start and ' transposing:  S <- e^g S;  d = beta (v - S'k);  S <- S + k d';
     o = S'q.  S is read once for that: p = e^g S'k, s = e^g S'q, d = beta (v - p), o = s + (k'q) d, S <- e^g S + k d'.
-    All of it is float32, and o stays so: it leaves float16's range in long texts. ``state.delta`` holds S.
+    All of it is float32, and o stays so: it leaves float16's range in long texts. ``state.delta`` holds S. A step's
+    bits depend on where it cuts a prompt, unless at multiples of CHUNK tokens.
     """
     each = v.shape[1] // k.shape[1]
     q, k = (_unit(x.float()) for x in (q, k))
     q, k = (x.repeat(1, each, 1) if tiled else x.repeat_interleave(each, dim=1) for x in (q, k))
     q, v = q * q.shape[-1] ** -0.5, v.float()
     parts = []
-    for here, slot, begins in _sequences(plan):
-        if state is not None and slot is not None and not begins:
+    for here, slot, first in _sequences(plan):
+        if state is not None and slot is not None and first > 0:
             s = state.delta[slot].clone()
         else:
             s = v.new_zeros(v.shape[1], k.shape[2], v.shape[2])
-        o, s = _delta_rule(q[here], k[here], v[here], beta[here], g[here].exp(), s)
+        rows = (q[here], k[here], v[here], beta[here], g[here], s)
+        o, s = by_tokens(*rows) if here.stop - here.start < _MANY else by_chunks(*rows, first)
         parts.append(o)
         if state is not None and slot is not None:
             state.delta[slot].copy_(s)
@@ -101,15 +106,17 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _L2_EPS)
 
 
-def _delta_rule(
+def by_tokens(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     beta: torch.Tensor,
-    decay: torch.Tensor,
+    g: torch.Tensor,
     s: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence, token by token: q, k [n, nv, dk], v [n, nv, dv], beta, decay [n, nv], S [nv, dk, dv] -> o, S."""
+    """One sequence, token by token: q, k [n, nv, dk] (of unit length, q scaled), v [n, nv, dv], beta, g [n, nv],
+    S [nv, dk, dv], all float32 -> o [n, nv, dv], S."""
+    decay = g.exp()
     kq = torch.stack((k, q), dim=2)  # [n, nv, 2, dk]
     both = (k * q).sum(-1, keepdim=True)
     out = []
@@ -122,27 +129,28 @@ def _delta_rule(
     return torch.stack(out), s
 
 
-def gated_delta_by_chunks(
+def by_chunks(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     beta: torch.Tensor,
     g: torch.Tensor,
     s: torch.Tensor,
-    size: int = 64,
+    first: int = 0,
+    size: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same rule of one sequence, ``size`` tokens at a time in matrix products: q, k [n, nv, dk] (of unit length, q
-    scaled), v [n, nv, dv], beta, g [n, nv], S [nv, dk, dv], all float32 -> o [n, nv, dv], S. For devices that multiply
-    matrices much faster than they go through a loop. Its bits depend on where chunks begin.
+    """The same, ``size`` tokens at a time in matrix products. Chunks begin at multiples of ``size``; the first token
+    has the position ``first``. A token that is not finite spoils those before it in its chunk too.
 
     In a chunk, G being the sums of g up to each token and D_ij = e^(G_i - G_j) for j <= i, else 0:
     A = tril(diag(beta) K K' * D, -1);  (I + A) U = diag(beta) V;  (I + A) W = diag(beta e^G) K;  N = U - W S;
     O = diag(e^G) Q S + tril(Q K' * D) N;  S <- e^(G_last) S + (diag(e^(G_last - G)) K)' N.
     """
     parts = []
-    for start in range(0, q.shape[0], size):
-        q_, k_, v_ = (x[start : start + size].transpose(0, 1) for x in (q, k, v))
-        b, total = beta[start : start + size].T, g[start : start + size].T.cumsum(-1)
+    edges = [0, *range(size - first % size, q.shape[0], size), q.shape[0]]
+    for here in (slice(*pair) for pair in pairwise(edges)):
+        q_, k_, v_ = (x[here].transpose(0, 1) for x in (q, k, v))
+        b, total = beta[here].T, g[here].T.cumsum(-1)
         n = q_.shape[1]
         seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
         decay = (total[:, :, None] - total[:, None, :]).masked_fill(~seen, -torch.inf).exp()

@@ -112,7 +112,15 @@ def test_everything_is_within_reach_of_the_keyboard(talk: Talk) -> None:
     for _ in range(40):
         page.keyboard.press("Tab")
         found.add(page.evaluate(f"document.activeElement.{NAME}"))
-    assert {"Copy", "Answer again", "Edit", "Attach text files", "prompt", "search", "Dark colours"} <= found
+    assert {
+        "Copy",
+        "Answer again",
+        "Edit",
+        "Attach text files",
+        "Message",
+        "Search chats",
+        "Dark colours",
+    } <= found
     assert any("Settings" in one for one in found)
 
 

@@ -14,10 +14,7 @@ from tests.server.asking import Gate
 
 SOURCE = (Path(qwenrt.__file__).parent / "server" / "page" / "markdown.js").read_text(encoding="utf-8")
 # Shows texts with the page's own reader, within the page and its policy.
-READER = (
-    "const say = name => name, iconButton = () => document.createElement('button'), copyText = () => {};"
-    + SOURCE
-)
+READER = "const copyButton = () => document.createElement('button');" + SOURCE
 SHOWN = f"""texts => {{ {READER}
     return texts.map(text => {{
         const root = document.createElement("div");

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from qwenrt.config import read_model_config
-from qwenrt.config.layers import num_parameters
+from qwenrt.config.layers import num_parameters, num_snapshots, state_bytes
+from qwenrt.config.released import released_config
 from qwenrt.loader.memory import device as device_memory
-from qwenrt.loader.memory.footprint import Storage, weight_bytes
+from qwenrt.loader.memory.footprint import Storage, memory_need, weight_bytes
 from tests.conftest import write_tiny_checkpoint
 
 Qwenrt = Callable[..., Any]
@@ -49,6 +50,25 @@ def test_a_released_shape(qwenrt: Qwenrt) -> None:
     ):
         assert line in done.out
     assert max(map(len, done.out.splitlines())) <= 110
+
+
+def test_the_states_of_all_that_may_run_are_counted_as_loading_counts_them(qwenrt: Qwenrt) -> None:
+    config = released_config("Qwen3.5-0.8B")
+    assert config is not None
+    for more, sequences in ((), 16), (("--max-num-seqs", "2"), 2), (("--users", "20"), 20):
+        report = as_json(qwenrt, "Qwen3.5-0.8B", "--device", "cpu", "--memory", "24", *more)
+        states = (sequences + num_snapshots(sequences, 0)) * state_bytes(config, 4)
+        assert report["state_bytes"] == states and report["max_num_seqs"] == sequences
+        tokens = report["users"] * report["context"] * report["kv_bytes_per_token"]
+        assert report["cache_bytes"] == tokens + states
+        layout = Storage(4, 2, 2, kernels=True, on_host=True)
+        need = memory_need(config, layout, report["context"], users=report["users"], sequences=sequences)
+        assert report["total_bytes"] == need.total + report["runtime_bytes"]
+        asked = next(o for o in report["options"] if (o["quantize"], o["kv_cache_dtype"]) == (None, "auto"))
+        assert asked["need"]["cache"] == report["cache_bytes"]
+    said = qwenrt("estimate", "Qwen3.5-0.8B", "--memory", "24").out
+    assert "of linear attention, for max_num_seqs=16 and prefixes" in said
+    assert "linear attention" not in qwenrt("estimate", "Qwen3-8B", "--memory", "64").out
 
 
 def test_a_path_is_said_once(qwenrt: Qwenrt, tmp_path: Path) -> None:

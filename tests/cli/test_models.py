@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 from qwenrt.cli import listing, removal
 from qwenrt.cli.terminal import readable_bytes
 from qwenrt.loader.hub import removal as deleting
+from tests.conftest import GOLDEN
 from tests.loader.hub.caches import COMMIT, SECOND, into_huggingface, into_modelscope, sharded_model
 
 Qwenrt = Callable[..., Any]
@@ -309,3 +311,18 @@ def test_rm_leaves_what_is_being_downloaded(
 def test_rm_of_what_is_no_ones(here: Path, qwenrt: Qwenrt) -> None:
     assert "it is a part of the package" in qwenrt("rm", "demo").err
     assert "Did you mean" in qwenrt("rm", "Qwen3-4C", "--yes").err
+
+
+def test_each_file_of_a_gguf_repository_is_a_model(here: Path, qwenrt: Qwenrt) -> None:
+    snapshot = here / "hf" / "models--Qwen--Qwen3-4B-GGUF" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for tag, golden in {"Q4_K_M": "legacy", "Q8_0": "kquants"}.items():
+        shutil.copy(GOLDEN / "gguf" / golden / "model.gguf", snapshot / f"Qwen3-4B-{tag}.gguf")
+    said, name = qwenrt("list").out, "Qwen/Qwen3-4B-GGUF"
+    assert f"{name}:Q4_K_M" in said and f"{name}:Q8_0" in said and "gguf" in said
+    shown = qwenrt("show", f"{name}:q8_0")
+    assert shown.out.startswith(f"{name}:Q8_0\n") and "gguf" in shown.out
+    kept = qwenrt("rm", f"{name}:Q8_0", "--yes")
+    assert kept.code != 0 and f"has 2 GGUF models: {name}:Q4_K_M, {name}:Q8_0" in kept.err
+    (snapshot / "Qwen3-4B-Q8_0.gguf").unlink()
+    assert qwenrt("rm", f"{name}:Q4_K_M", "--yes").code == 0 and not snapshot.exists()

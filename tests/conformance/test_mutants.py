@@ -13,6 +13,7 @@ from qwenrt.conformance.cases import LARGE
 from qwenrt.conformance.linears import NOT_FINITE, LinearCase
 from qwenrt.conformance.run import chosen
 from qwenrt.conformance.subjects import DEFINITION, Subject, at_hand
+from tests.backends.delta_mutants import DELTA_MUTANTS
 from tests.backends.mutants import MUTANTS, Mutant
 from tests.kernel_sets import KERNELS, needs_kernels
 
@@ -44,7 +45,7 @@ def could_meet(case: Case, mutant: Mutant) -> bool:
     return (case.form.bits < 16) == (mutant.method == "quant_linear")
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *DELTA_MUTANTS], ids=lambda mutant: mutant.name)
 def test_a_wrong_kernel_is_found(
     mutant: Mutant, subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:

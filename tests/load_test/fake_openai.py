@@ -69,6 +69,25 @@ def streams(*events: Any, cut: int = 0) -> Behaviour:
     return behave
 
 
+def paced(first: float, gap: float, tokens: int) -> Behaviour:
+    """Sends a role at once, then ``tokens`` events with a token each: after ``first`` seconds, and every ``gap``."""
+
+    async def behave(reply: Reply) -> None:
+        now = asyncio.get_running_loop().time
+        began = now()
+        reply.begin()
+        await reply.chunk(event({"choices": [{"delta": {"role": "assistant"}}]}))
+        for place in range(tokens):
+            await asyncio.sleep(began + first + place * gap - now())
+            await reply.chunk(event(content("word ")))
+        usage = {"prompt_tokens": 7, "completion_tokens": tokens}
+        for last in (FINISH, {"choices": [], "usage": usage}, "[DONE]"):
+            await reply.chunk(event(last))
+        await reply.end()
+
+    return behave
+
+
 GOOD = streams(
     {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
     *(content(text) for text in ("one ", "two ", "three")),

@@ -23,6 +23,23 @@ LEFT_DENSE = ("in_proj_a", "in_proj_b", "in_proj_ba", "conv1d", "gate", "embed",
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 
 
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    **{
+        "bits": 4,
+        "group_size": 16,
+        "sym": True,
+        "data_type": "int",
+        "block_name_to_quantize": "model.layers",
+    },
+    "extra_config": {
+        "model.layers.3.self_attn.o_proj": {"bits": 8, "group_size": 32},
+        "model.layers.0.linear_attn.in_proj_a": {"bits": 16, "data_type": "float"},
+    },
+}
+
+
 def quantised(name: str, how: str, directory: Path) -> tuple[Path, Path]:
     """(a recorded checkpoint in a quantised form, the same with the matrices that it stands for)."""
     source = GOLDEN / name
@@ -40,6 +57,14 @@ def quantised(name: str, how: str, directory: Path) -> tuple[Path, Path]:
         exact = {name: matrix.bfloat16().float() for name, matrix in exact.items()}  # as it is served
     elif how == "awq":
         (state, exact), quant = awq_state(dense, modules, 16), awq_config(16)
+    elif (
+        how == "auto-round"
+    ):  # as AutoRound leaves it: rates and the shared expert dense, one module in another form
+        some = [m for m in modules if m.endswith("o_proj")]
+        (state, exact), quant = gptq_state(dense, [m for m in modules if m not in some], 4, 16), AUTO_ROUND
+        bytes_, more = gptq_state({k: v for k, v in dense.items() if k[: k.rindex(".")] in some}, some, 8, 32)
+        state = {k: v for k, v in state.items() if k[: k.rindex(".")] not in some} | bytes_
+        exact |= {k: v for k, v in more.items() if k in exact}
     else:
         bits = int(how[-1])
         (state, exact), quant = gptq_state(dense, modules, bits, 16), gptq_config(bits, 16)
@@ -62,7 +87,7 @@ def logits(directory: Path, **settings: Any) -> torch.Tensor:
         return llm.logits(ids)
 
 
-@pytest.mark.parametrize("how", ["gptq4", "gptq8", "awq", "fp8"])
+@pytest.mark.parametrize("how", ["gptq4", "gptq8", "awq", "fp8", "auto-round"])
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
 def test_codes_give_what_they_stand_for(name: str, how: str, tmp_path: Path) -> None:
     codes, exact = quantised(name, how, tmp_path)

@@ -47,29 +47,39 @@ def empty_state(slots: int) -> LayerState:
     )
 
 
-def test_the_loop_is_the_formula() -> None:
-    made = inputs(70)
-    o = delta.gated_delta(*made, None, StepPlan([70], [70]))
+@pytest.mark.parametrize("tokens", [1, 7, 8, 64, 70, 130])
+def test_it_is_the_formula(tokens: int) -> None:
+    made = inputs(tokens)
+    o = delta.gated_delta(*made, None, StepPlan([tokens], [tokens]))
     torch.testing.assert_close(o.double(), by_the_formula(*made), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("first", [0, 1, 63, 64, 100])
 @pytest.mark.parametrize("size", [1, 16, 64, 100])
-def test_chunks_give_what_the_loop_gives(size: int) -> None:
+def test_chunks_give_what_the_loop_gives(size: int, first: int) -> None:
     q, k, v, beta, g = inputs(130)
     each = NV // NK
     unit = [F.normalize(x, dim=-1).repeat_interleave(each, dim=1) for x in (q, k)]
-    o, s = delta.gated_delta_by_chunks(unit[0] * DK**-0.5, unit[1], v, beta, g, torch.zeros(NV, DK, DV), size)
-    state = empty_state(1)
-    plan = StepPlan([130], [130], state_slots=[0])
-    torch.testing.assert_close(o, delta.gated_delta(q, k, v, beta, g, state, plan), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(s, state.delta[0], atol=1e-5, rtol=1e-4)
+    rows = unit[0] * DK**-0.5, unit[1], v, beta, g, torch.randn(NV, DK, DV)
+    for by_chunks, by_tokens in zip(delta.by_chunks(*rows, first, size), delta.by_tokens(*rows), strict=True):
+        torch.testing.assert_close(by_chunks, by_tokens, atol=1e-5, rtol=1e-4)
+
+
+def test_cuts_where_chunks_begin_do_not_change_a_bit() -> None:
+    made, state = inputs(150), empty_state(1)
+    whole = delta.gated_delta(*made, None, StepPlan([150], [150]))
+    pieces = [
+        delta.gated_delta(*(x[a:b] for x in made), state, StepPlan([b - a], [b], state_slots=[0]))
+        for a, b in ((0, 64), (64, 128), (128, 150))
+    ]
+    assert torch.equal(torch.cat(pieces), whole)
 
 
 def test_what_is_forgotten_at_once_overflows_nothing() -> None:
     q, k, v, beta, g = inputs(80)
     assert torch.isfinite(delta.gated_delta(q, k, v, beta, g * 200, None, StepPlan([80], [80]))).all()
     unit = [F.normalize(x, dim=-1).repeat_interleave(NV // NK, dim=1) for x in (q, k)]
-    o, s = delta.gated_delta_by_chunks(*unit, v, beta, g * 200, torch.zeros(NV, DK, DV))
+    o, s = delta.by_chunks(*unit, v, beta, g * 200, torch.zeros(NV, DK, DV))
     assert torch.isfinite(o).all() and torch.isfinite(s).all()
 
 
@@ -121,16 +131,18 @@ def test_what_is_read_stays_float32_beside_16_bits() -> None:
     assert normed.dtype == torch.float16 and torch.isfinite(normed).all()
 
 
-def test_gradients_pass() -> None:
-    made, plan = [x.requires_grad_() for x in inputs(5)], StepPlan([2, 3], [2, 3])
+@pytest.mark.parametrize("longer", [3, 70])
+def test_gradients_pass(longer: int) -> None:
+    tokens, plan = 2 + longer, StepPlan([2, longer], [2, longer])
+    made = [x.requires_grad_() for x in inputs(tokens)]
     delta.gated_delta(*made, None, plan).sum().backward()
     exact = [x.detach().clone().requires_grad_() for x in made]
     torch.cat(
-        [by_the_formula(*(x[part] for x in exact)) for part in (slice(2), slice(2, 5))]
+        [by_the_formula(*(x[part] for x in exact)) for part in (slice(2), slice(2, tokens))]
     ).sum().backward()
     for ours, theirs in zip(made, exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
-    x, weight = (t.requires_grad_() for t in (torch.randn(5, CHANNELS), torch.randn(TAPS, CHANNELS)))
+    x, weight = (t.requires_grad_() for t in (torch.randn(tokens, CHANNELS), torch.randn(TAPS, CHANNELS)))
     delta.causal_conv(x, weight, None, plan).sum().backward()
     assert x.grad is not None and weight.grad is not None and x.grad[1].abs().sum() > 0

@@ -11,8 +11,10 @@ from pathlib import Path
 from qwenrt.config import Environment, ModelConfig, read_model_config
 from qwenrt.errors import CheckpointError, QwenrtError
 from qwenrt.loader.checkpoint.checkpoint import TORCH_DTYPES, weight_files
+from qwenrt.loader.checkpoint.gguf.directory import as_directory, files_noted
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.hub.downloads import parts_of
+from qwenrt.loader.hub.gguf_files import models
 from qwenrt.loader.hub.names import did_you_mean, short, understand
 from qwenrt.loader.hub.resolve import DEMO
 from qwenrt.loader.hub.stores import Copy, copies, what_lacks
@@ -44,23 +46,41 @@ def on_this_machine(env: Environment) -> list[Facts]:
     """The built-in model, then everything in every store."""
     found = [facts(DEMO, "demo")]
     for copy in copies(env):
-        directory = copy.directory()
-        if directory is not None:
-            found.append(facts(directory, short(copy.repo), copy))
+        found += [facts(place, name, copy) for name, place in models_of(copy, env)]
     return found
 
 
-def meant(name: str, env: Environment) -> tuple[str, list[Copy], str]:
+def models_of(copy: Copy, env: Environment) -> list[tuple[str, Path]]:
+    """What can be loaded of a copy: names and directories. One, or each model of a repository of GGUF files."""
+    directory = copy.directory()
+    if directory is None:
+        return []
+    name, names = short(copy.repo), [file for file, size in files(directory) if size is not None]
+    found = {} if any(file.endswith(".safetensors") for file in names) else models(names)
+    return [(f"{name}:{tag}", _of_gguf(directory / some[0], env)) for tag, some in found.items()] or [
+        (name, directory)
+    ]
+
+
+def _of_gguf(file: Path, env: Environment) -> Path:
+    try:
+        return as_directory(file, env.cache_dir)
+    except QwenrtError:  # of another family, or parts are missing: what is said of the directory will do
+        return file.parent
+
+
+def meant(name: str, env: Environment) -> tuple[str, list[Copy], str, str]:
     """What a name means: the shortest name for it, its copies on this machine in the order of the stores, and a
-    sentence with the names nearest to it, "" where it is a released one.
+    sentence with the names nearest to it, "" where it is a released one; and which of its GGUF files, "" for none.
 
     Raises CheckpointError for what is no name.
     """
     here = list(copies(env))
     repos = [copy.repo for copy in here]
-    repo = understand(name, repos).repo
+    named = understand(name, repos)
+    repo = named.repo
     found = [copy for copy in here if copy.repo.lower() == repo.lower()]
-    return short(repo), found, did_you_mean(name, repos) if short(repo) == repo else ""
+    return short(repo), found, did_you_mean(name, repos) if short(repo) == repo else "", named.gguf
 
 
 def facts(directory: Path, name: str, copy: Copy | None = None, *, headers: bool = False) -> Facts:
@@ -73,6 +93,10 @@ def facts(directory: Path, name: str, copy: Copy | None = None, *, headers: bool
         problem = f"{error.asked}: {error.found}"
     lacks = what_lacks(directory, headers=headers)
     every = [directory] if copy is None else [copy.home]
+    if copy is not None and ":" in name:  # of several GGUF files
+        noted = files_noted(directory) or []
+        size, used = sum(os.stat(file).st_size for file in noted), _last_used_of(noted)
+        return Facts(name, copy, directory, config, problem, lacks, size, used)
     if copy is not None and copy.store.own:
         every.append(parts_of(copy.store.root, copy.repo))
     return Facts(name, copy, directory, config, problem, lacks, bytes_in(every), _last_used(directory))
@@ -137,9 +161,15 @@ def _stats(places: Iterable[Path]) -> Iterator[os.stat_result]:
 
 def _last_used(directory: Path) -> float | None:
     """The latest access to a file of weights, of which no reader of small files is one."""
-    times = []
-    for name, size in files(directory):
-        if name.endswith(".safetensors") and size is not None:
-            info = (directory / name).stat()
-            times.append(max(info.st_atime, info.st_mtime))
+    return _last_used_of(
+        [
+            directory / name
+            for name, size in files(directory)
+            if name.endswith(".safetensors") and size is not None
+        ]
+    )
+
+
+def _last_used_of(weights: Iterable[Path]) -> float | None:
+    times = [max(info.st_atime, info.st_mtime) for info in (path.stat() for path in weights)]
     return max(times, default=None)

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from qwenrt.errors import CheckpointError
 from qwenrt.files import is_there, opened
-from qwenrt.loader.hub.pull import WEIGHT_FILES, Pull, from_network
+from qwenrt.loader.hub.pull import Pull, from_network
 from qwenrt.loader.progress import ByteBar, quiet_tqdm
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def fetch_shards(pull: Pull, info: Any) -> bool:
     """
     commit = str(info.sha)
     names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
-    names = [name for name in names if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)]
+    names = [name for name in names if any(fnmatch(name, pattern) for pattern in pull.weight_files)]
     store = pull.cache_dir / f"models--{pull.repo.replace('/', '--')}" / "blobs"
     with ThreadPoolExecutor(PARALLEL) as pool:
         described = list(pool.map(lambda name: _describe(pull, name, commit), names))

@@ -23,6 +23,7 @@ def fetch(pull: Pull) -> Path:
         if pull.offline:
             return _snapshot(pull, pull.patterns, False)
         info = repository(pull)
+        pull = pull.among(file.rfilename for file in info.siblings or ())
         with pull.fetching_small_files():
             directory = _snapshot(pull, SMALL_FILES, False)
         if pull.weights:

@@ -16,7 +16,6 @@ from qwenrt.loader.hub.downloads import RemoteFile, is_beside
 from qwenrt.loader.hub.pull import (
     SMALL_FILES,
     SUBDIRECTORIES,
-    WEIGHT_FILES,
     Pull,
     from_network,
     out_of_space,
@@ -68,6 +67,7 @@ def _fetched(pull: Pull) -> Path:
             return download(pull.patterns)
         with pull.trying(lambda error: any(map(from_network, _causes(error)))):
             files = api.list_repo_files(pull.repo, "model", revision=pull.revision)
+        pull = pull.among(str(file.path) for file in files)
         directory = download(SMALL_FILES)
         if pull.weights:
             pull.accept(directory)
@@ -98,7 +98,7 @@ def _prepare(pull: Pull, files: Sequence[Any], directory: Path) -> None:
     needed = 0
     for file in files:
         name = str(file.path)
-        if "/" in name or not any(fnmatch(name, pattern) for pattern in WEIGHT_FILES):
+        if "/" in name or not any(fnmatch(name, pattern) for pattern in pull.weight_files):
             continue
         remote = RemoteFile(name, "", {}, int(file.size or 0), str(file.sha256 or ""), "")
         here = directory / name

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from qwenrt.errors import CheckpointError
+from qwenrt.loader.hub.gguf_files import is_tag
 
 OWNER = "Qwen"
 _TABLE = Path(__file__).with_name("released_names.txt")
@@ -42,10 +43,12 @@ _ALIKE = 0.55  # how much of two names must be equal for one to be offered in pl
 
 @dataclass(frozen=True)
 class Meant:
-    """The repository that a name means. ``note``: what the name does not say by itself, "" where there is nothing."""
+    """The repository that a name means. ``note``: what the name does not say by itself, "" where there is nothing.
+    ``gguf``: which of its GGUF files, "" where the name says none."""
 
     repo: str
     note: str = ""
+    gguf: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ def understand(name: str, at_hand: Iterable[str] = ()) -> Meant:
     Raises CheckpointError, with the nearest names, for what is no name, and for one that could mean several models.
     """
     at_hand = list(at_hand)
+    repo, _, tag = name.partition(":")
+    if is_tag(tag) and (_is_repository(repo) or repo.lower().endswith("-gguf")):
+        whole = repo if "/" in repo else f"{OWNER}/{repo}"
+        return Meant({_folded(one): one for one in at_hand}.get(_folded(whole), whole), gguf=tag)
     spelled = {_folded(repo): repo for repo in at_hand}.get(_folded(name))
     owner, _, bare = name.rpartition("/")
     if owner.lower() in ("", OWNER.lower()) and ":" not in bare:
@@ -151,7 +158,8 @@ def _of_tag(name: str, family: str, tag: str, at_hand: Sequence[str]) -> Meant:
         raise CheckpointError(
             f"cannot load the model {name[:120]!r}",
             f"{name[-len(gguf[1]) :]} is a quantisation of GGUF files; those released as safetensors are others",
-            f"Load {plain} and round its weights at load: quantize='int4' or 'int8' (--quantize int4).",
+            f"Load {plain} and round its weights at load: quantize='int4' or 'int8' (--quantize int4). Of a GGUF "
+            f"repository the whole name is needed: Qwen/Qwen3-4B-GGUF:{gguf[1].upper()}.",
         )
     tag = _SIXTEEN_BITS.sub("", tag)
     members = [parts for parts in _parts() if parts.family == family]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
 from qwenrt.errors import CheckpointError
+from qwenrt.loader.hub.gguf_files import chosen, models, said
 from qwenrt.loader.progress import Waiting
 
 # Never fetched: *.py (code), *.bin (pickles), and files in subdirectories (other formats of the weights), but for
@@ -25,8 +27,9 @@ NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "url
 @dataclass(frozen=True)
 class Pull:
     """One repository to download. ``show``: progress bars on stderr (None: only on a terminal). ``nearest``: the names
-    most like it, as a sentence. ``beside``: directories of other tools that hold some of its files. ``accept``: looks
-    at the small files before the weights are fetched, and raises for a model that could not be loaded."""
+    most like it, as a sentence. ``gguf``: which of its GGUF files is wanted (see gguf_files). ``beside``: directories
+    of other tools that hold some of its files. ``accept``: looks at the small files before the weights are fetched, and
+    raises for a model that could not be loaded."""
 
     hub: str
     repo: str
@@ -38,13 +41,32 @@ class Pull:
     show: bool | None
     patterns: tuple[str, ...]
     nearest: str = ""
+    gguf: str = ""
     beside: tuple[Path, ...] = ()
     accept: Callable[[Path], None] = field(default=lambda directory: None)
 
     @property
     def weights(self) -> bool:
         """Whether the weights are wanted too."""
-        return set(WEIGHT_FILES) <= set(self.patterns)
+        return bool(self.weight_files)
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """What the weights are called."""
+        return tuple(pattern for pattern in self.patterns if pattern not in SMALL_FILES)
+
+    def among(self, names: Iterable[str]) -> Pull:
+        """The same once it is known which files the repository has. Raises CheckpointError where no one model is meant:
+        ``gguf`` is none of them, or there are GGUF files alone and it says nothing."""
+        names = [name for name in names if "/" not in name]
+        if self.gguf:
+            wanted = chosen(names, self.gguf, self.repo, self.asked)
+            return replace(self, patterns=(*SMALL_FILES, *map(escape, wanted)))
+        found = models(names)
+        if self.weights and found and not any(name.endswith(".safetensors") for name in names):
+            tags = ", ".join([*found][:24]) + (", ..." if len(found) > 24 else "")
+            self.fail(f"it has GGUF files, and no others: {tags}", said(self.repo, found))
+        return self
 
     @property
     def host(self) -> str:

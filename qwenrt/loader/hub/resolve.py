@@ -16,6 +16,7 @@ from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.gguf.directory import as_directory, gguf_in
 from qwenrt.loader.hub import huggingface, modelscope
+from qwenrt.loader.hub.gguf_files import chosen
 from qwenrt.loader.hub.names import Meant, did_you_mean, short, understand
 from qwenrt.loader.hub.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
 from qwenrt.loader.hub.stores import Copy, copies, what_lacks
@@ -42,13 +43,13 @@ def resolve(
 ) -> Path:
     """The directory of a model's files, fetched if it must be.
 
-    ``name``: "demo", a directory, a GGUF file or the directory that has one, a name as "Qwen3-4B" or "qwen3:4b", or
-    "owner/name" on a hub, in this order. What is complete on this machine is used as it is, that of HuggingFace's and
-    ModelScope's own tools too; what is not is fetched, without the files that are here. ``source`` "auto" asks
-    HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the environment's) opens no
-    socket. ``weights`` False needs configuration and tokenizer alone. ``newest`` asks the hub also where an earlier
-    download is complete. Fetched files are kept in ``env.cache_dir`` and checked to be complete. Raises
-    CheckpointError.
+    ``name``: "demo", a directory, a GGUF file or the directory that has one, a name as "Qwen3-4B" or "qwen3:4b",
+    "owner/name" on a hub, or "owner/name:Q4_K_M", a GGUF file of it, in this order. What is complete on this machine is
+    used as it is, that of HuggingFace's and ModelScope's own tools too; what is not is fetched, without the files that
+    are here. ``source`` "auto" asks HuggingFace, and ModelScope where that cannot be reached. ``offline`` (default: the
+    environment's) opens no socket. ``weights`` False needs configuration and tokenizer alone (which a GGUF file has
+    within). ``newest`` asks the hub also where an earlier download is complete. Fetched files are kept in
+    ``env.cache_dir`` and checked to be complete. Raises CheckpointError.
     """
     env = Environment.read() if env is None else env
     offline = env.offline if offline is None else offline
@@ -108,8 +109,14 @@ class _Wanted:
         """A complete copy on this machine. ``newest``: only of other tools, since the hub is asked for a newer one."""
         for copy in self.copies:
             directory = copy.directory(self.revision)
-            if directory is None:
+            if directory is None or (self.meant.gguf and not self._gguf_in(directory)):
                 continue
+            if self.meant.gguf:
+                if newest and copy.store.own:
+                    continue
+                if copy.store.hub == "huggingface" and copy.store.own and not self.offline:
+                    huggingface.verify(self._pull("huggingface"), directory)
+                return self._of_gguf(directory)
             lacks = what_lacks(directory, weights=self.weights, tokenizer=not self.offline)
             if lacks:
                 self.incomplete.append((copy, directory, lacks))
@@ -128,14 +135,27 @@ class _Wanted:
         """The directory, fetched from a hub; an earlier download where the hub cannot be reached."""
         request = self._pull(hub)
         try:
-            return _fetch(request)
+            return self._of_gguf(_fetch(request))
         except Unreachable as error:
             try:
-                directory = _fetch(replace(request, offline=True))
+                directory = self._of_gguf(_fetch(replace(request, offline=True)))
             except CheckpointError:
                 raise error from None
             _log.warning("%s: %s; using the files in %s", error.asked, error.found, directory)
             return directory
+
+    def _gguf_in(self, directory: Path) -> Path | None:
+        """The first file of the GGUF model that is meant, if all of it is here."""
+        try:
+            names = [name for name in os.listdir(directory) if is_there(directory / name, CheckpointError)]
+            return directory / chosen(names, self.meant.gguf, self.meant.repo, "")[0]
+        except (OSError, CheckpointError):
+            return None
+
+    def _of_gguf(self, directory: Path) -> Path:
+        """The directory of the GGUF model that is meant in that of its repository; this one itself for no such."""
+        file = self._gguf_in(directory) if self.meant.gguf else None
+        return directory if file is None else as_directory(file, self.env.cache_dir)
 
     def _pull(self, hub: str) -> Pull:
         huggingface_hub = hub == "huggingface"
@@ -149,7 +169,8 @@ class _Wanted:
             token=env.hf_token if huggingface_hub else None,
             offline=self.offline,
             show=self.show,
-            patterns=SMALL_FILES + WEIGHT_FILES if self.weights else SMALL_FILES,
+            patterns=SMALL_FILES + (("*.gguf",) if self.meant.gguf else WEIGHT_FILES if self.weights else ()),
+            gguf=self.meant.gguf,
             nearest=self.nearest,
             beside=tuple(directory for copy, directory, _ in self.incomplete if not copy.store.own),
             accept=_accept,
@@ -300,6 +321,15 @@ def _not_here(wanted: _Wanted) -> NotCached:
 
 def _check(pull: Pull, directory: Path) -> None:
     """Raise CheckpointError unless a fetched directory holds a complete model."""
+    if pull.gguf:  # whose config is in the file, which is looked at next
+        names = os.listdir(directory)
+        try:
+            chosen(names, pull.gguf, pull.repo, pull.asked)
+        except CheckpointError as error:
+            if pull.offline:
+                pull.not_cached(error)
+            raise
+        return
     if not is_there(directory / "config.json", CheckpointError):
         if pull.offline:
             pull.not_cached()

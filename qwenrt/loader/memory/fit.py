@@ -23,10 +23,11 @@ _FILLS_MEMORY = (
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be served: ``users`` sequences of ``context`` tokens at once."""
+    """What is to be served: ``users`` sequences of ``context`` tokens at once, or up to ``sequences`` shorter ones."""
 
     context: int
     users: int = 1
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _option(
     positions: int,
 ) -> Option:
     def need(context: int, users: int) -> MemoryNeed:
-        return needed(context, users=users, quantize=quantize, kv_cache_dtype=kv)
+        settings = {"quantize": quantize, "kv_cache_dtype": kv}
+        return needed(context, users=users, sequences=work.sequences, **settings)
 
     longest = largest_that(lambda n: need(n, work.users).total <= room, 1, positions)
     most_users = largest_that(lambda n: need(work.context, n).total <= room, 1, MOST_USERS)

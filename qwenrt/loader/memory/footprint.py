@@ -19,7 +19,7 @@ from qwenrt.config.layers import (
     kv_bytes_per_token,
     layer_linears,
     layer_tensors,
-    num_snapshots,
+    least_state_bytes,
     state_bytes,
 )
 from qwenrt.config.quant import ROUNDED
@@ -212,8 +212,8 @@ def memory_need(
     """
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
-    running = users if sequences is None else sequences
-    cache += (running + num_snapshots(running, 0)) * state_bytes(config, storage.activation)
+    running = max(users, sequences or 0)
+    cache += least_state_bytes(config, storage.activation, running)
     at_once = min(max(batch_tokens, users), users * context)
     quant = None if storage.dense_codes else codes_of(config, quantize)
     step = _step_peak(config, storage, quant, at_once, context, users, kv_cache_dtype)

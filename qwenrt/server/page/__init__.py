@@ -10,7 +10,17 @@ from functools import cache
 from pathlib import Path
 
 # The script's parts, in their order: each uses those before it.
-SCRIPTS = ("words.js", "markdown.js", "store.js", "server.js", "chats.js", "thread.js", "main.js")
+SCRIPTS = (
+    "words.js",
+    "markdown.js",
+    "store.js",
+    "server.js",
+    "chats.js",
+    "thread.js",
+    "status.js",
+    "list.js",
+    "main.js",
+)
 STYLE, SCRIPT = "/*style*/", "/*script*/"  # their places in index.html
 
 

@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = self._huggingface_fault(owner_name, revision, name)
         if headers is not None:
             return self._error(int(headers.pop("status")), headers)
-        large = name.endswith(".safetensors")
+        large = name.endswith((".safetensors", ".gguf"))
         if large and hub.signed and query.get("period") != str(hub.period):
             if query:
                 return self._error(403, {})  # the address ran out
@@ -151,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "size": len(data),
                     "oid": etag(data, False),
                 }
-                if name.endswith(".safetensors"):
+                if name.endswith((".safetensors", ".gguf")):
                     entry["lfs"] = {"oid": etag(data, True), "size": len(data), "pointerSize": 134}
                 listing.append(entry)
             return self._json(listing)
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in hub.cut_after:
             data = data[: hub.cut_after.pop(name)]
             self.close_connection = True
-        if name.endswith(".safetensors"):
+        if name.endswith((".safetensors", ".gguf")):
             threading.Event().wait(hub.delay)
         stall = hub.stall_after.pop(name, None)
         data = data[:stall]

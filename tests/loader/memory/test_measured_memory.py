@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ SPARSE = DENSE | {
     "moe_intermediate_size": 320,
     "norm_topk_prob": True,
 }
+HYBRID = DENSE | {
+    "model_type": "qwen3_5_text",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "partial_rotary_factor": 0.25,
+}
 SERVE = """
 import json, sys
 from qwenrt import assembly
@@ -47,10 +60,11 @@ def peak():
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
 
 before, context = peak(), int(sys.argv[2])
-settings = json.loads(sys.argv[3])
-with load(sys.argv[1], device="cpu", max_model_len=context, max_num_seqs=1, **settings) as llm:
-    prompt = [i * 7919 % llm.config.vocab_size for i in range(context - 20)]
-    llm.generate(prompt_token_ids=[prompt], temperature=0, max_tokens=16, ignore_eos=True)
+settings, users = json.loads(sys.argv[3]), int(sys.argv[4])
+assembly.SNAPSHOT_SHARE = 0  # as where memory is short
+with load(sys.argv[1], device="cpu", max_model_len=context, max_num_seqs=users, **settings) as llm:
+    prompts = [[i * (7919 + n) % llm.config.vocab_size for i in range(context - 20)] for n in range(users)]
+    llm.generate(prompt_token_ids=prompts, temperature=0, max_tokens=16, ignore_eos=True)
     print(json.dumps({"peak": peak() - before, "weights": llm.stats()["weight_bytes"]}))
 """
 
@@ -76,6 +90,11 @@ def write_checkpoint(directory: Path, config: dict[str, Any], dtype: torch.dtype
     }
     for n in range(config["num_hidden_layers"]):
         layer = f"model.layers.{n}"
+        if "layer_types" in config:
+            tensors |= hybrid_layer(layer, n, config, matrix, dtype) | mlp(
+                f"{layer}.mlp", config["intermediate_size"]
+            )
+            continue
         for name, shape in {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}.items():
             tensors[f"{layer}.self_attn.{name}_proj.weight"] = matrix(*shape)
         for name in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm"):
@@ -89,25 +108,53 @@ def write_checkpoint(directory: Path, config: dict[str, Any], dtype: torch.dtype
     save_file(tensors, directory / "model.safetensors")
 
 
+def hybrid_layer(
+    layer: str, n: int, config: dict[str, Any], matrix: Callable[[int, int], torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Norms and what mixes the tokens of layer ``n`` of Qwen3.5."""
+    d, width = config["hidden_size"], config["head_dim"]
+    norms = {
+        f"{layer}.{name}.weight": torch.zeros(d) for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    if config["layer_types"][n] == "full_attention":
+        q, kv = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
+        shapes = {"q": (2 * q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
+        mixer = {f"{name}_proj.weight": matrix(*shape) for name, shape in shapes.items()}
+        mixer |= {f"{name}_norm.weight": torch.zeros(width) for name in "qk"}
+        return norms | {f"{layer}.self_attn.{name}": tensor for name, tensor in mixer.items()}
+    heads, dim = config["linear_num_value_heads"], config["linear_value_head_dim"]
+    keys, values = config["linear_num_key_heads"] * config["linear_key_head_dim"], heads * dim
+    shapes = {"qkv": (2 * keys + values, d), "z": (values, d), "b": (heads, d), "a": (heads, d)}
+    mixer = {f"in_proj_{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+    mixer |= {
+        "out_proj.weight": matrix(d, values),
+        "conv1d.weight": matrix(2 * keys + values, 4).unsqueeze(1),
+    }
+    mixer |= {"A_log": torch.zeros(heads), "dt_bias": torch.zeros(heads), "norm.weight": torch.ones(dim)}
+    return norms | {f"{layer}.linear_attn.{name}": tensor.to(dtype) for name, tensor in mixer.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and trims glibc's heap")
 @pytest.mark.parametrize(
-    ("config", "stored", "settings"),
+    ("config", "stored", "settings", "users"),
     [
-        (DENSE, torch.float32, {}),
-        (DENSE, torch.bfloat16, {}),
-        (DENSE, torch.bfloat16, {"quantize": "int4"}),
-        (DENSE, torch.bfloat16, {"quantize": "int8", "kv_cache_dtype": "int8"}),
-        (SPARSE, torch.bfloat16, {}),
+        (DENSE, torch.float32, {}, 1),
+        (DENSE, torch.bfloat16, {}, 1),
+        (DENSE, torch.bfloat16, {"quantize": "int4"}, 1),
+        (DENSE, torch.bfloat16, {"quantize": "int8", "kv_cache_dtype": "int8"}, 1),
+        (SPARSE, torch.bfloat16, {}, 1),
+        (HYBRID, torch.float32, {"quantize": "int4"}, 8),
     ],
-    ids=["float32", "bfloat16", "int4", "int8 with an int8 cache", "experts"],
+    ids=["float32", "bfloat16", "int4", "int8 with an int8 cache", "experts", "states of 8"],
 )
 def test_within_a_tenth(
-    config: dict[str, Any], stored: torch.dtype, settings: dict[str, str], tmp_path: Path
+    config: dict[str, Any], stored: torch.dtype, settings: dict[str, str], users: int, tmp_path: Path
 ) -> None:
+    context = CONTEXT if users == 1 else CONTEXT // 8
     write_checkpoint(tmp_path, config, stored)
     done = subprocess.run(
-        [sys.executable, "-c", SERVE, str(tmp_path), str(CONTEXT), json.dumps(settings)],
+        [sys.executable, "-c", SERVE, str(tmp_path), str(context), json.dumps(settings), str(users)],
         capture_output=True,
         text=True,
         timeout=250,
@@ -117,7 +164,7 @@ def test_within_a_tenth(
     measured = json.loads(done.stdout.splitlines()[-1])
     kept = stored.itemsize
     storage = Storage(4, kept, kept, kernels=True, on_host=True)
-    need = memory_need(parse_model_config(config), storage, CONTEXT, **settings)  # type: ignore[arg-type]
+    need = memory_need(parse_model_config(config), storage, context, users=users, **settings)  # type: ignore[arg-type]
     print(f"{need.total / 2**20:.1f} MiB estimated {need}, {measured['peak'] / 2**20:.1f} measured")
     assert need.weights == pytest.approx(measured["weights"], rel=0.001)
     assert need.total == pytest.approx(measured["peak"], rel=0.1)

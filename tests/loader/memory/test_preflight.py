@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenrt.assembly import assemble
+from qwenrt.assembly import _longest_that_fits, assemble
 from qwenrt.backends.base import Backend
 from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_model_config
-from qwenrt.config.layers import num_snapshots
+from qwenrt.config.layers import least_state_bytes, num_snapshots, state_bytes
 from qwenrt.config.released import released_config
 from qwenrt.errors import CapacityError
 from qwenrt.llm import LLM
@@ -194,6 +194,21 @@ def test_an_engine_sets_up_no_more_states_than_were_counted() -> None:
         cache = llm._assembled.engine._engine.runner.cache
         states = [layer.delta.shape[0] for layer in cache.layers if isinstance(layer, LayerState)]
     assert states == [5 + num_snapshots(5, 0)] * 3
+
+
+def test_the_context_that_is_chosen_leaves_room_for_the_states() -> None:
+    config = released_config("Qwen3.5-4B")
+    assert config is not None
+    backend, options = _roomy(), LoadOptions(max_num_seqs=16)
+    states = least_state_bytes(config, 2, 16)
+    assert states == 20 * state_bytes(config, 2)
+    per_token = backend.kv_bytes_per_token(
+        config.num_kv_layers, config.num_kv_heads, config.head_dim, torch.bfloat16, False
+    )
+    backend.room = (2 * (states + 4096 * per_token), 64 * GIB)
+    assert _longest_that_fits(config, backend, torch.bfloat16, options) == 4096
+    backend.room = (states, 64 * GIB)
+    assert _longest_that_fits(config, backend, torch.bfloat16, options) == 256
 
 
 def test_fp8_may_be_rounded_further() -> None:

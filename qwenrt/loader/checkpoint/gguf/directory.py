@@ -104,6 +104,12 @@ def files_noted(directory: Path) -> list[Path] | None:
     return [Path(name) for name in listed]
 
 
+def part_of(name: str) -> tuple[str, int, int] | None:
+    """Of a file's name that is one of a set's: the set's, its number from 1, and how many there are; None of others."""
+    match = _PART.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]), int(match[3]))
+
+
 def parts_of(path: Path) -> list[Path]:
     """All parts of the set that a file belongs to; the file alone where its name is not that of a part."""
     match = _PART.fullmatch(path.name)
