@@ -51,7 +51,8 @@ class ReplyReader:
     """How the answers to one prompt are read, and what they are held to.
 
     ``in_thought``: the prompt ended inside a thought; ``thought_over``: behind one, so that none is to come.
-    ``single_call``: an answer ends with its first call. ``grammar``: what it must be because of the prompt, a call.
+    ``single_call``: an answer ends with its first call. ``grammar``: what it must be because of the prompt, a call, or
+    what calls in it must be.
     ``tags``: what the vocabulary has tokens for.
     """
 
@@ -69,13 +70,14 @@ class ReplyReader:
         grammar = params.grammar or self.grammar
         if grammar is None:
             return params
-        if params.grammar is not None and self.grammar is not None:
+        must_call = self.grammar is not None and self.grammar.begins is None
+        if params.grammar is not None and must_call:
             raise RequestError(
                 "a grammar beside a tool_choice that requires a call",
                 "an answer can be held to one of them",
                 "Leave one out.",
             )
-        if self.grammar is None and self.tools:
+        if params.grammar is not None and self.tools:
             single, tags = self.single_call, self.tags
             grammar = or_calls(grammar, self.reply_format, self.tools, single=single, tags=tags)
         if self.reply_format.calls != "react" and (self.in_thought or self.reply_format.thinking == "open"):

@@ -21,7 +21,7 @@ from qwenrt.text.chat.formats import ChatFormat, load_chat_format
 from qwenrt.text.chat.prompt import Prompt
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
 from qwenrt.text.chat.tool_choice import ToolChoice, chosen_tools
-from qwenrt.text.replies.call_grammar import call_grammar
+from qwenrt.text.replies.call_grammar import bound_calls, call_grammar
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.tokenizer.tokenizer import TOKENIZER_FILES
 
@@ -162,8 +162,11 @@ class Prompter:
         reader = ReplyReader(
             reply_format, prompt.in_thought, tools, single_call, prompt.thought_over, tags=tags
         )
-        if not choice.must or not tools:
+        if not tools:
             return reader
+        if not choice.must:
+            bound = bound_calls(reply_format, tools, in_thought=prompt.in_thought, tags=tags)
+            return replace(reader, grammar=bound)
         grammar = call_grammar(
             reply_format,
             tools,

@@ -17,6 +17,21 @@ _MEANINGFUL = re.compile("[%*+?{}/#]")
 
 
 @dataclass(frozen=True)
+class Begins:
+    """Where a grammar begins in an answer that is free until then: at one of ``openings``, which are the first of what
+    it derives; the answer itself begins as behind a line's end, unless ``within_line``.
+
+    ``again``: at its end the answer is free again, up to the next opening; else the answer ends there.
+    ``not_after``: a text behind which nothing is an opening, "" for none.
+    """
+
+    openings: tuple[str, ...]
+    again: bool = True
+    not_after: str = ""
+    within_line: bool = False
+
+
+@dataclass(frozen=True)
 class Grammar:
     """A language that an answer is held to while it is written: every finished answer is a text of it.
 
@@ -26,11 +41,13 @@ class Grammar:
 
     thought: what may be written before the answer, free of the grammar: nothing ("none"), the rest of a thought that
     the prompt has begun ("open"), or a thought of the model's own ("possible"). A chat sets it by its prompt.
+    begins: where in the answer it begins; None: at once.
     """
 
     kind: Kind
     text: str
     thought: Thought = "none"
+    begins: Begins | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "regex", "lark"):

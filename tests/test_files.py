@@ -296,6 +296,12 @@ _NOT_A_MODELS = {
     "loader/hub/removal.py",  # deletes, and reads what the system says of open files
     *("backends/cpu/resources.py", "backends/cpu/library.py", "loader/memory/device.py", "cli/machine.py"),
     *("cli/doctor.py", "cli/__init__.py", "files.py", "backends/dcu/software.py"),
+    *(
+        "conformance/facts.py",
+        "conformance/gpu/report.py",
+        "conformance/gpu/phases.py",
+        "conformance/gpu/driver.py",
+    ),
     *("backends/ascend/calls.py", "backends/ascend/software.py"),
 }
 

@@ -72,13 +72,32 @@ _BUILT_IN = {
 
 
 def probe_all() -> list[Probe]:
-    """Every backend there is, built in or plugged in, with whether it can serve here."""
+    """Every backend there is, built in or plugged in, with whether it can serve here; plug-ins are imported for it."""
+    return [*_probes(), *map(_probe, _plugins().values())]
+
+
+def _probes() -> list[Probe]:
     found = []
     for name, built_in in _BUILT_IN.items():
         missing = built_in.missing()
         found.append(Probe(name, missing is None, missing or "available"))
-    found += [Probe(point.name, True, f"plugin {point.value}") for point in _plugins().values()]
     return found
+
+
+def _probe(point: metadata.EntryPoint) -> Probe:
+    try:
+        missing = _missing(_plugin(point.value, point.name))
+    except BackendError as error:
+        missing = error.found
+    return Probe(point.name, missing is None, f"plugin {point.value}" + (f": {missing}" if missing else ""))
+
+
+def _missing(plugin: type[Backend]) -> str | None:
+    """Why a plug-in cannot serve here, or None; what it raises is a reason too."""
+    try:
+        return plugin.missing()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def create(device: str | torch.device = "auto", preferred: str | None = None) -> Backend:
@@ -93,13 +112,16 @@ def create(device: str | torch.device = "auto", preferred: str | None = None) ->
     if device == "auto":
         device = preferred or device
     if device == "auto":
-        device = next(p.name for p in probe_all() if p.usable)
+        device = next(p.name for p in _probes() if p.usable)
     name, _, index = device.partition(":")
     # torch keeps the number in a byte: 300 would silently be device 44.
     if index and not (index.isdecimal() and len(index) <= 3 and int(index) < 128):
         raise BackendError(f"device={device!r}", f"{index!r} is not a device number", _advice())
     if name in _plugins():
         plugin = _plugin(_plugins()[name].value, name)
+        why = _missing(plugin)
+        if why is not None:
+            raise BackendError(f"device={device!r}", why, _advice())
         return plugin(_torch_device(plugin.device_type, index))
     if name == "cuda" and _dcu() is None:
         name = "dcu"  # torch calls it cuda, and so do users
@@ -145,9 +167,15 @@ def _plugin(dotted: str, name: str) -> type[Backend]:
             "not a subclass of qwenrt.backends.base.Backend",
             "Ask the plugin's author for a version that fits this qwenrt.",
         )
+    if cls.api != Backend.api:
+        raise BackendError(
+            f"loading backend {name!r} from {dotted}",
+            f"it is written for interface {cls.api} of backends, and this qwenrt has {Backend.api}",
+            "Install a version of the plugin that fits this qwenrt.",
+        )
     return cls
 
 
 def _advice() -> str:
-    usable = [p.name for p in probe_all() if p.usable]
+    usable = [*(p.name for p in _probes() if p.usable), *_plugins()]
     return f'Available here: {", ".join(usable)}; "auto" takes the first. `qwenrt doctor` says more.'

@@ -22,6 +22,7 @@ from qwenrt.cli import (
     pull,
     removal,
     run,
+    selftest,
     serve,
 )
 from qwenrt.cli.options import example
@@ -38,6 +39,7 @@ COMMANDS = (
     pull,
     removal,
     doctor,
+    selftest,
     bench,
     bench_serve,
     estimate,

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt import __version__
-from qwenrt.cli import machine
+from qwenrt.backends.dcu import software
+from qwenrt.cli import imports, machine
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, counted, readable_bytes
 from qwenrt.config import Environment
+from qwenrt.config.environment import of_process
 from qwenrt.errors import QwenrtError
 
 REQUIRED = ("torch", "numpy", "safetensors", "tiktoken", "huggingface-hub", "jinja2")
@@ -61,13 +63,16 @@ def examine(device: str = "auto") -> dict[str, Any]:
     for name, version in report["packages"].items():
         if version is None:
             problems.append({"what": f"{name} is not installed", "fix": f"pip install {name}"})
+    _dcu_packages(problems)
     environment = _environment(problems)
     report["environment"] = _settings(environment)
-    usable = report["torch"]["error"] is None
+    usable = report["torch"]["error"] is None and not _npu_is_deadly(problems)
     report["backends"] = _backends(problems) if usable else []
     report["cpu_kernels"] = _cpu_kernels(environment, problems) if usable else None
     report["backend"] = (
-        _chosen(device, environment, problems) if usable else {"name": None, "why": "no torch"}
+        _chosen(device, environment, problems)
+        if usable
+        else {"name": None, "why": "no torch" if report["torch"]["error"] else "a broken torch_npu"}
     )
     report["problems"] = problems
     return report
@@ -98,18 +103,29 @@ def _torch(problems: list[dict[str, str]]) -> dict[str, Any]:
     """The torch that is installed; one that cannot be imported is a finding, not a crash."""
     found: dict[str, Any] = dict.fromkeys(("version", "build", "threads", "path", "error"))
     found["devices"] = []
+    if "torch" not in sys.modules:  # tried where it can do no harm first
+        environment = of_process()
+        found["error"] = imports.failure("torch", environment)
+        if found["error"] is not None:
+            what = f"torch {_version('torch') or ''} cannot be imported ({found['error'][:300]})"
+            problems.append({"what": what, "fix": imports.cure("torch", found["error"], environment)})
+            return found
     try:
         import torch
 
         found |= {"version": torch.__version__, "path": str(Path(torch.__file__).parent)}
         found["build"] = _build(torch)
         found["threads"] = torch.get_num_threads()
-        found["devices"] = _devices(torch)
     except Exception as error:  # a broken install may raise anything
         found["error"] = f"{type(error).__name__}: {error}"
         fix = "pip install --force-reinstall torch, or your device vendor's build of it"
         problems.append({"what": f"torch cannot be imported ({found['error'][:300]})", "fix": fix})
         return found
+    try:
+        found["devices"] = _devices(torch)
+    except Exception as error:  # a driver that does not fit may say so here; the CPU can still serve
+        what = f"torch cannot ask its devices ({type(error).__name__}: {str(error)[:300]})"
+        problems.append({"what": what, "fix": "update the device's driver, or take a torch that fits it"})
     _unused_hardware(found, problems)
     return found
 
@@ -149,6 +165,26 @@ def _unused_hardware(found: dict[str, Any], problems: list[dict[str, str]]) -> N
         if vendor in here and not served:
             what = f"a driver for {vendor} devices is here, but torch ({build}) does not use it"
             problems.append({"what": what, "fix": f"install {remedy}"})
+
+
+def _dcu_packages(problems: list[dict[str, str]]) -> None:
+    """On a machine with Hygon's toolkit, packages that are not the vendor's; told by their versions alone."""
+    version = _version("torch") or ""
+    if software.toolkit(version) is not None:
+        for what, fix in software.problems(version, _version("triton")):
+            problems.append({"what": what, "fix": fix})
+
+
+def _npu_is_deadly(problems: list[dict[str, str]]) -> bool:
+    """Whether importing torch_npu, which looking for devices does, would end this process."""
+    if _version("torch-npu") is None or "torch_npu" in sys.modules:
+        return False
+    environment = of_process()
+    said = imports.failure("torch_npu", environment)
+    if said is not None:
+        what = f"torch_npu cannot be imported ({said[:300]})"
+        problems.append({"what": what, "fix": imports.cure("torch_npu", said, environment)})
+    return said is not None and "ends the process" in said
 
 
 def _environment(problems: list[dict[str, str]]) -> Environment | None:
@@ -203,17 +239,17 @@ def _cpu_kernels(environment: Environment | None, problems: list[dict[str, str]]
 
 def _chosen(device: str, environment: Environment | None, problems: list[dict[str, str]]) -> dict[str, Any]:
     """Which backend load(device=...) would take here as it is set, and why."""
-    from qwenrt.backends.registry import create
-
     preferred = environment.backend if environment else None
     try:
+        from qwenrt.backends.registry import create
+
         backend = create(device, preferred)
         if environment:
             backend.configure(environment.kernels, environment.num_threads, environment.activations)
     except QwenrtError as error:
         problems.append({"what": f"{error.asked}: {error.found}", "fix": error.remedy})
         return {"name": None, "device": device, "why": error.found, "kernels": None}
-    except Exception as error:  # a plugin may raise anything
+    except Exception as error:  # a plugin may raise anything, half a torch too
         why = f"{type(error).__name__}: {error}"
         what = f"device={device!r}: {why}"
         problems.append({"what": what, "fix": "choose another device, or fix its plugin"})

@@ -35,7 +35,7 @@ def drivers() -> list[str]:
 def describe() -> dict[str, Any]:
     """System, processor, cores, instruction sets and memory, with None for what cannot be found out.
 
-    ``cores_usable`` and the memory heed containers' limits; they need a torch that can be imported.
+    ``cores_usable`` and the memory heed containers' limits.
     """
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
@@ -51,12 +51,13 @@ def describe() -> dict[str, Any]:
         "memory_total_bytes": None,
     }
     try:
-        from qwenrt.backends.cpu.resources import memory, usable_cores
+        from qwenrt.loader.memory.device import host_resources
 
-        found["cores_usable"] = usable_cores()
-        found["memory_free_bytes"], found["memory_total_bytes"] = memory()
+        resources = host_resources()
+        found["cores_usable"] = resources.usable_cores()
+        found["memory_free_bytes"], found["memory_total_bytes"] = resources.memory()
     except Exception:
-        pass  # its package needs torch, and a broken torch may raise anything; doctor reports that itself
+        pass  # a system without the known interfaces
     return found
 
 

@@ -72,6 +72,11 @@ def _expanded(text: str) -> Path | None:
         return None
 
 
+def of_process() -> dict[str, str]:
+    """All of this process's variables, for one that it starts."""
+    return dict(os.environ)
+
+
 @dataclass(frozen=True)
 class Console:
     """What the terminal may be sent beside text. Read apart from the Environment, whose errors are told through it."""

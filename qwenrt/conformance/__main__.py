@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from qwenrt.conformance import cases
+from qwenrt.conformance.facts import facts
 from qwenrt.conformance.run import Outcome, chosen, printed, run, summarise
 from qwenrt.conformance.subjects import at_hand
 from qwenrt.errors import QwenrtError
@@ -25,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="every combination instead of every pair: long")
     parser.add_argument("--op", action="append", choices=cases.names(), help="this op only; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to a file as well")
+    parser.add_argument(
+        "--simulated", metavar="BY", help="what played the device, as the report has to say: not the hardware"
+    )
     options = parser.parse_args(arguments)
     try:
         subjects = at_hand(options.device)
@@ -42,11 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = sum(not outcome.finding.ok for outcome in outcomes)
     print(f"{len(outcomes)} cases, {wrong} wrong")
     if options.json is not None:
+        how = {"how": "simulated", "by": options.simulated} if options.simulated else {"how": "measured"}
         report = {
-            "device": options.device,
-            "torch": torch.__version__,
-            "rows": [row.as_json() for row in rows],
+            "kind": "conformance",
+            **how,
+            **facts(options.device),
+            "cases": len(outcomes),
+            "wrong": wrong,
         }
+        report["rows"] = [row.as_json() for row in rows]
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return int(wrong > 0)
 

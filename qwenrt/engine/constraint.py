@@ -10,6 +10,7 @@ from enum import Enum
 import numpy as np
 
 from qwenrt.engine.grammar import Compiled
+from qwenrt.engine.openings import Openings
 from qwenrt.errors import BackendError, QwenrtError, RequestError
 from qwenrt.structure import Grammar
 
@@ -27,9 +28,10 @@ class Allowed:
 
 class _Phase(Enum):
     """thought: whatever comes until it is closed. gap: it was, and line ends may follow. start: the model may begin
-    a thought, or the answer. answer: within the grammar."""
+    a thought, or the answer. text: free, until an opening of the grammar is written. answer: within the grammar."""
 
     THOUGHT = "thought"
+    TEXT = "text"
     GAP = "gap"
     START = "start"
     ANSWER = "answer"
@@ -49,8 +51,10 @@ class Constraint:
         "_gap",
         "_matcher",
         "_opening",
+        "_openings",
         "_phase",
         "_tail",
+        "_within",
     )
 
     def __init__(self, compiled: Compiled, grammar: Grammar, ends: Collection[int]) -> None:
@@ -60,6 +64,10 @@ class Constraint:
         self._phase = {"none": _Phase.ANSWER, "open": _Phase.THOUGHT, "possible": _Phase.START}[
             grammar.thought
         ]
+        self._within = grammar.begins
+        self._openings = None if self._within is None else Openings(self._within, compiled.misfits)
+        if self._openings is not None and self._phase is _Phase.ANSWER:
+            self._phase = _Phase.TEXT
         self._opening = compiled.tokenizer.token_id(_OPEN)
         self._gap = 2  # line ends that may follow a thought
         self._tail = b""  # of the thought, as long as its closing tag
@@ -68,7 +76,9 @@ class Constraint:
 
     @property
     def free(self) -> bool:
-        """Whether any token may come next: a thought goes on."""
+        """Whether any token may come next: a thought goes on, or a text in which no opening is about to end."""
+        if self._openings is not None and self._phase in (_Phase.TEXT, _Phase.START, _Phase.GAP):
+            return not len(self._openings.misfits())
         return self._phase is _Phase.THOUGHT
 
     def allowed(self) -> Allowed | None:
@@ -95,13 +105,15 @@ class Constraint:
         if self._phase is _Phase.START and token == self._opening:
             self._phase = _Phase.THOUGHT
             return False
+        if self._openings is not None and self._phase is not _Phase.ANSWER:
+            return self._read(self._compiled.tokenizer.token_bytes(token))
         if self._phase is _Phase.GAP and token in self._compiled.vocabulary.line_ends:
             self._gap -= len(self._compiled.tokenizer.token_bytes(token))
             if self._gap <= 0:
                 self._phase = _Phase.ANSWER
             return False
         self._phase = _Phase.ANSWER
-        return self._consume([token])
+        return self._over(self._consume([token]))
 
     def _think(self, token: int) -> bool:
         text = self._tail + self._compiled.tokenizer.token_bytes(token)
@@ -114,8 +126,31 @@ class Constraint:
         if not rest:
             return False
         # The tag was spelled by tokens of text, the last of which begins the answer.
+        if self._openings is not None:
+            return self._read(rest)
         self._phase = _Phase.ANSWER
         return self._consume(self._compiled.tokenizer.encode(rest.decode("utf-8", "replace")))
+
+    def _read(self, text: bytes) -> bool:
+        """More of a text that is free until an opening is written."""
+        assert self._openings is not None
+        self._phase = _Phase.TEXT
+        found = self._openings.push(text)
+        if found is None:
+            return False
+        tokens = self._compiled.begun(*found)
+        self._matcher = self._compiled.matcher()
+        if self._matcher.validate_tokens(tokens) < len(tokens):  # a token that nobody asked `allowed` about
+            return False
+        self._phase = _Phase.ANSWER
+        return self._over(self._consume(tokens))
+
+    def _over(self, complete: bool) -> bool:
+        """Whether the answer is complete, where the grammar is: behind it the text may be free again."""
+        if complete and self._within is not None and self._within.again:
+            self._phase = _Phase.TEXT
+            return False
+        return complete
 
     def _consume(self, tokens: list[int]) -> bool:
         matcher = self._matcher
@@ -136,6 +171,8 @@ class Constraint:
         return allowed is not None and not allowed.but and set(allowed.ids.tolist()) <= set(self._ends)
 
     def _computed(self) -> Allowed:
+        if self._openings is not None and self._phase is not _Phase.ANSWER:
+            return Allowed(self._openings.misfits(), but=True)
         vocabulary, matcher = self._compiled.vocabulary, self._matcher
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)[: len(vocabulary.text)]
         if matcher.is_error():

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from qwenrt.engine.grammar_bounds import check_regex, checked_lark, checked_schema, place_of
+from qwenrt.engine.openings import Misfits
 from qwenrt.errors import RequestError, shown
-from qwenrt.structure import Grammar
+from qwenrt.structure import Begins, Grammar
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 KEPT = 64  # compiled grammars
@@ -41,24 +42,51 @@ _WHERE = re.compile(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a grammar's masks are made with. ``tables``: llguidance's; ``size`` ids; ``eod``: the id whose bit says that
-    a text may end; ``text``: uint8 [ceil(size / 8)], a bit for each id that may be written; ``line_ends``: the ids of
-    line ends."""
+    """What a grammar's masks are made with. ``tables``: llguidance's; ``size`` ids, whose bytes are ``texts``, none for
+    those that are not used; ``eod``: the id whose bit says that a text may end; ``text``: uint8 [ceil(size / 8)], a bit
+    for each id that may be written; ``line_ends``: the ids of line ends."""
 
     tables: Any
     size: int
+    texts: list[bytes]
     eod: int
     text: np.ndarray
     line_ends: tuple[int, ...]
 
 
 class Compiled:
-    """A grammar that answers can be held to. `matcher` gives each of them its own state."""
+    """A grammar that answers can be held to. `matcher` gives each of them its own state. ``misfits``: see `Openings`,
+    where the grammar begins within an answer."""
 
-    def __init__(self, vocabulary: Vocabulary, matcher: Any, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, matcher: Any, tokenizer: Tokenizer, begins: Begins | None = None
+    ) -> None:
         self.vocabulary, self.tokenizer = vocabulary, tokenizer
         self._matcher = matcher
         self._lock = threading.Lock()
+        self.misfits: Misfits = {} if begins is None else self._misfits(begins)
+
+    def begun(self, opening: bytes, rest: bytes) -> list[int]:
+        """The tokens with which a matcher begins, where an opening and a little more were written."""
+        encode = self.tokenizer.encode
+        return encode(opening.decode(), allow_special=True) + encode(rest.decode("utf-8", "replace"))
+
+    def _misfits(self, begins: Begins) -> Misfits:
+        found = {}
+        for opening in (text.encode() for text in begins.openings):
+            for written in range(len(opening)):
+                missing = opening[written:]
+                behind = (
+                    (i, text.partition(missing)[2])
+                    for i, text in enumerate(self.vocabulary.texts)
+                    if (missing in text if not written else text.startswith(missing))
+                )
+                if ids := [i for i, rest in behind if rest and not self._fits(self.begun(opening, rest))]:
+                    found[opening, written] = np.array(ids)
+        return found
+
+    def _fits(self, tokens: list[int]) -> bool:
+        return bool(self._matcher.validate_tokens(tokens) == len(tokens))
 
     def matcher(self) -> Any:
         """An llguidance.LLMatcher at the beginning."""
@@ -74,12 +102,12 @@ class Grammars:
         self._tokenizer = tokenizer
         self.num_compiled = 0
         self._vocabulary: Vocabulary | None = None
-        self._kept: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, Begins | None], Compiled] = OrderedDict()
         self._lock, self._building = threading.Lock(), threading.Lock()
 
     def compile(self, grammar: Grammar) -> Compiled:
         """Raises RequestError for what cannot be kept to, naming the place where it can be told."""
-        key = grammar.kind, grammar.text
+        key = grammar.kind, grammar.text, grammar.begins
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -119,7 +147,7 @@ class Grammars:
             _try(matcher, vocabulary, grammar)
         if matcher.is_error():
             raise _refused(grammar, schema, matcher.get_error())
-        return Compiled(vocabulary, matcher, tokenizer)
+        return Compiled(vocabulary, matcher, tokenizer, grammar.begins)
 
 
 def _lark_json(schema: dict[str, Any], between: str) -> str:
@@ -177,7 +205,7 @@ def _vocabulary(guidance: Any, tokenizer: Tokenizer) -> Vocabulary:
     text = np.ones(size, dtype=np.uint8)
     text[[*unused, *tokenizer.special_ids, tokenizer.eod_id]] = 0
     line_ends = tuple(i for i, token in enumerate(texts) if token in (b"\n", b"\n\n"))
-    return Vocabulary(tables, size, tokenizer.eod_id, np.packbits(text, bitorder="little"), line_ends)
+    return Vocabulary(tables, size, texts, tokenizer.eod_id, np.packbits(text, bitorder="little"), line_ends)
 
 
 class _Wrapped:

@@ -50,7 +50,7 @@ class DecoderLayer:
         """Choose the code of what decoding over DecodePlan asks for besides -> why it cannot be had, or None."""
         mlp = self.weights.mlp
         if isinstance(mlp, Experts):
-            if (why := mlp.stack()) is not None:
+            if (why := mlp.stack(backend.stackable)) is not None:
                 return f"{self.prefix}: {why}"
             kind = mlp.gate_up[0].kind
             self._norm_moe_add_each = backend.resolve(

@@ -158,7 +158,7 @@ class Qwen:
     def fit_key_codes(self, kv: Sequence[LayerCache]) -> None:
         """Lay the codes of an int8 cache over this model's keys, before anything is stored in it."""
         tokens = random_tokens(self.config.hidden_size).to(self.backend.device, self._stream_dtype)
-        fit_key_codes(self.layers, kv, self._rotary, tokens, self.config.max_position_embeddings)
+        fit_key_codes(self.layers, kv, self._rotary, tokens, self.config)
 
     # ---- the network
 

@@ -15,9 +15,12 @@ import torch
 from qwenrt.backends import selfcheck
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import PRIMITIVES, SEAMS
+from qwenrt.backends.graphs import GraphStack
 from qwenrt.backends.stack import Outcome, Stack, StackParts
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import LinearSpec, is_wide
+from qwenrt.config.released import released_config
+from qwenrt.errors import BackendError
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import FROM_BEFORE, Draw, LayerCache, LayerKV, LayerState, Step, Vocabulary
@@ -57,7 +60,20 @@ class Kinds:
 
 def check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kinds) -> dict[str, str]:
     """Demote what differs from its definition at this model's shapes: ops by themselves, ops in steps of a small model,
-    stacks -> what was demoted and why."""
+    stacks -> what was demoted and why.
+
+    torch computes on one thread meanwhile: what there is to compute is small, and its threads would wait for each other
+    and beside the backend's. On a busy machine that took ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _check(config, backend, dtype, kinds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check(config: ModelConfig, backend: Backend, dtype: torch.dtype, kinds: Kinds) -> dict[str, str]:
     specs = Qwen(config, backend, dtype).linear_specs.values()
     shapes = {(spec.out_features, spec.in_features, *kinds.form_of(spec)) for spec in specs}
     if config.quant is not None:  # linears, and parts of merged ones, that lie in another form than it says
@@ -248,6 +264,17 @@ class _Weights:
 
 def _dense(weight: CanonicalWeight, dtype: torch.dtype) -> CanonicalWeight:
     return CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
+
+
+def captured_stack(backend: Backend, dtype: torch.dtype) -> GraphStack:
+    """Of a plain small model, its stack of captured steps: for whoever looks at these alone."""
+    config = released_config("Qwen-1_8B")
+    assert config is not None
+    kinds = Kinds(lambda spec: (16, 128), torch.bfloat16, False)
+    stack = backend.stacks(_parts(_Weights(_small(config), kinds).model(backend, dtype), False))[0]
+    if not isinstance(stack, GraphStack):
+        raise BackendError(f"captured steps on {backend.device}", "none", "Its graphs() gives none.")
+    return stack
 
 
 # ---- its steps

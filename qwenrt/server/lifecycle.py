@@ -22,6 +22,7 @@ from qwenrt.server.protocols import Limits, protocol_class
 from qwenrt.server.settings import ServeSettings
 
 log = logging.getLogger("qwenrt.server")
+accepting = logging.getLogger("qwenrt.server.accepting")
 
 _STOPPING = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)
@@ -29,7 +30,8 @@ _STOPPING = tuple(
 _RELOADING = getattr(signal, "SIGHUP", None)
 _TICKS_A_SECOND = 10  # of uvicorn's main loop
 _AFTER_ABORT = 5.0  # seconds that aborted answers have to say so
-_BACKLOG = 2048
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
+_ACCEPTED_AT_ONCE = 128  # by the event loop
 _OTHER_DESCRIPTORS = 256  # a model's files, the loop's own, libraries'
 
 
@@ -157,6 +159,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept."""
         await super().startup(sockets=sockets)
+        _accept_calmly(sockets or ())
         self._hooks.started()
 
     async def on_tick(self, counter: int) -> bool:
@@ -187,6 +190,26 @@ class Server(uvicorn.Server):
 
     def _tasks(self) -> set[asyncio.Task[None]]:
         return self.server_state.tasks
+
+
+def _accept_calmly(sockets: Sequence[socket.socket]) -> None:
+    """Where no file descriptor is left for another connection, say so in a line a second.
+
+    asyncio tries again after a second, but first as often as connections may wait, with a traceback for each failure:
+    megabytes of them, and a server that stands where nobody reads what it says. So asyncio is told of fewer connections
+    than the system keeps.
+    """
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if str(context.get("message")).startswith("socket.accept()"):
+            accepting.warning("a connection waits: it cannot be accepted now (%s)", context.get("exception"))
+        else:
+            loop.default_exception_handler(context)
+
+    accepting.addFilter(_ONCE_A_SECOND)
+    asyncio.get_running_loop().set_exception_handler(handle)
+    for sock in sockets:
+        sock.listen(_BACKLOG)
 
 
 def _reload(reload: Callable[[], object]) -> None:
@@ -252,7 +275,7 @@ def server_of(
         access_log=False,
         server_header=False,
         proxy_headers=False,  # what a stranger's header says of its address is not believed
-        backlog=_BACKLOG,
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=65,  # longer than clients keep a connection, so that none meets one just closed
         timeout_graceful_shutdown=2,  # what is left by then had its time
         h11_max_incomplete_event_size=settings.max_header + (64 << 10),  # `protocols` counts, and answers 431

@@ -144,19 +144,10 @@ def _in_a_header(name: str) -> str:
     return name.encode("unicode_escape").decode("ascii").replace(",", "?")[:64]
 
 
-def _ignored(ask: Ask) -> list[str]:
-    """What was asked for and is not kept to. A call that the model makes of itself is held to no grammar: the schema of
-    a strict tool is kept to only where the request makes the model call."""
-    ignored = list(ask.ignored[:32])
-    if ask.tool_choice == "auto" and any(tool["function"].get("strict") is True for tool in ask.tools):
-        ignored.append("strict")
-    return ignored
-
-
 def _headers(ask: Ask, made: Made) -> dict[str, str]:
     headers = {}
     if made.max_tokens is not None:
         headers["x-qwenrt-max-tokens"] = str(made.max_tokens)
-    if ignored := _ignored(ask):
-        headers["x-qwenrt-ignored"] = ", ".join(map(_in_a_header, ignored))
+    if ask.ignored:
+        headers["x-qwenrt-ignored"] = ", ".join(map(_in_a_header, ask.ignored[:32]))
     return headers

@@ -90,7 +90,11 @@ def serving_beside(chat: str) -> Iterator[Beside]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:  # a test gave up while its program ran
+            process.kill()
+            process.wait(60)
 
 
 @pytest.fixture(scope="package")

@@ -79,6 +79,9 @@ def test_an_agent_makes_a_file(
     assert second["prompt"] - second["cached"] <= second["prompt"] - first["prompt"] + BLOCK
 
 
+@pytest.mark.timeout(
+    1200
+)  # it reads 50,000 tokens or more; minutes on two cores that have nothing else to do
 def test_claude_code_has_an_answer_of_the_built_in_model(
     beside_demo: Beside, programs: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,30 @@ def test_what_a_process_used(monkeypatch: pytest.MonkeyPatch) -> None:
     used, most = cpu_seconds(os.getpid()), peak_rss_bytes(os.getpid())
     assert used is not None and used > 0 and most is not None and most > 2**20
     assert cpu_seconds(2**30) is None and peak_rss_bytes(2**30) is None
+
+
+@pytest.mark.parametrize("head", [b"404 No", b"200 OK", b""], ids=["404", "200", "nothing"])
+def test_a_server_without_health_has_no_figures_of_it(head: bytes) -> None:
+    """Only a 200 is an answer that counts."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asked = threading.Semaphore(0)
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    with listening.accept()[0] as connection:
+                        connection.recv(1000)
+                        if head:
+                            connection.sendall(b"HTTP/1.1 " + head + b"\r\ncontent-length: 0\r\n\r\n")
+                    asked.release()
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        probe = serving.probing(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        for _ in range(3):
+            assert asked.acquire(timeout=60)
+        found = serving.probed(probe)
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+    counts = head.startswith(b"200")
+    assert (found["health"] != 0) is counts and (found["health_s_p50"] is not None) is counts

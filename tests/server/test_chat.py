@@ -389,14 +389,6 @@ def test_hosted_tools_are_told_and_not_served(served: Serving) -> None:
     assert status == 200 and headers["x-qwenrt-ignored"].startswith("web_search, ") and "x" not in headers
 
 
-def test_strict_is_told_where_it_is_not_kept_to(served: Serving) -> None:
-    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
-    for choice, told in (("auto", "strict"), ("required", None), ("none", None)):
-        headers = ask(served, CHAT, chat("call", tools=[strict], tool_choice=choice))[1]
-        assert headers.get("x-qwenrt-ignored") == told, choice
-    assert "x-qwenrt-ignored" not in ask(served, CHAT, chat("call", tools=[WEATHER]))[1]
-
-
 @pytest.mark.parametrize("kind", ["broken", "unclosed"])
 def test_a_broken_call_is_text_or_unfinished_and_is_counted(served: Serving, kind: str) -> None:
     def counted() -> float:

@@ -29,7 +29,7 @@ def device_memory(device: str, root: Path = Path("/")) -> tuple[int, int] | None
 
 def _host_memory(root: Path) -> tuple[int, int] | None:
     """As the CPU backend measures it."""
-    resources = _resources()
+    resources = host_resources()
     try:
         free, total = resources.memory(root)
     except (AttributeError, OSError, ValueError):  # a system without any of the known interfaces
@@ -37,7 +37,7 @@ def _host_memory(root: Path) -> tuple[int, int] | None:
     return int(free), int(total)
 
 
-def _resources() -> Any:
+def host_resources() -> Any:
     """The module of the CPU's backend, loaded by itself, as the package around it imports torch."""
     path = Path(qwenrt.backends.__file__).parent / "cpu" / "resources.py"
     spec = importlib.util.spec_from_file_location("qwenrt_cpu_resources", path)
@@ -52,7 +52,7 @@ def check_room_for_torch() -> None:
     print and end the process."""
     if "torch" in sys.modules:
         return
-    for limit, used in _resources().process_limits():
+    for limit, used in host_resources().process_limits():
         if limit - used < TORCH_TAKES:
             raise CapacityError(
                 "importing torch",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenrt.errors import RequestError, shown
-from qwenrt.structure import Grammar, lark_literal
+from qwenrt.structure import Begins, Grammar, lark_literal
 from qwenrt.text.replies.call_bodies import CALL, END_CALL, END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
 from qwenrt.text.replies.reply_format import ReplyFormat
 from qwenrt.text.replies.schema_values import ParameterSchema
@@ -42,13 +42,19 @@ _VALUE = (
 # A thought and the action it leads to. One line, as Qwen-1 was trained to think: who is about to answer instead has no
 # other way on than to act.
 _THOUGHT = r"/%s[^\n]{0,400}\nAction: /"
+# Arguments of a tool that is not strict, in the forms that are no JSON: whatever a reader takes for them.
+_ANY_FUNCTION = r"/(?s:.*)<\/function>/ & ~/(?s:.*)<\/function>(?s:.+)/"
+_ANY_INPUT = "/(?s:.*)/"
+_ACTION, _FINAL_ANSWER = "\nAction:", "\nFinal Answer:"
 _LINE_END, _END_VALUE = lark_literal("\n"), lark_literal(f"\n{END_PARAMETER}\n")
 
 
 @dataclass(frozen=True)
 class _Tool:
+    """``schema``: of its arguments; None: they may be anything."""
+
     name: str
-    schema: dict[str, Any]
+    schema: dict[str, Any] | None
 
 
 def call_grammar(
@@ -78,6 +84,32 @@ def call_grammar(
     return Grammar.lark("\n".join(rules))
 
 
+def bound_calls(
+    reply_format: ReplyFormat,
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    in_thought: bool = False,
+    tags: Collection[str] = (),
+) -> Grammar | None:
+    """The grammar of the calls in answers that are free to call a tool or not: where one is begun, it is a call of one
+    of ``tools``, and of its schema if that is "strict". None where no tool is."""
+    functions = [tool.get("function", tool) for tool in tools]
+    if not any(function.get("strict") is True for function in functions):
+        return None
+    chosen = [_tool(f) if f.get("strict") is True else _Tool(_name(f), None) for f in functions]
+    if reply_format.calls == "react":
+        rules = [f"start: {lark_literal(_ACTION + ' ')} call", *_react_calls(chosen)]
+        begins = Begins((_ACTION,), again=False, not_after=_FINAL_ANSWER, within_line=in_thought)
+        return Grammar("lark", "\n".join(rules), begins=begins)
+    opening, closing = (tag if tag in tags else lark_literal(tag) for tag in (CALL, END_CALL))
+    call = f"call: {opening} {_LINE_END} body {_LINE_END} {closing}"
+    if reply_format.calls == "xml":  # a function counts without the tag in front
+        return Grammar(
+            "lark", "\n".join(["start: call | body", call, *_xml(chosen)]), begins=Begins((CALL, FUNCTION))
+        )
+    return Grammar("lark", "\n".join(["start: call", call, *_hermes(chosen)]), begins=Begins((CALL,)))
+
+
 def or_calls(
     grammar: Grammar,
     reply_format: ReplyFormat,
@@ -104,19 +136,24 @@ def _hermes(tools: list[_Tool]) -> list[str]:
     rules, close = [], lark_literal("}")
     for i, tool in enumerate(tools):
         head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
-        rules.append(f"body_{i}: {lark_literal(head)} {_json(tool.schema)} {close}")
+        arguments = _json({"type": "object"} if tool.schema is None else tool.schema)
+        rules.append(f"body_{i}: {lark_literal(head)} {arguments} {close}")
     return [_one_of("body", len(rules)), *rules]
 
 
-def _react(tools: list[_Tool], in_thought: bool) -> str:
-    calls = []
+def _react_calls(tools: list[_Tool]) -> list[str]:
+    calls = [_one_of("call", len(tools))]
     for i, tool in enumerate(tools):
         head = lark_literal(f"{tool.name}\nAction Input: ")
-        calls.append(f"call_{i}: {head} {_json(tool.schema)}")
+        calls.append(f"call_{i}: {head} {'ANY' if tool.schema is None else _json(tool.schema)}")
+    return [*calls, f"ANY: {_ANY_INPUT}"] if any(tool.schema is None for tool in tools) else calls
+
+
+def _react(tools: list[_Tool], in_thought: bool) -> str:
     action = lark_literal("Action: ")
     start = "THOUGHT call" if in_thought else f"(THOUGHT | {action}) call"
     thought = _THOUGHT % ("" if in_thought else "Thought:")
-    return "\n".join([f"start: {start}", f"THOUGHT: {thought}", _one_of("call", len(calls)), *calls])
+    return "\n".join([f"start: {start}", f"THOUGHT: {thought}", *_react_calls(tools)])
 
 
 def _xml(tools: list[_Tool]) -> list[str]:
@@ -124,26 +161,30 @@ def _xml(tools: list[_Tool]) -> list[str]:
     for i, tool in enumerate(tools):
         if not re.fullmatch(r"[^\s<>]{1,256}", tool.name):
             raise _unwritable(f"the tool {shown(tool.name)}", "no name with white space, < or > is read")
-        parameters = _parameters(tool, values)
+        inside = ["ANY"]
+        if tool.schema is not None:
+            inside = [*_parameters(tool.name, tool.schema, values), lark_literal(END_FUNCTION)]
         head = lark_literal(f"{FUNCTION}{tool.name}>\n")
-        rules.append(f"body_{i}: {' '.join([head, *parameters, lark_literal(END_FUNCTION)])}")
+        rules.append(f"body_{i}: {' '.join([head, *inside])}")
+    if any(tool.schema is None for tool in tools):
+        rules.append(f"ANY: {_ANY_FUNCTION}")
     return [_one_of("body", len(tools)), *rules, *values.rules]
 
 
-def _parameters(tool: _Tool, values: _Values) -> list[str]:
-    properties = tool.schema.get("properties")
+def _parameters(tool: str, schema_of_all: dict[str, Any], values: _Values) -> list[str]:
+    properties = schema_of_all.get("properties")
     properties = properties if isinstance(properties, dict) else {}
-    required = tool.schema.get("required")
+    required = schema_of_all.get("required")
     required = required if isinstance(required, list) else []
-    known = ParameterSchema(tool.schema)
+    known = ParameterSchema(schema_of_all)
     names = ("$defs", "definitions")
-    shared: dict[str, Any] = {name: tool.schema[name] for name in names if name in tool.schema}
+    shared: dict[str, Any] = {name: schema_of_all[name] for name in names if name in schema_of_all}
     terms = []
     for key in [*properties, *(k for k in required if isinstance(k, str) and k not in properties)]:
         if re.fullmatch(r"[^<>\n]+", key) is None:
             if key in required:
                 raise _unwritable(
-                    f"the parameter {shown(key)} of {shown(tool.name)}", "< and > are no part of one"
+                    f"the parameter {shown(key)} of {shown(tool)}", "< and > are no part of one"
                 )
             continue
         head = lark_literal(f"{PARAMETER}{key}>")

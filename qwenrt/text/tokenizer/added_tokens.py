@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from qwenrt.config import read_json
 from qwenrt.errors import ConfigError
 from qwenrt.files import is_there
+from qwenrt.text.tokenizer.slices import first
 from qwenrt.text.tokenizer.unicode import nfc
 from qwenrt.text.tokenizer.vocabulary import (
     END_OF_TEXT,
@@ -231,8 +232,7 @@ class AddedTokenFinder:
         """The tokens in the text, in their order. ``words_only``: control tokens are passed over, and what is
         inside them too."""
         end = position = 0
-        while self._start is not None and (start_at := self._start.search(text, position)):
-            start = start_at.start()
+        while self._start is not None and (start := first(self._start, text, position)) is not None:
             token = self._at(text, start)
             position = start + 1
             if token is None:

@@ -15,6 +15,7 @@ from qwenrt.files import is_there
 from qwenrt.text.tokenizer.added_tokens import AddedTokenFinder
 from qwenrt.text.tokenizer.bpe_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE, read_bpe
 from qwenrt.text.tokenizer.qwen1 import QWEN1_FILE, SPECIAL_TOKENS, read_qwen1, with_control_tokens
+from qwenrt.text.tokenizer.slices import AT_ONCE, SPLIT_PLACE, slices
 from qwenrt.text.tokenizer.unicode import nfc, without_surrogates
 from qwenrt.text.tokenizer.vocabulary import END_OF_TEXT, IM_END, IM_START, SPLIT_PATTERN, Vocabulary
 
@@ -27,7 +28,8 @@ __all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "TOKENIZER_FILES", "Tokenizer"]
 TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, QWEN1_FILE)
 
 # Whitespace as the split pattern's \s understands it (re's own \s has four more), but for newlines.
-_BLANKS = re.compile("[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+_BLANK = "[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_BLANKS, _EIGHT_BLANKS = re.compile(f"{_BLANK}+"), re.compile(f"{_BLANK}{{8}}")
 _LONG_BLANKS = 4096
 
 
@@ -77,6 +79,9 @@ class Tokenizer:
         )
         self._has_words = not all(token.control for token in vocabulary.added)
         self._encoding = _encoding(name, dict(vocabulary.ranks), vocabulary.pattern)
+        # The encoder makes new integers for its ids. One object for each id takes a fifth of the memory, and lists of
+        # them are copied and freed without a walk through it, which would keep other threads waiting.
+        self._own_ids = list(range(self.vocab_size))
 
     @classmethod
     def from_dir(cls: type[_Kind], path: str | Path, extra_vocab_files: Sequence[str | Path] = ()) -> _Kind:
@@ -104,7 +109,8 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, eod_id={self.eod_id})"
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """The token ids of the text (of its NFC form, where the vocabulary asks for it). Linear in its length.
+        """The token ids of the text (of its NFC form, where the vocabulary asks for it). Linear in its length, and a
+        piece at a time: other threads go on meanwhile.
 
         Words added to the vocabulary are found in every text. Control tokens spelled in it stay ordinary text unless
         ``allow_special``: only for text that no user wrote. Nothing is put before or after the text. Lone surrogates
@@ -114,12 +120,13 @@ class Tokenizer:
             raise RequestError("encoding text", f"got {type(text).__name__}", "Pass a str.")
         text = without_surrogates(text)
         allow_special = flag("allow_special", allow_special)
-        if not allow_special and not self._has_words:
-            return self._encode_ordinary(self._nfc(text))
         ids: list[int] = []
+        if not allow_special and not self._has_words:
+            self._add_ordinary(ids, self._nfc(text))
+            return ids
         for written, added in _cut(self._as_written, text, not allow_special):
             for composed, inner in _cut(self._composed, self._nfc(written), not allow_special):
-                ids += self._encode_ordinary(composed)
+                self._add_ordinary(ids, composed)
                 if inner is not None:
                     ids.append(inner)
             if added is not None:
@@ -185,8 +192,22 @@ class Tokenizer:
         """The ids below vocab_size that have no token."""
         return [i for i, token in enumerate(self._bytes) if token is None]
 
-    def _encode_ordinary(self, text: str) -> list[int]:
-        if len(text) < _LONG_BLANKS:
+    def _add_ordinary(self, ids: list[int], text: str) -> None:
+        """Put the ids of a composed text without added tokens behind ``ids``."""
+        own = self._own_ids.__getitem__
+        for piece in slices(text, SPLIT_PLACE):
+            if len(piece) <= 4 * AT_ONCE or _may_have_long_blanks(piece):
+                ids.extend(map(own, self._encode_piece(piece)))
+                continue
+            # No place in it to cut it at: its ids come as numbers in memory, of which lists are made a part at a time.
+            # The encoder counts them in bytes and calls that their number; as bytes they are what they are.
+            raw = memoryview(self._encoding._core_bpe.encode_to_tiktoken_buffer(piece, set())).cast("B")
+            found = raw.cast("I")
+            for at in range(0, len(found), AT_ONCE):
+                ids.extend(map(own, found[at : at + AT_ONCE]))
+
+    def _encode_piece(self, text: str) -> list[int]:
+        if not _may_have_long_blanks(text):
             return self._encoding.encode_ordinary(text)
         ids: list[int] = []
         start = 0
@@ -244,6 +265,11 @@ def _encoding(name: str, ranks: dict[bytes, int], pattern: str) -> tiktoken.Enco
 
     # No special tokens: added tokens are found and placed by id on our side, never by the encoder.
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def _may_have_long_blanks(text: str) -> bool:
+    """Whether a run of blanks can be as long as _LONG_BLANKS: eight of the characters looked at would be in it."""
+    return _EIGHT_BLANKS.search(text[:: _LONG_BLANKS // 8]) is not None
 
 
 def _long_blanks(text: str, at_least: int) -> Iterator[slice]:

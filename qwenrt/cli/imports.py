@@ -1,0 +1,61 @@
+"""Whether a package can be imported, found out in a process of its own: a broken one may end the process, or hang."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+
+_TIMEOUT_S = 120.0
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # 0: torch loads no vendor's extension by itself
+# What an import says -> how that is mended; the first that fits. Libraries are named as loaders name them.
+_CURES = (
+    (("libgalaxyhip", "libhsa-runtime", "libamdhip64"), "source /opt/dtk/env.sh (or ROCm's), then try again"),
+    (
+        ("libascend", "libhccl", "libopapi", "torch_npu", "CANN"),
+        "source /usr/local/Ascend/ascend-toolkit/set_env.sh, then try again",
+    ),
+    (
+        ("libcu", "libnv", "libnccl"),
+        "a CUDA library of torch's is missing: pip install --force-reinstall torch, or install the CPU's build",
+    ),
+    (("compiled using NumPy 1",), 'this torch was built for NumPy 1: pip install "numpy<2"'),
+    (
+        ("undefined symbol", "version `"),
+        "packages of different builds are mixed: install them from one source",
+    ),
+    (("Killed", "SIGKILL", "MemoryError"), "there was not enough memory: free some, or raise the limit"),
+)
+_OTHERWISE = "pip install --force-reinstall {}, or your device vendor's build of it"
+
+
+def failure(package: str, environment: Mapping[str, str], timeout_s: float = _TIMEOUT_S) -> str | None:
+    """What an import of ``package`` says in a process with that environment, in a line; None where it works."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {package}"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env=dict(environment),
+        )
+    except subprocess.TimeoutExpired:
+        return f"importing it takes more than {timeout_s:g} seconds"
+    except OSError as error:
+        return f"no process could be started: {error.strerror or error}"
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode < 0:
+        return f"importing it ends the process by signal {-done.returncode}{': ' if last else ''}{last}"
+    return last or f"importing it ends the process with exit status {done.returncode}"
+
+
+def cure(package: str, said: str, environment: Mapping[str, str]) -> str:
+    """How to mend an import that failed so."""
+    known = next((remedy for words, remedy in _CURES if any(word in said for word in words)), None)
+    if package == "torch" and failure("torch", {**environment, _AUTOLOAD: "0"}) is None:
+        without = f"{_AUTOLOAD}=0 makes torch start without the extension of a device that breaks it"
+        return f"{known}; {without}" if known else without
+    return known or _OTHERWISE.format(package)

@@ -1,0 +1,197 @@
+"""What each phase does. Each is called in a process of its own: (notes, device, seconds, directory)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenrt.backends import registry
+from qwenrt.backends.graphs import EagerGraphs, GraphStack
+from qwenrt.conformance import selftest
+from qwenrt.conformance.gpu import timing
+from qwenrt.conformance.gpu.report import Notes
+from qwenrt.conformance.run import chosen, run
+from qwenrt.conformance.subjects import at_hand
+from qwenrt.llm import LLM
+from qwenrt.loading import load_random
+from qwenrt.model import trial
+from qwenrt.ops.steps import Draw, Step
+from qwenrt.sampling_params import SamplingParams
+
+_SPARE_S = 3.0  # left for writing and ending
+_REPLAYS = 1000
+_SHAPES = {  # (outputs, inputs) of a layer's linears and the head
+    "1.8B": ((6144, 2048), (2048, 2048), (11008, 2048), (2048, 5504), (151936, 2048)),
+    "7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (151936, 4096)),
+}
+# Of what a user feels most to what is nice to know.
+_MODELS = (
+    *(("Qwen-1_8B", quantize, 1, 1024) for quantize in (None, "int4", "int8")),
+    *(("Qwen-7B", quantize, 1, 1024) for quantize in (None, "int4", "int8")),
+    *(("Qwen-1_8B", None, rows, 256) for rows in (8, 32)),
+    ("Qwen-7B", None, 1, 8192),
+)
+
+
+def limits(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """What the memory and the units for products give, and what a launch in a graph costs: every fraction is of these.
+    The bandwidth is the larger of a copy's and our own reading kernel's."""
+    del out
+    here = torch.device(registry.create(device).device)
+    timing.bandwidth(notes, here)
+    timing.products(notes, here)
+    timing.launches(notes, here)
+
+
+def ops(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """The table of ops, as far as the time goes: the combinations in which any two values meet, op by op."""
+    del out
+    end, count, wrong = time.monotonic() + seconds - _SPARE_S, 0, 0
+    subjects = at_hand(device)[1:]  # the definitions on the CPU are looked at wherever there is one
+    for outcome in run(chosen(subjects)):
+        count += 1
+        if not outcome.finding.ok:
+            wrong += 1
+            notes.wrong(f"{outcome.subject}: {outcome.case.id}: {outcome.why}")
+        if count % 50 == 0:
+            notes.figure("cases", count)
+        if time.monotonic() > end:
+            notes.detail["stopped at"] = outcome.case.op
+            break
+    notes.figure("cases", count)
+    notes.figure("wrong cases", wrong)
+
+
+def replays(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """The same steps of a small model again and again: a graph gives its body's bits, and the same ones each time."""
+    del out
+    end = time.monotonic() + seconds - _SPARE_S
+    backend = registry.create(device)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        captured, eager = _small(backend, dtype), _small(backend, dtype)
+        eager._graphs = EagerGraphs()
+        steps = [_step(position) for position in (1, 2, 3)]
+        wanted = [eager.run(step).logits.clone() for step in steps]
+        count = apart = 0
+        while count < _REPLAYS and time.monotonic() < end:
+            for step, right in zip(steps, wanted, strict=True):
+                outcome = captured.run(step)
+                if outcome.served_by is not captured:
+                    notes.wrong(f"{name}: {captured.note()}")
+                    return
+                apart += not torch.equal(outcome.logits, right)
+                count += 1
+        notes.figure(f"replays in {name}", count)
+        if apart:
+            notes.wrong(f"{name}: {apart} of {count} replays give other bits than the body")
+    notes.detail["captured"] = captured.note()
+
+
+def _small(backend: Any, dtype: torch.dtype) -> GraphStack:
+    return trial.captured_stack(backend, dtype)
+
+
+def _step(position: int) -> Step:
+    draws: list[Draw | None] = [Draw()] * 3
+    return Step([1] * 3, [position] * 3, [[4], [5], [6]], [1] * 3, [3, 4, 5], [0, 1, 2], draws, [-1] * 3)
+
+
+def models(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """The built-in model in each way to load, beside what its definitions gave on a CPU; then in 16 bits."""
+    del seconds, out
+    digests = selftest.kept_digests(selftest.DEMO)
+    for dtype in ("float32", "bfloat16", "float16"):
+        if dtype != "float32":
+            digests = {**digests, "ways": {"as it is": digests["ways"]["as it is"]}}
+        for finding in selftest.compare("demo", digests, device=device, dtype=dtype):
+            name = f"{dtype}, {finding.way}: error"
+            notes.figure(name, max(finding.error, notes.figures.get(name, 0.0)))
+            if finding.wrong:
+                notes.wrong(f"{dtype}, {finding.way}, text {finding.text}: {finding.wrong}")
+
+
+def engine(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """Answers and prompts of released shapes with random weights, beside the bandwidth of phase "limits"."""
+    end = time.monotonic() + seconds - _SPARE_S
+    bandwidth = timing.measured_bandwidth(out)
+    for shape, quantize, rows, prompt in _MODELS:
+        if time.monotonic() > end:
+            return
+        name = f"{shape} {quantize or 'bfloat16'}, {rows} at {prompt} tokens"
+        try:
+            options = {"quantize": quantize, "max_num_seqs": max(rows, 1), "max_model_len": prompt + 256}
+            with load_random(shape, device=device, dtype="bfloat16", progress=False, **options) as llm:
+                _speeds(notes, llm, name, rows, prompt, bandwidth)
+                notes.detail[name] = llm.explain()
+        except Exception as error:  # the other models still count
+            notes.wrong(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def _speeds(notes: Notes, llm: LLM, name: str, rows: int, prompt: int, bandwidth: float) -> None:
+    """After a first answer, which captures: the time to a first token, and that of each of the next ones."""
+    few, many = 1, 65
+    taken: dict[int, float] = {}
+    for tokens in (many, few, many):  # other prompts each time: none is found in the cache
+        prompts = [
+            [(7 * i + 13 * row + 31 * len(taken)) % 1000 for i in range(prompt)] for row in range(rows)
+        ]
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        at = time.perf_counter()
+        llm.generate(prompt_token_ids=prompts, sampling_params=params)
+        taken[tokens] = time.perf_counter() - at
+    step = (taken[many] - taken[few]) / (many - few)
+    notes.figure(f"{name}: prompt tokens/s", rows * prompt / taken[few])
+    notes.figure(f"{name}: tokens/s", rows / step)
+    if rows == 1 and bandwidth:
+        share = llm.stats()["weight_bytes_per_token"] / step / bandwidth
+        notes.figure(f"{name}: weights read, of the bandwidth", share)
+
+
+def linears(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """torch's own products of one token, shape by shape: what kernels of ours have to pass."""
+    end = time.monotonic() + seconds - _SPARE_S
+    here, bandwidth = torch.device(registry.create(device).device), timing.measured_bandwidth(out)
+    for model, shapes in _SHAPES.items():
+        for rows, columns in shapes:
+            if time.monotonic() < end:
+                timing.linear(notes, here, f"{model} {rows} x {columns}", (rows, columns), bandwidth)
+
+
+def profile(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """NVIDIA's profiler over one step of one layer, where it is on the path; its page goes to ncu.txt."""
+    program = shutil.which("ncu")
+    if program is None:
+        notes.detail["ncu"] = "not on the path"
+        return
+    step = f"from qwenrt.conformance.gpu import phases; phases.one_step({device!r})"
+    command = [program, "--set", "full", "--clock-control", "none", "--launch-count", "60", "--page", "raw"]
+    with (out / "ncu.txt").open("w", encoding="utf-8") as page:
+        subprocess.run(
+            [*command, sys.executable, "-c", step], stdout=page, timeout=max(1.0, seconds - _SPARE_S)
+        )
+    notes.detail["ncu"] = "ncu.txt"
+
+
+def one_step(device: str) -> None:
+    """What the profiler looks at: a decoding step of a small model, asked for op by op."""
+    stack = _small(registry.create(device), torch.bfloat16)
+    stack._graphs = EagerGraphs()
+    stack.run(_step(1))
+
+
+WORK: dict[str, Callable[[Notes, str, float, Path], None]] = {
+    "limits": limits,
+    "ops": ops,
+    "replays": replays,
+    "models": models,
+    "engine": engine,
+    "linears": linears,
+    "profile": profile,
+}

@@ -1,0 +1,162 @@
+"""The minutes on a borrowed GPU, without one: phases in their order and limits, a report that survives, what is named
+not measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwenrt.backends.graphs import EagerGraphs
+from qwenrt.conformance.gpu import __main__ as command
+from qwenrt.conformance.gpu import driver, phases, report, timing
+from qwenrt.conformance.gpu.driver import PHASES, Phase
+from qwenrt.conformance.gpu.report import Notes
+from tests.capture import GraphBackend
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds, moved on by what is run."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def driven(
+    out: Path, budget: float, takes: dict[str, float], device: str = "cuda", fails: str = ""
+) -> tuple[list[report.Result], list[tuple[str, float]]]:
+    """A run whose phases take so long; each leaves a figure and, if it ``fails``, an exit status."""
+    clock, started = Clock(), list[tuple[str, float]]()
+
+    def start(phase: Phase, limit: float) -> tuple[int | None, str]:
+        started.append((phase.name, limit))
+        notes = Notes(driver.notes_of(out, phase.name))
+        notes.figure("figure", 1.0)
+        kept = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert [p["state"] for p in kept["phases"]].count("not measured") == len(takes) - len(started) + 1
+        clock.now += min(limit, takes[phase.name])
+        if phase.name == fails:
+            return 1, "Killed"
+        return (0 if takes[phase.name] <= limit else None), ""
+
+    chosen = [Phase(name, 50, needs_gpu=name != "b") for name in takes]
+    return driver.run(chosen, out, budget, device, {}, start=start, clock=clock), started
+
+
+def test_phases_have_limits_and_the_report_is_kept_after_each(tmp_path: Path) -> None:
+    results, started = driven(tmp_path, 130, {"a": 20, "b": 60, "c": 10, "d": 49, "e": 1})
+    assert started == [("a", 50), ("b", 50), ("c", 50), ("d", 50)]
+    states = [(result.name, result.state, result.why) for result in results]
+    assert states == [
+        ("a", "done", ""),
+        ("b", "stopped", "its time was over"),
+        ("c", "done", ""),
+        ("d", "done", ""),
+        ("e", "not measured", "1 of 130 seconds were left"),
+    ]
+    assert all(result.figures == {"figure": 1.0} for result in results[:4]), "what was found is kept"
+    kept = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert [phase["name"] for phase in kept["phases"]] == list("abcde") and kept["budget_s"] == 130
+
+
+def test_a_phase_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
+    results, started = driven(tmp_path, 500, {"a": 5, "b": 5, "c": 5}, fails="a")
+    assert (results[0].state, results[0].why, results[0].figures) == ("failed", "Killed", {"figure": 1.0})
+    assert len(started) == 3 and results[2].state == "done"
+    assert "WRONG" not in "\n".join(report.printed(results))
+
+
+def test_on_a_cpu_what_needs_a_gpu_is_not_measured(tmp_path: Path) -> None:
+    results, started = driven(tmp_path, 500, {"a": 5, "b": 5}, device="cpu")
+    assert [name for name, _ in started] == ["b"]
+    assert (results[0].state, results[0].why) == ("not measured", "it needs an accelerator")
+
+
+def test_correctness_comes_before_speed() -> None:
+    names = [phase.name for phase in PHASES]
+    assert set(names) == set(phases.WORK)
+    assert max(map(names.index, ("ops", "replays", "models"))) < min(map(names.index, ("engine", "linears")))
+    assert sum(phase.seconds for phase in PHASES) <= 500
+
+
+def test_the_command_runs_end_to_end_without_a_gpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = ["--out", str(tmp_path), "--device", "cpu", "--budget", "8", "--only", "ops", "--only", "engine"]
+    assert command.main(run) == 0
+    said = capfd.readouterr().out
+    assert "engine" in said and "not measured (it needs an accelerator)" in said
+    kept = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert kept["kind"] == "gpu" and kept["backend"] == "cpu" and kept["packages"]["torch"]
+    ops = kept["phases"][0]
+    assert ops["state"] in ("done", "stopped") and not ops["findings"]
+    assert command.main(["--out", str(tmp_path), "--device", "nothing"]) == 2
+
+
+class Playing(GraphBackend):
+    """A device whose body is run as it is."""
+
+    def graphs(self) -> Any:
+        return EagerGraphs()
+
+    def stacks(self, parts: Any) -> Any:
+        return super(GraphBackend, self).stacks(parts)
+
+
+def test_replays_are_compared_with_the_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases.registry, "create", lambda device: Playing(CPU))
+    monkeypatch.setattr(phases, "_REPLAYS", 6)
+    notes = Notes(tmp_path / "notes.json")
+    phases.replays(notes, "cuda", 60, tmp_path)
+    assert not notes.findings and notes.figures == {"replays in float32": 6, "replays in bfloat16": 6}
+    right, calls = torch.equal, []
+    monkeypatch.setattr(torch, "equal", lambda a, b: calls.append(1) or (len(calls) != 2 and right(a, b)))
+    phases.replays(notes, "cuda", 60, tmp_path)
+    assert notes.findings == ["float32: 1 of 6 replays give other bits than the body"]
+
+
+def test_the_built_in_model_is_looked_at_in_every_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ((0, 0.1, ""), (1, 0.3, "it is off"))
+    found = [phases.selftest.Finding("as it is", text, error, 0.2, wrong) for text, error, wrong in texts]
+    monkeypatch.setattr(phases.selftest, "compare", lambda *_, **__: iter(found))
+    notes = Notes(tmp_path / "notes.json")
+    phases.models(notes, "cuda", 60, tmp_path)
+    assert notes.findings[0] == "float32, as it is, text 1: it is off" and len(notes.findings) == 3
+    assert notes.figures["bfloat16, as it is: error"] == 0.3
+
+
+def test_speeds_are_beside_the_bandwidth_that_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report.write(driver.notes_of(tmp_path, "limits"), {"figures": {"bandwidth, GB/s": 4000.0}})
+    assert timing.measured_bandwidth(tmp_path) == 4e12 and timing.measured_bandwidth(tmp_path / "x") == 0
+    times = iter(
+        [0.0, 1.0, 2.0, 2.5, 3.0, 10.4]
+    )  # 1 s with captures, then 0.5 s for one token, 7.4 s with 64 more
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(times))
+
+    class Model:
+        def generate(self, **asked: Any) -> None:
+            assert len(asked["prompt_token_ids"]) == 1
+
+        def stats(self) -> dict[str, Any]:
+            return {"weight_bytes_per_token": 431.25e9 / 1.0}
+
+    notes = Notes(tmp_path / "notes.json")
+    phases._speeds(notes, Model(), "m", 1, 1000, 4e12)  # type: ignore[arg-type]
+    assert notes.figures["m: prompt tokens/s"] == pytest.approx(2000)
+    assert notes.figures["m: tokens/s"] == pytest.approx(64 / 6.9)
+    assert notes.figures["m: weights read, of the bandwidth"] == pytest.approx(1.0)
+
+
+def test_without_a_triton_the_rest_is_measured(tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "notes.json")
+    if timing._kernels(notes) is None:
+        assert notes.detail["triton"].startswith("ModuleNotFoundError")
