@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/* csrc/isa/*/*)
 SET_UP := $(PYTHON) scripts/set_up.py --venv $(VENV)
 
-.PHONY: chat serve test lint types tests csrc-check gpu-check gpu-sources agents browser wheel recipes-check demo bench benchmarks clean
+.PHONY: chat serve test lint types tests csrc-check gpu-check gpu-sources npu-check agents browser wheel recipes-check demo bench benchmarks clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -35,6 +35,10 @@ tests: $(VENV)/.dev
 # machine lacks is skipped and named.
 csrc-check: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/csrc -m 'slow or not slow' -rs
+
+# Without an NPU: torch_npu's real wheel (downloaded once, into build/) over a stand-in for CANN, for each processor.
+npu-check: $(VENV)/.dev
+	$(BIN)/python -m tests.npu.check build/npu-check
 
 # On a machine with an NVIDIA or AMD GPU: all that only it can show, the most important first, in nine minutes, with the torch
 # and the Triton that are there. report.json in OUT is written again after each step; docs/devices.md is made of such reports.

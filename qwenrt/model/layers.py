@@ -62,8 +62,11 @@ class DecoderLayer:
         self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, cache: LayerCache | None
     ) -> torch.Tensor:
         """x [T, D] -> [T, D]; what this step adds to a sequence's memory goes to ``cache``."""
+        return self.add_mlp(self.mixer.add(x, rotary, plan, cache), plan)
+
+    def add_mlp(self, x: torch.Tensor, plan: StepPlan | DecodePlan) -> torch.Tensor:
+        """x [T, D] -> x + mlp(norm(x)): the second half of a layer."""
         w = self.weights
-        x = self.mixer.add(x, rotary, plan, cache)
         if isinstance(w.mlp, Experts):
             norm_moe_add = self._norm_moe_add_each if isinstance(plan, DecodePlan) else self._norm_moe_add
             return norm_moe_add(x, w.post_norm, w.eps, w.mlp)

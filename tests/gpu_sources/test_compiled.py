@@ -143,16 +143,19 @@ def test_a_kernel_compiles_and_spills_nothing(
         pytest.skip("this Triton knows no gfx906")
     wide, call = CASES[case]
     backend = TritonBackend(META)
-    units = target != "gfx906"
+    units = target not in ("gfx906", "sm75")
     backend.tiles = compiled.replace(TILES, matrix_units=units)
     dtype = BF16 if target in ("sm80", "sm90", "gfx90a", "gfx942") else F16
     backend.dtype = dtype
+    room = (
+        64 if target.startswith("gfx") else 99
+    ) << 10  # of a block on AMD's, and on sm_86, which has least
     found = compiled.launches(lambda: call(backend, dtype), monkeypatch)
     assert found
     for launch in found:
         code = compiled.compiled(launch, target)
         assert code.spilt == 0, f"{launch.name}: {code}"
-        assert code.registers <= 255 and code.shared <= 64 << 10, f"{launch.name}: {code}"
+        assert code.registers <= 255 and code.shared <= room, f"{launch.name}: {code}"
         narrow = code.loads[8] + code.loads[16]
         assert narrow <= 24, (
             f"{launch.name}: {code}"

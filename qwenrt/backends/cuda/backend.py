@@ -29,7 +29,9 @@ class CudaBackend(TritonBackend):
 
     @cached_property
     def tiles(self) -> Tiles:
-        return dataclasses.replace(TILES, matrix_units=self.profile.matrix)
+        # Triton compiles products for sm_80 and later; on sm_75 they spill as they do where there are no units.
+        units = self.profile.matrix and self.profile.bfloat16
+        return dataclasses.replace(TILES, matrix_units=units)
 
     def graphs(self) -> Graphs | None:
         return CudaGraphs(self.device, self.profile.graph_sizes)
