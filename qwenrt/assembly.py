@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from qwenrt.config.layers import (
     num_parameters,
     num_snapshots,
     state_bytes,
+    with_mtp,
 )
 from qwenrt.config.quant import rounded_group
 from qwenrt.config.released import names_like, released_config
@@ -94,7 +95,7 @@ def assemble(
         env=environment,
         progress=options.progress,
     )
-    config = read_model_config(directory)
+    config = replace(read_model_config(directory), with_mtp=options.draft == "mtp")
     checkpoint = open_checkpoint(directory)
     check_size(checkpoint, config)
     config = as_stored(config, checkpoint)
@@ -121,6 +122,7 @@ def assemble_random(shape: str | ModelConfig, options: LoadOptions, environment:
     """The same with random weights of a released shape and no tokenizer."""
     started = time.perf_counter()
     config = shape if isinstance(shape, ModelConfig) else _shape_config(shape)
+    config = with_mtp(config, options.draft, shape if isinstance(shape, str) else "this shape")
     backend = _configured(registry.create(options.device, environment.backend), options, environment)
 
     def fill(model: Qwen, dtype: torch.dtype) -> None:
@@ -176,6 +178,7 @@ def _build(
         sequences=options.max_num_seqs,
         stored=stored,
         batch_tokens=options.max_num_batched_tokens,
+        draft_tokens=options.draft_tokens,
     )
     _selfcheck(config, backend, dtype, options, bits, stored)
     model = Qwen(config, backend, dtype)
@@ -195,6 +198,7 @@ def _build(
         prefix_store=None if options.prefix_store is None else Path(options.prefix_store),
         prefix_store_bytes=options.prefix_store_bytes,
         num_snapshots=_num_snapshots(config, backend, dtype, options),
+        draft_tokens=options.draft_tokens if options.draft == "mtp" else 0,
     )
     engine = Engine(
         model,
@@ -252,7 +256,7 @@ def _cache_token_bytes(
     config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions
 ) -> int:
     return backend.kv_bytes_per_token(
-        config.num_kv_layers, config.num_kv_heads, config.head_dim, dtype, options.kv_cache_dtype == "int8"
+        config.num_paged_layers, config.num_kv_heads, config.head_dim, dtype, options.kv_cache_dtype == "int8"
     )
 
 
@@ -263,7 +267,7 @@ def _longest_that_fits(
     what is free now, the states of sequences included."""
     per_token = max(1, _cache_token_bytes(config, backend, dtype, options))
     longest = min(config.max_position_embeddings, max(LONGEST_BY_CHOICE, LITTLE_CACHE // per_token))
-    states = least_state_bytes(config, dtype.itemsize, options.max_num_seqs)
+    states = least_state_bytes(config, dtype.itemsize, options.max_num_seqs, options.draft_tokens)
     fits = max(0, backend.memory()[0] // 2 - states) // per_token
     return max(min(longest, fits // backend.block_size * backend.block_size), min(longest, 256))
 

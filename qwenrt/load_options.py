@@ -16,6 +16,7 @@ Quantize = Literal["int8", "int4"]
 KVCacheDType = Literal["auto", "int8"]
 Activations = Literal["auto", "exact", "int16", "int8"]
 Fallback = Literal["warn", "error", "silent"]
+Draft = Literal["mtp"]
 if TYPE_CHECKING:  # torch's own are taken as well, without importing it
     import torch
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # torch's own are taken as well, without importing it
 else:
     AnyDType, AnyDevice = DType, str
 
+MOST_DRAFT_TOKENS = 8  # guesses for one sequence at a time
 DTYPES = tuple(name for name in get_args(DType) if name != "auto")
 # The texts that an option may be, where it may not be any other; None as well where that is its default.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -34,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_cache_dtype": get_args(KVCacheDType),
     "activations": get_args(Activations),
     "fallback": get_args(Fallback),
+    "draft": get_args(Draft),
 }
 # What each option means: its help on the command line, and its line in `help(qwenrt.load)`.
 ABOUT: dict[str, str] = {
@@ -65,6 +68,9 @@ ABOUT: dict[str, str] = {
     "prefix_store": "keep what was computed of beginnings that prompts share in this directory, where the next process "
     "finds it; it tells what was asked, and only its owner may read it (default: nothing is kept)",
     "prefix_store_bytes": "how much that directory may hold; what was used least lately goes first",
+    "draft": "guess tokens and check several in one step: the same answers, sooner where guesses are right; mtp "
+    "guesses by the head that Qwen3-Next, Qwen3.5 and later have for it (default: only what a request asks for)",
+    "draft_tokens": "how many tokens draft guesses for an answer at a time",
     "merge_system_messages": "where a chat template takes a system message in the first place alone (Qwen3.5 to 3.8), "
     "move the texts of later ones into that; otherwise they are an error",
 }
@@ -97,6 +103,8 @@ class LoadOptions:
     step_target_ms: int | None = None
     prefix_store: str | PathLike[str] | None = None
     prefix_store_bytes: int = 4 * 2**30
+    draft: Draft | None = None
+    draft_tokens: int = 1
     merge_system_messages: bool = False
 
     def __post_init__(self) -> None:
@@ -115,7 +123,11 @@ def dtype_name(value: object) -> object:
     return value.removeprefix("torch.") if isinstance(value, str) else value
 
 
-_INTEGERS = {"step_target_ms": (0, 3600_000), "prefix_store_bytes": (2**20, 2**50)}
+_INTEGERS = {
+    "step_target_ms": (0, 3600_000),
+    "prefix_store_bytes": (2**20, 2**50),
+    "draft_tokens": (1, MOST_DRAFT_TOKENS),
+}
 _DIRECTORIES: dict[str, tuple[type, ...]] = {"packed_cache": (bool, PathLike), "prefix_store": (PathLike,)}
 
 

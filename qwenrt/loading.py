@@ -14,6 +14,7 @@ from qwenrt.load_options import (
     Activations,
     AnyDevice,
     AnyDType,
+    Draft,
     Fallback,
     KVCacheDType,
     LoadOptions,
@@ -50,6 +51,8 @@ def load(
     step_target_ms: int | None = None,
     prefix_store: str | PathLike[str] | None = None,
     prefix_store_bytes: int = 4 * 2**30,
+    draft: Draft | None = None,
+    draft_tokens: int = 1,
     merge_system_messages: bool = False,
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
@@ -79,6 +82,8 @@ def load(
         step_target_ms=step_target_ms,
         prefix_store=prefix_store,
         prefix_store_bytes=prefix_store_bytes,
+        draft=draft,
+        draft_tokens=draft_tokens,
         merge_system_messages=merge_system_messages,
     )
     return load_with(model, options)

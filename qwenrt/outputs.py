@@ -35,12 +35,15 @@ class TokenLogprob:
 @dataclass(frozen=True)
 class Timing:
     """Where the time of one completion went, in seconds: ``queue_s`` until it was first computed, ``first_token_s``
-    from its arrival to its first token, ``total_s`` to its end. ``tokens_per_s``: of the tokens after the first."""
+    from its arrival to its first token, ``total_s`` to its end. ``tokens_per_s``: of the tokens after the first.
+    ``drafted_tokens`` were guessed for it, and ``accepted_tokens`` of them the model confirmed."""
 
     queue_s: float = 0.0
     first_token_s: float = 0.0
     total_s: float = 0.0
     tokens_per_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def test_load_hands_on_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "quantize": "int4", "quantize_head": "int8", "kv_cache_dtype": "int8", "activations": "int16",
         "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 8, "fallback": "error", "progress": False,
         "packed_cache": Path("x"), "step_target_ms": 90, "prefix_store": Path("y"), "prefix_store_bytes": 2**30,
+        "draft": "mtp", "draft_tokens": 3,
         "merge_system_messages": True,
     }  # fmt: skip
     assert given.keys() == DEFAULTS.keys() and all(given[name] != DEFAULTS[name] for name in given)
@@ -63,11 +64,11 @@ def test_the_command_line_has_the_same_defaults(command: str) -> None:
 def test_the_command_line_gives_each_option() -> None:
     words = "run m x --device cpu --dtype bfloat16 --quantize int4 --quantize-head int8 --kv-cache-dtype int8"
     words += " --activations exact --max-model-len 64 --fallback error --packed-cache --source modelscope"
-    words += " --revision v1 --offline"
+    words += " --revision v1 --offline --draft mtp --draft-tokens 2"
     assert LoadOptions(**load_arguments(build_parser().parse_args(words.split()))) == LoadOptions(
         device="cpu", dtype="bfloat16", quantize="int4", quantize_head="int8", kv_cache_dtype="int8",
         activations="exact", max_model_len=64, fallback="error", packed_cache=True, source="modelscope", revision="v1",
-        offline=True,
+        offline=True, draft="mtp", draft_tokens=2,
     )  # fmt: skip
     named = build_parser().parse_args(["run", "m", "x", "--packed-cache", "here"])
     assert LoadOptions(**load_arguments(named)).packed_cache == "here"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -117,13 +117,15 @@ class Outcome:
 
     ``chosen`` int64 [R] on the device, NOT_FINITE where a row was not finite, nothing of meaning where the step's draw
     was None. ``fetched`` waits for them alone and gives them on the host. ``logits`` float32 [R, V] last until the next
-    step. ``served_by``: the stack that computed it.
+    step. ``served_by``: the stack that computed it. ``stream`` [T, D]: what left the layers, before the final norm, of
+    every token of the step; None where the stack keeps none.
     """
 
     chosen: torch.Tensor
     fetched: Callable[[], torch.Tensor]
     logits: torch.Tensor
     served_by: Stack
+    stream: torch.Tensor | None = None
 
     def tokens(self) -> list[int | None]:
         """Waits for the device; None for a row that was not finite."""
@@ -167,10 +169,12 @@ class SeamStack:
         x = network.embed(token_ids(backend, step, before))
         x = network.run_layers(x, network.rotary(plan, step.ntk_alphas), plan, self._parts.cache)
         copy_states(self._parts.cache, step.states_kept)
+        stream = x
         if len(step.logit_rows) < step.num_tokens:
             x = x.index_select(0, backend.send(step.logit_rows))
         logits = network.logits(network.final_norm(x)) if step.logit_rows else x
-        return chosen_from(self, backend, logits, step.draws, self._parts.vocabulary)
+        outcome = chosen_from(self, backend, logits, step.draws, self._parts.vocabulary)
+        return replace(outcome, stream=stream)
 
 
 def copy_states(cache: Sequence[LayerCache], copies: list[tuple[int, int]]) -> None:
@@ -184,7 +188,14 @@ def copy_states(cache: Sequence[LayerCache], copies: list[tuple[int, int]]) -> N
 def plan_of(backend: Device, step: Step, block_size: int) -> StepPlan:
     """What the layers are told of a step, its slots on the device."""
     slots = backend.send(step.slots(block_size))
-    return StepPlan(step.q_lens, step.kv_lens, slots, step.tables, state_slots=step.state_slots)
+    return StepPlan(
+        step.q_lens,
+        step.kv_lens,
+        slots,
+        step.tables,
+        state_slots=step.state_slots,
+        state_trails=step.state_trails,
+    )
 
 
 def token_ids(backend: Device, step: Step, before: Outcome | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.cli.options import add_load_option, example
 from qwenrt.cli.terminal import Terminal, billions, counted
 from qwenrt.config import Environment, ModelConfig, parse_model_config, read_json, read_model_config
-from qwenrt.config.layers import least_state_bytes, num_active_parameters, num_parameters
+from qwenrt.config.layers import least_state_bytes, num_active_parameters, num_parameters, with_mtp
 from qwenrt.config.quant import rounding_description
 from qwenrt.errors import BackendError, CheckpointError, RequestError
 from qwenrt.files import expanded, is_there
@@ -69,6 +69,8 @@ def add_parser(subparsers: Any) -> None:
     add_load_option(parser, "dtype")
     add_load_option(parser, "quantize", choices=("none", *CHOICES["quantize"]), default="none")
     add_load_option(parser, "kv_cache_dtype", "--kv", dest="kv")
+    add_load_option(parser, "draft")
+    add_load_option(parser, "draft_tokens")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=estimate)
 
@@ -89,11 +91,13 @@ class Report:
     layout: DeviceLayout
     need: MemoryNeed
     options: list[Option]
+    draft_tokens: int = 0
 
     @property
     def state_bytes(self) -> int:
         """Of the cache, what does not grow with the context."""
-        return least_state_bytes(self.config, self.layout.storage.activation, self.work.sequences)
+        itemsize = self.layout.storage.activation
+        return least_state_bytes(self.config, itemsize, self.work.sequences, self.draft_tokens)
 
     @property
     def needed(self) -> int:
@@ -126,6 +130,7 @@ def examine(args: argparse.Namespace) -> Report:
     if args.memory is not None and not 0 < args.memory <= 2**20:
         raise RequestError("--memory", f"got {args.memory:g}", "Give the free memory in GiB.")
     config, source = find_config(args.model)
+    config = with_mtp(config, args.draft, args.model)
     device, free, total = device_and_memory(args.device, args.memory)
     quantize = None if args.quantize == "none" else args.quantize
     layout_of = partial(device_layout, config, device, args.dtype, free)
@@ -138,12 +143,13 @@ def examine(args: argparse.Namespace) -> Report:
         sequences=sequences,
         quantize=quantize,
         kv_cache_dtype=args.kv,
+        draft_tokens=args.draft_tokens,
     )
     work = Workload(context, args.users, sequences)
-    found = options(config, layout_of, work, free, BATCH_TOKENS) if free else []
+    found = options(config, layout_of, work, free, BATCH_TOKENS, args.draft_tokens) if free else []
     return Report(
         *(args.model, source, config, device, free, total, work, quantize, args.kv),
-        *(layout, need, found),
+        *(layout, need, found, args.draft_tokens),
     )
 
 

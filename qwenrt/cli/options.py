@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options of `qwenrt.load` that commands have: how a model runs, and where its files come from.
 RUN_OPTIONS = (
     *("device", "dtype", "quantize", "quantize_head", "kv_cache_dtype", "activations"),
-    *("max_model_len", "fallback", "packed_cache"),
+    *("max_model_len", "fallback", "packed_cache", "draft", "draft_tokens"),
 )
 SOURCE_OPTIONS = ("source", "revision", "offline")
 # And those that matter where many requests share a model.

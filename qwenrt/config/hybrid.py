@@ -55,6 +55,10 @@ def read(model_type: str, config: Mapping[str, Any], quant: QuantConfig | None, 
         linear_attention=_linear_attention(model_type, config, layers, where),
         attn_gate=True,
         zero_centred_norms=True,
+        # Qwen3-Next's own config.json does not mention the head that it was released with.
+        mtp_layers=integer(
+            config, "mtp_num_hidden_layers", where, 0, default=int(model_type == "qwen3_next")
+        ),
         eos_token_ids=token_ids(config, "eos_token_id", where),
         dtype=read_dtype(config, where),
         quant=quant,

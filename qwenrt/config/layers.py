@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 from qwenrt.config.model import ModelConfig
+from qwenrt.errors import ConfigError
 
+MOST_ROWS = 16  # of a step, those of guesses included: more cost a CPU as much as steps of their own
 BLOCK_SIZE = 16  # tokens; a sequence takes whole blocks of the cache
 # states kept so that beginnings are found again: for each sequence; of all, where room is short
 _SNAPSHOTS, _FEW = 3, 4
@@ -35,9 +37,15 @@ class LinearSpec:
         return dict(self.parts).get("v", 0)
 
 
+def layer_prefix(config: ModelConfig, layer: int) -> str:
+    """What the names of a layer's weights begin with; those behind the decoder's are of the head that guesses."""
+    own = layer - config.num_layers
+    return f"layers.{layer}" if own < 0 else f"mtp.layers.{own}"
+
+
 def layer_linears(config: ModelConfig, layer: int) -> list[LinearSpec]:
     """The linears of a layer, in the order they are used."""
-    prefix, d = f"layers.{layer}", config.hidden_size
+    prefix, d = layer_prefix(config, layer), config.hidden_size
     mixer = _delta_linears(config, prefix) if config.is_linear(layer) else _attention_linears(config, prefix)
     moe = config.moe
     if moe is None or not config.is_moe(layer):
@@ -112,7 +120,7 @@ def _mlp_linears(prefix: str, d: int, i: int, bias: bool = False) -> list[Linear
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """The other weights of a layer and their shapes: norms, what chooses the experts, and of a gated delta net its
     convolution and how fast each head forgets."""
-    d, prefix = config.hidden_size, f"layers.{layer}"
+    d, prefix = config.hidden_size, layer_prefix(config, layer)
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}.input_norm": (d,), f"{prefix}.post_norm": (d,)}
     delta = config.linear_attention
     if delta is not None and config.is_linear(layer):
@@ -129,6 +137,40 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
         if config.moe.shared_intermediate_size:
             shapes[f"{prefix}.shared_expert_gate"] = (1, d)
     return shapes
+
+
+def with_mtp(config: ModelConfig, draft: str | None, name: str) -> ModelConfig:
+    """The network with the head that guesses if that is how tokens are drafted. Raises ConfigError where config.json
+    has none; ``name``: of the model, for that."""
+    if draft != "mtp":
+        return config
+    if not config.mtp_layers:
+        raise ConfigError(
+            'draft="mtp"',
+            f"{name} has no MTP head (mtp_num_hidden_layers is 0 or absent in config.json)",
+            'Leave draft out: a request may ask for draft="lookup", which needs no head.',
+        )
+    return replace(config, with_mtp=True)
+
+
+def mtp_linears(config: ModelConfig) -> list[LinearSpec]:
+    """The linears of the head that guesses the token after next, none where it is not loaded: ``fc`` brings an
+    embedding and a hidden state, side by side, to one; then come the layer's."""
+    if not config.num_mtp_layers:
+        return []
+    d = config.hidden_size
+    return [
+        LinearSpec("mtp.fc", 2 * d, (("fc", d),), bias=False),
+        *layer_linears(config, config.num_layers),
+    ]
+
+
+def mtp_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The other weights of that head and their shapes."""
+    if not config.num_mtp_layers:
+        return {}
+    norms = ("mtp.embedding_norm", "mtp.hidden_norm", "mtp.norm")
+    return dict.fromkeys(norms, (config.hidden_size,)) | layer_tensors(config, config.num_layers)
 
 
 def head_linear(config: ModelConfig) -> LinearSpec:
@@ -177,6 +219,10 @@ def _parameters(config: ModelConfig, experts: int) -> int:
             for spec in layer_linears(one, layer)
         )
         total += number * (tensors + sum(linears))
+    total += sum(map(math.prod, mtp_tensors(config).values()))
+    total += sum(
+        spec.num_parameters * (experts if ".experts." in spec.name else 1) for spec in mtp_linears(one)
+    )
     return total + config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
@@ -203,7 +249,15 @@ def num_snapshots(sequences: int, affordable: int | None = None) -> int:
     return most if affordable is None else min(most, max(_FEW, affordable))
 
 
-def least_state_bytes(config: ModelConfig, itemsize: int, sequences: int) -> int:
+def num_trail_states(sequences: int, guesses: int) -> int:
+    """How many states are written beside those of the running sequences while a step checks up to ``guesses`` tokens of
+    each: one after each of them, for as many sequences as a step has rows for."""
+    return guesses * min(sequences, MOST_ROWS // (guesses + 1))
+
+
+def least_state_bytes(config: ModelConfig, itemsize: int, sequences: int, guesses: int = 0) -> int:
     """Bytes of the states that are set up for ``sequences`` that may run together, however short memory is: what
-    estimates, the check before loading and the choice of a context count with."""
-    return (sequences + num_snapshots(sequences, 0)) * state_bytes(config, itemsize)
+    estimates, the check before loading and the choice of a context count with. ``guesses``: checked in a step of each,
+    if the network has the head for that."""
+    trail = num_trail_states(sequences, guesses) if config.num_mtp_layers else 0
+    return (sequences + num_snapshots(sequences, 0) + trail) * state_bytes(config, itemsize)

@@ -94,7 +94,9 @@ class ModelConfig:
     layer is limited. ``is_causal``: whether a token sees only earlier ones; some models for embeddings see later ones
     as well, and generate nothing. ``linear_attention``: layers that keep a state in place of keys and values;
     ``attn_gate``: the others multiply what they attended to by a gate, which q_proj gives beside the query;
-    ``zero_centred_norms``: the file has the weights of norms less 1. ``eos_token_ids``: those named in config.json.
+    ``zero_centred_norms``: the file has the weights of norms less 1. ``mtp_layers``: of a head that guesses the token
+    after next (MTP), which is a part of the network where ``with_mtp`` says that it is to be loaded. ``eos_token_ids``:
+    those named in config.json.
     ``dtype`` is None where the checkpoint does not say. ``tie_word_embeddings``: the head is the embedding;
     ``has_head``: False where the files have no head at all, which is enough for embeddings. Files overrule config.json:
     see loader.checkpoint.as_stored.
@@ -128,6 +130,8 @@ class ModelConfig:
     linear_attention: LinearAttentionConfig | None = None
     attn_gate: bool = False
     zero_centred_norms: bool = False
+    mtp_layers: int = 0
+    with_mtp: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
     quant: QuantConfig | None = None
@@ -148,6 +152,17 @@ class ModelConfig:
     def num_kv_layers(self) -> int:
         """Layers that keep the keys and values of every token."""
         return self.num_layers - self.num_linear_layers
+
+    @property
+    def num_paged_layers(self) -> int:
+        """Layers with keys and values in pages, that of a head that guesses among them."""
+        return self.num_kv_layers + self.num_mtp_layers
+
+    @property
+    def num_mtp_layers(self) -> int:
+        """Layers of the head that guesses the token after next, 0 where it is not loaded: they keep keys and values
+        too."""
+        return self.mtp_layers if self.with_mtp else 0
 
     @property
     def num_linear_layers(self) -> int:

@@ -160,6 +160,7 @@ def _hybrid_values(shape: str) -> dict[str, Any]:
         "max_position_embeddings": _LONG,
         "rope_theta": 1e7,
         "torch_dtype": "bfloat16",
+        "mtp_num_hidden_layers": 1,
     }
     if not experts:
         return found | {"intermediate_size": width}

@@ -14,11 +14,14 @@ Clock = Callable[[], float]
 
 @dataclass
 class Marks:
-    """When one completion arrived, was first computed and got its first token; None for what has not happened."""
+    """When one completion arrived, was first computed and got its first token; None for what has not happened. And how
+    many tokens were ``guessed`` for it, and ``right``."""
 
     arrived: float = 0.0
     began: float | None = None
     first_token: float | None = None
+    guessed: int = 0
+    right: int = 0
 
     def timing(self, now: float, num_tokens: int) -> Timing:
         """Of a completion that ends now with ``num_tokens``."""
@@ -28,7 +31,8 @@ class Marks:
             return Timing(queue, 0.0, total)
         writing = now - self.first_token
         rate = (num_tokens - 1) / writing if writing > 0 and num_tokens > 1 else 0.0
-        return Timing(queue, self.first_token - self.arrived, total, rate)
+        first = self.first_token - self.arrived
+        return Timing(queue, first, total, rate, self.guessed, self.right)
 
 
 class Accounts:

@@ -1,4 +1,4 @@
-"""Guesses at what comes next, looked up in what a sequence already has: a step checks several at once.
+"""Guesses at what comes next: a step checks several at once.
 
 A step computes the logits after the last token and after each guessed one, and chooses there as it would have if the
 guesses were the text: how a token is chosen depends on its place alone. Guesses are kept as long as they are what was
@@ -6,6 +6,12 @@ chosen; the tokens are those that would have been written without. The numbers t
 the order of their sums, which in the kernels of the CPU depends on how many tokens a step computes, whether these are
 guesses or other requests: about 1e-5 of a logit, 1e-2 where the cache is int8. Where two tokens are nearer than that,
 either may be written, as when requests run beside each other.
+
+In a model with layers of linear attention the states after each guess are kept until it is known which were right
+(`States`).
+
+They come from two places: from what a sequence already has, where a request asks for it (`LookUp`); else from the head
+that some models have for it, where one was loaded (`MtpDrafts`).
 
 Where a step may be under way when the next one is begun (depth 1), nothing is guessed: what the guesses would follow is
 not known yet. Neither is it for sequences whose choices depend on more than their logits: penalties, bias, a grammar,
@@ -15,10 +21,14 @@ logprobs, the ban on an early end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
+import torch
+
+from qwenrt.config.layers import MOST_ROWS
+from qwenrt.engine.launched import Launched, Span
 from qwenrt.engine.sequence import Sequence
 
-MOST_ROWS = 16  # of a step, those of guesses included: more cost a CPU as much as steps of their own
 _FIRST = 4  # guesses of a sequence that has not been wrong yet
 _MOST = 15
 _MATCH = 32  # tokens before a place that are compared
@@ -81,31 +91,57 @@ def _alike(tokens: list[int], place: int) -> int:
     return count
 
 
-class Drafts:
-    """The guesses of all sequences that asked for them. ``draws``: whether a sequence's next token is chosen by its
-    logits alone."""
+class Head(Protocol):
+    """What guesses by the hidden states that steps leave (`MtpDrafts`). ``most``: tokens for one sequence."""
 
-    def __init__(self, draws: Callable[[Sequence], bool]) -> None:
-        self._draws = draws
+    most: int
+
+    def computed(self, stream: torch.Tensor | None, spans: list[Span]) -> None:
+        """What left the layers of a step that is done, its tokens as in ``spans``."""
+
+    def guess(self, asked: list[tuple[Sequence, int]], running: list[Sequence]) -> list[list[int]]:
+        """Up to so many tokens that may follow, of each."""
+
+    def checked(self, seq: Sequence, guessed: int, right: int) -> None:
+        """How many of its guesses were right."""
+
+    def forget(self, seq: Sequence) -> None:
+        """It is finished."""
+
+
+class Drafts:
+    """The guesses of all sequences. ``draws``: whether a sequence's next token is chosen by its logits alone. ``head``:
+    guesses for all that ask for nothing else, where there is one."""
+
+    def __init__(self, draws: Callable[[Sequence], bool], head: Head | None = None) -> None:
+        self._draws, self.head = draws, head
         self._lookups: dict[int, LookUp] = {}
         self.num_guessed = self.num_right = 0
 
-    def guesses(self, decoding: list[Sequence], room: int) -> list[tuple[Sequence, list[int]]]:
-        """What each decoding sequence may go on with, at most ``room`` tokens in all."""
-        asked = [seq for seq in decoding if seq.params.draft == "lookup"]
-        if not asked:
-            return []
+    def guesses(
+        self, decoding: list[Sequence], room: int, running: list[Sequence]
+    ) -> list[tuple[Sequence, list[int]]]:
+        """What each decoding sequence may go on with, at most ``room`` tokens in all. ``running``: all that have a
+        cache."""
+        asked = [seq for seq in decoding if self.head is not None or seq.params.draft == "lookup"]
         room = min(room, MOST_ROWS - len(decoding))
         found: list[tuple[Sequence, list[int]]] = []
+        for_head: list[tuple[Sequence, int]] = []
         for i, seq in enumerate(asked):
-            share = room // (len(asked) - i)
+            share = min(room // (len(asked) - i), seq.max_len - len(seq.token_ids) - 1)
             if share <= 0 or seq.in_flight or seq.params.grammar is not None or not self._draws(seq):
                 continue
-            lookup = self._lookups.setdefault(seq.seq_id, LookUp())
-            guess = lookup.guess(seq.token_ids, min(share, seq.max_len - len(seq.token_ids) - 1))
+            if seq.params.draft != "lookup" and self.head is not None:
+                for_head.append((seq, min(share, self.head.most)))
+                room -= for_head[-1][1]
+                continue
+            guess = self._lookups.setdefault(seq.seq_id, LookUp()).guess(seq.token_ids, share)
             if guess:
                 found.append((seq, guess))
                 room -= len(guess)
+        if self.head is not None:
+            guessed = self.head.guess(for_head, running)
+            found += [(seq, own) for (seq, _), own in zip(for_head, guessed, strict=True) if own]
         return found
 
     def checked(self, seq: Sequence, guessed: int, right: int) -> None:
@@ -114,7 +150,16 @@ class Drafts:
         self.num_right += right
         if seq.seq_id in self._lookups:
             self._lookups[seq.seq_id].checked(guessed, right, len(seq.token_ids))
+        elif self.head is not None:
+            self.head.checked(seq, guessed, right)
+
+    def computed(self, done: Launched) -> None:
+        """A step is done, and its guesses are checked."""
+        if self.head is not None:
+            self.head.computed(done.outcome.stream, done.spans)
 
     def forget(self, seq: Sequence) -> None:
         """A finished sequence needs no state."""
         self._lookups.pop(seq.seq_id, None)
+        if self.head is not None:
+            self.head.forget(seq)

@@ -11,6 +11,7 @@ from collections.abc import Sequence as List
 from functools import partial
 from typing import Any
 
+from qwenrt.config.layers import num_trail_states
 from qwenrt.engine.accounts import Accounts, Clock
 from qwenrt.engine.block_manager import BlockManager
 from qwenrt.engine.completions import Completions
@@ -18,8 +19,9 @@ from qwenrt.engine.drafts import Drafts
 from qwenrt.engine.failures import typed
 from qwenrt.engine.grammar import Grammars
 from qwenrt.engine.kv_cache import KVCache
-from qwenrt.engine.launched import Launched, Row
+from qwenrt.engine.launched import Launched, Row, Span
 from qwenrt.engine.model_runner import ModelRunner
+from qwenrt.engine.mtp import MtpDrafts
 from qwenrt.engine.options import EngineOptions
 from qwenrt.engine.output_processor import RequestOutput, StopRules
 from qwenrt.engine.prefills import Prefills
@@ -67,7 +69,8 @@ class Engine:
         if model.config.linear_attention is not None:
             _check_stateful(options)
             kept = options.snapshots if options.prefix_caching else 0
-            states = States(options.max_num_seqs, kept, options.block_size)
+            trail = num_trail_states(options.max_num_seqs, options.draft_tokens)
+            states = States(options.max_num_seqs, kept, options.block_size, trail)
         cache = KVCache(
             model.config,
             backend,
@@ -79,7 +82,7 @@ class Engine:
             num_states=0 if states is None else states.num_slots,
         )
         if options.kv_cache_dtype == "int8":
-            model.fit_key_codes(cache.layers)
+            model.fit_key_codes(cache.layers, cache.of_mtp)
         size = min(vocab_limit or model.config.vocab_size, model.config.vocab_size)
         vocabulary = Vocabulary(size, frozenset(_unused_ids(tokenizer, size)))
         self._bounds = Bounds(
@@ -107,7 +110,17 @@ class Engine:
         )
         self.sampler = Sampler(vocabulary, backend)
         self.drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
-        if self.runner.depth == 0 and states is None:  # a state cannot be taken back where a guess was wrong
+        if options.draft_tokens:
+            self.drafts.head = MtpDrafts(
+                model,
+                cache.of_mtp,
+                options.draft_tokens,
+                vocabulary=vocabulary,
+                draw_of=self.sampler.draw_of,
+                reach=self.scheduler.reach,
+            )
+        # Without a trail of states (`States`) a wrong guess could not be taken back out of one.
+        if self.runner.depth == 0 and (states is None or options.draft_tokens):
             self.scheduler.drafts = self.drafts
         self.accounts = Accounts(clock)
         self._clock = clock
@@ -269,12 +282,15 @@ class Engine:
             self._fail(batch, error)
             return None
         rows: list[Row] = []
+        spans: list[Span] = []
         for seq, count in batch:
+            spans.append(Span(seq, seq.epoch, seq.num_computed, count + len(seq.guess)))
             guesses, seq.guess = seq.guess, []
+            seq.marks.guessed += len(guesses)
             if self.scheduler.launch(seq, count):
                 rows += [Row(seq, seq.course, guess) for guess in (None, *guesses)]
         stored = [(seq, seq.num_computed, seq.epoch) for seq, _ in batch]
-        self._launched.append(Launched(batch, stored, rows, draws, outcome, began))
+        self._launched.append(Launched(batch, stored, rows, draws, outcome, began, spans))
         return self._launched[-1]
 
     def _note_launch(self, batch: list[tuple[Sequence, int]]) -> None:
@@ -318,14 +334,16 @@ class Engine:
             if not holds:
                 continue
             if row.guess is not None:  # its key and value are in the cache
-                seq.num_computed += 1
-                self.scheduler.collect(seq, seq.num_computed, seq.epoch)
+                seq.marks.right += 1
+                self.scheduler.collect_guess(seq, len(checked[seq]) - 1)
             if token is None:
                 self._give_up(seq)
                 continue
             self.completions.write(seq, token, logprob)
         for seq, right in checked.items():
             self.drafts.checked(seq, len(right), sum(right))
+            self.scheduler.settle(seq, sum(right))
+        self.drafts.computed(done)
 
     def _give_up(self, seq: Sequence) -> None:
         """End the request of a sequence whose numbers overflowed."""

@@ -15,7 +15,8 @@ KV_CACHE_DTYPES = ("auto", "int8")
 
 class KVCache:
     """``layers``: for each decoder layer a LayerKV, ``num_blocks`` blocks of ``block_size`` slots each, and behind them
-    ``spare_blocks``, which no sequence owns; or a LayerState of ``num_states`` slots.
+    ``spare_blocks``, which no sequence owns; or a LayerState of ``num_states`` slots. ``of_mtp``: the pages of the head
+    that guesses, None where there is none.
 
     ``kv_cache_dtype`` "auto" keeps the activation dtype, "int8" codes each token and head with its own range.
     """
@@ -46,6 +47,7 @@ class KVCache:
                 num_states=num_states,
                 quantized=kv_cache_dtype == "int8",
             )
+            self.of_mtp = self._pages_of_mtp(config, backend, dtype, every, kv_cache_dtype == "int8")
         except (RuntimeError, MemoryError) as error:
             states_too = f" and {num_states} states" if num_states else ""
             smaller = "max_num_seqs or max_model_len" if num_states else "max_model_len or cache"
@@ -54,6 +56,18 @@ class KVCache:
                 str(error)[:200],
                 f'Set a smaller {smaller}, or kv_cache_dtype="int8".',
             ) from error
+
+    def _pages_of_mtp(
+        self, config: ModelConfig, backend: Backend, dtype: torch.dtype, blocks: int, quantized: bool
+    ) -> LayerKV | None:
+        """They begin as zeros: where a prompt was found in the cache, a slot of it may not have been written."""
+        if not config.num_mtp_layers:
+            return None
+        shape = (1, blocks, self.block_size, config.num_kv_heads, config.head_dim)
+        (pages,) = backend.alloc_kv(*shape, dtype, quantized)
+        for tensor in pages.tensors:
+            tensor.zero_()
+        return pages
 
     def parts(self, block: int) -> list[torch.Tensor]:
         """All that is kept of the tokens of one block: views of each layer's tensors, one after the other."""
@@ -74,6 +88,6 @@ def block_bytes(
             "kv_cache_dtype", f"got {kv_cache_dtype!r}", f"It must be one of: {', '.join(KV_CACHE_DTYPES)}."
         )
     per_token = backend.kv_bytes_per_token(
-        config.num_kv_layers, config.num_kv_heads, config.head_dim, dtype, kv_cache_dtype == "int8"
+        config.num_paged_layers, config.num_kv_heads, config.head_dim, dtype, kv_cache_dtype == "int8"
     )
     return per_token * block_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwenrt.backends.stack import Outcome
 from qwenrt.engine.sequence import Sequence, Status
@@ -31,10 +31,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The tokens of one sequence in a step, guesses included: ``count`` from the place ``start`` on, in an ``epoch`` of
+    its cache."""
+
+    seq: Sequence
+    epoch: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Launched:
     """A step under way: its sequences, each with the tokens of its cache that hold what they must when it is done, and
     the cache it began with (its epoch); the rows of its outcome and how each is drawn, those of a sequence's guesses
-    behind its own; and when it began."""
+    behind its own; when it began; and where each sequence's tokens are in it."""
 
     batch: list[tuple[Sequence, int]]
     stored: list[tuple[Sequence, int, int]]
@@ -42,6 +53,7 @@ class Launched:
     draws: list[Draw | None]
     outcome: Outcome
     began: float = 0.0
+    spans: list[Span] = field(default_factory=list)
 
     @property
     def num_decoding(self) -> int:

@@ -94,13 +94,15 @@ class ModelRunner:
 
     def _states_of(
         self, batch: list[tuple[Sequence, int]]
-    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
-        """Of a step, where each sequence's state is, and which are copied before and after it."""
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]], list[list[int]]]:
+        """Of a step, where each sequence's state is, which are copied before and after it, and where those after each
+        guess go."""
         if self._states is None:
-            return [], [], []
+            return [], [], [], []
         kept = [self._states.keep(seq, seq.num_computed + count) for seq, count in batch]
         copies = self._states.take_copies()
-        return [seq.state_slot for seq, _ in batch], copies, [copy for copy in kept if copy is not None]
+        slots, trails = [seq.state_slot for seq, _ in batch], [list(seq.trail) for seq, _ in batch]
+        return slots, copies, [copy for copy in kept if copy is not None], trails if any(trails) else []
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwenrt.config.layers import num_snapshots
 from qwenrt.errors import ConfigError
+from qwenrt.load_options import MOST_DRAFT_TOKENS
 
 STEP_TARGET_MS = 250  # on a CPU, unless something else is asked: four tokens a second still read as a flow
 
@@ -20,7 +21,8 @@ class EngineOptions:
     somebody decodes shall take at most (`StepTarget`); 0 for no such target, None for 250 on a CPU and none elsewhere.
     ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold. ``num_snapshots``: how
     many states are kept beside those of running sequences, in a model with layers of linear attention; unless given, as
-    config.layers says. Raises ConfigError."""
+    config.layers says. ``draft_tokens``: how many tokens the head that guesses proposes for a sequence at a time, 0 for
+    none; steps then do not overlap. Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -34,6 +36,7 @@ class EngineOptions:
     prefix_store: Path | None = None
     prefix_store_bytes: int = 4 * 2**30
     num_snapshots: int | None = None
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -45,6 +48,12 @@ class EngineOptions:
         kept = self.num_snapshots
         if kept is not None and (type(kept) is not int or kept < 0):
             raise ConfigError("num_snapshots", f"got {kept!r}", "It must be an integer >= 0.")
+        guesses = self.draft_tokens
+        if type(guesses) is not int or not 0 <= guesses <= MOST_DRAFT_TOKENS:
+            needed = f"It must be an integer from 0 to {MOST_DRAFT_TOKENS}."
+            raise ConfigError("draft_tokens", f"got {guesses!r}", needed)
+        if guesses:
+            object.__setattr__(self, "depth", 0)  # what guesses would follow has to be known
         target = self.step_target_ms
         if target is not None and (isinstance(target, bool) or not target >= 0):
             raise ConfigError("step_target_ms", f"got {target!r}", "It must be a number >= 0.")

@@ -92,6 +92,18 @@ class Scheduler:
             seq.num_stored = num_stored
             self.blocks.commit(seq)
 
+    def collect_guess(self, seq: Sequence, place: int) -> None:
+        """The guess at ``place`` of a sequence was right: what was computed of it is in the cache."""
+        seq.num_computed += 1
+        if self.blocks.states is not None:
+            self.blocks.states.keep_guessed(seq, seq.num_computed, place)
+        self.collect(seq, seq.num_computed, seq.epoch)
+
+    def settle(self, seq: Sequence, right: int) -> None:
+        """The guesses of a sequence are checked: the first ``right`` were."""
+        if self.blocks.states is not None:
+            self.blocks.states.end_trail(seq, right)
+
     def finish(self, seq: Sequence) -> None:
         """Done, cancelled or failed, whether it runs or waits: its blocks are free again."""
         if seq.status is Status.RUNNING:
@@ -135,10 +147,19 @@ class Scheduler:
         if self.drafts is None:
             return 0
         count = 0
-        for seq, guess in self.drafts.guesses(decoding, self.max_num_batched_tokens - len(decoding)):
-            seq.guess = guess[: self.blocks.reach(seq, len(guess), leave=len(self.running))]
+        room, states = self.max_num_batched_tokens - len(decoding), self.blocks.states
+        for seq, guess in self.drafts.guesses(decoding, room, self.running):
+            most = self.reach(seq, len(guess))
+            if states is not None:
+                most = states.begin_trail(seq, most)
+            seq.guess = guess[:most]
             count += len(seq.guess)
         return count
+
+    def reach(self, seq: Sequence, ahead: int) -> int:
+        """Give a running sequence slots for up to ``ahead`` tokens that may follow, where some are left for others ->
+        for how many it has them."""
+        return self.blocks.reach(seq, ahead, leave=len(self.running))
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -62,7 +62,7 @@ class Sequence:
 
     In a model with layers of linear attention ``state_slot`` says where its state is (-1: nowhere), ``kept_at`` after
     how many tokens that is to be kept, ``snapshots`` what steps under way keep: (tokens, slot); ``last_kept`` is the
-    block of its answer whose state was kept last.
+    block of its answer whose state was kept last; ``trail``: where those after each of its guesses are being written.
     """
 
     __slots__ = (
@@ -97,6 +97,7 @@ class Sequence:
         "state_slot",
         "status",
         "token_ids",
+        "trail",
         "turn",
     )
 
@@ -133,6 +134,7 @@ class Sequence:
         self.last_kept: int | None
         self.kept_at: list[int]
         self.snapshots: list[tuple[int, int]]
+        self.trail: list[int]
         self.reset()
 
     def reset(self) -> None:
@@ -143,7 +145,7 @@ class Sequence:
         self.is_read = False
         self.guess: list[int] = []
         self.state_slot, self.last_kept = -1, None
-        self.kept_at, self.snapshots = [], []
+        self.kept_at, self.snapshots, self.trail = [], [], []
         self.epoch += 1
         self.chain: Link = self.root
 

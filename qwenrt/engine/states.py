@@ -19,11 +19,16 @@ class States:
     prompt is about to end, every 1024 tokens of it, and where it leaves what is cached, as the next one may too; and
     while an answer is written the one at its last full block, so that the next turn finds it all. They are found by the
     uid of their block; the least recently used go first.
+
+    A state cannot be taken back to where it was some tokens ago. So while a step checks guesses, the states after each
+    of them are written to slots of their own (``num_trail`` in all), and the one after the last right guess becomes the
+    sequence's.
     """
 
-    def __init__(self, num_sequences: int, num_snapshots: int, block_size: int) -> None:
+    def __init__(self, num_sequences: int, num_snapshots: int, block_size: int, num_trail: int = 0) -> None:
         self.block_size = block_size
-        self.num_slots = num_sequences + num_snapshots
+        self.num_slots = num_sequences + num_snapshots + num_trail
+        self._num_trail = num_trail  # that are left
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._snapshots: OrderedDict[int, int] = OrderedDict()  # uid of a block -> slot, the oldest first
         self._num_snapshots = num_snapshots
@@ -90,6 +95,31 @@ class States:
                     self.drop(seq.last_kept)
                 seq.last_kept = uid
 
+    def begin_trail(self, seq: Sequence, guesses: int) -> int:
+        """Slots for the states after each of up to ``guesses`` tokens that a step checks -> for how many."""
+        count = min(guesses, self._num_trail)
+        self._num_trail -= count
+        seq.trail = [self._free.pop() for _ in range(count)]
+        return count
+
+    def keep_guessed(self, seq: Sequence, num_tokens: int, place: int) -> None:
+        """The guess at ``place`` was right, and the sequence has ``num_tokens`` with it: where a block ends there, the
+        state is kept before the next step computes anything."""
+        if num_tokens % self.block_size or place >= len(seq.trail):
+            return
+        slot = self._slot_of_snapshot()
+        if slot is not None:
+            seq.snapshots.append((num_tokens, slot))
+            self._copies.append((seq.trail[place], slot))
+
+    def end_trail(self, seq: Sequence, right: int) -> None:
+        """Its first ``right`` guesses were right: its state is the one after them."""
+        if right and seq.trail:
+            seq.state_slot, seq.trail[right - 1] = seq.trail[right - 1], seq.state_slot
+        self._free += seq.trail
+        self._num_trail += len(seq.trail)
+        seq.trail = []
+
     def drop(self, uid: int) -> None:
         """The block ``uid`` is found no more: neither is its state."""
         slot = self._snapshots.pop(uid, None)
@@ -98,6 +128,7 @@ class States:
 
     def free(self, seq: Sequence) -> None:
         """A sequence runs no more."""
+        self.end_trail(seq, 0)
         self._free += [slot for _, slot in seq.snapshots]
         self._num_pending -= len(seq.snapshots)
         if seq.state_slot >= 0:

@@ -7,6 +7,7 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import layer_prefix
 from qwenrt.model.weights import Weights
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, LayerCache, LayerKV, RotaryRows, StepPlan
@@ -17,10 +18,10 @@ class Attention:
     """x + o_proj(attention(rotary(qkv_proj(norm(x))))), over the keys and values of every token before."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
-        self.prefix = f"layers.{index}"
+        self.prefix = layer_prefix(config, index)
         self._qk_norm, self._gated, self._eps = config.qk_norm, config.attn_gate, config.rms_norm_eps
         self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        self._window = config.window(index)
+        self._window = config.window(index) if index < config.num_layers else 0
 
     def bind(
         self, backend: Backend, dtype: torch.dtype, weights: Weights, norm: torch.Tensor

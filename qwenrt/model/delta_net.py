@@ -8,7 +8,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.model.weights import Weights
-from qwenrt.ops.steps import DecodePlan, LayerCache, LayerState, RotaryRows, StepPlan
+from qwenrt.ops.steps import DecodePlan, LayerCache, LayerState, RotaryRows, StepPlan, TrailPart
 from qwenrt.ops.types import DeltaWeights
 
 
@@ -57,6 +57,24 @@ class DeltaNet:
         w = self.weights
         projected = self._norm_linear(x, self._norm, self._eps, w.in_proj)
         rates = self._norm_rates(x, self._norm, self._eps, w.rates_proj)
-        read = self._delta_net(projected, rates, w, self._eps, cache, plan)
+        trail = plan.trail if isinstance(plan, StepPlan) else []
+        if trail and cache is not None:
+            read = self._read_along(trail, projected, rates, cache)
+        else:
+            read = self._delta_net(projected, rates, w, self._eps, cache, plan)
         y: torch.Tensor = self._out_add(read, w.out_proj, x)
         return y
+
+    def _read_along(
+        self, trail: list[TrailPart], projected: torch.Tensor, rates: torch.Tensor, cache: LayerState
+    ) -> torch.Tensor:
+        """The same where states are wanted after each of several tokens: each part of the step goes on from a copy."""
+        w = self.weights
+        _, value_heads, _, value_dim = w.heads
+        read = projected.new_empty(projected.shape[0], value_heads * value_dim)
+        for part in trail:
+            for source, target in part.copies:
+                cache.copy(source, target)
+            own = self._delta_net(projected[part.rows], rates[part.rows], w, self._eps, cache, part.plan)
+            read[part.rows] = own
+        return read

@@ -9,6 +9,7 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig
+from qwenrt.config.layers import layer_prefix
 from qwenrt.model.attention import Attention
 from qwenrt.model.delta_net import DeltaNet
 from qwenrt.model.weights import Weights
@@ -20,7 +21,7 @@ class DecoderLayer:
     """h = x + mixer(norm(x)); y = h + mlp(norm(h)), each step one bound seam of the backend."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
-        self.prefix = f"layers.{index}"
+        self.prefix = layer_prefix(config, index)
         self.moe = config.moe if config.is_moe(index) else None
         self.eps, self._head_dim = config.rms_norm_eps, config.head_dim
         self.mixer = (DeltaNet if config.is_linear(index) else Attention)(config, index)
@@ -50,7 +51,7 @@ class DecoderLayer:
         """Choose the code of what decoding over DecodePlan asks for besides -> why it cannot be had, or None."""
         mlp = self.weights.mlp
         if isinstance(mlp, Experts):
-            if (why := mlp.stack()) is not None:
+            if (why := mlp.stack(backend.stackable)) is not None:
                 return f"{self.prefix}: {why}"
             kind = mlp.gate_up[0].kind
             self._norm_moe_add_each = backend.resolve(
@@ -62,8 +63,11 @@ class DecoderLayer:
         self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, cache: LayerCache | None
     ) -> torch.Tensor:
         """x [T, D] -> [T, D]; what this step adds to a sequence's memory goes to ``cache``."""
+        return self.add_mlp(self.mixer.add(x, rotary, plan, cache), plan)
+
+    def add_mlp(self, x: torch.Tensor, plan: StepPlan | DecodePlan) -> torch.Tensor:
+        """x [T, D] -> x + mlp(norm(x)): the second half of a layer."""
         w = self.weights
-        x = self.mixer.add(x, rotary, plan, cache)
         if isinstance(w.mlp, Experts):
             norm_moe_add = self._norm_moe_add_each if isinstance(plan, DecodePlan) else self._norm_moe_add
             return norm_moe_add(x, w.post_norm, w.eps, w.mlp)

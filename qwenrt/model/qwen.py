@@ -11,13 +11,21 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.backends.stack import RotaryTable
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec, head_linear, layer_linears, layer_tensors
+from qwenrt.config.layers import (
+    LinearSpec,
+    head_linear,
+    layer_linears,
+    layer_tensors,
+    mtp_linears,
+    mtp_tensors,
+)
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.model.key_codes import fit_key_codes, random_tokens
 from qwenrt.model.layers import DecoderLayer
+from qwenrt.model.mtp import MtpHead
 from qwenrt.model.rotary import RotaryTables, logn_scale, ntk_alpha
 from qwenrt.model.weights import Weights
-from qwenrt.ops.steps import DecodePlan, LayerCache, RotaryRows, StepPlan
+from qwenrt.ops.steps import DecodePlan, LayerCache, LayerKV, RotaryRows, StepPlan
 from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
 
 
@@ -31,14 +39,16 @@ class Qwen:
     def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype) -> None:
         self.config, self.backend, self.dtype = config, backend, dtype
         self.layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
+        self.mtp = MtpHead(config) if config.num_mtp_layers else None
         d, vocab = config.hidden_size, config.vocab_size
         self.linear_specs: dict[str, LinearSpec] = {
             spec.name: spec for i in range(config.num_layers) for spec in layer_linears(config, i)
         }
-        self.linear_specs["lm_head"] = head_linear(config)
+        self.linear_specs |= {spec.name: spec for spec in (*mtp_linears(config), head_linear(config))}
         self.tensor_specs: dict[str, tuple[int, ...]] = {"embed_tokens": (vocab, d)}
         for i in range(config.num_layers):
             self.tensor_specs |= layer_tensors(config, i)
+        self.tensor_specs |= mtp_tensors(config)
         self.tensor_specs["norm"] = (d,)
         self.weights = Weights()
         self._rotary = RotaryTables(config, backend.device)
@@ -111,6 +121,8 @@ class Qwen:
         self.backend.bindings.clear()
         for layer in self.layers:
             layer.bind(self.backend, self.dtype, self.weights)
+        if self.mtp is not None:
+            self.mtp.bind(self.backend, self.dtype, self.weights)
         self.head = Head(self.weights.tensor("norm"), self.config.rms_norm_eps, self.lm_head)
         self._final_norm = self.backend.resolve(OpSpec("rms_norm", "norm", self.dtype))
         self._head = self.backend.resolve(OpSpec("linear", "lm_head", self.dtype, kind=self.lm_head.kind))
@@ -143,7 +155,7 @@ class Qwen:
         total = self.weight_bytes
         if not self._head_is_embedding:
             total -= self.embed_tokens.nbytes - self.embed_tokens[0].nbytes
-        for layer in self.layers:
+        for layer in (*self.layers, *(() if self.mtp is None else (self.mtp.layer,))):
             mlp = layer.weights.mlp
             if isinstance(mlp, Experts):
                 experts = sum(packed.nbytes for packed in (*mlp.gate_up, *mlp.down))
@@ -155,10 +167,14 @@ class Qwen:
         weight = self.lm_head.data.get("weight")
         return isinstance(weight, torch.Tensor) and weight.data_ptr() == self.embed_tokens.data_ptr()
 
-    def fit_key_codes(self, kv: Sequence[LayerCache]) -> None:
-        """Lay the codes of an int8 cache over this model's keys, before anything is stored in it."""
+    def fit_key_codes(self, kv: Sequence[LayerCache], of_mtp: LayerKV | None = None) -> None:
+        """Lay the codes of an int8 cache over this model's keys, before anything is stored in it; ``of_mtp``: that of
+        the head that guesses."""
         tokens = random_tokens(self.config.hidden_size).to(self.backend.device, self._stream_dtype)
-        fit_key_codes(self.layers, kv, self._rotary, tokens, self.config)
+        layers, caches = list(self.layers), list(kv)
+        if self.mtp is not None and of_mtp is not None:
+            layers, caches = [*layers, self.mtp.layer], [*caches, of_mtp]
+        fit_key_codes(layers, caches, self._rotary, tokens, self.config)
 
     # ---- the network
 
@@ -236,6 +252,21 @@ class Qwen:
         """The residual stream after the layers -> hidden states [T, D]."""
         y: torch.Tensor = self._final_norm(x, self.head.norm, self.head.eps)
         return y
+
+    def guess(
+        self,
+        token_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        plan: StepPlan,
+        ntk_alphas: list[int],
+        cache: LayerKV | None = None,
+    ) -> torch.Tensor:
+        """By the head that guesses the token after next: ``token_ids`` int64 [T] follow those that ``hidden`` [T, D] is
+        of, whose positions ``plan`` has -> what `logits` makes logits of [T, D], for the tokens after ``token_ids``.
+        ``cache``: the head's own, or None to attend over this step's tokens alone."""
+        assert self.mtp is not None
+        rotary = self.rotary(plan, ntk_alphas)
+        return self.mtp.forward(self.embed(token_ids), hidden, rotary, plan, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""

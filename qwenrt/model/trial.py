@@ -182,6 +182,7 @@ def _small(config: ModelConfig) -> ModelConfig:
         windows=tuple(min(config.window(i), 20) for i in chosen) if config.windows else (),
         moe=moe,
         linear_attention=delta,
+        with_mtp=False,  # its layer is of a kind that is here
         quant=None,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ class Step:
     their place in the step, whose logits are wanted, rising; ``draws``: how each of these R rows becomes a token, None
     where the host chooses from the logits. ``state_slots`` [B]: where layers of linear attention keep each sequence's
     state; ``state_copies``, ``states_kept``: (from, to) of the states to copy before the step and after it. All three
-    are empty for a model without such layers.
+    are empty for a model without such layers. ``state_trails`` [B], or empty where no sequence has guesses: where those
+    layers write the state after each of a sequence's last tokens, which are guesses; the one before them is in its own
+    slot.
     """
 
     q_lens: list[int]
@@ -59,6 +62,7 @@ class Step:
     state_slots: list[int] = field(default_factory=list)
     state_copies: list[tuple[int, int]] = field(default_factory=list)
     states_kept: list[tuple[int, int]] = field(default_factory=list)
+    state_trails: list[list[int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +101,8 @@ class StepPlan:
     ``slots`` int64 [T]: where each token's key and value go. ``block_table``: per sequence, its block ids. A plan
     without a cache (``slots is None``) attends over the step's own tokens only: training, `logits()` and embeddings;
     there ``causal`` may be False, and each token sees all of its sequence. ``state_slots``: per sequence, where layers
-    of linear attention keep its state. ``made``: what a backend made of the plan for the first layer, for the others.
+    of linear attention keep its state; ``state_trails``: where that after each of its last tokens goes (Step).
+    ``made``: what a backend made of the plan for the first layer, for the others.
     """
 
     q_lens: list[int]
@@ -106,6 +111,7 @@ class StepPlan:
     block_table: list[list[int]] = field(default_factory=list)
     causal: bool = True
     state_slots: list[int] = field(default_factory=list)
+    state_trails: list[list[int]] = field(default_factory=list)
     made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -117,6 +123,36 @@ class StepPlan:
         return any(q != kv for q, kv in zip(self.q_lens, self.kv_lens, strict=True))
 
     @cached_property
+    def trail(self) -> list[TrailPart]:
+        """Where states are written after each of several tokens: the step in parts that leave one each, in order; empty
+        where there are none."""
+        if not any(self.state_trails):
+            return []
+        ends, first = (
+            list(accumulate(self.q_lens)),
+            [q - len(trail) for q, trail in zip(self.q_lens, self.state_trails, strict=True)],
+        )
+        lens = list(zip(ends, self.q_lens, self.kv_lens, first, strict=True))
+        rows = [row for end, q, _, own in lens for row in range(end - q, end - q + own)]
+        known = [kv - q + own for _, q, kv, own in lens]
+        parts = [TrailPart(self._rows(rows), self._for_states(first, known, self.state_slots))]
+        for place in range(max(map(len, self.state_trails))):
+            here = [b for b, trail in enumerate(self.state_trails) if place < len(trail)]
+            trails = [[self.state_slots[b], *self.state_trails[b]] for b in here]
+            slots = [trail[place + 1] for trail in trails]
+            plan = self._for_states([1] * len(here), [known[b] + place + 1 for b in here], slots)
+            rows = [ends[b] - len(self.state_trails[b]) + place for b in here]
+            parts.append(TrailPart(self._rows(rows), plan, [(t[place], t[place + 1]) for t in trails]))
+        return parts
+
+    @staticmethod
+    def _for_states(q_lens: list[int], kv_lens: list[int], slots: list[int]) -> StepPlan:
+        return StepPlan(q_lens, kv_lens, block_table=[[] for _ in slots], state_slots=slots)
+
+    def _rows(self, rows: list[int]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=None if self.slots is None else self.slots.device)
+
+    @cached_property
     def ragged(self) -> Ragged:
         """The lists as arrays, made once for all layers."""
         first_tokens, first_blocks, blocks, token = array("q"), array("q"), array("q"), 0
@@ -126,6 +162,16 @@ class StepPlan:
             blocks.extend(table)
             token += q_len
         return Ragged(first_tokens, array("q", self.q_lens), array("q", self.kv_lens), first_blocks, blocks)
+
+
+@dataclass(frozen=True)
+class TrailPart:
+    """Some of a step's tokens, int64 ``rows`` of it: at most one more of each sequence that has guesses. Before them
+    ``copies`` (from, to) of states are made, then each goes on in its slot."""
+
+    rows: torch.Tensor
+    plan: StepPlan
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -65,21 +65,21 @@ def backend_kind(request: pytest.FixtureRequest) -> Iterator[None]:
 _backend_kind: type[FaultyBackend] = FaultyBackend
 
 
-def load_model(directory: Path, backend: Backend) -> Qwen:
-    config = read_model_config(directory)
+def load_model(directory: Path, backend: Backend, with_mtp: bool = False) -> Qwen:
+    config = dataclasses.replace(read_model_config(directory), with_mtp=with_mtp)
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, progress=False)
     model.bind()
     return model
 
 
-def golden_model(name: str) -> Qwen:
-    return _golden_model(name, _backend_kind)
+def golden_model(name: str, with_mtp: bool = False) -> Qwen:
+    return _golden_model(name, _backend_kind, with_mtp)
 
 
 @cache
-def _golden_model(name: str, kind: type[FaultyBackend]) -> Qwen:
-    return load_model(GOLDEN / name, kind(torch.device("cpu")))
+def _golden_model(name: str, kind: type[FaultyBackend], with_mtp: bool) -> Qwen:
+    return load_model(GOLDEN / name, kind(torch.device("cpu")), with_mtp)
 
 
 @cache
@@ -95,7 +95,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def make_engine(name: str = "ntk_logn", tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
-    model = golden_model(name)
+    model = golden_model(name, bool(settings.get("draft_tokens")))
     known = {field.name for field in dataclasses.fields(EngineOptions)}
     options = {name: value for name, value in settings.items() if name in known}
     others = {name: value for name, value in settings.items() if name not in known}

@@ -40,14 +40,15 @@ AUTO_ROUND = {
 }
 
 
-def quantised(name: str, how: str, directory: Path) -> tuple[Path, Path]:
+def quantised(name: str, how: str, directory: Path, mtp_too: bool = False) -> tuple[Path, Path]:
     """(a recorded checkpoint in a quantised form, the same with the matrices that it stands for)."""
+    left = ("model.visual.",) if mtp_too else ("mtp.", "model.visual.")
     source = GOLDEN / name
     dense = load_file(source / "model.safetensors")
     modules = [
         key.removesuffix(".weight")
         for key, tensor in dense.items()
-        if key.endswith(".weight") and tensor.dim() == 2 and not key.startswith(("mtp.", "model.visual."))
+        if key.endswith(".weight") and tensor.dim() == 2 and not key.startswith(left)
     ]
     modules = [m for m in modules if not m.rpartition(".")[2].startswith(LEFT_DENSE) or "gate_proj" in m]
     modules = [m for m in modules if dense[f"{m}.weight"].shape[1] % 16 == 0]

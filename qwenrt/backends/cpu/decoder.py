@@ -6,6 +6,7 @@ import ctypes
 import math
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -277,6 +278,8 @@ class DecoderStack:
         self._pointed_at = structs.memory, weights, head, instead
 
     def why_not(self, step: Step) -> str | None:
+        if any(step.state_trails):
+            return "states after each of several tokens"
         return None if step.num_tokens else "a step without tokens"
 
     def note(self) -> str:
@@ -293,9 +296,10 @@ class DecoderStack:
         copy_states(cache, step.states_kept)
         if rows and logits is None:
             logits = network.logits(network.final_norm(x[rows]))
-        return chosen_from(
+        outcome = chosen_from(
             self, backend, x[:0] if logits is None else logits, step.draws, self._parts.vocabulary
         )
+        return replace(outcome, stream=x)
 
     def _compute(
         self,

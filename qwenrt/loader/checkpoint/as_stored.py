@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qwenrt.config import ModelConfig
-from qwenrt.config.layers import LinearSpec, head_linear, kinds_of_layers, layer_linears
+from qwenrt.config.layers import LinearSpec, head_linear, kinds_of_layers, layer_linears, mtp_linears
 from qwenrt.config.quant import Correction, QuantConfig
+from qwenrt.errors import ConfigError
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, same_bytes
 from qwenrt.loader.checkpoint.formats import FP8, StoredLinear, format_of
 from qwenrt.loader.checkpoint.header import TensorEntry
@@ -29,6 +30,7 @@ def as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """
     tensors = _tensors(config, checkpoint)
     config = _with_head(config, checkpoint, tensors)
+    config = _with_mtp(config, checkpoint, tensors)
     if config.quant is None:
         return config
     if not any(map(_is_quantised, tensors.values())):
@@ -48,7 +50,7 @@ _Tensors = dict[tuple[str, str], dict[str, TensorEntry]]  # (parameter, part) ->
 
 
 def _tensors(config: ModelConfig, checkpoint: Checkpoint) -> _Tensors:
-    table, found = table_for(config.model_type), _Tensors()
+    table, found = table_for(config.model_type, config.with_mtp), _Tensors()
     for name, entry in checkpoint.tensors.items():
         slot = table.locate(name)
         if slot is not None and not slot.ignored:
@@ -82,6 +84,24 @@ def _with_head(config: ModelConfig, checkpoint: Checkpoint, tensors: _Tensors) -
         checkpoint.directory,
     )
     return replace(config, tie_word_embeddings=False)
+
+
+def _with_mtp(config: ModelConfig, checkpoint: Checkpoint, tensors: _Tensors) -> ModelConfig:
+    """The head that guesses the token after next, if it is asked for and there: one layer, with the embedding and the
+    head of the model itself. Raises ConfigError."""
+    if not config.with_mtp:
+        return config
+    found = ""
+    if ("mtp.fc", "") not in tensors:
+        found = f"{checkpoint.directory} has no MTP head: among its {len(checkpoint.tensors)} tensors is no mtp.fc"
+    elif any(param.startswith("mtp.layers.1.") for param, _ in tensors):
+        found = (
+            f"the MTP head of {checkpoint.directory} has several layers, and those that are known have one"
+        )
+    if found:
+        remedy = 'Load it without draft="mtp" (a request may ask for draft="lookup"), or take a release that has it.'
+        raise ConfigError('draft="mtp"', found, remedy)
+    return replace(config, mtp_layers=1)
 
 
 # ---- formats
@@ -127,4 +147,5 @@ def _specs(config: ModelConfig) -> dict[str, LinearSpec]:
     specs = [head_linear(config)]
     for layer, _ in kinds_of_layers(config):
         specs += layer_linears(one, layer)
+    specs += mtp_linears(one)
     return {_NUMBER.sub("", spec.name): spec for spec in specs}

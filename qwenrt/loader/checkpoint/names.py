@@ -177,6 +177,8 @@ _DELTA_TENSORS = {
 }
 
 
+_MTP = r"mtp\..+"
+
 # Qwen1.5 to Qwen3, dense and mixtures of experts: one table, since no name means two things.
 QWEN2 = NameTable(
     prefix="model.",
@@ -207,7 +209,7 @@ QWEN2 = NameTable(
         # of activations and of a cache in FP8, which have more than 8 bits here or find their own scales
         r"(?:layers\..+|lm_head)\.(?:input|output|q|k|v|kv|kv_cache|prob)_(?:scale|zero_point)",
         r"visual\..+",
-        r"mtp\..+",
+        _MTP,
     ),
     other_prefixes=("model.language_model.",),
     stacked={
@@ -220,6 +222,43 @@ _HYBRID = replace(QWEN2, linears={**_DELTA, **QWEN2.linears}, tensors={**_DELTA_
 QWEN3_NEXT = replace(_HYBRID, linears={**_GROUPED, **_HYBRID.linears})
 QWEN3_5 = replace(_HYBRID, linears={**_APART, **_HYBRID.linears})
 
+
+def _with_mtp(table: NameTable) -> NameTable:
+    """A table that also knows the head that guesses the token after next; some writers put it below "model."."""
+    within = "model.layers.{n}."
+    linears = {
+        "fc": ("mtp.fc", ""),
+        **{
+            f"layers.{{n}}.{path.removeprefix(within)}": (f"mtp.{param}", part)
+            for path, (param, part) in QWEN2.linears.items()
+            if path.startswith(within)
+        },
+    }
+    tensors = {
+        "pre_fc_norm_embedding.weight": "mtp.embedding_norm",
+        "pre_fc_norm_hidden.weight": "mtp.hidden_norm",
+        "norm.weight": "mtp.norm",
+        **{
+            f"layers.{{n}}.{path.removeprefix(within)}": f"mtp.{param}"
+            for path, param in QWEN2.tensors.items()
+            if path.startswith(within)
+        },
+    }
+    places = ("mtp.", "model.mtp.")
+    stacked = {
+        f"{place}{name.removeprefix('model.')}": f"{place}{path.removeprefix('model.')}"
+        for place in places
+        for name, path in QWEN2.stacked.items()
+    }
+    return replace(
+        table,
+        linears=table.linears | {place + path: to for place in places for path, to in linears.items()},
+        tensors=table.tensors | {place + path: to for place in places for path, to in tensors.items()},
+        stacked=table.stacked | stacked,
+        ignored=tuple(pattern for pattern in table.ignored if pattern != _MTP),
+    )
+
+
 TABLES = {
     "qwen": QWEN1,
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), QWEN2),
@@ -228,8 +267,14 @@ TABLES = {
 }
 
 
-def table_for(model_type: str) -> NameTable:
-    """The name table of a ``model_type``. Raises ConfigError for one that has none."""
+_WITH_MTP = {name: _with_mtp(TABLES[name]) for name in ("qwen3_next", "qwen3_5", "qwen3_5_moe")}
+
+
+def table_for(model_type: str, with_mtp: bool = False) -> NameTable:
+    """The name table of a ``model_type``, ``with_mtp`` with the names of the head that guesses the token after next,
+    which are ignored otherwise. Raises ConfigError for one that has none."""
+    if with_mtp and model_type in _WITH_MTP:
+        return _WITH_MTP[model_type]
     if model_type not in TABLES:
         raise ConfigError(
             f"cannot name the tensors of model_type {model_type!r}",

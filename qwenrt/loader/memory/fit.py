@@ -85,14 +85,17 @@ def options(
     work: Workload,
     free: int,
     batch_tokens: int,
+    draft_tokens: int = 0,
 ) -> list[Option]:
     """Every way to load, from the most to the least exact, each with what would fit into ``free`` bytes.
-    ``layout_of``: quantize -> DeviceLayout."""
+    ``layout_of``: quantize -> DeviceLayout; ``draft_tokens``: guessed for each, if the config has the head for it."""
     coded = config.quant is not None and config.quant.has_codes
     found = []
     for quantize in (None,) if coded else (None, "int8", "int4"):
         layout = layout_of(quantize)
-        needed = partial(memory_need, config, layout.storage, batch_tokens=batch_tokens)
+        needed = partial(
+            memory_need, config, layout.storage, batch_tokens=batch_tokens, draft_tokens=draft_tokens
+        )
         room = free - layout.runtime
         for kv in ("auto", "int8"):
             found.append(_option(needed, quantize, kv, work, room, config.max_position_embeddings))

@@ -20,6 +20,8 @@ from qwenrt.config.layers import (
     layer_linears,
     layer_tensors,
     least_state_bytes,
+    mtp_linears,
+    mtp_tensors,
     state_bytes,
 )
 from qwenrt.config.quant import ROUNDED
@@ -87,10 +89,11 @@ class Linear(NamedTuple):
 
 @cache
 def linears(config: ModelConfig) -> tuple[Linear, ...]:
-    """Every linear of the layers; the head is not among them."""
+    """Every linear of the layers, those of a head that guesses among them; the model's head is not."""
     found: Counter[tuple[int, int, bool, int, bool]] = Counter()
-    for layer, layers in kinds_of_layers(config):
-        for spec in layer_linears(config, layer):
+    counted = [(layer_linears(config, layer), layers) for layer, layers in kinds_of_layers(config)]
+    for specs, layers in (*counted, (mtp_linears(config), 1)):
+        for spec in specs:
             part = max(rows for _, rows in spec.parts) if len(spec.parts) > 1 else 0
             found[spec.out_features, spec.in_features, spec.bias, part, spec.quantizable] += layers
     return tuple(Linear(number, *shape) for shape, number in found.items())
@@ -106,7 +109,7 @@ def other_bytes(config: ModelConfig, itemsize: int) -> int:
         )
 
     layers = (layers * taken(layer_tensors(config, layer)) for layer, layers in kinds_of_layers(config))
-    return sum(layers) + taken({"norm": (config.hidden_size,)})
+    return sum(layers) + taken(mtp_tensors(config)) + taken({"norm": (config.hidden_size,)})
 
 
 def codes_of(config: ModelConfig, quantize: str | None) -> QuantConfig | None:
@@ -189,7 +192,7 @@ def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = N
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dtype: str = "auto") -> int:
     """Bytes of the KV cache for ``tokens``."""
-    heads = (config.num_kv_layers, config.num_kv_heads, config.head_dim)
+    heads = (config.num_paged_layers, config.num_kv_heads, config.head_dim)
     return tokens * kv_bytes_per_token(*heads, dtype_bytes, kv_cache_dtype == "int8")
 
 
@@ -203,17 +206,19 @@ def memory_need(
     quantize: str | None = None,
     kv_cache_dtype: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    draft_tokens: int = 0,
 ) -> MemoryNeed:
     """What loading the model and serving ``users`` sequences of ``context`` tokens each take.
 
     ``sequences``: that may run together, each of which has a state where the model has layers of linear attention;
-    ``users`` unless given. ``batch_tokens``: computed in one step. The workspace is what a step needs beside weights
+    ``users`` unless given. ``batch_tokens``: computed in one step; ``draft_tokens``: that are guessed for each
+    sequence, if the config has the head that guesses. The workspace is what a step needs beside weights
     and cache or, if that is more, what loading needs beside the weights while there is no cache yet.
     """
     tokens = users * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     cache = cache_bytes(config, tokens, storage.activation, kv_cache_dtype)
     running = max(users, sequences or 0)
-    cache += least_state_bytes(config, storage.activation, running)
+    cache += least_state_bytes(config, storage.activation, running, draft_tokens)
     at_once = min(max(batch_tokens, users), users * context)
     quant = None if storage.dense_codes else codes_of(config, quantize)
     step = _step_peak(config, storage, quant, at_once, context, users, kv_cache_dtype)

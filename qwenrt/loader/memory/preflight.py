@@ -30,20 +30,23 @@ def preflight(
     users: int = 1,
     sequences: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    draft_tokens: int = 0,
     stored: str | None = None,
 ) -> MemoryNeed:
     """Compare what the model needs with what the device has free (in a container, what that may use).
 
     The cache is counted for ``users`` sequences of ``max_model_len``, and for the states of ``sequences`` that may run
-    together (None: of the users); ``batch_tokens``: computed in one step; ``stored``: the dtype of the files' dense
-    weights. Raises CapacityError with the figures and what would fit; nothing has been allocated then. Weights that
-    stay mapped files count in full: a cache of the system could drop them, and every token would then read them from
-    the disk again.
+    together (None: of the users); ``batch_tokens``: computed in one step; ``draft_tokens``: guessed for each sequence;
+    ``stored``: the dtype of the files' dense weights. Raises CapacityError with the figures and what would fit; nothing
+    has been allocated then. Weights that stay mapped files count in full: a cache of the system could drop them, and
+    every token would then read them from the disk again.
     """
     free, total = backend.memory()
     storage = storage_of(backend, dtype, stored)
     sequences = users if sequences is None else sequences
-    needed = partial(memory_need, config, storage, users=users, batch_tokens=batch_tokens)
+    needed = partial(
+        memory_need, config, storage, users=users, batch_tokens=batch_tokens, draft_tokens=draft_tokens
+    )
     need = needed(max_model_len, sequences=sequences, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
     if need.total <= free:
         return need

@@ -135,6 +135,7 @@ def _sizes(metadata: Metadata, tensors: Mapping[str, TensorEntry], model_type: s
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "num_hidden_layers": num_layers(metadata),
+        **_guessing_layers(metadata),
         "num_attention_heads": heads,
         "kv_channels" if model_type == "qwen" else "head_dim": head_dim,
         **_mlp_width(metadata, model_type),
@@ -145,8 +146,13 @@ def _sizes(metadata: Metadata, tensors: Mapping[str, TensorEntry], model_type: s
 
 def num_layers(metadata: Metadata) -> int:
     """Decoder layers of a file: its blocks without those of a head that guesses tokens."""
-    heads = metadata.integer(_key(metadata, "nextn_predict_layers"), 0)
+    heads = _guessing_layers(metadata).get("mtp_num_hidden_layers", 0)
     return metadata.integer(_key(metadata, "block_count")) - heads
+
+
+def _guessing_layers(metadata: Metadata) -> dict[str, int]:
+    heads = metadata.integer(_key(metadata, "nextn_predict_layers"), 0)
+    return {"mtp_num_hidden_layers": heads} if heads else {}
 
 
 def _mlp_width(metadata: Metadata, model_type: str) -> dict[str, Any]:

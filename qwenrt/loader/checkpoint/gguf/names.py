@@ -75,6 +75,12 @@ _EXPERTS = {
     "ffn_gate_up_exps": "model.layers.{n}.mlp.experts.{e}.gate_up_proj",
     "ffn_down_exps": "model.layers.{n}.mlp.experts.{e}.down_proj",
 }
+_NEXTN = {
+    "nextn.eh_proj": "fc",
+    "nextn.enorm": "pre_fc_norm_embedding",
+    "nextn.hnorm": "pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "norm",
+}
 _FREQUENCIES = ("rope_freqs", "attn_rot_embd")  # of rotations, which follow from the config
 
 
@@ -108,7 +114,7 @@ def _renamed(entry: TensorEntry, model_type: str, layers: int) -> Iterator[Tenso
     in_layer = _LAYER.fullmatch(entry.name)
     number, rest = in_layer.groups() if in_layer else ("", entry.name)
     if hybrid and in_layer and int(number) >= layers:
-        yield replace(entry, name=f"mtp.{entry.name}")
+        yield from _mtp(entry, int(number) - layers, rest)
         return
     if hybrid and in_layer and rest in _BARE:
         yield replace(entry, name=_BARE[rest].replace("{n}", number))
@@ -127,6 +133,17 @@ def _renamed(entry: TensorEntry, model_type: str, layers: int) -> Iterator[Tenso
         yield replace(entry, name=f"{path}.{kind}".replace("{n}", number), shape=shape)
     else:
         yield entry
+
+
+def _mtp(entry: TensorEntry, layer: int, rest: str) -> Iterator[TensorEntry]:
+    """A tensor of a block behind the decoder's: of the head that guesses the token after next."""
+    module, _, kind = rest.rpartition(".")
+    if module in _NEXTN and layer == 0:
+        yield replace(entry, name=f"mtp.{_NEXTN[module]}.{kind}")
+        return
+    for each in _renamed(replace(entry, name=f"blk.{layer}.{rest}"), "qwen3_next", layer + 1):
+        known = each.name.startswith("model.layers.")
+        yield replace(each, name=f"mtp.{each.name.removeprefix('model.') if known else entry.name}")
 
 
 def _experts(entry: TensorEntry, name: str) -> Iterator[TensorEntry]:
