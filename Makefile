@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/* csrc/isa/*/*)
 SET_UP := $(PYTHON) scripts/set_up.py --venv $(VENV)
 
-.PHONY: chat serve test lint types tests csrc-check gpu-check agents browser wheel recipes-check demo bench benchmarks clean
+.PHONY: chat serve test lint types tests csrc-check gpu-check gpu-sources npu-check agents browser wheel recipes-check demo bench benchmarks clean
 
 chat: $(VENV)/.chat
 	$(BIN)/qwenrt chat
@@ -36,11 +36,20 @@ tests: $(VENV)/.dev
 csrc-check: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/csrc -m 'slow or not slow' -rs
 
+# Without an NPU: torch_npu's real wheel (downloaded once, into build/) over a stand-in for CANN, for each processor.
+npu-check: $(VENV)/.dev
+	$(BIN)/python -m tests.npu.check build/npu-check
+
 # On a machine with an NVIDIA or AMD GPU: all that only it can show, the most important first, in nine minutes, with the torch
 # and the Triton that are there. report.json in OUT is written again after each step; docs/devices.md is made of such reports.
 OUT ?= gpu-check
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m qwenrt.conformance.gpu --out $(OUT) --budget 500
+
+# The kernels for GPUs on a machine without one: interpreted beside their definitions, and compiled for NVIDIA's and AMD's.
+# Fetches two versions of Triton (1.7 GB, in ~/.cache/qwenrt-triton or where QWENRT_TRITON_CACHE says), then some minutes.
+gpu-sources: $(VENV)/.dev
+	$(BIN)/python scripts/gpu_sources.py
 
 # The server against Claude Code, Codex and Qwen Code from npm and against clients from PyPI that cannot live beside each
 # other: an environment for each (1.5 GB, in ~/.cache/qwenrt-clients or where QWENRT_CLIENT_ENVS says; needs Node.js 20),

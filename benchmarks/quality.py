@@ -37,10 +37,12 @@ Rounding = Callable[[torch.Tensor, "torch.Tensor | None", str], CanonicalWeight]
 
 @dataclass(frozen=True)
 class Way:
-    """``quantize`` as of qwenrt.load; ``rounding``, if any, is used in place of what that stands for."""
+    """``quantize`` as of qwenrt.load; ``rounding``, if any, is used in place of what that stands for. ``directory``: of
+    the same model, quantised before."""
 
     quantize: str | None = None
     rounding: Rounding | None = None
+    directory: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def network(directory: Path, way: Way, threads: int | None = None) -> Qwen:
     backend = RoundedCPU(CPU)
     backend.configure(num_threads=threads)
     backend.rounding = way.rounding
+    directory = way.directory or directory
     config = read_model_config(directory)
     model = Qwen(config, backend, torch.float32)
     load_weights(model, directory, config, backend, torch.float32, quantize=way.quantize, progress=False)
@@ -194,6 +197,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("directory", type=Path, help="a checkpoint with dense weights and a tokenizer")
     parser.add_argument("--ways", default=",".join(WAYS), help="some of: %(default)s")
+    parser.add_argument(
+        "--quantized",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="what `qwenrt quantize` made of it",
+    )
     parser.add_argument("--tokens", type=int, default=300, help="of each text (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="a file that the figures go into as well")
     args = parser.parse_args(arguments)
@@ -201,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise SystemExit(f"--ways {','.join(unknown)}: unknown. There are: {', '.join(WAYS)}.")
     ways = {name: WAYS[name] for name in args.ways.split(",")}
+    ways |= {directory.name: Way(directory=directory) for directory in args.quantized}
     found = measure(args.directory, ways, args.tokens, lambda text: print(text, flush=True))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")

@@ -121,8 +121,8 @@ def choose_torch(
     if answers(CPU_INDEX):
         return CPU_INDEX, f"the CPU build ({why})"
     return None, (
-        f"{CPU_INDEX} does not answer within {ANSWERS_WITHIN:.0f} s, so from where pip is set to look; on Linux "
-        "that may be the CUDA build, several GB: Ctrl-C stops it, and TORCH=https://... names another index"
+        f"from where pip is set to look: {CPU_INDEX} does not answer within {ANSWERS_WITHIN:.0f} s.\n"
+        "      On Linux that may be the CUDA build, several GB: Ctrl-C stops it, TORCH=https://... names another index."
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwenrt.backends.cuda import CudaBackend
+from qwenrt.backends.cuda import CudaBackend, overrides
 
 _REAL = torch.cuda
 
@@ -156,5 +156,6 @@ class OnCPU(CudaBackend):
 def install(patch: pytest.MonkeyPatch, fake: FakeCuda) -> FakeCuda:
     """``fake`` in the place of torch.cuda; pinning does nothing."""
     patch.setattr(torch, "cuda", fake)
+    patch.setattr(overrides, "missing_triton", lambda: "a stand-in for torch.cuda compiles nothing")
     patch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
     return fake

@@ -16,11 +16,11 @@ from qwenrt.config import GenerationConfig, read_model_config
 from qwenrt.config.fields import MAX_JSON_VALUES, has_more_values, read_json
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.files import is_there, opened, read
-from qwenrt.finetune.data import read_entries
 from qwenrt.loader.checkpoint.checkpoint import TensorReader, open_checkpoint
 from qwenrt.loader.packed_cache.file import Damaged, open_file
 from qwenrt.text.chat import conversations
 from qwenrt.text.chat.formats import load_chat_format
+from qwenrt.text.entries import read_entries
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.text.bpe_vocab import (
     FIRST,

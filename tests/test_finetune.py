@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from qwenrt.config import read_model_config
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.finetune import finetune
-from qwenrt.finetune.checkpoint import save_atomically
-from qwenrt.finetune.data import IGNORE, Corpus, encode_entry, read_entries
+from qwenrt.finetune.data import IGNORE, Corpus, encode_entry
 from qwenrt.finetune.trainer import STATE_FILE, Trainer, TrainingSettings
+from qwenrt.loader.checkpoint.writing import save_atomically
+from qwenrt.text.entries import read_entries
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 CONFIG = {

@@ -29,7 +29,7 @@ from qwenrt.ops.steps import (
     StepPlan,
     Vocabulary,
 )
-from qwenrt.ops.types import CanonicalWeight, DeltaWeights, Experts, Packed
+from qwenrt.ops.types import PLAIN, CanonicalWeight, DeltaWeights, Experts, Packed
 
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
@@ -56,6 +56,7 @@ class Backend:
     name: ClassVar[str] = "torch"
     device_type: ClassVar[str] = "cpu"  # of torch, for plugins
     layout_id: ClassVar[str] = "torch-v1"
+    stackable: ClassVar[tuple[str, ...]] = PLAIN  # kinds of which linear_of_each takes many at once
 
     @classmethod
     def missing(cls) -> str | None:
@@ -289,11 +290,15 @@ class Backend:
         weights = weights.gather(1, order).unsqueeze(-1)
         total = torch.zeros_like(x)
         for rank in range(w.top_k):
-            inner = self.silu_and_mul(reference.linear_of_each(normed, gate_up, chosen[:, rank]))
+            inner = self.silu_and_mul(self.linear_of_each(normed, gate_up, chosen[:, rank]))
             scaled = inner if x.dtype == normed.dtype else inner * 2.0**-_HEADROOM_BITS
-            y = reference.linear_of_each(scaled, down, chosen[:, rank]).to(x.dtype)
+            y = self.linear_of_each(scaled, down, chosen[:, rank]).to(x.dtype)
             total = total + (y if x.dtype == normed.dtype else y * 2.0**_HEADROOM_BITS) * weights[:, rank]
         return x + self._shared_expert(normed, w, total)
+
+    def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+        """reference.linear_of_each, of kinds that are ``stackable``."""
+        return reference.linear_of_each(x, w, which)
 
     def _wide_linear(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
         """linear(x) for a sum in ``dtype``. Some float16 models have outputs beyond 65504 at a few tokens: where the

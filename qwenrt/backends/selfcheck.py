@@ -17,7 +17,7 @@ from qwenrt.backends.binding import OpSpec
 from qwenrt.config.quant import ROUNDED
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerCache, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.types import CanonicalWeight, Packed
 from qwenrt.ops.weights import with_codes
 
 # Largest error allowed, relative to the largest value of the definition's result.
@@ -43,6 +43,9 @@ def check(
     """
     checks: dict[str, Callable[[], float]] = {
         "linear": lambda: _worst(_linears(backend, dtype, linears, stored)),
+        "norm_linear": lambda: _worst(_seams(backend, "norm_linear", dtype, linears, stored)),
+        "linear_add": lambda: _worst(_seams(backend, "linear_add", dtype, linears, stored)),
+        "norm_gate_up_silu": lambda: _worst(_seams(backend, "norm_gate_up_silu", dtype, linears, stored)),
         "store_kv": lambda: _worst(_store_kv(backend, dtype, heads)),
         "attention": lambda: _worst(_attention(backend, dtype, heads)),
         "rms_norm": lambda: _worst(_rms_norm(backend, dtype)),
@@ -247,6 +250,31 @@ def _linear(
     got = backend.linear(x, native)
     yield relative(got[1:], wanted[1:])
     yield math.inf if bool(got[0].isfinite().any()) else 0.0
+
+
+def _seams(
+    backend: Backend,
+    op: str,
+    dtype: torch.dtype,
+    linears: Iterable[tuple[int, int, int, int]],
+    stored: torch.dtype,
+) -> Iterator[float]:
+    """A linear with what a layer asks for beside it, of one token and of several, of each kind of weight."""
+    defined, kinds = Backend(backend.device), {(bits, group): (n, k) for n, k, bits, group in linears}
+    for (bits, group), (n, k) in kinds.items():
+        n = min(n, _FEW_ROWS + 1)
+        weight = _with_quiet_input(random_weight(n, k, bits, group), stored)
+        native, plain = (b.pack_linear(weight, dtype) for b in (backend, defined))
+        x, residual = (_generator(backend)(3, size).to(dtype) for size in (k, n))
+        norm = _generator(backend)(k).to(dtype)
+
+        def call(b: Backend, w: Packed, rows: slice, x=x, norm=norm, residual=residual) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            args = (x[rows], w, residual[rows]) if op == "linear_add" else (x[rows], norm, 1e-6, w)
+            result: torch.Tensor = getattr(b, op)(*args)
+            return result
+
+        for rows in (slice(1), slice(3)):
+            yield relative(call(backend, native, rows), call(defined, plain, rows))
 
 
 # ---- attention and its cache

@@ -20,6 +20,7 @@ from qwenrt.cli import (
     finetuning,
     listing,
     pull,
+    quantizing,
     removal,
     run,
     selftest,
@@ -45,6 +46,7 @@ COMMANDS = (
     estimate,
     evaluation,
     finetuning,
+    quantizing,
 )
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 

@@ -59,6 +59,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "extras": _extras(problems),
         "machine": machine.describe(),
         "torch": _torch(problems),
+        "ascend": _ascend(device, problems),
     }
     for name, version in report["packages"].items():
         if version is None:
@@ -74,6 +75,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         if usable
         else {"name": None, "why": "no torch" if report["torch"]["error"] else "a broken torch_npu"}
     )
+    report["operators"] = _operators(report["backend"]["name"], problems)
     report["problems"] = problems
     return report
 
@@ -97,6 +99,19 @@ def _extras(problems: list[dict[str, str]]) -> dict[str, Any]:
             what = f"optional: {' and '.join(missing)} not installed ({purpose})"
             problems.append({"what": what, "fix": f'pip install "qwenrt[{extra}]"'})
     return found
+
+
+def _ascend(device: str, problems: list[dict[str, str]]) -> dict[str, Any] | None:
+    """What is installed for Ascend devices, where there are any or one is asked for."""
+    if (
+        _version("torch-npu") is None
+        and "Ascend" not in machine.drivers()
+        and device.partition(":")[0] != "npu"
+    ):
+        return None
+    found = machine.beside("backends/ascend/software.py").look()
+    problems += [{"what": what, "fix": fix} for what, fix in found.problems]
+    return {name: getattr(found, name) for name in ("torch_npu", "driver", "cann")}
 
 
 def _torch(problems: list[dict[str, str]]) -> dict[str, Any]:
@@ -261,6 +276,26 @@ def _chosen(device: str, environment: Environment | None, problems: list[dict[st
     return {"name": backend.name, "device": str(backend.device), "why": why, "kernels": backend.describe()}
 
 
+def _operators(backend: str | None, problems: list[dict[str, str]]) -> dict[str, str]:
+    """Of each fused operator of torch_npu: in which releases it is as here, or why it is not used."""
+    if backend != "npu":
+        return {}
+    from qwenrt.backends.ascend import calls
+
+    found, misfits = {}, calls.misfits()
+    for op in calls.CALLS:
+        schema = calls.installed(op)
+        known = calls.releases_with(op, schema) if schema is not None else ()
+        found[op] = misfits.get(op) or (
+            f"as in torch_npu {', '.join(known)}" if known else "a form not seen before"
+        )
+    for why in misfits.values():
+        problems.append(
+            {"what": f"{why}: its definition serves", "fix": "another torch_npu, or none: it is slower"}
+        )
+    return found
+
+
 # ---- for people
 
 
@@ -291,6 +326,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
             f"device {backend['name']}",
             usable + ("" if backend["why"] == "available" else f": {backend['why']}"),
         )
+    _show_ascend(report, row)
     if report["cpu_kernels"]:
         row("CPU kernels", report["cpu_kernels"])
     settings = report["environment"]
@@ -311,6 +347,14 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         row("to do", f"{problem['what']}. Fix: {problem['fix']}", "yellow")
     if not report["problems"]:
         row("to do", "nothing, all is well", "green")
+
+
+def _show_ascend(report: dict[str, Any], row: Any) -> None:
+    if report["ascend"]:
+        here = {name: report["ascend"][name] or "not found" for name in ("torch_npu", "cann", "driver")}
+        row("Ascend", ", ".join(f"{name} {version}" for name, version in here.items()))
+    for op, releases in report["operators"].items():
+        row("operator", f"{op}: {releases}")
 
 
 def _show_machine(found: dict[str, Any], row: Any) -> None:

@@ -66,6 +66,18 @@ def in_words(found: dict[str, Any]) -> str:
     return f"{found['processor'] or found['system']}, {found['cores_allowed']} logical cores"
 
 
+def beside(path: str) -> Any:
+    """A module of this package by its path, loaded by itself: the packages around it may import torch."""
+    from importlib import util
+
+    spec = util.spec_from_file_location(f"qwenrt_{Path(path).stem}", Path(__file__).parents[1] / path)
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def peak_rss_bytes() -> int | None:
     """The most memory this process has held at once, None where the system does not say."""
     try:

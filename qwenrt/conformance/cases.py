@@ -145,6 +145,19 @@ OPS = (
         linear=True,
     ),
     Op(
+        "norm_moe_add_each",
+        ExpertsCase,
+        {
+            "dtype": DTYPES,
+            "form": MAIN_FORMS,
+            "experts": ((6, 2), (4, 4)),
+            "sizes": ((48, 24, 0), (64, 40, 72)),
+            "norm_topk": (True, False),
+            "wide": (False, True),
+        },
+        linear=True,
+    ),
+    Op(
         "quantize_dense",
         RoundingCase,
         {

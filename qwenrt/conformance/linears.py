@@ -23,6 +23,7 @@ from qwenrt.ops.weights import with_codes
 DEFINED = Backend(torch.device("cpu"))
 MASSIVE, FAR_FROM_ZERO, NOT_FINITE, OVERFLOWING = "massive", "far from zero", "not finite", "overflowing"
 _EPS = 1e-6
+_FEW = 8  # tokens of a step that decodes, here
 
 
 @dataclass(frozen=True)
@@ -272,12 +273,16 @@ class ExpertsChecker:
             lambda weight: weight.packed(subject.backend, case.dtype), subject.device, case.dtype
         )
         kind = experts.gate_up[0].kind
-        op, finding.served = subject.resolve("norm_moe_add", case.dtype, kind=kind)
+        op, finding.served = subject.resolve(case.op, case.dtype, kind=kind)
+        each = case.op == "norm_moe_add_each"
+        if each and (why := experts.stack(subject.backend.stackable)) is not None:
+            finding.served = [(case.op, False, why)]
+            return finding
         x, norm = laid_out(self.x.to(subject.device), case.layout), self.norm.to(subject.device)
         kept = Inputs(x=x, norm=norm, router=experts.router)
         wanted, sure = self.near(subject.rounding)
         finding.expect(bool(sure.float().mean() > 0.1), "too few tokens are beyond doubt to tell")
-        for tokens in TOKENS:
+        for tokens in (n for n in TOKENS if n <= _FEW or not each):
             got = op(last_rows(x, tokens), norm, _EPS, experts)
             finding.expect(len(got) == tokens, f"{tokens} tokens become {len(got)}")
             here = last_rows(sure, tokens)

@@ -13,7 +13,7 @@ from qwenrt.backends import registry
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.backends.cpu.activations import ACTIVATIONS
-from qwenrt.backends.cpu.backend import KERNEL_CHOICES
+from qwenrt.backends.cpu.backend import KERNEL_CHOICES, CPUBackend
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
 
@@ -61,7 +61,7 @@ def at_hand(device: str = "cpu") -> list[Subject]:
     """
     subjects = [Subject(DEFINITION, Backend(torch.device("cpu")))]
     first = registry.create(device)
-    if type(first).configure is Backend.configure:  # nothing to choose
+    if not isinstance(first, CPUBackend):  # no other device's settings change numbers
         return [*subjects, Subject(device, first, first.rounding("linear"))]
     chosen = Environment.read().kernels
     sets = _SETS[_SETS.index(chosen) :] if chosen in _SETS else (chosen,)

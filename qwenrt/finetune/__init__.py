@@ -19,8 +19,9 @@ from qwenrt.config.layers import num_parameters
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
-from qwenrt.finetune.data import Corpus, read_entries
+from qwenrt.finetune.data import Corpus
 from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings, whole_number
+from qwenrt.text.entries import read_entries
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("qwenrt")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from qwenrt.config import ModelConfig
 from qwenrt.errors import CheckpointError
 from qwenrt.files import opened
 from qwenrt.loader.checkpoint.names import table_for
+from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed
 
@@ -52,21 +49,3 @@ def write_checkpoint(model: Qwen, source: Path, target: Path, dtype: torch.dtype
                 with opened(file, CheckpointError) as given, (target / file.name).open("wb") as copy:
                     shutil.copyfileobj(given, copy)
     save_atomically(tensors, target / "model.safetensors", {"format": "pt"})
-
-
-def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write to a temporary file and rename it, so that ``path`` is never half written. CheckpointError on failure."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-        raise CheckpointError(
-            f"writing {path}",
-            f"{str(error)[:120]} ({size:.1f} MB were to be written)",
-            "See that the disk has room and the directory can be written to, then train again.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # it may be the directory that is gone
-            partial.unlink()

@@ -3,70 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from qwenrt.config.fields import has_more_values
 from qwenrt.errors import RequestError
-from qwenrt.files import read
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
+from qwenrt.text.entries import Entry, bad_entry, entry_of
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("qwenrt")
 
-MAX_DATA_BYTES = 2**30
-MAX_DATA_VALUES = 16 * 10**6
 IGNORE = -100  # a label that carries no loss
 _PAD_TO = 8  # batches are padded to a multiple of this many tokens
-
-
-def read_entries(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a JSON list or of JSON lines (one object a line). RequestError names the line."""
-    path = Path(path)
-    asked = f"training data {path}"
-    raw = read(path, MAX_DATA_BYTES, RequestError, asked=asked, what="file that fits into memory: split it")
-    if has_more_values(raw, MAX_DATA_VALUES):
-        raise RequestError(asked, f"more than {MAX_DATA_VALUES} JSON values", "Split it.")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = raw[: error.start].count(b"\n") + 1
-        raise RequestError(
-            f"training data {path}", f"line {where} is not UTF-8", "Save it as UTF-8."
-        ) from error
-    if not text.lstrip().startswith("{"):
-        return _parse_list(path, text)
-    entries = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                entries.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                found = f"line {number} is not JSON ({str(error)[:80]})"
-                raise RequestError(f"training data {path}", found, "Correct that line.") from error
-    return entries
-
-
-def _parse_list(path: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        number = getattr(error, "lineno", 1)
-        found = f"line {number} is not JSON ({str(error)[:80]})"
-        raise RequestError(
-            f"training data {path}", found, "Correct it, or write one entry a line."
-        ) from error
-    if not isinstance(entries, list):
-        found = f"a JSON {type(entries).__name__}"
-        raise RequestError(f"training data {path}", found, "It must be a list of entries.")
-    return entries
 
 
 def encode_entry(tokenizer: Tokenizer, entry: object, number: int = 1) -> tuple[list[int], list[int]]:
@@ -75,19 +27,17 @@ def encode_entry(tokenizer: Tokenizer, entry: object, number: int = 1) -> tuple[
     Every turn is <|im_start|>role\\ncontent<|im_end|>\\n. Labels are the ids themselves on im_start, im_end and the
     newline after it for every role, and on the content of the assistant; IGNORE elsewhere.
     """
-    if not isinstance(entry, dict):
-        raise _bad_entry(number, f"a JSON {type(entry).__name__}", "Each entry must be an object.")
-    if "text" in entry:
-        ids = [*tokenizer.encode(_text(entry["text"], number, "text")), tokenizer.eod_id]
+    read = entry_of(entry, number)
+    if read.text is not None:
+        ids = [*tokenizer.encode(read.text), tokenizer.eod_id]
         return ids, list(ids)
-    turns = _turns(entry, number)
+    turns = _turns(read, number)
     newline = tokenizer.encode("\n")
     im_start, im_end = tokenizer.turn_ids()
     start, end = [im_start], [im_end, *newline]
     ids, labels = [], []
-    system = _text(entry.get("system", DEFAULT_SYSTEM), number, "system")
     if turns[0][0] != "system":
-        turns = [("system", system), *turns]
+        turns = [("system", DEFAULT_SYSTEM), *turns]
     for role, text in turns:
         head, content = [*tokenizer.encode(role), *newline], tokenizer.encode(text)
         ids += [*start, *head, *content, *end]
@@ -96,42 +46,20 @@ def encode_entry(tokenizer: Tokenizer, entry: object, number: int = 1) -> tuple[
     return ids, labels
 
 
-def _turns(entry: dict[str, Any], number: int) -> list[tuple[str, str]]:
-    """(role, text) of every turn: a system prompt of "messages" first where there is one, else user and assistant."""
-    name, by, said = ("conversations", "from", "value")
-    if "conversations" not in entry and "messages" in entry:
-        name, by, said = ("messages", "role", "content")  # the shape of OpenAI, as llm.chat takes it
-    turns = entry.get(name)
-    if not isinstance(turns, list) or not turns:
-        remedy = (
-            'Give {"conversations": [{"from": "user", "value": "..."}, ...]}, '
-            '{"messages": [{"role": "user", "content": "..."}, ...]} or {"text": "..."}.'
+def _turns(entry: Entry, number: int) -> list[tuple[str, str]]:
+    """(role, text) of every turn: a system prompt first where there is one, else user and assistant."""
+    pairs = [(message["role"], message.get("content")) for message in entry.messages]
+    if (
+        any(message.get("tool_calls") or message["role"] == "tool" for message in entry.messages)
+        or entry.tools
+    ):
+        remedy = "Write calls as the text that the model is to say, in the ReAct form."
+        raise bad_entry(
+            number, "it has tools or calls, for which Qwen-1's training form has no place", remedy
         )
-        raise _bad_entry(number, "no list of conversations", remedy)
-    pairs = []
-    for index, turn in enumerate(turns):
-        where = f"{name}[{index}]"
-        if not isinstance(turn, dict):
-            raise _bad_entry(number, f"{where} is a JSON {type(turn).__name__}", "It must be an object.")
-        role = turn.get(by)
-        if index == 0 and name == "conversations" and role != "user":
-            continue  # one leading turn of another role is dropped, as the original trainer does
-        if role not in ("user", "assistant") and (index > 0 or role != "system"):
-            raise _bad_entry(number, f"{where} is from {role!r:.40}", "It must be 'user' or 'assistant'.")
-        pairs.append((role, _text(turn.get(said), number, f"{where} {said}")))
     if not any(role == "assistant" for role, _ in pairs):
-        raise _bad_entry(number, "no turn of the assistant", "There is nothing to learn: remove the entry.")
-    return pairs
-
-
-def _text(value: object, number: int, what: str) -> str:
-    if not isinstance(value, str):
-        raise _bad_entry(number, f"{what} is {type(value).__name__}, not text", "Give a string.")
-    return value
-
-
-def _bad_entry(number: int, found: str, remedy: str) -> RequestError:
-    return RequestError(f"training data, entry {number}", found, remedy)
+        raise bad_entry(number, "no turn of the assistant", "There is nothing to learn: remove the entry.")
+    return [(role, text) for role, text in pairs if text is not None]
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from qwenrt.arguments import as_integer, as_number, flag
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig, read_json
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError, shown
-from qwenrt.finetune.checkpoint import save_atomically
 from qwenrt.finetune.data import IGNORE, Corpus
 from qwenrt.finetune.interrupt import held_interrupt
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.header import read_shard
+from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import StepPlan

@@ -87,7 +87,7 @@ def load_weights(
         if cache.load_into(model, checkpoint, backend):
             return dataclasses.replace(report, mapped=True)
     head_bits = QUANTIZE_BITS.get(quantize_head or "") if config.has_head else None
-    loader = _Loader(TensorReader(checkpoint), inventory, config, backend, dtype, bits, head_bits)
+    loader = WeightReader(TensorReader(checkpoint), inventory, config, backend, dtype, bits, head_bits)
     if config.quant is not None and config.quant.method == "fp8":
         served = f"int{bits}" if bits else _DTYPE_NAMES[loader.weight_dtype(torch.bfloat16)]
         logger.info("FP8 weights are turned into %s at load: no FP8 kernel serves here", served)
@@ -107,6 +107,18 @@ def load_weights(
     if cache is not None:
         cache.save(model, loader.reader)
     return report
+
+
+def open_weights(
+    model: Loadable, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, dtype: torch.dtype
+) -> WeightReader:
+    """The weights of a checkpoint one by one, for who cannot have all at once. Before any is read every tensor is
+    accounted for, as in load_weights."""
+    table = table_for(config.model_type)
+    checkpoint = split_experts(checkpoint, config, table)
+    inventory = take_inventory(checkpoint, model, config, table)
+    inventory.raise_problems(checkpoint)
+    return WeightReader(TensorReader(checkpoint), inventory, config, backend, dtype)
 
 
 def quantize_bits(quantize: str | None, config: ModelConfig) -> int | None:
@@ -129,8 +141,9 @@ def _out_of_memory(checkpoint: Checkpoint, error: BaseException) -> CapacityErro
     )
 
 
-class _Loader:
-    """Reads, merges and packs; remembers how many bytes were read."""
+class WeightReader:
+    """One weight after the other, read, merged and packed; remembers how many bytes were read. ``bits`` and
+    ``head_bits``: what dense linears and lm_head are rounded to, None where they are left as they are."""
 
     def __init__(
         self,
@@ -139,8 +152,8 @@ class _Loader:
         config: ModelConfig,
         backend: Backend,
         dtype: torch.dtype,
-        bits: int | None,
-        head_bits: int | None,
+        bits: int | None = None,
+        head_bits: int | None = None,
     ) -> None:
         self.reader, self.inventory, self.config = reader, inventory, config
         self.backend, self.dtype = backend, dtype

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
+from qwenrt.config import ModelConfig
 from qwenrt.model.attention import Attention
 from qwenrt.model.layers import DecoderLayer
-from qwenrt.model.rotary import RotaryTables
+from qwenrt.model.rotary import RotaryTables, ntk_alpha
 from qwenrt.ops import reference
 from qwenrt.ops.steps import LayerCache, LayerKV
 
@@ -31,17 +32,15 @@ def fit_key_codes(
     kv: Sequence[LayerCache],
     rotary: RotaryTables,
     tokens: torch.Tensor,
-    longest: int,
+    config: ModelConfig,
 ) -> None:
     """Set offset and factor of every layer's cache by its weights, seen through the keys of ``tokens``
-    (random_tokens). ``longest``: the context that the model is made for.
+    (random_tokens), at positions up to the longest that the model is made for.
 
     So every form of weights serves. Of a head's factors the largest is 1, and none is below a quarter of that of its
     middle channel: what is small by the weights may be larger in a text. A float cache needs none of this.
     """
-    last = min(longest, _FAR) - 1
-    near = min(_NEAR, last)
-    cos, sin = rotary.turns(near * (last / max(near, 1)) ** torch.linspace(0, 1, _POSITIONS))
+    cos, sin = _turns(rotary, config)
     for layer, cache in zip(layers, kv, strict=True):
         if not (isinstance(layer.mixer, Attention) and isinstance(cache, LayerKV)):
             continue
@@ -53,6 +52,18 @@ def fit_key_codes(
         size += _SPREADS * _of_pairs((keys - middle).square().mean(0), cos.shape[1]).sqrt()
         if bool(torch.isfinite(size).all()) and bool((size.median(-1).values > 0).all()):
             cache.k_offset, cache.k_factor = offset.contiguous(), _factors(size).contiguous()
+
+
+def _turns(rotary: RotaryTables, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of some positions, each as a text that ends there is turned: dynamic NTK turns long ones more slowly,
+    and what no text meets must not count."""
+    last = min(config.max_position_embeddings, _FAR) - 1
+    near = min(_NEAR, last)
+    positions = near * (last / max(near, 1)) ** torch.linspace(0, 1, _POSITIONS)
+    alphas = [ntk_alpha(int(position) + 1, config) for position in positions.tolist()]
+    some = [rotary.turns(positions[[a == alpha for a in alphas]], alpha) for alpha in dict.fromkeys(alphas)]
+    cos, sin = (torch.cat(parts) for parts in zip(*some, strict=True))
+    return cos, sin
 
 
 def random_tokens(width: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class DecoderLayer:
         """Choose the code of what decoding over DecodePlan asks for besides -> why it cannot be had, or None."""
         mlp = self.weights.mlp
         if isinstance(mlp, Experts):
-            if (why := mlp.stack()) is not None:
+            if (why := mlp.stack(backend.stackable)) is not None:
                 return f"{self.prefix}: {why}"
             kind = mlp.gate_up[0].kind
             self._norm_moe_add_each = backend.resolve(
@@ -63,8 +63,11 @@ class DecoderLayer:
         self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, cache: LayerCache | None
     ) -> torch.Tensor:
         """x [T, D] -> [T, D]; what this step adds to a sequence's memory goes to ``cache``."""
+        return self.add_mlp(self.mixer.add(x, rotary, plan, cache), plan)
+
+    def add_mlp(self, x: torch.Tensor, plan: StepPlan | DecodePlan) -> torch.Tensor:
+        """x [T, D] -> x + mlp(norm(x)): the second half of a layer."""
         w = self.weights
-        x = self.mixer.add(x, rotary, plan, cache)
         if isinstance(w.mlp, Experts):
             norm_moe_add = self._norm_moe_add_each if isinstance(plan, DecodePlan) else self._norm_moe_add
             return norm_moe_add(x, w.post_norm, w.eps, w.mlp)

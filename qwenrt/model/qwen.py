@@ -174,7 +174,7 @@ class Qwen:
         layers, caches = list(self.layers), list(kv)
         if self.mtp is not None and of_mtp is not None:
             layers, caches = [*layers, self.mtp.layer], [*caches, of_mtp]
-        fit_key_codes(layers, caches, self._rotary, tokens, self.config.max_position_embeddings)
+        fit_key_codes(layers, caches, self._rotary, tokens, self.config)
 
     # ---- the network
 

@@ -84,6 +84,9 @@ class Packed:
         return total
 
 
+PLAIN = ("dense", "w4a16", "w8a16", "parts")  # kinds of the plain-torch backend
+
+
 @dataclass
 class Experts:
     """A mixture of experts: ``router`` [E, D] scores them, a token goes to the ``top_k`` best.
@@ -103,11 +106,11 @@ class Experts:
         None  # gate_up and down of all experts, where they can be told apart late
     )
 
-    def stack(self) -> str | None:
+    def stack(self, stackable: tuple[str, ...] = PLAIN) -> str | None:
         """Set ``stacked``: all experts' tensors in one, of which each expert's become views. The reason where their
-        kinds or shapes differ, or are not plain torch's; then nothing changes."""
+        kinds or shapes differ, or are none of ``stackable``; then nothing changes."""
         if self.stacked is None:
-            made = [stacked(side) for side in (self.gate_up, self.down)]
+            made = [stacked(side, stackable) for side in (self.gate_up, self.down)]
             if made[0] is None or made[1] is None:
                 kinds = sorted({packed.kind for packed in (*self.gate_up, *self.down)})
                 return f"experts of kinds {', '.join(kinds)} cannot be stacked"
@@ -115,20 +118,17 @@ class Experts:
         return None
 
 
-def stacked(weights: list[Packed]) -> Packed | None:
-    """Linears of one kind and shape as one with a leading axis, for reference.linear_of_each; their own tensors become
+def stacked(weights: list[Packed], stackable: tuple[str, ...] = PLAIN) -> Packed | None:
+    """Linears of one kind and shape as one with a leading axis, for Backend.linear_of_each; their own tensors become
     views of its. None where they cannot be."""
     first = weights[0]
-    if any(_form(w) != _form(first) for w in weights) or first.kind not in (
-        "dense",
-        "w4a16",
-        "w8a16",
-        "parts",
-    ):
+    if any(_form(w) != _form(first) for w in weights) or first.kind not in stackable:
         return None
-    whole = dataclasses.replace(first, data={})
+    whole = dataclasses.replace(first, data=_numbers(first))
     if first.kind == "parts":
-        parts = [stacked(list(side)) for side in zip(*(w.data["parts"] for w in weights), strict=True)]
+        parts = [
+            stacked(list(side), stackable) for side in zip(*(w.data["parts"] for w in weights), strict=True)
+        ]
         if None in parts:
             return None
         whole.data["parts"] = parts
@@ -150,7 +150,12 @@ def _form(w: Packed) -> tuple[object, ...]:
         name: (value.shape, value.dtype) for name, value in w.data.items() if isinstance(value, torch.Tensor)
     }
     parts = tuple(part.kind for part in w.data.get("parts", ()))
-    return w.kind, tensors, parts, w.group_size, w.bias is None
+    return w.kind, tensors, _numbers(w), parts, w.group_size, w.bias is None
+
+
+def _numbers(w: Packed) -> dict[str, Any]:
+    """What of ``data`` is the same for all that are stacked."""
+    return {name: value for name, value in w.data.items() if value is None or isinstance(value, int)}
 
 
 @dataclass(frozen=True)

@@ -93,5 +93,7 @@ def test_claude_code_has_an_answer_of_the_built_in_model(
     # left, and found the cache when it came back
     gone = [request for request in done.refused if request["status"] == 499]
     assert done.output.strip() and done.refused == gone
-    whole = [answer for answer in done.answers if answer["prompt"] > AGENTS_SEND // 4]
+    # on a slow machine it leaves after some minutes, asks again, and what was computed is cached
+    answers = [answer for answer in done.answers if answer["outcome"] not in ("abort", "cancelled")]
+    whole = [answer for answer in answers if answer["prompt"] > AGENTS_SEND // 4]
     assert whole and all(answer["answer"] > 0 for answer in whole)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,9 +215,6 @@ def cached_logits(llm: LLM, kv: list[LayerKV]) -> torch.Tensor:
 def test_an_int8_cache(cpu: CPUBackend, tmp_path: Path, huge: str) -> None:
     for file in (*DEMO.glob("*.json"), *DEMO.glob("*.tiktoken")):
         shutil.copy(file, tmp_path)
-    # Codes are laid out for the positions of the whole context: here those that the texts come near to.
-    config = json.loads((DEMO / "config.json").read_text()) | {"max_position_embeddings": 8192}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(
         with_huge_keys(load_file(DEMO / "model.safetensors"), HUGE[huge]), tmp_path / "model.safetensors"
     )

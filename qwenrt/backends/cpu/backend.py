@@ -424,10 +424,10 @@ class CPUBackend(Backend):
             self.kernels.read(memory)
 
     def describe(self) -> str:
-        """Which kernels serve here, with how many threads, or why plain torch does; how to get them is said once, where
-        it is said what they would serve."""
+        """Which kernels serve here, with how many threads, or why plain torch does; the details, and how to get them,
+        are said once, where it is said what they would serve."""
         if self.kernels is None:
-            return f"plain torch: {self.unavailable.removesuffix(f': {HOW_TO_BUILD}')}"
+            return f"plain torch: {self.unavailable.removesuffix(f': {HOW_TO_BUILD}').partition(' (')[0]}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         name = {"avx512vnni": "AVX-512", "scalar": "portable"}.get(self.kernels.isa, self.kernels.isa.upper())
         return f"{name} kernels, {threads}"

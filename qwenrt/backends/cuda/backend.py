@@ -1,19 +1,22 @@
-"""The backend of torch's "cuda" devices: ops as defined, steps that decode captured once and replayed."""
+"""The backend of torch's "cuda" devices: ops by kernels in Triton or as defined, steps that decode captured once and
+replayed."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from qwenrt.backends.base import Backend
 from qwenrt.backends.cuda.graphs import CudaGraphs
+from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.backends.cuda.profiles import Profile, profile_of
+from qwenrt.backends.cuda.tables import TILES, Tiles
 from qwenrt.backends.graphs import Graphs
 
 
-class CudaBackend(Backend):
+class CudaBackend(TritonBackend):
     """Runs on one NVIDIA or AMD GPU."""
 
     name = "cuda"
@@ -23,6 +26,12 @@ class CudaBackend(Backend):
     def profile(self) -> Profile:
         """What the device's architecture is like."""
         return profile_of(self.device)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        # Triton compiles products for sm_80 and later; on sm_75 they spill as they do where there are no units.
+        units = self.profile.matrix and self.profile.bfloat16
+        return dataclasses.replace(TILES, matrix_units=units)
 
     def graphs(self) -> Graphs | None:
         return CudaGraphs(self.device, self.profile.graph_sizes)
@@ -43,4 +52,5 @@ class CudaBackend(Backend):
 
     def describe(self) -> str:
         name = torch.cuda.get_device_properties(self.device).name
-        return f"plain torch on {name} ({self.profile.arch}), decoding captured"
+        kernels = "plain torch" if self.provides("triton") else "Triton kernels"
+        return f"{kernels} on {name} ({self.profile.arch}), decoding captured"

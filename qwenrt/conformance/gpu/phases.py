@@ -27,6 +27,7 @@ from qwenrt.sampling_params import SamplingParams
 
 _SPARE_S = 3.0  # left for writing and ending
 _REPLAYS = 1000
+_PROMPT_STEP = 2048  # tokens of prompts in a step: what a GPU needs to be busy
 _SHAPES = {  # (outputs, inputs) of a layer's linears and the head
     "1.8B": ((6144, 2048), (2048, 2048), (11008, 2048), (2048, 5504), (151936, 2048)),
     "7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (151936, 4096)),
@@ -126,7 +127,8 @@ def engine(notes: Notes, device: str, seconds: float, out: Path) -> None:
             return
         name = f"{shape} {quantize or 'bfloat16'}, {rows} at {prompt} tokens"
         try:
-            options = {"quantize": quantize, "max_num_seqs": max(rows, 1), "max_model_len": prompt + 256}
+            options = {"quantize": quantize, "max_num_seqs": rows, "max_model_len": prompt + 256}
+            options |= {"max_num_batched_tokens": _PROMPT_STEP}
             with load_random(shape, device=device, dtype="bfloat16", progress=False, **options) as llm:
                 _speeds(notes, llm, name, rows, prompt, bandwidth)
                 notes.detail[name] = llm.explain()

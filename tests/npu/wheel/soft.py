@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.npu.operators import OPERATORS
+from tests.npu.operators import OPERATORS, require
 
 # What makes a view or memory: torch_npu's own.
 _LEFT_TO_TORCH_NPU = {
@@ -61,6 +61,47 @@ _ASKS_THE_DEVICE = {
 Recorded = tuple[
     Callable[..., Any], tuple[Any, ...], dict[str, Any], Any
 ]  # an op, its arguments, what it gave
+
+
+def fusion_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    layout: str,
+    pse: Any = None,
+    padding_mask: Any = None,
+    atten_mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tockens: int = 0,
+    next_tockens: int = 0,
+    inner_precise: int = 0,
+    prefix: Any = None,
+    actual_seq_qlen: Any = None,
+    actual_seq_kvlen: Any = None,
+    sparse_mode: int = 0,
+    *others: Any,
+    **named: Any,
+) -> tuple[Any, ...]:
+    """What torch_npu makes of torch's scaled_dot_product_attention: layout BNSD; a mask hides where it is True."""
+    require(
+        layout == "BNSD" and sparse_mode in (0, 2, 3) and keep_prob == 1,
+        f"{layout}, {sparse_mode}, {keep_prob}",
+    )
+    rows, columns = query.shape[2], key.shape[2]
+    hidden = torch.zeros(rows, columns, dtype=torch.bool)
+    if sparse_mode:
+        hidden = torch.ones(rows, columns, dtype=torch.bool).triu(1 + (columns - rows) * (sparse_mode == 3))
+    elif atten_mask is not None:
+        hidden = atten_mask.bool()
+    scores = (query.float() * scale) @ key.float().transpose(-1, -2)
+    out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value.float()
+    nothing = query.new_empty(0)
+    return (out.to(query.dtype), *([nothing] * 5))
+
+
+_OPERATORS = OPERATORS | {"npu_fusion_attention_v3": fusion_attention}
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,7 +163,7 @@ def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
     own = name.removeprefix("npu::")
-    compute = Soft.broken.get(own) or (OPERATORS[own] if name.startswith("npu::") else func)
+    compute = Soft.broken.get(own) or (_OPERATORS[own] if name.startswith("npu::") else func)
     given, named = tree_map_only(torch.Tensor, on_cpu, (args, kwargs))
     out = compute(*given, **named)
     changed = [

@@ -1,0 +1,247 @@
+"""Ops by kernels in Triton, for every device that it compiles for: what CUDA and HIP backends override.
+
+Triton is not required: where it cannot be imported, every op is its definition.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+
+from qwenrt.backends.base import Backend
+from qwenrt.backends.binding import OpSpec, native
+from qwenrt.backends.cuda import packing
+from qwenrt.backends.cuda.tables import TILES, Tiles
+from qwenrt.ops import reference
+from qwenrt.ops.steps import DecodePlan, DrawTensors, LayerKV, StepPlan
+from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
+from qwenrt.ops.weights import with_codes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = (
+    64  # tokens up to which codes are multiplied as they are; beyond, the matrix is dequantised once for all
+)
+_AT_ONCE = 1 << 27  # weights of a dequantised matrix that exist at once
+
+
+@functools.cache
+def missing_triton() -> str | None:
+    """Why kernels in Triton cannot be made here, or None."""
+    try:
+        importlib.import_module("qwenrt.backends.cuda.kernels.portable")
+    except Exception as error:  # vendors' builds fail in ways of their own
+        return f"Triton cannot be used here ({type(error).__name__}: {str(error)[:120]})"
+    return None
+
+
+class TritonBackend(Backend):
+    """Decoding by kernels of our own. Prompts are torch's: its products, over matrices dequantised from codes, and its
+    attention."""
+
+    switched_off = False
+    stackable: ClassVar[tuple[str, ...]] = (*PLAIN, *packing.KINDS.values())
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """How much the programs of each kernel do at once."""
+        return TILES
+
+    def configure(
+        self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
+    ) -> None:
+        """As Backend.configure; ``kernels`` "off": every op as defined."""
+        self.switched_off = kernels == "off"
+
+    def provides(self, need: str) -> str | None:
+        if need != "triton":
+            return super().provides(need)
+        return "the kernels are switched off (QWENRT_KERNELS=off)" if self.switched_off else missing_triton()
+
+    def why_not(self, op: str, spec: OpSpec) -> str | None:
+        why = super().why_not(op, spec)
+        if why is None and op == "linear" and spec.kind in ("w4a16", "w8a16"):
+            return "its groups of inputs are no multiple of 8"
+        return why
+
+    # ---- linears
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        if w.kind == "parts":
+            y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
+            return y if w.bias is None else y + w.bias
+        if self._alone(x, w):
+            return self._token(x, w, x.dtype)
+        if w.kind not in packing.KINDS.values():
+            return reference.linear(x, w)
+        from qwenrt.backends.cuda.kernels import portable
+
+        if len(x) == 0:
+            return x.new_empty(0, w.out_features)
+        if len(x) <= FEW and not x.requires_grad and self.tiles.matrix_units:
+            tile = self.tiles.product[next(size for size in self.tiles.product if size >= len(x))]
+            return portable.tokens(x.contiguous(), w, tile)
+        return self._many(x, w)
+
+    def _alone(self, x: torch.Tensor, w: Packed) -> bool:
+        """Whether x is one token, of which sums are made by a kernel."""
+        if len(x) != 1 or x.requires_grad or w.out_features == 0:
+            return False
+        if w.kind == "dense":
+            return x.dtype in DTYPES and bool(w.data["weight"].is_contiguous())
+        return w.kind in packing.KINDS.values()
+
+    def _token(
+        self,
+        x: torch.Tensor,
+        w: Packed,
+        dtype: torch.dtype,
+        norm: tuple[torch.Tensor, float] | None = None,
+        pair: bool = False,
+        residual: torch.Tensor | None = None,
+        which: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [1, K] by ``w``, or x [T, K] by experts ``which`` int64 [J], J / T of them for each token."""
+        from qwenrt.backends.cuda.kernels import portable
+
+        tile = self.tiles.dense if w.kind == "dense" else self.tiles.codes[w.bits]
+        weight, eps = norm or (None, 0.0)
+        residual = None if residual is None else residual.contiguous()
+        ranks = 0 if which is None else len(which) // max(1, len(x))
+        fused = portable.Fused(weight, eps, pair, residual, which, ranks)
+        return portable.token(x.contiguous(), w, tile, dtype, fused)
+
+    def _many(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        """By torch's product over a matrix that is dequantised, some rows at a time where it is very large."""
+        from qwenrt.backends.cuda.kernels import portable
+
+        if w.data["perm"] is not None:
+            x = x.index_select(-1, w.data["perm"])
+        parts = []
+        for some in packing.in_rows(w, max(1, _AT_ONCE // w.in_features)):
+            matrix = portable.matrix(some, x.dtype, self.tiles.matrix)
+            dense = Packed("dense", some.out_features, some.in_features, {"weight": matrix}, some.bias)
+            parts.append(reference.linear(x, dense))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def norm_linear(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        if not self._alone(x, w):
+            return self.linear(self.rms_norm(x, norm, eps), w)
+        return self._token(x, w, self.dtype or norm.dtype, (norm, eps))
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def norm_gate_up_silu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        if not self._alone(x, w):
+            return self.silu_and_mul(self.linear(self.rms_norm(x, norm, eps), w))
+        return self._token(x, w, self.dtype or norm.dtype, (norm, eps), pair=True)
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:
+        if not self._alone(x, w):
+            return residual + self._wide_linear(x, w, residual.dtype)
+        return self._token(x, w, residual.dtype, residual=residual)
+
+    def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+        if w.kind == "parts":
+            y = torch.cat([self.linear_of_each(x, part, which) for part in w.data["parts"]], dim=-1)
+            return y if w.bias is None else y + w.bias[which]
+        if w.kind in PLAIN:
+            return super().linear_of_each(x, w, which)
+        return self._token(x, w, x.dtype, which=which.contiguous())
+
+    @native(dtypes=DTYPES, kinds=("dense", *packing.KINDS.values()), needs=("triton",))
+    def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        """All experts of all tokens in two launches. Their results are summed in float32."""
+        assert w.stacked is not None
+        gate_up, down = w.stacked
+        normed = self.rms_norm(x, norm, eps)
+        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+        chosen, order = chosen.sort(dim=-1)
+        which, share = chosen.flatten(), weights.gather(1, order).float().unsqueeze(-1)
+        inner = self._token(normed, gate_up, normed.dtype, pair=True, which=which)
+        y = self._token(inner, down, torch.float32, which=which)
+        total = (y.view(*chosen.shape, x.shape[1]) * share).sum(1).to(x.dtype)
+        return x + self._shared_expert(normed, w, total)
+
+    def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
+        """As Backend.pack_linear; codes by rows, where a kernel has their groups."""
+        if weight.dense is None and self.packs_codes():
+            packed = packing.pack(with_codes(weight), dtype, self.device)
+            if packed is not None:
+                return packed
+        return super().pack_linear(with_codes(weight), dtype)
+
+    def packs_codes(self) -> bool:
+        """Whether codes are packed for the kernels."""
+        return "linear" not in self.demoted and self.provides("triton") is None
+
+    def packing_id(self) -> str:
+        """As Backend.packing_id; without Triton codes lie as plain torch wants them."""
+        return f"{super().packing_id()} {'rows32-v1' if self.packs_codes() else 'torch'}"
+
+    def restore_packed(self, packed: Packed) -> str | None:
+        if packed.kind in packing.KINDS.values() and self.packs_codes():
+            return packing.why_not_restored(packed)
+        return super().restore_packed(packed)
+
+    # ---- between the linears
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if x.requires_grad or weight.requires_grad:
+            return super().rms_norm(x, weight, eps)
+        from qwenrt.backends.cuda.kernels import between
+
+        return between.rms_norm(x, weight, eps, self.dtype, self.tiles.rows)
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if gate_up.requires_grad:
+            return super().silu_and_mul(gate_up)
+        from qwenrt.backends.cuda.kernels import between
+
+        return between.silu_and_mul(gate_up, self.tiles.rows)
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def rotary_store_kv(
+        self,
+        qkv: torch.Tensor,
+        heads: tuple[int, int, int],
+        qk_norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_scale: torch.Tensor | None,
+        kv: LayerKV | None,
+        plan: StepPlan | DecodePlan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if qkv.requires_grad:
+            return super().rotary_store_kv(qkv, heads, qk_norms, cos, sin, q_scale, kv, plan)
+        from qwenrt.backends.cuda.kernels import between
+
+        return between.rotary_store_kv(
+            qkv, heads, qk_norms, cos, sin, q_scale, kv, plan.slots, self.tiles.rows
+        )
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def decode_attention(
+        self, q: torch.Tensor, kv: LayerKV, plan: DecodePlan, scale: float, window: int = 0
+    ) -> torch.Tensor:
+        from qwenrt.backends.cuda.kernels import attention
+
+        return attention.decode_attention(q, kv, plan, scale, window, self.tiles)
+
+    # ---- whole steps
+
+    def choose_rows(
+        self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None
+    ) -> torch.Tensor:
+        if draw is not None or self.provides("triton") is not None:
+            return super().choose_rows(logits, draw, width, unused)
+        from qwenrt.backends.cuda.kernels import choose
+
+        return choose.largest(logits, unused, self.tiles.vocabulary)

@@ -1,0 +1,43 @@
+"""How much of its work a program of a kernel does at once, as data: for each kernel by what it is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``outputs`` of ``inputs`` at a time, by so many warps; a pair of gate and up counts for two outputs."""
+
+    outputs: int
+    inputs: int
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of each kernel. ``rows``: elements that a program of an op between the linears computes; ``keys``: of a sequence
+    that attention looks at at once, ``per_split``: that a program of it looks at before another one is started.
+
+    ``matrix_units``: whether small matrices are multiplied by units for them, without which such a kernel has far too
+    few registers: then sums serve, and torch's product.
+
+    All are a first guess from how many bytes each thread loads at once, and were measured on no device. Four warps are
+    as many threads as a DCU's kernels may have.
+    """
+
+    dense: Tile = Tile(4, 1024)
+    codes: dict[int, Tile] = field(default_factory=lambda: {4: Tile(8, 1024), 8: Tile(8, 1024)})
+    product: dict[int, Tile] = field(
+        default_factory=lambda: {16: Tile(64, 128), 32: Tile(64, 128), 64: Tile(64, 64)}
+    )
+    matrix: Tile = Tile(32, 128)
+    rows: int = 1024
+    keys: int = 32
+    per_split: int = 256
+    heads: int = 1  # whose splits a program merges
+    vocabulary: int = 4096  # logits that a program looks at
+    matrix_units: bool = True
+
+
+TILES = Tiles()

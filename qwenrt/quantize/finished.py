@@ -1,0 +1,200 @@
+"""The layers that are done, kept so that a run that was cut goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from qwenrt.config import ModelConfig, QuantConfig, read_json
+from qwenrt.config.layers import LinearSpec, file_rows
+from qwenrt.errors import CheckpointError
+from qwenrt.files import is_there, opened
+from qwenrt.loader.checkpoint.inventory import Inventory, parts_of
+from qwenrt.loader.checkpoint.writing import save_atomically
+from qwenrt.loader.weights import WeightReader
+from qwenrt.ops.gptq import pack_gptq, unpack_gptq
+from qwenrt.ops.types import CanonicalWeight
+from qwenrt.ops.weights import take_rows
+from qwenrt.quantize.report import LinearReport
+from qwenrt.quantize.settings import QuantizeSettings
+
+PARTS = ".quantizing"
+
+
+class FinishedLayers:
+    """A file for each layer, its tensors as in the finished checkpoint."""
+
+    def __init__(
+        self, directory: Path, settings: QuantizeSettings, config: ModelConfig, inventory: Inventory
+    ) -> None:
+        self.directory, self._config, self._inventory = directory, config, inventory
+        self._quant = QuantConfig(
+            settings.bits, settings.group_size, settings.act_order == "full", settings.sym, zero_offset=1
+        )
+
+    def path(self, index: int) -> Path:
+        return self.directory / f"layer-{index:05d}.safetensors"
+
+    def write(
+        self,
+        index: int,
+        made: Mapping[str, CanonicalWeight],
+        specs: Sequence[LinearSpec],
+        reports: Sequence[LinearReport],
+    ) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for spec in specs:
+            for module, weight in self._modules(spec, made[spec.name]):
+                packed = pack_gptq(weight)
+                packed.pop("bias")  # it stays the source's own
+                tensors |= {f"{module}.{kind}": tensor.contiguous() for kind, tensor in packed.items()}
+        told = json.dumps([dataclasses.asdict(report) for report in reports])
+        save_atomically(
+            tensors, self.path(index), {"report": told}, "give the same call again, which goes on"
+        )
+
+    def read(
+        self, index: int, specs: Sequence[LinearSpec]
+    ) -> tuple[dict[str, CanonicalWeight], list[LinearReport]] | None:
+        """What `write` kept, or None where that layer is not done."""
+        path = self.path(index)
+        if not is_there(path, CheckpointError):
+            return None
+        try:
+            tensors = load_file(path)
+            with opened(path, CheckpointError) as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            reports = [LinearReport(**fields) for fields in json.loads(header["__metadata__"]["report"])]
+            return {spec.name: self._whole(spec, tensors) for spec in specs}, reports
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"going on from {path}",
+                f"not readable ({str(error)[:80]})",
+                "Delete it: that layer is done again.",
+            ) from error
+
+    def _modules(self, spec: LinearSpec, weight: CanonicalWeight) -> Iterator[tuple[str, CanonicalWeight]]:
+        """(module in the file, its own rows) of a linear."""
+        row = 0
+        for module, rows, order in self.modules(spec):
+            own = _rows(weight, slice(row, row + rows))
+            yield module, own if order is None else take_rows(own, torch.tensor(order).argsort().tolist())
+            row += rows
+
+    def modules(self, spec: LinearSpec) -> Iterator[tuple[str, int, list[int] | None]]:
+        """(module in the file, its rows, the order in which they are taken from there) of a linear. Experts that the
+        source has stacked become modules of their own, gate and up beside each other, as other programs want them."""
+        slots = self._inventory.slots[spec.name]
+        for part, rows in parts_of(spec, slots):
+            module = slots[part, "weight"].removesuffix(".weight")
+            if not part and module.endswith("gate_up_proj"):
+                for own, own_rows in spec.parts:
+                    yield f"{module.removesuffix('gate_up_proj')}{own}_proj", own_rows, None
+            else:
+                yield module, rows, file_rows(self._config, spec.name, part)
+
+    def _whole(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> CanonicalWeight:
+        """The linear whose modules `_modules` wrote."""
+        made = []
+        for module, rows, order in self.modules(spec):
+            weight = unpack_gptq(
+                tensors[f"{module}.qweight"],
+                tensors[f"{module}.qzeros"],
+                tensors[f"{module}.scales"],
+                tensors[f"{module}.g_idx"],
+                None,
+                quant=self._quant,
+                in_features=spec.in_features,
+                out_features=rows,
+                name=module,
+            )
+            made.append(weight if order is None else take_rows(weight, order))
+        return _side_by_side(made)
+
+
+def _rows(weight: CanonicalWeight, rows: slice) -> CanonicalWeight:
+    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
+    return dataclasses.replace(
+        weight,
+        codes=weight.codes[:, rows].contiguous(),
+        scales=weight.scales[:, rows].contiguous(),
+        zeros=weight.zeros[:, rows].contiguous(),
+    )
+
+
+def _side_by_side(weights: Sequence[CanonicalWeight]) -> CanonicalWeight:
+    """Parts of one linear, which share their groups and their order of inputs."""
+    joined: dict[str, Any] = {}
+    for name in ("codes", "scales", "zeros"):
+        joined[name] = torch.cat([getattr(weight, name) for weight in weights], dim=1)
+    joined["scales"] = joined["scales"].float()
+    return dataclasses.replace(weights[0], **joined)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[Path]:
+    """The directory for finished layers, held against other processes."""
+    parts = directory / PARTS
+    parts.mkdir(parents=True, exist_ok=True)
+    with (parts / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"quantising into {directory}",
+                "another process does so now",
+                "Wait for it, or give another directory.",
+            ) from error
+        yield parts
+
+
+def fingerprint(
+    reader: WeightReader, settings: QuantizeSettings, texts: Sequence[Sequence[int]]
+) -> dict[str, str]:
+    """What decides the result, by name: a run that was cut goes on only where all of it is the same."""
+    tensors = hashlib.sha256()
+    for names in reader.inventory.slots.values():
+        for name in names.values():
+            tensor = reader.reader.tensor(name)
+            tensors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.reshape(-1)
+            sample = flat[torch.linspace(0, len(flat) - 1, 16).long()].float()
+            tensors.update(sample.numpy().tobytes())
+    return {
+        "settings": json.dumps(dataclasses.asdict(settings), sort_keys=True),
+        "model": tensors.hexdigest(),
+        "calibration texts": hashlib.sha256(repr([list(text) for text in texts]).encode()).hexdigest(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+    }
+
+
+def check_fingerprint(parts: Path, now: dict[str, str], resume: bool) -> None:
+    """Note what decides the result. Where layers of another run lie here it is a CheckpointError, or without ``resume``
+    they are deleted."""
+    path = parts / "run.json"
+    if not resume:
+        for file in parts.glob("layer-*"):
+            file.unlink()
+    elif is_there(path, CheckpointError):
+        before = read_json(path, CheckpointError)
+        other = [name for name, value in now.items() if before.get(name) != value]
+        if other:
+            raise CheckpointError(
+                f"going on with the layers in {parts}",
+                f"they belong to a run with other {', '.join(other)}",
+                "Use the same, another output directory, or resume=False (--no-resume).",
+            )
+    partial = path.with_name("run.json.partial")
+    partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,210 @@
+"""Files of texts and conversations: a JSON list, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenrt.config.fields import has_more_values
+from qwenrt.errors import RequestError
+from qwenrt.files import read
+
+MAX_DATA_BYTES = 2**30
+MAX_DATA_VALUES = 16 * 10**6
+
+
+def read_entries(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a JSON list or of JSON lines (one object a line). RequestError names the line."""
+    path = Path(path)
+    asked = f"training data {path}"
+    raw = read(path, MAX_DATA_BYTES, RequestError, asked=asked, what="file that fits into memory: split it")
+    if has_more_values(raw, MAX_DATA_VALUES):
+        raise RequestError(asked, f"more than {MAX_DATA_VALUES} JSON values", "Split it.")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = raw[: error.start].count(b"\n") + 1
+        raise RequestError(
+            f"training data {path}", f"line {where} is not UTF-8", "Save it as UTF-8."
+        ) from error
+    if not text.lstrip().startswith("{"):
+        return _parse_list(path, text)
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entries.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                found = f"line {number} is not JSON ({str(error)[:80]})"
+                raise RequestError(f"training data {path}", found, "Correct that line.") from error
+    return entries
+
+
+def _parse_list(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        number = getattr(error, "lineno", 1)
+        found = f"line {number} is not JSON ({str(error)[:80]})"
+        raise RequestError(
+            f"training data {path}", found, "Correct it, or write one entry a line."
+        ) from error
+    if not isinstance(entries, list):
+        found = f"a JSON {type(entries).__name__}"
+        raise RequestError(f"training data {path}", found, "It must be a list of entries.")
+    return entries
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a file: a plain ``text``, or a conversation in OpenAI's shape, as `LLM.chat` takes it, and the
+    ``tools`` that it had."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+
+
+_SHAPES = (
+    'Give {"messages": [{"role": "user", "content": "..."}, ...]}, '
+    '{"conversations": [{"from": "user", "value": "..."}, ...]}, '
+    '{"instruction": "...", "output": "..."} or {"text": "..."}.'
+)
+# ShareGPT's names of who speaks, and those of the first Qwen's own files.
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "function_call": "call",
+}
+_FIRST_QWENS = {"user", "assistant"}
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def entry_of(value: object, number: int = 1) -> Entry:
+    """Entry ``number`` of a file, in whichever of these shapes it has: OpenAI's ("messages"), ShareGPT's or the first
+    Qwen's ("conversations"), Alpaca's ("instruction", "output"), or "text". RequestError names the entry."""
+    if not isinstance(value, dict):
+        raise bad_entry(number, f"a JSON {type(value).__name__}", "Each entry must be an object.")
+    if "text" in value:
+        return Entry(text=_string(value["text"], number, "text"))
+    if isinstance(value.get("conversations"), list) and value["conversations"]:
+        messages = _conversation(value["conversations"], number)
+        if isinstance(value.get("system"), str) and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": value["system"]})
+    elif isinstance(value.get("messages"), list) and value["messages"]:
+        messages = _openai(value["messages"], number)
+    elif "output" in value and "instruction" in value:
+        messages = _alpaca(value, number)
+    else:
+        raise bad_entry(number, "no list of conversations", _SHAPES)
+    if not messages:
+        raise bad_entry(number, "nobody says anything in it", "Remove the entry.")
+    return Entry(tuple(messages), tuple(_tools(value.get("tools"), number)))
+
+
+def bad_entry(number: int, found: str, remedy: str) -> RequestError:
+    return RequestError(f"training data, entry {number}", found, remedy)
+
+
+def _openai(turns: list[Any], number: int) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for index, turn in enumerate(turns):
+        where = f"messages[{index}]"
+        role = _object(turn, number, where).get("role")
+        if role not in _ROLES or (role == "system" and index > 0):
+            raise bad_entry(number, f"{where} is from {role!r:.40}", "It must be 'user' or 'assistant'.")
+        if role == "tool" and not any(before.get("tool_calls") for before in messages):
+            raise bad_entry(
+                number, f"{where} is from 'tool', and no call is before it", "Put the call before it."
+            )
+        if not turn.get("tool_calls"):
+            _string(turn.get("content"), number, f"{where} content")
+        messages.append(dict(turn))
+    return messages
+
+
+def _conversation(turns: list[Any], number: int) -> list[dict[str, Any]]:
+    objects = [_object(turn, number, f"conversations[{i}]") for i, turn in enumerate(turns)]
+    said = [str(turn.get("from")) for turn in objects]
+    # one leading turn of another role is dropped in the first Qwen's shape, as its trainer does
+    first = 1 if said[0] not in _FIRST_QWENS and {*said[1:]} <= _FIRST_QWENS and said[1:] else 0
+    if first == 0 and said[0] == "assistant" and {*said} <= _FIRST_QWENS:
+        first = 1
+    messages: list[dict[str, Any]] = []
+    for index, turn in enumerate(turns[first:], first):
+        where, role = f"conversations[{index}]", _SPEAKERS.get(said[index])
+        if role is None or (role == "system" and index > 0):
+            raise bad_entry(
+                number, f"{where} is from {turn.get('from')!r:.40}", "It must be 'user' or 'assistant'."
+            )
+        value = _string(turn.get("value"), number, f"{where} value")
+        messages.append(_call(value, number, where) if role == "call" else {"role": role, "content": value})
+    return messages
+
+
+def _call(value: str, number: int, where: str) -> dict[str, Any]:
+    """ShareGPT's turn of a call, a JSON object or a list of them, as a message of the assistant."""
+    try:
+        calls = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise bad_entry(
+            number, f"{where} is no JSON ({str(error)[:60]})", "Write the call as JSON."
+        ) from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise bad_entry(
+            number, f"{where} is a call without a name", 'Write {"name": "...", "arguments": {...}}.'
+        )
+    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
+    }
+
+
+def _alpaca(value: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    messages = []
+    if value.get("system"):
+        messages.append({"role": "system", "content": _string(value["system"], number, "system")})
+    for index, pair in enumerate(value.get("history") or ()):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise bad_entry(number, f"history[{index}] is no pair", "Give [question, answer].")
+        asked, answered = (_string(text, number, f"history[{index}]") for text in pair)
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    asked, given = _string(value["instruction"], number, "instruction"), value.get("input") or ""
+    prompt = f"{asked}\n{_string(given, number, 'input')}" if given else asked
+    answer = _string(value["output"], number, "output")
+    return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _tools(value: object, number: int) -> list[dict[str, Any]]:
+    if isinstance(value, str):  # ShareGPT's files have them as JSON text
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
+            found = f"its tools are no JSON ({str(error)[:60]})"
+            raise bad_entry(number, found, "Give a list of functions.") from error
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise bad_entry(number, "its tools are no list of objects", "Give a list of functions.")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
+
+
+def _object(value: object, number: int, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise bad_entry(number, f"{where} is a JSON {type(value).__name__}", "It must be an object.")
+    return value
+
+
+def _string(value: object, number: int, what: str) -> str:
+    if not isinstance(value, str):
+        raise bad_entry(number, f"{what} is {type(value).__name__}, not text", "Give a string.")
+    return value

@@ -1,0 +1,140 @@
+"""Ahead of time: the kernels that a backend would launch at given shapes, compiled for GPUs that are not here, and what
+their machine code is made of."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+__all__ = ["Code", "Launch", "compiled", "launches", "replace", "triton"]
+
+TARGETS = {
+    "sm75": GPUTarget("cuda", 75, 32),
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "gfx906": GPUTarget("hip", "gfx906", 64),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+}
+_TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a backend asked for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    warps: int
+    constants: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+def launches(call: Callable[[], Any], monkeypatch: Any) -> list[Launch]:
+    """What ``call`` launches; nothing is computed, so its tensors may be torch's "meta"."""
+    found: list[Launch] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
+        found.append(Launch(kernel, grid, args, warps, constants))
+
+    for name in ("portable", "between", "attention", "choose"):
+        module = __import__(f"qwenrt.backends.cuda.kernels.{name}", fromlist=["launch"])
+        monkeypatch.setattr(module, "launch", note)
+    call()
+    return found
+
+
+@dataclass
+class Code:
+    """What was compiled. ``loads``: bits that one instruction loads -> how many there are of them."""
+
+    registers: int
+    spilt: int
+    shared: int
+    barriers: int
+    loads: Counter[int] = field(default_factory=Counter)
+    text: str = ""
+
+    def __str__(self) -> str:
+        loads = ", ".join(f"{n} of {bits}" for bits, n in sorted(self.loads.items()))
+        used = (
+            f"{self.registers} registers, {self.spilt} spilt, {self.shared} bytes, {self.barriers} barriers"
+        )
+        return f"{used}; loads: {loads}"
+
+
+def compiled(launch: Launch, target: str) -> Code:
+    """As Triton's just-in-time compiler would: it is told which addresses and sizes are multiples of 16, and which
+    numbers are 1."""
+    names = launch.kernel.arg_names
+    given = dict(zip(names, launch.args)) | launch.constants
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = given[name]
+        if name in launch.constants or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = f"*{_TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.warps})
+    return _amd(made) if target.startswith("gfx") else _nvidia(made)
+
+
+def _nvidia(made: Any) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        text, usage = (
+            subprocess.run([_TOOL, how, file.name], capture_output=True, text=True, check=True).stdout
+            for how in ("-sass", "--dump-resource-usage")
+        )
+    found = re.search(r"REG:(\d+).*?STACK:(\d+)", usage)
+    assert found is not None
+    loads: Counter[int] = Counter()
+    for name in re.findall(r"\s(LDG(?:STS)?\.[A-Z0-9_.]+)", text):
+        width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", name)
+        loads[int(width.group(1)) if width else 32] += 1
+    registers, stack = map(int, found.groups())
+    return Code(registers, stack, made.metadata.shared, len(re.findall(r"\sBAR\.", text)), loads, text)
+
+
+def _amd(made: Any) -> Code:
+    text = made.asm["amdgcn"]
+    loads: Counter[int] = Counter()
+    words = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "b128": 128, "b64": 64, "b32": 32}
+    for name in re.findall(r"\s(?:global|buffer)_load_(\w+)", text):
+        loads[words.get(name, 8 if "byte" in name or "8" in name else 16)] += 1
+    numbers = [
+        int(re.search(rf"\.{what}:\s+(\d+)", text).group(1)) for what in ("vgpr_count", "vgpr_spill_count")
+    ]  # type: ignore[union-attr]
+    return Code(*numbers, made.metadata.shared, len(re.findall(r"\ss_barrier", text)), loads, text)

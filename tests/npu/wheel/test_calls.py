@@ -1,0 +1,152 @@
+"""Calls as this project makes them, beside schemas, Meta kernels and the host's checks of the real torch_npu."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qwenrt.backends.ascend import calls, fused, packing
+from qwenrt.backends.selfcheck import random_weight
+from qwenrt.ops.steps import LayerKV, StepPlan
+from qwenrt.ops.types import Experts, Packed
+
+LAUNCHES = json.loads(Path(__file__).with_name("kernels.json").read_text(encoding="utf-8"))
+HALF = torch.float16
+
+
+def test_schemas_are_those_that_are_known() -> None:
+    assert calls.misfits() == {}
+    for op in calls.CALLS:
+        assert calls.releases_with(op, calls.installed(op)), op
+
+
+def made(device: str) -> dict[str, Callable[[], Any]]:
+    """Each operator as the backend calls it, with tensors on a device; what it computes is of no interest."""
+
+    def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def coded(bits: int, group: int, dtype: torch.dtype) -> Packed:
+        weight = dataclasses.replace(random_weight(64, 256, bits, group), bias=torch.ones(64))
+        packed = packing.pack(weight, dtype, torch.device("cpu"), bits)
+        packed.data = {name: None if x is None else x.to(device) for name, x in packed.data.items()}
+        return packed
+
+    def attention(q_lens: list[int], kv_lens: list[int]) -> torch.Tensor:
+        kv = LayerKV(empty(6, 128, 2, 64), empty(6, 128, 2, 64))
+        tables = [[i, i + 1] for i in range(len(q_lens))]
+        plan = StepPlan(q_lens, kv_lens, None, tables)
+        mask = empty(2048, 2048, dtype=torch.bool)
+        return fused.attention(empty(sum(q_lens), 4, 64), kv, plan, 0.125, mask)
+
+    def grouped() -> torch.Tensor:
+        sides = (
+            Packed("dense", 1, 1, {"weight": empty(4, 64, 32)}),
+            Packed("dense", 1, 1, {"weight": empty(4, 32, 32)}),
+        )
+        w = Experts(empty(4, 32), [], [], 2, True, stacked=sides)
+        return fused.experts(empty(5, 32), w, torch.float32, fused.silu_and_mul)
+
+    bfloat16 = torch.bfloat16
+    return {
+        "rms_norm": lambda: fused.rms_norm(empty(7, 256), empty(256), 1e-6, None),
+        "rms_norm wide": lambda: fused.rms_norm(empty(7, 256, dtype=torch.float32), empty(256), 1e-6, None),
+        "rotary": lambda: fused.rotary(
+            empty(7, 6, 128), *(empty(7, 128, dtype=torch.float32) for _ in range(2))
+        ),
+        "silu_and_mul": lambda: fused.silu_and_mul(empty(7, 512)),
+        "store_kv": lambda: fused.store_kv(
+            *(empty(3, 2, 64) for _ in range(2)),
+            LayerKV(empty(6, 128, 2, 64), empty(6, 128, 2, 64)),
+            empty(3, dtype=torch.int64),
+        ),
+        "int4 in groups": lambda: fused.linear(empty(7, 256), coded(4, 128, HALF)),
+        "int8 in groups": lambda: fused.linear(empty(7, 256), coded(8, 64, HALF)),
+        "int8 whole": lambda: fused.linear(empty(7, 256), coded(8, -1, HALF)),
+        "int4 bfloat16": lambda: fused.linear(empty(7, 256, dtype=bfloat16), coded(4, 32, bfloat16)),
+        "prompt": lambda: attention([200], [200]),
+        "piece of a prompt": lambda: attention([60], [200]),
+        "decoding": lambda: attention([1, 1, 1], [200, 3, 129]),
+        "both": lambda: attention([1, 1, 30], [200, 3, 129]),
+        "experts": grouped,
+    }
+
+
+SHAPES = {
+    **{"rms_norm": (7, 256), "rms_norm wide": (7, 256), "rotary": (7, 6, 128), "silu_and_mul": (7, 256)},
+    **{"store_kv": None, "experts": (5, 32), "prompt": (200, 4, 64), "piece of a prompt": (60, 4, 64)},
+    **{"decoding": (3, 4, 64), "both": (32, 4, 64)},
+}
+
+
+@pytest.mark.parametrize("name", sorted(made("cpu")))
+def test_meta_kernels_give_the_shapes_that_are_expected(name: str) -> None:
+    with _disable_current_modes():
+        out = made("meta")[name]()
+    wanted = SHAPES.get(name, (7, 64))
+    assert out is None if wanted is None else tuple(out.shape) == wanted
+
+
+@contextmanager
+def kernels() -> Iterator[list[str]]:
+    """The names of CANN's operators that torch_npu launches meanwhile, its own checks before them included."""
+    library, names = ctypes.CDLL("libopapi.so"), []
+    told = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda name: names.append(name.decode()))
+    library.stand_in_hook(told)
+    try:
+        with _disable_current_modes():
+            yield names
+            torch.get_device_module("npu").synchronize()
+    finally:
+        library.stand_in_hook(None)
+
+
+@pytest.mark.parametrize("name", sorted(made("cpu")))
+def test_what_torch_npu_launches(name: str, family: str) -> None:
+    if family not in ("A2", "A3"):
+        pytest.skip("other operators serve there")
+    with kernels() as names:
+        made("npu")[name]()
+    assert names == LAUNCHES[name]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (
+            lambda n, e: n.npu_weight_quant_batchmatmul(
+                e(7, 256), e(256, 8, dtype=torch.int32), e(3, 64), antiquant_group_size=100
+            ),
+            "group",
+        ),
+        (
+            lambda n, e: n.npu_weight_quant_batchmatmul(
+                e(7, 255), e(256, 8, dtype=torch.int32), e(2, 64), antiquant_group_size=128
+            ),
+            "K|dim",
+        ),
+        (
+            lambda n, e: n.npu_rotary_mul(
+                e(1, 7, 4, 128), e(1, 7, 1, 128), e(1, 7, 1, 128), rotary_mode="other"
+            ),
+            "mode",
+        ),
+        (lambda n, e: n.npu_rms_norm(e(7, 256), e(256), eps=1e-6), "eps"),
+    ],
+)
+def test_torch_npu_itself_refuses_what_is_wrong(
+    wrong: Callable[..., Any], complaint: str, family: str
+) -> None:
+    if family not in ("A2", "A3"):
+        pytest.skip("looked at there")
+    with _disable_current_modes(), pytest.raises(RuntimeError, match=complaint):
+        wrong(torch.ops.npu, lambda *shape, dtype=HALF: torch.empty(*shape, dtype=dtype, device="npu"))

@@ -1,0 +1,167 @@
+"""qwenrt.load(..., device="npu") from end to end on the soft device, graphs and their updates included."""
+
+from __future__ import annotations
+
+import gc
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qwenrt
+from qwenrt import assembly
+from qwenrt.backends import registry
+from qwenrt.backends.ascend import calls
+from qwenrt.backends.ascend.graphs import _Captured
+from qwenrt.errors import BackendError, CapacityError, QwenrtError
+from qwenrt.loading import load_random
+from qwenrt.ops.steps import StepPlan
+from tests.npu.operators import OPERATORS
+from tests.npu.wheel.soft import Soft, SoftGraph
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+LAYERS = json.loads(Path(__file__).with_name("layers.json").read_text(encoding="utf-8"))
+GREEDY = qwenrt.SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the self-check, which takes most of a load on a CPU and has a test of its own."""
+    monkeypatch.setattr(assembly, "_selfcheck", lambda *given: None)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[_Captured]:
+    """What is captured."""
+    captured: list[_Captured] = []
+    init = _Captured.__init__
+
+    def noted(self: _Captured, *given: Any) -> None:
+        init(self, *given)
+        captured.append(self)
+
+    monkeypatch.setattr(_Captured, "__init__", noted)
+    return captured
+
+
+@pytest.mark.parametrize("model", ["gptq_int4", "plain", "logn_only", "gptq_int8", "gptq_int4_act_order"])
+def test_recorded_models_give_the_tokens_of_the_cpu(model: str, unchecked: None, family: str) -> None:
+    prompts = [list(range(5, 40)), list(range(100, 108)), [7]]
+    with qwenrt.load(
+        str(GOLDEN / model), device="npu", dtype="float16", max_model_len=256, progress=False
+    ) as npu:
+        got = [answer.token_ids for answer in npu.generate(prompt_token_ids=prompts, sampling_params=GREEDY)]
+        told = npu.explain()
+    with qwenrt.load(str(GOLDEN / model), device="cpu", max_model_len=256, progress=False) as cpu:
+        for prompt, answer in zip(prompts, got, strict=True):
+            logits = cpu.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
+            chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert float((logits.amax(1) - chosen).max()) < 0.02  # the likeliest, or as likely within float16
+    assert ("captured in" in told) == (family in ("A2", "A3"))
+    assert not [line for line in told.splitlines() if line.startswith("attention") and "plain" in line]
+
+
+def test_the_demo_is_loaded_with_every_check_and_answers(family: str) -> None:
+    with qwenrt.load("demo", device="npu", max_model_len=512, progress=False) as llm:
+        answer, _ = llm.chat("What is the capital of France?", temperature=0)
+        drawn, _ = llm.chat("What is the capital of France?", temperature=0.2, seed=1)
+        lines = [line for line in llm.explain().splitlines() if "self-check" in line]
+    assert "Paris" in answer and "Paris" in drawn and lines == []
+    gc.collect()
+    assert torch.get_device_module("npu").memory_allocated() < 8 << 20  # what is closed is given back
+
+
+def test_replays_are_told_the_lengths_of_each_step(
+    unchecked: None, graphs: list[_Captured], family: str
+) -> None:
+    if family not in ("A2", "A3"):
+        pytest.skip("nothing is captured there")
+    options = {"device": "npu", "dtype": "float16", "max_model_len": 256, "max_num_seqs": 4}
+    with qwenrt.load(str(GOLDEN / "plain"), progress=False, **options) as llm:
+        llm.generate(prompt_token_ids=[[5, 6, 7], list(range(9, 139))], sampling_params=GREEDY)
+        alone = [
+            llm.generate(prompt_token_ids=[ids], sampling_params=GREEDY)[0].token_ids
+            for ids in ([5, 6, 7], list(range(9, 139)))
+        ]
+        both = llm.generate(prompt_token_ids=[[5, 6, 7], list(range(9, 139))], sampling_params=GREEDY)
+    assert [answer.token_ids for answer in both] == alone
+    updates = [graph._graph.updates for graph in graphs if isinstance(graph._graph, SoftGraph)]
+    of_two = next(lengths for lengths in updates if lengths and len(lengths[0]) == 2)
+    steps = [after[0] - before[0] for before, after in pairwise(of_two)]
+    assert steps.count(1) >= 7 and all(step in (1, -9, -8) for step in steps)
+    assert {length for lengths in of_two for length in lengths} >= {5, 132}
+
+
+def test_what_one_layer_launches(unchecked: None, family: str) -> None:
+    with qwenrt.load(
+        str(GOLDEN / "gptq_int4"), device="npu", dtype="float16", max_model_len=256, progress=False
+    ) as llm:
+        model = llm._alive().model
+        cache = model.backend.alloc_cache(
+            model.config,
+            model.dtype,
+            num_blocks=4,
+            block_size=model.backend.block_size,
+            num_states=0,
+            quantized=False,
+        )
+        slots = model.backend.send([3, model.backend.block_size + 1])
+        plan = StepPlan([1, 1], [4, 2], slots, [[0], [1]])
+        rotary = model.rotary(plan, [1, 1])
+        x = model.embed(model.backend.send([5, 6]))
+        x = model.layers[0].forward(x, rotary, plan, cache[0])
+        first = len(Soft.log)
+        model.layers[1].forward(x, rotary, plan, cache[1])
+        launched = Soft.log[first:]
+    assert launched == LAYERS[family]
+
+
+# ---- faults
+
+
+def test_a_missing_operator_is_served_by_its_definition_and_named(
+    unchecked: None, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setitem(calls.CALLS, "npu_rms_norm", calls.Call(("Tensor",) * 2, {"new": "int"}, 2))
+    with qwenrt.load(
+        str(GOLDEN / "plain"), device="npu", dtype="float16", max_model_len=256, progress=False
+    ) as llm:
+        assert "npu_rms_norm of this torch_npu has no argument new" in " ".join(llm.explain().split())
+        assert len(llm.generate(prompt_token_ids=[5, 6], sampling_params=GREEDY).token_ids) == 10
+
+
+def test_an_operator_that_answers_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    right = OPERATORS["npu_rms_norm"]
+    monkeypatch.setitem(
+        Soft.broken, "npu_rms_norm", lambda x, gamma, **named: right(x, torch.ones_like(gamma), **named)
+    )
+    with qwenrt.load("demo", device="npu", max_model_len=256, progress=False) as llm:
+        assert "Paris" in llm.chat("What is the capital of France?", temperature=0)[0]
+        assert "self-check: differs" in " ".join(llm.explain().split())
+
+
+def test_an_operator_that_fails_in_an_answer_ends_in_an_error_that_says_so(
+    unchecked: None, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    def dies(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("ERR02200 DIST call hccl api failed: 507015 aicore exception")
+
+    with qwenrt.load(
+        str(GOLDEN / "plain"), device="npu", dtype="float16", max_model_len=256, progress=False
+    ) as llm:
+        monkeypatch.setitem(Soft.broken, "npu_rms_norm", dies)
+        with pytest.raises(QwenrtError, match="507015"):
+            llm.generate(prompt_token_ids=[5, 6], sampling_params=GREEDY)
+
+
+def test_too_little_memory_is_said_before_any_is_taken(unchecked: None) -> None:
+    with pytest.raises(CapacityError, match=r"it needs .* are free"):
+        load_random("Qwen-7B", device="npu", progress=False)
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(BackendError, match="the last npu device is number 0"):
+        registry.create("npu:3")
