@@ -10,14 +10,15 @@ from qwenrt.cli.options import MODEL_HELP, add_source_options, example
 from qwenrt.cli.terminal import Terminal
 
 EXAMPLES = """examples:
-  qwenrt quantize Qwen3-4B ./Qwen3-4B-int4                    the model writes the texts it is calibrated on
-  qwenrt quantize Qwen3-4B ./Qwen3-4B-int4 --calibration talks.jsonl
-  qwenrt chat ./Qwen3-4B-int4
+  qwenrt quantize Qwen3-4B ./int4          the model writes the texts itself
+  qwenrt quantize Qwen3-4B ./int4 --calibration talks.jsonl
+  qwenrt chat ./int4
 
 A line of talks.jsonl is a conversation or a text:
-  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+  {"messages": [{"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello!"}]}
   {"text": "Once upon a time ..."}
-A file of any other name is read as plain text. A run that was cut goes on where it was.
+A file of any other name is plain text. A run that was cut goes on.
 """
 # option -> (type, choices, help); each is a setting of qwenrt.quantize, whose own default holds where none is given
 _SETTINGS: dict[str, tuple[type, tuple[Any, ...] | None, str]] = {

@@ -65,12 +65,7 @@ class Engine:
         self._eos = tuple(eos_token_ids)
         self.grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
-        states: States | None = None
-        if model.config.linear_attention is not None:
-            _check_stateful(options)
-            kept = options.snapshots if options.prefix_caching else 0
-            trail = num_trail_states(options.max_num_seqs, options.draft_tokens)
-            states = States(options.max_num_seqs, kept, options.block_size, trail)
+        states = _states_of(model, options)
         cache = KVCache(
             model.config,
             backend,
@@ -109,16 +104,7 @@ class Engine:
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
         self.sampler = Sampler(vocabulary, backend)
-        self.drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
-        if options.draft_tokens:
-            self.drafts.head = MtpDrafts(
-                model,
-                cache.of_mtp,
-                options.draft_tokens,
-                vocabulary=vocabulary,
-                draw_of=self.sampler.draw_of,
-                reach=self.scheduler.reach,
-            )
+        self.drafts = self._drafts(model, cache, vocabulary, options)
         # Without a trail of states (`States`) a wrong guess could not be taken back out of one.
         if self.runner.depth == 0 and (states is None or options.draft_tokens):
             self.scheduler.drafts = self.drafts
@@ -137,6 +123,19 @@ class Engine:
             self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
         self._ids = itertools.count()
         self._launched: deque[Launched] = deque()
+
+    def _drafts(self, model: Qwen, cache: KVCache, vocabulary: Vocabulary, options: EngineOptions) -> Drafts:
+        drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
+        if options.draft_tokens:
+            drafts.head = MtpDrafts(
+                model,
+                cache.of_mtp,
+                options.draft_tokens,
+                vocabulary=vocabulary,
+                draw_of=self.sampler.draw_of,
+                reach=self.scheduler.reach,
+            )
+        return drafts
 
     @property
     def max_model_len(self) -> int:
@@ -385,6 +384,16 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
+
+
+def _states_of(model: Qwen, options: EngineOptions) -> States | None:
+    """Where sequences keep their states, of a model that has any."""
+    if model.config.linear_attention is None:
+        return None
+    _check_stateful(options)
+    kept = options.snapshots if options.prefix_caching else 0
+    trail = num_trail_states(options.max_num_seqs, options.draft_tokens)
+    return States(options.max_num_seqs, kept, options.block_size, trail)
 
 
 def _check_stateful(options: EngineOptions) -> None:

@@ -142,7 +142,7 @@ def _check_ids(texts: Sequence[Sequence[int]], vocab_size: int) -> None:
 def _claim(target: Path, source: Path, overwrite: bool) -> None:
     """Create the output directory. RequestError where it holds other files, or cannot be written to."""
     asked = f"writing the quantised checkpoint to {target}"
-    if target.exists() and target.resolve() == source.resolve():
+    if target.resolve() == source.resolve():
         raise RequestError(asked, "it is the model's own directory", "Give another one.")
     try:
         target.mkdir(parents=True, exist_ok=True)

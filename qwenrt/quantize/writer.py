@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,9 +52,10 @@ def write_directory(
         (target / name).write_text(text, encoding="utf-8")
     for file in sorted(source.iterdir()):
         taken = _WEIGHTS.fullmatch(file.name) or file.name.startswith(".") or file.name in _OURS
-        if not taken and file.is_file() and file.stat().st_size <= _LARGEST_COPIED:
-            with opened(file, CheckpointError) as given, (target / file.name).open("wb") as copy:
-                shutil.copyfileobj(given, copy)
+        if taken or os.path.isdir(file) or os.path.getsize(file) > _LARGEST_COPIED:
+            continue
+        with opened(file, CheckpointError) as given, (target / file.name).open("wb") as copy:
+            shutil.copyfileobj(given, copy)
     return total
 
 
