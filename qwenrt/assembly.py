@@ -207,7 +207,7 @@ def _build(
         eos_token_ids=prompter.end_token_ids,
         vocab_limit=None if tokenizer is None else tokenizer.vocab_size,
     )
-    _report_fallbacks(backend.bindings, options.fallback)
+    _report_fallbacks(backend, options.fallback)
     load_s = time.perf_counter() - started
     cache = "int8" if options.kv_cache_dtype == "int8" else str(dtype).removeprefix("torch.")
     line = summary.line(prompter.name, backend, model, cache=cache, context=longest, load_s=load_s)
@@ -319,11 +319,13 @@ def _selfcheck(
             )
 
 
-def _report_fallbacks(bindings: list[Binding], fallback: str) -> None:
-    """Say once for each reason which native kernels do not serve; or refuse."""
+def _report_fallbacks(backend: Backend, fallback: str) -> None:
+    """Say once for each reason which native kernels do not serve; or refuse. That steps go op by op because of what a
+    model is made of is no fault: `explain` says so."""
     reasons: dict[str, list[Binding]] = {}
-    for binding in bindings:
-        if not binding.native and binding.why:
+    for binding in backend.bindings:
+        chosen = binding.op == "stacks" and binding.op not in backend.demoted
+        if not binding.native and binding.why and not chosen:
             reasons.setdefault(binding.why, []).append(binding)
     for why, unserved in reasons.items():
         line = f"{_named(unserved)} in plain torch, which is slower: {why}"

@@ -366,7 +366,6 @@ class LLM(Asynchronous, Retrieval):
         if assembled is not None:
             assembled.engine.close()
             backend = assembled.backend
-            backend.serving = []  # stacks hold the model, and who still has `llm` has the backend
             del assembled
             backend.empty_cache()
 

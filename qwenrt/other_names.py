@@ -164,7 +164,7 @@ ATTRIBUTES: dict[str, str] = {
     "eval": "Leave it out: a model that was loaded is ready.",
     **dict.fromkeys(("cuda", "cpu", "to"), "Use qwenrt.load(..., device=...)."),
     **dict.fromkeys(("half", "float", "bfloat16"), "Use qwenrt.load(..., dtype=...)."),
-    "quantize": 'Use qwenrt.load(..., quantize="int4").',
+    "quantize": 'Use qwenrt.load(..., quantize="int4"), or `qwenrt quantize`, which writes files.',
 }
 
 

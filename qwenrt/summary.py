@@ -41,7 +41,8 @@ def table(backend: Backend, model: Qwen) -> list[str]:
         f"{op:<16} {form:<{width}} {served:<12} {count:>6}  {note}".rstrip()
         for (op, form, served, note), count in sorted(rows.items())
     ]
-    lines += [note for stack in backend.serving if (note := stack.note())]
+    stacks = [stack for held in backend.serving if (stack := held()) is not None]
+    lines += [note for stack in stacks if (note := stack.note())]
     sizes: dict[str, int] = {}
     for piece in _pieces(model):
         sizes[_form(piece)] = sizes.get(_form(piece), 0) + piece.nbytes

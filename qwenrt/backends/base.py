@@ -4,6 +4,7 @@ better; the rest keeps working."""
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -47,7 +48,8 @@ class Backend:
     device: torch.device
     bindings: list[Binding] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
-    serving: list[Stack] = field(default_factory=list, init=False)  # of the model that was set up last
+    # of the model that was set up last: not held, as they hold it and its cache
+    serving: list[weakref.ref[Stack]] = field(default_factory=list, init=False)
     # Why none but the seams serves that model, where it could be otherwise.
     seams_because: str = field(default="", init=False)
     dtype: torch.dtype | None = field(default=None, init=False)  # of the activations, once an op is bound
@@ -106,8 +108,8 @@ class Backend:
             setattr(self, op, getattr(Backend, op).__get__(self))
 
     def note_wholes(self, stacks: list[Stack]) -> None:
-        """Say in ``bindings`` which of WHOLES serve, and keep ``stacks``, those of a model, as the ones ``serving``."""
-        self.serving = stacks
+        """Say in ``bindings`` which of WHOLES serve, and note ``stacks``, those of a model, as the ones ``serving``."""
+        self.serving = [weakref.ref(stack) for stack in stacks]
         self.bindings[:] = [binding for binding in self.bindings if binding.op not in WHOLES]
         for op in filter(self.overrides, WHOLES):
             serves = op not in self.demoted and (op != "stacks" or len(stacks) > 1)

@@ -37,7 +37,7 @@ def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
     perm = w.data.get("perm")
     if perm is not None:
         x = x.index_select(-1, perm)
-    y = torch.matmul(x, dequantize(w, x.dtype))
+    y = F.linear(*_whole_tiles(x, dequantize(w, x.dtype).t()))
     return y if w.bias is None else y + w.bias
 
 
@@ -45,8 +45,8 @@ _TILE = 32  # inputs that AMX multiplies at once
 
 
 def _whole_tiles(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and a dense weight for torch's product of bfloat16 on a CPU with AMX, which reads past the end of rows that are
-    no multiple of a tile: NaN behind a row, be it the next one's, would get into its result."""
+    """x and a weight [N, K] for torch's product of bfloat16 on a CPU with AMX, which reads past the end of rows that
+    are no multiple of a tile: NaN behind a row, be it the next one's, would get into its result."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu":
         return x, weight
     missing = -x.shape[-1] % _TILE

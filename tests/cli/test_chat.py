@@ -323,6 +323,8 @@ def test_options_reach_load(fake: SimpleNamespace, qwenrt: Qwenrt) -> None:
         "activations": "int8",
         "fallback": "error",
         "packed_cache": "kept",
+        "draft": None,
+        "draft_tokens": 1,
     }
 
 

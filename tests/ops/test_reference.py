@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from qwenrt.backends.base import Backend
 from qwenrt.ops import reference
+from qwenrt.ops.quantization import quantize_dense
 from qwenrt.ops.steps import DecodePlan, StepPlan
 from qwenrt.ops.types import CanonicalWeight
 
@@ -219,3 +220,17 @@ def test_decoding_beside_a_long_row_takes_a_share_of_memory_at_a_time() -> None:
             most = max(most, held)
     every = 8 * 4096 * 2 * 32 * 4  # float32 keys of all rows
     assert 0 < most < every, f"{most / 2**20:.1f} MiB"
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("inputs", [130, 160])
+def test_what_lies_behind_a_row_does_not_matter(bits: int, inputs: int) -> None:
+    """torch's product of bfloat16 reads past rows on some CPUs."""
+    torch.manual_seed(bits)
+    dense = torch.randn(24, inputs)
+    weight = CanonicalWeight(dense=dense) if bits == 16 else quantize_dense(dense, bits, 32)
+    packed = reference.pack(weight, torch.bfloat16, torch.device("cpu"))
+    apart = torch.full((40, inputs + 38), math.nan, dtype=torch.bfloat16)
+    x = apart[:, :inputs]
+    x.copy_(torch.randn(40, inputs))
+    assert torch.equal(reference.linear(x, packed), reference.linear(x.clone(), packed))

@@ -33,7 +33,8 @@ from qwenrt.text.tokenizer.tokenizer import Tokenizer
 from tests.text.bpe_vocab import tokenizer_config
 from tests.text.strict_template import STRICT
 
-Reply = Callable[[str], str]
+# What is said to a prompt: a text, or its token ids, where it matters how it is cut into tokens.
+Reply = Callable[[str], str | list[int]]
 
 # templates by the name used here
 CHATS = {"qwen3": "qwen3", "thinking": "qwen3-thinking", "xml": "qwen3-coder"}
@@ -174,8 +175,8 @@ class ScriptedStack:
 
     def _asked(self, ids: np.ndarray) -> _Script:
         said = self._reply(self._tokenizer.decode(ids.astype(np.int64).tolist(), skip_special_tokens=False))
-        answer = [*self._tokenizer.encode(said, allow_special=True), self._end]
-        return _Script(ids.copy(), np.array(answer, dtype=np.float32))
+        written = self._tokenizer.encode(said, allow_special=True) if isinstance(said, str) else said
+        return _Script(ids.copy(), np.array([*written, self._end], dtype=np.float32))
 
 
 def _write_checkpoint(directory: Path, chat: str, max_model_len: int) -> None:

@@ -1,12 +1,16 @@
-"""Promises that the engine keeps, seen from a socket: guesses, prefixes after a restart, a step that does not end."""
+"""Promises that the engine keeps, seen from a socket: guesses, prefixes that stay, steps that are short or stand."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import qwenrt
-from tests.server.asking import CHAT, Gate, ask, chat, events, joined, serve
+from tests.server.asking import CHAT, Gate, ask, chat, events, joined, sent, serve
 from tests.server.scripted import scripted_llm
 from tests.server.wire import request, until
 
@@ -61,3 +65,95 @@ def test_a_step_that_does_not_end_is_not_ready_and_alive() -> None:
             gate._open.set()
             assert wire.response()[0] == 200
         until(lambda: ask(served, "/ready")[0] == 200)
+
+
+def test_side_requests_do_not_drive_out_the_conversation() -> None:
+    """Beside its conversation an agent asks for a title and much else that begins alike, in a cache of 4096 tokens."""
+    with (
+        scripted_llm(lambda prompt: "Yes.", max_model_len=4096, max_num_seqs=1) as llm,
+        serve(llm) as served,
+    ):
+        block = int(llm.stats()["block_size"])
+        assert block * llm.stats()["total_blocks"] == 4096
+        preamble = {"role": "system", "content": "You are an agent with many tools. " * 20}
+
+        def turn(*said: str) -> tuple[int, int]:
+            """(tokens of a prompt, those of them that were found): the user and the assistant take turns."""
+            roles = ("user", "assistant")
+            spoken = [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
+            usage = ask(served, CHAT, {"model": "m", "messages": [preamble, *spoken]})[2]["usage"]
+            return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+        main = ["The task: " + "look at this " * 200]
+        first, _ = turn(*main)
+        _, shared = turn("a title, please")
+        main += ["Yes.", "go on"]
+        _, found = turn(*main)
+        assert found >= first - block > 2 * shared
+        computed = [
+            asked - known for asked, known in (turn(f"{n} " + f"aside {n} " * 100) for n in range(20))
+        ]
+        assert sum(computed) > 4096
+        assert turn("0 " + "aside 0 " * 100)[1] <= shared + block, "what was asked once has made room"
+        assert turn(*main, "Yes.", "and on")[1] >= first - block, "what was asked twice has not"
+
+
+@pytest.mark.parametrize(("target_ms", "longest"), [(None, 0.25), (100, 0.1), (0, 2.0)])
+def test_a_long_prompt_beside_an_answer_keeps_a_step_under_its_target(
+    target_ms: int | None, longest: float
+) -> None:
+    """By a clock that steps move: each takes 50 ms where anybody decodes, and a millisecond for a prompt's token."""
+    options: dict[str, Any] = {"max_model_len": 8192, "max_num_batched_tokens": 2048}
+    with (
+        scripted_llm(lambda prompt: "and so on " * 1500, step_target_ms=target_ms, **options) as llm,
+        serve(llm) as served,
+    ):
+        gate = Gate(llm)
+        [stack] = gate.engine.runner.stacks
+        run, now = stack.run, gate.engine.target.clock()
+        steps: list[tuple[int, int, float]] = []  # rows that decode, tokens of prompts, seconds
+
+        def timed(step: Any, before: Any = None) -> Any:
+            nonlocal now
+            decoding = sum(count == 1 for count in step.q_lens)
+            tokens = step.num_tokens - decoding
+            steps.append((decoding, tokens, (0.05 if decoding else 0.0) + 0.001 * tokens))
+            now += steps[-1][2]
+            return run(step, before)
+
+        stack.run = timed
+        gate.engine.target.clock = lambda: now
+        with served.wire(sent(CHAT, chat("x y " * 1500, stream=True))) as wire:  # nobody decodes yet
+            wire.read_until(b"and")
+            with (
+                gate.closed(),
+                served.wire(sent(CHAT, chat("z w " * 1500, max_tokens=2))) as other,
+            ):
+                until(lambda: len(served.application.service.running) == 2)  # type: ignore[attr-defined]
+                gate._open.set()
+                status, _, told = other.response()
+        assert status == 200 and json.loads(told)["usage"]["completion_tokens"] == 2
+        assert max(tokens for decoding, tokens, _ in steps if not decoding) == 2048
+        beside = [(tokens, seconds) for decoding, tokens, seconds in steps if decoding and tokens]
+        assert sum(tokens for tokens, _ in beside) > 2048
+        if target_ms == 0:
+            assert max(seconds for _, seconds in beside) > longest
+        else:
+            assert 0.95 * longest < max(seconds for _, seconds in beside) <= longest + 1e-6
+
+
+def test_an_answer_is_the_same_whoever_else_is_answered() -> None:
+    words = ("France", "Japan", "one", "two words", "a longer question, with a comma", "x", "杭州", "Hello")
+
+    with qwenrt.load("demo", progress=False) as llm, serve(llm, max_queue=100) as served:
+
+        def answer(number: int) -> str:
+            fields = {"seed": number % 8, "temperature": float(number % 2), "max_tokens": 12}
+            status, _, told = ask(served, CHAT, chat(f"What is {words[number % 8]}?", **fields))
+            assert status == 200
+            return str(told["choices"][0]["message"]["content"])
+
+        alone = [answer(number) for number in range(8)]
+        for clients in (8, 64):
+            with ThreadPoolExecutor(clients) as together:
+                assert list(together.map(answer, range(clients))) == alone * (clients // 8)
