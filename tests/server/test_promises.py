@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def test_a_prefix_is_found_after_a_restart(tmp_path: Path) -> None:
         assert cached(served, "d") == found
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert kept and not any(path.stat().st_mode & 0o077 for path in kept)
+    for path in kept:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # torn: as if there were none
+    with opened() as llm, serve(llm) as served:
+        assert cached(served, "e") == 0
 
 
 def test_a_step_that_does_not_end_is_not_ready_and_alive() -> None:
@@ -65,6 +70,17 @@ def test_a_step_that_does_not_end_is_not_ready_and_alive() -> None:
             gate._open.set()
             assert wire.response()[0] == 200
         until(lambda: ask(served, "/ready")[0] == 200)
+
+
+def test_an_answer_that_takes_longer_than_the_server_allows_is_cut() -> None:
+    text = "and so on " * 1500
+    with scripted_llm(lambda prompt: text, max_model_len=8192) as llm:
+        Gate(llm).before = lambda step: threading.Event().wait(0.005)
+        with serve(llm, request_timeout=0.1) as served:
+            for fields in ({}, {"timeout": 600}):  # nobody asks for more than that
+                [choice] = ask(served, CHAT, chat(max_tokens=8000, **fields))[2]["choices"]
+                assert choice["finish_reason"] == "length" and choice["qwenrt"]["finish_reason"] == "timeout"
+                assert text.startswith(choice["message"]["content"])
 
 
 def test_side_requests_do_not_drive_out_the_conversation() -> None:

@@ -6,7 +6,7 @@ const WORDS = {
 	light: ["Light colours", "浅色"], otherLanguage: ["中文", "English"], openList: ["Show the list of chats", "显示对话列表"],
 	closeList: ["Hide the list of chats", "隐藏对话列表"], aboutModel: ["About the model", "关于模型"], conversation: ["Conversation", "对话内容"],
 	hello: ["What is on your mind?", "今天想聊点什么？"],
-	toy: ["{0} is a built-in toy that knows a small world. For a real model: qwenrt serve Qwen3-4B", "{0} 是内置的玩具模型，只认识一个很小的世界。真正的模型：qwenrt serve Qwen3-4B"],
+	toy: ["{0} is a built-in toy that knows a small world. For a real model: qwenrt serve Qwen3-4B", "{0} 是内置的玩具模型，只知道很小的世界。要用真正的模型：qwenrt serve Qwen3-4B"],
 	talkTo: ["{0} answers from this machine. Nothing you write leaves it.", "由本机上的 {0} 回答，你写的内容不会离开这台机器。"],
 	talkToRemote: ["{0} answers from {1}.", "由 {1} 上的 {0} 回答。"], toEnd: ["Go to the end", "回到末尾"], attached: ["Attached files", "附件"],
 	message: ["Message", "消息"], write: ["Write a message", "输入消息"], attach: ["Attach text files", "添加文本文件"], thinking: ["Thinking", "思考"],
@@ -26,12 +26,12 @@ const WORDS = {
 	thoughtFor: ["Thought for {0} s", "思考了 {0} 秒"], answerNow: ["Answer now", "立即回答"],
 	copyCode: ["Copy the code", "复制代码"], reading: ["Reading the conversation: {0} of {1} tokens", "正在阅读对话：{0} / {1} 个 token"],
 	waiting: ["Waiting for its turn", "正在排队"], figures: ["{0} tokens · {1} tokens/s", "{0} 个 token · 每秒 {1} 个"],
-	 stopped: ["Stopped.", "已停止。"], cut: ["The answer reached its length limit.", "回答达到了长度上限。"],
+	stopped: ["Stopped.", "已停止。"], cut: ["The answer reached its length limit.", "回答达到了长度上限。"],
 	late: ["The answer reached its time limit.", "回答达到了时间上限。"],
 	lost: ["The connection was lost, and the rest with it.", "连接中断，其余内容已丢失。"],
 	gone: ["The server does not answer. Trying again in {0} s.", "服务器没有应答，{0} 秒后重试。"],
 	stopping: ["The server is being stopped. Trying again in {0} s.", "服务器正在停止，{0} 秒后重试。"], tryNow: ["Try now", "立即重试"],
-	busy: ["Many are asking at the moment. Trying again in {0} s.", "现在提问的人很多，{0} 秒后重试。"], slow: ["It waited too long for its turn.", "排队时间太长，没有轮到。"],
+	busy: ["Many are asking at the moment. Trying again in {0} s.", "现在提问的人很多，{0} 秒后重试。"], slow: ["It waited too long for its turn.", "排队太久，没有轮到。"],
 	tryAgain: ["Try again", "重试"], full: ["The conversation has {0} tokens and the model reads {1}.", "对话有 {0} 个 token，而模型最多读 {1} 个。"],
 	fullAlone: ["This message alone is too long for the model: it has {0} tokens, and {1} fit.", "仅这条消息就有 {0} 个 token，模型最多读 {1} 个。"],
 	leaveOut: ["Leave out the oldest messages", "略去最早的消息"], notSent: ["What is above is no longer sent to the model", "以上内容不再发送给模型"],
@@ -46,7 +46,7 @@ const WORDS = {
 	elsewhere: ["This chat was deleted in another tab.", "这个对话已在另一个标签页中删除。"],
 	tokens: ["{0} tokens", "{0} 个 token"],
 	ideas: [["Explain how a rainbow forms", "Write a short poem about the sea", "What should I see in Hangzhou?"], ["彩虹是怎样形成的？", "写一首关于大海的短诗", "在杭州值得看什么？"]],
-	toyIdeas: [["What is the capital of France?", "What can you do?", "What colour is the sky?"], ["你好", "日本的首都是哪里？", "What can you do?"]],
+	toyIdeas: [["What is the capital of France?", "What can you do?", "What colour is the sky?"], ["你好", "日本的首都是哪里？", "你能做什么？"]],
 }
 
 const root = document.documentElement
