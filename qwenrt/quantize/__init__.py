@@ -68,7 +68,7 @@ def quantize(
     _claim(target, source, overwrite)
     with claimed(target) as parts, torch.no_grad():
         _check_room(target, config, quantized, options, checkpoint.nbytes)
-        calibrating, held_out = texts_for(source, calibration, options)
+        calibrating, held_out = texts_for(source, calibration, options, progress)
         _check_ids([*calibrating, *held_out], config.vocab_size)
         if options.method == "gptq":
             warn_if_few(calibrating, max(spec.in_features for spec in quantized))

@@ -22,7 +22,10 @@ logger = logging.getLogger("qwenrt")
 
 
 def texts_for(
-    source: Path, calibration: str | Path | Sequence[Any], settings: QuantizeSettings
+    source: Path,
+    calibration: str | Path | Sequence[Any],
+    settings: QuantizeSettings,
+    progress: bool | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(texts that calibrate, texts that measure) as token ids, ``settings.samples`` in all where there are so many.
 
@@ -30,7 +33,7 @@ def texts_for(
     Raises RequestError where there are too few.
     """
     if calibration == SELF:
-        texts = write_texts(source, load_tokenizer(source), settings)
+        texts = write_texts(source, load_tokenizer(source), settings, progress)
     else:
         made = _texts_in(source, calibration, settings.sample_length)
         texts = [text for text in made if len(text) >= _LEAST][: settings.samples]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from qwenrt.errors import RequestError
@@ -20,7 +21,9 @@ _PLAIN = SamplingParams(temperature=0.8, top_p=1.0, top_k=0, repetition_penalty=
 logger = logging.getLogger("qwenrt")
 
 
-def write_texts(source: Path, tokenizer: ChatTokenizer, settings: QuantizeSettings) -> list[list[int]]:
+def write_texts(
+    source: Path, tokenizer: ChatTokenizer, settings: QuantizeSettings, progress: bool | None = None
+) -> list[list[int]]:
     """``settings.samples`` texts of at most ``settings.sample_length`` tokens, at a temperature of 0.8.
 
     What a user says begins with a token drawn from all of the vocabulary, so that no two texts are alike, and goes on
@@ -31,9 +34,15 @@ def write_texts(source: Path, tokenizer: ChatTokenizer, settings: QuantizeSettin
         settings.samples,
         settings.sample_length,
     )
+    from tqdm import tqdm
+
     with load(source, max_model_len=settings.sample_length + 1) as llm:
         frame = _Frame.of(tokenizer) if llm.can_chat else None
-        return _Writer(llm, tokenizer, settings, frame).texts()
+        writer = _Writer(llm, tokenizer, settings, frame)
+        total = settings.samples * settings.sample_length
+        disable = None if progress is None else not progress
+        with tqdm(total=total, desc="writing texts", unit="token", disable=disable) as bar:
+            return writer.texts(lambda tokens: bar.update(tokens - bar.n))
 
 
 class _Frame:
@@ -65,7 +74,8 @@ class _Writer:
         self._random = random.Random(settings.seed)
         self._seed = settings.seed
 
-    def texts(self) -> list[list[int]]:
+    def texts(self, tell: Callable[[int], object]) -> list[list[int]]:
+        """The texts; ``tell`` is told again and again how many tokens there are."""
         length, frame = self._settings.sample_length, self._frame
         texts = [list(frame.begin if frame else self._first) for _ in range(self._settings.samples)]
         if length - len(texts[0]) < _LEAST:
@@ -80,9 +90,11 @@ class _Writer:
                 for text in short:
                     text += frame.again
             self._go_on(short, _QUESTION, question=True)
+            tell(sum(map(len, texts)))
             for text in short:
                 text += frame.answer
             self._go_on([text for text in short if len(text) < length], length, question=False)
+            tell(sum(map(len, texts)))
         return [text[:length] for text in texts]
 
     def _go_on(self, texts: list[list[int]], most: int, *, question: bool) -> None:
