@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -157,15 +158,15 @@ def _gated_norm(o: Near, z: torch.Tensor, weight: torch.Tensor, dtype: torch.dty
     return Near(value, error).rounded(3 * unit(dtype))
 
 
-class _Checker:
+class _Checker(ABC):
     def __init__(self, case: StatesCase) -> None:
         self.case, self.source = case, generator(case)
         self.states = _States(case, self.source)
         self.prepare()
 
+    @abstractmethod
     def prepare(self) -> None:
         """Make the values, and what is wanted of them."""
-        raise NotImplementedError
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.randn(shape, generator=self.source).to(dtype or self.case.dtype)

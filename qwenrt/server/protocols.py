@@ -12,6 +12,7 @@ import contextlib
 import json
 import re
 import socket
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class Limits:
         return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__})
 
 
-class Deadlines:
+class Deadlines(ABC):
     """Stands before one of uvicorn's protocol classes, which does all the work.
 
     A header must be whole ``receive_seconds`` after its first byte (or after the connection was made), and have at most
@@ -70,9 +71,9 @@ class Deadlines:
     _app_waited = False  # when this was looked at last
     _unsent = 0  # bytes that waited when `_sending` was set
 
+    @abstractmethod
     def phase(self) -> Phase:
         """What of a request is being received: each of the two classes below asks its own parser."""
-        raise NotImplementedError("a connection is of one of the two classes below, never of this one alone")
 
     # ---- what the transport calls
 
@@ -136,7 +137,7 @@ class Deadlines:
         if (now := self.phase()) != self._phase:  # of a pipelined request, which has been read by now
             self._enter(now)
 
-    def _unsupported_upgrade_warning(self) -> None:
+    def _unsupported_upgrade_warning(self) -> None:  # noqa: B027 (it is to say nothing)
         """uvicorn's advice to install more, for every request that wishes for another protocol."""
 
     def send_400_response(self, msg: str) -> None:
