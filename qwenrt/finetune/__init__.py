@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from qwenrt.files import is_there
 from qwenrt.finetune.checkpoint import dtype_of, write_checkpoint
 from qwenrt.finetune.data import Corpus
 from qwenrt.finetune.trainer import CURVE_FILE, STATE_FILE, Trainer, TrainingSettings, whole_number
+from qwenrt.loader.checkpoint.writing import check_room, claim_directory
 from qwenrt.text.entries import read_entries
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
@@ -92,7 +91,7 @@ def finetune(
             "The vocabulary is of another model, or tokens were added to it and the model was not resized.",
         )
     _claim(target, source, overwrite)
-    _check_room(target, config, bool(save_every))
+    check_room(target, _room(config, bool(save_every)))
     with _threads(threads):
         trainer = Trainer(source, config, corpus, options, tokenizer.eod_id, threads)
         if (short := trainer.too_short_to_learn()) is not None:
@@ -111,38 +110,21 @@ def finetune(
 
 
 def _claim(target: Path, source: Path, overwrite: bool) -> None:
-    """Create the output directory. RequestError where it holds other files, or cannot be written to."""
-    asked = f"writing the new checkpoint to {target}"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target):
-            pass
-        names = sorted(file.name for file in target.iterdir())
-    except OSError as error:
-        remedy = "Give a directory that can be made and written to."
-        raise RequestError(asked, str(error.strerror), remedy) from error
-    if overwrite:
-        return
-    if target.resolve() == source.resolve():
+    """Create the output directory. RequestError where it is the model's own, holds other files, or cannot be written
+    to."""
+    if not overwrite and target.resolve() == source.resolve():
         found = "it is the model's own directory: its weights would be replaced"
-        raise RequestError(asked, found, "Give another one, or overwrite=True (--overwrite).")
+        remedy = "Give another one, or overwrite=True (--overwrite)."
+        raise RequestError(f"writing the new checkpoint to {target}", found, remedy)
     ours = {STATE_FILE, CURVE_FILE}
-    if STATE_FILE not in names and not ours.issuperset(names):
-        found = f"it holds {len(names)} files already ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-        raise RequestError(asked, found, "Give a new directory, or overwrite=True (--overwrite).")
+    claim_directory(target, overwrite, lambda names: STATE_FILE in names or ours.issuperset(names))
 
 
-def _check_room(target: Path, config: ModelConfig, keeps_state: bool) -> None:
-    """RequestError where the disk has too little room for what training writes: better now than after hours."""
+def _room(config: ModelConfig, keeps_state: bool) -> int:
+    """Bytes that training writes."""
     weights = num_parameters(config) * dtype_of(config).itemsize
     state = num_parameters(config) * 3 * 4 if keeps_state else 0  # weights and two moments in float32
-    free = shutil.disk_usage(target).free
-    if free < weights + state:
-        raise RequestError(
-            f"writing the new checkpoint to {target}",
-            f"{(weights + state) / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free",
-            "Make room, or give a directory on another disk.",
-        )
+    return weights + state
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import ConfigError, RequestError
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
+from qwenrt.loader.checkpoint.writing import check_room, claim_directory
 from qwenrt.loader.weights import WeightReader, open_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.quantize.calibration import texts_for, warn_if_few
@@ -67,7 +68,7 @@ def quantize(
     quantized = [spec for spec in model.linear_specs.values() if is_quantized(spec)]
     _claim(target, source, overwrite)
     with claimed(target) as parts, torch.no_grad():
-        _check_room(target, config, quantized, options, checkpoint.nbytes)
+        check_room(target, _room(config, quantized, options, checkpoint.nbytes))
         calibrating, held_out = texts_for(source, calibration, options, progress)
         _check_ids([*calibrating, *held_out], config.vocab_size)
         if options.method == "gptq":
@@ -140,33 +141,19 @@ def _check_ids(texts: Sequence[Sequence[int]], vocab_size: int) -> None:
 
 
 def _claim(target: Path, source: Path, overwrite: bool) -> None:
-    """Create the output directory. RequestError where it holds other files, or cannot be written to."""
-    asked = f"writing the quantised checkpoint to {target}"
+    """Create the output directory. RequestError where it is the model's own, holds other files, or cannot be written
+    to."""
     if target.resolve() == source.resolve():
-        raise RequestError(asked, "it is the model's own directory", "Give another one.")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        names = sorted(file.name for file in target.iterdir())
-    except OSError as error:
-        remedy = "Give a directory that can be made and written to."
-        raise RequestError(asked, str(error.strerror), remedy) from error
-    if names and PARTS not in names and not overwrite:
-        found = f"it holds {len(names)} files already ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-        raise RequestError(asked, found, "Give a new directory, or overwrite=True (--overwrite).")
+        found = "it is the model's own directory"
+        raise RequestError(f"writing the new checkpoint to {target}", found, "Give another one.")
+    claim_directory(target, overwrite, lambda names: PARTS in names)
 
 
-def _check_room(
-    target: Path, config: ModelConfig, quantized: Sequence[LinearSpec], options: QuantizeSettings, nbytes: int
-) -> None:
-    """RequestError where the disk has too little room for what is written: better now than after hours."""
+def _room(
+    config: ModelConfig, quantized: Sequence[LinearSpec], options: QuantizeSettings, source_bytes: int
+) -> int:
+    """Bytes that are written: the layers lie there twice for a while."""
     numbers = sum(spec.in_features * spec.out_features for spec in quantized)
     group = options.group_size if options.group_size > 0 else config.hidden_size
     codes = numbers * options.bits // 8 + numbers * (2 + options.bits // 8 + 1) // group
-    needed = codes + max(0, nbytes - numbers * 2) + codes  # the layers lie there twice for a while
-    free = shutil.disk_usage(target).free
-    if free < needed:
-        raise RequestError(
-            f"writing the quantised checkpoint to {target}",
-            f"{needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free",
-            "Make room, or give a directory on another disk.",
-        )
+    return 2 * codes + max(0, source_bytes - numbers * 2)

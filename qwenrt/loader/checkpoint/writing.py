@@ -1,17 +1,19 @@
-"""Writing a safetensors file so that it is whole or not there."""
+"""A new checkpoint: the directory it may go to, the room it needs, and files that are whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from qwenrt.errors import CheckpointError
+from qwenrt.errors import CheckpointError, RequestError
 
 
 def save_atomically(
@@ -35,3 +37,31 @@ def save_atomically(
     finally:
         with contextlib.suppress(OSError):  # it may be the directory that is gone
             partial.unlink()
+
+
+def claim_directory(target: Path, overwrite: bool, is_ours: Callable[[Collection[str]], bool]) -> None:
+    """Create the directory of a new checkpoint. RequestError where it cannot be written to, or holds other files than
+    those of a run that was cut, which ``is_ours`` tells by their names, unless they may be overwritten."""
+    asked = f"writing the new checkpoint to {target}"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+        names = sorted(file.name for file in target.iterdir())
+    except OSError as error:
+        remedy = "Give a directory that can be made and written to."
+        raise RequestError(asked, str(error.strerror), remedy) from error
+    if names and not overwrite and not is_ours(names):
+        found = f"it holds {len(names)} files already ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        raise RequestError(asked, found, "Give a new directory, or overwrite=True (--overwrite).")
+
+
+def check_room(target: Path, needed: int) -> None:
+    """RequestError where the disk of ``target`` has fewer than ``needed`` bytes free: better now than after hours."""
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise RequestError(
+            f"writing the new checkpoint to {target}",
+            f"{needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free",
+            "Make room, or give a directory on another disk.",
+        )
