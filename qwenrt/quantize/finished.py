@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +24,7 @@ from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import WeightReader
 from qwenrt.ops.gptq import pack_gptq, unpack_gptq
 from qwenrt.ops.types import CanonicalWeight
-from qwenrt.ops.weights import take_rows
+from qwenrt.ops.weights import merge, take_rows
 from qwenrt.quantize.report import LinearReport
 from qwenrt.quantize.settings import QuantizeSettings
 
@@ -88,8 +87,8 @@ class FinishedLayers:
         """(module in the file, its own rows) of a linear."""
         row = 0
         for module, rows, order in self.modules(spec):
-            own = _rows(weight, slice(row, row + rows))
-            yield module, own if order is None else take_rows(own, torch.tensor(order).argsort().tolist())
+            taken = range(rows) if order is None else torch.tensor(order).argsort().tolist()
+            yield module, take_rows(weight, [row + i for i in taken])
             row += rows
 
     def modules(self, spec: LinearSpec) -> Iterator[tuple[str, int, list[int] | None]]:
@@ -120,26 +119,14 @@ class FinishedLayers:
                 name=module,
             )
             made.append(weight if order is None else take_rows(weight, order))
-        return _side_by_side(made)
-
-
-def _rows(weight: CanonicalWeight, rows: slice) -> CanonicalWeight:
-    assert weight.codes is not None and weight.scales is not None and weight.zeros is not None
-    return dataclasses.replace(
-        weight,
-        codes=weight.codes[:, rows].contiguous(),
-        scales=weight.scales[:, rows].contiguous(),
-        zeros=weight.zeros[:, rows].contiguous(),
-    )
-
-
-def _side_by_side(weights: Sequence[CanonicalWeight]) -> CanonicalWeight:
-    """Parts of one linear, which share their groups and their order of inputs."""
-    joined: dict[str, Any] = {}
-    for name in ("codes", "scales", "zeros"):
-        joined[name] = torch.cat([getattr(weight, name) for weight in weights], dim=1)
-    joined["scales"] = joined["scales"].float()
-    return dataclasses.replace(weights[0], **joined)
+        merged = merge(made)
+        if merged is None:
+            raise CheckpointError(
+                f"going on with {spec.name}",
+                "its parts have different orders of inputs",
+                "Delete its layer's file.",
+            )
+        return merged
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,8 @@ from qwenrt.loader.weights import WeightReader
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import StepPlan
-from qwenrt.ops.types import Packed
+from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.weights import dequantize
 from qwenrt.quantize.hessian import Hessian
 
 TOGETHER = 2048  # tokens that go through a layer at once
@@ -88,9 +89,10 @@ class Layer:
         weight: torch.Tensor = self._model.weights.packed(name).data["weight"]
         return weight
 
-    def put(self, name: str, weight: torch.Tensor) -> None:
-        """Compute with ``weight`` float32 [N, K] from now on."""
-        self._model.weights.packed(name).data["weight"] = weight
+    def put_all(self, weights: Mapping[str, CanonicalWeight]) -> None:
+        """Compute with what these codes stand for from now on."""
+        for name, weight in weights.items():
+            self._model.weights.packed(name).data["weight"] = dequantize(weight, torch.float32)
 
     def drop(self) -> None:
         """Give the weights' memory back."""

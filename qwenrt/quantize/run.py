@@ -84,21 +84,19 @@ class Quantizer:
             known = finished.read(index, specs)
             if known is not None:
                 made, of_layer = known
-                for name, weight in made.items():
-                    layer.put(name, dequantize(weight, torch.float32))
-                self._calibration.through(layer)
             elif self.settings.method == "rtn":
-                made = nearest
-                of_layer = [LinearReport(spec.name, "rtn") for spec in specs]
+                made, of_layer = nearest, [LinearReport(spec.name, "rtn") for spec in specs]
             else:
                 made, of_layer = self._calibrated(layer, nearest, tell)
-            if known is None:
+            layer.put_all(made)
+            if known is not None:
+                self._calibration.through(layer)
+            else:
                 finished.write(index, made, specs, of_layer)
             reports += of_layer
-            for stream, weights in (("result", made), ("rounded", nearest)):
-                for name, weight in weights.items():
-                    layer.put(name, dequantize(weight, torch.float32))
-                self._measured[stream].through(layer)
+            self._measured["result"].through(layer)
+            layer.put_all(nearest)
+            self._measured["rounded"].through(layer)
             layer.drop()
             done()
         return reports
@@ -123,7 +121,7 @@ class Quantizer:
                         name, layer.weight(name), found.pop(name), nearest[name]
                     )
                     reports.append(report)
-                    layer.put(name, dequantize(made[name], torch.float32))
+                    layer.put_all({name: made[name]})
             run = layer.with_mlp if mlp else layer.mixed
             stream.states = run(stream.states, stream.batches)
         return made, reports

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwenrt.errors import RequestError
@@ -45,11 +46,14 @@ def write_texts(
             return writer.texts(lambda tokens: bar.update(tokens - bar.n))
 
 
+@dataclass(frozen=True)
 class _Frame:
-    """The control tokens around what each side says."""
+    """The control tokens around what each side says: before the first user, before each answer, before each next
+    user."""
 
-    def __init__(self, begin: list[int], answer: list[int], again: list[int]) -> None:
-        self.begin, self.answer, self.again = begin, answer, again
+    begin: list[int]
+    answer: list[int]
+    again: list[int]
 
     @classmethod
     def of(cls, tokenizer: ChatTokenizer) -> _Frame | None:
