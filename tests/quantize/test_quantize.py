@@ -18,7 +18,7 @@ import qwenrt
 from qwenrt.cli import main
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.quantize import REPORT, QuantizeReport, quantize
-from qwenrt.quantize.finished import PARTS, FinishedLayers
+from qwenrt.quantize.finished import PARTS, FinishedLayers, sample
 from tests.model import tiny_models
 
 DEMO = Path(qwenrt.__file__).parent / "demo"
@@ -175,6 +175,14 @@ def test_layers_of_another_run_are_not_gone_on_with(
     with pytest.raises(CheckpointError, match=r"layer-00001.*Delete it"):
         made(source, tmp_path / "out")
     made(source, tmp_path / "out", bits=8, resume=False)
+
+
+@pytest.mark.parametrize("size", [1, 17, 2**24 + 3, 151936 * 896])
+def test_the_fingerprint_takes_the_first_and_the_last_of_any_size(size: int) -> None:
+    ends = torch.zeros(1).expand(size)  # takes no memory
+    assert sample(ends).shape == (16,)
+    if size < 2**20:
+        assert sample(torch.arange(size))[[0, -1]].tolist() == [0, size - 1]
 
 
 def test_a_second_process_waits_for_the_first(source: Path, tmp_path: Path) -> None:
