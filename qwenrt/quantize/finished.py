@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from qwenrt.config import ModelConfig, QuantConfig, read_json
 from qwenrt.config.layers import LinearSpec, file_rows
 from qwenrt.errors import CheckpointError
-from qwenrt.files import is_there, opened
+from qwenrt.files import is_there
+from qwenrt.loader.checkpoint.header import read_metadata
 from qwenrt.loader.checkpoint.inventory import Inventory, parts_of
 from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import WeightReader
@@ -72,9 +73,7 @@ class FinishedLayers:
             return None
         try:
             tensors = load_file(path)
-            with opened(path, CheckpointError) as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            reports = [LinearReport(**fields) for fields in json.loads(header["__metadata__"]["report"])]
+            reports = [LinearReport(**fields) for fields in json.loads(read_metadata(path)["report"])]
             return {spec.name: self._whole(spec, tensors) for spec in specs}, reports
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
