@@ -313,7 +313,8 @@ class _Builder:
         a = _with_rows(a.t(), target.rows).t().contiguous()
         pair = LoraPair(a, b, self._scale(target.module, len(a)))
         self.changes = self.changes or bool(b.any())
-        if self.config.tie_word_embeddings and self.adapter.tie:
+        own_head = any(t.param == "lm_head" and "a" in t.kinds for t in self.placing.targets)
+        if self.config.tie_word_embeddings and self.adapter.tie and not own_head:
             self._add("lm_head", LoraPair(b.t().contiguous(), a.t().contiguous(), pair.scale))
         return pair
 

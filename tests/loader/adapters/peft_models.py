@@ -37,6 +37,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2", dict(r=2, target_modules=["k_proj", "embed_tokens"], ensure_weight_tying=True)
     ),
     "tied_kept": ("qwen2", dict(r=2, target_modules=["k_proj"], modules_to_save=["embed_tokens"])),
+    "tied_kept_both": (
+        "qwen2", dict(r=2, target_modules=["k_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    ),
     "dora": (
         "qwen3",
         dict(r=4, target_modules=["q_proj", "o_proj", "down_proj"], use_dora=True, use_rslora=True,
@@ -63,7 +66,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def base_model(kind: str) -> Any:
     """A random model whose logits are large enough to tell adapters apart."""
-    import transformers
+    import transformers  # noqa: TID251
 
     name, shape = BASES[kind]
     torch.manual_seed(len(kind))
@@ -82,7 +85,7 @@ def save_base(kind: str, directory: Path) -> None:
 
 def adapted(kind: str, settings: dict[str, Any]) -> Any:
     """peft's model with every trainable parameter at random."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # noqa: TID251
 
     model = get_peft_model(base_model(kind), LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(1)
@@ -100,8 +103,8 @@ def peft_logits(model: Any) -> list[torch.Tensor]:
 
 def load_in_peft(base: Path, adapter: Path) -> Any:
     """The adapter of a directory beside the base of another, as peft loads it."""
-    import transformers
-    from peft import PeftModel
+    import transformers  # noqa: TID251
+    from peft import PeftModel  # noqa: TID251
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, adapter).eval()
@@ -122,8 +125,13 @@ def record() -> None:
         for key in ("target_modules", "target_parameters", "modules_to_save"):
             if isinstance(config.get(key), list):
                 config[key].sort()
-        path.write_text(json.dumps({**config, "base_model_name_or_path": kind}, indent=1, sort_keys=True) + "\n")
-        save_file({f"logits.{i}": each for i, each in enumerate(peft_logits(model))}, directory / "logits.safetensors")
+        path.write_text(
+            json.dumps({**config, "base_model_name_or_path": kind}, indent=1, sort_keys=True) + "\n"
+        )
+        save_file(
+            {f"logits.{i}": each for i, each in enumerate(peft_logits(model))},
+            directory / "logits.safetensors",
+        )
         print(name, sorted(load_file(directory / "adapter_model.safetensors"))[:4])
 
 
