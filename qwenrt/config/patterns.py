@@ -1,8 +1,8 @@
 """Regular expressions from files, matched in bounded time.
 
 Python's own ``re`` tries one way after the other, and a pattern can be made for which that takes for ever. Here a part
-of a pattern takes the set of places where it may begin, as the bits of one integer, to the set of those where it may
-end. What this cannot say (back references, look-behind, flags) is refused.
+of a pattern takes the set of all places where it may begin, as the bits of one integer, to the set of those where it
+may end. What this cannot say (back references, look-behind, flags) is refused.
 """
 
 from __future__ import annotations

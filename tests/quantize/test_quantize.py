@@ -129,10 +129,11 @@ def test_every_generation(kind: str, golden_dir: Path, tmp_path: Path) -> None:
         assert "int8" in llm.explain()
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_run_that_is_cut_goes_on_to_the_same_bytes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = made(source, tmp_path / "whole").output_dir
+    whole = made(source, tmp_path / "whole", method=method).output_dir
     write = FinishedLayers.write
     target = tmp_path / "cut"
 
@@ -147,11 +148,11 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bytes(
     for layer in (0, 1):
         monkeypatch.setattr(FinishedLayers, "write", cut_after(layer))
         with pytest.raises(KeyboardInterrupt):
-            made(source, target)
+            made(source, target, method=method)
         assert (target / PARTS).is_dir()
         assert not (target / "config.json").exists()  # which nobody takes for a model
     monkeypatch.setattr(FinishedLayers, "write", write)
-    made(source, target)
+    made(source, target, method=method)
     for name in ("model.safetensors", "config.json"):
         assert (target / name).read_bytes() == (whole / name).read_bytes()
 
@@ -197,7 +198,7 @@ def test_a_second_process_waits_for_the_first(source: Path, tmp_path: Path) -> N
     ("settings", "found"),
     [
         ({"bits": 3}, r"bits=3.*Use 4 or 8"),
-        ({"method": "awq"}, r"method='awq'.*Use gptq or rtn"),
+        ({"method": "hqq"}, r"method='hqq'.*Use gptq, awq or rtn"),
         ({"group_size": 48}, "group_size=48"),
         ({"damp": 0}, "damp=0"),
         ({"samples": True}, "samples=True"),
