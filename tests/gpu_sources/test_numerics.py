@@ -109,6 +109,14 @@ def test_the_self_check_at_load(
     assert set(found) == ({"linear", "norm_linear", "linear_add"} if spoilt else set()), found
 
 
+@pytest.mark.parametrize("more", [0, 100])
+def test_every_number_is_read(more: int, subject: Subject) -> None:
+    from qwenrt.backends.cuda.kernels import read
+
+    x = torch.arange((1 << 17) + more, dtype=torch.int32) - (1 << 16)
+    assert (int(read.read(x).sum()) - int(x.sum())) % (1 << 32) == 0, "sums wrap"
+
+
 def mutated(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A kernel file with one thing wrong."""
     spec = importlib.util.find_spec(f"qwenrt.backends.cuda.kernels.{mutant.module}")
