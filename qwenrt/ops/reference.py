@@ -5,6 +5,8 @@ Rounding is part of a definition. All tokens are flat, [num_tokens, ...]; zero t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -28,17 +30,34 @@ def rms_norm(
 
 
 def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
-    """x [T, K] -> [T, N] = x Wᵀ + bias. Quantised weights are multiplied as their dequantised values."""
+    """x [T, K] -> [T, N] = x Wᵀ + bias. Quantised weights are multiplied as their dequantised values, also in the
+    gradient of x."""
     if w.kind == "parts":
-        y = torch.cat([linear(x, part) for part in w.data["parts"]], dim=-1)
+        y: torch.Tensor = torch.cat([linear(x, part) for part in w.data["parts"]], dim=-1)
         return y if w.bias is None else y + w.bias
     if w.kind == "dense":
         return F.linear(*_whole_tiles(x, w.data["weight"]), w.bias)
-    perm = w.data.get("perm")
-    if perm is not None:
-        x = x.index_select(-1, perm)
-    y = F.linear(*_whole_tiles(x, dequantize(w, x.dtype).t()))
+    y = _FrozenLinear.apply(x, w)  # type: ignore[no-untyped-call]
     return y if w.bias is None else y + w.bias
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x [T, K] times a quantised weight. For the gradient of x it keeps the codes alone, which are there anyway, and
+    dequantises them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        ctx.w = w
+        perm = w.data.get("perm")
+        if perm is not None:
+            x = x.index_select(-1, perm)
+        return F.linear(*_whole_tiles(x, dequantize(w, x.dtype).t()))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        perm = ctx.w.data.get("perm")
+        of_x = F.linear(*_whole_tiles(grad, dequantize(ctx.w, grad.dtype)))
+        return of_x if perm is None else torch.empty_like(of_x).index_copy_(-1, perm.long(), of_x), None
 
 
 _TILE = 32  # inputs that AMX multiplies at once

@@ -201,7 +201,7 @@ class A2Backend(AscendBackend):
 
     def _grouped_experts(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
         normed = self.rms_norm(x, norm, eps)
-        return x + self._shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
+        return x + self.shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
 
     def alloc_kv(
         self,
