@@ -148,9 +148,8 @@ def attention(q: torch.Tensor, kv: LayerKV, plan: StepPlan, scale: float, mask: 
         here = q[first : first + q_len * len(kv_lens)].view(len(kv_lens), q_len, *q.shape[1:])
         first += q_len * len(kv_lens)
         if kv.quantized and q_len > 1:  # the operator reads codes for one query of a sequence alone
-            out += [
-                _over(row, kv, *one, scale, mask) for row, *one in zip(here, tables, kv_lens, strict=True)
-            ]
+            rows = zip(here, tables, kv_lens, strict=True)
+            out += [_over(row, kv, blocks, length, scale, mask) for row, blocks, length in rows]
         else:
             out.append(_attend(here, kv, kv_lens, table, scale, mask).flatten(0, 1))
     if not out:
