@@ -191,6 +191,8 @@ class GraphStack:
             return self._failed
         if not step.is_decode:
             return "a prompt is computed"
+        if step.adapters:
+            return "a sequence has an adapter"
         if len(step.q_lens) > self._sizes[-1]:
             return f"{len(step.q_lens)} sequences, more than {self._sizes[-1]}"
         return None

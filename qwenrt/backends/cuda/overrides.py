@@ -184,7 +184,7 @@ class TritonBackend(Backend):
             tokens, how = streaming.in_order(x, w), streaming.warps(w, self.tiles)
             return stream.linear_add(tokens, w, how, residual.contiguous(), pdl=self.tiles.pdl)[0]
         if not self._alone(x, w):
-            return residual + self._wide_linear(x, w, residual.dtype)
+            return residual + self.wide_linear(x, w, residual.dtype)
         return self._token(x, w, residual.dtype, residual=residual)
 
     def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
@@ -207,7 +207,7 @@ class TritonBackend(Backend):
         inner = self._token(normed, gate_up, normed.dtype, pair=True, which=which)
         y = self._token(inner, down, torch.float32, which=which)
         total = (y.view(*chosen.shape, x.shape[1]) * share).sum(1).to(x.dtype)
-        return x + self._shared_expert(normed, w, total)
+        return x + self.shared_expert(normed, w, total)
 
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; codes by rows, where a kernel has their groups."""
