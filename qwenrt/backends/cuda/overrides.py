@@ -14,7 +14,7 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
-from qwenrt.backends.cuda import packing
+from qwenrt.backends.cuda import packing, streaming
 from qwenrt.backends.cuda.tables import TILES, Tiles
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, DrawTensors, LayerKV, StepPlan
@@ -50,6 +50,11 @@ class TritonBackend(Backend):
         """How much the programs of each kernel do at once."""
         return TILES
 
+    @cached_property
+    def gluon(self) -> bool:
+        """Whether linears of few tokens go by kernels in Gluon."""
+        return False
+
     def configure(
         self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
     ) -> None:
@@ -74,6 +79,11 @@ class TritonBackend(Backend):
         if w.kind == "parts":
             y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
             return y if w.bias is None else y + w.bias
+        if self._streams(x, w, x.dtype):
+            from qwenrt.backends.cuda.kernels import stream
+
+            how = streaming.warps(w, self.tiles)
+            return stream.linear(streaming.in_order(x, w), w, how, x.dtype, pdl=self.tiles.pdl)
         if self._alone(x, w):
             return self._token(x, w, x.dtype)
         if w.kind not in packing.KINDS.values():
@@ -86,6 +96,12 @@ class TritonBackend(Backend):
             tile = self.tiles.product[next(size for size in self.tiles.product if size >= len(x))]
             return portable.tokens(x.contiguous(), w, tile)
         return self._many(x, w)
+
+    def _streams(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> bool:
+        """Whether tokens x, in ``dtype`` where they meet the weight, are multiplied by kernels in Gluon."""
+        most = self.tiles.dense_tokens if w.kind == "dense" else FEW
+        few = self.gluon and 0 < len(x) <= most and not x.requires_grad
+        return few and streaming.why_not(w, dtype) is None
 
     def _alone(self, x: torch.Tensor, w: Packed) -> bool:
         """Whether x is one token, of which sums are made by a kernel."""
@@ -130,18 +146,43 @@ class TritonBackend(Backend):
 
     @native(dtypes=DTYPES, needs=("triton",))
     def norm_linear(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        dtype = self.dtype or norm.dtype
+        if self._streams(x, w, dtype):
+            return self._stream_normed(x, norm, eps, w, dtype)
         if not self._alone(x, w):
             return self.linear(self.rms_norm(x, norm, eps), w)
-        return self._token(x, w, self.dtype or norm.dtype, (norm, eps))
+        return self._token(x, w, dtype, (norm, eps))
+
+    def _stream_normed(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        w: Packed,
+        dtype: torch.dtype,
+        pair: bool = False,
+    ) -> torch.Tensor:
+        from qwenrt.backends.cuda.kernels import stream
+
+        half = streaming.normed(x, norm, eps, w, dtype, self.tiles)
+        return stream.linear(half, w, streaming.warps(w, self.tiles), dtype, pair=pair, pdl=self.tiles.pdl)
 
     @native(dtypes=DTYPES, needs=("triton",))
     def norm_gate_up_silu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        dtype = self.dtype or norm.dtype
+        if self._streams(x, w, dtype):
+            return self._stream_normed(x, norm, eps, w, dtype, pair=True)
         if not self._alone(x, w):
             return self.silu_and_mul(self.linear(self.rms_norm(x, norm, eps), w))
-        return self._token(x, w, self.dtype or norm.dtype, (norm, eps), pair=True)
+        return self._token(x, w, dtype, (norm, eps), pair=True)
 
     @native(dtypes=DTYPES, needs=("triton",))
     def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:
+        if self._streams(x, w, x.dtype):
+            from qwenrt.backends.cuda.kernels import stream
+
+            tokens, how = streaming.in_order(x, w), streaming.warps(w, self.tiles)
+            return stream.linear_add(tokens, w, how, residual.contiguous(), pdl=self.tiles.pdl)[0]
         if not self._alone(x, w):
             return residual + self.wide_linear(x, w, residual.dtype)
         return self._token(x, w, residual.dtype, residual=residual)
@@ -182,7 +223,7 @@ class TritonBackend(Backend):
 
     def packing_id(self) -> str:
         """As Backend.packing_id; without Triton codes lie as plain torch wants them."""
-        return f"{super().packing_id()} {'rows32-v1' if self.packs_codes() else 'torch'}"
+        return f"{super().packing_id()} {'rows32-v2' if self.packs_codes() else 'torch'}"
 
     def restore_packed(self, packed: Packed) -> str | None:
         if packed.kind in packing.KINDS.values() and self.packs_codes():
