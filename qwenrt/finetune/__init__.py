@@ -137,20 +137,20 @@ def finetune(
             trainer, adapter = build_adapter(base, corpus, options, lora, tokenizer, on, talks=talks, **about)
         else:
             trainer = build(base, corpus, options, on, **about)
-        if (short := trainer.too_short_to_learn()) is not None:
-            logger.warning("%s", short)
-        state = target / STATE_FILE
-        if resume and is_there(state, CheckpointError):
-            trainer.load_state(state)
-        trainer.run(target, save_every, progress)
+        _run(trainer, target, resume, save_every, progress)
     if adapter is None:
         notes = _write(trainer, base, target, tokenizer, talks)
     else:
-        notes = _write_adapter(adapter, base, target, base_name or str(source.resolve()), options)
-    trainer.save_curve(target)
-    for file in (STATE_FILE, BEST_FILE):
-        (target / file).unlink(missing_ok=True)
-    return _report(trainer, target, notes)
+        notes = _write_adapter(adapter, base, target, base_name or str(source.resolve()))
+    return _finished(trainer, target, notes)
+
+
+def _run(trainer: Trainer, target: Path, resume: bool, save_every: int | None, progress: bool | None) -> None:
+    if (short := trainer.too_short_to_learn()) is not None:
+        logger.warning("%s", short)
+    if resume and is_there(target / STATE_FILE, CheckpointError):
+        trainer.load_state(target / STATE_FILE)
+    trainer.run(target, save_every, progress)
 
 
 def _write(trainer: Trainer, base: Base, target: Path, tokenizer: ChatTokenizer, talks: bool) -> list[str]:
@@ -161,9 +161,7 @@ def _write(trainer: Trainer, base: Base, target: Path, tokenizer: ChatTokenizer,
     return [] if note is None else [note]
 
 
-def _write_adapter(
-    adapter: TrainedAdapter, base: Base, target: Path, name: str, options: TrainingSettings
-) -> list[str]:
+def _write_adapter(adapter: TrainedAdapter, base: Base, target: Path, name: str) -> list[str]:
     assert base.checkpoint is not None
     lora = adapter.settings
     with torch.no_grad():
@@ -183,7 +181,10 @@ def _write_adapter(
     ]
 
 
-def _report(trainer: Trainer, target: Path, notes: list[str]) -> FinetuneReport:
+def _finished(trainer: Trainer, target: Path, notes: list[str]) -> FinetuneReport:
+    trainer.save_curve(target)
+    for file in (STATE_FILE, BEST_FILE):
+        (target / file).unlink(missing_ok=True)
     now, counts = trainer.progress, trainer.corpus.counts
     final = now.losses[-1][1] if now.losses else math.nan
     best = now.best if trainer.settings.keep == "best" else now.held_out[-1] if now.held_out else None
