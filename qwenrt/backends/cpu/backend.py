@@ -42,6 +42,7 @@ logger = logging.getLogger("qwenrt")
 KERNEL_CHOICES = ("auto", "off", "amx", "avx512vnni", "avx2", "neondot", "neon", "scalar")
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
 _ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
+_ROUNDING_OF_QUERIES = 3e-4  # likewise of attention's over an int8 cache, beside whose codes they have 16 bits
 # Activations below are never too large for the kernels to sum, whatever the group's size.
 _SURELY_SUMMED = 1e29
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
@@ -145,6 +146,8 @@ class CPUBackend(Backend):
         return super().why_not(op, spec)
 
     def rounding(self, op: str) -> float:
+        if op == "attention":
+            return _ROUNDING_OF_QUERIES
         return _ROUNDING[self.activations] if op == "linear" else 0.0
 
     # ---- linear
