@@ -41,7 +41,7 @@ struct ChunkMemory {
 static_assert(sizeof(ChunkMemory) <= size_t(attention_memory(8)) * sizeof(float), "attention_memory is too small");
 
 // Whether products with codes are made in integers: of whole vectors alone.
-INLINE bool rounds(const Attention& a) { return a.cache.k_scale && a.cache.head_dim % kCodes == 0; }
+INLINE bool rounds(const Attention& a) { return a.cache.rounded && a.cache.k_scale && a.cache.head_dim % kCodes == 0; }
 
 // Asks for the step that is kAheadBytes after the one that is read.
 template <class Cell>

@@ -208,7 +208,9 @@ def test_codes_are_multiplied_as_defined(cpu: CPUBackend, isa: str, heads: tuple
         step.q = torch.randn_like(step.q) * size
         for window in (0, 77):
             wanted = reference.attention(*step.args, 0.1, window)
-            assert_close(cpu.attention(*step.args, 0.1, window), wanted, atol=4e-4 * float(wanted.abs().max()))
+            assert_close(
+                cpu.attention(*step.args, 0.1, window), wanted, atol=4e-4 * float(wanted.abs().max())
+            )
 
 
 @needs_kernels
