@@ -39,6 +39,7 @@ from qwenrt.loader.checkpoint.inventory import check_size
 from qwenrt.loader.checkpoint.mapping import Watch
 from qwenrt.loader.hub.resolve import resolve
 from qwenrt.loader.memory.preflight import preflight
+from qwenrt.loader.progress import is_shown
 from qwenrt.loader.random_weights import fill_with_random_weights
 from qwenrt.loader.weights import CODES_BECOME, QUANTIZE_BITS, bits_of, load_weights, quantize_bits
 from qwenrt.model import trial
@@ -212,7 +213,7 @@ def _build(
     cache = "int8" if options.kv_cache_dtype == "int8" else str(dtype).removeprefix("torch.")
     line = summary.line(prompter.name, backend, model, cache=cache, context=longest, load_s=load_s)
     logger.info(line)
-    if options.progress or (options.progress is None and sys.stderr is not None and sys.stderr.isatty()):
+    if is_shown(options.progress):
         sys.stderr.write(line + "\n")
     served = AsyncEngine(engine, watch.check)
     return Assembled(

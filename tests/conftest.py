@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 from tests import kernel_sets
+from tests.every_process.sitecustomize import REPORT
 
 # What this machine has of models is no part of a test; children inherit it.
 os.environ["HF_HUB_CACHE"] = os.environ["MODELSCOPE_CACHE"] = str(Path(__file__).parent / "no-such-directory")
+_REPORT = tempfile.NamedTemporaryFile()  # noqa: SIM115 - as long as this process
+os.environ[REPORT] = _REPORT.name
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent / "every_process"), os.environ.get("PYTHONPATH")))
+)
 GOLDEN = Path(__file__).parent / "golden"
 DENSE_GOLDENS = ("plain", "ntk_only", "logn_only", "ntk_logn", "big_base")
 GPTQ_GOLDENS = ("gptq_int4", "gptq_int8", "gptq_int4_act_order")
@@ -57,20 +63,22 @@ def _same_every_time() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+class Outward:
+    """What a test, or a Python that it started, tried with other machines."""
+
+    def told(self) -> list[str]:
+        """Each of these tries; from now on they are known."""
+        return _REPORT.read().decode().splitlines()
+
+
 @pytest.fixture(autouse=True)
-def _loopback_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that is not marked `network` may connect to this machine only."""
+def outward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outward]:
+    """A test that is not marked `network` reaches no other machine, nor does a Python that it starts."""
     if request.node.get_closest_marker("network"):
-        return
-    connect = socket.socket.connect
-
-    def guarded(self: socket.socket, address: object) -> None:
-        host = address[0] if isinstance(address, tuple) else "local"
-        if host not in ("local", "127.0.0.1", "::1", "localhost"):
-            raise OSError(f"tests open no connection to {host!r}")
-        connect(self, address)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+        monkeypatch.delenv(REPORT)
+    watched = Outward()
+    yield watched
+    assert not watched.told()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, OpSpec
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
-from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.backends.stack import DecodeLayers, Network, SeamStack, Stack, StackParts
 from qwenrt.config import LinearAttentionConfig, ModelConfig
 from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
 from qwenrt.errors import BackendError
@@ -72,16 +72,9 @@ class Backend:
         return f"{need} is not available"
 
     def resolve(self, spec: OpSpec) -> Callable[..., Any]:
-        """The bound function for one use of an op, chosen once at model build and noted in ``bindings``.
-
-        It is a method of a copy of this backend in which every override that does not serve the use is replaced
-        by its definition, so a seam composes what really serves.
-        """
-        bound = copy.copy(self)
-        bound.dtype = spec.dtype
-        for op in (*PRIMITIVES, *SEAMS):
-            if self._native(op) is not None and self.why_not(op, spec) is not None:
-                setattr(bound, op, getattr(Backend, op).__get__(bound))
+        """The bound function for one use of an op, chosen once at model build and noted in ``bindings``: a method of
+        `bound`."""
+        bound = self.bound(spec)
         why_not_seam = self.why_not(spec.op, spec)
         seam_serves = self._native(spec.op) is not None and why_not_seam is None
         for op in (spec.op,) if seam_serves else SEAMS.get(spec.op, (spec.op,)):
@@ -91,6 +84,16 @@ class Backend:
             self.bindings.append(Binding(op, spec.where, spec.kind, serves, note))
         method: Callable[..., Any] = getattr(bound, spec.op)
         return method
+
+    def bound(self, spec: OpSpec) -> Backend:
+        """A copy of this backend in which every override that does not serve a use is replaced by its definition, so
+        that a seam composes what really serves."""
+        bound = copy.copy(self)
+        bound.dtype = spec.dtype
+        for op in (*PRIMITIVES, *SEAMS):
+            if self._native(op) is not None and self.why_not(op, spec) is not None:
+                setattr(bound, op, getattr(Backend, op).__get__(bound))
+        return bound
 
     def _native(self, op: str) -> Limits | None:
         return getattr(getattr(type(self), op), "native", None)
@@ -251,7 +254,7 @@ class Backend:
 
     def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:
         """residual + linear(x), both [T, D]; a float32 residual beside float16 activations is not overflowed."""
-        return residual + self._wide_linear(x, w, residual.dtype)
+        return residual + self.wide_linear(x, w, residual.dtype)
 
     def norm_gate_up_silu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
         """[T, D] -> [T, I] = silu_and_mul(linear(rms_norm(x)))."""
@@ -269,9 +272,9 @@ class Backend:
             token, rank = (chosen == expert).nonzero(as_tuple=True)
             y = self._mlp(normed.index_select(0, token), w.gate_up[expert], w.down[expert], x.dtype)
             total = total.index_add(0, token, y * weights[token, rank].unsqueeze(-1))
-        return x + self._shared_expert(normed, w, total)
+        return x + self.shared_expert(normed, w, total)
 
-    def _shared_expert(self, normed: torch.Tensor, w: Experts, total: torch.Tensor) -> torch.Tensor:
+    def shared_expert(self, normed: torch.Tensor, w: Experts, total: torch.Tensor) -> torch.Tensor:
         """``total`` [T, D] and what the expert that serves every token adds, where there is one."""
         if w.shared is None or w.shared_gate is None:
             return total
@@ -280,7 +283,7 @@ class Backend:
 
     def _mlp(self, x: torch.Tensor, gate_up: Packed, down: Packed, dtype: torch.dtype) -> torch.Tensor:
         """[T, D] -> [T, D] in ``dtype``: one expert."""
-        return self._wide_linear(self.silu_and_mul(self.linear(x, gate_up)), down, dtype)
+        return self.wide_linear(self.silu_and_mul(self.linear(x, gate_up)), down, dtype)
 
     def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
         """As norm_moe_add of few tokens, and the device is not asked which experts: ``w.stacked``."""
@@ -296,13 +299,13 @@ class Backend:
             scaled = inner if x.dtype == normed.dtype else inner * 2.0**-_HEADROOM_BITS
             y = self.linear_of_each(scaled, down, chosen[:, rank]).to(x.dtype)
             total = total + (y if x.dtype == normed.dtype else y * 2.0**_HEADROOM_BITS) * weights[:, rank]
-        return x + self._shared_expert(normed, w, total)
+        return x + self.shared_expert(normed, w, total)
 
     def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
         """reference.linear_of_each, of kinds that are ``stackable``."""
         return reference.linear_of_each(x, w, which)
 
-    def _wide_linear(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
+    def wide_linear(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
         """linear(x) for a sum in ``dtype``. Some float16 models have outputs beyond 65504 at a few tokens: where the
         sum is wider than x, x is scaled down before the product and the output up after it, both exactly."""
         if dtype == x.dtype or w.bias is not None:
@@ -316,6 +319,10 @@ class Backend:
         seams = SeamStack(self, parts)
         graphs = None if "stacks" in self.demoted else self.graphs()
         return [seams] if graphs is None else [GraphStack(self, parts, graphs, seams), seams]
+
+    def decode_layers(self, network: Network) -> DecodeLayers | None:
+        """What computes the layers of a captured step better than its seams one by one, of a model that it serves."""
+        return None
 
     def graphs(self) -> Graphs | None:
         """How this device captures a step that decodes; None where nothing is gained: it computes as it is told."""

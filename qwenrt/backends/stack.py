@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -24,7 +24,18 @@ from qwenrt.ops.steps import (
     StepPlan,
     Vocabulary,
 )
-from qwenrt.ops.types import Head, LayerWeights
+from qwenrt.ops.types import AdapterSpan, AdapterWeights, Head, LayerWeights, StepAdapters
+
+
+class DecodeLayers(Protocol):
+    """All layers of a step that decodes at once, of up to ``most`` rows."""
+
+    most: int
+
+    def logits(
+        self, x: torch.Tensor, rotary: RotaryRows, plan: DecodePlan, cache: Sequence[LayerCache]
+    ) -> torch.Tensor:
+        """The residual stream before the layers [T, D] -> logits float32 [T, V]; no less capturable than the seams."""
 
 
 class Device(Protocol):
@@ -41,6 +52,8 @@ class Device(Protocol):
     def choose_rows(
         self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None
     ) -> torch.Tensor: ...
+
+    def decode_layers(self, network: Network) -> DecodeLayers | None: ...
 
 
 class Network(Protocol):
@@ -60,7 +73,7 @@ class Network(Protocol):
     def bind_decode(self) -> str | None:
         """Make `run_layers` serve DecodePlan as well -> why it cannot, or None."""
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, token_ids: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
         """int64 [T] -> the residual stream before the layers [T, D]."""
 
     def rotary(self, plan: StepPlan, ntk_alphas: list[int]) -> RotaryRows:
@@ -81,8 +94,8 @@ class Network(Protocol):
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
         """The residual stream after the layers -> hidden states [T, D]."""
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, D] -> float32 [R, vocab_size]."""
+    def logits(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
+        """[R, D] -> float32 [R, vocab_size]; ``adapters``: of these rows."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,8 @@ class StackParts:
     max_model_len: int  # tokens of a sequence
     # of the cache, max_rows that no sequence ever owns, or none
     spare_blocks: list[int] = field(default_factory=list)
+    # those that are loaded now, by the numbers that steps name them by
+    adapters: Mapping[int, AdapterWeights] = field(default_factory=dict)
 
     @property
     def block_size(self) -> int:
@@ -165,14 +180,16 @@ class SeamStack:
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         backend, network = self._backend, self._parts.network
         plan = plan_of(backend, step, self._parts.block_size)
+        plan.adapters = adapters = adapters_of(step, self._parts.adapters)
         copy_states(self._parts.cache, step.state_copies)
-        x = network.embed(token_ids(backend, step, before))
+        x = network.embed(token_ids(backend, step, before), adapters)
         x = network.run_layers(x, network.rotary(plan, step.ntk_alphas), plan, self._parts.cache)
         copy_states(self._parts.cache, step.states_kept)
         stream = x
         if len(step.logit_rows) < step.num_tokens:
             x = x.index_select(0, backend.send(step.logit_rows))
-        logits = network.logits(network.final_norm(x)) if step.logit_rows else x
+            adapters = None if adapters is None else adapters.at(step.logit_rows)
+        logits = network.logits(network.final_norm(x), adapters) if step.logit_rows else x
         outcome = chosen_from(self, backend, logits, step.draws, self._parts.vocabulary)
         return replace(outcome, stream=stream)
 
@@ -196,6 +213,16 @@ def plan_of(backend: Device, step: Step, block_size: int) -> StepPlan:
         state_slots=step.state_slots,
         state_trails=step.state_trails,
     )
+
+
+def adapters_of(step: Step, loaded: Mapping[int, AdapterWeights]) -> StepAdapters | None:
+    """Which tokens of a step have which adapter; None where none has."""
+    spans, first = [], 0
+    for number, q_len in zip(step.adapters, step.q_lens, strict=False):
+        if number:
+            spans.append(AdapterSpan(loaded[number], first, first + q_len))
+        first += q_len
+    return StepAdapters(tuple(spans)) if spans else None
 
 
 def token_ids(backend: Device, step: Step, before: Outcome | None) -> torch.Tensor:

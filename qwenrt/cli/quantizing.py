@@ -1,4 +1,4 @@
-"""qwenrt quantize: a dense checkpoint in int4 or int8, as GPTQ."""
+"""qwenrt quantize: a dense checkpoint in int4 or int8, as GPTQ or AWQ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ A file of any other name is plain text. A run that was cut goes on.
 """
 # option -> (type, choices, help); each is a setting of qwenrt.quantize, whose own default holds where none is given
 _SETTINGS: dict[str, tuple[type, tuple[Any, ...] | None, str]] = {
-    "method": (str, ("gptq", "rtn"), "gptq makes up for each weight's error; rtn rounds to nearest, without texts"),
+    "method": (str, ("gptq", "awq", "rtn"), "gptq, the default, makes up for each weight's error; awq multiplies "
+               "weights of large inputs up; rtn rounds to nearest, without texts"),
     "bits": (int, (4, 8), "bits of a weight: 4, the default, or 8"),
     "group_size": (int, (32, 64, 128, -1), "inputs that share a scale: 128, the default; -1 is all of them"),
     "act_order": (str, ("static", "full", "off"), "static, the default: inputs that matter most first, groups as they "
@@ -37,9 +38,9 @@ _SETTINGS: dict[str, tuple[type, tuple[Any, ...] | None, str]] = {
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "quantize",
-        help="write a checkpoint in int4 or int8 (GPTQ)",
-        description="Quantise a dense checkpoint to GPTQ's int4 or int8 and write a complete new one, which qwenrt, "
-        "vLLM, transformers and others read.",
+        help="write a checkpoint in int4 or int8 (GPTQ, AWQ)",
+        description="Quantise a dense checkpoint to int4 or int8 and write a complete new one, in the format of GPTQ "
+        "or AWQ, which qwenrt, vLLM, transformers and others read.",
         **example(EXAMPLES),
     )
     parser.add_argument("model", help=MODEL_HELP)

@@ -20,6 +20,7 @@ from qwenrt.cli.options import (
 )
 from qwenrt.cli.terminal import Terminal
 from qwenrt.errors import ConfigError
+from qwenrt.loader.progress import is_shown
 from qwenrt.server import settings as serving
 from qwenrt.server.settings import ServeSettings
 
@@ -114,17 +115,23 @@ def serve(args: argparse.Namespace) -> int:
 
     Keyring(settings)  # as the address below: what is wrong with the file of keys is told at once
     sockets = bind(settings)  # before a large model is loaded for a port that somebody else has
-    host, port = sockets[0].getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = _address(*sockets[0].getsockname()[:2])
     with load_model(args, **sharing) as llm:
         application, terminal = app(llm, settings), Terminal()
 
         def started() -> None:
-            terminal.remark(_greeting(llm, settings, address, application.service.names[0]))
+            # undimmed, so that nothing wraps what is to be pasted
+            terminal.remark(_greeting(llm, settings, address, application.service.names[0]), style="")
 
         _log()
         run(application, settings, application.hooks(started), sockets=sockets)
     return 0
+
+
+def _address(host: str, port: int) -> str:
+    """Where this machine reaches the server, also if it listens at all addresses."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _log() -> None:
@@ -138,25 +145,31 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str
     stats = llm.stats()
     context = int(stats["max_model_len"])
     full = int(stats["total_blocks"]) * int(stats["block_size"]) // context
-    key = "YOUR-KEY" if settings.has_keys else "none"
-    lines = [
-        f"Serving {name} at {address}  (Ctrl-C stops it)",
-        f"  context {context} tokens; {min(full, llm.options.max_num_seqs) or 1} answers at once at full length, "
-        f"{llm.options.max_num_seqs} shorter ones; {settings.max_queue} more wait",
-        f"  {llm.summary}",
-    ]
+    lines = [f"Serving {name} at {address}  (Ctrl-C stops it)"]
+    if settings.page and llm.has_tokenizer:
+        lines.append(f"  Open {address}/ in a browser to talk with it.")
+    if not settings.loopback:
+        port = address.rpartition(":")[2]
+        lines.append(
+            f"  Other machines reach it at port {port} of this one's addresses; by a name after --allow-host NAME."
+        )
     if llm.name == "demo":
         lines.append(
-            "  This is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
+            "  It is the built-in toy: it knows a small world and calls a few tools. It is no assistant."
         )
+    if not is_shown(llm.options.progress):  # else it was told when it was loaded
+        lines.append(f"  {llm.summary}")
+    lines.append(
+        f"  A context of {context} tokens; {min(full, llm.options.max_num_seqs) or 1} answers at once at full length, "
+        f"{llm.options.max_num_seqs} shorter ones; {settings.max_queue} more wait."
+    )
     if not llm.has_tokenizer:
         lines.append(
             "  It has no tokenizer file: prompts can only be ids, at /v1/completions, and answers have no text."
         )
         return "\n".join(lines)
-    if settings.page:
-        lines.append(f"  Open {address}/ in a browser to talk with it")
-    lines.append(f"  Open WebUI and other OpenAI clients: base URL {address}/v1, API key {key}")
+    key = "one of your keys" if settings.has_keys else "any"
+    lines.append(f"  Open WebUI and other OpenAI clients: base URL {address}/v1, API key: {key}")
     agents = agent_lines(address, name, context, settings.has_keys)
     need = AGENTS_SEND * len(llm.tokenizer.encode(_AGENTS_TEXT)) // len(_AGENTS_TEXT)
     if context < need:

@@ -60,6 +60,9 @@ def check_side(finding: Finding, what: str, held: dict[str, torch.Tensor], side:
     """Codes of x [T, KVH, hd], scale and zero of each row: they stand for what was stored, to half a step, and the step
     is a 255th of the row's range."""
     codes, scale, zero = (held[f"{side}{part}"].cpu().double() for part in ("", "_scale", "_zero"))
+    if held[side].dtype == torch.int8:  # the other form of the same codes
+        codes, zero = codes + 128, (zero - 128) * scale
+        scale = scale.masked_fill((codes == 0).all(-1), 0.0)  # of a constant row it is any
     off = x.error.amax(-1) + 4 * bounds.FLOAT32 * x.value.abs().amax(-1)  # of the row's ends
     low, high = x.value.amin(-1), x.value.amax(-1)
     finding.near(f"{what}: zero", zero.float(), Near(low, off), torch.float32)

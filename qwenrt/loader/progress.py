@@ -15,7 +15,7 @@ _log = logging.getLogger("qwenrt")
 
 def tell(text: str, show: bool | None = None) -> None:
     """A line on stderr. ``show`` None means: only on a terminal; where it is not shown it is logged."""
-    if _shown(show):
+    if is_shown(show):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
     else:
@@ -31,7 +31,7 @@ class Waiting:
     def __init__(
         self, doing: str, show: bool | None, explain: Callable[[BaseException], str] = lambda error: ""
     ) -> None:
-        self._doing, self._shown, self._explain = doing, _shown(show), explain
+        self._doing, self._shown, self._explain = doing, is_shown(show), explain
         self._live = self._shown and _is_terminal()
         self._width = 0
         self._done = threading.Event()
@@ -71,7 +71,8 @@ class Waiting:
         self._width = len(line)
 
 
-def _shown(show: bool | None) -> bool:
+def is_shown(show: bool | None) -> bool:
+    """Whether something is told. ``show`` None means: only on a terminal."""
     return _is_terminal() if show is None else show
 
 

@@ -8,6 +8,7 @@ from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import layer_prefix
+from qwenrt.model.linears import linear_add, norm_linear
 from qwenrt.model.weights import Weights
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, LayerCache, LayerKV, RotaryRows, StepPlan
@@ -40,13 +41,13 @@ class Attention:
             self._window,
             self._gated,
         )
-        self._norm = norm
-        self._norm_linear = backend.resolve(OpSpec("norm_linear", prefix, dtype, heads[2], w.qkv_proj.kind))
+        qkv = f"{prefix}.qkv_proj"
+        self._norm_qkv = norm_linear(backend, qkv, dtype, heads[2], w.qkv_proj, norm, self._eps)
         self._rotary_store_kv = backend.resolve(OpSpec("rotary_store_kv", prefix, dtype, heads[2]))
         self._attention = backend.resolve(OpSpec("attention", prefix, dtype, heads[2]))
         if self._gated:
             self._gate_output = backend.resolve(OpSpec("gate_output", prefix, dtype, heads[2]))
-        self._o_add = backend.resolve(OpSpec("linear_add", prefix, dtype, heads[2], w.o_proj.kind))
+        self._o_add = linear_add(backend, f"{prefix}.o_proj", dtype, heads[2], w.o_proj)
         return w
 
     def bind_decode(self, backend: Backend, dtype: torch.dtype) -> str | None:
@@ -62,15 +63,15 @@ class Attention:
             torch.ones(tokens, rotary_dim, device=x.device),
             torch.zeros(tokens, rotary_dim, device=x.device),
         )
-        plan, qkv = StepPlan([tokens], [tokens]), self._qkv(x)[0]
+        plan = StepPlan([tokens], [tokens])
+        qkv, _ = self._qkv(x, plan)
         keys: torch.Tensor = self._rotary_store_kv(qkv, w.heads, w.qk_norms, *still, None, None, plan)[1]
         return keys
 
-    def _qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _qkv(self, x: torch.Tensor, plan: StepPlan | DecodePlan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries, keys and values [T, (H + 2 KVH) hd]; and the output's gate [T, H, hd], or None."""
-        w = self.weights
-        qkv: torch.Tensor = self._norm_linear(x, self._norm, self._eps, w.qkv_proj)
-        return reference.split_gate(qkv, w.heads) if w.gated else (qkv, None)
+        qkv = self._norm_qkv(x, plan)
+        return reference.split_gate(qkv, self.weights.heads) if self.weights.gated else (qkv, None)
 
     def add(
         self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, cache: LayerCache | None
@@ -78,7 +79,7 @@ class Attention:
         """x [T, D] -> x and what its tokens attended to [T, D]; this step's keys and values go to ``cache``."""
         assert cache is None or isinstance(cache, LayerKV)
         w = self.weights
-        qkv, gate = self._qkv(x)
+        qkv, gate = self._qkv(x, plan)
         q, k, v = self._rotary_store_kv(
             qkv, w.heads, w.qk_norms, rotary.cos, rotary.sin, rotary.q_scale, cache, plan
         )
@@ -88,5 +89,4 @@ class Attention:
             attended = self._attention(q, k, v, cache, plan, w.scale, w.window)
         if gate is not None:
             attended = self._gate_output(attended, gate)
-        y: torch.Tensor = self._o_add(attended.flatten(1), w.o_proj, x)
-        return y
+        return self._o_add(attended.flatten(1), x, plan)

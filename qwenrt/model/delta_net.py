@@ -7,6 +7,7 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig
+from qwenrt.model.linears import linear_add, norm_linear
 from qwenrt.model.weights import Weights
 from qwenrt.ops.steps import DecodePlan, LayerCache, LayerState, RotaryRows, StepPlan, TrailPart
 from qwenrt.ops.types import DeltaWeights
@@ -38,11 +39,11 @@ class DeltaNet:
             self._heads,
             self._tiled,
         )
-        self._norm = norm
-        self._norm_linear = backend.resolve(OpSpec("norm_linear", prefix, dtype, kind=w.in_proj.kind))
-        self._norm_rates = backend.resolve(OpSpec("norm_linear", prefix, dtype, kind=w.rates_proj.kind))
+        inputs, rates = f"{prefix}.in_proj", f"{prefix}.rates_proj"
+        self._norm_in = norm_linear(backend, inputs, dtype, 0, w.in_proj, norm, self._eps)
+        self._norm_rates = norm_linear(backend, rates, dtype, 0, w.rates_proj, norm, self._eps)
         self._delta_net = backend.resolve(OpSpec("delta_net", prefix, dtype))
-        self._out_add = backend.resolve(OpSpec("linear_add", prefix, dtype, kind=w.out_proj.kind))
+        self._out_add = linear_add(backend, f"{prefix}.out_proj", dtype, 0, w.out_proj)
         return w
 
     def bind_decode(self, backend: Backend, dtype: torch.dtype) -> str | None:
@@ -55,15 +56,13 @@ class DeltaNet:
         """x [T, D] -> x and what its tokens read [T, D]; ``cache`` holds the state, which moves on."""
         assert cache is None or isinstance(cache, LayerState)
         w = self.weights
-        projected = self._norm_linear(x, self._norm, self._eps, w.in_proj)
-        rates = self._norm_rates(x, self._norm, self._eps, w.rates_proj)
+        projected, rates = self._norm_in(x, plan), self._norm_rates(x, plan)
         trail = plan.trail if isinstance(plan, StepPlan) else []
         if trail and cache is not None:
             read = self._read_along(trail, projected, rates, cache)
         else:
             read = self._delta_net(projected, rates, w, self._eps, cache, plan)
-        y: torch.Tensor = self._out_add(read, w.out_proj, x)
-        return y
+        return self._out_add(read, x, plan)
 
     def _read_along(
         self, trail: list[TrailPart], projected: torch.Tensor, rates: torch.Tensor, cache: LayerState

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
+from qwenrt.backends import adapted
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import layer_prefix
 from qwenrt.model.attention import Attention
 from qwenrt.model.delta_net import DeltaNet
+from qwenrt.model.linears import linear_add, norm_gate_up_silu
 from qwenrt.model.weights import Weights
 from qwenrt.ops.steps import DecodePlan, LayerCache, RotaryRows, StepPlan
 from qwenrt.ops.types import Experts, LayerWeights, Packed
@@ -38,14 +38,13 @@ class DecoderLayer:
         mixer = self.mixer.bind(backend, dtype, weights, norms[0])
         self.weights = LayerWeights(*norms, mixer, mlp, self.eps)
 
-        def bound(op: str, kind: str) -> Callable[..., torch.Tensor]:
-            return backend.resolve(OpSpec(op, prefix, dtype, self._head_dim, kind))
-
         if isinstance(mlp, Experts):
-            self._norm_moe_add = bound("norm_moe_add", mlp.gate_up[0].kind)
+            spec = OpSpec("norm_moe_add", prefix, dtype, self._head_dim, mlp.gate_up[0].kind)
+            self._norm_moe_add, self._moe_ops = backend.resolve(spec), backend.bound(spec)
         else:
-            self._norm_gate_up_silu = bound("norm_gate_up_silu", mlp[0].kind)
-            self._down_add = bound("linear_add", mlp[1].kind)
+            into, out, hd = f"{prefix}.gate_up_proj", f"{prefix}.down_proj", self._head_dim
+            self._inner = norm_gate_up_silu(backend, into, dtype, hd, mlp[0], norms[1], self.eps)
+            self._down_add = linear_add(backend, out, dtype, hd, mlp[1])
 
     def bind_decode(self, backend: Backend, dtype: torch.dtype) -> str | None:
         """Choose the code of what decoding over DecodePlan asks for besides -> why it cannot be had, or None."""
@@ -69,7 +68,10 @@ class DecoderLayer:
         """x [T, D] -> x + mlp(norm(x)): the second half of a layer."""
         w = self.weights
         if isinstance(w.mlp, Experts):
+            if plan.adapters is not None and plan.adapters.in_experts(self.prefix):
+                arguments = x, w.post_norm, w.eps, w.mlp, self.prefix, plan.adapters
+                return adapted.norm_moe_add(self._moe_ops, *arguments)
             norm_moe_add = self._norm_moe_add_each if isinstance(plan, DecodePlan) else self._norm_moe_add
-            return norm_moe_add(x, w.post_norm, w.eps, w.mlp)
-        gate_up, down = w.mlp
-        return self._down_add(self._norm_gate_up_silu(x, w.post_norm, w.eps, gate_up), down, x)
+            y: torch.Tensor = norm_moe_add(x, w.post_norm, w.eps, w.mlp)
+            return y
+        return self._down_add(self._inner(x, plan), x, plan)

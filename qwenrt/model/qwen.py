@@ -25,8 +25,9 @@ from qwenrt.model.layers import DecoderLayer
 from qwenrt.model.mtp import MtpHead
 from qwenrt.model.rotary import RotaryTables, logn_scale, ntk_alpha
 from qwenrt.model.weights import Weights
+from qwenrt.ops.lora import adapted_embedding, adapted_logits
 from qwenrt.ops.steps import DecodePlan, LayerCache, LayerKV, RotaryRows, StepPlan
-from qwenrt.ops.types import Experts, Head, LayerWeights, Packed
+from qwenrt.ops.types import Experts, Head, LayerWeights, Packed, StepAdapters
 
 
 class Qwen:
@@ -187,7 +188,8 @@ class Qwen:
     ) -> torch.Tensor:
         """token_ids int64 [T], ``ntk_alphas`` the NTK factor of each sequence -> hidden states [T, D] after the
         final norm. ``kv``: one cache per layer, or None to attend over this step's tokens alone."""
-        x = self.run_layers(self.embed(token_ids), self.rotary(plan, ntk_alphas), plan, kv)
+        embedded = self.embed(token_ids, plan.adapters)
+        x = self.run_layers(embedded, self.rotary(plan, ntk_alphas), plan, kv)
         return self.final_norm(x)
 
     def states(
@@ -195,17 +197,20 @@ class Qwen:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """forward without a cache, step by step: (name of a part, the residual stream [T, D] after it), the final norm
         last."""
-        x, rotary = self.embed(token_ids), self.rotary(plan, ntk_alphas)
+        x, rotary = self.embed(token_ids, plan.adapters), self.rotary(plan, ntk_alphas)
         yield "embed_tokens", x
         for layer in self.layers:
             x = layer.forward(x, rotary, plan, None)
             yield layer.prefix, x
         yield "norm", self.final_norm(x)
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [T] -> the residual stream before the layers [T, D]. That of a float16 model is float32: some of these
-        models leave float16's range."""
-        return F.embedding(token_ids, self.embed_tokens).to(self.dtype).to(self._stream_dtype)
+    def embed(self, token_ids: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
+        """int64 [T] -> the residual stream before the layers [T, D], with what ``adapters`` make of it. That of a
+        float16 model is float32: some of these models leave float16's range."""
+        x = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
+        if adapters is not None:
+            x = adapted_embedding(x, token_ids, adapters)
+        return x.to(self._stream_dtype)
 
     @property
     def _stream_dtype(self) -> torch.dtype:
@@ -268,8 +273,11 @@ class Qwen:
         rotary = self.rotary(plan, ntk_alphas)
         return self.mtp.forward(self.embed(token_ids), hidden, rotary, plan, cache)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too."""
+    def logits(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
+        """hidden [M, D] -> float32 [M, vocab_size]; rows past the real vocabulary are there too. ``adapters``: of these
+        M rows."""
+        if adapters is not None:
+            return adapted_logits(hidden, lambda rows: self._head(rows, self.lm_head), adapters)
         logits: torch.Tensor = self._head(hidden, self.lm_head)
         return logits.float()
 

@@ -5,6 +5,8 @@ Rounding is part of a definition. All tokens are flat, [num_tokens, ...]; zero t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -28,17 +30,34 @@ def rms_norm(
 
 
 def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
-    """x [T, K] -> [T, N] = x Wᵀ + bias. Quantised weights are multiplied as their dequantised values."""
+    """x [T, K] -> [T, N] = x Wᵀ + bias. Quantised weights are multiplied as their dequantised values, also in the
+    gradient of x."""
     if w.kind == "parts":
-        y = torch.cat([linear(x, part) for part in w.data["parts"]], dim=-1)
+        y: torch.Tensor = torch.cat([linear(x, part) for part in w.data["parts"]], dim=-1)
         return y if w.bias is None else y + w.bias
     if w.kind == "dense":
         return F.linear(*_whole_tiles(x, w.data["weight"]), w.bias)
-    perm = w.data.get("perm")
-    if perm is not None:
-        x = x.index_select(-1, perm)
-    y = F.linear(*_whole_tiles(x, dequantize(w, x.dtype).t()))
+    y = _FrozenLinear.apply(x, w)  # type: ignore[no-untyped-call]
     return y if w.bias is None else y + w.bias
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x [T, K] times a quantised weight. For the gradient of x it keeps the codes alone, which are there anyway, and
+    dequantises them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        ctx.w = w
+        perm = w.data.get("perm")
+        if perm is not None:
+            x = x.index_select(-1, perm)
+        return F.linear(*_whole_tiles(x, dequantize(w, x.dtype).t()))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        perm = ctx.w.data.get("perm")
+        of_x = F.linear(*_whole_tiles(grad, dequantize(ctx.w, grad.dtype)))
+        return of_x if perm is None else torch.empty_like(of_x).index_copy_(-1, perm.long(), of_x), None
 
 
 _TILE = 32  # inputs that AMX multiplies at once
@@ -158,11 +177,22 @@ def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return codes, scale, low
 
 
+def signed_codes(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What quantize_kv gives, in the form of int8 codes: x ≈ scale * (code + zero); a constant row has the scale 1."""
+    step = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (codes.to(torch.int16) - 128).to(torch.int8), step, zero / step + 128
+
+
 def dequantize_kv(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The inverse: codes [..., hd], scale and zero [...] -> [..., hd] in ``dtype``."""
-    return (codes.float() * scale.unsqueeze(-1) + zero.unsqueeze(-1)).to(dtype)
+    """The inverse: codes [..., hd] of either form, scale and zero [...] -> [..., hd] in ``dtype``."""
+    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    if codes.dtype == torch.int8:
+        return ((codes.float() + zero) * scale).to(dtype)
+    return (codes.float() * scale + zero).to(dtype)
 
 
 def fit_to_codes(q: torch.Tensor, k: torch.Tensor, kv: LayerKV | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,16 +214,22 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor)
     if kv.quantized:
         for x, codes, scale, zero in ((k, kv.k, kv.k_scale, kv.k_zero), (v, kv.v, kv.v_scale, kv.v_zero)):
             assert scale is not None and zero is not None
-            for target, value in zip((codes, scale, zero), quantize_kv(x), strict=True):
-                _by_slot(target).index_copy_(0, slots, value)
+            made = quantize_kv(x)
+            if codes.dtype == torch.int8:
+                made = signed_codes(*made)
+            for target, value in zip((codes, scale, zero), made, strict=True):
+                _put(target, slots, value)
     else:
-        _by_slot(kv.k).index_copy_(0, slots, k)
-        _by_slot(kv.v).index_copy_(0, slots, v)
+        _put(kv.k, slots, k)
+        _put(kv.v, slots, v)
 
 
-def _by_slot(cache: torch.Tensor) -> torch.Tensor:
-    """[num_blocks, block_size, ...] -> [slots, ...], the same memory."""
-    return cache.view(-1, *cache.shape[2:])
+def _put(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values [T, ...] to their slots of [num_blocks, block_size, ...], which may lie transposed."""
+    if cache.is_contiguous():
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, values)
+    else:
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = values
 
 
 def load_kv(

@@ -6,9 +6,11 @@ from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from qwenrt.ops.types import LoraSpan, StepAdapters
 
 NOT_FINITE = -1  # in place of a chosen token: its logits were not finite
 FROM_BEFORE = -1  # in place of a token id: the device has it, the host does not know it yet
@@ -48,7 +50,7 @@ class Step:
     state; ``state_copies``, ``states_kept``: (from, to) of the states to copy before the step and after it. All three
     are empty for a model without such layers. ``state_trails`` [B], or empty where no sequence has guesses: where those
     layers write the state after each of a sequence's last tokens, which are guesses; the one before them is in its own
-    slot.
+    slot. ``adapters`` [B]: the number of each sequence's adapter, 0 where it has none; empty where none has.
     """
 
     q_lens: list[int]
@@ -63,6 +65,7 @@ class Step:
     state_copies: list[tuple[int, int]] = field(default_factory=list)
     states_kept: list[tuple[int, int]] = field(default_factory=list)
     state_trails: list[list[int]] = field(default_factory=list)
+    adapters: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -102,7 +105,8 @@ class StepPlan:
     without a cache (``slots is None``) attends over the step's own tokens only: training, `logits()` and embeddings;
     there ``causal`` may be False, and each token sees all of its sequence. ``state_slots``: per sequence, where layers
     of linear attention keep its state; ``state_trails``: where that after each of its last tokens goes (Step).
-    ``made``: what a backend made of the plan for the first layer, for the others.
+    ``adapters``: which tokens have one, None where none has. ``made``: what a backend made of the plan for the first
+    layer, for the others.
     """
 
     q_lens: list[int]
@@ -112,7 +116,12 @@ class StepPlan:
     causal: bool = True
     state_slots: list[int] = field(default_factory=list)
     state_trails: list[list[int]] = field(default_factory=list)
+    adapters: StepAdapters | None = None
     made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def spans_of(self, linear: str) -> tuple[LoraSpan, ...]:
+        """What adapters add to a linear, by its name; empty where it stays the model's own."""
+        return () if self.adapters is None else self.adapters.of(linear)
 
     @property
     def num_tokens(self) -> int:
@@ -199,6 +208,11 @@ class DecodePlan:
     table: torch.Tensor
     slots: torch.Tensor
     made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    adapters: ClassVar[None] = None  # no token of a captured step has one
+
+    def spans_of(self, linear: str) -> tuple[LoraSpan, ...]:
+        """As StepPlan.spans_of."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -260,7 +274,8 @@ class LayerKV:
 
     ``k``, ``v`` [num_blocks, block_size, num_kv_heads, head_dim] in the activation dtype, or uint8 codes with
     ``k_scale``, ``k_zero``, ``v_scale``, ``v_zero`` float32 [num_blocks, block_size, num_kv_heads]:
-    x = scale * code + zero (zero is the smallest value of that token and head).
+    x = scale * code + zero (zero is the smallest value of that token and head). Or the same codes less 128, int8, with
+    zero in steps: x = scale * (code + zero), where a device computes it so; scales and zeros may then lie transposed.
     ``k_offset``, ``k_factor`` float32 [num_kv_heads, head_dim], beside codes only: x then is (k - k_offset) / k_factor
     of a rotated key k, and the query that reads it is multiplied by k_factor (reference.fit_to_codes).
     """
@@ -283,19 +298,15 @@ class LayerKV:
         return int(self.k.shape[1])
 
     @property
+    def paged(self) -> list[torch.Tensor]:
+        """What is kept of each block: [num_blocks, ...] contiguous."""
+        every = (self.k, self.v, self.k_scale, self.k_zero, self.v_scale, self.v_zero)
+        return [x if x.is_contiguous() else x.transpose(1, 2) for x in every if x is not None]
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """All that it consists of."""
-        every = (
-            self.k,
-            self.v,
-            self.k_scale,
-            self.k_zero,
-            self.v_scale,
-            self.v_zero,
-            self.k_offset,
-            self.k_factor,
-        )
-        return [tensor for tensor in every if tensor is not None]
+        return self.paged + [x for x in (self.k_offset, self.k_factor) if x is not None]
 
 
 @dataclass

@@ -1,9 +1,12 @@
-"""Weights, in the one form that files are brought to and as a backend packs them."""
+"""Weights, in the one form that files are brought to and as a backend packs them; and what adapters make of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import re
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -216,3 +219,115 @@ class Head:
     norm: torch.Tensor
     eps: float
     linear: Packed
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """What an adapter makes of one part of a linear, which may be one of several fused: Wx + c becomes
+    row_scale * (Wx + scale * B(Ax)) + c + bias in the part's rows.
+
+    ``a`` [r, K] and ``b`` [rows, r], float32 whatever the model is; ``first``: the part's first row in the linear.
+    ``row_scale`` float32 [rows] or None: DoRA's magnitudes over the norms of the rows of W + scale BA. ``bias`` float32
+    [rows] or None. ``dropout``: the share of x that A does not see, in training. r is 0 where only the bias is new.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float = 1.0
+    first: int = 0
+    row_scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def rows(self) -> slice:
+        """Those of the linear that it changes."""
+        return slice(self.first, self.first + self.b.shape[0])
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it consists of."""
+        return [t for t in (self.a, self.b, self.row_scale, self.bias) if t is not None]
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows [n, D] of the embedding or of the head in place of the model's: those of the tokens ``ids`` int64 [n], which
+    rise, or of all (None)."""
+
+    rows: torch.Tensor
+    ids: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it consists of."""
+        return [self.rows] if self.ids is None else [self.rows, self.ids]
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """All that one adapter changes, on the model's device.
+
+    ``linears``: by the model's own names ("layers.0.qkv_proj", "layers.0.experts.3.down_proj", "lm_head"; see
+    Qwen.linear_specs), the pairs of a linear's parts, which rise and do not overlap. ``embed``, ``head``: rows in place
+    of the model's. ``embed_pair``: a pair for the embedding, ``a`` [r, V], ``b`` [D, r]: token t gains
+    scale * B A[:, t].
+    """
+
+    linears: dict[str, tuple[LoraPair, ...]] = field(default_factory=dict)
+    embed: TokenRows | None = None
+    head: TokenRows | None = None
+    embed_pair: LoraPair | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it consists of."""
+        pairs = [pair for pairs in self.linears.values() for pair in pairs]
+        others = (self.embed, self.head, self.embed_pair)
+        return [t for part in (*pairs, *others) if part is not None for t in part.tensors]
+
+    @cached_property
+    def experts_of(self) -> frozenset[str]:
+        """The layers, as linears' names begin, whose experts it changes."""
+        found = (re.match(r"(.*)\.(experts\.\d+|shared_expert)\.", name) for name in self.linears)
+        return frozenset(match[1] for match in found if match)
+
+
+@dataclass(frozen=True)
+class LoraSpan:
+    """The pairs of a linear for the rows ``first`` to ``last`` - 1 of its inputs."""
+
+    pairs: tuple[LoraPair, ...]
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class AdapterSpan:
+    """The adapter of the tokens ``first`` to ``last`` - 1 of a step."""
+
+    adapter: AdapterWeights
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class StepAdapters:
+    """Which tokens of a step have an adapter: ``spans`` rise and do not overlap. Each sequence has its own, so that
+    what is computed for it does not depend on the others."""
+
+    spans: tuple[AdapterSpan, ...]
+
+    def of(self, name: str) -> tuple[LoraSpan, ...]:
+        """What they add to a linear; empty where that stays the model's own."""
+        found = ((span.adapter.linears.get(name), span) for span in self.spans)
+        return tuple(LoraSpan(pairs, span.first, span.last) for pairs, span in found if pairs)
+
+    def in_experts(self, layer: str) -> bool:
+        """Whether any of them changes the experts of a layer, by what its linears' names begin with."""
+        return any(layer in span.adapter.experts_of for span in self.spans)
+
+    def at(self, tokens: list[int]) -> StepAdapters:
+        """The same of some of the step's tokens, which rise, by their places in ``tokens``."""
+        places = ((s.adapter, bisect_left(tokens, s.first), bisect_left(tokens, s.last)) for s in self.spans)
+        return StepAdapters(tuple(AdapterSpan(*place) for place in places if place[1] < place[2]))

@@ -1,4 +1,4 @@
-"""A dense checkpoint quantised to GPTQ's int4 or int8, layer by layer, on texts that show which errors matter."""
+"""A dense checkpoint quantised by GPTQ or AWQ, layer by layer, on texts that show which errors matter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def quantize(
     progress: bool | None = None,
     **settings: Any,
 ) -> QuantizeReport:
-    """Quantise the dense checkpoint in ``model_dir`` and write a complete new one to ``output_dir``, in GPTQ's format.
+    """Quantise the dense checkpoint in ``model_dir`` and write a complete new one to ``output_dir``, in GPTQ's or
+    AWQ's format.
 
     ``calibration``: a JSON or JSON-lines file of conversations or texts, a file of plain text, a list of entries, of
     texts or of token ids, or "self": the model writes them. Keyword settings: see QuantizeSettings (``method``,
@@ -65,13 +66,13 @@ def quantize(
     backend = Recorder(torch.device("cpu"))
     model = Qwen(config, backend, torch.float32)
     reader = open_weights(model, checkpoint, config, backend, torch.float32)
-    quantized = [spec for spec in model.linear_specs.values() if is_quantized(spec)]
+    quantized = [spec for spec in model.linear_specs.values() if is_quantized(spec, options)]
     _claim(target, source, overwrite)
     with claimed(target) as parts, torch.no_grad():
         check_room(target, _room(config, quantized, options, checkpoint.nbytes))
         calibrating, held_out = texts_for(source, calibration, options, progress)
         _check_ids([*calibrating, *held_out], config.vocab_size)
-        if options.method == "gptq":
+        if options.calibrates:
             warn_if_few(calibrating, max(spec.in_features for spec in quantized))
         check_fingerprint(parts, fingerprint(reader, options, [*calibrating, *held_out]), resume)
         finished = FinishedLayers(parts, options, config, reader.inventory)
@@ -83,7 +84,7 @@ def quantize(
     report = QuantizeReport(
         output_dir=target,
         linears=tuple(linears),
-        calibration_tokens=sum(map(len, calibrating)) if options.method == "gptq" else 0,
+        calibration_tokens=sum(map(len, calibrating)) if options.calibrates else 0,
         held_out_tokens=effect.tokens,
         perplexity=dict(zip(names, effect.perplexities(), strict=True)),
         divergence=dict(zip(names[1:], effect.mean_divergences(), strict=True)),

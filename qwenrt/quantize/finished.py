@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from qwenrt.config import ModelConfig, QuantConfig, read_json
 from qwenrt.config.layers import LinearSpec, file_rows
 from qwenrt.errors import CheckpointError
-from qwenrt.files import is_there, opened
+from qwenrt.files import is_there
+from qwenrt.loader.checkpoint.header import read_metadata
 from qwenrt.loader.checkpoint.inventory import Inventory, parts_of
 from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import WeightReader
+from qwenrt.ops.awq import pack_awq, unpack_awq
 from qwenrt.ops.gptq import pack_gptq, unpack_gptq
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import merge, take_rows
@@ -31,6 +34,16 @@ from qwenrt.quantize.settings import QuantizeSettings
 PARTS = ".quantizing"
 
 
+@dataclass(frozen=True)
+class FinishedLayer:
+    """What a layer has become: each linear's codes, and the tensors of the file that changed with them, by their names
+    in it."""
+
+    made: Mapping[str, CanonicalWeight]
+    reports: Sequence[LinearReport]
+    changed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
 class FinishedLayers:
     """A file for each layer, its tensors as in the finished checkpoint."""
 
@@ -38,44 +51,42 @@ class FinishedLayers:
         self, directory: Path, settings: QuantizeSettings, config: ModelConfig, inventory: Inventory
     ) -> None:
         self.directory, self._config, self._inventory = directory, config, inventory
+        self._awq = settings.method == "awq"
         self._quant = QuantConfig(
-            settings.bits, settings.group_size, settings.act_order == "full", settings.sym, zero_offset=1
+            settings.bits,
+            settings.group_size,
+            settings.act_order == "full",
+            bool(settings.sym),
+            zero_offset=1,
         )
 
     def path(self, index: int) -> Path:
         return self.directory / f"layer-{index:05d}.safetensors"
 
-    def write(
-        self,
-        index: int,
-        made: Mapping[str, CanonicalWeight],
-        specs: Sequence[LinearSpec],
-        reports: Sequence[LinearReport],
-    ) -> None:
-        tensors: dict[str, torch.Tensor] = {}
+    def write(self, index: int, layer: FinishedLayer, specs: Sequence[LinearSpec]) -> None:
+        tensors = dict(layer.changed)
         for spec in specs:
-            for module, weight in self._modules(spec, made[spec.name]):
-                packed = pack_gptq(weight)
-                packed.pop("bias")  # it stays the source's own
+            for module, weight in self._modules(spec, layer.made[spec.name]):
+                packed = pack_awq(weight) if self._awq else pack_gptq(weight)
+                packed.pop("bias", None)  # it stays the source's own
                 tensors |= {f"{module}.{kind}": tensor.contiguous() for kind, tensor in packed.items()}
-        told = json.dumps([dataclasses.asdict(report) for report in reports])
-        save_atomically(
-            tensors, self.path(index), {"report": told}, "give the same call again, which goes on"
-        )
+        told = {
+            "report": json.dumps([dataclasses.asdict(report) for report in layer.reports]),
+            "changed": json.dumps(sorted(layer.changed)),
+        }
+        save_atomically(tensors, self.path(index), told, "give the same call again, which goes on")
 
-    def read(
-        self, index: int, specs: Sequence[LinearSpec]
-    ) -> tuple[dict[str, CanonicalWeight], list[LinearReport]] | None:
+    def read(self, index: int, specs: Sequence[LinearSpec]) -> FinishedLayer | None:
         """What `write` kept, or None where that layer is not done."""
         path = self.path(index)
         if not is_there(path, CheckpointError):
             return None
         try:
             tensors = load_file(path)
-            with opened(path, CheckpointError) as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            reports = [LinearReport(**fields) for fields in json.loads(header["__metadata__"]["report"])]
-            return {spec.name: self._whole(spec, tensors) for spec in specs}, reports
+            told = {name: json.loads(text) for name, text in read_metadata(path).items()}
+            reports = [LinearReport(**fields) for fields in told["report"]]
+            made = {spec.name: self._whole(spec, tensors) for spec in specs}
+            return FinishedLayer(made, reports, {name: tensors[name] for name in told["changed"]})
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"going on from {path}",
@@ -107,17 +118,7 @@ class FinishedLayers:
         """The linear whose modules `_modules` wrote."""
         made = []
         for module, rows, order in self.modules(spec):
-            weight = unpack_gptq(
-                tensors[f"{module}.qweight"],
-                tensors[f"{module}.qzeros"],
-                tensors[f"{module}.scales"],
-                tensors[f"{module}.g_idx"],
-                None,
-                quant=self._quant,
-                in_features=spec.in_features,
-                out_features=rows,
-                name=module,
-            )
+            weight = self._unpacked(module, tensors, spec.in_features, rows)
             made.append(weight if order is None else take_rows(weight, order))
         merged = merge(made)
         if merged is None:
@@ -127,6 +128,37 @@ class FinishedLayers:
                 "Delete its layer's file.",
             )
         return merged
+
+    def _unpacked(
+        self, module: str, tensors: Mapping[str, torch.Tensor], columns: int, rows: int
+    ) -> CanonicalWeight:
+        def part(kind: str) -> torch.Tensor:
+            return tensors[f"{module}.{kind}"]
+
+        size = self._quant.group_size
+        qweight, qzeros, scales = map(part, ("qweight", "qzeros", "scales"))
+        if self._awq:
+            return unpack_awq(
+                qweight,
+                qzeros,
+                scales,
+                None,
+                group_size=size,
+                in_features=columns,
+                out_features=rows,
+                name=module,
+            )
+        return unpack_gptq(
+            qweight,
+            qzeros,
+            scales,
+            part("g_idx"),
+            None,
+            quant=self._quant,
+            in_features=columns,
+            out_features=rows,
+            name=module,
+        )
 
 
 @contextmanager
@@ -155,15 +187,20 @@ def fingerprint(
         for name in names.values():
             tensor = reader.reader.tensor(name)
             tensors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.reshape(-1)
-            sample = flat[torch.linspace(0, len(flat) - 1, 16).long()].float()
-            tensors.update(sample.numpy().tobytes())
+            tensors.update(sample(tensor).numpy().tobytes())
     return {
         "settings": json.dumps(dataclasses.asdict(settings), sort_keys=True),
         "model": tensors.hexdigest(),
         "calibration texts": hashlib.sha256(repr([list(text) for text in texts]).encode()).hexdigest(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
     }
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """16 of a tensor's elements, from its first to its last, float32."""
+    flat = tensor.reshape(-1)
+    places = torch.arange(16) * (len(flat) - 1) // 15  # float32's linspace misses by whole places past 2**24
+    return flat[places].float()
 
 
 def check_fingerprint(parts: Path, now: dict[str, str], resume: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.config.layers import LinearSpec, layer_linears, layer_tensors
+from qwenrt.loader.checkpoint.checkpoint import TensorReader
 from qwenrt.loader.weights import WeightReader
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
@@ -66,11 +67,34 @@ def batches_of(model: Qwen, texts: Sequence[Sequence[int]]) -> list[Batch]:
     return batches
 
 
+class _Changed(TensorReader):
+    """A checkpoint's tensors, some of them by others of the same names."""
+
+    def __init__(self, reader: TensorReader, changed: Mapping[str, torch.Tensor]) -> None:
+        self._reader, self._changed = reader, changed
+
+    def tensor(self, name: str) -> torch.Tensor:
+        changed = self._changed.get(name)
+        return self._reader.tensor(name) if changed is None else changed
+
+    def dtype(self, name: str) -> str:
+        return self._reader.dtype(name)
+
+    def release(self, name: str) -> None:
+        self._reader.release(name)
+
+
+def with_changed(reader: WeightReader, changed: Mapping[str, torch.Tensor]) -> WeightReader:
+    """The same weights, of which the file has ``changed`` in another form: tensors of the same dtypes and shapes."""
+    tensors = _Changed(reader.reader, changed)
+    return WeightReader(tensors, reader.inventory, reader.config, reader.backend, reader.dtype)
+
+
 class Layer:
     """Layer ``index`` of a model whose other layers have no weights."""
 
     def __init__(self, model: Qwen, reader: WeightReader, index: int) -> None:
-        self._model, self._layer = model, model.layers[index]
+        self.index, self._model, self._layer = index, model, model.layers[index]
         assert isinstance(model.backend, Recorder)
         self._recorder = model.backend
         self._names = [*layer_tensors(model.config, index)]
@@ -93,6 +117,11 @@ class Layer:
         """Compute with what these codes stand for from now on."""
         for name, weight in weights.items():
             self._model.weights.packed(name).data["weight"] = dequantize(weight, torch.float32)
+
+    def put_dense(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Compute with these, float32 [N, K], from now on."""
+        for name, weight in weights.items():
+            self._model.weights.packed(name).data["weight"] = weight
 
     def drop(self) -> None:
         """Give the weights' memory back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,9 +13,10 @@ from qwenrt.loader.weights import WeightReader
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import dequantize
-from qwenrt.quantize.finished import FinishedLayers
+from qwenrt.quantize.awq import Scaling, folds_of, search
+from qwenrt.quantize.finished import FinishedLayer, FinishedLayers
 from qwenrt.quantize.hessian import Hessian
-from qwenrt.quantize.layer import Batch, Layer, batches_of
+from qwenrt.quantize.layer import Batch, Layer, batches_of, with_changed
 from qwenrt.quantize.report import Effect, LinearReport
 from qwenrt.quantize.settings import QuantizeSettings
 from qwenrt.quantize.solver import relative_error, rounded, solve
@@ -25,11 +26,12 @@ _FEW = 8  # an expert that saw fewer tokens than a share of 1/8 of its inputs is
 _HEAD_TOKENS = 128  # whose logits are computed at once
 
 
-def is_quantized(spec: LinearSpec) -> bool:
+def is_quantized(spec: LinearSpec, settings: QuantizeSettings) -> bool:
     """Whether a linear is rounded: all of a layer whose sizes the format can hold, but those that decide what a delta
-    net remembers."""
+    net remembers. AWQ's format has no place for a group that is not full."""
     sizes = (spec.in_features, *(rows for _, rows in spec.parts))
-    return spec.quantizable and all(size % _MULTIPLE == 0 for size in sizes)
+    full = settings.method != "awq" or settings.group_size == -1 or not spec.in_features % settings.group_size
+    return spec.quantizable and full and all(size % _MULTIPLE == 0 for size in sizes)
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Quantizer:
         dtype: torch.dtype,
     ) -> None:
         self.model, self.reader, self.settings = model, reader, settings
-        texts = calibration if settings.method == "gptq" else ()
+        texts = calibration if settings.calibrates else ()
         self._calibration = _Stream.of(model, texts, dtype)
         self._measured = {
             name: _Stream.of(model, held_out, dtype) for name in ("source", "rounded", "result")
@@ -76,36 +78,74 @@ class Quantizer:
         reports: list[LinearReport] = []
         for index in range(self.model.config.num_layers):
             layer = Layer(self.model, self.reader, index)
-            specs = [spec for spec in layer.specs.values() if is_quantized(spec)]
+            specs = [spec for spec in layer.specs.values() if is_quantized(spec, self.settings)]
             tell(f"layer {index}: source")
             self._measured["source"].through(layer)
-            sources = {spec.name: layer.weight(spec.name) for spec in specs}
-            nearest = {name: rounded(weight, self.settings.grid) for name, weight in sources.items()}
-            known = finished.read(index, specs)
-            if known is not None:
-                made, of_layer = known
-            elif self.settings.method == "rtn":
-                made, of_layer = nearest, [LinearReport(spec.name, "rtn") for spec in specs]
-            else:
-                made, of_layer = self._calibrated(layer, nearest, tell)
-            layer.put_all(made)
-            if known is not None:
-                self._calibration.through(layer)
-            else:
-                finished.write(index, made, specs, of_layer)
-            reports += of_layer
-            self._measured["result"].through(layer)
+            dense = {spec.name: layer.weight(spec.name) for spec in specs}
+            nearest = {name: rounded(weight, self.settings.grid) for name, weight in dense.items()}
             layer.put_all(nearest)
             self._measured["rounded"].through(layer)
+            layer.put_dense(dense)
+            done_before = finished.read(index, specs)
+            known = done_before or self._found(layer, nearest, tell)
+            if done_before is None:
+                finished.write(index, known, specs)
+            if known.changed:
+                layer.drop()
+                layer = Layer(self.model, with_changed(self.reader, known.changed), index)
+            layer.put_all(known.made)
+            if done_before is not None or self.settings.method == "awq":
+                self._calibration.through(layer)
+            reports += known.reports
+            self._measured["result"].through(layer)
             layer.drop()
             done()
         return reports
 
+    def _found(
+        self, layer: Layer, nearest: dict[str, CanonicalWeight], tell: Callable[[str], object]
+    ) -> FinishedLayer:
+        """The layer's codes by the method that was asked for."""
+        if self.settings.method == "rtn":
+            return FinishedLayer(nearest, [LinearReport(name, "rtn") for name in nearest])
+        return (self._scaled if self.settings.method == "awq" else self._calibrated)(layer, nearest, tell)
+
+    def _scaled(
+        self, layer: Layer, nearest: dict[str, CanonicalWeight], tell: Callable[[str], object]
+    ) -> FinishedLayer:
+        """By AWQ: all linears' inputs are those of the dense layer."""
+        stream, settings, began = self._calibration, self.settings, time.monotonic()
+        tell("inputs")
+        hessians: dict[str, Hessian] = {}
+        states: Sequence[torch.Tensor] = stream.states
+        for mlp in (False, True):
+            stages = [specs for of_mlp, specs in layer.stages() if of_mlp == mlp]
+            names = [spec.name for specs in stages for spec in specs if spec.name in nearest]
+            if names:
+                hessians |= layer.inputs(names, states, stream.batches, mlp=mlp, cap=settings.cap)
+            states = states if mlp else layer.mixed(states, stream.batches)
+        sums = {name: hessian.finished() for name, hessian in hessians.items()}
+        scaling = Scaling(self.reader, layer.specs)
+        for fold in folds_of(self.model.config, layer.index, layer.specs, set(nearest)):
+            tell(", ".join(sorted({name.rpartition(".")[2] for name in fold.readers})))
+            scaling.take(
+                fold, search([(layer.weight(name), sums[name]) for name in fold.readers], settings.grid)
+            )
+        made: dict[str, CanonicalWeight] = {}
+        reports: list[LinearReport] = []
+        for name, plain in nearest.items():
+            weight = layer.weight(name)
+            made[name], error = scaling.rounded(name, weight, sums[name], settings.grid)
+            before = relative_error(weight, dequantize(plain, torch.float32), sums[name])
+            reports.append(LinearReport(name, "awq", hessians[name].tokens, error, before))
+        reports[0] = replace(reports[0], seconds=round(time.monotonic() - began, 2))
+        return FinishedLayer(made, reports, scaling.changed)
+
     def _calibrated(
         self, layer: Layer, nearest: dict[str, CanonicalWeight], tell: Callable[[str], object]
-    ) -> tuple[dict[str, CanonicalWeight], list[LinearReport]]:
-        """The layer's linears one stage after the other, calibrated on what the stages before have become; then the
-        texts are behind it."""
+    ) -> FinishedLayer:
+        """By GPTQ: the layer's linears one stage after the other, calibrated on what the stages before have become;
+        then the texts are behind it."""
         stream, settings = self._calibration, self.settings
         made: dict[str, CanonicalWeight] = {}
         reports: list[LinearReport] = []
@@ -124,7 +164,7 @@ class Quantizer:
                     layer.put_all({name: made[name]})
             run = layer.with_mlp if mlp else layer.mixed
             stream.states = run(stream.states, stream.batches)
-        return made, reports
+        return FinishedLayer(made, reports)
 
     def _solved(
         self, name: str, weight: torch.Tensor, inputs: Hessian, nearest: CanonicalWeight

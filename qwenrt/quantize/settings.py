@@ -10,7 +10,7 @@ from qwenrt.errors import RequestError, shown
 from qwenrt.quantize.hessian import CAP
 from qwenrt.quantize.solver import ActOrder, Grid
 
-Method = Literal["gptq", "rtn"]
+Method = Literal["gptq", "awq", "rtn"]
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128, -1)
 SELF = "self"
 
@@ -19,9 +19,11 @@ SELF = "self"
 class QuantizeSettings:
     """How a checkpoint is quantised.
 
-    method: "gptq" makes up for each weight's error in the weights after it, "rtn" rounds to nearest and needs no texts.
-    bits: 4 or 8. group_size: inputs that share a scale, 32, 64, 128 or -1 for all.
+    method: "gptq" makes up for each weight's error in the weights after it, "awq" multiplies weights of large inputs up
+    before they are rounded, "rtn" rounds to nearest and needs no texts.
+    bits: 4 or 8 (awq: 4). group_size: inputs that share a scale, 32, 64, 128 or -1 for all.
     sym: the middle code is zero, which most kernels of other programs want; False is a little closer to the weights.
+    None is False for awq, else True.
     act_order: "static" rounds the inputs that matter most first and leaves the groups where they are, "full" groups
     them in that order (AutoGPTQ's desc_act), "off" takes them as they come.
     damp: share of the mean of the Hessian's diagonal that is added to it. cap: a token weighs at most as if its norm
@@ -34,7 +36,7 @@ class QuantizeSettings:
     method: Method = "gptq"
     bits: int = 4
     group_size: int = 128
-    sym: bool = True
+    sym: bool | None = None
     act_order: ActOrder = "static"
     damp: float = 0.01
     cap: float = CAP
@@ -49,6 +51,10 @@ class QuantizeSettings:
         _one_of("act_order", self.act_order, get_args(ActOrder))
         _one_of("bits", self.bits, BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
+        if self.sym is None:
+            object.__setattr__(self, "sym", self.method != "awq")
+        if self.method == "awq" and self.bits != 4:
+            raise _bad("bits", self.bits, 'AWQ\'s format has 4 bits: use 4, or method="gptq".')
         for name in ("sym", "clip", "sequential"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
         for name, least, most in (("samples", 5, 2**20), ("sample_length", 16, 2**20), ("seed", 0, 2**31)):
@@ -64,7 +70,12 @@ class QuantizeSettings:
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.sym, self.clip)
+        return Grid(self.bits, self.group_size, bool(self.sym), self.clip)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the texts decide anything."""
+        return self.method != "rtn"
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -17,6 +17,7 @@ from qwenrt.config import read_json
 from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import CheckpointError
 from qwenrt.files import opened
+from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import WeightReader
 from qwenrt.quantize.finished import FinishedLayers
@@ -41,13 +42,13 @@ def write_directory(
     """All that ``source`` has, its ``quantized`` linears as ``finished`` holds them -> bytes of the weights."""
     shards = _shards(_tensors(reader, finished, quantized))
     total = _write_shards(shards, target)
-    left = sorted(_left_dense(reader, quantized))
+    dense, patterns = map(sorted, _left_dense(reader, quantized))
     config = read_json(source / "config.json")
-    about = _description(settings, left, producer)
-    for name, content in (
-        ("config.json", {**config, "quantization_config": about}),
-        ("quantize_config.json", about),
-    ):
+    about = _of_awq(settings, dense) if settings.method == "awq" else _of_gptq(settings, patterns, producer)
+    contents = {"config.json": {**config, "quantization_config": about}}
+    if settings.method != "awq":
+        contents["quantize_config.json"] = about
+    for name, content in contents.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (target / name).write_text(text, encoding="utf-8")
     for file in sorted(source.iterdir()):
@@ -70,11 +71,14 @@ def _tensors(
         if kind != "bias"
     }
     kept = {name for slots in reader.inventory.slots.values() for name in slots.values()}
+    layers = [finished.path(index) for index in sorted({int(spec.name.split(".")[1]) for spec in quantized})]
+    for path in layers:
+        replaced |= {entry.name for entry in read_shard(path).tensors}
     for name in sorted({*kept, *reader.inventory.ignored} - replaced):
         yield name, reader.reader.tensor(name)
         reader.reader.release(name)
-    for index in sorted({int(spec.name.split(".")[1]) for spec in quantized}):
-        yield from load_file(finished.path(index)).items()
+    for path in layers:
+        yield from load_file(path).items()
 
 
 def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -113,8 +117,9 @@ def _write_shards(shards: Iterator[dict[str, torch.Tensor]], target: Path) -> in
     return total
 
 
-def _left_dense(reader: WeightReader, quantized: Sequence[LinearSpec]) -> set[str]:
-    """Modules of linears in layers that stay dense, the number of the layer left open where that is so in all."""
+def _left_dense(reader: WeightReader, quantized: Sequence[LinearSpec]) -> tuple[set[str], set[str]]:
+    """Modules of linears in layers that stay dense; and the same as patterns, with the number of the layer left open
+    where that is so in all."""
     names = {spec.name for spec in quantized}
     modules: Mapping[bool, set[str]] = {True: set(), False: set()}
     for param, part in reader.inventory.formats:
@@ -122,14 +127,29 @@ def _left_dense(reader: WeightReader, quantized: Sequence[LinearSpec]) -> set[st
         modules[param in names].add(slot.removesuffix(".weight"))
     dense = {module for module in modules[False] if re.search(r"\.[0-9]+\.", module)}
     rounded = {_any_number(module) for module in modules[True]}
-    return {re.escape(module) if _any_number(module) in rounded else _any_number(module) for module in dense}
+    patterns = {
+        re.escape(module) if _any_number(module) in rounded else _any_number(module) for module in dense
+    }
+    return dense, patterns
 
 
 def _any_number(module: str) -> str:
     return re.sub(r"\\\.[0-9]+\\\.", r"\\.[0-9]+\\.", re.escape(module))
 
 
-def _description(settings: QuantizeSettings, left: Sequence[str], producer: str) -> dict[str, Any]:
+def _of_awq(settings: QuantizeSettings, left: Sequence[str]) -> dict[str, Any]:
+    """quantization_config, with the keys of AutoAWQ."""
+    return {
+        "quant_method": "awq",
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(left) or None,
+    }
+
+
+def _of_gptq(settings: QuantizeSettings, left: Sequence[str], producer: str) -> dict[str, Any]:
     """quantization_config, with the keys of AutoGPTQ and GPTQModel."""
     about: dict[str, Any] = {
         "quant_method": "gptq",

@@ -175,7 +175,8 @@ class Server(uvicorn.Server):
         """One more look at the end: whether nothing runs any more, or it has had its time."""
         if self._leaves_at is None:
             self._leaves_at = now + self._settings.drain
-            log.info("stopping: %d requests may end within %g s", len(self._tasks()), self._settings.drain)
+            if running := len(self._tasks()):
+                log.info("stopping: %d requests may end within %g s", running, self._settings.drain)
             self._hooks.drain()
         if not self._tasks():
             return True

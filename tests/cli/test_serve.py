@@ -116,7 +116,7 @@ def test_what_is_said_at_the_start(context: int, warned: bool) -> None:
     blocks = {"max_model_len": context, "total_blocks": context, "block_size": 4}
     llm: Any = SimpleNamespace(
         stats=lambda: blocks,
-        options=LoadOptions(max_num_seqs=16),
+        options=LoadOptions(max_num_seqs=16, progress=False),
         summary="one line",
         name="demo",
         tokenizer=load_tokenizer("demo"),
@@ -124,8 +124,14 @@ def test_what_is_said_at_the_start(context: int, warned: bool) -> None:
     )
     said = serve._greeting(llm, ServeSettings(), "http://127.0.0.1:8000", "demo")
     assert "Serving demo at http://127.0.0.1:8000" in said and "one line" in said and "toy" in said
-    assert f"context {context} tokens; 4 answers at once at full length, 16 shorter ones" in said
-    assert ("they need a longer context" in said) is warned
+    assert f"context of {context} tokens; 4 answers at once at full length, 16 shorter ones" in said
+    assert ("they need a longer context" in said) is warned and "Other machines" not in said
+    assert "Open http://127.0.0.1:8000/ in a browser" in said.splitlines()[1]
+    llm.options = LoadOptions(max_num_seqs=16, progress=True)
+    open_to_all = ServeSettings(host="0.0.0.0", api_keys=("sk-1",))
+    said = serve._greeting(llm, open_to_all, serve._address("0.0.0.0", 8000), "demo")
+    assert "one line" not in said, "it was told when the model was loaded"
+    assert "0.0.0.0" not in said and "Other machines reach it at port 8000" in said and "YOUR-KEY" in said
 
 
 def test_what_is_said_of_a_model_without_a_tokenizer(golden_dir: Path) -> None:

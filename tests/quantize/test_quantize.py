@@ -18,7 +18,7 @@ import qwenrt
 from qwenrt.cli import main
 from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError
 from qwenrt.quantize import REPORT, QuantizeReport, quantize
-from qwenrt.quantize.finished import PARTS, FinishedLayers
+from qwenrt.quantize.finished import PARTS, FinishedLayers, sample
 from tests.model import tiny_models
 
 DEMO = Path(qwenrt.__file__).parent / "demo"
@@ -129,10 +129,11 @@ def test_every_generation(kind: str, golden_dir: Path, tmp_path: Path) -> None:
         assert "int8" in llm.explain()
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_run_that_is_cut_goes_on_to_the_same_bytes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = made(source, tmp_path / "whole").output_dir
+    whole = made(source, tmp_path / "whole", method=method).output_dir
     write = FinishedLayers.write
     target = tmp_path / "cut"
 
@@ -147,11 +148,11 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bytes(
     for layer in (0, 1):
         monkeypatch.setattr(FinishedLayers, "write", cut_after(layer))
         with pytest.raises(KeyboardInterrupt):
-            made(source, target)
+            made(source, target, method=method)
         assert (target / PARTS).is_dir()
         assert not (target / "config.json").exists()  # which nobody takes for a model
     monkeypatch.setattr(FinishedLayers, "write", write)
-    made(source, target)
+    made(source, target, method=method)
     for name in ("model.safetensors", "config.json"):
         assert (target / name).read_bytes() == (whole / name).read_bytes()
 
@@ -177,6 +178,14 @@ def test_layers_of_another_run_are_not_gone_on_with(
     made(source, tmp_path / "out", bits=8, resume=False)
 
 
+@pytest.mark.parametrize("size", [1, 17, 2**24 + 3, 151936 * 896])
+def test_the_fingerprint_takes_the_first_and_the_last_of_any_size(size: int) -> None:
+    ends = torch.zeros(1).expand(size)  # takes no memory
+    assert sample(ends).shape == (16,)
+    if size < 2**20:
+        assert sample(torch.arange(size))[[0, -1]].tolist() == [0, size - 1]
+
+
 def test_a_second_process_waits_for_the_first(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / PARTS).mkdir(parents=True)
     with (tmp_path / "out" / PARTS / "lock").open("w") as lock:
@@ -189,7 +198,7 @@ def test_a_second_process_waits_for_the_first(source: Path, tmp_path: Path) -> N
     ("settings", "found"),
     [
         ({"bits": 3}, r"bits=3.*Use 4 or 8"),
-        ({"method": "awq"}, r"method='awq'.*Use gptq or rtn"),
+        ({"method": "hqq"}, r"method='hqq'.*Use gptq, awq or rtn"),
         ({"group_size": 48}, "group_size=48"),
         ({"damp": 0}, "damp=0"),
         ({"samples": True}, "samples=True"),

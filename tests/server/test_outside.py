@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Outward
 from tests.server.conftest import Outside
 from tests.server.wire import request, serving, until
 
@@ -48,7 +49,7 @@ def append(path: Path) -> None:
 
 @pytest.mark.parametrize("act", [connect, send, look_up, start, call, write, append])
 def test_what_the_server_may_not_do_is_seen_and_stopped(
-    act: Callable[[Path], None], outside: Outside, tmp_path: Path
+    act: Callable[[Path], None], outside: Outside, outward: Outward, tmp_path: Path
 ) -> None:
     stopped: list[BaseException] = []
 
@@ -64,7 +65,7 @@ def test_what_the_server_may_not_do_is_seen_and_stopped(
     with serving(app) as server, server.wire(request()) as wire:
         assert wire.response()[0] == 204
         until(lambda: stopped)
-    assert len(outside.tried) == 1 and not list(tmp_path.iterdir())
+    assert len(outside.tried + outward.told()) == 1 and not list(tmp_path.iterdir())
     outside.tried.clear()
 
 

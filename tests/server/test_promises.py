@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qwenrt
-from tests.server.asking import CHAT, Gate, ask, chat, events, joined, sent, serve
+from qwenrt.engine.constraint import Constraint
+from qwenrt.engine.grammar import Grammars
+from tests.server.asking import CHAT, COMPLETIONS, Gate, ask, chat, events, joined, read, sent, serve
 from tests.server.scripted import scripted_llm
 from tests.server.wire import request, until
 
@@ -31,6 +34,23 @@ def test_guesses_give_the_same_answer_in_fewer_steps() -> None:
         accepted = [line for line in scraped.splitlines() if line.startswith("qwenrt_accepted_tokens_total")]
         assert accepted and float(accepted[0].split()[-1]) > 10
         assert ask(served, CHAT, chat("x", draft="guess"))[0] == 400
+
+
+def test_a_prompt_with_another_ntk_factor_shares_nothing() -> None:
+    """Keys are rotated with a factor of the whole prompt: 1 up to the 512 tokens of the demo's training, then 3, 7."""
+    with qwenrt.load("demo", progress=False) as llm, serve(llm) as served:
+        block, ids = int(llm.stats()["block_size"]), [300 + 7 * n % 2000 for n in range(1100)]
+
+        def cached(length: int) -> int:
+            body = {"model": "m", "prompt": ids[:length], "max_tokens": 1, "temperature": 0}
+            status, _, told = ask(served, COMPLETIONS, body)
+            assert status == 200 and told["usage"]["prompt_tokens"] == length
+            return int(told["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert [cached(length) for length in (500, 540, 1030)] == [0, 0, 0]  # each begins with the one before
+        for length in (512, 600, 1100):  # of the same three factors
+            before = {512: 500, 600: 540, 1100: 1030}[length]
+            assert before - block < cached(length) <= before
 
 
 def test_a_prefix_is_found_after_a_restart(tmp_path: Path) -> None:
@@ -156,6 +176,53 @@ def test_a_long_prompt_beside_an_answer_keeps_a_step_under_its_target(
             assert max(seconds for _, seconds in beside) > longest
         else:
             assert 0.95 * longest < max(seconds for _, seconds in beside) <= longest + 1e-6
+
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
+
+
+def test_a_grammar_is_compiled_beside_the_event_loop_and_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    began, may_end, compiled = threading.Event(), threading.Event(), Grammars._compiled
+
+    def slowly(self: Grammars, grammar: Any) -> Any:
+        began.set()
+        assert may_end.wait(30)
+        return compiled(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compiled", slowly)
+    with scripted_llm(lambda prompt: '{"city": "Rome"}', max_model_len=4096) as llm, serve(llm) as served:
+        with served.wire(sent(CHAT, chat(response_format=FORMAT, reasoning_effort="none"))) as wire:
+            assert began.wait(30)
+            assert ask(served, "/health")[0] == 200 and ask(served, "/ready")[0] == 200
+            assert ask(served, CHAT, chat())[0] == 200  # a whole answer, step by step
+            may_end.set()
+            status, _, told = read(wire)
+        assert status == 200 and json.loads(told["choices"][0]["message"]["content"]) == {"city": "Rome"}
+
+
+def test_what_a_grammar_allows_is_computed_while_a_step_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    order: list[str] = []
+    with scripted_llm(lambda prompt: '{"city": "Rome"}', max_model_len=4096) as llm, serve(llm) as served:
+        [stack] = Gate(llm).engine.runner.stacks
+        run, computed = stack.run, Constraint._computed
+
+        def launched(*args: Any) -> Any:
+            order.append("launched")
+            outcome = run(*args)
+            return replace(outcome, fetched=lambda: (order.append("waited for"), outcome.fetched())[1])
+
+        def mask(self: Constraint) -> Any:
+            order.append("mask")
+            return computed(self)
+
+        monkeypatch.setattr(stack, "run", launched)
+        monkeypatch.setattr(Constraint, "_computed", mask)
+        body = chat(response_format=FORMAT, reasoning_effort="none", max_tokens=6)
+        assert ask(served, CHAT, body)[0] == 200
+    assert order == ["launched", "mask", "waited for"] * 6
 
 
 def test_an_answer_is_the_same_whoever_else_is_answered() -> None:

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from qwenrt.backends.ascend import calls, fused, packing, soc
+from qwenrt.backends.ascend import calls, fused, int8_cache, packing, soc
 from qwenrt.backends.ascend.graphs import GreedyGraphStack, NPUGraphs, why_no_graphs
 from qwenrt.backends.base import Backend
-from qwenrt.backends.binding import OpSpec, native
+from qwenrt.backends.binding import Binding, OpSpec, native
 from qwenrt.backends.graphs import Graphs
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.ops import reference
@@ -120,6 +120,9 @@ class A2Backend(AscendBackend):
     """Atlas A2 and A3 (910B1 to 910B4, 910C)."""
 
     _lengths: fused.HostLengths = field(default_factory=fused.HostLengths, init=False, repr=False)
+    _codes: dict[tuple[int, int, torch.dtype], str | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
     code_bits: ClassVar[dict[int, int]] = {4: 4, 8: 8}
 
     def __post_init__(self) -> None:
@@ -198,7 +201,42 @@ class A2Backend(AscendBackend):
 
     def _grouped_experts(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
         normed = self.rms_norm(x, norm, eps)
-        return x + self._shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
+        return x + self.shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
+
+    def alloc_kv(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        quantized: bool,
+    ) -> list[LayerKV]:
+        """As Backend.alloc_kv; codes in the form that attention reads, where it reads them rightly here."""
+        if not quantized or self._no_codes(num_kv_heads, head_dim, dtype) is not None:
+            return super().alloc_kv(
+                num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, quantized
+            )
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return [int8_cache.signed_cache(shape, self.empty_kv) for _ in range(num_layers)]
+
+    def _no_codes(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> str | None:
+        """Why attention over codes is the definition's, None where it is the operator's: looked at once for each shape,
+        apart from attention over numbers, which must not fall with it."""
+        key = num_kv_heads, head_dim, dtype
+        if key not in self._codes:
+            why = self.why_not("decode_attention", OpSpec("decode_attention", "", dtype, head_dim))
+            why = why or self.provides(calls.INT8_CACHE)
+            if why is None and head_dim % 32:
+                why = f"head_dim {head_dim} is no multiple of 32"
+            self._codes[key] = why or int8_cache.complaint_of(self._mask, *key)
+            self.bindings.append(
+                Binding(
+                    "decode_attention", "int8 cache", "", self._codes[key] is None, self._codes[key] or ""
+                )
+            )
+        return self._codes[key]
 
     def stacks(self, parts: StackParts) -> list[Stack]:
         if self.draws_here or "stacks" in self.demoted:

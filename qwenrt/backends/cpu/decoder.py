@@ -287,6 +287,8 @@ class DecoderStack:
         self._pointed_at = structs.memory, weights, head, instead
 
     def why_not(self, step: Step) -> str | None:
+        if step.adapters:
+            return "a sequence has an adapter"
         return None if step.num_tokens else "a step without tokens"
 
     def note(self) -> str:

@@ -59,7 +59,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         return Checkpoint(directory, *noted)
     names, index = _find_files(directory)
     for name in names:
-        _check_link(directory, name)
+        check_link(directory, name)
     if index is not None:
         _check_extra(directory, names)
     shards = tuple(read_shard(directory / name) for name in names)
@@ -380,7 +380,7 @@ def _some(names: list[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _check_link(directory: Path, name: str) -> None:
+def check_link(directory: Path, name: str) -> None:
     """A shard may be a link only within the directory, or into the store of a download client's cache."""
     path = directory / name
     if not os.path.islink(path):

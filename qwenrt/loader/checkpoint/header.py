@@ -140,6 +140,12 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The free texts of a file that read_shard accepted."""
+    with opened(path, CheckpointError) as file:
+        return metadata_of(file.read(int.from_bytes(file.read(8), "little")))
+
+
 def metadata_of(raw: bytes) -> dict[str, Any]:
     """The free texts of a header that parse_header accepted."""
     metadata: dict[str, Any] | None = json.loads(raw).get("__metadata__")

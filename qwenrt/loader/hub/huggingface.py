@@ -20,6 +20,7 @@ def fetch(pull: Pull) -> Path:
     Raises CheckpointError; Unreachable where another source may have the model.
     """
     try:
+        _silence()
         if pull.offline:
             return _snapshot(pull, pull.patterns, False)
         info = repository(pull)
@@ -36,6 +37,14 @@ def fetch(pull: Pull) -> Path:
         raise
     except Exception as error:
         _explain(pull, error)
+
+
+def _silence() -> None:
+    """The client tells a hub nothing but what is fetched. It would add which torch is here and which agent runs it, and
+    ask huggingface.co how agents are known, whatever mirror ``pull`` names."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def _snapshot(pull: Pull, patterns: tuple[str, ...], show: bool | None) -> Path:

@@ -131,6 +131,7 @@ class Soft(TorchDispatchMode):
     log: ClassVar[list[str]] = []
     recording: ClassVar[list[Recorded] | None] = None
     broken: ClassVar[dict[str, Callable[..., Any]]] = {}
+    kept: ClassVar[TorchDispatchMode | None] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -246,4 +247,6 @@ def install() -> None:
     threading.Thread.run = softly  # type: ignore[method-assign]
     npu = torch.get_device_module("npu")
     npu.NPUGraph, npu.graph, npu.graph_pool_handle = SoftGraph, _Graph, object
-    Soft().__enter__()
+    mode = Soft()
+    mode.__enter__()
+    Soft.kept = mode  # torch 2.9 does not hold the mode that it is told to enter again

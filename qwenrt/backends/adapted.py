@@ -1,0 +1,83 @@
+"""The seams of linears in steps some of whose tokens have adapters, made of a backend's primitives: beside the products
+of the model's own weights, which all tokens share, each span of tokens gets what its adapter adds.
+
+``ops`` is the backend as it is bound for the linear, or for the first of two (Backend.bound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from qwenrt.backends.base import Backend
+from qwenrt.ops import reference
+from qwenrt.ops.lora import add_lora
+from qwenrt.ops.types import Experts, LoraSpan, Packed, StepAdapters
+
+Spans = Sequence[LoraSpan]
+
+
+def norm_linear(
+    ops: Backend, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed, spans: Spans
+) -> torch.Tensor:
+    """Backend.norm_linear, and what ``spans`` add."""
+    normed = ops.rms_norm(x, norm, eps)
+    return add_lora(ops.linear(normed, w), normed, spans, w.bias)
+
+
+def linear_add(
+    ops: Backend, x: torch.Tensor, w: Packed, residual: torch.Tensor, spans: Spans
+) -> torch.Tensor:
+    """Backend.linear_add, and what ``spans`` add."""
+    return residual + _wide(ops, x, w, residual.dtype, spans)
+
+
+def norm_gate_up_silu(
+    ops: Backend, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed, spans: Spans
+) -> torch.Tensor:
+    """Backend.norm_gate_up_silu, and what ``spans`` add."""
+    return ops.silu_and_mul(norm_linear(ops, x, norm, eps, w, spans))
+
+
+def norm_moe_add(
+    ops: Backend,
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    w: Experts,
+    prefix: str,
+    adapters: StepAdapters,
+) -> torch.Tensor:
+    """Backend.norm_moe_add of the layer whose linears' names begin with ``prefix``, and what ``adapters`` add to its
+    experts. The router is the model's."""
+    normed = ops.rms_norm(x, norm, eps)
+    weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+    total = torch.zeros_like(x)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        token, rank = (chosen == expert).nonzero(as_tuple=True)
+        own, name = adapters.at(token.tolist()), f"{prefix}.experts.{expert}"
+        y = _mlp(ops, normed.index_select(0, token), (w.gate_up[expert], w.down[expert]), x.dtype, name, own)
+        total = total.index_add(0, token, y * weights[token, rank].unsqueeze(-1))
+    if w.shared is not None and w.shared_gate is not None:
+        gate = torch.sigmoid(F.linear(normed, w.shared_gate.to(normed.dtype)))
+        total = total + gate * _mlp(ops, normed, w.shared, x.dtype, f"{prefix}.shared_expert", adapters)
+    return x + total
+
+
+def _mlp(
+    ops: Backend,
+    x: torch.Tensor,
+    linears: tuple[Packed, Packed],
+    dtype: torch.dtype,
+    name: str,
+    adapters: StepAdapters,
+) -> torch.Tensor:
+    gate_up, down = linears
+    inner = add_lora(ops.linear(x, gate_up), x, adapters.of(f"{name}.gate_up_proj"), gate_up.bias)
+    return _wide(ops, ops.silu_and_mul(inner), down, dtype, adapters.of(f"{name}.down_proj"))
+
+
+def _wide(ops: Backend, x: torch.Tensor, w: Packed, dtype: torch.dtype, spans: Spans) -> torch.Tensor:
+    return add_lora(ops.wide_linear(x, w, dtype), x, spans, w.bias)
