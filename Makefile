@@ -52,7 +52,7 @@ gpu-check:
 # The kernels for GPUs on a machine without one: interpreted beside their definitions, and compiled for NVIDIA's and AMD's.
 # Fetches two versions of Triton (1.7 GB, in ~/.cache/qwenrt-triton or where QWENRT_TRITON_CACHE says), then some minutes.
 gpu-sources: $(VENV)/.dev
-	$(BIN)/python scripts/gpu_sources.py
+	$(BIN)/python scripts/gpu_sources.py $(GPU_SOURCES)
 
 # The server against Claude Code, Codex and Qwen Code from npm and against clients from PyPI that cannot live beside each
 # other: an environment for each (1.5 GB, in ~/.cache/qwenrt-clients or where QWENRT_CLIENT_ENVS says; needs Node.js 20),
