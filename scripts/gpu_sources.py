@@ -19,7 +19,7 @@ OLDEST, NEWEST = "3.6.0", "3.9.0"
 CACHE = Path(os.environ.get("QWENRT_TRITON_CACHE", Path.home() / ".cache" / "qwenrt-triton"))
 # In this order: in Triton's interpreter, Gluon by a shim, and what is compiled.
 SIMULATED, COMPILED = (
-    ("test_numerics.py", "test_gluon.py"),
+    ("test_numerics.py", "test_gluon.py", "test_body.py"),
     ("test_compiled.py", "test_compiled_gluon.py", "test_measuring.py"),
 )
 _PROCESSES = 2

@@ -14,8 +14,9 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
-from qwenrt.backends.cuda import packing, streaming
+from qwenrt.backends.cuda import body, packing, streaming
 from qwenrt.backends.cuda.tables import TILES, Tiles
+from qwenrt.backends.stack import DecodeLayers, Network
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, DrawTensors, LayerKV, StepPlan
 from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
@@ -24,6 +25,11 @@ from qwenrt.ops.weights import with_codes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW = (
     64  # tokens up to which codes are multiplied as they are; beyond, the matrix is dequantised once for all
+)
+# what body.py's launches stand for
+_OF_LAYERS = (
+    *("linear", "rms_norm", "silu_and_mul", "norm_linear", "linear_add", "norm_gate_up_silu"),
+    *("rotary_store_kv", "decode_attention"),
 )
 _AT_ONCE = 1 << 27  # weights of a dequantised matrix that exist at once
 
@@ -277,6 +283,12 @@ class TritonBackend(Backend):
         return attention.decode_attention(q, kv, plan, scale, window, self.tiles)
 
     # ---- whole steps
+
+    def decode_layers(self, network: Network) -> DecodeLayers | None:
+        distrusted = {*_OF_LAYERS} & self.demoted.keys()
+        if not self.gluon or distrusted or body.why_not(network) is not None:
+            return None
+        return body.Body(self, network, FEW)
 
     def choose_rows(
         self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None

@@ -134,7 +134,7 @@ def in_rows(w: Packed, most: int) -> list[Packed]:
     for first in range(0, w.out_features, most):
         here = slice(first, min(first + most, w.out_features))
         data = {
-            name: value[here] if isinstance(value, torch.Tensor) and name != "perm" else value
+            name: value[here] if isinstance(value, torch.Tensor) and name not in ("perm", "place") else value
             for name, value in w.data.items()
         }
         bias = None if w.bias is None else w.bias[here]
