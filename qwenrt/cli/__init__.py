@@ -19,6 +19,7 @@ from qwenrt.cli import (
     evaluation,
     finetuning,
     listing,
+    merging,
     pull,
     quantizing,
     removal,
@@ -46,6 +47,7 @@ COMMANDS = (
     estimate,
     evaluation,
     finetuning,
+    merging,
     quantizing,
 )
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
