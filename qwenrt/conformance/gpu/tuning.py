@@ -103,7 +103,7 @@ def clock_of(backend: Backend) -> DeviceClock:
 
 def keep(
     backend: Any,
-    shapes: Sequence[Shape],
+    shapes: Iterable[Shape],
     clock: Clock,
     directory: Path,
     out: Path | None,
@@ -118,7 +118,7 @@ def keep(
     path = out or tables.path_in(directory, device, triton)
     if out is None and path.is_file():
         try:
-            table = table.beside(tables.read(path), shapes)
+            table = table.beside(tables.read(path), [choice.shape for choice in result.choices])
         except BackendError as error:
             logger.warning("what was there is replaced: %s", error)
     tables.write(path, table)
