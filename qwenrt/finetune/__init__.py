@@ -17,12 +17,14 @@ from qwenrt.config import ModelConfig, read_model_config
 from qwenrt.config.layers import num_parameters
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.files import is_there
-from qwenrt.finetune.building import Base, build
+from qwenrt.finetune.building import Base, build, build_adapter
 from qwenrt.finetune.checkpoint import dtype_of, make_it_chat, write_checkpoint
 from qwenrt.finetune.data import Corpus, Counts
-from qwenrt.finetune.settings import TrainingSettings, number_between, whole_number
+from qwenrt.finetune.lora import SEED_PRESET, SEED_TARGETS, LoraSettings, TrainedAdapter, num_trained
+from qwenrt.finetune.settings import TrainingSettings, chosen, number_between, whole_number
 from qwenrt.finetune.state import BEST_FILE, OUR_FILES, STATE_FILE
 from qwenrt.finetune.trainer import Trainer
+from qwenrt.loader.adapters import BaseWeights, write_adapter
 from qwenrt.loader.checkpoint.writing import check_room, claim_directory
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.training_form import FormSettings
@@ -72,6 +74,8 @@ def finetune(
     output_dir: str | Path,
     *,
     eval_data: Data | float | None = None,
+    preset: str | None = None,
+    base_name: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     progress: bool | None = None,
@@ -81,7 +85,13 @@ def finetune(
     overwrite: bool = False,
     **settings: Any,
 ) -> FinetuneReport:
-    """Train the checkpoint in ``model_dir`` and write a new one to ``output_dir``.
+    """Train the checkpoint in ``model_dir`` and write a new one, or an adapter for it, to ``output_dir``.
+
+    ``method``: "full" trains all parameters; "lora" an adapter, which is written as peft writes it and may be served
+    beside the model or merged into it, and whose settings are those of LoraSettings (``rank``, ``alpha``, ``targets``,
+    ``train_tokens``, ...); "auto": an adapter where such settings are given, or the model's weights are codes.
+    ``preset`` "seed": the settings of the first Qwen's own scripts for adapters. ``base_name``: what the adapter calls
+    its base, a hub's name or a directory of which the last word is kept (None: ``model_dir``).
 
     ``data``: a JSON file (a list) or JSON-lines file of entries, several, a directory of them, or the entries
     themselves: conversations in the shapes of OpenAI, ShareGPT, Alpaca or the first Qwen, or ``{"text": str}``.
@@ -107,33 +117,40 @@ def finetune(
     that holds anything else is refused unless ``overwrite``, and so is the model's own. Raises RequestError for
     settings, data and ``output_dir``, CheckpointError and ConfigError for the model's files.
     """
-    options, form = _options(settings)
     source, target = Path(model_dir), Path(output_dir)
     save_every = None if save_every is None else whole_number("save_every", save_every, 1)
     threads = None if threads is None else whole_number("threads", threads, 1)
     config = read_model_config(source)
+    options, form, lora = chosen_settings(settings, config, preset)
     tokenizer = _tokenizer(source, config)
     corpus, held_out, talks = _corpora(tokenizer, data, eval_data, options, form)
     if say is not None:
         shown = corpus.shown(tokenizer)
         say(f"{corpus.counts.format()}\nthe first sample, what is learned between ⟦ and ⟧:\n{shown}")
     _claim(target, source, overwrite)
-    check_room(target, _room(config, bool(save_every)))
+    check_room(target, _room(config, options, lora, bool(save_every)))
     with _threads(threads):
         base = Base.open(source, config, options)
-        identity = {**vars(form), "threads": threads}
-        trainer = build(base, corpus, options, create(device).device, identity=identity, held_out=held_out)
-        if (short := trainer.too_short_to_learn()) is not None:
-            logger.warning("%s", short)
-        state = target / STATE_FILE
-        if resume and is_there(state, CheckpointError):
-            trainer.load_state(state)
-        trainer.run(target, save_every, progress)
-    notes = _write(trainer, base, target, tokenizer, talks)
-    trainer.save_curve(target)
-    for file in (STATE_FILE, BEST_FILE):
-        (target / file).unlink(missing_ok=True)
-    return _report(trainer, target, notes)
+        about: dict[str, Any] = {"identity": {**vars(form), "threads": threads}, "held_out": held_out}
+        on, adapter = create(device).device, None
+        if options.method == "lora":
+            trainer, adapter = build_adapter(base, corpus, options, lora, tokenizer, on, talks=talks, **about)
+        else:
+            trainer = build(base, corpus, options, on, **about)
+        _run(trainer, target, resume, save_every, progress)
+    if adapter is None:
+        notes = _write(trainer, base, target, tokenizer, talks)
+    else:
+        notes = _write_adapter(adapter, base, target, base_name or str(source.resolve()))
+    return _finished(trainer, target, notes)
+
+
+def _run(trainer: Trainer, target: Path, resume: bool, save_every: int | None, progress: bool | None) -> None:
+    if (short := trainer.too_short_to_learn()) is not None:
+        logger.warning("%s", short)
+    if resume and is_there(target / STATE_FILE, CheckpointError):
+        trainer.load_state(target / STATE_FILE)
+    trainer.run(target, save_every, progress)
 
 
 def _write(trainer: Trainer, base: Base, target: Path, tokenizer: ChatTokenizer, talks: bool) -> list[str]:
@@ -144,7 +161,30 @@ def _write(trainer: Trainer, base: Base, target: Path, tokenizer: ChatTokenizer,
     return [] if note is None else [note]
 
 
-def _report(trainer: Trainer, target: Path, notes: list[str]) -> FinetuneReport:
+def _write_adapter(adapter: TrainedAdapter, base: Base, target: Path, name: str) -> list[str]:
+    assert base.checkpoint is not None
+    lora = adapter.settings
+    with torch.no_grad():
+        weights = adapter.weights()
+    write_adapter(
+        target,
+        base.config,
+        weights,
+        base=BaseWeights(base.checkpoint, base.config),
+        base_name=name,
+        rslora=lora.rslora,
+        dropout=lora.dropout,
+        moe_layout=lora.moe_layout,
+    )
+    return [
+        f"an adapter of {adapter.num_parameters} numbers; qwenrt chat MODEL --adapter NAME={target} talks with it"
+    ]
+
+
+def _finished(trainer: Trainer, target: Path, notes: list[str]) -> FinetuneReport:
+    trainer.save_curve(target)
+    for file in (STATE_FILE, BEST_FILE):
+        (target / file).unlink(missing_ok=True)
     now, counts = trainer.progress, trainer.corpus.counts
     final = now.losses[-1][1] if now.losses else math.nan
     best = now.best if trainer.settings.keep == "best" else now.held_out[-1] if now.held_out else None
@@ -163,11 +203,24 @@ def _report(trainer: Trainer, target: Path, notes: list[str]) -> FinetuneReport:
     )
 
 
-def _options(given: dict[str, Any]) -> tuple[TrainingSettings, FormSettings]:
+def chosen_settings(
+    given: dict[str, Any], config: ModelConfig, preset: str | None = None
+) -> tuple[TrainingSettings, FormSettings, LoraSettings]:
     """Settings by the classes that they belong to. TypeError for a name that none has."""
+    if preset is not None:
+        chosen("preset", preset, ("seed",))
+        targets = {"targets": SEED_TARGETS} if config.model_type == "qwen" else {}
+        given = {**SEED_PRESET, **targets, **given}
     form = {field.name: given.pop(field.name) for field in fields(FormSettings) if field.name in given}
-    options = TrainingSettings(**given)
-    return (replace(options, method="full") if options.method == "auto" else options), FormSettings(**form)
+    of_lora = {field.name: given.pop(field.name) for field in fields(LoraSettings) if field.name in given}
+    options, lora = TrainingSettings(**given), LoraSettings(**of_lora)
+    if options.method == "auto":
+        method = "lora" if of_lora or config.quant is not None else "full"
+        options = replace(options, method=method)  # type: ignore[arg-type]
+    if options.method == "full" and of_lora:
+        found = f"{', '.join(sorted(of_lora))} {'are' if len(of_lora) > 1 else 'is'} of adapters"
+        raise RequestError('method="full"', found, 'Leave it out, or use method="lora".')
+    return options, FormSettings(**form), lora
 
 
 def _tokenizer(source: Path, config: ModelConfig) -> ChatTokenizer:
@@ -218,11 +271,13 @@ def _claim(target: Path, source: Path, overwrite: bool) -> None:
     claim_directory(target, overwrite, lambda names: STATE_FILE in names or OUR_FILES.issuperset(names))
 
 
-def _room(config: ModelConfig, keeps_state: bool) -> int:
+def _room(config: ModelConfig, options: TrainingSettings, lora: LoraSettings, keeps_state: bool) -> int:
     """Bytes that training writes."""
-    weights = num_parameters(config) * dtype_of(config).itemsize
-    state = num_parameters(config) * 3 * 4 if keeps_state else 0  # weights and two moments in float32
-    return weights + state
+    if options.method == "lora":
+        numbers, weights = num_trained(config, lora), num_trained(config, lora) * 4
+    else:
+        numbers, weights = num_parameters(config), num_parameters(config) * dtype_of(config).itemsize
+    return weights + (numbers * 3 * 4 if keeps_state else 0)  # what is trained and two moments in float32
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -135,14 +136,15 @@ class Trainer:
         learned = sum(map(corpus.learned, samples))
         tokens = sum(map(corpus.length, samples))
         total = torch.zeros((), dtype=torch.float64)
-        for micro in corpus.split(sorted(samples, key=corpus.length), self._micro_tokens):
-            summed, balance = network.loss(*corpus.take(micro))
-            objective = summed / learned
-            if network.balance:
-                share = sum(map(corpus.length, micro)) / tokens
-                objective = objective + network.balance * balance * share
-            (objective * self.optimizer.scale).backward()  # type: ignore[no-untyped-call]
-            total += summed.detach().double().cpu()
+        with _seeded(network.backend.device, self.settings.seed * 2**31 + self.progress.step):
+            for micro in corpus.split(sorted(samples, key=corpus.length), self._micro_tokens):
+                summed, balance = network.loss(*corpus.take(micro))
+                objective = summed / learned
+                if network.balance:
+                    share = sum(map(corpus.length, micro)) / tokens
+                    objective = objective + network.balance * balance * share
+                (objective * self.optimizer.scale).backward()  # type: ignore[no-untyped-call]
+                total += summed.detach().double().cpu()
         return float(total / learned)
 
     def train_step(self, samples: list[int]) -> float:
@@ -306,3 +308,12 @@ class Trainer:
         best = self.progress.best
         if best and self.settings.keep == "best" and best[0] < self.progress.step:
             is_there(path.with_name(BEST_FILE), CheckpointError)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Within the block chance, as what is dropped out, is that of a seed; outside it goes on as before."""
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -15,7 +15,7 @@ from qwenrt.backends.graphs import Graphs
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import CanonicalWeight, Experts, Packed
+from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
 from qwenrt.ops.weights import dequantize, with_codes
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -124,6 +124,10 @@ class A2Backend(AscendBackend):
         default_factory=dict, init=False, repr=False
     )
     code_bits: ClassVar[dict[int, int]] = {4: 4, 8: 8}
+    stackable: ClassVar[tuple[str, ...]] = (
+        *PLAIN,
+        packing.KINDS[4],
+    )  # int8: grouped for one scale an output alone
 
     def __post_init__(self) -> None:
         self.block_size, self._mask = fused.PAGE, fused.causal_mask(self.device)
@@ -189,15 +193,28 @@ class A2Backend(AscendBackend):
             return reference.decode_attention(q, kv, plan, scale, window)
         return fused.decode_attention(q, kv, plan, scale, self._mask, self._lengths)
 
-    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    def why_not(self, op: str, spec: OpSpec) -> str | None:
+        why = super().why_not(op, spec)
+        if why is None and op in ("norm_moe_add", "norm_moe_add_each") and spec.kind == packing.KINDS[4]:
+            return self.provides(calls.INT4_EXPERTS)
+        return why
+
+    @native(dtypes=_HALF, kinds=("dense", packing.KINDS[4]), needs=("npu_grouped_matmul",))
     def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
-        if w.stacked is None or w.stacked[0].bias is not None or not x.numel() or x.requires_grad:
+        if not fused.takes_grouped(w) or not x.numel() or x.requires_grad:
             return super().norm_moe_add(x, norm, eps, w)
         return self._grouped_experts(x, norm, eps, w)
 
-    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    @native(dtypes=_HALF, kinds=("dense", packing.KINDS[4]), needs=("npu_grouped_matmul",))
     def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        if not fused.takes_grouped(w) or not x.numel():
+            return super().norm_moe_add_each(x, norm, eps, w)
         return self._grouped_experts(x, norm, eps, w)
+
+    def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+        if w.kind == packing.KINDS[4]:
+            return packing.linear_of_each(x, w, which)
+        return super().linear_of_each(x, w, which)
 
     def _grouped_experts(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
         normed = self.rms_norm(x, norm, eps)

@@ -104,7 +104,8 @@ class _Writer:
 
     def _parts(self, param: str, pair: LoraPair) -> Iterator[tuple[str, LoraPair]]:
         """(module, its pair) for a pair of a linear: one, or one for each part that it spans."""
-        if self._table.parts(param) == [""]:
+        parts = self._table.parts(param)
+        if parts == [""] or len(parts) != len(self._linears[param].parts):  # the file has it in one piece
             yield self._table.source(param).removesuffix(".weight"), pair
             return
         first = 0
