@@ -26,6 +26,7 @@ from qwenrt.cli import (
     run,
     selftest,
     serve,
+    tuning,
 )
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
@@ -49,6 +50,7 @@ COMMANDS = (
     finetuning,
     merging,
     quantizing,
+    tuning,
 )
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 

@@ -13,14 +13,14 @@ from qwenrt.errors import RequestError
 
 EXAMPLES = """examples:
   qwenrt merge Qwen3-4B ./my-adapter -o ./my-model
-  qwenrt merge Qwen3-4B ./law:0.7 ./style:0.3 -o ./both    weights of what each changes
-  qwenrt merge Qwen-7B-Chat-Int4 ./my-adapter -o ./my-model --base Qwen-7B-Chat
+  qwenrt merge Qwen3-4B ./law:0.7 ./style:0.3 -o ./both
+  qwenrt merge Qwen-7B-Chat-Int4 ./my-adapter -o ./out --base Qwen-7B-Chat
   qwenrt merge Qwen3-4B ./my-adapter -o ./int4 --requantize gptq
   qwenrt chat ./my-model
 
-An adapter is a directory with adapter_config.json and adapter_model.safetensors, as
-qwenrt finetune and peft write them. A quantised model becomes a dense one, unless
---requantize is given.
+An adapter is a directory with adapter_config.json and adapter_model.safetensors,
+as qwenrt finetune and peft write them. A weight is a factor of what it changes.
+A quantised model becomes a dense one, unless --requantize is given.
 """
 
 
