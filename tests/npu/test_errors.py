@@ -11,7 +11,11 @@ from qwenrt.errors import BackendError, CapacityError
 @pytest.mark.parametrize(
     ("said", "kind", "what"),
     [
-        ("rtStreamSynchronize failed, error code is 507014 aicore timeout", BackendError, "QWENRT_KERNELS=off"),
+        (
+            "rtStreamSynchronize failed, error code is 507014 aicore timeout",
+            BackendError,
+            "QWENRT_KERNELS=off",
+        ),
         ("error code is 507056, link error", BackendError, "reset it"),
         ("EL0004: Failed to allocate memory", CapacityError, "npu-smi info"),
         ("NPU out of memory. Tried to allocate 2.00 GiB", CapacityError, 'kv_cache_dtype="int8"'),
