@@ -33,6 +33,7 @@ from qwenrt.engine.engine import Engine
 from qwenrt.engine.options import EngineOptions
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.load_options import LoadOptions
+from qwenrt.loader.adapters import BaseWeights
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.checkpoint.inventory import check_size
@@ -75,6 +76,9 @@ class Assembled:
     load_s: float
     summary: str
     options: LoadOptions
+    base: (
+        BaseWeights | None
+    )  # the checkpoint, for adapters that depend on its weights; None where they are random
 
 
 def assemble(
@@ -116,7 +120,8 @@ def assemble(
             packed_cache=_packed_cache(options, environment),
         )
 
-    return _build(prompter, embedder, backend, options, fill, _stored_dtype(checkpoint), started)
+    base = BaseWeights(checkpoint, config)
+    return _build(prompter, embedder, backend, options, fill, _stored_dtype(checkpoint), started, base)
 
 
 def assemble_random(shape: str | ModelConfig, options: LoadOptions, environment: Environment) -> Assembled:
@@ -163,6 +168,7 @@ def _build(
     fill: Callable[[Qwen, torch.dtype], None],
     stored: str | None,
     started: float,
+    base: BaseWeights | None = None,
 ) -> Assembled:
     """``fill``: gives the parameters their values; ``stored``: the dtype of the file's dense weights."""
     config, tokenizer = prompter.config, prompter.tokenizer
@@ -200,6 +206,7 @@ def _build(
         prefix_store_bytes=options.prefix_store_bytes,
         num_snapshots=_num_snapshots(config, backend, dtype, options),
         draft_tokens=options.draft_tokens if options.draft == "mtp" else 0,
+        max_adapters=options.max_adapters,
     )
     engine = Engine(
         model,
@@ -229,6 +236,7 @@ def _build(
         load_s,
         line,
         options,
+        base,
     )
 
 
