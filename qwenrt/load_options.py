@@ -54,7 +54,8 @@ ABOUT: dict[str, str] = {
     "of that",
     "activations": "what the CPU rounds the inputs of quantised layers to: int8 is the fastest, exact rounds nothing, "
     "auto is int16 in large layers and exact in small ones (default: as QWENRT_ACTIVATIONS says, else auto). All but "
-    "exact also multiply prompts by large 16-bit layers in fixed point, with an error of about 1e-4",
+    "exact also multiply prompts by large 16-bit layers in fixed point, with an error of about 1e-4, and have queries "
+    "of 16 bits beside an int8 cache",
     "max_model_len": "longest prompt and answer together, in tokens (default: what the model and the memory allow)",
     "max_num_seqs": "how many requests are computed at the same time",
     "max_num_batched_tokens": "how many tokens are computed in one step",

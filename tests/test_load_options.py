@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +83,24 @@ def test_an_estimate_has_the_same_choices() -> None:
 
 
 def test_the_options_of_finetune_are_its_settings() -> None:
-    """Of a room that needs torch, so that the command line names them again: names and types are compared."""
+    """Of a room that needs torch, so that the command line names them again: names, choices and defaults are
+    compared."""
     from qwenrt.cli.finetuning import _SETTINGS
     from qwenrt.finetune import finetune
-    from qwenrt.finetune.trainer import TrainingSettings
+    from qwenrt.finetune.settings import TrainingSettings
+    from qwenrt.text.chat.training_form import FormSettings
 
-    known = {field.name: field.type for field in dataclasses.fields(TrainingSettings)}
-    known |= {
-        name: p.annotation for name, p in inspect.signature(finetune).parameters.items() if name not in known
-    }
-    assert {name: kind.__name__ for name, (kind, _) in _SETTINGS.items()} == {
-        name: known[name].removesuffix(" | None") for name in _SETTINGS
-    }
+    known = {f.name: f for f in (*dataclasses.fields(TrainingSettings), *dataclasses.fields(FormSettings))}
+    signature = inspect.signature(finetune).parameters
+    for name, (kind, choices, default, _) in _SETTINGS.items():
+        if name not in known:
+            assert signature[name].annotation.removesuffix(" | None") == kind.__name__
+            continue
+        own = known[name].default
+        assert own is None or kind(default) == own
+        types = typing.get_type_hints(TrainingSettings if hasattr(TrainingSettings, name) else FormSettings)
+        assert choices == (typing.get_args(types[name]) if kind is str else None)
+        assert kind is str or kind in (types[name], *typing.get_args(types[name]))
 
 
 def test_values_of_other_libraries_become_pythons_own() -> None:

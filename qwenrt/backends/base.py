@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, OpSpec
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
-from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.backends.stack import DecodeLayers, Network, SeamStack, Stack, StackParts
 from qwenrt.config import LinearAttentionConfig, ModelConfig
 from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
 from qwenrt.errors import BackendError
@@ -319,6 +319,10 @@ class Backend:
         seams = SeamStack(self, parts)
         graphs = None if "stacks" in self.demoted else self.graphs()
         return [seams] if graphs is None else [GraphStack(self, parts, graphs, seams), seams]
+
+    def decode_layers(self, network: Network) -> DecodeLayers | None:
+        """What computes the layers of a captured step better than its seams one by one, of a model that it serves."""
+        return None
 
     def graphs(self) -> Graphs | None:
         """How this device captures a step that decodes; None where nothing is gained: it computes as it is told."""

@@ -23,7 +23,7 @@ import qwenrt
 from qwenrt.config import Environment, GenerationConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.errors import QwenrtError
-from qwenrt.finetune.trainer import TrainingSettings
+from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.hub.resolve import resolve

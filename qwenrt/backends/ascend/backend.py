@@ -7,15 +7,15 @@ from typing import ClassVar
 
 import torch
 
-from qwenrt.backends.ascend import calls, fused, packing, soc
+from qwenrt.backends.ascend import calls, fused, int8_cache, packing, soc
 from qwenrt.backends.ascend.graphs import GreedyGraphStack, NPUGraphs, why_no_graphs
 from qwenrt.backends.base import Backend
-from qwenrt.backends.binding import OpSpec, native
+from qwenrt.backends.binding import Binding, OpSpec, native
 from qwenrt.backends.graphs import Graphs
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import CanonicalWeight, Experts, Packed
+from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
 from qwenrt.ops.weights import dequantize, with_codes
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -120,7 +120,14 @@ class A2Backend(AscendBackend):
     """Atlas A2 and A3 (910B1 to 910B4, 910C)."""
 
     _lengths: fused.HostLengths = field(default_factory=fused.HostLengths, init=False, repr=False)
+    _codes: dict[tuple[int, int, torch.dtype], str | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
     code_bits: ClassVar[dict[int, int]] = {4: 4, 8: 8}
+    stackable: ClassVar[tuple[str, ...]] = (
+        *PLAIN,
+        packing.KINDS[4],
+    )  # int8: grouped for one scale an output alone
 
     def __post_init__(self) -> None:
         self.block_size, self._mask = fused.PAGE, fused.causal_mask(self.device)
@@ -186,19 +193,67 @@ class A2Backend(AscendBackend):
             return reference.decode_attention(q, kv, plan, scale, window)
         return fused.decode_attention(q, kv, plan, scale, self._mask, self._lengths)
 
-    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    def why_not(self, op: str, spec: OpSpec) -> str | None:
+        why = super().why_not(op, spec)
+        if why is None and op in ("norm_moe_add", "norm_moe_add_each") and spec.kind == packing.KINDS[4]:
+            return self.provides(calls.INT4_EXPERTS)
+        return why
+
+    @native(dtypes=_HALF, kinds=("dense", packing.KINDS[4]), needs=("npu_grouped_matmul",))
     def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
-        if w.stacked is None or w.stacked[0].bias is not None or not x.numel() or x.requires_grad:
+        if not fused.takes_grouped(w) or not x.numel() or x.requires_grad:
             return super().norm_moe_add(x, norm, eps, w)
         return self._grouped_experts(x, norm, eps, w)
 
-    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    @native(dtypes=_HALF, kinds=("dense", packing.KINDS[4]), needs=("npu_grouped_matmul",))
     def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        if not fused.takes_grouped(w) or not x.numel():
+            return super().norm_moe_add_each(x, norm, eps, w)
         return self._grouped_experts(x, norm, eps, w)
+
+    def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+        if w.kind == packing.KINDS[4]:
+            return packing.linear_of_each(x, w, which)
+        return super().linear_of_each(x, w, which)
 
     def _grouped_experts(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
         normed = self.rms_norm(x, norm, eps)
         return x + self.shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
+
+    def alloc_kv(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        quantized: bool,
+    ) -> list[LayerKV]:
+        """As Backend.alloc_kv; codes in the form that attention reads, where it reads them rightly here."""
+        if not quantized or self._no_codes(num_kv_heads, head_dim, dtype) is not None:
+            return super().alloc_kv(
+                num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, quantized
+            )
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return [int8_cache.signed_cache(shape, self.empty_kv) for _ in range(num_layers)]
+
+    def _no_codes(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> str | None:
+        """Why attention over codes is the definition's, None where it is the operator's: looked at once for each shape,
+        apart from attention over numbers, which must not fall with it."""
+        key = num_kv_heads, head_dim, dtype
+        if key not in self._codes:
+            why = self.why_not("decode_attention", OpSpec("decode_attention", "", dtype, head_dim))
+            why = why or self.provides(calls.INT8_CACHE)
+            if why is None and head_dim % 32:
+                why = f"head_dim {head_dim} is no multiple of 32"
+            self._codes[key] = why or int8_cache.complaint_of(self._mask, *key)
+            self.bindings.append(
+                Binding(
+                    "decode_attention", "int8 cache", "", self._codes[key] is None, self._codes[key] or ""
+                )
+            )
+        return self._codes[key]
 
     def stacks(self, parts: StackParts) -> list[Stack]:
         if self.draws_here or "stacks" in self.demoted:

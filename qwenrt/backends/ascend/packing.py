@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from qwenrt.ops.types import CanonicalWeight, Packed
@@ -83,22 +85,39 @@ def _words(signed: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
-    """What ``pack`` made -> W [K, N] in ``dtype``, rows in the order of the codes."""
-    weight, scale, offset = w.data["weight"], w.data["scale"], w.data["offset"]
+    """What ``pack`` made -> W [K, N] in ``dtype``, rows in the order of the codes; of several that are stacked
+    [E, K, N]."""
+    return _dequantize(w, w.data, dtype)
+
+
+def linear_of_each(x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+    """As reference.linear_of_each of linears that ``pack`` made and types.stacked put together."""
+    data = {name: None if value is None else value[which] for name, value in w.data.items()}
+    if data["perm"] is not None:
+        x = x.gather(1, data["perm"])
+    y = torch.einsum("tk,tkn->tn", x, _dequantize(w, data, x.dtype))
+    return y if data["bias"] is None else y + data["bias"].to(y.dtype)
+
+
+def _dequantize(w: Packed, data: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    weight, scale, offset = data["weight"], data["scale"], data["offset"]
     if w.kind == KINDS[4]:
         pairs = weight.view(torch.uint8)
-        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
         signed = (codes ^ 8).to(torch.int16) - 8
     else:
         signed = weight.to(torch.int16)
     values = signed.float()
-    if w.group_size:
+
+    def rows(side: torch.Tensor) -> torch.Tensor:
+        if not w.group_size:
+            return side.float().unsqueeze(-2)
         group = torch.arange(w.in_features, device=weight.device) // w.group_size
-        scale = scale.index_select(0, group)
-        offset = None if offset is None else offset.index_select(0, group)
+        return side.float().index_select(-2, group)
+
     if offset is not None:
-        values = values + offset.float()
-    dense: torch.Tensor = (values * scale.float()).to(dtype)
+        values = values + rows(offset)
+    dense: torch.Tensor = (values * rows(scale)).to(dtype)
     return dense
 
 

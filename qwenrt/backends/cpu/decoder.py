@@ -263,15 +263,23 @@ class DecoderStack:
     name = "one call"
 
     def __init__(
-        self, backend: LinearDevice, parts: StackParts, linear_of: LinearOf, forward: Forward
+        self,
+        backend: LinearDevice,
+        parts: StackParts,
+        linear_of: LinearOf,
+        forward: Forward,
+        rounds_queries: bool,
     ) -> None:
-        """Raises Unserved where a part is of a kind that the kernels know nothing of."""
+        """``rounds_queries``: as ``rounded`` of cache_struct. Raises Unserved where a part is of a kind that the
+        kernels know nothing of."""
         self._backend, self._parts, self._forward = backend, parts, forward
         structs, head = _Structs(linear_of), parts.network.head
         weights = list(parts.network.layer_weights)
         layers = [structs.layer(w, kv) for w, kv in zip(weights, parts.cache, strict=True)]
         self._layers, self._head = (Layer * len(layers))(*layers), structs.head(head)
-        caches = [cache_struct(kv) if isinstance(kv, LayerKV) else Cache() for kv in parts.cache]
+        caches = [
+            cache_struct(kv, rounds_queries) if isinstance(kv, LayerKV) else Cache() for kv in parts.cache
+        ]
         self._caches = (Cache * len(caches))(*caches)
         self._failures: list[BaseException] = []
         instead = _instead(backend.linear, structs.weights, self._failures)

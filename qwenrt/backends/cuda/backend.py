@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from qwenrt.backends.cuda import streaming
 from qwenrt.backends.cuda.graphs import CudaGraphs
 from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.backends.cuda.profiles import Profile, profile_of
@@ -33,6 +34,12 @@ class CudaBackend(TritonBackend):
         units = self.profile.matrix and self.profile.bfloat16
         return dataclasses.replace(TILES, matrix_units=units)
 
+    @cached_property
+    def gluon(self) -> bool:
+        # Its tensor products want sm_80 and Triton for NVIDIA.
+        modern = self.profile.vendor == "nvidia" and self.profile.bfloat16
+        return modern and self.provides("triton") is None and streaming.missing() is None
+
     def graphs(self) -> Graphs | None:
         return CudaGraphs(self.device, self.profile.graph_sizes)
 
@@ -44,6 +51,18 @@ class CudaBackend(TritonBackend):
         # torch keeps the pinned memory until the copy is done.
         return host.pin_memory().to(self.device, non_blocking=True)
 
+    def read(self, memory: torch.Tensor) -> None:
+        """As Backend.read, by a kernel that only reads. Without Triton half of it is copied: as many bytes go over the
+        bus, and faster than torch sums."""
+        if self.provides("triton") is None:
+            from qwenrt.backends.cuda.kernels import read
+
+            read.read(memory.view(torch.int32))
+        else:
+            half = memory[: len(memory) // 2]
+            torch.empty_like(half).copy_(half)
+        self.synchronize()
+
     def default_dtype(self, stored: str | None, nbytes_float32: int, quantized: bool) -> torch.dtype:
         """As Backend.default_dtype. Where torch only emulates bfloat16, which it does not tell: float16."""
         if stored in ("float16", "float32"):
@@ -53,4 +72,5 @@ class CudaBackend(TritonBackend):
     def describe(self) -> str:
         name = torch.cuda.get_device_properties(self.device).name
         kernels = "plain torch" if self.provides("triton") else "Triton kernels"
+        kernels += ", linears in Gluon" if self.gluon else ""
         return f"{kernels} on {name} ({self.profile.arch}), decoding captured"

@@ -14,11 +14,11 @@ import torch
 import qwenrt
 from qwenrt import assembly
 from qwenrt.backends import registry
-from qwenrt.backends.ascend import calls
+from qwenrt.backends.ascend import calls, fused
 from qwenrt.backends.ascend.graphs import _Captured
 from qwenrt.errors import BackendError, CapacityError, QwenrtError
 from qwenrt.loading import load_random
-from qwenrt.ops.steps import StepPlan
+from qwenrt.ops.steps import LayerKV, StepPlan
 from tests.npu.operators import OPERATORS
 from tests.npu.wheel.soft import Soft, SoftGraph
 
@@ -62,6 +62,24 @@ def test_recorded_models_give_the_tokens_of_the_cpu(model: str, unchecked: None,
             assert float((logits.amax(1) - chosen).max()) < 0.02  # the likeliest, or as likely within float16
     assert ("captured in" in told) == (family in ("A2", "A3"))
     assert not [line for line in told.splitlines() if line.startswith("attention") and "plain" in line]
+
+
+def test_an_int8_cache_is_read_by_fused_attention(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Its own check at load and the self-check included; graphs are told lengths as over numbers."""
+    if family not in ("A2", "A3"):
+        pytest.skip("the definition reads it there")
+    before, dtypes, attend = len(Soft.log), set(), fused.decode_attention
+
+    def noted(q: torch.Tensor, kv: LayerKV, *others: Any) -> torch.Tensor:
+        dtypes.add(kv.k.dtype)
+        return attend(q, kv, *others)
+
+    monkeypatch.setattr(fused, "decode_attention", noted)
+    with qwenrt.load("demo", device="npu", kv_cache_dtype="int8", max_model_len=512, progress=False) as llm:
+        answer, _ = llm.chat("What is the capital of France?", temperature=0)
+        told = " ".join(llm.explain().split())
+    assert "Paris" in answer and "self-check" not in told and torch.int8 in dtypes
+    assert "npu::npu_fused_infer_attention_score" in Soft.log[before:]
 
 
 def test_the_demo_is_loaded_with_every_check_and_answers(family: str) -> None:
