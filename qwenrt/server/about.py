@@ -68,7 +68,7 @@ class _Routes:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> ASGIApp:
-        return Json(document())
+        return Json(document(self._service.settings.adapter_directory is not None))
 
 
 def _page(request: Request) -> ASGIApp:

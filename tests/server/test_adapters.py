@@ -128,6 +128,8 @@ def test_only_keys_that_say_so_administer(llm: qwenrt.LLM, directory: Path, tmp_
             assert ask(served, LOAD, {"lora_path": "tone"}, **bearer)[0] == status
             assert ask(served, UNLOAD, {"lora_name": "tone"}, **bearer)[0] == status
         assert ask(served, LOAD, {"lora_path": "tone"})[0] == 401
+        described = ask(served, "/openapi.json", authorization="Bearer boss")[2]["paths"]
+        assert {LOAD, UNLOAD} <= described.keys()
     assert Key.of("k", admin=True).admin and not Key.of("k").admin
 
 
