@@ -194,24 +194,10 @@ def _build(
         fill(model, dtype)
     backend.empty_cache()  # of what loading needed besides
     model.bind()
-    engine_options = EngineOptions(
-        max_model_len=longest,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        block_size=backend.block_size,
-        kv_cache_dtype=options.kv_cache_dtype,
-        num_blocks=_num_blocks(config, backend, dtype, options, longest),
-        step_target_ms=options.step_target_ms,
-        prefix_store=None if options.prefix_store is None else Path(options.prefix_store),
-        prefix_store_bytes=options.prefix_store_bytes,
-        num_snapshots=_num_snapshots(config, backend, dtype, options),
-        draft_tokens=options.draft_tokens if options.draft == "mtp" else 0,
-        max_adapters=options.max_adapters,
-    )
     engine = Engine(
         model,
         tokenizer,
-        engine_options,
+        _engine_options(config, backend, dtype, options, longest),
         eos_token_ids=prompter.end_token_ids,
         vocab_limit=None if tokenizer is None else tokenizer.vocab_size,
     )
@@ -237,6 +223,26 @@ def _build(
         line,
         options,
         base,
+    )
+
+
+def _engine_options(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions, longest: int
+) -> EngineOptions:
+    """How large the engine is, by what was asked for and by the memory that the weights left."""
+    return EngineOptions(
+        max_model_len=longest,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=backend.block_size,
+        kv_cache_dtype=options.kv_cache_dtype,
+        num_blocks=_num_blocks(config, backend, dtype, options, longest),
+        step_target_ms=options.step_target_ms,
+        prefix_store=None if options.prefix_store is None else Path(options.prefix_store),
+        prefix_store_bytes=options.prefix_store_bytes,
+        num_snapshots=_num_snapshots(config, backend, dtype, options),
+        draft_tokens=options.draft_tokens if options.draft == "mtp" else 0,
+        max_adapters=options.max_adapters,
     )
 
 

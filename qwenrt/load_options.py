@@ -150,7 +150,9 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
 def _adapters(value: object) -> dict[str, str | PathLike[str]]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ConfigError(
-            f"adapters={shown(value)}", f"a {type(value).__name__}", "It must be {name: directory of the adapter}."
+            f"adapters={shown(value)}",
+            f"a {type(value).__name__}",
+            "It must be {name: directory of the adapter}.",
         )
     return dict(value)
 
