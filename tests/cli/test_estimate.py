@@ -20,7 +20,6 @@ from qwenrt.loader.memory.footprint import GIB, Storage, memory_need, weight_byt
 from tests.conftest import write_tiny_checkpoint
 
 Qwenrt = Callable[..., Any]
-GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
