@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from qwenrt.config import ModelConfig
+from qwenrt.config import GenerationConfig, ModelConfig
 from qwenrt.config.layers import is_wide
-from qwenrt.errors import ConfigError, RequestError
+from qwenrt.errors import ConfigError, RequestError, shown
 from qwenrt.finetune.data import Corpus
+from qwenrt.finetune.lora import LoraSettings, TrainedAdapter, never_learned
 from qwenrt.finetune.network import (
     Network,
     TrainingBackend,
@@ -23,13 +25,19 @@ from qwenrt.finetune.network import (
     replace_tensors,
 )
 from qwenrt.finetune.optimizer import Optimizer
+from qwenrt.finetune.processes import Group
 from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.finetune.state import fingerprint
 from qwenrt.finetune.trainer import Trainer
+from qwenrt.loader.adapters import BaseWeights
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+from qwenrt.text.chat.training_form import IGNORE
+
+logger = logging.getLogger("qwenrt")
 
 COMPUTES = {
     "float32": torch.float32,
@@ -37,7 +45,6 @@ COMPUTES = {
     "bfloat16-pure": torch.bfloat16,
     "float16": torch.float16,
 }
-_LOW_PRECISION = ("bfloat16", "float16", "bfloat16-pure")
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ def build(
     settings: TrainingSettings,
     device: torch.device | None = None,
     *,
+    recompute: bool | None = None,
+    group: Group | None = None,
     identity: Mapping[str, object] | None = None,
     held_out: Corpus | None = None,
 ) -> Trainer:
@@ -116,12 +125,107 @@ def build(
     network = Network(
         model,
         backend,
-        recompute=settings.recompute == "all",
+        recompute=settings.recompute == "all" if recompute is None else recompute,
         balance=weight / max(1, config.num_moe_layers),
         rebinds=config.linear_attention is not None,
     )
     about = {"model": origin, "computed_in": precision, **(identity or {})}
-    return Trainer(network, optimizer, corpus, settings, about, held_out)
+    return Trainer(network, optimizer, corpus, settings, about, held_out, group)
+
+
+def build_adapter(
+    base: Base,
+    corpus: Corpus,
+    settings: TrainingSettings,
+    lora: LoraSettings,
+    tokenizer: ChatTokenizer,
+    device: torch.device | None = None,
+    *,
+    talks: bool = True,
+    recompute: bool | None = None,
+    group: Group | None = None,
+    identity: Mapping[str, object] | None = None,
+    held_out: Corpus | None = None,
+) -> tuple[Trainer, TrainedAdapter]:
+    """A run that trains an adapter; the base stays as it is, in 16 bits or in codes. ``talks``: whether conversations
+    are in the data."""
+    device = device or torch.device("cpu")
+    config, precision = base.config, resolved_precision(settings, device)
+    check_length(config, max(map(corpus.length, range(len(corpus)))))
+    if precision == "bfloat16-pure" or settings.router == "trained" or base.checkpoint is None:
+        asked = (
+            "from_scratch" if base.checkpoint is None else f"precision={precision}, router={settings.router}"
+        )
+        raise RequestError(
+            f"training an adapter with {asked}", "adapters have no use for it", "Leave it out."
+        )
+    if lora.dora and lora.quantize:
+        found = "DoRA's magnitudes are those of the weights in the file"
+        raise RequestError(f"dora with quantize={lora.quantize}", found, "Leave one of the two out.")
+    compute = COMPUTES[precision]
+    backend = TrainingBackend(device)
+    model = read_weights(base, backend, compute, compute, settings, lora.quantize, own=False)
+    model.bind()
+    tokens, whole = rows_to_train(base, model, corpus, lora, tokenizer, talks)
+    weights = BaseWeights(base.checkpoint, config)
+
+    def norms(param: str) -> torch.Tensor:
+        found: torch.Tensor = torch.linalg.vector_norm(weights.weight(param), dim=1)
+        return found
+
+    adapter = TrainedAdapter(model, lora, settings.seed, tokens, whole, norms)
+    optimizer = Optimizer(adapter.parameters, settings, scaled=compute == torch.float16, rates=adapter.rates)
+    recompute = settings.recompute == "all" if recompute is None else recompute
+    network = Network(model, backend, recompute=recompute, balance=0.0, rebinds=False)
+    network.adapter = adapter.weights
+    about = {**asdict(lora), "model": fingerprint(model), "computed_in": precision, **(identity or {})}
+    return Trainer(network, optimizer, corpus, settings, about, held_out, group), adapter
+
+
+def rows_to_train(
+    base: Base, model: Qwen, corpus: Corpus, lora: LoraSettings, tokenizer: ChatTokenizer, talks: bool
+) -> tuple[list[int], tuple[str, ...]]:
+    """(tokens of which the rows of embedding and head are trained, which of the two is trained whole). Warns of learned
+    tokens that the base never had to say and that are not among them."""
+    head = model.lm_head.data.get("weight")
+    learned = set(corpus.labels[corpus.labels != IGNORE].tolist())
+    new = (
+        never_learned(head, learned)
+        if isinstance(head, torch.Tensor) and model.lm_head.kind == "dense"
+        else []
+    )
+    if lora.keep_modules == "all" or (
+        lora.keep_modules == "auto"
+        and lora.train_tokens is None
+        and talks
+        and not knows_turns(base, tokenizer)
+    ):
+        return [], ("embed_tokens", "lm_head")
+    if lora.train_tokens == "auto":
+        return new, ()
+    tokens = []
+    for token in lora.train_tokens or ():
+        number = tokenizer.token_id(token) if isinstance(token, str) else token
+        if number is None or not 0 <= number < model.vocab_size:
+            remedy = 'Give tokens as the tokenizer has them, or "auto".'
+            raise RequestError(f"train_tokens={shown(token)}", "no such token", remedy)
+        tokens.append(number)
+    if left := [token for token in new if token not in tokens]:
+        logger.warning(
+            "%d of the tokens to be learned were never said by the base, and no adapter of the layers can teach them: "
+            '%s. Train their rows as well: train_tokens="auto" (--train-tokens auto).',
+            len(left),
+            ", ".join(repr(tokenizer.decode([token])) for token in left[:12]),
+        )
+    return tokens, ()
+
+
+def knows_turns(base: Base, tokenizer: ChatTokenizer) -> bool:
+    """Whether the base was trained on conversations: a Qwen-1 says so; a later one ends texts where turns end."""
+    generation = GenerationConfig.from_dir(base.source)
+    if base.config.model_type == "qwen":
+        return generation.chat_format == "chatml"
+    return tokenizer.im_end_id in (*generation.eos_token_ids, *base.config.eos_token_ids)
 
 
 def read_weights(
@@ -131,9 +235,10 @@ def read_weights(
     kept: torch.dtype,
     settings: TrainingSettings,
     quantize: str | None = None,
+    own: bool = True,
 ) -> Qwen:
-    """The network that computes in ``compute``, its weights in ``kept`` and the run's own: loaded ones may be views of
-    the file, which training must not write to."""
+    """The network that computes in ``compute``, its weights in ``kept`` and the run's ``own``: loaded ones may be views
+    of the file, which training must not write to."""
     model = Qwen(base.config, backend, compute)
     if base.checkpoint is None:
         initialise(model, settings.seed, initializer_range(base.source))
@@ -141,6 +246,6 @@ def read_weights(
             replace_tensors(model, lambda name, tensor: tensor.to(kept))
         return model
     load_weights(model, base.checkpoint, base.config, backend, kept, quantize=quantize, progress=False)
-    if backend.device.type == "cpu":
+    if own and backend.device.type == "cpu":
         replace_tensors(model, lambda name, tensor: tensor.clone())
     return model

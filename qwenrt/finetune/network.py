@@ -14,14 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig, read_json
 from qwenrt.errors import RequestError
+from qwenrt.loader.memory.training import LOGIT_BYTES
 from qwenrt.model.layers import DecoderLayer
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops import reference
 from qwenrt.ops.steps import LayerKV, RotaryRows, StepPlan
-from qwenrt.ops.types import Experts, Packed
+from qwenrt.ops.types import AdapterSpan, AdapterWeights, Experts, Packed, StepAdapters
 from qwenrt.text.chat.training_form import IGNORE
-
-LOGIT_BYTES = 256 * 2**20  # of logits and their gradients that are alive at once
 
 
 class TrainingBackend(Backend):
@@ -78,37 +77,39 @@ def _runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
 class Network:
     """A model and the loss of a step of samples. ``recompute``: each layer's activations are computed again for its
     gradients, so that one layer's are kept at a time. ``rebinds``: a gated delta net's weights include a copy of a
-    parameter, which is made anew in each step where that is trained. ``prepare``: what a step's plan is given besides,
-    as its adapters."""
+    parameter, which is made anew in each step where that is trained. ``adapter``: makes the adapter that all tokens of
+    a pass have; None: they have none."""
 
     def __init__(
         self, model: Qwen, backend: TrainingBackend, *, recompute: bool, balance: float, rebinds: bool
     ) -> None:
         self.model, self.backend, self.recompute, self.balance = model, backend, recompute, balance
         self._rebinds = rebinds
-        self.prepare: Callable[[StepPlan], None] = lambda plan: None
+        self.adapter: Callable[[], AdapterWeights] | None = None
 
     def loss(
         self, ids: torch.Tensor, targets: torch.Tensor, lengths: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, targets int64 [T] of samples of ``lengths``, on the host -> the sum of the cross-entropies of all tokens
         with a target, and the routers' balance, summed over layers (0 without)."""
-        plan = StepPlan(lengths, lengths)
-        self.prepare(plan)
+        plan = self._plan(lengths)
         x, balance = self._hidden(ids.to(self.backend.device), plan)
         chosen = (targets != IGNORE).nonzero().squeeze(1)
         picked, wanted = chosen.to(x.device), targets.index_select(0, chosen).to(x.device)
         return self._head_loss(x.index_select(0, picked), wanted, plan), balance
 
+    def _plan(self, lengths: list[int]) -> StepPlan:
+        plan = StepPlan(lengths, lengths)
+        if self.adapter is not None:
+            plan.adapters = StepAdapters((AdapterSpan(self.adapter(), 0, sum(lengths)),))
+        return plan
+
     @torch.no_grad()
     def first_not_finite(self, ids: torch.Tensor, lengths: list[int]) -> str | None:
         """The first part of the network after which a number is not finite."""
-        plan = StepPlan(lengths, lengths)
-        self.prepare(plan)
-        x, rotary = (
-            self._embed(ids.to(self.backend.device), plan),
-            self.model.rotary(plan, [1] * len(lengths)),
-        )
+        plan = self._plan(lengths)
+        x = self.model.embed(ids.to(self.backend.device), plan.adapters)
+        rotary = self.model.rotary(plan, [1] * len(lengths))
         if not x.isfinite().all():
             return "embed_tokens"
         for layer in self.model.layers:
@@ -119,7 +120,7 @@ class Network:
 
     def _hidden(self, ids: torch.Tensor, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         model = self.model
-        x, rotary = self._embed(ids, plan), model.rotary(plan, [1] * len(plan.q_lens))  # without NTK
+        x, rotary = model.embed(ids, plan.adapters), model.rotary(plan, [1] * len(plan.q_lens))  # without NTK
         balance = torch.zeros((), device=x.device)
         for layer in model.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -129,11 +130,11 @@ class Network:
             balance = balance + share
         return model.final_norm(x), balance
 
-    def _embed(self, ids: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        return self.model.embed(ids)
-
     def _logits(self, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        return self.model.logits(hidden)
+        adapters = plan.adapters
+        if adapters is not None:
+            adapters = StepAdapters((AdapterSpan(adapters.spans[0].adapter, 0, len(hidden)),))
+        return self.model.logits(hidden, adapters)
 
     def _layer(
         self, layer: DecoderLayer, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan

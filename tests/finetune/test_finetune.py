@@ -497,7 +497,7 @@ def test_quantised_weights_are_refused(base, tmp_path):
     quantised = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     (base / "config.json").write_text(json.dumps(quantised))
     with pytest.raises(ConfigError, match=r"quantised \(gptq int4\)"):
-        finetune(base, ENTRIES, tmp_path / "out", **QUICK)
+        finetune(base, ENTRIES, tmp_path / "out", method="full", **QUICK)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(base, tmp_path):

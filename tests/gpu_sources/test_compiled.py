@@ -13,6 +13,7 @@ import torch
 from qwenrt.backends.cuda import packing
 from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.backends.cuda.tables import TILES
+from qwenrt.conformance.gpu import compiling
 from qwenrt.ops.steps import DecodePlan, LayerKV
 from qwenrt.ops.types import Packed
 
@@ -171,3 +172,18 @@ def test_a_kernel_compiles_and_spills_nothing(
     if found[0].name == "codes_matrix":  # 16 codes are all that a thread has
         wide = min(wide, first.loads[64])
     assert first.loads[128] + first.loads[64] // 2 >= wide, f"{found[0].name}: {first}"
+
+
+@pytest.mark.parametrize("gluon", [False, True])
+def test_what_a_borrowed_gpu_compiles_first_is_launched(
+    gluon: bool, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of `make gpu-check`'s phase; linears of few tokens are in Gluon where there is one."""
+    backend = TritonBackend(META)
+    backend.gluon, backend.dtype = gluon, BF16
+    for name, call in compiling.calls(backend).items():
+        found = compiled.launches(call, monkeypatch)
+        dense = "16 bits, 8 rows" in name or "8 rows: head" in name
+        assert found or (dense and not gluon), name
+        if gluon and "cache" not in name and "choice" not in name:
+            assert found[-1].name == "stream", name

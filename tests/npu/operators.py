@@ -113,6 +113,8 @@ def grouped_matmul(
     x: list[torch.Tensor],
     weight: list[torch.Tensor],
     *,
+    antiquant_scale: list[torch.Tensor] | None = None,
+    antiquant_offset: list[torch.Tensor] | None = None,
     group_list: torch.Tensor | None = None,
     split_item: int = 0,
     group_type: int = -1,
@@ -123,8 +125,31 @@ def grouped_matmul(
     require((split_item, group_type, group_list_type) == (2, 0, 1), "modes")
     require(group_list is not None and group_list.dtype == torch.int64, "counts int64")
     counts = group_list.tolist()
+    require(1 < len(counts) <= 1024, f"{len(counts)} groups")
     require(sum(counts) == len(x[0]) and len(counts) == len(weight[0]), "counts are not of all rows")
-    parts = [part.float() @ w.float() for part, w in zip(x[0].split(counts), weight[0], strict=True)]
+    matrices = weight[0]
+    if matrices.dtype == torch.int32:
+        words = matrices.long()
+        nibbles = torch.stack([words >> 4 * i & 15 for i in range(8)], -1).flatten(2)
+        codes = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
+        experts, inputs, outputs = codes.shape
+        require(antiquant_scale is not None and antiquant_offset is not None, "scales and offsets of codes")
+        (scale,), (offset,) = antiquant_scale, antiquant_offset
+        require(scale.dtype == offset.dtype == x[0].dtype and scale.shape == offset.shape, "scales")
+        groups = scale.shape[1] if scale.dim() == 3 else 1
+        require(
+            scale.shape in ((experts, outputs), (experts, groups, outputs)), f"scales {list(scale.shape)}"
+        )
+        require(inputs % groups == 0, f"{groups} groups of {inputs} inputs")
+        scale, offset = (
+            side.float().view(experts, groups, outputs).repeat_interleave(inputs // groups, 1)
+            for side in (scale, offset)
+        )
+        matrices = ((codes + offset) * scale).to(x[0].dtype)
+    else:
+        require(matrices.dtype == x[0].dtype and antiquant_scale is antiquant_offset is None, "dtypes")
+    require(x[0].is_contiguous(), "x is not contiguous")
+    parts = [part.float() @ w.float() for part, w in zip(x[0].split(counts), matrices, strict=True)]
     return [torch.cat(parts).to(x[0].dtype)]
 
 
@@ -229,6 +254,13 @@ def _codes(
     return made
 
 
+def format_cast(x: torch.Tensor, acl_format: int) -> torch.Tensor:
+    """To NZ (29), in whole tiles, or back to ND (2). What lies where is the device's affair."""
+    require(acl_format in (2, 29) and x.dim() == 2 and x.dtype in HALF, f"format {acl_format}")
+    require(acl_format == 2 or all(size % 16 == 0 for size in x.shape), "tiles that are not whole")
+    return x.clone()
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": rms_norm,
     "npu_rotary_mul": rotary_mul,
@@ -236,5 +268,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_scatter_nd_update_": scatter_nd_update_,
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
     "npu_grouped_matmul": grouped_matmul,
+    "npu_format_cast": format_cast,
     "npu_fused_infer_attention_score": fused_infer_attention_score,
 }

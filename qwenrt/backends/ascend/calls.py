@@ -48,9 +48,10 @@ _CODES = {
     for side in ("key", "value")
     for part in ("scale", "offset", "mode")
 }
-INT8_CACHE = (
-    "npu_fused_infer_attention_score of int8 keys"  # the operator, and after a space what it is called for
-)
+_GROUPED = {"group_list": "Tensor", "split_item": "int", "group_type": "int", "group_list_type": "int"}
+# The operator, and after a space what it is called for.
+INT8_CACHE = "npu_fused_infer_attention_score of int8 keys"
+INT4_EXPERTS = "npu_grouped_matmul of int4 weights"
 CALLS = {
     "npu_rms_norm": Call(("Tensor", "Tensor"), {"epsilon": "float"}, 2),
     "npu_rotary_mul": Call(("Tensor",) * 3, {"rotary_mode": "str"}, 1),
@@ -66,9 +67,11 @@ CALLS = {
         },
         1,
     ),
-    "npu_grouped_matmul": Call(
+    "npu_format_cast": Call(("Tensor", "int"), {}, 1),
+    "npu_grouped_matmul": Call(("List[Tensor]",) * 2, _GROUPED, 1),
+    INT4_EXPERTS: Call(
         ("List[Tensor]",) * 2,
-        {"group_list": "Tensor", "split_item": "int", "group_type": "int", "group_list_type": "int"},
+        _GROUPED | {"antiquant_scale": "List[Tensor]", "antiquant_offset": "List[Tensor]"},
         1,
     ),
     "npu_fused_infer_attention_score": Call(("Tensor",) * 3, _ATTENTION, 2),

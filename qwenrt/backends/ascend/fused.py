@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from qwenrt.backends.ascend.packing import dequantize
+from qwenrt.backends.ascend.packing import KINDS, as_nd, dequantize
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, LayerKV, StepPlan
 from qwenrt.ops.types import Experts, Packed
@@ -77,21 +78,39 @@ def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
     return out
 
 
+def nz_linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """As reference.linear of a weight in NZ, which torch_npu's own product reads."""
+    weight = w.data["weight"]
+    return F.linear(x, as_nd(weight) if x.requires_grad else weight, w.bias)
+
+
+def takes_grouped(w: Experts) -> bool:
+    """Whether ``experts`` computes them: stacked, dense or in int4 whose groups are whole, without biases."""
+    return w.stacked is not None and all(
+        side.bias is None
+        and side.data.get("bias") is None
+        and side.kind in ("dense", KINDS[4])
+        and not (side.group_size and side.in_features % side.group_size)
+        for side in w.stacked
+    )
+
+
 def experts(
     normed: torch.Tensor, w: Experts, dtype: torch.dtype, silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Of tokens normed [T, D] the weighted sum of their experts in ``dtype`` [T, D], experts in the order of their
-    numbers. ``w.stacked`` are dense. Nothing waits for the device, so it can be captured."""
+    numbers (`takes_grouped`). Nothing waits for the device, so it can be captured."""
     assert w.stacked is not None
-    gate_up, down = (side.data["weight"].transpose(1, 2) for side in w.stacked)
+    gate_up, down = w.stacked
     weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
     ranks = chosen.float().argsort(dim=-1)  # integers are sorted by the host's processor there
     chosen, weights = chosen.gather(1, ranks), weights.gather(1, ranks)
     order = chosen.flatten().float().argsort(stable=True)  # (token, rank) by expert
-    counts = (chosen.flatten()[:, None] == torch.arange(len(gate_up), device=chosen.device)).sum(0)
-    inner = silu_and_mul(_grouped(normed.index_select(0, order // w.top_k), gate_up, counts))
+    which = chosen.flatten().index_select(0, order)
+    counts = (which[:, None] == torch.arange(len(w.gate_up), device=chosen.device)).sum(0)
+    inner = silu_and_mul(_grouped(normed.index_select(0, order // w.top_k), gate_up, which, counts))
     wide = dtype != normed.dtype
-    y = _grouped(inner * 2.0**-_HEADROOM_BITS if wide else inner, down, counts).to(dtype)
+    y = _grouped(inner * 2.0**-_HEADROOM_BITS if wide else inner, down, which, counts).to(dtype)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     y = y.index_select(0, back).view(*chosen.shape, -1)
     if wide:
@@ -99,10 +118,26 @@ def experts(
     return (y * weights.unsqueeze(-1)).sum(1)
 
 
-def _grouped(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """x [M, K], whose first counts[0] rows are multiplied by weight[0] [K, N], the next by weight[1], ... -> [M, N]."""
+def _grouped(x: torch.Tensor, w: Packed, which: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """x [M, K], row i multiplied by the expert which[i], int64 [M], of those stacked in ``w`` -> [M, N]. Rows are in
+    the order of experts, of whom each has counts[e] of them."""
+    weight, codes = w.data["weight"], {}
+    if w.kind == "dense":
+        weight = weight.transpose(1, 2)
+    else:
+        if w.data["perm"] is not None:
+            x = x.gather(1, w.data["perm"].index_select(0, which))
+        if w.data["offset"] is None:  # which the operator wants beside scales
+            w.data["offset"] = torch.zeros_like(w.data["scale"])
+        codes = {"antiquant_scale": [w.data["scale"]], "antiquant_offset": [w.data["offset"]]}
     y: torch.Tensor = torch.ops.npu.npu_grouped_matmul(
-        [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=1
+        [x.contiguous()],
+        [weight],
+        group_list=counts,
+        split_item=2,
+        group_type=0,
+        group_list_type=1,
+        **codes,
     )[0]
     return y
 

@@ -9,12 +9,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from qwenrt.backends.cuda import streaming
+from qwenrt.backends.cuda import streaming, tuned
 from qwenrt.backends.cuda.graphs import CudaGraphs
 from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.backends.cuda.profiles import Profile, profile_of
 from qwenrt.backends.cuda.tables import TILES, Tiles
 from qwenrt.backends.graphs import Graphs
+from qwenrt.config import Environment
 
 
 class CudaBackend(TritonBackend):
@@ -32,7 +33,15 @@ class CudaBackend(TritonBackend):
     def tiles(self) -> Tiles:
         # Triton compiles products for sm_80 and later; on sm_75 they spill as they do where there are no units.
         units = self.profile.matrix and self.profile.bfloat16
-        return dataclasses.replace(TILES, matrix_units=units)
+        usual = dataclasses.replace(TILES, matrix_units=units)
+        if not self.gluon:
+            return usual
+        kept = Environment.read().cache_dir
+        return tuned.tiles(usual, kept, self.device_name(), tuned.version_of_triton())
+
+    def device_name(self) -> str:
+        """As torch says it: "NVIDIA H200"."""
+        return str(torch.cuda.get_device_properties(self.device).name)
 
     @cached_property
     def gluon(self) -> bool:
@@ -70,7 +79,7 @@ class CudaBackend(TritonBackend):
         return torch.bfloat16 if self.profile.bfloat16 else torch.float16
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_properties(self.device).name
+        name = self.device_name()
         kernels = "plain torch" if self.provides("triton") else "Triton kernels"
         kernels += ", linears in Gluon" if self.gluon else ""
         return f"{kernels} on {name} ({self.profile.arch}), decoding captured"

@@ -104,7 +104,8 @@ class _Writer:
 
     def _parts(self, param: str, pair: LoraPair) -> Iterator[tuple[str, LoraPair]]:
         """(module, its pair) for a pair of a linear: one, or one for each part that it spans."""
-        if self._table.parts(param) == [""]:
+        parts = self._table.parts(param)
+        if parts == [""] or len(parts) != len(self._linears[param].parts):  # the file has it in one piece
             yield self._table.source(param).removesuffix(".weight"), pair
             return
         first = 0
@@ -176,7 +177,9 @@ class _Writer:
     def _vocabulary(self) -> None:
         adapter, tied = self._adapter, self._model.tie_word_embeddings
         names = {"embed_tokens": adapter.embed, "lm_head": adapter.head}
-        same = adapter.embed is not None and adapter.head is not None and _same(adapter.embed, adapter.head)
+        same = (
+            adapter.embed is not None and adapter.head is not None and same_rows(adapter.embed, adapter.head)
+        )
         some = [param for param, rows in names.items() if rows is not None and rows.ids is not None]
         if tied and some and not same:
             found = f"head and embedding are one, and new rows of {', '.join(some)} are not for both"
@@ -291,7 +294,8 @@ def _own_half(pair: LoraPair, first: int) -> slice:
     return slice(ranks) if first == 0 else slice(ranks, None)
 
 
-def _same(one: TokenRows, other: TokenRows) -> bool:
+def same_rows(one: TokenRows, other: TokenRows) -> bool:
+    """Whether two are new rows of the same tokens, and equal."""
     if (one.ids is None) != (other.ids is None) or one.rows.shape != other.rows.shape:
         return False
     ids = one.ids is None or other.ids is None or torch.equal(one.ids, other.ids)
