@@ -18,7 +18,7 @@ from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
 from qwenrt.backends.stack import DecodeLayers, Network, SeamStack, Stack, StackParts
 from qwenrt.config import LinearAttentionConfig, ModelConfig
 from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
-from qwenrt.errors import BackendError
+from qwenrt.errors import BackendError, QwenrtError
 from qwenrt.ops import delta, quantization, reference
 from qwenrt.ops.steps import (
     DecodePlan,
@@ -529,6 +529,11 @@ class Backend:
         """Gives memory that is no longer used back to the system."""
         if self.device.type != "cpu":
             torch.get_device_module(self.device).empty_cache()
+
+    def meaning(self, said: str) -> tuple[type[QwenrtError], str] | None:
+        """(the kind of error, what to do) of what an exception of this device's software says; None where nothing is
+        known of it."""
+        return None
 
     def describe(self) -> str:
         """One phrase for the line that is printed at load: which kernels serve here."""

@@ -19,6 +19,7 @@ from qwenrt.cli import (
     evaluation,
     finetuning,
     listing,
+    merging,
     pull,
     quantizing,
     removal,
@@ -47,6 +48,7 @@ COMMANDS = (
     estimate,
     evaluation,
     finetuning,
+    merging,
     quantizing,
     tuning,
 )

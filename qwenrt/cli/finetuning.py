@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 from qwenrt.cli.options import MODEL_HELP, add_source_options, example
@@ -65,6 +66,7 @@ _SETTINGS: dict[str, tuple[type, tuple[str, ...] | None, str, str]] = {
     "seed": (int, None, "0", "the same seed and threads give the same weights"),
     "device": (str, None, "auto", "cpu, cuda, npu, ..."),
     "threads": (int, None, "", "of torch, on the CPU"),
+    "processes": (int, None, "1", "so many share each step"),
     "save_every": (int, None, "", "keep the state every N steps, to go on after a cut"),
 }
 
@@ -123,6 +125,11 @@ def add_parser(subparsers: Any) -> None:
         "--eval", metavar="FILE", help="conversations to measure on, or a share of the data, as 0.05"
     )
     group.add_argument("--allow-special", action="store_true", help="read control tokens in contents as such")
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="say what memory and time it takes, and stop; 1 where it does not fit",
+    )
     group.add_argument("--from-scratch", action="store_true", help="begin with random weights")
     group.add_argument(
         "--no-resume", action="store_true", help="begin anew even if OUT holds a cut run's state"
@@ -144,6 +151,8 @@ def finetune(args: argparse.Namespace) -> int:
     if args.eval is not None:
         settings["eval_data"] = _share(args.eval)
     directory = resolve(args.model, source=args.source, revision=args.revision, offline=args.offline)
+    if args.plan:
+        return _plan(args, directory, settings)
     report = train(
         directory,
         args.data,
@@ -162,6 +171,18 @@ def finetune(args: argparse.Namespace) -> int:
     else:
         terminal.say(report.format())
     return 0
+
+
+def _plan(args: argparse.Namespace, directory: Path, settings: dict[str, Any]) -> int:
+    from qwenrt.finetune.job import prepare
+
+    for name in ("threads", "save_every", "processes"):
+        settings.pop(name, None)
+    eval_data, preset = settings.pop("eval_data", None), settings.pop("preset", None)
+    settings |= {"from_scratch": args.from_scratch, "allow_special": args.allow_special}
+    job = prepare(directory, args.data, eval_data, preset, settings.pop("device", "auto"), settings)
+    Terminal().say(job.plan())
+    return 0 if job.need(job.recompute).total <= job.memory[0] else 1
 
 
 def _share(text: str) -> str | float:

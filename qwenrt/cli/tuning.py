@@ -18,7 +18,8 @@ EXAMPLES = """examples:
 
 Times launches over random weights of the model's shapes; no weight is loaded.
 What is better than the table that comes with qwenrt is kept in QWENRT_HOME and
-used by every later load on such a device with the same Triton.
+used by every later load on such a device with the same Triton; what is there of
+other models stays.
 """
 
 

@@ -376,7 +376,9 @@ class Engine:
 
     def _fail(self, batch: list[tuple[Sequence, int]], error: Exception) -> None:
         count = sum(n for _, n in batch)
-        failure = typed(error, f"computing {count} tokens of {len(batch)} sequences")
+        failure = typed(
+            error, f"computing {count} tokens of {len(batch)} sequences", self.runner.model.backend
+        )
         failure.__cause__ = error
         traceback.clear_frames(error.__traceback__)  # whoever keeps the error does not keep its tensors
         for request_id in dict.fromkeys(

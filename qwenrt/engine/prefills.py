@@ -26,7 +26,8 @@ class Prefills:
         try:
             return self._runner.logits(ids, adapter)
         except Exception as error:
-            raise typed(error, f"computing the logits of {len(ids)} tokens") from error
+            asked = f"computing the logits of {len(ids)} tokens"
+            raise typed(error, asked, self._runner.model.backend) from error
 
     def pooled(
         self, prompts: Sequence[Sequence[int]], pool: Callable[[torch.Tensor], torch.Tensor]
@@ -54,7 +55,8 @@ class Prefills:
             return read(self._runner.hidden(checked))
         except Exception as error:
             longest = max(map(len, checked))
-            raise typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
+            asked = f"reading {len(checked)} texts of up to {longest} tokens"
+            raise typed(error, asked, self._runner.model.backend) from error
 
     def _checked(self, token_ids: Sequence[int], asked: str) -> list[int]:
         """A text that the context holds. Raises RequestError, which tells what was ``asked`` of how many tokens."""

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwenrt.backends.registry import create
-from qwenrt.config import ModelConfig, read_model_config
+from qwenrt.config import ModelConfig
 from qwenrt.config.layers import num_parameters
-from qwenrt.errors import CheckpointError, ConfigError, RequestError
+from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.files import is_there
 from qwenrt.finetune.building import Base, build, build_adapter
 from qwenrt.finetune.checkpoint import dtype_of, make_it_chat, write_checkpoint
-from qwenrt.finetune.data import Corpus, Counts
-from qwenrt.finetune.lora import SEED_PRESET, SEED_TARGETS, LoraSettings, TrainedAdapter, num_trained
-from qwenrt.finetune.settings import TrainingSettings, chosen, number_between, whole_number
+from qwenrt.finetune.data import Counts
+from qwenrt.finetune.job import Data, Job, prepare
+from qwenrt.finetune.lora import LoraSettings, TrainedAdapter, num_trained
+from qwenrt.finetune.processes import device_of, group_of, in_processes
+from qwenrt.finetune.settings import TrainingSettings, whole_number
 from qwenrt.finetune.state import BEST_FILE, OUR_FILES, STATE_FILE
 from qwenrt.finetune.trainer import Trainer
 from qwenrt.loader.adapters import BaseWeights, write_adapter
 from qwenrt.loader.checkpoint.writing import check_room, claim_directory
-from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
-from qwenrt.text.chat.training_form import FormSettings
-from qwenrt.text.entries import read_all_entries, unknown_keys
 
 logger = logging.getLogger("qwenrt")
-Data = str | Path | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,7 @@ def finetune(
     base_name: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    processes: int = 1,
     progress: bool | None = None,
     say: Callable[[str], None] | None = None,
     save_every: int | None = None,
@@ -88,76 +86,111 @@ def finetune(
     """Train the checkpoint in ``model_dir`` and write a new one, or an adapter for it, to ``output_dir``.
 
     ``method``: "full" trains all parameters; "lora" an adapter, which is written as peft writes it and may be served
-    beside the model or merged into it, and whose settings are those of LoraSettings (``rank``, ``alpha``, ``targets``,
-    ``train_tokens``, ...); "auto": an adapter where such settings are given, or the model's weights are codes.
-    ``preset`` "seed": the settings of the first Qwen's own scripts for adapters. ``base_name``: what the adapter calls
-    its base, a hub's name or a directory of which the last word is kept (None: ``model_dir``).
+    beside the model or merged into it; "auto": an adapter where settings of one are given, or the model's weights are
+    codes. ``preset`` "seed": the settings of the first Qwen's own scripts for adapters. ``base_name``: what the adapter
+    calls its base, a hub's name or a directory of which the last word is kept (None: ``model_dir``).
 
     ``data``: a JSON file (a list) or JSON-lines file of entries, several, a directory of them, or the entries
     themselves: conversations in the shapes of OpenAI, ShareGPT, Alpaca or the first Qwen, or ``{"text": str}``.
     Conversations become tokens by the checkpoint's own chat template, as a server would make them; learned is what the
-    assistant says. ``train_on``, ``thinking``, ``allow_special``: see FormSettings. ``eval_data``: the same, or a share
-    of ``data``, on which the loss is measured every ``eval_every`` steps (None: ten times); the ``keep`` "best" step is
-    what is written, or the "last".
+    assistant says. ``eval_data``: the same, or a share of ``data``, on which the loss is measured on the way.
 
-    Keyword settings (see TrainingSettings): ``epochs``, ``max_steps`` (ends earlier), ``learning_rate`` with
-    cosine decay over ``decay_steps`` (None: all) after ``warmup_ratio`` of them, ``batch_tokens`` per step, of which
-    ``micro_tokens`` are computed at a time (None: all), ``max_length`` (longer samples are cut on the right; where more
-    than ``max_dropped`` of the entries then have nothing to learn, they are refused), ``weight_decay``,
-    ``adam_beta2``, ``max_grad_norm``, ``seed``; ``from_scratch`` begins with random weights of the shape in
-    config.json. ``precision``: "float32"; "bfloat16" or "float16", in which the network computes while updates are
-    made in float32; "bfloat16-pure", which keeps nothing in float32 and is less exact; "auto". ``recompute``: "all"
-    keeps one layer's activations at a time, "none" all. ``router`` "frozen" leaves what chooses experts as it is.
-
-    ``say`` is told what became of the data, with a sample of it, before training begins.
+    Other keywords: the fields of TrainingSettings, FormSettings (``train_on``, ``thinking``, ``allow_special``) and
+    LoraSettings (``rank``, ``alpha``, ``targets``, ``train_tokens``, ...). ``say`` is told what became of the data,
+    with a sample of it, before training begins. ``processes``: so many share each step (torchrun starts them as well).
 
     Every ``save_every`` steps, and at Ctrl-C or SIGTERM (which raise KeyboardInterrupt after the step), the state is
     kept in ``output_dir``, and the same call goes on from there (``resume``); one with another model, data or setting
-    is refused. The same seed and number of ``threads`` (of torch, on the CPU) give the same weights. An ``output_dir``
-    that holds anything else is refused unless ``overwrite``, and so is the model's own. Raises RequestError for
-    settings, data and ``output_dir``, CheckpointError and ConfigError for the model's files.
+    is refused. The same seed and number of ``threads`` (of torch, on the CPU) and processes give the same weights. An
+    ``output_dir`` that holds anything else is refused unless ``overwrite``, and so is the model's own. Raises
+    RequestError for settings, data and ``output_dir``, CheckpointError and ConfigError for the model's files,
+    CapacityError where memory is too small.
     """
-    source, target = Path(model_dir), Path(output_dir)
-    save_every = None if save_every is None else whole_number("save_every", save_every, 1)
-    threads = None if threads is None else whole_number("threads", threads, 1)
-    config = read_model_config(source)
-    options, form, lora = chosen_settings(settings, config, preset)
-    tokenizer = _tokenizer(source, config)
-    corpus, held_out, talks = _corpora(tokenizer, data, eval_data, options, form)
+    how = Where(
+        Path(output_dir),
+        base_name,
+        None if threads is None else whole_number("threads", threads, 1),
+        None if save_every is None else whole_number("save_every", save_every, 1),
+        resume,
+        overwrite,
+        progress,
+        say,
+    )
+    asked = (model_dir, data, eval_data, preset, device, settings)
+    if whole_number("processes", processes, 1) == 1:
+        return _train(how, asked)
+    job = prepare(*asked)  # what is wrong with it is said here, once
     if say is not None:
-        shown = corpus.shown(tokenizer)
-        say(f"{corpus.counts.format()}\nthe first sample, what is learned between ⟦ and ⟧:\n{shown}")
-    _claim(target, source, overwrite)
-    check_room(target, _room(config, options, lora, bool(save_every)))
-    with _threads(threads):
-        base = Base.open(source, config, options)
-        about: dict[str, Any] = {"identity": {**vars(form), "threads": threads}, "held_out": held_out}
-        on, adapter = create(device).device, None
-        if options.method == "lora":
-            trainer, adapter = build_adapter(base, corpus, options, lora, tokenizer, on, talks=talks, **about)
+        say(job.about_data())
+    if how.threads is None and job.device.type == "cpu":
+        how = replace(how, threads=max(1, torch.get_num_threads() // processes))
+    work = {"how": replace(how, say=None), "asked": asked}
+    report: FinetuneReport = in_processes(processes, job.device, _train, work)
+    return report
+
+
+@dataclass(frozen=True)
+class Where:
+    """How a run is done, which does not change what comes of it, but for ``threads``."""
+
+    target: Path
+    base_name: str | None
+    threads: int | None
+    save_every: int | None
+    resume: bool
+    overwrite: bool
+    progress: bool | None
+    say: Callable[[str], None] | None
+
+
+def _train(how: Where, asked: tuple[Any, ...]) -> FinetuneReport:
+    """The run, in this process or its share of it."""
+    job = prepare(*asked)
+    target = how.target
+    with group_of(job.device) as group, _threads(how.threads):
+        first = group.rank == 0
+        if first:
+            if how.say is not None:
+                how.say(job.about_data())
+            _claim(target, job.base.source, how.overwrite)
+            check_room(target, _room(job.base.config, job.options, job.lora, bool(how.save_every)))
+        recompute = job.check_memory()
+        group.wait()
+        about: dict[str, Any] = {"recompute": recompute, "held_out": job.held_out, "group": group}
+        about["identity"] = {**vars(job.form), "threads": how.threads, "processes": group.size}
+        device, adapter = device_of(job.device, group.rank) if group.size > 1 else job.device, None
+        if job.options.method == "lora":
+            trainer, adapter = build_adapter(
+                job.base, job.corpus, job.options, job.lora, job.tokenizer, device, talks=job.talks, **about
+            )
         else:
-            trainer = build(base, corpus, options, on, **about)
-        _run(trainer, target, resume, save_every, progress)
-    if adapter is None:
-        notes = _write(trainer, base, target, tokenizer, talks)
-    else:
-        notes = _write_adapter(adapter, base, target, base_name or str(source.resolve()))
-    return _finished(trainer, target, notes)
+            trainer = build(job.base, job.corpus, job.options, device, **about)
+        _run(trainer, how)
+        notes: list[str] = []
+        if first and adapter is None:
+            notes = _write(trainer, job, target)
+        elif first and adapter is not None:
+            notes = _write_adapter(adapter, job.base, target, how.base_name or str(job.base.source.resolve()))
+        report = _finished(trainer, target, notes)
+        group.wait()
+        return report
 
 
-def _run(trainer: Trainer, target: Path, resume: bool, save_every: int | None, progress: bool | None) -> None:
-    if (short := trainer.too_short_to_learn()) is not None:
+def _run(trainer: Trainer, how: Where) -> None:
+    first, state = trainer.group.rank == 0, how.target / STATE_FILE
+    if first and (short := trainer.too_short_to_learn()) is not None:
         logger.warning("%s", short)
-    if resume and is_there(target / STATE_FILE, CheckpointError):
-        trainer.load_state(target / STATE_FILE)
-    trainer.run(target, save_every, progress)
+    if how.resume and is_there(state, CheckpointError):
+        trainer.load_state(state)
+    trainer.group.wait()
+    trainer.run(how.target, how.save_every, how.progress if first else False)
 
 
-def _write(trainer: Trainer, base: Base, target: Path, tokenizer: ChatTokenizer, talks: bool) -> list[str]:
+def _write(trainer: Trainer, job: Job, target: Path) -> list[str]:
     exact = {name: master.detach() for name, master in trainer.optimizer.masters.items()}
-    write_checkpoint(trainer.network.model, base.source, target, base.checkpoint, exact)
-    end = tokenizer.im_end_id
-    note = make_it_chat(target, base.config.model_type, end) if talks and end is not None else None
+    write_checkpoint(trainer.network.model, job.base.source, target, job.base.checkpoint, exact)
+    end = job.tokenizer.im_end_id
+    note = make_it_chat(target, job.base.config.model_type, end) if job.talks and end is not None else None
     return [] if note is None else [note]
 
 
@@ -182,9 +215,10 @@ def _write_adapter(adapter: TrainedAdapter, base: Base, target: Path, name: str)
 
 
 def _finished(trainer: Trainer, target: Path, notes: list[str]) -> FinetuneReport:
-    trainer.save_curve(target)
-    for file in (STATE_FILE, BEST_FILE):
-        (target / file).unlink(missing_ok=True)
+    if trainer.group.rank == 0:
+        trainer.save_curve(target)
+        for file in (STATE_FILE, BEST_FILE):
+            (target / file).unlink(missing_ok=True)
     now, counts = trainer.progress, trainer.corpus.counts
     final = now.losses[-1][1] if now.losses else math.nan
     best = now.best if trainer.settings.keep == "best" else now.held_out[-1] if now.held_out else None
@@ -201,64 +235,6 @@ def _finished(trainer: Trainer, target: Path, notes: list[str]) -> FinetuneRepor
         counts,
         tuple(notes),
     )
-
-
-def chosen_settings(
-    given: dict[str, Any], config: ModelConfig, preset: str | None = None
-) -> tuple[TrainingSettings, FormSettings, LoraSettings]:
-    """Settings by the classes that they belong to. TypeError for a name that none has."""
-    if preset is not None:
-        chosen("preset", preset, ("seed",))
-        targets = {"targets": SEED_TARGETS} if config.model_type == "qwen" else {}
-        given = {**SEED_PRESET, **targets, **given}
-    form = {field.name: given.pop(field.name) for field in fields(FormSettings) if field.name in given}
-    of_lora = {field.name: given.pop(field.name) for field in fields(LoraSettings) if field.name in given}
-    options, lora = TrainingSettings(**given), LoraSettings(**of_lora)
-    if options.method == "auto":
-        method = "lora" if of_lora or config.quant is not None else "full"
-        options = replace(options, method=method)  # type: ignore[arg-type]
-    if options.method == "full" and of_lora:
-        found = f"{', '.join(sorted(of_lora))} {'are' if len(of_lora) > 1 else 'is'} of adapters"
-        raise RequestError('method="full"', found, 'Leave it out, or use method="lora".')
-    return options, FormSettings(**form), lora
-
-
-def _tokenizer(source: Path, config: ModelConfig) -> ChatTokenizer:
-    tokenizer = ChatTokenizer.from_dir(source)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"fine-tuning {source}",
-            f"the tokenizer has {tokenizer.vocab_size} tokens, config.json vocab_size {config.vocab_size}",
-            "The vocabulary is of another model, or tokens were added to it and the model was not resized.",
-        )
-    return tokenizer
-
-
-def _corpora(
-    tokenizer: ChatTokenizer,
-    data: Data,
-    eval_data: Data | float | None,
-    options: TrainingSettings,
-    form: FormSettings,
-) -> tuple[Corpus, Corpus | None, bool]:
-    """(what is learned, what is held out, whether there are conversations in it)."""
-    entries = read_all_entries(data)
-    if unknown := unknown_keys(entries):
-        logger.warning("keys of entries that mean nothing here: %s", ", ".join(unknown[:10]))
-    corpus = Corpus.encode(tokenizer, entries, options.max_length, form, options.max_dropped)
-    counts = corpus.counts
-    if counts.left_out:
-        found = "have nothing to learn in their first"
-        logger.warning(
-            "%d of %d entries %s %d tokens", counts.left_out, counts.entries, found, options.max_length
-        )
-    talks = any(isinstance(entry, dict) and "text" not in entry for entry in entries)
-    held_out = None
-    if isinstance(eval_data, (int, float)):
-        corpus, held_out = corpus.apart(number_between("eval_data", eval_data, 1e-6, 0.9), options.seed)
-    elif eval_data is not None:
-        held_out = Corpus.encode(tokenizer, read_all_entries(eval_data), options.max_length, form)
-    return corpus, held_out, talks
 
 
 def _claim(target: Path, source: Path, overwrite: bool) -> None:

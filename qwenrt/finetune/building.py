@@ -25,6 +25,7 @@ from qwenrt.finetune.network import (
     replace_tensors,
 )
 from qwenrt.finetune.optimizer import Optimizer
+from qwenrt.finetune.processes import Group
 from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.finetune.state import fingerprint
 from qwenrt.finetune.trainer import Trainer
@@ -92,6 +93,8 @@ def build(
     settings: TrainingSettings,
     device: torch.device | None = None,
     *,
+    recompute: bool | None = None,
+    group: Group | None = None,
     identity: Mapping[str, object] | None = None,
     held_out: Corpus | None = None,
 ) -> Trainer:
@@ -122,12 +125,12 @@ def build(
     network = Network(
         model,
         backend,
-        recompute=settings.recompute == "all",
+        recompute=settings.recompute == "all" if recompute is None else recompute,
         balance=weight / max(1, config.num_moe_layers),
         rebinds=config.linear_attention is not None,
     )
     about = {"model": origin, "computed_in": precision, **(identity or {})}
-    return Trainer(network, optimizer, corpus, settings, about, held_out)
+    return Trainer(network, optimizer, corpus, settings, about, held_out, group)
 
 
 def build_adapter(
@@ -139,6 +142,8 @@ def build_adapter(
     device: torch.device | None = None,
     *,
     talks: bool = True,
+    recompute: bool | None = None,
+    group: Group | None = None,
     identity: Mapping[str, object] | None = None,
     held_out: Corpus | None = None,
 ) -> tuple[Trainer, TrainedAdapter]:
@@ -170,10 +175,11 @@ def build_adapter(
 
     adapter = TrainedAdapter(model, lora, settings.seed, tokens, whole, norms)
     optimizer = Optimizer(adapter.parameters, settings, scaled=compute == torch.float16, rates=adapter.rates)
-    network = Network(model, backend, recompute=settings.recompute == "all", balance=0.0, rebinds=False)
+    recompute = settings.recompute == "all" if recompute is None else recompute
+    network = Network(model, backend, recompute=recompute, balance=0.0, rebinds=False)
     network.adapter = adapter.weights
     about = {**asdict(lora), "model": fingerprint(model), "computed_in": precision, **(identity or {})}
-    return Trainer(network, optimizer, corpus, settings, about, held_out), adapter
+    return Trainer(network, optimizer, corpus, settings, about, held_out, group), adapter
 
 
 def rows_to_train(

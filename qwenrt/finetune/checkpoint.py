@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,15 @@ import torch
 
 from qwenrt.config import ModelConfig, read_json
 from qwenrt.config.layers import file_rows, is_zero_centred
-from qwenrt.errors import CheckpointError, ConfigError
-from qwenrt.files import is_there, opened
+from qwenrt.errors import ConfigError
+from qwenrt.files import is_there
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, TensorReader
+from qwenrt.loader.checkpoint.directory import Planned, copy_files, write_json, write_shards
 from qwenrt.loader.checkpoint.names import table_for
-from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed
 from qwenrt.text.tokenizer.vocabulary import IM_END
 
-SHARD_BYTES = 5 * 10**9
-_LARGEST_COPIED = 256 * 2**20  # bytes of a file beside the weights
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)(\.index\.json)?(\..*)?")
 _BUFFERS = re.compile(r".*(inv_freq|masked_bias|logn_tensor|attn\.bias)")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -53,7 +47,9 @@ def write_checkpoint(
     default = dtype or dtype_of(model.config)
     tensors = _tensors(model, values or {}, _prefix(model.config, checkpoint))
     stored = (
-        (name, tensor.to(default if name not in entries else _DTYPES.get(entries[name].dtype, default)))
+        Planned.of(
+            name, tensor, default if name not in entries else _DTYPES.get(entries[name].dtype, default)
+        )
         for name, tensor in tensors
     )
     return write_shards(_with_the_rest(stored, model, checkpoint), target)
@@ -106,8 +102,8 @@ def _prefix(config: ModelConfig, checkpoint: Checkpoint | None) -> tuple[str, st
 
 
 def _with_the_rest(
-    tensors: Iterable[tuple[str, torch.Tensor]], model: Qwen, checkpoint: Checkpoint | None
-) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors: Iterable[Planned], model: Qwen, checkpoint: Checkpoint | None
+) -> Iterator[Planned]:
     yield from tensors
     if checkpoint is None:
         return
@@ -115,53 +111,7 @@ def _with_the_rest(
     for name in checkpoint.tensors:
         slot = table.locate(name)
         if slot is not None and slot.ignored and not _BUFFERS.fullmatch(name):
-            yield name, reader.tensor(name)
-
-
-def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], target: Path) -> list[Path]:
-    """Files of at most SHARD_BYTES, and an index where there are several; older weight files of ``target`` go away when
-    all are written."""
-    places: dict[str, int] = {}
-    shard: dict[str, torch.Tensor] = {}
-    size = total = count = 0
-
-    def flush() -> None:
-        nonlocal shard, size, count
-        count += 1
-        save_atomically(shard, target / f"model-{count:05d}.partial.safetensors", {"format": "pt"})
-        shard, size = {}, 0
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor.detach().cpu().contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-        places[name] = count + 1
-    flush()
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    names = names if count > 1 else ["model.safetensors"]
-    for left in target.glob("model*.safetensors*"):  # of another model, where overwriting was asked for
-        if not left.name.endswith(".partial.safetensors"):
-            left.unlink()
-    for number, name in enumerate(names, 1):
-        os.replace(target / f"model-{number:05d}.partial.safetensors", target / name)
-    if count > 1:
-        weight_map = {name: names[number - 1] for name, number in sorted(places.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(target / "model.safetensors.index.json", index)
-    return [target / name for name in names]
-
-
-def copy_files(source: Path, target: Path) -> None:
-    """All files of a model's directory but its weights."""
-    if source.resolve() == target.resolve():
-        return
-    for file in sorted(source.iterdir()):
-        taken = _WEIGHTS.fullmatch(file.name) or file.name.startswith(".")
-        if taken or os.path.isdir(file) or os.path.getsize(file) > _LARGEST_COPIED:
-            continue
-        with opened(file, CheckpointError) as given, (target / file.name).open("wb") as copy:
-            shutil.copyfileobj(given, copy)
+            yield Planned.stored(name, reader)
 
 
 def make_it_chat(target: Path, model_type: str, im_end_id: int) -> str | None:
@@ -183,10 +133,3 @@ def make_it_chat(target: Path, model_type: str, im_end_id: int) -> str | None:
     if is_there(about, ConfigError):
         write_json(about, {**read_json(about), "eos_token": IM_END})
     return "generation_config.json and tokenizer_config.json: <|im_end|> ends a text now"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaced whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

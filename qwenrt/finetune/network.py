@@ -14,14 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig, read_json
 from qwenrt.errors import RequestError
+from qwenrt.loader.memory.training import LOGIT_BYTES
 from qwenrt.model.layers import DecoderLayer
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops import reference
 from qwenrt.ops.steps import LayerKV, RotaryRows, StepPlan
 from qwenrt.ops.types import AdapterSpan, AdapterWeights, Experts, Packed, StepAdapters
 from qwenrt.text.chat.training_form import IGNORE
-
-LOGIT_BYTES = 256 * 2**20  # of logits and their gradients that are alive at once
 
 
 class TrainingBackend(Backend):

@@ -69,9 +69,19 @@ class Optimizer:
             if self.masters[name] is not self.parameters[name]:
                 self.parameters[name].copy_(self.masters[name])
 
+    def complete(self) -> None:
+        """Give everything that has no gradient one of zeros."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Those there are, in one order."""
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
     def norm(self) -> float:
         """Of all gradients together. They are those of the loss itself from here on; NaN or infinite where one is."""
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        gradients = self.gradients()
         if not gradients:
             return 0.0
         if self.scale != 1.0:
@@ -94,7 +104,7 @@ class Optimizer:
     def step(self, rate: float, norm: float) -> None:
         """Update everything; gradients are cut to max_grad_norm."""
         share = self.settings.max_grad_norm / (norm + 1e-6)
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        gradients = self.gradients()
         if share < 1.0:
             torch._foreach_mul_(gradients, share)
         for group in self._adamw.param_groups:

@@ -18,7 +18,19 @@ FULL_RATE, LORA_RATE = 1e-5, 2e-4  # learning rates where none is given
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What decides the result of a training run (`finetune` says what each means)."""
+    """What decides the result of a training run.
+
+    ``epochs``; ``max_steps`` (ends earlier); ``learning_rate`` with cosine decay over ``decay_steps`` (None: all) down
+    to ``min_learning_rate_ratio`` of it, after ``warmup_ratio`` of them; ``batch_tokens`` per step, of which
+    ``micro_tokens`` are computed at a time (None: all); ``max_length``: longer samples are cut on the right, and where
+    more than ``max_dropped`` of the entries then have nothing to learn, they are refused; ``weight_decay`` and
+    ``adam_beta2`` of AdamW; ``max_grad_norm``; ``seed``; ``from_scratch`` begins with random weights of the shape in
+    config.json. ``precision``: "float32"; "bfloat16" or "float16", in which the network computes while updates are
+    made in float32; "bfloat16-pure", which keeps nothing in float32 and is less exact; "auto". ``recompute``: "all"
+    keeps one layer's activations at a time, "none" all of them, "auto" all where they fit. ``router`` "frozen" leaves
+    what chooses experts as it is. ``eval_every`` steps (None: ten times) the loss on what is held out is measured, and
+    the ``keep`` "best" step is written, or the "last".
+    """
 
     method: Method = "auto"
     epochs: int = 5

@@ -21,6 +21,7 @@ from qwenrt.finetune.data import Corpus
 from qwenrt.finetune.interrupt import held_interrupt
 from qwenrt.finetune.network import Network
 from qwenrt.finetune.optimizer import Optimizer
+from qwenrt.finetune.processes import Group
 from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.finetune.state import BEST_FILE, CURVE_FILE, STATE_FILE, read_state, write_state
 
@@ -54,7 +55,8 @@ class Progress:
 
 class Trainer:
     """``identity``: what decides the result besides settings and data, by name. ``held_out``: what is measured
-    and never learned."""
+    and never learned.
+    ``group``: the processes that share the run."""
 
     def __init__(
         self,
@@ -64,7 +66,9 @@ class Trainer:
         settings: TrainingSettings,
         identity: Mapping[str, object],
         held_out: Corpus | None = None,
+        group: Group | None = None,
     ) -> None:
+        self.group = group or Group()
         self.network, self.optimizer, self.settings = network, optimizer, settings
         self.corpus, self.held_out = corpus, held_out
         held_out_digest = None if held_out is None else held_out.digest()
@@ -131,13 +135,15 @@ class Trainer:
 
     def gradients(self, samples: list[int]) -> float:
         """Add the gradients of the loss of one step's samples; the loss. It is the sum over the learned tokens divided
-        by the number of those in the whole step, however the step is cut."""
+        by the number of those in the whole step, however the step is cut and whoever computes it."""
         corpus, network = self.corpus, self.network
         learned = sum(map(corpus.learned, samples))
         tokens = sum(map(corpus.length, samples))
         total = torch.zeros((), dtype=torch.float64)
-        with _seeded(network.backend.device, self.settings.seed * 2**31 + self.progress.step):
-            for micro in corpus.split(sorted(samples, key=corpus.length), self._micro_tokens):
+        own = sorted(samples, key=corpus.length)[self.group.rank :: self.group.size]
+        seed = self.settings.seed * 2**31 + self.progress.step * self.group.size + self.group.rank
+        with _seeded(network.backend.device, seed):
+            for micro in corpus.split(own, self._micro_tokens):
                 summed, balance = network.loss(*corpus.take(micro))
                 objective = summed / learned
                 if network.balance:
@@ -145,6 +151,10 @@ class Trainer:
                     objective = objective + network.balance * balance * share
                 (objective * self.optimizer.scale).backward()  # type: ignore[no-untyped-call]
                 total += summed.detach().double().cpu()
+        if self.group.size > 1:
+            self.optimizer.complete()
+            total = total.float().to(network.backend.device)
+            self.group.sum([*self.optimizer.gradients(), total])
         return float(total / learned)
 
     def train_step(self, samples: list[int]) -> float:
@@ -230,16 +240,22 @@ class Trainer:
                     speed = now.tokens / max(now.seconds, 1e-9)
                     bar.set_postfix_str(f"loss {now.losses[-1][1]:.3f}, {speed:.0f} tokens/s")
                 self._look_at_held_out(target)
-                keep = interrupt.pressed or (save_every and now.step % save_every == 0)
+                pressed = self.group.any(interrupt.pressed, self.network.backend.device)
+                keep = pressed or (save_every and now.step % save_every == 0)
                 if keep and now.step < self.total_steps:
-                    self.save_state(target / STATE_FILE)
-                    self.save_curve(target)
-                    if interrupt.pressed:
+                    self._keep(target)
+                    if pressed:
                         raise KeyboardInterrupt(
                             f"stopped after step {now.step} of {self.total_steps}; they are kept in "
                             f"{target / STATE_FILE}, and the same call goes on from there"
                         )
         self._take_best(target)
+
+    def _keep(self, target: Path) -> None:
+        if self.group.rank == 0:
+            self.save_state(target / STATE_FILE)
+            self.save_curve(target)
+        self.group.wait()
 
     # ---- what is held out
 
@@ -254,6 +270,8 @@ class Trainer:
         now.held_out.append((now.step, self._measure(self.held_out, list(range(len(self.held_out))))))
         logger.info("step %d: loss %.4f on what is held out", *now.held_out[-1])
         if self.settings.keep == "best" and now.best == now.held_out[-1] and now.step < self.total_steps:
+            if self.group.rank > 0:
+                return
             weights = {k: t for k, t in self.optimizer.tensors().items() if k.startswith("weight.")}
             write_state(target / BEST_FILE, weights, self.identity(), {"step": now.step})
 
@@ -261,6 +279,7 @@ class Trainer:
         best = self.progress.best
         if best is None or self.settings.keep == "last" or best[0] == self.progress.step:
             return
+        self.group.wait()
         tensors, about = read_state(target / BEST_FILE, self.identity())
         assert about["step"] == best[0]
         for name in self.optimizer.masters:

@@ -15,8 +15,9 @@ import qwenrt
 from qwenrt.config import read_model_config
 from qwenrt.config.released import released_config
 from qwenrt.errors import RequestError
-from qwenrt.finetune import chosen_settings, finetune
+from qwenrt.finetune import finetune
 from qwenrt.finetune.building import Base, build_adapter
+from qwenrt.finetune.job import chosen_settings
 from qwenrt.finetune.lora import SEED_TARGETS, LoraSettings, never_learned, num_trained, places
 from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.finetune.trainer import Trainer

@@ -13,10 +13,11 @@ import qwenrt
 from qwenrt.config import read_model_config
 from qwenrt.errors import ConfigError, RequestError
 from qwenrt.finetune.building import Base, build
-from qwenrt.finetune.checkpoint import make_it_chat, write_checkpoint, write_shards
+from qwenrt.finetune.checkpoint import make_it_chat, write_checkpoint
 from qwenrt.finetune.data import Corpus, Counts
 from qwenrt.finetune.network import balance
 from qwenrt.finetune.settings import TrainingSettings
+from qwenrt.loader.checkpoint.directory import Planned, write_shards
 from qwenrt.ops.types import Experts
 from tests.conftest import GOLDEN, HYBRID_GOLDENS
 
@@ -227,10 +228,10 @@ def test_routers_are_kept_in_balance_or_left_alone(source):
 
 
 def test_large_checkpoints_are_written_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("qwenrt.finetune.checkpoint.SHARD_BYTES", 1000)
+    monkeypatch.setattr("qwenrt.loader.checkpoint.directory.SHARD_BYTES", 1000)
     (tmp_path / "model-00001-of-00009.safetensors").write_text("old")
     tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
-    files = write_shards(tensors.items(), tmp_path)
+    files = write_shards([Planned.of(*each) for each in tensors.items()], tmp_path)
     assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert len(list(tmp_path.iterdir())) == 4
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

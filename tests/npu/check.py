@@ -23,7 +23,7 @@ from tests.npu.wheels import Missing, other_torch, unpacked
 PROCESSORS = {
     "Ascend910B1": "",
     "Ascend910_9391": "layer or schemas or launches",
-    "Ascend310P3": "layer or gptq_int4 and not order or demo",
+    "Ascend310P3": "layer or nz or gptq_int4 and not order or demo",
     "Ascend910A": "layer or gptq_int4 and not order or missing",
 }
 ROOT = Path(__file__).parents[2]

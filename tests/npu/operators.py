@@ -254,6 +254,13 @@ def _codes(
     return made
 
 
+def format_cast(x: torch.Tensor, acl_format: int) -> torch.Tensor:
+    """To NZ (29), in whole tiles, or back to ND (2). What lies where is the device's affair."""
+    require(acl_format in (2, 29) and x.dim() == 2 and x.dtype in HALF, f"format {acl_format}")
+    require(acl_format == 2 or all(size % 16 == 0 for size in x.shape), "tiles that are not whole")
+    return x.clone()
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": rms_norm,
     "npu_rotary_mul": rotary_mul,
@@ -261,5 +268,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_scatter_nd_update_": scatter_nd_update_,
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
     "npu_grouped_matmul": grouped_matmul,
+    "npu_format_cast": format_cast,
     "npu_fused_infer_attention_score": fused_infer_attention_score,
 }

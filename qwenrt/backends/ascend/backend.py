@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
-from qwenrt.backends.ascend import calls, fused, int8_cache, packing, soc
+from qwenrt.backends.ascend import calls, errors, fused, int8_cache, packing, soc
 from qwenrt.backends.ascend.graphs import GreedyGraphStack, NPUGraphs, why_no_graphs
 from qwenrt.backends.base import Backend
-from qwenrt.backends.binding import Binding, OpSpec, native
+from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, OpSpec, native
 from qwenrt.backends.graphs import Graphs
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.errors import QwenrtError
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
 from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
@@ -41,8 +43,22 @@ class AscendBackend(Backend):
     layout_id: ClassVar[str] = "npu-nd-v1"
     code_bits: ClassVar[dict[int, int]] = {}  # of a file's codes -> of those the operator multiplies
     uncoded: ClassVar[bool] = False  # codes that the operator does not multiply become a matrix at load
+    nz: bool = (
+        False  # whether dense weights are kept in NZ; where it is not the default, QWENRT_KERNELS=nz sets it
+    )
 
     # ---- which code serves
+
+    def configure(
+        self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
+    ) -> None:
+        """``kernels``: "off" for the definitions alone, "nz" or "plain" for the format of dense weights; others are for
+        other devices."""
+        if kernels in ("nz", "plain"):
+            self.nz = kernels == "nz"
+        for op in (*PRIMITIVES, *SEAMS, *WHOLES) if kernels == "off" else ():
+            if self.overrides(op):
+                self.demote(op, "fused operators are switched off (QWENRT_KERNELS=off)")
 
     def provides(self, need: str) -> str | None:
         return self.misfits.get(need) if need in calls.CALLS else super().provides(need)
@@ -58,7 +74,8 @@ class AscendBackend(Backend):
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; codes in the operator's layout where it computes exactly what they stand for."""
         if weight.dense is not None:
-            return super().pack_linear(weight, dtype)
+            packed = super().pack_linear(weight, dtype)
+            return packing.in_nz(packed) if self._wants_nz(weight, dtype) else packed
         weight = with_codes(weight)
         why, bits = "no operator multiplies codes here", self.code_bits.get(weight.bits, 0)
         if bits:
@@ -71,14 +88,24 @@ class AscendBackend(Backend):
             weight = CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
         return super().pack_linear(weight, dtype)
 
+    def _wants_nz(self, weight: CanonicalWeight, dtype: torch.dtype) -> bool:
+        spec = OpSpec("linear", "", dtype, kind=packing.NZ)
+        fits = self.nz and self.overrides("linear") and packing.fits_nz(weight, dtype)
+        return fits and (self.why_not("linear", spec) or self.provides("npu_format_cast")) is None
+
     def restore_packed(self, packed: Packed) -> str | None:
+        if packed.kind == packing.NZ:
+            why = super().restore_packed(dataclasses.replace(packed, kind="dense"))
+            if why is None:
+                packed.data["weight"] = packing.in_nz(packed).data["weight"]
+            return why
         if packed.kind in packing.KINDS.values():
             return packing.restore(packed)
         return super().restore_packed(packed)
 
     def packing_id(self) -> str:
         """As Backend.packing_id; families have layouts of their own."""
-        return f"{super().packing_id()} {self.family.name}"
+        return f"{super().packing_id()} {self.family.name}{' nz' if self.nz else ''}"
 
     @property
     def dense_codes(self) -> bool:
@@ -106,6 +133,9 @@ class AscendBackend(Backend):
 
     def graphs(self) -> Graphs | None:
         return None
+
+    def meaning(self, said: str) -> tuple[type[QwenrtError], str] | None:
+        return errors.meaning(said)
 
     def describe(self) -> str:
         """The family, and whether fused operators serve."""
@@ -159,7 +189,7 @@ class A2Backend(AscendBackend):
 
     @native(
         dtypes=_HALF,
-        kinds=("dense", "parts", "npu_int4", "npu_int8"),
+        kinds=("dense", "parts", packing.NZ, *packing.KINDS.values()),
         needs=("npu_weight_quant_batchmatmul",),
     )
     def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -167,7 +197,7 @@ class A2Backend(AscendBackend):
             y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
             return y if w.bias is None else y + w.bias
         if w.kind not in packing.KINDS.values():
-            return reference.linear(x, w)
+            return (fused.nz_linear if w.kind == packing.NZ else reference.linear)(x, w)
         return fused.linear(x, w) if x.numel() else x.new_empty(len(x), w.out_features)
 
     @native(dtypes=_HALF, head_dim=tuple(range(16, 513, 16)), needs=("npu_fused_infer_attention_score",))

@@ -67,6 +67,7 @@ CALLS = {
         },
         1,
     ),
+    "npu_format_cast": Call(("Tensor", "int"), {}, 1),
     "npu_grouped_matmul": Call(("List[Tensor]",) * 2, _GROUPED, 1),
     INT4_EXPERTS: Call(
         ("List[Tensor]",) * 2,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from qwenrt.backends.ascend.packing import KINDS, dequantize
+from qwenrt.backends.ascend.packing import KINDS, as_nd, dequantize
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, LayerKV, StepPlan
 from qwenrt.ops.types import Experts, Packed
@@ -75,6 +76,12 @@ def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
         inner_precise=0,
     )
     return out
+
+
+def nz_linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """As reference.linear of a weight in NZ, which torch_npu's own product reads."""
+    weight = w.data["weight"]
+    return F.linear(x, as_nd(weight) if x.requires_grad else weight, w.bias)
 
 
 def takes_grouped(w: Experts) -> bool:

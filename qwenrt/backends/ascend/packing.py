@@ -1,7 +1,8 @@
-"""Integer codes as npu_weight_quant_batchmatmul multiplies them: exactly, or not at all."""
+"""Integer codes as npu_weight_quant_batchmatmul multiplies them: exactly, or not at all; and dense weights in NZ."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 KINDS = {4: "npu_int4", 8: "npu_int8"}
+NZ = "npu_nz"  # dense, in the format that the matrix unit reads
+_FORMATS = {"ND": 2, "NZ": 29}  # aclFormat
+_TILE = 16  # rows and columns of a tile of NZ
 _MOST = 65535  # rows and columns of a matrix that the operator takes
 _WIDE = 65528  # the most columns of a part: whole words of int4
 
@@ -121,8 +125,34 @@ def _dequantize(w: Packed, data: dict[str, Any], dtype: torch.dtype) -> torch.Te
     return dense
 
 
+def fits_nz(weight: CanonicalWeight, dtype: torch.dtype) -> bool:
+    """Whether a dense weight may be kept in NZ: in whole tiles, and used by nothing that would look into it."""
+    whole = weight.out_features % _TILE == 0 == weight.in_features % _TILE
+    return whole and not weight.shared and dtype in (torch.float16, torch.bfloat16)
+
+
+def in_nz(packed: Packed) -> Packed:
+    """A packed dense weight in NZ. torch_npu gives that only where internal formats are allowed, else plainly the same
+    again; they are allowed for this alone, as results would come in them too, which no view may touch."""
+    config = getattr(getattr(torch, "npu", None), "config", None)
+    if config is not None:
+        config.allow_internal_format = True
+    try:
+        weight = torch.ops.npu.npu_format_cast(packed.data["weight"], _FORMATS["NZ"])
+    finally:
+        if config is not None:
+            config.allow_internal_format = False
+    return dataclasses.replace(packed, kind=NZ, data={"weight": weight})
+
+
+def as_nd(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in NZ as a plain one."""
+    plain: torch.Tensor = torch.ops.npu.npu_format_cast(weight, _FORMATS["ND"])
+    return plain
+
+
 def restore(packed: Packed) -> str | None:
-    """Why a packed weight that comes from a file cannot be used, or None."""
+    """Why a packed weight with codes that comes from a file cannot be used, or None."""
     inputs, outputs = packed.in_features, packed.out_features
     words = packed.kind == KINDS[4]
     groups = -(-inputs // packed.group_size) if packed.group_size > 0 else 0

@@ -50,7 +50,7 @@ def write_adapter(
     as "fused" alone. RequestError where peft has no form for it. Raises CheckpointError where nothing can be written.
     """
     if moe_layout is None:
-        moe_layout = EACH if _are_uniform(adapter) else FUSED
+        moe_layout = EACH if _are_uniform(adapter) or not _are_all(adapter, config) else FUSED
     if moe_layout not in LAYOUTS:
         found = f"moe_layout={moe_layout!r}"
         raise RequestError("writing an adapter", found, f"Give one of {', '.join(LAYOUTS)}.")
@@ -177,7 +177,9 @@ class _Writer:
     def _vocabulary(self) -> None:
         adapter, tied = self._adapter, self._model.tie_word_embeddings
         names = {"embed_tokens": adapter.embed, "lm_head": adapter.head}
-        same = adapter.embed is not None and adapter.head is not None and _same(adapter.embed, adapter.head)
+        same = (
+            adapter.embed is not None and adapter.head is not None and same_rows(adapter.embed, adapter.head)
+        )
         some = [param for param, rows in names.items() if rows is not None and rows.ids is not None]
         if tied and some and not same:
             found = f"head and embedding are one, and new rows of {', '.join(some)} are not for both"
@@ -283,6 +285,15 @@ def _are_uniform(adapter: AdapterWeights) -> bool:
     return len(forms) <= 1
 
 
+def _are_all(adapter: AdapterWeights, config: ModelConfig) -> bool:
+    """Whether all experts of a layer have pairs for one of their linears, or none has."""
+    number = 0 if config.moe is None else config.moe.num_experts
+    of_layer = Counter(
+        re.sub(r"\.experts\.[0-9]+\.", ".", param) for param in adapter.linears if ".experts." in param
+    )
+    return all(count == number for count in of_layer.values())
+
+
 def _own_half(pair: LoraPair, first: int) -> slice:
     """Which ranks a pair has for the half of its rows that begins at ``first``: all, or where B is two blocks on a
     diagonal, as peft makes of gate and up, those of one block."""
@@ -292,7 +303,8 @@ def _own_half(pair: LoraPair, first: int) -> slice:
     return slice(ranks) if first == 0 else slice(ranks, None)
 
 
-def _same(one: TokenRows, other: TokenRows) -> bool:
+def same_rows(one: TokenRows, other: TokenRows) -> bool:
+    """Whether two are new rows of the same tokens, and equal."""
     if (one.ids is None) != (other.ids is None) or one.rows.shape != other.rows.shape:
         return False
     ids = one.ids is None or other.ids is None or torch.equal(one.ids, other.ids)

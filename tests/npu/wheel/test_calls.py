@@ -120,6 +120,8 @@ def test_meta_kernels_give_the_shapes_that_are_expected(name: str) -> None:
 def kernels() -> Iterator[list[str]]:
     """The names of CANN's operators that torch_npu launches meanwhile, its own checks before them included."""
     library, names = ctypes.CDLL("libopapi.so"), []
+    with _disable_current_modes():
+        torch.get_device_module("npu").synchronize()  # a thread of torch_npu's launches what was asked before
     told = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda name: names.append(name.decode()))
     library.stand_in_hook(told)
     try:
@@ -178,3 +180,22 @@ def test_torch_npu_itself_refuses_what_is_wrong(
         pytest.skip("looked at there")
     with _disable_current_modes(), pytest.raises(RuntimeError, match=complaint):
         wrong(torch.ops.npu, lambda *shape, dtype=HALF: torch.empty(*shape, dtype=dtype, device="npu"))
+
+
+def test_weights_in_nz_are_really_that_and_results_are_not(family: str) -> None:
+    """Without internal formats torch_npu gives the weight back as it was, with a warning at most."""
+    if family not in ("A2", "310P"):
+        pytest.skip("not kept in NZ there")
+    with _disable_current_modes():
+        torch.get_device_module("npu").config.allow_internal_format = False
+        packed = packing.in_nz(
+            Packed("dense", 64, 128, {"weight": torch.empty(64, 128, dtype=HALF, device="npu")})
+        )
+        x = torch.empty(3, 128, dtype=HALF, device="npu")
+    with kernels() as names:
+        y = fused.nz_linear(x, packed)
+    weight = packed.data["weight"]
+    with _disable_current_modes():
+        formats = [int(torch.ops.npu.get_npu_format(one)) for one in (weight, y, packing.as_nd(weight))]
+    assert formats == [29, 2, 2] and weight.shape == (64, 128)
+    assert names == (["aclnnMatmulWeightNz"] if family == "A2" else [])
