@@ -21,8 +21,8 @@ from tests.fuzz.values import Hostile
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
 # Options of Python alone: what a command does decides them.
-SERVING = {"step_target_ms", "prefix_store", "prefix_store_bytes", "merge_system_messages"}
-NOT_ON_THE_COMMAND_LINE = {"max_num_seqs", "max_num_batched_tokens", "progress", *SERVING}
+SERVING = {"step_target_ms", "prefix_store", "prefix_store_bytes", "merge_system_messages", "max_adapters"}
+NOT_ON_THE_COMMAND_LINE = {"max_num_seqs", "max_num_batched_tokens", "progress", "adapters", *SERVING}
 
 
 def test_load_takes_every_option_with_its_type_and_default() -> None:
@@ -47,7 +47,7 @@ def test_load_hands_on_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 8, "fallback": "error", "progress": False,
         "packed_cache": Path("x"), "step_target_ms": 90, "prefix_store": Path("y"), "prefix_store_bytes": 2**30,
         "draft": "mtp", "draft_tokens": 3,
-        "merge_system_messages": True,
+        "merge_system_messages": True, "adapters": {"a": "b"}, "max_adapters": 2,
     }  # fmt: skip
     assert given.keys() == DEFAULTS.keys() and all(given[name] != DEFAULTS[name] for name in given)
     taken: list[Any] = []

@@ -67,10 +67,19 @@ class Adapters:
         with self._lock:
             return dict(self._by_name)
 
+    def check_name(self, name: object) -> None:
+        """Raises RequestError for what is no name, or one in use."""
+        fits = isinstance(name, str) and 0 < len(name) <= 128 and name.isprintable() and name == name.strip()
+        if not fits:
+            found = f"got {name!r:.140}"
+            raise RequestError("the name of an adapter", found, "Use 1 to 128 characters that print.")
+        with self._lock:
+            self._refuse_used(str(name))
+
     def load(self, name: str, weights: AdapterWeights, info: Any = None) -> LoadedAdapter:
         """Take an adapter in under a name. Raises RequestError for a name that is in use, CheckpointError for weights
         that are not this model's, CapacityError where it does not fit."""
-        self._check_name(name)
+        self.check_name(name)
         weights = self._placed(name, weights)
         with self._lock:
             self._refuse_used(name)
@@ -116,14 +125,6 @@ class Adapters:
         return gone
 
     # ---- inside
-
-    def _check_name(self, name: object) -> None:
-        fits = isinstance(name, str) and 0 < len(name) <= 128 and name.isprintable() and name == name.strip()
-        if not fits:
-            found = f"got {name!r:.140}"
-            raise RequestError("the name of an adapter", found, "Use 1 to 128 characters that print.")
-        with self._lock:
-            self._refuse_used(str(name))
 
     def _refuse_used(self, name: str) -> None:
         if name in self._by_name:

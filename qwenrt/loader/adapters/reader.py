@@ -13,13 +13,14 @@ import torch
 
 from qwenrt.config import ModelConfig
 from qwenrt.config.adapter import FILE, AdapterConfig, read_adapter_config
-from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.errors import CheckpointError, RequestError, shown
 from qwenrt.files import is_there
 from qwenrt.loader.adapters.names import PICKLED, WEIGHTS
-from qwenrt.loader.adapters.placing import IN_OUT, Placing, Target
+from qwenrt.loader.adapters.placing import IN_OUT, LAYOUTS, Placing, Target
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, TensorReader, check_link
 from qwenrt.loader.checkpoint.digest import add_shard
 from qwenrt.loader.checkpoint.header import read_metadata, read_shard
+from qwenrt.loader.weights import all_finite
 from qwenrt.ops.types import AdapterWeights, LoraPair, TokenRows
 
 BASE_DIGEST = "qwenrt.base"  # in the file's metadata: what digest_of says of the base
@@ -106,6 +107,9 @@ def open_adapter(
 ) -> Adapter:
     """As read_adapter, with what cannot be served."""
     path = Path(directory)
+    if moe_layout not in (None, *LAYOUTS):
+        found = f"moe_layout={shown(moe_layout)}"
+        raise RequestError(f"reading the adapter in {path}", found, f"Give one of {', '.join(LAYOUTS)}.")
     said = read_adapter_config(_file(path, FILE))
     shard = read_shard(_file(path, WEIGHTS))
     entries = {entry.name: entry for entry in shard.tensors}
@@ -217,7 +221,7 @@ class _Builder:
         """A tensor in float32, its rows in the model's order. Raises CheckpointError for values that are not finite."""
         name = target.kinds[kind]
         tensor = self.reader.tensor(name).to(self.device, torch.float32, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"the adapter's tensor {name}",
