@@ -1,15 +1,19 @@
 // What the units of a decoder layer share: a gated MLP, and a mixture of experts. For callers that hold a PoolLock.
 #pragma once
 #include "abi/qwenrt_forward.h"
+#include "step/lora.h"
 
-// The linears of a step: what the kernels refuse is left to `instead`, where there is one.
+// The linears of a step: what the kernels refuse is left to `instead`, where there is one; then come the adapters.
 struct Linears {
   const QwenrtHandle* with;
   QwenrtInstead instead;
+  const QwenrtLora* loras;
+  int64_t lora_count;
 
   int operator()(const QwenrtLinear& w, const float* x, float* y, int64_t tokens) const {
-    const int status = qwenrt_linear(with, &w, x, y, tokens);
-    return status == QWENRT_NOT_FINITE && instead ? instead(&w, x, y, tokens) : status;
+    int status = qwenrt_linear(with, &w, x, y, tokens);
+    if (status == QWENRT_NOT_FINITE && instead) status = instead(&w, x, y, tokens);
+    return status || !lora_count ? status : add_loras(with, loras, lora_count, w, x, y, tokens);
   }
 };
 
