@@ -3,7 +3,8 @@
 #include "abi/qwenrt_forward.h"
 #include "step/lora.h"
 
-// The linears of a step: what the kernels refuse is left to `instead`, where there is one; then come the adapters.
+// The linears of a step: those that are elsewhere, and whose inputs the kernels refuse, are left to `instead`, where
+// there is one; then come the adapters.
 struct Linears {
   const QwenrtHandle* with;
   QwenrtInstead instead;
@@ -12,7 +13,8 @@ struct Linears {
 
   int operator()(const QwenrtLinear& w, const float* x, float* y, int64_t tokens) const {
     int status = qwenrt_linear(with, &w, x, y, tokens);
-    if (status == QWENRT_NOT_FINITE && instead) status = instead(&w, x, y, tokens);
+    const bool left = status == QWENRT_NOT_FINITE || status == QWENRT_NOT_SERVED;
+    if (left && instead) status = instead(&w, x, y, tokens);
     return status || !lora_count ? status : add_loras(with, loras, lora_count, w, x, y, tokens);
   }
 };

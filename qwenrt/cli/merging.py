@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   qwenrt merge Qwen3-4B ./my-adapter -o ./int4 --requantize gptq
   qwenrt chat ./my-model
 
-An adapter is a directory with adapter_config.json and adapter_model.safetensors,
+An adapter is a directory: adapter_config.json and adapter_model.safetensors,
 as qwenrt finetune and peft write them. A weight is a factor of what it changes.
 A quantised model becomes a dense one, unless --requantize is given.
 """

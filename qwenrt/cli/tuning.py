@@ -16,9 +16,10 @@ EXAMPLES = """examples:
   qwenrt tune Qwen2.5-7B --quantize int4
   qwenrt tune ./my-model --device cuda:1
 
-Times launches over random weights of the model's shapes; no weight is loaded. What
-is better than the table that comes with qwenrt is kept in QWENRT_HOME and used by
-every later load on such a device with the same Triton; other models' are kept.
+Times launches over random weights of the model's shapes; no weight is loaded.
+What is better than the table that comes with qwenrt is kept in QWENRT_HOME and
+used by every later load on such a device with the same Triton; what is there of
+other models stays.
 """
 
 

@@ -80,8 +80,8 @@ class Changes:
             if not (len(makers) == 1 and makers[0][1] == 1):
                 new += old
             out[block] = new.to(dtype)
-            change += float((new - old).double().square().sum())
-            error += float((out[block].float() - new).double().square().sum())
+            change += float(torch.linalg.vector_norm(new - old)) ** 2
+            error += float(torch.linalg.vector_norm(out[block].float() - new)) ** 2
         self.loss.add(name, change, error)
         return out.reshape(stored.shape)
 

@@ -54,7 +54,7 @@ class MergeReport:
         )
         lines = [f"{given} merged into {self.changed} weights in {self.seconds:.1f} s "
                  f"({self.nbytes / 1e6:.1f} MB, {self.dtype}): {self.output_dir}"]  # fmt: skip
-        if self.worst is not None:
+        if self.worst is not None and self.loss:
             lines.append(
                 f"rounding to the stored dtype changes the adapter's part by {100 * self.loss:.2g} %, "
                 f"at most {100 * self.worst[1]:.2g} % ({self.worst[0]})"

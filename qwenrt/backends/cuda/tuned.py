@@ -16,6 +16,7 @@ from typing import Any
 from qwenrt.backends.cuda.tables import Tiles, Warps
 from qwenrt.config.fields import read_json
 from qwenrt.errors import BackendError, shown
+from qwenrt.files import is_there
 
 logger = logging.getLogger("qwenrt")
 Shape = tuple[int, int, int]  # bits (16: dense), outputs and inputs of a linear
@@ -117,9 +118,9 @@ def tiles(usual: Tiles, directory: Path, device: str, triton: str) -> Tiles:
     """``usual`` with what was measured on such a device, where there is something; a file that is wrong is passed over,
     with a warning."""
     path = path_in(directory, device, triton)
-    if not path.is_file():
-        return usual
     try:
+        if not is_there(path, BackendError):
+            return usual
         found = read(path)
     except BackendError as error:
         logger.warning("the kernels' table of this user is not used: %s", error)

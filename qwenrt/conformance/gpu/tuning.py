@@ -21,6 +21,7 @@ from qwenrt.backends.cuda.tables import Tiles, Warps
 from qwenrt.backends.cuda.tuned import Shape
 from qwenrt.conformance.gpu import timing
 from qwenrt.errors import BackendError
+from qwenrt.files import is_there
 from qwenrt.ops.types import Packed
 
 logger = logging.getLogger("qwenrt")
@@ -116,7 +117,7 @@ def keep(
     device, triton = backend.device_name(), tables.version_of_triton()
     table = tables.Tuned(device, triton, result.better(usual), result.pdl)
     path = out or tables.path_in(directory, device, triton)
-    if out is None and path.is_file():
+    if out is None and is_there(path, BackendError):
         try:
             table = table.beside(tables.read(path), [choice.shape for choice in result.choices])
         except BackendError as error:

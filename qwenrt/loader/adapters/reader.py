@@ -20,6 +20,7 @@ from qwenrt.loader.adapters.placing import IN_OUT, Placing, Target
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, TensorReader, check_link
 from qwenrt.loader.checkpoint.digest import add_shard
 from qwenrt.loader.checkpoint.header import read_metadata, read_shard
+from qwenrt.loader.weights import all_finite
 from qwenrt.ops.types import AdapterWeights, LoraPair, TokenRows
 
 BASE_DIGEST = "qwenrt.base"  # in the file's metadata: what digest_of says of the base
@@ -217,7 +218,7 @@ class _Builder:
         """A tensor in float32, its rows in the model's order. Raises CheckpointError for values that are not finite."""
         name = target.kinds[kind]
         tensor = self.reader.tensor(name).to(self.device, torch.float32, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"the adapter's tensor {name}",

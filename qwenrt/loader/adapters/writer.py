@@ -50,7 +50,7 @@ def write_adapter(
     as "fused" alone. RequestError where peft has no form for it. Raises CheckpointError where nothing can be written.
     """
     if moe_layout is None:
-        moe_layout = EACH if _are_uniform(adapter) else FUSED
+        moe_layout = EACH if _are_uniform(adapter) or not _are_all(adapter, config) else FUSED
     if moe_layout not in LAYOUTS:
         found = f"moe_layout={moe_layout!r}"
         raise RequestError("writing an adapter", found, f"Give one of {', '.join(LAYOUTS)}.")
@@ -283,6 +283,15 @@ def _are_uniform(adapter: AdapterWeights) -> bool:
             (len(pair.a) // (2 if half else 1), pair.scale) for pair, half in zip(pairs, halves, strict=True)
         }
     return len(forms) <= 1
+
+
+def _are_all(adapter: AdapterWeights, config: ModelConfig) -> bool:
+    """Whether all experts of a layer have pairs for one of their linears, or none has."""
+    number = 0 if config.moe is None else config.moe.num_experts
+    of_layer = Counter(
+        re.sub(r"\.experts\.[0-9]+\.", ".", param) for param in adapter.linears if ".experts." in param
+    )
+    return all(count == number for count in of_layer.values())
 
 
 def _own_half(pair: LoraPair, first: int) -> slice:

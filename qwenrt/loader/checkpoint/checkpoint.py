@@ -341,7 +341,9 @@ def _no_checkpoint(directory: Path, listing: list[str], files: list[str]) -> Che
     asked = f"no checkpoint in {directory}"
     if files and "adapter_config.json" in listing:
         return CheckpointError(
-            asked, "it holds a LoRA adapter, not a model", "Load the base model and add the adapter to it."
+            asked,
+            "it holds a LoRA adapter, not a model",
+            "Load its base model and give the adapter beside it (--adapter), or merge it (qwenrt merge).",
         )
     if files:
         return CheckpointError(

@@ -70,7 +70,10 @@ _FOREIGN = (
 def sniff(head: bytes) -> tuple[str, str] | None:
     """(found, remedy) where the first bytes show that a file is something else than safetensors; else None."""
     for start, what, remedy in _FOREIGN:
-        if head.startswith(start):
+        as_length = (
+            start[:1] == b"\x80" and head[8:9] == b"{"
+        )  # 640 or 1152 bytes of header begin like a pickle
+        if head.startswith(start) and not as_length:
             return what, remedy
     return not_the_file(head)
 
