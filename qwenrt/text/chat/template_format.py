@@ -15,8 +15,9 @@ from qwenrt.text.chat.outside_text import split_at_control_tokens, untrusted
 from qwenrt.text.chat.prompt import Prompt, check_window
 from qwenrt.text.chat.template_messages import merged_system, prepared, template_messages
 from qwenrt.text.replies.reply_format import ReplyFormat
-from qwenrt.text.template.provenance import TemplateText, masked, plain
+from qwenrt.text.template.provenance import TemplateText, own_runs, own_text, plain
 from qwenrt.text.template.sandbox import JinjaTemplate
+from qwenrt.text.tokenizer.overlong import Overlong
 from qwenrt.text.tokenizer.vocabulary import IM_END, IM_START
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class _Request:
     template: JinjaTemplate
     variables: Mapping[str, Any]  # of the template, without the messages
     answer: bool  # whether an answer is to follow
+    most: int | None = None  # tokens
 
 
 class TemplateFormat:
@@ -72,13 +74,15 @@ class TemplateFormat:
         reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
+        most: int | None = None,
     ) -> Prompt:
         """The prompt for OpenAI-shaped messages.
 
         Messages that end with the assistant's are continued (with ``add_generation_prompt`` off: closed).
         ``max_window_size``: the oldest exchanges, each a user message with all that answers it, are left out
         until the prompt has at most that many tokens; the last one and system messages stay whatever their size.
-        ``reasoning_effort``: one of ``efforts``, for the template.
+        ``reasoning_effort``: one of ``efforts``, for the template. ``most``: as `Tokenizer.encode` has it, of all that
+        would be left.
         Raises RequestError for what the model's template does not support: tools, a switch for thinking, a conversation
         in this order.
         """
@@ -104,7 +108,9 @@ class TemplateFormat:
             **switch,
             "tools": untrusted(list(tools), "tools") if tools else None,
         }
-        request = _Request(tokenizer, template, variables, add_generation_prompt)
+        request = _Request(
+            tokenizer, template, variables, add_generation_prompt, most if window is None else None
+        )
         if window is None:
             return self._prompt(request, checked)
         remaining = _truncations(checked)
@@ -132,12 +138,8 @@ class TemplateFormat:
             raise RequestError("messages", found, "Add the user's message.") from error
         if continues:
             rendered = _without_end(rendered, _end_of_turn(tokenizer))
-        ids: list[int] = []
-        for text, token_id in split_at_control_tokens(rendered, tokenizer.control_tokens):
-            ids += tokenizer.encode(text)
-            if token_id is not None:
-                ids.append(token_id)
-        turn = masked(rendered).rpartition(IM_START)[2]
+        ids = _token_ids(request, rendered)
+        turn = own_text(rendered).rpartition(IM_START)[2]
         in_thought = request.answer and turn.rfind(OPEN) > turn.rfind(CLOSE)
         thought_over = continues or (CLOSE in turn and not turn.rpartition(CLOSE)[2].strip())
         return Prompt(ids, in_thought=in_thought, thought_over=thought_over and not in_thought)
@@ -202,6 +204,19 @@ def _system_first(messages: Sequence[Message]) -> list[Message]:
     return list(messages)
 
 
+def _token_ids(request: _Request, rendered: str) -> list[int]:
+    tokenizer, most, ids, read = request.tokenizer, request.most, list[int](), 0
+    for text, token_id in split_at_control_tokens(rendered, tokenizer.control_tokens):
+        try:
+            ids += tokenizer.encode(text, most=None if most is None else most - len(ids))
+        except Overlong as error:
+            raise error.within(len(rendered), len(ids), read) from None
+        if token_id is not None:
+            ids.append(token_id)
+        read += len(text)
+    return ids
+
+
 def _end_of_turn(tokenizer: Tokenizer) -> str:
     """The token that ends turns: <|im_end|>, or the end of text of a model with other control tokens."""
     if tokenizer.im_end_id is not None:
@@ -211,7 +226,8 @@ def _end_of_turn(tokenizer: Tokenizer) -> str:
 
 def _without_end(rendered: str, end: str) -> str:
     """A conversation without the end of its last turn, so that the answer goes on from there."""
-    at = masked(rendered).rfind(end)
+    places = (plain(rendered).rfind(end, *run) for run in reversed([*own_runs(rendered)]))
+    at = next((at for at in places if at >= 0), -1)
     rest = plain(rendered[at + len(end) :] if at >= 0 else rendered)
     if at <= 0 or rest.strip():
         raise RequestError(
