@@ -370,6 +370,9 @@ class Program:
         self.popen = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
+
+    def started(self) -> None:
+        """Wait until it says where it is."""
         until(
             lambda: any("127.0.0.1:" in line for line in self.said) or self.popen.poll() is not None, STARTS
         )
@@ -385,11 +388,14 @@ class Program:
 @pytest.fixture
 def program() -> Iterator[Program]:
     running = Program()
-    yield running
-    running.popen.kill()
-    running.popen.wait(PATIENCE)
-    assert running.popen.stderr is not None
-    running.popen.stderr.close()
+    try:
+        running.started()
+        yield running
+    finally:
+        running.popen.kill()
+        running.popen.wait(STARTS)
+        assert running.popen.stderr is not None
+        running.popen.stderr.close()
 
 
 def test_a_signal_ends_streams_in_their_words_and_the_process_with_0(program: Program) -> None:

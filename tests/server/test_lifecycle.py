@@ -92,6 +92,9 @@ class Process:
         self.said: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
+
+    def started(self) -> None:
+        """Wait until it says its port."""
         until(lambda: self.said or self.popen.poll() is not None, STARTS)
         self.port = int(self.said[0].split()[1])
 
@@ -120,6 +123,7 @@ class Process:
 def process(drain: float, parser: str, *more: str) -> Iterator[Process]:
     running = Process(drain, parser, *more)
     try:
+        running.started()
         yield running
     finally:
         running.popen.kill()
