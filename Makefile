@@ -37,8 +37,11 @@ csrc-check: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/csrc -m 'slow or not slow' -rs
 
 # Without an NPU: torch_npu's real wheel (downloaded once, into build/) over a stand-in for CANN, for each processor.
+# NPU_CHECK="--releases 2.9.0 2.10.0" tries other releases than that of the torch installed here (0.9 GB each);
+# --optional is for machines whose index may have no such wheel.
+NPU_CHECK ?=
 npu-check: $(VENV)/.dev
-	$(BIN)/python -m tests.npu.check build/npu-check
+	$(BIN)/python -m tests.npu.check build/npu-check $(NPU_CHECK)
 
 # On a machine with an NVIDIA or AMD GPU: all that only it can show, the most important first, in nine minutes, with the torch
 # and the Triton that are there. report.json in OUT is written again after each step; docs/devices.md is made of such reports.
@@ -49,7 +52,7 @@ gpu-check:
 # The kernels for GPUs on a machine without one: interpreted beside their definitions, and compiled for NVIDIA's and AMD's.
 # Fetches two versions of Triton (1.7 GB, in ~/.cache/qwenrt-triton or where QWENRT_TRITON_CACHE says), then some minutes.
 gpu-sources: $(VENV)/.dev
-	$(BIN)/python scripts/gpu_sources.py
+	$(BIN)/python scripts/gpu_sources.py $(GPU_SOURCES)
 
 # The server against Claude Code, Codex and Qwen Code from npm and against clients from PyPI that cannot live beside each
 # other: an environment for each (1.5 GB, in ~/.cache/qwenrt-clients or where QWENRT_CLIENT_ENVS says; needs Node.js 20),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qwenrt.load_options import Source as Source
     from qwenrt.loading import load as load
     from qwenrt.loading import load_tokenizer as load_tokenizer
+    from qwenrt.merging import merge as merge
     from qwenrt.outputs import Delta as Delta
     from qwenrt.outputs import FinishReason as FinishReason
     from qwenrt.outputs import Generation as Generation
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "load": "qwenrt.loading",
     "LLM": "qwenrt.llm",
+    "merge": "qwenrt.merging",
     "load_tokenizer": "qwenrt.loading",
     "Tokenizer": "qwenrt.text.tokenizer.tokenizer",
     "LoadOptions": "qwenrt.load_options",

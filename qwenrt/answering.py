@@ -35,6 +35,7 @@ class TurnOptions(SamplingChanges, total=False):
     reasoning_effort: str | None
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool
+    adapter: str | None
     sampling_params: SamplingParams | None
 
 
@@ -119,7 +120,7 @@ class Prepared:
     """One request, ready for an engine: everything about it that takes time or can be wrong was seen to.
 
     prompt_token_ids: the prompt. params: as asked for. reader: how the answers are read. stop: strings that end them
-    because of the prompt's form. thinking_budget: the longest thought in tokens.
+    because of the prompt's form. thinking_budget: the longest thought in tokens. adapter: the name of a loaded one.
     """
 
     prompt_token_ids: list[int]
@@ -127,6 +128,7 @@ class Prepared:
     reader: ReplyReader = COMPLETION
     stop: tuple[str, ...] = ()
     thinking_budget: int | None = None
+    adapter: str | None = None
 
     def options(self, tokenizer: Tokenizer | None) -> tuple[SamplingParams, dict[str, Any]]:
         """The parameters and options that an engine takes."""
@@ -136,7 +138,7 @@ class Prepared:
         thought = None
         if self.reader.thinks and tokenizer is not None:
             thought = thought_rules(tokenizer, self.reader, self.thinking_budget)
-        return params, {"replies": replies, "thought": thought}
+        return params, {"replies": replies, "thought": thought, "adapter": self.adapter}
 
 
 def checked_budget(thinking_budget: object, reader: ReplyReader) -> int | None:

@@ -33,6 +33,7 @@ from qwenrt.engine.engine import Engine
 from qwenrt.engine.options import EngineOptions
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.load_options import LoadOptions
+from qwenrt.loader.adapters import BaseWeights
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.checkpoint.inventory import check_size
@@ -75,6 +76,9 @@ class Assembled:
     load_s: float
     summary: str
     options: LoadOptions
+    base: (
+        BaseWeights | None
+    )  # the checkpoint, for adapters that depend on its weights; None where they are random
 
 
 def assemble(
@@ -116,7 +120,8 @@ def assemble(
             packed_cache=_packed_cache(options, environment),
         )
 
-    return _build(prompter, embedder, backend, options, fill, _stored_dtype(checkpoint), started)
+    base = BaseWeights(checkpoint, config)
+    return _build(prompter, embedder, backend, options, fill, _stored_dtype(checkpoint), started, base)
 
 
 def assemble_random(shape: str | ModelConfig, options: LoadOptions, environment: Environment) -> Assembled:
@@ -163,6 +168,7 @@ def _build(
     fill: Callable[[Qwen, torch.dtype], None],
     stored: str | None,
     started: float,
+    base: BaseWeights | None = None,
 ) -> Assembled:
     """``fill``: gives the parameters their values; ``stored``: the dtype of the file's dense weights."""
     config, tokenizer = prompter.config, prompter.tokenizer
@@ -188,23 +194,10 @@ def _build(
         fill(model, dtype)
     backend.empty_cache()  # of what loading needed besides
     model.bind()
-    engine_options = EngineOptions(
-        max_model_len=longest,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        block_size=backend.block_size,
-        kv_cache_dtype=options.kv_cache_dtype,
-        num_blocks=_num_blocks(config, backend, dtype, options, longest),
-        step_target_ms=options.step_target_ms,
-        prefix_store=None if options.prefix_store is None else Path(options.prefix_store),
-        prefix_store_bytes=options.prefix_store_bytes,
-        num_snapshots=_num_snapshots(config, backend, dtype, options),
-        draft_tokens=options.draft_tokens if options.draft == "mtp" else 0,
-    )
     engine = Engine(
         model,
         tokenizer,
-        engine_options,
+        _engine_options(config, backend, dtype, options, longest),
         eos_token_ids=prompter.end_token_ids,
         vocab_limit=None if tokenizer is None else tokenizer.vocab_size,
     )
@@ -229,6 +222,27 @@ def _build(
         load_s,
         line,
         options,
+        base,
+    )
+
+
+def _engine_options(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, options: LoadOptions, longest: int
+) -> EngineOptions:
+    """How large the engine is, by what was asked for and by the memory that the weights left."""
+    return EngineOptions(
+        max_model_len=longest,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=backend.block_size,
+        kv_cache_dtype=options.kv_cache_dtype,
+        num_blocks=_num_blocks(config, backend, dtype, options, longest),
+        step_target_ms=options.step_target_ms,
+        prefix_store=None if options.prefix_store is None else Path(options.prefix_store),
+        prefix_store_bytes=options.prefix_store_bytes,
+        num_snapshots=_num_snapshots(config, backend, dtype, options),
+        draft_tokens=options.draft_tokens if options.draft == "mtp" else 0,
+        max_adapters=options.max_adapters,
     )
 
 

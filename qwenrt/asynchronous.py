@@ -44,7 +44,12 @@ class Asynchronous(ABC):
 
     @abstractmethod
     def _completions(
-        self, prompt: object, sampling_params: object, prompt_token_ids: object, sampling: Mapping[str, Any]
+        self,
+        prompt: object,
+        sampling_params: object,
+        prompt_token_ids: object,
+        adapter: str | None,
+        sampling: Mapping[str, Any],
     ) -> tuple[list[Prepared], bool]:
         """Each of the prompts that `agenerate` was given, and whether it was a single one."""
 
@@ -114,7 +119,12 @@ class Asynchronous(ABC):
 
     @overload
     async def agenerate(
-        self, prompt: str, sampling_params: SamplingParams | None = None, **sampling: Unpack[SamplingChanges]
+        self,
+        prompt: str,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        **sampling: Unpack[SamplingChanges],
     ) -> Generation: ...
 
     @overload
@@ -122,6 +132,8 @@ class Asynchronous(ABC):
         self,
         prompt: list[str] | tuple[str, ...],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
         **sampling: Unpack[SamplingChanges],
     ) -> list[Generation]: ...
 
@@ -132,6 +144,7 @@ class Asynchronous(ABC):
         sampling_params: SamplingParams | None = None,
         *,
         prompt_token_ids: Sequence[int],
+        adapter: str | None = None,
         **sampling: Unpack[SamplingChanges],
     ) -> Generation: ...
 
@@ -142,6 +155,7 @@ class Asynchronous(ABC):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_token_ids: Sequence[Sequence[int]],
+        adapter: str | None = None,
         **sampling: Unpack[SamplingChanges],
     ) -> list[Generation]: ...
 
@@ -151,10 +165,12 @@ class Asynchronous(ABC):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Any:
         """`generate`, with the same arguments and results."""
-        each, single = await to_thread(self._completions, prompt, sampling_params, prompt_token_ids, sampling)
+        asked = prompt, sampling_params, prompt_token_ids, adapter, sampling
+        each, single = await to_thread(self._completions, *asked)
         answers: list[AsyncAnswer] = []
         try:
             for prepared in each:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
+from qwenrt.adapting import Adaptable
 from qwenrt.answering import (
     COMPLETION,
     Messages,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qwenrt")
 
 
-class LLM(Asynchronous, Retrieval):
+class LLM(Asynchronous, Retrieval, Adaptable):
     """One model in memory. Made by `load`; usable from any thread; a context manager that frees it at the end."""
 
     def __init__(self, assembled: Assembled) -> None:
@@ -98,6 +99,7 @@ class LLM(Asynchronous, Retrieval):
         reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
+        adapter: str | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Any:
@@ -110,8 +112,8 @@ class LLM(Asynchronous, Retrieval):
         models that do not think. ``reasoning_effort``: from "none" to "max", what the model is told where it was taught
         to listen (Qwen3.8), else a budget. ``tool_choice``: "auto" (None), "none", or a call that is required, of any
         tool ("required") or of one ({"type": "function", "function": {"name": ...}}). ``parallel_tool_calls``: if off,
-        an answer ends with its first call. ``sampling`` changes single fields of ``sampling_params`` or of the
-        checkpoint's own defaults.
+        an answer ends with its first call. ``adapter``: the name of one that is loaded. ``sampling`` changes single
+        fields of ``sampling_params`` or of the checkpoint's own defaults.
         """
         prepared, result = self._turn(
             query,
@@ -124,6 +126,7 @@ class LLM(Asynchronous, Retrieval):
             reasoning_effort=reasoning_effort,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
+            adapter=adapter,
             sampling_params=sampling_params,
             **sampling,
         )
@@ -145,6 +148,7 @@ class LLM(Asynchronous, Retrieval):
         reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
+        adapter: str | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Unpack[SamplingChanges],
     ) -> Iterator[Delta]:
@@ -166,6 +170,7 @@ class LLM(Asynchronous, Retrieval):
             reasoning_effort=reasoning_effort,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
+            adapter=adapter,
             sampling_params=sampling_params,
             **sampling,
         )
@@ -175,7 +180,12 @@ class LLM(Asynchronous, Retrieval):
 
     @overload
     def generate(
-        self, prompt: str, sampling_params: SamplingParams | None = None, **sampling: Unpack[SamplingChanges]
+        self,
+        prompt: str,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        **sampling: Unpack[SamplingChanges],
     ) -> Generation: ...
 
     @overload
@@ -183,6 +193,8 @@ class LLM(Asynchronous, Retrieval):
         self,
         prompt: list[str] | tuple[str, ...],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
         **sampling: Unpack[SamplingChanges],
     ) -> list[Generation]: ...
 
@@ -193,6 +205,7 @@ class LLM(Asynchronous, Retrieval):
         sampling_params: SamplingParams | None = None,
         *,
         prompt_token_ids: Sequence[int],
+        adapter: str | None = None,
         **sampling: Unpack[SamplingChanges],
     ) -> Generation: ...
 
@@ -203,6 +216,7 @@ class LLM(Asynchronous, Retrieval):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_token_ids: Sequence[Sequence[int]],
+        adapter: str | None = None,
         **sampling: Unpack[SamplingChanges],
     ) -> list[Generation]: ...
 
@@ -212,13 +226,15 @@ class LLM(Asynchronous, Retrieval):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Any:
         """Continue a text, or token ids: -> Generation. A list of prompts -> a list of Generations, one engine run.
 
-        Control tokens in a text stay plain text. ``sampling_params`` may be a list, one for each prompt.
+        Control tokens in a text stay plain text. ``sampling_params`` may be a list, one for each prompt. ``adapter``:
+        the name of one that is loaded.
         """
-        each, single = self._completions(prompt, sampling_params, prompt_token_ids, sampling)
+        each, single = self._completions(prompt, sampling_params, prompt_token_ids, adapter, sampling)
         handles: list[Handle] = []
         try:
             for prepared in each:
@@ -230,9 +246,10 @@ class LLM(Asynchronous, Retrieval):
             raise
         return done[0] if single else done
 
-    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """The model's logits after each token -> float32 [num_tokens, vocab_size] on the CPU; one prefill."""
-        logits: torch.Tensor = self._alive().engine.logits(as_token_ids(token_ids))
+    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None) -> torch.Tensor:
+        """The model's logits after each token -> float32 [num_tokens, vocab_size] on the CPU; one prefill. ``adapter``:
+        the name of one that is loaded."""
+        logits: torch.Tensor = self._alive().engine.logits(as_token_ids(token_ids), adapter)
         return logits
 
     # ---- in two steps
@@ -252,6 +269,7 @@ class LLM(Asynchronous, Retrieval):
         reasoning_effort: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
+        adapter: str | None = None,
         most_prompt_tokens: int | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
@@ -278,7 +296,7 @@ class LLM(Asynchronous, Retrieval):
             budget = checked_budget(budget, reader)
             self._compile(params)  # by itself, so that an error tells its place
             self._compile(reader.held(params))
-            return Prepared(chat.token_ids, params, reader, chat.stop, budget)
+            return Prepared(chat.token_ids, params, reader, chat.stop, budget, adapter)
         if query is not None or messages is not None or tools:
             given = "prompt" if prompt_token_ids is None else "prompt_token_ids"
             raise RequestError("one answer", f"{given} beside a chat", "Pass one of the two.")
@@ -288,7 +306,8 @@ class LLM(Asynchronous, Retrieval):
             raise RequestError("prompt", f"got {type(prompt).__name__}", "Pass a string.")
         [ids], _ = self._alive().prompter.completion_prompts(prompt, prompt_token_ids, most_prompt_tokens)
         self._compile(params)
-        return Prepared(ids, params, thinking_budget=checked_budget(thinking_budget, COMPLETION))
+        budget = checked_budget(thinking_budget, COMPLETION)
+        return Prepared(ids, params, thinking_budget=budget, adapter=adapter)
 
     def submit(self, prepared: Prepared) -> Handle:
         """Begin to compute what was prepared -> an iterator over its Deltas, which can `cancel` and `end_thought`.
@@ -334,11 +353,12 @@ class LLM(Asynchronous, Retrieval):
 
     def explain(self) -> str:
         """A table: what serves each operation in how many places, and why where it is not the device's own kernel; then
-        the bytes of the weights."""
+        the bytes of the weights; then the adapters that are loaded."""
         from qwenrt import summary
 
         alive = self._alive()
-        return "\n".join([alive.summary, *summary.table(alive.backend, alive.model)])
+        adapters = summary.adapters(alive.engine.adapters.loaded)
+        return "\n".join([alive.summary, *summary.table(alive.backend, alive.model), *adapters])
 
     def stats(self) -> dict[str, Any]:
         """Figures of the engine (running, waiting, free blocks, ...) and of the model (bytes, limits)."""
@@ -425,14 +445,19 @@ class LLM(Asynchronous, Retrieval):
         return prepared, result
 
     def _completions(
-        self, prompt: object, sampling_params: object, prompt_token_ids: object, sampling: Mapping[str, Any]
+        self,
+        prompt: object,
+        sampling_params: object,
+        prompt_token_ids: object,
+        adapter: str | None,
+        sampling: Mapping[str, Any],
     ) -> tuple[list[Prepared], bool]:
         """Each of the prompts that `generate` was given, and whether it was a single one."""
         prompts, single = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
         if not isinstance(sampling_params, Sequence):
             params = self._params(sampling_params, sampling)
             self._compile(params)
-            return [Prepared(ids, params) for ids in prompts], single
+            return [Prepared(ids, params, adapter=adapter) for ids in prompts], single
         if len(sampling_params) != len(prompts):
             found = f"{len(sampling_params)} for {len(prompts)} prompts"
             raise RequestError(
@@ -441,7 +466,8 @@ class LLM(Asynchronous, Retrieval):
         each = [self._params(params, sampling) for params in sampling_params]
         for params in each:
             self._compile(params)
-        return [Prepared(ids, params) for ids, params in zip(prompts, each, strict=True)], single
+        pairs = zip(prompts, each, strict=True)
+        return [Prepared(ids, params, adapter=adapter) for ids, params in pairs], single
 
     def _params(self, given: object, changes: Mapping[str, Any]) -> SamplingParams:
         if given is not None and not isinstance(given, SamplingParams):

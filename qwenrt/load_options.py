@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -53,7 +54,8 @@ ABOUT: dict[str, str] = {
     "of that",
     "activations": "what the CPU rounds the inputs of quantised layers to: int8 is the fastest, exact rounds nothing, "
     "auto is int16 in large layers and exact in small ones (default: as QWENRT_ACTIVATIONS says, else auto). All but "
-    "exact also multiply prompts by large 16-bit layers in fixed point, with an error of about 1e-4",
+    "exact also multiply prompts by large 16-bit layers in fixed point, with an error of about 1e-4, and have queries "
+    "of 16 bits beside an int8 cache",
     "max_model_len": "longest prompt and answer together, in tokens (default: what the model and the memory allow)",
     "max_num_seqs": "how many requests are computed at the same time",
     "max_num_batched_tokens": "how many tokens are computed in one step",
@@ -73,6 +75,8 @@ ABOUT: dict[str, str] = {
     "draft_tokens": "how many tokens draft guesses for an answer at a time",
     "merge_system_messages": "where a chat template takes a system message in the first place alone (Qwen3.5 to 3.8), "
     "move the texts of later ones into that; otherwise they are an error",
+    "adapters": "LoRA adapters to load as well, by the names that requests ask for them by: {name: directory}",
+    "max_adapters": "how many adapters are in memory at once; beyond them the one that was used least lately goes",
 }
 
 
@@ -106,6 +110,8 @@ class LoadOptions:
     draft: Draft | None = None
     draft_tokens: int = 1
     merge_system_messages: bool = False
+    adapters: Mapping[str, str | PathLike[str]] | None = None
+    max_adapters: int = 16
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -127,6 +133,7 @@ _INTEGERS = {
     "step_target_ms": (0, 3600_000),
     "prefix_store_bytes": (2**20, 2**50),
     "draft_tokens": (1, MOST_DRAFT_TOKENS),
+    "max_adapters": (1, 4096),
 }
 _DIRECTORIES: dict[str, tuple[type, ...]] = {"packed_cache": (bool, PathLike), "prefix_store": (PathLike,)}
 
@@ -140,6 +147,16 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
+def _adapters(value: object) -> dict[str, str | PathLike[str]]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(
+            f"adapters={shown(value)}",
+            f"a {type(value).__name__}",
+            "It must be {name: directory of the adapter}.",
+        )
+    return dict(value)
+
+
 def _checked(name: str, value: Any, default: object) -> Any:
     """``value`` as Python's own, if the option may have it. None may stand where it is the default."""
     if type(value).__module__ == "torch" and type(value).__name__ == "device":
@@ -151,6 +168,8 @@ def _checked(name: str, value: Any, default: object) -> Any:
         return value
     if value is None and default is None:
         return None
+    if name == "adapters":
+        return _adapters(value)
     if name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         return size(name, value)
     if name in _INTEGERS:

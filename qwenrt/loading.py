@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ def load(
     draft: Draft | None = None,
     draft_tokens: int = 1,
     merge_system_messages: bool = False,
+    adapters: Mapping[str, str | PathLike[str]] | None = None,
+    max_adapters: int = 16,
 ) -> LLM:
     """Load a model from wherever it is, for whatever device is there.
 
@@ -85,6 +88,8 @@ def load(
         draft=draft,
         draft_tokens=draft_tokens,
         merge_system_messages=merge_system_messages,
+        adapters=adapters,
+        max_adapters=max_adapters,
     )
     return load_with(model, options)
 
@@ -108,10 +113,11 @@ def load_with(
             check_room_for_torch()
             from qwenrt.assembly import assemble
 
-            return LLM(assemble(_name(model), options, environment or Environment.read(), backend))
+            llm = LLM(assemble(_name(model), options, environment or Environment.read(), backend))
     finally:
         if collecting:
             gc.enable()
+    return _with_adapters(llm, options)
 
 
 def load_random(shape: str | ModelConfig, **options: Any) -> LLM:
@@ -124,7 +130,7 @@ def load_random(shape: str | ModelConfig, **options: Any) -> LLM:
         check_room_for_torch()
         from qwenrt.assembly import assemble_random
 
-        return LLM(assemble_random(shape, checked, Environment.read()))
+        return _with_adapters(LLM(assemble_random(shape, checked, Environment.read())), checked)
 
 
 def load_tokenizer(model: str | PathLike[str]) -> ChatTokenizer:
@@ -133,6 +139,16 @@ def load_tokenizer(model: str | PathLike[str]) -> ChatTokenizer:
     from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 
     return ChatTokenizer.from_dir(resolve(_name(model), env=Environment.read(), weights=False))
+
+
+def _with_adapters(llm: LLM, options: LoadOptions) -> LLM:
+    try:
+        for name, path in (options.adapters or {}).items():
+            llm.load_adapter(path, name)
+    except BaseException:
+        llm.close()
+        raise
+    return llm
 
 
 def _name(model: object) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from qwenrt.backends.base import Backend
+from qwenrt.engine.adapters import LoadedAdapter
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import Packed
 
@@ -47,6 +48,20 @@ def table(backend: Backend, model: Qwen) -> list[str]:
     for piece in _pieces(model):
         sizes[_form(piece)] = sizes.get(_form(piece), 0) + piece.nbytes
     return lines + [f"{form} weights: {_size(nbytes)}" for form, nbytes in sizes.items()]
+
+
+def adapters(loaded: Mapping[str, LoadedAdapter]) -> list[str]:
+    """A line for each: its rank, what it changes, bytes, digest, and how many requests have had it."""
+    lines = []
+    for name, one in loaded.items():
+        info = one.info
+        said = [f"rank {one.rank}"]
+        if info is not None:
+            changed = ", ".join((*info.targets, *(f"rows of {module}" for module in info.whole)))
+            said += [f"changes {changed or 'nothing'}", f"digest {info.digest[:12]}"]
+        said += [_size(one.nbytes), f"{one.served} requests"]
+        lines.append(f"adapter {name}: {'; '.join(said)}")
+    return lines
 
 
 def roundings(backend: Backend, model: Qwen) -> list[str]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from qwenrt.backends.base import Backend
+from qwenrt.config import ModelConfig
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.types import AdapterWeights, LoraPair, Packed, TokenRows
 
@@ -102,3 +106,19 @@ def on_parameters(adapter: AdapterWeights) -> AdapterWeights:
         for name, pairs in adapter.linears.items()
     }
     return dataclasses.replace(adapter, linears=linears)
+
+
+def save_qwen1_adapter(directory: Path, config: ModelConfig, seed: int = 0, rank: int = 4) -> Path:
+    """An adapter for every c_attn of a Qwen-1, as peft writes it."""
+    gen = torch.Generator().manual_seed(seed)
+    d, tensors = config.hidden_size, {}
+    rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    for i in range(config.num_layers):
+        module = f"base_model.model.transformer.h.{i}.attn.c_attn"
+        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, d, generator=gen) / d**0.5
+        tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=gen) / rank**0.5
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["c_attn"]}
+    (directory / "adapter_config.json").write_text(json.dumps(said))
+    return directory

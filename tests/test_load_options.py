@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from tests.fuzz.values import Hostile
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
 # Options of Python alone: what a command does decides them.
-SERVING = {"step_target_ms", "prefix_store", "prefix_store_bytes", "merge_system_messages"}
-NOT_ON_THE_COMMAND_LINE = {"max_num_seqs", "max_num_batched_tokens", "progress", *SERVING}
+SERVING = {"step_target_ms", "prefix_store", "prefix_store_bytes", "merge_system_messages", "max_adapters"}
+NOT_ON_THE_COMMAND_LINE = {"max_num_seqs", "max_num_batched_tokens", "progress", "adapters", *SERVING}
 
 
 def test_load_takes_every_option_with_its_type_and_default() -> None:
@@ -46,7 +47,7 @@ def test_load_hands_on_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 8, "fallback": "error", "progress": False,
         "packed_cache": Path("x"), "step_target_ms": 90, "prefix_store": Path("y"), "prefix_store_bytes": 2**30,
         "draft": "mtp", "draft_tokens": 3,
-        "merge_system_messages": True,
+        "merge_system_messages": True, "adapters": {"a": "b"}, "max_adapters": 2,
     }  # fmt: skip
     assert given.keys() == DEFAULTS.keys() and all(given[name] != DEFAULTS[name] for name in given)
     taken: list[Any] = []
@@ -82,18 +83,31 @@ def test_an_estimate_has_the_same_choices() -> None:
 
 
 def test_the_options_of_finetune_are_its_settings() -> None:
-    """Of a room that needs torch, so that the command line names them again: names and types are compared."""
-    from qwenrt.cli.finetuning import _SETTINGS
+    """Of a room that needs torch, so that the command line names them again: names, choices and defaults are
+    compared."""
+    from qwenrt.cli.finetuning import _LORA, _SETTINGS, _SWITCHES
     from qwenrt.finetune import finetune
-    from qwenrt.finetune.trainer import TrainingSettings
+    from qwenrt.finetune.lora import LoraSettings
+    from qwenrt.finetune.settings import TrainingSettings
+    from qwenrt.text.chat.training_form import FormSettings
 
-    known = {field.name: field.type for field in dataclasses.fields(TrainingSettings)}
-    known |= {
-        name: p.annotation for name, p in inspect.signature(finetune).parameters.items() if name not in known
-    }
-    assert {name: kind.__name__ for name, (kind, _) in _SETTINGS.items()} == {
-        name: known[name].removesuffix(" | None") for name in _SETTINGS
-    }
+    classes = (TrainingSettings, FormSettings, LoraSettings)
+    known = {field.name: field for one in classes for field in dataclasses.fields(one)}
+    types = {name: kind for one in classes for name, kind in typing.get_type_hints(one).items()}
+    assert {name: types[name] for name in _SWITCHES} == dict.fromkeys(_SWITCHES, bool)
+    signature = inspect.signature(finetune).parameters
+    for name, (kind, choices, default, _) in (_SETTINGS | _LORA).items():
+        if name not in known:
+            assert signature[name].annotation.removesuffix(" | None") == kind.__name__
+            continue
+        own = known[name].default
+        assert own is None or kind(default) == own
+        args = typing.get_args(types[name])
+        if choices is not None:
+            assert choices == tuple(
+                w for arg in args for w in ([arg] if isinstance(arg, str) else typing.get_args(arg))
+            )
+        assert kind is str or kind in (types[name], *args)
 
 
 def test_values_of_other_libraries_become_pythons_own() -> None:

@@ -77,10 +77,10 @@ struct Found {
   }
   Found() {
 #ifdef QWENRT_WITH_AMX
-    add({"amx", has_amx, amx_kernels, avx2_layer_kernels, avx2_quantize_group});
+    add({"amx", has_amx, amx_kernels, avx512_layer_kernels, avx2_quantize_group});
 #endif
 #ifdef QWENRT_WITH_AVX512
-    add({"avx512vnni", has_avx512vnni, avx512vnni_kernels, avx2_layer_kernels, avx2_quantize_group});
+    add({"avx512vnni", has_avx512vnni, avx512vnni_kernels, avx512_layer_kernels, avx2_quantize_group});
 #endif
 #ifdef QWENRT_WITH_AVX2
     add({"avx2", has_avx2, avx2_kernels, avx2_layer_kernels, avx2_quantize_group});

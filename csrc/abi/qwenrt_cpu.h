@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 19
+#define QWENRT_ABI 20
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else
@@ -131,19 +131,20 @@ QWENRT_API int qwenrt_dense12_pack_others(const QwenrtHandle* with, const uint16
 QWENRT_API int qwenrt_dense12_unpack(const QwenrtHandle* with, const QwenrtDense12* w, uint16_t* out, int64_t begin,
                                      int64_t end);
 
-// What a linear's matrix is: 16 bits a weight as they are; QwenrtDense12; QwenrtQuantMatrix; or linears of the same
-// inputs, none of them in parts, whose outputs follow each other.
+// What a linear's matrix is: 16 bits a weight as they are; QwenrtDense12; QwenrtQuantMatrix; linears of the same inputs,
+// none of them in parts, whose outputs follow each other; or something that is not the library's to read.
 enum {
   QWENRT_DENSE_BFLOAT16 = 0,
   QWENRT_DENSE_FLOAT16 = 1,
   QWENRT_DENSE12 = 2,
   QWENRT_QUANTIZED = 3,
-  QWENRT_PARTS = 4
+  QWENRT_PARTS = 4,
+  QWENRT_ELSEWHERE = 5
 };
 typedef struct QwenrtLinear {
   int32_t kind;
   int32_t reserved;
-  const void* matrix;   // uint16_t [out_features][in_features]; one of the structs; or QwenrtLinear [part_count]
+  const void* matrix;   // uint16_t [out_features][in_features]; one of the structs; QwenrtLinear [part_count]; or a name
   const float* bias;    // [out_features] or NULL, of 16 bits as they are: the others have their own
   int64_t part_count;
   int64_t out_features;
@@ -156,7 +157,8 @@ typedef struct QwenrtLinear {
 
 // y [tokens][out_features] = x [tokens][in_features] W^T + bias, float32, rows contiguous, accumulated in float32.
 // Returns QWENRT_NOT_FINITE, and leaves y half written, where a quantised matrix meets infinities, NaN or numbers too
-// large to sum; QWENRT_NO_MEMORY where there is none to lay out x.
+// large to sum; QWENRT_NO_MEMORY where there is none to lay out x; QWENRT_NOT_SERVED of one that is elsewhere, or has such
+// a part.
 QWENRT_API int qwenrt_linear(const QwenrtHandle* with, const QwenrtLinear* w, const float* x, float* y, int64_t tokens);
 
 // Reads memory[0 .. words) once with all threads and returns the sum: what the memory can deliver at best.

@@ -40,7 +40,8 @@ typedef struct {
   float scale;  // of scores
 } QwenrtLayer;
 
-// Computes y = x W^T + bias where qwenrt_linear refuses x as not finite -> QWENRT_OK, or what the step is to return.
+// Computes y = x W^T + bias where qwenrt_linear refuses x as not finite, or w is elsewhere -> QWENRT_OK, or what the step
+// is to return.
 typedef int (*QwenrtInstead)(const QwenrtLinear* w, const float* x, float* y, int64_t tokens);
 
 // What the layers of one step share; the fields as in QwenrtRotary and QwenrtSequences.

@@ -28,6 +28,7 @@ typedef struct {
   int64_t head_dim;
   const float* k_offset;  // [num_kv_heads][head_dim], both or none, beside codes only
   const float* k_factor;
+  int64_t rounded;  // whether short queries, and their weights, may be rounded to 16 bits beside codes
 } QwenrtCache;
 
 // out [tokens][num_heads][head_dim] = causal attention over the cache, where this step's keys and values are already;

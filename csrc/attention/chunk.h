@@ -6,6 +6,7 @@
 // lies, and asked for before it is needed.
 #pragma once
 #include "attention/cells.h"
+#include "attention/codes.h"
 #include "isa/unroll.h"
 
 namespace {
@@ -31,9 +32,16 @@ struct ChunkMemory {
   int64_t cells[kChunk];
   const float* queries[kRowsAtOnce];
   float* outs[kRowsAtOnce];
+  int32_t* coded_outs[kRowsAtOnce];              // weighted codes, in the place of outs until all are there
   float sums[kRowsAtOnce], shifts[kRowsAtOnce];  // of the weights, and of the weights times v_zero
+  float query_sums[kRowsAtOnce], query_steps[kRowsAtOnce], weight_steps[kRowsAtOnce];  // steps: of what is rounded
+  int16_t rounded[kRowsAtOnce][kMostChannels];  // queries
+  int16_t weights[kRowsAtOnce][kChunk];
 };
 static_assert(sizeof(ChunkMemory) <= size_t(attention_memory(8)) * sizeof(float), "attention_memory is too small");
+
+// Whether products with codes are made in integers: of whole vectors alone.
+INLINE bool rounds(const Attention& a) { return a.cache.rounded && a.cache.k_scale && a.cache.head_dim % kCodes == 0; }
 
 // Asks for the step that is kAheadBytes after the one that is read.
 template <class Cell>
@@ -98,13 +106,16 @@ INLINE void each_step(const Rows& rows, Ahead<Cell> ahead, const Each& f) {
 }
 
 // scores[row][place] = q k, of all rows.
-template <class Cell>
+template <class Cell, bool ROUNDED>
 void score(const Attention& a, const Rows& rows, ChunkMemory& m) {
   const int64_t head_dim = a.cache.head_dim;
   const Cell* k = static_cast<const Cell*>(a.cache.k);
   each_step(rows, Ahead<Cell>(k, m.cells, head_dim, rows),
             [&](auto count, int64_t i, int64_t h, int64_t place, int64_t stop) __attribute__((always_inline)) {
-    dot_products<count>(m.queries + i, k + h * head_dim, m.cells, head_dim, m.scores + i, place, stop);
+    if constexpr (ROUNDED)
+      dot_codes<count>(m.rounded + i, k + h * head_dim, m.cells, head_dim, m.scores + i, place, stop);
+    else
+      dot_products<count>(m.queries + i, k + h * head_dim, m.cells, head_dim, m.scores + i, place, stop);
   });
 }
 
@@ -155,28 +166,37 @@ INLINE void scale_scores(const Attention& a, int64_t head, const Rows& rows, int
   const int64_t at = cache.k_scale ? find_scales(cache.k_scale, cache.k_zero, head, rows, m) : 0;
   for (const int64_t end = i + rows.count(); i < end; ++i) {
     float* scores = m.scores[i];
-    Vec total = all(0);
-    for (int64_t c = 0; cache.k_scale && c < cache.head_dim; c += kLanes) total = add(total, load(m.queries[i] + c));
-    const Vec factor = all(a.scale), shift = all(sum(total));
+    const Vec factor = all(a.scale), shift = all(m.query_sums[i]), step = all(m.query_steps[i]);
     for (int64_t p = rows.first; p < rows.last; p += kLanes) {
       Vec x = load(scores + p);
-      if (cache.k_scale) x = multiply_add(load(m.scales[at] + p), x, mul(load(m.zeros[at] + p), shift));
+      if (cache.k_scale) x = multiply_add(mul(load(m.scales[at] + p), step), x, mul(load(m.zeros[at] + p), shift));
       store(scores + p, mul(x, factor));
     }
   }
 }
 
-// Weights of one head's rows -> weights of the codes, and what the zeros add.
+// Weights of one head's rows -> weights of the codes, and what the zeros add. Rounded ones are those of codes around the
+// middle one, so that what rounding adds is small as values are and not as codes: the sums begin below zero.
+template <bool ROUNDED>
 INLINE void scale_weights(const Attention& a, int64_t head, const Rows& rows, int64_t i, ChunkMemory& m) {
   const int64_t at = find_scales(a.cache.v_scale, a.cache.v_zero, head, rows, m);
   for (const int64_t end = i + rows.count(); i < end; ++i) {
     Vec shifts = all(0);
     for (int64_t p = rows.first; p < rows.last; p += kLanes) {
-      const Vec weight = load(m.scores[i] + p);
+      const Vec weight = load(m.scores[i] + p), scaled = mul(weight, load(m.scales[at] + p));
       shifts = multiply_add(weight, load(m.zeros[at] + p), shifts);
-      store(m.scores[i] + p, mul(weight, load(m.scales[at] + p)));
+      if constexpr (ROUNDED) shifts = multiply_add(scaled, all(kMiddleCode), shifts);
+      store(m.scores[i] + p, scaled);
     }
     m.shifts[i] = sum(shifts);
+    if constexpr (ROUNDED) {
+      const int64_t count = rows.last - rows.first;
+      const Rounded of = round_to_16_bits(m.scores[i] + rows.first, count, m.weights[i] + rows.first);
+      m.weight_steps[i] = of.step;
+      m.shifts[i] += of.sum - of.sum;  // NaN where that is
+      const int32_t begin = of.sum == of.sum ? -kMiddleCode * int32_t(of.sum) : 0;
+      for (int64_t c = 0; c < a.cache.head_dim; ++c) m.coded_outs[i][c] = begin;
+    }
   }
 }
 
@@ -210,18 +230,36 @@ INLINE void add_values(float (*weights)[kChunk], const Cell* v, const int64_t* c
   for (; c < head_dim; c += kLanes) add_channels<ROWS, 1>(weights, v, cells, head_dim, place, end, outs, c);
 }
 
-template <class Cell>
+template <class Cell, bool ROUNDED>
 void weigh(const Attention& a, const Rows& rows, ChunkMemory& m) {
   const int64_t head_dim = a.cache.head_dim;
   const Cell* v = static_cast<const Cell*>(a.cache.v);
   each_step(rows, Ahead<Cell>(v, m.cells, head_dim, rows),
             [&](auto count, int64_t i, int64_t h, int64_t place, int64_t stop) __attribute__((always_inline)) {
-    add_values<count>(m.scores + i, v + h * head_dim, m.cells, head_dim, place, stop, m.outs + i);
+    if constexpr (ROUNDED)
+      add_coded_values<count>(m.weights + i, v + h * head_dim, m.cells, head_dim, place, stop, m.coded_outs + i);
+    else
+      add_values<count>(m.scores + i, v + h * head_dim, m.cells, head_dim, place, stop, m.outs + i);
   });
 }
 
+// What scores need of one row's query beside itself.
+template <bool ROUNDED>
+INLINE void prepare_query(int64_t head_dim, int64_t i, ChunkMemory& m) {
+  if constexpr (ROUNDED) {
+    const Rounded of = round_to_16_bits(m.queries[i], head_dim, m.rounded[i]);
+    m.query_steps[i] = of.step;
+    m.query_sums[i] = of.sum * of.step;
+  } else {
+    Vec total = all(0);
+    for (int64_t c = 0; c < head_dim; c += kLanes) total = add(total, load(m.queries[i] + c));
+    m.query_steps[i] = 1;
+    m.query_sums[i] = sum(total);
+  }
+}
+
 // One pass over the chunk's keys [begin, end) that any of its rows may see.
-template <class Cell>
+template <class Cell, bool ROUNDED>
 void attend_rows(const Attention& a, const AttentionPiece& piece, const Rows& rows, int64_t begin, int64_t end,
                  const Partials& partials, ChunkMemory& m) {
   const int64_t head_dim = a.cache.head_dim, origin = piece.chunk * kChunk;
@@ -234,8 +272,10 @@ void attend_rows(const Attention& a, const AttentionPiece& piece, const Rows& ro
       m.outs[i] = piece.partials < 0 ? a.out + (rows.first_token * a.num_heads + row) * head_dim
                                      : partials.values + (piece.partials + row) * head_dim;
       memset(m.outs[i], 0, size_t(head_dim) * sizeof(float));
+      m.coded_outs[i] = reinterpret_cast<int32_t*>(m.outs[i]);
+      if (a.cache.k_scale) prepare_query<ROUNDED>(head_dim, i, m);
     }
-  score<Cell>(a, rows, m);
+  score<Cell, ROUNDED>(a, rows, m);
   for (int64_t h = rows.first_head, i = 0; h < rows.last_head; ++h) {
     scale_scores(a, h, rows, i, m);
     for (int64_t r = rows.first_row; r < rows.last_row; ++r, ++i) {
@@ -252,11 +292,12 @@ void attend_rows(const Attention& a, const AttentionPiece& piece, const Rows& ro
     }
   }
   for (int64_t h = rows.first_head; a.cache.v_scale && h < rows.last_head; ++h)
-    scale_weights(a, h, rows, (h - rows.first_head) * rows.count(), m);
-  weigh<Cell>(a, rows, m);
+    scale_weights<ROUNDED>(a, h, rows, (h - rows.first_head) * rows.count(), m);
+  weigh<Cell, ROUNDED>(a, rows, m);
   for (int64_t i = 0; i < rows.all(); ++i)
     for (int64_t c = 0; c < head_dim; c += kLanes) {
-      const Vec y = add(load(m.outs[i] + c), all(m.shifts[i]));
+      const Vec x = ROUNDED ? mul(load(m.coded_outs[i] + c), all(m.weight_steps[i])) : load(m.outs[i] + c);
+      const Vec y = add(x, all(m.shifts[i]));
       store(m.outs[i] + c, piece.partials < 0 ? div(y, all(m.sums[i])) : y);
     }
 }
@@ -278,8 +319,9 @@ void attend_chunk(const Attention& a, const AttentionPiece& piece, const Partial
       rows.end = end - origin;
       rows.last = (rows.end + kStep - 1) / kStep * kStep;
       ChunkMemory& m = *new (memory) ChunkMemory;
-      if (a.cache.k_scale) attend_rows<uint8_t>(a, piece, rows, begin, end, partials, m);
-      else attend_rows<float>(a, piece, rows, begin, end, partials, m);
+      if (rounds(a)) attend_rows<uint8_t, true>(a, piece, rows, begin, end, partials, m);
+      else if (a.cache.k_scale) attend_rows<uint8_t, false>(a, piece, rows, begin, end, partials, m);
+      else attend_rows<float, false>(a, piece, rows, begin, end, partials, m);
     }
 }
 

@@ -39,7 +39,7 @@ struct AttentionPiece {
 
 // Floats of the memory that `attend` works in, whatever the piece.
 static constexpr int64_t attention_memory(int64_t head_dim) {
-  const int64_t chunk = kRowsAtOnce * kChunk + 24 * kChunk;
+  const int64_t chunk = 2 * kRowsAtOnce * kChunk + 24 * kChunk;
   const int64_t tile = 2 * (kTileRows + kTileKeys) * head_dim + kTileRows * (kTileKeys + 3);
   return ((chunk > tile ? chunk : tile) + 15) / 16 * 16;
 }
@@ -64,6 +64,7 @@ struct LayerKernels {
 
 const LayerKernels* scalar_layer_kernels();
 const LayerKernels* avx2_layer_kernels();
+const LayerKernels* avx512_layer_kernels();
 const LayerKernels* neon_layer_kernels();
 // How many tasks to make of `most` equal ones with `work` multiply-adds in all.
 int64_t layer_tasks(int64_t most, int64_t work);

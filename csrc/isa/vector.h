@@ -39,7 +39,15 @@ INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE Vec load(const uint8_t* p) {  // codes, converted
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+INLINE Vec load(const int32_t* p) {  // converted
+  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+INLINE void store(int16_t* p, Vec a) {  // rounded to whole numbers; what is beyond 16 bits or NaN gives any
+  const __m256i whole = _mm256_cvtps_epi32(a);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+}
 INLINE Vec all(float x) { return _mm256_set1_ps(x); }
 INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
@@ -93,6 +101,10 @@ INLINE Vec load(const uint8_t* p) {
   const uint16x8_t codes = vmovl_u8(vld1_u8(p));
   return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(codes))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(codes)))};
 }
+INLINE Vec load(const int32_t* p) { return {vcvtq_f32_s32(vld1q_s32(p)), vcvtq_f32_s32(vld1q_s32(p + 4))}; }
+INLINE void store(int16_t* p, Vec a) {
+  vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.low)), vqmovn_s32(vcvtnq_s32_f32(a.high))));
+}
 INLINE void store(float* p, Vec a) {
   vst1q_f32(p, a.low);
   vst1q_f32(p + 4, a.high);
@@ -139,7 +151,12 @@ struct Vec {
 
 INLINE Vec load(const float* p) { QWENRT_EACH(p[i]); }
 INLINE Vec load(const uint8_t* p) { QWENRT_EACH(float(p[i])); }
+INLINE Vec load(const int32_t* p) { QWENRT_EACH(float(p[i])); }
 INLINE void store(float* p, const Vec& a) { memcpy(p, a.lane, sizeof a.lane); }
+INLINE void store(int16_t* p, const Vec& a) {
+  for (int i = 0; i < kLanes; ++i)
+    p[i] = a.lane[i] >= 32767 ? int16_t(32767) : a.lane[i] >= -32768 ? int16_t(nearbyintf(a.lane[i])) : int16_t(-32768);
+}
 INLINE Vec all(float x) { QWENRT_EACH(x); }
 INLINE Vec add(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] + b.lane[i]); }
 INLINE Vec sub(const Vec& a, const Vec& b) { QWENRT_EACH(a.lane[i] - b.lane[i]); }

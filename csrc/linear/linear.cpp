@@ -52,6 +52,8 @@ int qwenrt_linear(const QwenrtHandle* with, const QwenrtLinear* w, const float* 
       return dense12_linear(kernels, *static_cast<const QwenrtDense12*>(w->matrix), x, y, tokens, rounded);
     case QWENRT_PARTS:
       return linear_of_parts(with, *w, x, y, tokens);
+    case QWENRT_ELSEWHERE:
+      return QWENRT_NOT_SERVED;
     default:
       return QWENRT_BAD_ARGUMENT;
   }

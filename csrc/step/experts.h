@@ -2,14 +2,16 @@
 #pragma once
 #include "abi/qwenrt_forward.h"
 
-// The linears of a step: what the kernels refuse is left to `instead`, where there is one.
+// The linears of a step: those that are elsewhere, and whose inputs the kernels refuse, are left to `instead`, where
+// there is one.
 struct Linears {
   const QwenrtHandle* with;
   QwenrtInstead instead;
 
   int operator()(const QwenrtLinear& w, const float* x, float* y, int64_t tokens) const {
     const int status = qwenrt_linear(with, &w, x, y, tokens);
-    return status == QWENRT_NOT_FINITE && instead ? instead(&w, x, y, tokens) : status;
+    const bool left = status == QWENRT_NOT_FINITE || status == QWENRT_NOT_SERVED;
+    return left && instead ? instead(&w, x, y, tokens) : status;
   }
 };
 

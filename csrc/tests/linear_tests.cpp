@@ -389,7 +389,9 @@ void test_refusals() {
   CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 2) == QWENRT_OK && y[31] == 8, "parts: %g", y[31]);
   parts[1].kind = QWENRT_PARTS;
   CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 2) == QWENRT_BAD_ARGUMENT, "parts of parts");
-  for (int kind : {-1, 5}) {
+  linear.kind = QWENRT_ELSEWHERE;
+  CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 2) == QWENRT_NOT_SERVED, "elsewhere");
+  for (int kind : {-1, 6}) {
     linear.kind = kind;
     CHECK(qwenrt_linear(with, &linear, x.data(), y.data(), 2) == QWENRT_BAD_ARGUMENT, "kind %d", kind);
   }

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, Limits, OpSpec
 from qwenrt.backends.graphs import EagerGraphs, Graphs, GraphStack
-from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.backends.stack import DecodeLayers, Network, SeamStack, Stack, StackParts
 from qwenrt.config import LinearAttentionConfig, ModelConfig
 from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
-from qwenrt.errors import BackendError
+from qwenrt.errors import BackendError, QwenrtError
 from qwenrt.ops import delta, quantization, reference
 from qwenrt.ops.steps import (
     DecodePlan,
@@ -320,6 +320,10 @@ class Backend:
         graphs = None if "stacks" in self.demoted else self.graphs()
         return [seams] if graphs is None else [GraphStack(self, parts, graphs, seams), seams]
 
+    def decode_layers(self, network: Network) -> DecodeLayers | None:
+        """What computes the layers of a captured step better than its seams one by one, of a model that it serves."""
+        return None
+
     def graphs(self) -> Graphs | None:
         """How this device captures a step that decodes; None where nothing is gained: it computes as it is told."""
         return None if self.device.type == "cpu" else EagerGraphs()
@@ -525,6 +529,11 @@ class Backend:
         """Gives memory that is no longer used back to the system."""
         if self.device.type != "cpu":
             torch.get_device_module(self.device).empty_cache()
+
+    def meaning(self, said: str) -> tuple[type[QwenrtError], str] | None:
+        """(the kind of error, what to do) of what an exception of this device's software says; None where nothing is
+        known of it."""
+        return None
 
     def describe(self) -> str:
         """One phrase for the line that is printed at load: which kernels serve here."""

@@ -182,6 +182,7 @@ class GraphStack:
         self._sizes = (*(size for size in graphs.sizes if size < most), most)
         self._captured: dict[tuple[int, int, int | None], Graph] = {}
         self._failed = parts.network.bind_decode()  # why decoding is not captured, if so
+        self._layers = backend.decode_layers(parts.network)
         self._rows: RowTable | None = None
         self._last: Outcome | None = None
         self.tensors: StepTensors | None = None
@@ -268,8 +269,11 @@ class GraphStack:
         at, every = t.rope[:rows] + position, self._rotary.rows
         q_scale = None if every.q_scale is None else every.q_scale.index_select(0, position)
         rotary = RotaryRows(every.cos.index_select(0, at), every.sin.index_select(0, at), q_scale)
-        x = network.run_layers(network.embed(ids), rotary, DecodePlan(position, table, slots), cache)
-        logits = network.logits(network.final_norm(x))
+        x, plan = network.embed(ids), DecodePlan(position, table, slots)
+        if self._layers is not None and rows <= self._layers.most:
+            logits = self._layers.logits(x, rotary, plan, cache)
+        else:
+            logits = network.logits(network.final_norm(network.run_layers(x, rotary, plan, cache)))
         t.logits[:rows].copy_(logits)
         chosen = self._backend.choose_rows(
             logits[:, : self._parts.vocabulary.size],

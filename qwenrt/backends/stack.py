@@ -27,6 +27,17 @@ from qwenrt.ops.steps import (
 from qwenrt.ops.types import AdapterSpan, AdapterWeights, Head, LayerWeights, StepAdapters
 
 
+class DecodeLayers(Protocol):
+    """All layers of a step that decodes at once, of up to ``most`` rows."""
+
+    most: int
+
+    def logits(
+        self, x: torch.Tensor, rotary: RotaryRows, plan: DecodePlan, cache: Sequence[LayerCache]
+    ) -> torch.Tensor:
+        """The residual stream before the layers [T, D] -> logits float32 [T, V]; no less capturable than the seams."""
+
+
 class Device(Protocol):
     """What a stack asks of its backend beside the ops; qwenrt.backends.base.Backend says what each is."""
 
@@ -41,6 +52,8 @@ class Device(Protocol):
     def choose_rows(
         self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None
     ) -> torch.Tensor: ...
+
+    def decode_layers(self, network: Network) -> DecodeLayers | None: ...
 
 
 class Network(Protocol):

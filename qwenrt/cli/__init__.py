@@ -19,12 +19,14 @@ from qwenrt.cli import (
     evaluation,
     finetuning,
     listing,
+    merging,
     pull,
     quantizing,
     removal,
     run,
     selftest,
     serve,
+    tuning,
 )
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
@@ -46,7 +48,9 @@ COMMANDS = (
     estimate,
     evaluation,
     finetuning,
+    merging,
     quantizing,
+    tuning,
 )
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 

@@ -13,10 +13,12 @@ from qwenrt.cli.keeping import Kept
 from qwenrt.cli.lines import Lines, Undecodable
 from qwenrt.cli.options import (
     MODEL_HELP,
+    add_adapter_option,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
     example,
+    first_adapter,
     load_model,
     sampling_changes,
     thinking_arguments,
@@ -74,6 +76,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_sampling_options(parser)
     add_thinking_options(parser)
+    add_adapter_option(parser, "the first answers")
     add_model_options(parser)
     parser.set_defaults(command=chat)
 
@@ -107,7 +110,7 @@ def chat(args: argparse.Namespace) -> int:
             params=llm.generation_config.sampling.with_(**changes),
             system=args.system,
             seed=args.seed,
-            thinking=thinking_arguments(args),
+            thinking={**thinking_arguments(args), "adapter": first_adapter(args)},
             kept=kept if terminal.interactive else None,
             model=_findable(args.model),
         )

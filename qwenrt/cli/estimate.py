@@ -71,6 +71,13 @@ def add_parser(subparsers: Any) -> None:
     add_load_option(parser, "kv_cache_dtype", "--kv", dest="kv")
     add_load_option(parser, "draft")
     add_load_option(parser, "draft_tokens")
+    parser.add_argument("--finetune", choices=("full", "lora"), help="what training it takes instead")
+    parser.add_argument(
+        "--rank", type=int, default=16, metavar="N", help="of an adapter, at all linears (default: 16)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4096, metavar="N", help="trained on at a time (default: 4096)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=estimate)
 
@@ -112,11 +119,46 @@ def estimate(args: argparse.Namespace) -> int:
     """0 where it fits or the memory is not known, 1 where it does not fit."""
     report = examine(args)
     terminal = Terminal()
+    if args.finetune:
+        return _training(args, report, terminal)
     if args.json:
         terminal.result(as_json(report))
     else:
         _show(report, terminal)
     return 1 if report.fits is False else 0
+
+
+def _training(args: argparse.Namespace, report: Report, terminal: Terminal) -> int:
+    """What training takes, with all activations kept and with them computed again: 1 where neither fits."""
+    from qwenrt.loader.memory.training import lora_numbers, training_need
+
+    for name, value in (("--rank", args.rank), ("--tokens", args.tokens)):
+        if not 1 <= value <= _MOST:
+            raise RequestError(name, f"got {value}", f"It must be from 1 to {_MOST}.")
+    numbers = lora_numbers(report.config, args.rank) if args.finetune == "lora" else None
+    itemsize = 4 if _on_cpu(report) else 2
+    needs = {}
+    for recompute in ("none", "all"):
+        needs[recompute] = training_need(
+            report.config,
+            itemsize,
+            lora=numbers,
+            tokens=args.tokens,
+            recompute=recompute == "all",
+            quantize=report.quantize if numbers is not None else None,
+        )
+    fits = None if report.free is None else min(n.total for n in needs.values()) <= report.free
+    if args.json:
+        terminal.result({name: asdict(need) | {"total": need.total} for name, need in needs.items()})
+    else:
+        what = "all parameters" if numbers is None else f"an adapter of {numbers} numbers"
+        terminal.say(f"{report.model}: training {what}, {args.tokens} tokens at a time", "bold")
+        for name, need in needs.items():
+            kept = "activations computed again" if name == "all" else "all activations kept"
+            terminal.say(f"\n{kept} (recompute {name}):\n{need.format()}")
+        if report.free is not None:
+            terminal.say(f"{'memory':<12} {gib(report.free):>12}   free on {report.device}", _colour(fits))
+    return 1 if fits is False else 0
 
 
 def examine(args: argparse.Namespace) -> Report:

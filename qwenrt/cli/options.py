@@ -27,7 +27,7 @@ SOURCE_OPTIONS = ("source", "revision", "offline")
 # And those that matter where many requests share a model.
 SHARING_OPTIONS = (
     *("max_num_seqs", "max_num_batched_tokens", "step_target_ms"),
-    *("prefix_store", "prefix_store_bytes", "merge_system_messages"),
+    *("prefix_store", "prefix_store_bytes", "merge_system_messages", "max_adapters"),
 )
 _TYPES = get_type_hints(LoadOptions)
 MODEL_HELP = (
@@ -64,6 +64,33 @@ def add_load_option(parser: Any, name: str, *aliases: str, **changes: Any) -> No
     elif bool in types:
         told["action"] = "store_true"
     parser.add_argument(*aliases, "--" + name.replace("_", "-"), **told | changes)
+
+
+def add_adapter_option(parser: argparse.ArgumentParser, which: str) -> None:
+    """Adapters to load beside the model; ``which``: which of them serves."""
+    parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        type=_named_directory,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help=f"a LoRA adapter to load as well, under a name or that of its directory; may be repeated; {which}",
+    )
+
+
+def _named_directory(text: str) -> tuple[str, str]:
+    name, named, directory = text.partition("=")
+    if not named:
+        name, directory = os.path.basename(os.path.abspath(text)), text
+    if not name or not directory:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, directory
+
+
+def first_adapter(args: argparse.Namespace) -> str | None:
+    """The name of the first of ``add_adapter_option``'s, if there is one."""
+    return args.adapters[0][0] if args.adapters else None
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +182,9 @@ def load_model(args: argparse.Namespace, **changes: Any) -> LLM:
     """The model of ``args``, with ``changes`` to what its options say."""
     from qwenrt.loading import load
 
+    adapters = dict(getattr(args, "adapters", ()))
+    if adapters:
+        changes.setdefault("adapters", adapters)
     return load(args.model, **load_arguments(args) | changes)
 
 

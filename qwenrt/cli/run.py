@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from qwenrt.cli.lines import Undecodable, read_all
 from qwenrt.cli.options import (
     MODEL_HELP,
+    add_adapter_option,
     add_model_options,
     add_sampling_options,
     add_thinking_options,
     example,
+    first_adapter,
     load_model,
     sampling_changes,
     thinking_arguments,
@@ -55,6 +57,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_sampling_options(parser)
     add_thinking_options(parser)
+    add_adapter_option(parser, "the first answers")
     add_model_options(parser)
     parser.set_defaults(command=run)
 
@@ -64,19 +67,23 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         changes["seed"] = args.seed
     prompt = _prompt(args.prompt)
-    terminal = Terminal()
+    terminal, adapter = Terminal(), first_adapter(args)
     with load_model(args) as llm:
         params = llm.generation_config.sampling.with_(**changes)
         as_chat = (
-            {"system": args.system, **thinking_arguments(args)} if llm.can_chat and not args.raw else None
+            {"system": args.system, **thinking_arguments(args), "adapter": adapter}
+            if llm.can_chat and not args.raw
+            else None
         )
         if args.json:
             generation = (
-                llm.generate(prompt, params) if as_chat is None else _chat(llm, prompt, params, **as_chat)
+                llm.generate(prompt, params, adapter=adapter)
+                if as_chat is None
+                else _chat(llm, prompt, params, **as_chat)
             )
             terminal.result(dataclasses.asdict(generation))
             return 0
-        for delta in _deltas(llm, prompt, as_chat, params):
+        for delta in _deltas(llm, prompt, as_chat, params, adapter):
             terminal.answer(delta.text, delta.reasoning)
         terminal.stream("\n")
     return 0
@@ -113,9 +120,11 @@ def _chat(
     return generation
 
 
-def _deltas(llm: LLM, prompt: str, as_chat: dict[str, Any] | None, params: SamplingParams) -> Iterator[Delta]:
+def _deltas(
+    llm: LLM, prompt: str, as_chat: dict[str, Any] | None, params: SamplingParams, adapter: str | None
+) -> Iterator[Delta]:
     """The answer as it is written, or where ``as_chat`` is None the prompt's continuation."""
     if as_chat is not None:
         yield from llm.stream(prompt, sampling_params=params, **as_chat)
     else:
-        yield from llm.submit(llm.prepare(prompt=prompt, sampling_params=params))
+        yield from llm.submit(llm.prepare(prompt=prompt, sampling_params=params, adapter=adapter))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from qwenrt.cli.options import (
     MODEL_HELP,
     SHARING_OPTIONS,
+    add_adapter_option,
     add_model_options,
     add_sharing_options,
     check_installed,
@@ -55,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
     group = parser.add_argument_group("the server")
     for name in serving.ABOUT:
         _add_setting(group, name)
+    add_adapter_option(parser, "a request's `model` chooses one")
     add_model_options(parser)
     add_sharing_options(parser)
     parser.set_defaults(command=serve)
@@ -83,7 +85,7 @@ def _add_setting(group: Any, name: str) -> None:
         elif kind is float:
             told |= {"type": _parsed(serving.seconds), "metavar": "SECONDS"}
     else:
-        told["metavar"] = "FILE" if name == "api_key_file" else "ADDRESS"
+        told["metavar"] = {"api_key_file": "FILE", "adapter_directory": "DIR"}.get(name, "ADDRESS")
     group.add_argument(option, **told)
 
 
@@ -159,6 +161,8 @@ def _greeting(llm: LLM, settings: ServeSettings, address: str, name: str) -> str
         )
     if not is_shown(llm.options.progress):  # else it was told when it was loaded
         lines.append(f"  {llm.summary}")
+    if llm.adapters:
+        lines.append(f"  Adapters, asked for as the model: {', '.join(llm.adapters)}.")
     lines.append(
         f"  A context of {context} tokens; {min(full, llm.options.max_num_seqs) or 1} answers at once at full length, "
         f"{llm.options.max_num_seqs} shorter ones; {settings.max_queue} more wait."

@@ -23,7 +23,7 @@ class Environment:
     modelscope_cache: Path | None = None  # MODELSCOPE_CACHE: where ModelScope's keep them
     backend: str | None = None  # QWENRT_BACKEND: what device="auto" means
     num_threads: int | None = None  # QWENRT_NUM_THREADS: CPU threads of our kernels and of torch
-    kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set that doctor names
+    kernels: str = "auto"  # QWENRT_KERNELS: auto | off | an instruction set | nz, plain (NPU)
     activations: str = "auto"  # QWENRT_ACTIVATIONS: auto | exact | int16 | int8, what load's "auto" means
     packed_cache: Path | None = None  # QWENRT_PACKED_CACHE: 1 (in QWENRT_HOME) or a directory
     openai_api_key: str | None = None  # OPENAI_API_KEY: shown by `bench serve` to the server that it measures

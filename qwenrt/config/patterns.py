@@ -7,6 +7,7 @@ may end. What this cannot say (back references, look-behind, flags) is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,11 +57,15 @@ class Pattern:
         if len(self.source) > MAX_LENGTH:
             raise self._bad(f"it has {len(self.source)} characters; at most {MAX_LENGTH} are allowed")
         object.__setattr__(self, "_whole", _Parser(self).parse())
+        object.__setattr__(self, "_end", _end_of(self.source))
 
     def matches(self, text: str) -> bool:
         """Whether it matches ``text`` from the beginning to the end. Raises ConfigError where finding out takes too
         much."""
         whole: _Part = self._whole  # type: ignore[attr-defined]
+        end: str = self._end  # type: ignore[attr-defined]
+        if not text.endswith(end):
+            return False
         try:
             return len(text) <= _MAX_TEXT and bool(whole(_Work(text), 1) >> len(text) & 1)
         except _TooMuch:
@@ -68,6 +73,14 @@ class Pattern:
 
     def _bad(self, found: str) -> ConfigError:
         return ConfigError(f"the pattern {shown(self.source)} in {self.where}", found, _REMEDY)
+
+
+def _end_of(source: str) -> str:
+    """Letters that every text ends with that a pattern fits: most names are told apart by them alone."""
+    found = re.search(r"(\\?)([A-Za-z0-9_]*)[)$]*$", source)
+    if found is None or "|" in source:
+        return ""
+    return found[2][1:] if found[1] else found[2]  # what a backslash stands before means something else
 
 
 class _Parser:
@@ -222,10 +235,12 @@ def _one(test: Callable[[str], bool]) -> _Part:
 
     def part(work: _Work, starts: int) -> int:
         work.spend()
-        ends = 0
-        for i, letter in enumerate(work.text):
-            if starts >> i & 1 and test(letter):
-                ends |= 2 << i
+        ends, left = 0, starts & (1 << len(work.text)) - 1
+        while left:
+            place = left & -left  # the lowest bit
+            left ^= place
+            if test(work.text[place.bit_length() - 1]):
+                ends |= place << 1
         return ends
 
     return part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +60,9 @@ def check_side(finding: Finding, what: str, held: dict[str, torch.Tensor], side:
     """Codes of x [T, KVH, hd], scale and zero of each row: they stand for what was stored, to half a step, and the step
     is a 255th of the row's range."""
     codes, scale, zero = (held[f"{side}{part}"].cpu().double() for part in ("", "_scale", "_zero"))
+    if held[side].dtype == torch.int8:  # the other form of the same codes
+        codes, zero = codes + 128, (zero - 128) * scale
+        scale = scale.masked_fill((codes == 0).all(-1), 0.0)  # of a constant row it is any
     off = x.error.amax(-1) + 4 * bounds.FLOAT32 * x.value.abs().amax(-1)  # of the row's ends
     low, high = x.value.amin(-1), x.value.amax(-1)
     finding.near(f"{what}: zero", zero.float(), Near(low, off), torch.float32)
@@ -317,6 +321,21 @@ class AttentionChecker:
             return Near(value, off * (spread + largest / 255) + bounds.sums(terms) * 2 * largest)
         return Near(value, off * spread)
 
+    def _rounded(self, near: Near) -> Near:
+        """Where a backend's settings allow queries and weights to be rounded to 16 bits beside codes: 4 standard
+        deviations of a score, and of what a row's weights, of the largest at most, take from values or add to them."""
+        if not len(self.keys):
+            return near
+        sigma = 1 / (32767 * math.sqrt(12))
+        longest = max(n for _, n in self.sequences.lens)
+        terms = min(longest, self.case.window or longest)
+        values = self.values.double().abs()
+        lengths = self.keys.double().norm(dim=-1).max() * self.scale
+        scores = 4 * sigma * self.q.double().abs().amax(-1, keepdim=True) * lengths
+        spread = self._defined(values) + values.max() / 255
+        weights = 4 * sigma * math.sqrt(terms) * values.max()
+        return Near(near.value, near.error + 2 * scores * spread + weights)
+
     def check(self, subject: Subject) -> Finding:
         case, finding, backend = self.case, Finding(), subject.backend
         op, finding.served = subject.resolve(case.op, case.dtype, head_dim=case.heads[2])
@@ -330,6 +349,8 @@ class AttentionChecker:
             plan = (steps.decode_plan if decodes else steps.over_cache)(backend, self.sequences)
         kept = Inputs(q=qkv[0], k=qkv[1], v=qkv[2], **{f"cache.{name}": x for name, x in held.items()})
         got, wanted = steps.attend(op, (qkv[0], qkv[1], qkv[2]), kv, plan, self.scale, case.window), self.near
+        if subject.rounding and case.cache == INT8:
+            wanted = self._rounded(wanted)
         # what becomes of that query is left open: torch's fused kernels give numbers
         if case.not_finite and len(got):
             got, value = got.clone(), wanted.value.clone()

@@ -239,7 +239,7 @@ OPS = (
         AttentionCase,
         {
             "dtype": DTYPES,
-            "cache": (cached.FLOAT, cached.INT8),
+            "cache": (cached.FLOAT,),
             "heads": HEADS,
             "lens": LENS,
             "window": (0, 20, 300, 1),
@@ -248,6 +248,22 @@ OPS = (
             "not_finite": (False, True),
             "layout": LAYOUTS,
         },
+    ),
+    Op(
+        "attention",
+        AttentionCase,
+        {
+            "dtype": DTYPES,
+            "cache": (cached.INT8,),
+            "heads": HEADS,
+            "lens": LENS,
+            "window": (0, 20, 300, 1),
+            "block_size": (16, 5, 24, 128),
+            "sharp": (False, True),
+            "not_finite": (False, True),
+            "layout": LAYOUTS,
+        },
+        linear=True,
     ),
     Op(
         "attention",

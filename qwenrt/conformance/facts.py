@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import qwenrt
 from qwenrt.backends import registry
 from qwenrt.errors import QwenrtError
 
@@ -22,7 +22,7 @@ def facts(device: str) -> dict[str, Any]:
     """Of a report on ``device``, ready for JSON. What cannot be found out is None, never a guess."""
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "qwenrt": qwenrt.__version__,
+        "qwenrt": sys.modules["qwenrt"].__version__,
         "commit": _commit(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -87,8 +87,8 @@ def empty_cache(
 ) -> LayerKV:
     """A cache with NaN wherever a number can be NaN; ``heads``: (KVH, hd). ``fit``: offset and factor of keys."""
     kv = backend.alloc_kv(1, num_blocks, block_size, *heads, dtype, int8)[0]
-    for tensor in contents(kv).values():
-        tensor.fill_(math.nan if tensor.is_floating_point() else 255)
+    for tensor in kv.tensors:
+        tensor.fill_(math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
     if fit is not None:
         kv.k_offset, kv.k_factor = (x.to(backend.device) for x in fit)
     return kv
@@ -97,17 +97,15 @@ def empty_cache(
 def contents(kv: LayerKV) -> dict[str, torch.Tensor]:
     """What a cache holds, by slot: [slots, ...]."""
     sides = {name: getattr(kv, name) for name in ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")}
-    return {name: x.view(-1, *x.shape[2:]) for name, x in sides.items() if x is not None}
+    return {name: x.flatten(0, 1) for name, x in sides.items() if x is not None}
 
 
 def put(kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: list[int]) -> None:
     """Store as defined, computed on the CPU: each device then reads the same codes."""
-    shape = kv.k.shape
-    plain = empty_cache(
-        Backend(torch.device("cpu")), shape[0], shape[1], (shape[2], shape[3]), k.dtype, int8=kv.quantized
-    )
+    sides = (kv.k, kv.v, kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero)
+    plain = LayerKV(*(None if x is None else x.cpu().clone() for x in sides))  # type: ignore[arg-type]
     reference.store_kv(k, v, plain, torch.tensor(slots, dtype=torch.int64))
-    for into, values in zip(contents(kv).values(), contents(plain).values(), strict=True):
+    for into, values in zip(kv.paged, plain.paged, strict=True):
         into.copy_(values)
 
 

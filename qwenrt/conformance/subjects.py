@@ -24,8 +24,9 @@ _ACTIVATIONS = (*ACTIVATIONS, "auto")
 
 @dataclass(frozen=True)
 class Subject:
-    """One backend with its settings. ``rounding``: what they allow linears to be off by, on purpose. ``linears_only``:
-    another subject has the same code for every other op."""
+    """One backend with its settings. ``rounding``: what they allow linears to be off by, on purpose; attention over an
+    int8 cache may round as well then. ``linears_only``: another subject has the same code for what rounding does not
+    change."""
 
     name: str
     backend: Backend

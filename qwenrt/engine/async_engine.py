@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qwenrt.engine.adapters import Adapters
 from qwenrt.engine.answers import AsyncAnswer, Handle
 from qwenrt.engine.bridge import Mailbox
 from qwenrt.engine.engine import Engine
@@ -91,10 +92,21 @@ class AsyncEngine:
         """Make now, in this thread, what the first grammar would wait for. Raises RequestError."""
         self._alive().grammars.build()
 
-    def logits(self, token_ids: List[int]) -> torch.Tensor:
+    def logits(self, token_ids: List[int], adapter: str | None = None) -> torch.Tensor:
         """`Prefills.logits` between two steps -> float32 [num_tokens, vocab_size] on the CPU."""
         ids = list(token_ids)
-        return self._between_steps(lambda texts: texts.logits(ids))
+        weights = None if adapter is None else self.adapters.find(adapter).weights
+        return self._between_steps(lambda texts: texts.logits(ids, weights))
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those of the engine; any thread may load and unload."""
+        return self._alive().adapters
+
+    def unload_adapter(self, name: str) -> None:
+        """`Adapters.unload`; what the cache holds of it is freed between two steps."""
+        self.adapters.unload(name)
+        self._loop.wake()
 
     def pooled(self, prompts: List[List[int]], pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`Prefills.pooled`, a share of the prompts between any two steps -> float32 [len(prompts), ...] on the CPU."""

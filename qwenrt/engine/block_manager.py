@@ -15,11 +15,13 @@ Key = tuple[Link, tuple[int, ...]]
 
 @dataclass
 class _Known:
-    """A findable block: what it is found by, and how many requests have used it, the last of them by name."""
+    """A findable block: what it is found by, and how many requests have used it, the last of them by name; the adapter
+    that it was computed with, by number."""
 
     key: Key
     uid: int
     last: str
+    adapter: int = 0
     uses: int = 1
 
     def used_by(self, seq: Sequence) -> None:
@@ -136,7 +138,7 @@ class BlockManager:
             if same is None:
                 same = seq.block_table[i]
                 self._by_key[key] = same
-                self._registered[same] = _Known(key, self._next_uid, seq.request_id)
+                self._registered[same] = _Known(key, self._next_uid, seq.request_id, seq.adapter)
                 self._next_uid += 1
             known = self._registered[same]
             known.used_by(seq)
@@ -160,6 +162,15 @@ class BlockManager:
         for block in seq.block_table:
             if block in self._registered:
                 self._unregister(block)
+
+    def forget_adapter(self, number: int) -> None:
+        """The blocks that were computed with an adapter nobody will ask for again are blank, or will be when those who
+        use them have ended."""
+        for block in [block for block, known in self._registered.items() if known.adapter == number]:
+            self._unregister(block)
+            if self._users[block] == 0:
+                del (self._once if block in self._once else self._shared)[block]
+                self._blank.append(block)
 
     def _usable(self, matched: list[int]) -> list[int]:
         """Of the blocks that a sequence begins with, those it can use: up to the last whose state was kept."""

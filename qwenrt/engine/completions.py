@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from qwenrt.config import ModelConfig
 from qwenrt.engine.accounts import Accounts
+from qwenrt.engine.adapters import Adapters
 from qwenrt.engine.constraint import Constraint
 from qwenrt.engine.drafts import Drafts
 from qwenrt.engine.output_processor import OutputProcessor, RequestOutput
@@ -45,10 +46,11 @@ class Completions:
         sampler: Sampler,
         drafts: Drafts,
         accounts: Accounts,
+        adapters: Adapters,
     ) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._scheduler, self._sampler, self._drafts = scheduler, sampler, drafts
-        self._accounts = accounts
+        self._accounts, self._adapters = accounts, adapters
         self.running: dict[str, Running] = {}  # by id
         self._next_deadline = math.inf  # no request's is earlier
         self._num_sequences = 0
@@ -70,6 +72,8 @@ class Completions:
                 f"request {request.request_id!r:.80}", "this id is in use", "Choose another, or pass none."
             )
         running = self.running[request.request_id] = Running(request)
+        if request.adapter is not None:
+            self._adapters.begin(request.adapter)
         self._next_deadline = min(self._next_deadline, request.deadline)
         seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
         leader: Sequence | None = None
@@ -99,6 +103,7 @@ class Completions:
             prompt,
             params,
             ntk_alpha=ntk_alpha(len(prompt), self._config),
+            adapter=0 if request.adapter is None else request.adapter.number,
             request_id=request.request_id,
             index=index,
             leader=leader if self._scheduler.blocks.prefix_caching else None,
@@ -150,7 +155,7 @@ class Completions:
         discard_cache: bool = False,
     ) -> None:
         """Free what a request holds and tell its end; ``discard_cache``: its cache blocks may hold anything."""
-        running = self.running.pop(request_id)
+        running = self._left(request_id)
         ends = list(running.open.values())
         for i, end in enumerate(ends):
             delta = end.end(reason)
@@ -160,6 +165,13 @@ class Completions:
             self._told.append(RequestOutput(request_id, delta, i == len(ends) - 1, error))
 
     # ---- inside
+
+    def _left(self, request_id: str) -> Running:
+        """A request is no longer here."""
+        running = self.running.pop(request_id)
+        if running.request.adapter is not None:
+            self._adapters.end(running.request.adapter)
+        return running
 
     def _write(self, processor: OutputProcessor, token: int, logprob: TokenLogprob | None = None) -> None:
         seq = processor.seq
@@ -198,7 +210,7 @@ class Completions:
         running = self.running[seq.request_id]
         del running.open[seq.index]
         if not running.open:
-            del self.running[seq.request_id]
+            self._left(seq.request_id)
         self._told.append(RequestOutput(seq.request_id, delta, not running.open))
 
     def _ended(self, seq: Sequence, delta: Delta) -> Delta:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qwenrt.config.layers import num_trail_states
 from qwenrt.engine.accounts import Accounts, Clock
+from qwenrt.engine.adapters import Adapters
 from qwenrt.engine.block_manager import BlockManager
 from qwenrt.engine.completions import Completions
 from qwenrt.engine.drafts import Drafts
@@ -88,6 +89,7 @@ class Engine:
             tokenizer is not None,
         )
         self.cache_bytes = cache.nbytes
+        self.adapters = Adapters(model, options.max_adapters)
         self.runner = ModelRunner(
             model,
             backend,
@@ -97,6 +99,7 @@ class Engine:
             max_model_len=self._bounds.context_limit,
             depth=options.depth,
             states=states,
+            adapters=self.adapters.serving,
         )
         self.blocks = BlockManager(options.blocks, options.block_size, options.prefix_caching, states)
         self.target = StepTarget(options.step_target_s(backend.device.type))
@@ -111,7 +114,7 @@ class Engine:
         self.accounts = Accounts(clock)
         self._clock = clock
         self.completions = Completions(
-            model.config, tokenizer, self.scheduler, self.sampler, self.drafts, self.accounts
+            model.config, tokenizer, self.scheduler, self.sampler, self.drafts, self.accounts, self.adapters
         )
         self.prefills = Prefills(self.runner, self._bounds)
         self.store: PrefixStore | None = None
@@ -165,13 +168,14 @@ class Engine:
         skip_special_tokens: bool = True,
         replies: List[ReplyStream] = (),
         thought: ThoughtRules | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Everything that can be wrong with a request is found here; changes nothing.
 
         ``stop_sequences``: token sequences that end the output when it ends with one; they are cut from the text.
         ``replies``: what reads each of the n completions, where they are answers with thoughts or calls; ``thought``:
-        how their thoughts look and how long they may be. Raises RequestError, or CapacityError where the cache can
-        never hold it.
+        how their thoughts look and how long they may be. ``adapter``: the name of a loaded one. Raises RequestError, or
+        CapacityError where the cache can never hold it.
         """
         self._bounds.check_params(params)
         self.runner.model.needs_head("generating")
@@ -195,6 +199,7 @@ class Engine:
             thought,
             grammar,
             self._clock(),
+            None if adapter is None else self.adapters.find(adapter),
         )
 
     def enqueue(self, request: Request) -> None:
@@ -223,6 +228,7 @@ class Engine:
         A failure within the computation ends the requests of its batch with a typed error; the others go on.
         """
         self.completions.expire()
+        self._forget_adapters()
         if self.store is not None:
             self.store.read(self.scheduler, any(not seq.is_read for seq in self.scheduler.running))
         begun = self._launch()
@@ -237,6 +243,7 @@ class Engine:
 
     def tend(self) -> bool:
         """Do some of what waits for an idle moment -> whether there is more."""
+        self._forget_adapters()
         return self.store is not None and self.store.tend(self.blocks, idle=True)
 
     def close(self) -> None:
@@ -267,6 +274,10 @@ class Engine:
         }
 
     # ---- inside
+
+    def _forget_adapters(self) -> None:
+        for number in self.adapters.take_gone():
+            self.blocks.forget_adapter(number)
 
     def _launch(self) -> Launched | None:
         """Begin to compute what is scheduled now; None where nothing is, or where it failed."""
@@ -365,7 +376,9 @@ class Engine:
 
     def _fail(self, batch: list[tuple[Sequence, int]], error: Exception) -> None:
         count = sum(n for _, n in batch)
-        failure = typed(error, f"computing {count} tokens of {len(batch)} sequences")
+        failure = typed(
+            error, f"computing {count} tokens of {len(batch)} sequences", self.runner.model.backend
+        )
         failure.__cause__ = error
         traceback.clear_frames(error.__traceback__)  # whoever keeps the error does not keep its tensors
         for request_id in dict.fromkeys(
@@ -376,7 +389,7 @@ class Engine:
     def _non_finite(self, seq: Sequence) -> BackendError:
         """The error that names the layer where the numbers of a sequence overflowed."""
         try:
-            where = self.runner.first_overflow(seq.token_ids, seq.ntk_alpha)
+            where = self.runner.first_overflow(seq.token_ids, seq.ntk_alpha, seq.adapter)
         except Exception as error:  # the computation itself is in doubt here: say what is known
             where = f"a part that could not be found ({type(error).__name__})"
         return BackendError(

@@ -71,12 +71,9 @@ class KVCache:
 
     def parts(self, block: int) -> list[torch.Tensor]:
         """All that is kept of the tokens of one block: views of each layer's tensors, one after the other."""
-        layers = (
-            (layer.k, layer.v, layer.k_scale, layer.k_zero, layer.v_scale, layer.v_zero)
-            for layer in self.layers
-            if isinstance(layer, LayerKV)
-        )
-        return [tensor[block] for layer in layers for tensor in layer if tensor is not None]
+        return [
+            tensor[block] for layer in self.layers if isinstance(layer, LayerKV) for tensor in layer.paged
+        ]
 
 
 def block_bytes(

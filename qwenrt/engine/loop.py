@@ -62,7 +62,7 @@ class Compute:
 
 
 class _Wake:
-    """Nothing to do but look whether the loop is to end."""
+    """Nothing to do but look whether the loop is to end, or anything waits for an idle moment."""
 
 
 Message = Add | Abort | EndThought | Compute | _Wake
@@ -110,6 +110,10 @@ class Loop:
                 self._sinks[message.request.request_id] = message.sink
             self.inbox.put(message)
 
+    def wake(self) -> None:
+        """Let it look, at once, whether anything waits for an idle moment."""
+        self.inbox.put(_Wake())
+
     def run(self) -> None:
         error: QwenrtError = closed()
         try:
@@ -143,7 +147,7 @@ class Loop:
 
     def _halt(self, timeout: float) -> None:
         self._stop.set()
-        self.inbox.put(_Wake())
+        self.wake()
         if self.thread.is_alive() and self.thread is not threading.current_thread():
             self.thread.join(timeout)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,6 +14,7 @@ from qwenrt.engine.states import States
 from qwenrt.model.qwen import Qwen
 from qwenrt.model.rotary import ntk_alpha
 from qwenrt.ops.steps import FROM_BEFORE, Draw, Step, StepPlan, Vocabulary
+from qwenrt.ops.types import AdapterSpan, AdapterWeights, StepAdapters
 
 DrawOf = Callable[..., Draw | None]  # of a sequence, and how many guesses are before the token
 
@@ -33,10 +34,20 @@ class ModelRunner:
         max_model_len: int,
         depth: int | None = None,
         states: States | None = None,
+        adapters: Mapping[int, AdapterWeights] | None = None,
     ) -> None:
         self.model, self.backend, self.cache, self._states = model, backend, cache, states
         self.depth = backend.depth if depth is None else depth
-        parts = StackParts(model, cache.layers, vocabulary, max_num_seqs, max_model_len, cache.spare_blocks)
+        self._adapters = {} if adapters is None else adapters
+        parts = StackParts(
+            model,
+            cache.layers,
+            vocabulary,
+            max_num_seqs,
+            max_model_len,
+            cache.spare_blocks,
+            self._adapters,
+        )
         self.stacks = backend.stacks(parts)
         backend.note_wholes(self.stacks)
         self._last: tuple[dict[int, int], Outcome] | None = None  # rows of the step before, by sequence
@@ -89,6 +100,7 @@ class ModelRunner:
             draws,
             fed,
             *self._states_of(batch),
+            adapters=[seq.adapter for seq, _ in batch] if any(seq.adapter for seq, _ in batch) else [],
         )
         return step, rows
 
@@ -105,12 +117,13 @@ class ModelRunner:
         return slots, copies, [copy for copy in kept if copy is not None], trails if any(trails) else []
 
     @torch.no_grad()
-    def logits(self, token_ids: list[int]) -> torch.Tensor:
+    def logits(self, token_ids: list[int], adapter: AdapterWeights | None = None) -> torch.Tensor:
         """One prefill of a whole text without the cache -> float32 [num_tokens, vocab_size] on the CPU."""
         n = len(token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.backend.device)
-        hidden = self.model.forward(ids, self._cacheless([n]), [ntk_alpha(n, self.model.config)])
-        return self.model.logits(hidden).cpu()
+        plan = self._cacheless([n], adapter)
+        hidden = self.model.forward(ids, plan, [ntk_alpha(n, self.model.config)])
+        return self.model.logits(hidden, plan.adapters).cpu()
 
     @torch.no_grad()
     def hidden(self, prompts: list[list[int]]) -> list[torch.Tensor]:
@@ -121,14 +134,18 @@ class ModelRunner:
         return list(torch.split(self.model.forward(ids, self._cacheless(lens), alphas), lens))
 
     @torch.no_grad()
-    def first_overflow(self, token_ids: list[int], alpha: int) -> str:
-        """The part of the network after which the numbers of a text stop being finite, found by computing it again."""
+    def first_overflow(self, token_ids: list[int], alpha: int, adapter: int = 0) -> str:
+        """The part of the network after which the numbers of a text stop being finite, found by computing it again;
+        ``adapter``: with that one, by number."""
         n = len(token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.backend.device)
-        for name, hidden in self.model.states(ids, self._cacheless([n]), [alpha]):
+        plan = self._cacheless([n], self._adapters[adapter] if adapter else None)
+        for name, hidden in self.model.states(ids, plan, [alpha]):
             if not bool(torch.isfinite(hidden).all()):
                 return name
         return "lm_head"
 
-    def _cacheless(self, lens: list[int]) -> StepPlan:
-        return StepPlan(lens, lens, causal=self.model.config.is_causal)
+    def _cacheless(self, lens: list[int], adapter: AdapterWeights | None = None) -> StepPlan:
+        """``adapter``: of all tokens."""
+        spans = None if adapter is None else StepAdapters((AdapterSpan(adapter, 0, sum(lens)),))
+        return StepPlan(lens, lens, causal=self.model.config.is_causal, adapters=spans)

@@ -15,8 +15,13 @@ from qwenrt.errors import ConfigError
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import NOT_FINITE, Draw, LayerKV, Step, Vocabulary
 
-_PATIENCE = 4  # checks in a row that found nothing right, after which there is a rest
-_REST = (8, 64)  # tokens of a rest, at first and at most
+_CHECK = (
+    0.15  # what a step takes longer for each guess that it checks, beside what it reads more, of one token's
+)
+_SURE = 0.9  # a share of right guesses that is worth any cost
+_HOPE = 0.2  # how much better than worth their cost a sequence's guesses are taken to be at first
+_MEMORY = 8  # checks that say how often guesses are right
+_REST = (16, 256)  # tokens of a rest after too few right ones, at first and at most
 _ENOUGH = 32  # tokens that are read although nothing is guessed, so that states do not pile up
 
 logger = logging.getLogger("qwenrt")
@@ -26,13 +31,13 @@ logger = logging.getLogger("qwenrt")
 class _Reader:
     """How far the head has read one sequence, in an ``epoch`` of its cache: ``states`` [n, D] are those of its tokens
     from ``start`` on, which it has not read. How many it guesses adapts: ``many`` as were right and one more; none for
-    ``rest`` tokens after a row of errors."""
+    ``rest`` tokens where the ``share`` of right ones, by the latest checks, is not worth what guesses cost."""
 
     epoch: int
     start: int
+    share: float
     states: list[torch.Tensor] = field(default_factory=list)
     many: int = 1
-    errors: int = 0
     rest: int = _REST[0]
     pause_until: int = 0
 
@@ -69,6 +74,7 @@ class MtpDrafts:
         self._model, self._pages, self.most, self._vocabulary = model, pages, most, vocabulary
         self._draw_of, self._reach = draw_of, reach
         self._readers: dict[int, _Reader] = {}
+        self._worth = min(_SURE, model.guess_cost + _CHECK)  # the share of right guesses that pays for them
         self._failed = False
 
     @torch.no_grad()
@@ -85,7 +91,8 @@ class MtpDrafts:
                 continue
             reader = self._readers.get(seq.seq_id)
             if reader is None or reader.epoch != span.epoch or reader.start + reader.count != span.start:
-                reader = self._readers[seq.seq_id] = _Reader(span.epoch, span.start)
+                share = self._worth + _HOPE if reader is None else reader.share
+                reader = self._readers[seq.seq_id] = _Reader(span.epoch, span.start, share)
             reader.states.append(hidden[first : first + min(span.count, seq.num_computed - span.start)])
 
     def guess(self, asked: list[tuple[Sequence, int]], running: list[Sequence]) -> list[list[int]]:
@@ -107,13 +114,13 @@ class MtpDrafts:
         if reader is None:
             return
         reader.many = min(self.most, right + 1)
-        if right:
-            reader.errors, reader.rest = 0, _REST[0]
+        reader.share += (bool(right) - reader.share) / _MEMORY
+        if reader.share >= self._worth:
+            reader.rest = _REST[0]
             return
-        reader.errors += 1
-        if reader.errors >= _PATIENCE:
-            reader.errors, reader.pause_until = _PATIENCE - 1, len(seq.token_ids) + reader.rest
-            reader.rest = min(2 * reader.rest, _REST[1])
+        reader.share = self._worth  # when it is tried again, one error is enough
+        reader.pause_until = len(seq.token_ids) + reader.rest
+        reader.rest = min(2 * reader.rest, _REST[1])
 
     def forget(self, seq: Sequence) -> None:
         """A finished sequence needs no state."""

@@ -22,7 +22,7 @@ class EngineOptions:
     ``prefix_store``: the directory of a `PrefixStore`, ``prefix_store_bytes`` what it may hold. ``num_snapshots``: how
     many states are kept beside those of running sequences, in a model with layers of linear attention; unless given, as
     config.layers says. ``draft_tokens``: how many tokens the head that guesses proposes for a sequence at a time, 0 for
-    none; steps then do not overlap. Raises ConfigError."""
+    none; steps then do not overlap. ``max_adapters``: how many are in memory at once. Raises ConfigError."""
 
     max_model_len: int
     max_num_seqs: int = 16
@@ -37,9 +37,10 @@ class EngineOptions:
     prefix_store_bytes: int = 4 * 2**30
     num_snapshots: int | None = None
     draft_tokens: int = 0
+    max_adapters: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_adapters"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(name, f"got {value!r}", "It must be an integer >= 1.")

@@ -10,6 +10,7 @@ from qwenrt.engine.failures import typed
 from qwenrt.engine.model_runner import ModelRunner
 from qwenrt.engine.requests import Bounds
 from qwenrt.errors import RequestError
+from qwenrt.ops.types import AdapterWeights
 
 
 class Prefills:
@@ -18,14 +19,15 @@ class Prefills:
     def __init__(self, runner: ModelRunner, bounds: Bounds) -> None:
         self._runner, self._bounds = runner, bounds
 
-    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, token_ids: Sequence[int], adapter: AdapterWeights | None = None) -> torch.Tensor:
         """The logits after each token of a text -> float32 [num_tokens, vocab_size] on the CPU."""
         self._runner.model.needs_head("logits")
         ids = self._checked(token_ids, "logits of {} tokens")
         try:
-            return self._runner.logits(ids)
+            return self._runner.logits(ids, adapter)
         except Exception as error:
-            raise typed(error, f"computing the logits of {len(ids)} tokens") from error
+            asked = f"computing the logits of {len(ids)} tokens"
+            raise typed(error, asked, self._runner.model.backend) from error
 
     def pooled(
         self, prompts: Sequence[Sequence[int]], pool: Callable[[torch.Tensor], torch.Tensor]
@@ -53,7 +55,8 @@ class Prefills:
             return read(self._runner.hidden(checked))
         except Exception as error:
             longest = max(map(len, checked))
-            raise typed(error, f"reading {len(checked)} texts of up to {longest} tokens") from error
+            asked = f"reading {len(checked)} texts of up to {longest} tokens"
+            raise typed(error, asked, self._runner.model.backend) from error
 
     def _checked(self, token_ids: Sequence[int], asked: str) -> list[int]:
         """A text that the context holds. Raises RequestError, which tells what was ``asked`` of how many tokens."""

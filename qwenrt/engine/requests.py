@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
+from qwenrt.engine.adapters import LoadedAdapter
 from qwenrt.engine.grammar import Compiled
 from qwenrt.engine.output_processor import StopRules
 from qwenrt.engine.sequence import Sequence
@@ -46,6 +47,7 @@ class Request:
     thought: ThoughtRules | None = None
     grammar: Compiled | None = None
     arrived: float = 0.0
+    adapter: LoadedAdapter | None = None
     begun: list[Sequence] = field(default_factory=list)
 
     @property

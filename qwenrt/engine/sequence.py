@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # What a block's identity begins with: the block before it, by its uid; or at the start of a text what all of its keys
 # and values depend on besides its tokens, and whom it may be shared with.
-Link = int | tuple[int, str]
+Link = int | tuple[int, str, int]
 
 
 class Status(Enum):
@@ -45,15 +45,16 @@ class Sequence:
     """The tokens of one completion, prompt first, and the cache blocks that hold their keys and values.
 
     ``ntk_alpha`` is the NTK factor, chosen from the whole prompt and never changed: cached keys were rotated with
-    it. ``seq_id`` grows with arrival. ``leader``: the completion of the same prompt to wait for, so that its
-    blocks can be shared. ``max_len``: tokens, prompt included, at which it ends whatever they are. ``seed``: of its
-    draws. ``banned_until_min`` are the ids that may not be drawn before ``params.min_tokens``. ``constraint``: what a
-    grammar lets it say; it has taken the tokens of ``token_ids`` after the prompt.
+    it. ``adapter``: the number of its adapter's load, 0 where it has none. ``seq_id`` grows with arrival. ``leader``:
+    the completion of the same prompt to wait for, so that its blocks can be shared. ``max_len``: tokens, prompt
+    included, at which it ends whatever they are. ``seed``: of its draws. ``banned_until_min`` are the ids that may not
+    be drawn before ``params.min_tokens``. ``constraint``: what a grammar lets it say; it has taken the tokens of
+    ``token_ids`` after the prompt.
 
     A step that computes its tokens may still be under way: ``num_computed`` counts the tokens whose keys and values are
     in the cache when all steps are done, ``num_stored`` those of steps that are; ``in_flight`` the tokens that steps
     under way are choosing, which follow ``token_ids``. ``num_committed`` counts the full blocks offered for sharing,
-    ``chain`` is the identity of the last of them, the NTK factor and the salt before the first. ``epoch`` changes
+    ``chain`` is the identity of the last of them, `root` before the first. ``epoch`` changes
     whenever its cache is given up, ``course`` whenever tokens are put in the place of those under way: what a step of
     an earlier course chooses is dropped. ``num_forced`` of its tokens were not drawn; they count for no limit of the
     caller's. ``marks``: when it came how far. ``turn`` is the last step that computed some of its prompt,
@@ -66,6 +67,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "ahead",
         "banned_until_min",
         "block_table",
@@ -108,6 +110,7 @@ class Sequence:
         params: SamplingParams,
         *,
         ntk_alpha: int = 1,
+        adapter: int = 0,
         request_id: str = "",
         index: int = 0,
         leader: Sequence | None = None,
@@ -121,6 +124,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(prompt_token_ids)
         self.params, self.ntk_alpha, self.leader = params, ntk_alpha, leader
+        self.adapter = adapter
         self.banned_until_min, self.max_len = banned_until_min, max_len
         self.constraint = constraint
         self.seed = secrets.randbits(64) if seed is None else seed
@@ -159,9 +163,9 @@ class Sequence:
         return self.status is Status.FINISHED
 
     @property
-    def root(self) -> tuple[int, str]:
+    def root(self) -> tuple[int, str, int]:
         """What has to be alike, beside their tokens, where two sequences share blocks."""
-        return (self.ntk_alpha, self.params.cache_salt)
+        return (self.ntk_alpha, self.params.cache_salt, self.adapter)
 
     @property
     def num_output(self) -> int:

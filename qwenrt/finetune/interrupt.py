@@ -1,4 +1,4 @@
-"""Ctrl-C during training: the current step is finished, so that nothing learned is lost."""
+"""Ctrl-C and SIGTERM during training: the current step is finished, so that nothing learned is lost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from types import FrameType
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed."""
+    """Whether Ctrl-C was pressed, or the process was asked to end."""
 
     pressed = False
 
 
 @contextmanager
 def held_interrupt() -> Iterator[Interrupt]:
-    """Within the block the first Ctrl-C is only noted: an update that stops half way would leave weights of two steps.
-    The second one raises KeyboardInterrupt at once.
+    """Within the block the first Ctrl-C or SIGTERM is only noted: an update that stops half way would leave weights of
+    two steps. The second one raises KeyboardInterrupt at once.
 
     Outside the main thread, where Python delivers no signals, this does nothing.
     """
@@ -33,12 +33,14 @@ def held_interrupt() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         interrupt.pressed = True
         if sys.stderr is not None:
+            name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
             sys.stderr.write(
-                "\nCtrl-C: this step is finished and kept; Ctrl-C again stops at once and loses it.\n"
+                f"\n{name}: this step is finished and kept; {name} again stops at once and loses it.\n"
             )
 
-    before = signal.signal(signal.SIGINT, press)
+    before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT] or signal.default_int_handler)
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM] or signal.SIG_DFL)

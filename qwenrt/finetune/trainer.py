@@ -1,144 +1,83 @@
-"""One training run: the network in float32, AdamW, and a state from which a run that was cut goes on."""
+"""One training run: steps over a corpus, what is measured on the way, and going on after a cut."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import math
 import os
+import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
 
-from qwenrt.arguments import as_integer, as_number, flag
-from qwenrt.backends.base import Backend
-from qwenrt.config import ModelConfig, read_json
-from qwenrt.errors import CheckpointError, ConfigError, QwenrtError, RequestError, shown
-from qwenrt.finetune.data import IGNORE, Corpus
+from qwenrt.errors import CheckpointError, QwenrtError
+from qwenrt.files import is_there
+from qwenrt.finetune.data import Corpus
 from qwenrt.finetune.interrupt import held_interrupt
-from qwenrt.loader.checkpoint.as_stored import as_stored
-from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
-from qwenrt.loader.checkpoint.header import read_shard
-from qwenrt.loader.checkpoint.writing import save_atomically
-from qwenrt.loader.weights import load_weights
-from qwenrt.model.qwen import Qwen
-from qwenrt.ops.steps import StepPlan
-from qwenrt.ops.types import Packed
+from qwenrt.finetune.network import Network
+from qwenrt.finetune.optimizer import Optimizer
+from qwenrt.finetune.processes import Group
+from qwenrt.finetune.settings import TrainingSettings
+from qwenrt.finetune.state import BEST_FILE, CURVE_FILE, STATE_FILE, read_state, write_state
 
-STATE_FILE = "training_state.safetensors"  # in the output directory while training goes on
-CURVE_FILE = "loss_curve.json"
+FEW_STEPS = 50
 LEAST_CHANGE = (
     0.01  # of a weight's usual size; a run that can change less leaves what the model says as it was
 )
+_SPIKE, _NORMS, _LEAST_NORMS = 100.0, 200, 50
+logger = logging.getLogger("qwenrt")
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What decides the result of a training run (`finetune` says what each means)."""
+@dataclass
+class Progress:
+    """Where a run is, and what it has measured. ``losses``: (step, mean loss since the last entry); ``held_out``:
+    (step, loss on what is held out); ``norms``: of the last steps' gradients; ``spikes``: steps left out."""
 
-    epochs: int = 5
-    max_steps: int | None = None
-    decay_steps: int | None = None
-    learning_rate: float = 1e-5
-    min_learning_rate_ratio: float = 0.0
-    batch_tokens: int = 4096
-    max_length: int = 512
-    warmup_ratio: float = 0.01
-    weight_decay: float = 0.1
-    adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    from_scratch: bool = False
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    pending: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    spikes: int = 0
 
-    def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("epochs", "batch_tokens", "max_length")}
-        optional = {name: getattr(self, name) for name in ("max_steps", "decay_steps")}
-        counts |= {name: steps for name, steps in optional.items() if steps is not None}
-        for name, value in counts.items():
-            object.__setattr__(self, name, whole_number(name, value, 1))
-        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
-        object.__setattr__(self, "from_scratch", flag("from_scratch", self.from_scratch))
-        limits = {
-            "learning_rate": (0.0, 10.0),
-            "min_learning_rate_ratio": (0.0, 1.0),
-            "warmup_ratio": (0.0, 1.0),
-            "weight_decay": (0.0, 10.0),
-            "adam_beta2": (0.0, 0.999999),
-            "max_grad_norm": (1e-6, 1e6),
-        }
-        for name, (low, high) in limits.items():
-            given = getattr(self, name)
-            number = as_number(given)
-            if number is None or not low <= number <= high:
-                raise RequestError(
-                    f"{name}={shown(given)}",
-                    "not a number in range",
-                    f"Use a number from {low:g} to {high:g}.",
-                )
-            object.__setattr__(self, name, number)
-
-
-def whole_number(name: str, value: object, least: int) -> int:
-    """An integer from ``least`` to 2^31. Raises RequestError."""
-    number = as_integer(value)
-    if number is None or not least <= number <= 2**31:
-        remedy = f"Use an integer of at least {least}."
-        raise RequestError(f"{name}={shown(value)}", "not a usable number", remedy)
-    return number
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the step that did best on what is held out."""
+        return min(self.held_out, key=lambda entry: (entry[1], entry[0]), default=None)
 
 
 class Trainer:
-    """One run: the model in float32, AdamW, and where in the corpus it is."""
+    """``identity``: what decides the result besides settings and data, by name. ``held_out``: what is measured
+    and never learned.
+    ``group``: the processes that share the run."""
 
     def __init__(
         self,
-        source: Path,
-        config: ModelConfig,
+        network: Network,
+        optimizer: Optimizer,
         corpus: Corpus,
         settings: TrainingSettings,
-        pad_id: int,
-        threads: int | None = None,
+        identity: Mapping[str, object],
+        held_out: Corpus | None = None,
+        group: Group | None = None,
     ) -> None:
-        if config.quant is not None:
-            raise ConfigError(
-                f"fine-tuning {source}",
-                f"its weights are quantised ({config.quant.name})",
-                "Fine-tune the unquantised checkpoint.",
-            )
-        if config.model_type != "qwen":
-            raise ConfigError(
-                f"fine-tuning {source}",
-                f"its model_type is {config.model_type!r}",
-                "Only Qwen-1 is fine-tuned: later ones have other chat templates, some a head tied to the embedding.",
-            )
-        self.corpus, self.settings, self.pad_id, self.threads = corpus, settings, pad_id, threads
-        backend = Backend(torch.device("cpu"))
-        self.model = Qwen(config, backend, torch.float32)
-        if settings.from_scratch:
-            initialise(self.model, settings.seed, _initializer_range(source))
-        else:
-            checkpoint = open_checkpoint(source)
-            stored = as_stored(config, checkpoint)
-            load_weights(self.model, checkpoint, stored, backend, torch.float32, progress=False)
-            self._own_weights()
-        self.model.bind()
-        self.parameters = dict(self.model.tensors())
-        self._origin = self._digest()
-        for parameter in self.parameters.values():
-            parameter.requires_grad_()
-        decayed = [p for p in self.parameters.values() if p.dim() > 1]
-        others = [p for p in self.parameters.values() if p.dim() == 1]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        betas = (0.9, settings.adam_beta2)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay, fused=True
-        )
+        self.group = group or Group()
+        self.network, self.optimizer, self.settings = network, optimizer, settings
+        self.corpus, self.held_out = corpus, held_out
+        held_out_digest = None if held_out is None else held_out.digest()
+        self._identity = {
+            **asdict(settings),
+            **identity,
+            "data": corpus.digest(),
+            "held_out": held_out_digest,
+        }
         self.schedule: list[list[list[int]]] = []
         steps = 0
         for epoch in range(settings.epochs):
@@ -146,119 +85,217 @@ class Trainer:
                 self.schedule.append(corpus.batches(settings.seed, epoch, settings.batch_tokens))
                 steps += len(self.schedule[-1])
         self.total_steps = min(steps, settings.max_steps or steps)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.losses: list[tuple[int, float]] = []
-
-    def _own_weights(self) -> None:
-        """Copy the weights: loaded ones may be views of the file, which training must not write to."""
-        for name in self.model.tensor_specs:
-            tensor = self.model.get(name)
-            assert isinstance(tensor, torch.Tensor)
-            self.model.set_tensor(name, tensor.clone())
-        for name in self.model.linear_specs:
-            packed = self.model.get(name)
-            assert isinstance(packed, Packed)
-            packed.data["weight"] = packed.data["weight"].clone()
-            packed.bias = None if packed.bias is None else packed.bias.clone()
+        self.progress = Progress()
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to min_learning_rate_ratio."""
-        steps = self.settings.decay_steps or self.total_steps
+        steps, peak = self.settings.decay_steps or self.total_steps, self.settings.peak_rate
         warmup = max(1, round(self.settings.warmup_ratio * steps))
         if step < warmup:
-            return self.settings.learning_rate * (step + 1) / warmup
+            return peak * (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
         low = self.settings.min_learning_rate_ratio
-        return self.settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+        return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def too_short_to_learn(self) -> str | None:
         """A warning where all steps together can hardly change the model, else None. AdamW moves a weight by about the
         learning rate in each step, whatever the gradient."""
         change = sum(map(self.learning_rate, range(self.total_steps)))
-        matrices = [p.detach() for p in self.parameters.values() if p.dim() > 1]
-        usual = math.sqrt(sum(float(p.square().sum()) for p in matrices) / sum(p.numel() for p in matrices))
-        if change >= LEAST_CHANGE * usual:
-            return None
-        return (
-            f"With a learning_rate of {self.settings.learning_rate:g} all the steps ({self.total_steps}) change "
-            f"a weight by about {change:.1g}, where {usual:.1g} is usual: the model will say what it said before. Use "
-            f"more epochs, a smaller batch_tokens (steps in an epoch now: {len(self.schedule[0])}) or a larger "
-            "learning_rate."
-        )
+        more = "more epochs, a smaller batch_tokens (steps in an epoch now: " + f"{len(self.schedule[0])})"
+        matrices = [p.detach() for p in self.optimizer.parameters.values() if p.dim() > 1]
+        squares = sum(float(p.float().square().sum()) for p in matrices)
+        usual = math.sqrt(squares / max(1, sum(p.numel() for p in matrices)))
+        if self.settings.method != "lora" and change < LEAST_CHANGE * usual:
+            return (
+                f"With a learning_rate of {self.settings.peak_rate:g} all the steps ({self.total_steps}) change "
+                f"a weight by about {change:.1g}, where {usual:.1g} is usual: the model will say what it said before. "
+                f"Use {more} or a larger learning_rate."
+            )
+        if self.total_steps < FEW_STEPS:
+            return f"{self.total_steps} steps are few to learn from. Use {more}."
+        return None
 
-    def loss(self, batch: list[int]) -> tuple[torch.Tensor, int]:
-        """Mean next-token cross-entropy over the labelled tokens of a batch, and the batch's real tokens."""
-        ids, labels = self.corpus.take(batch, self.pad_id)
-        rows, width = ids.shape
-        plan = StepPlan([width] * rows, [width] * rows)
-        hidden = self.model.forward(ids.flatten(), plan, [1] * rows)  # training is without NTK and LogN
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-        chosen = (targets != IGNORE).nonzero().squeeze(1)
-        logits = self.model.logits(hidden.index_select(0, chosen))
-        return F.cross_entropy(logits, targets.index_select(0, chosen)), sum(map(self.corpus.length, batch))
+    # ---- steps
 
-    def train_step(self, batch: list[int]) -> float:
+    def loss(self, samples: list[int]) -> float:
+        """The mean loss over the learned tokens of samples, without learning."""
+        return self._measure(self.corpus, samples)
+
+    def _measure(self, corpus: Corpus, samples: list[int]) -> float:
+        total, learned = 0.0, 0
+        with torch.no_grad():
+            for micro in corpus.split(sorted(samples, key=corpus.length), self._micro_tokens):
+                total += float(self.network.loss(*corpus.take(micro))[0])
+                learned += sum(map(corpus.learned, micro))
+        return total / learned
+
+    @property
+    def _micro_tokens(self) -> int:
+        return self.settings.micro_tokens or self.settings.batch_tokens
+
+    def gradients(self, samples: list[int]) -> float:
+        """Add the gradients of the loss of one step's samples; the loss. It is the sum over the learned tokens divided
+        by the number of those in the whole step, however the step is cut and whoever computes it."""
+        corpus, network = self.corpus, self.network
+        learned = sum(map(corpus.learned, samples))
+        tokens = sum(map(corpus.length, samples))
+        total = torch.zeros((), dtype=torch.float64)
+        own = sorted(samples, key=corpus.length)[self.group.rank :: self.group.size]
+        seed = self.settings.seed * 2**31 + self.progress.step * self.group.size + self.group.rank
+        with _seeded(network.backend.device, seed):
+            for micro in corpus.split(own, self._micro_tokens):
+                summed, balance = network.loss(*corpus.take(micro))
+                objective = summed / learned
+                if network.balance:
+                    share = sum(map(corpus.length, micro)) / tokens
+                    objective = objective + network.balance * balance * share
+                (objective * self.optimizer.scale).backward()  # type: ignore[no-untyped-call]
+                total += summed.detach().double().cpu()
+        if self.group.size > 1:
+            self.optimizer.complete()
+            total = total.float().to(network.backend.device)
+            self.group.sum([*self.optimizer.gradients(), total])
+        return float(total / learned)
+
+    def train_step(self, samples: list[int]) -> float:
         """One update; the loss before it."""
-        rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss, tokens = self.loss(batch)
-        value = float(loss.detach())
+        now = self.progress
+        value = self.gradients(samples)
         if not math.isfinite(value):
             raise QwenrtError(
-                f"training step {self.step + 1}", f"the loss is {value}", "Use a smaller learning_rate."
+                f"training step {now.step + 1}",
+                f"the loss is {value}{self._first_bad(samples)}",
+                "Use a smaller learning_rate.",
             )
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.tokens += tokens
+        norm = self.optimizer.norm()
+        if self.optimizer.overflowed(norm):
+            logger.info(
+                "step %d: float16 overflowed, the loss is scaled by %g now",
+                now.step + 1,
+                self.optimizer.scale,
+            )
+        elif not math.isfinite(norm):
+            remedy = "Use a smaller learning_rate."
+            raise QwenrtError(f"training step {now.step + 1}", f"the gradient is {norm}", remedy)
+        elif not self._is_spike(norm):
+            self.optimizer.step(self.learning_rate(now.step), norm)
+        now.step += 1
+        now.tokens += sum(map(self.corpus.length, samples))
         return value
 
+    def _is_spike(self, norm: float) -> bool:
+        """Whether a gradient is so much larger than usual that the step is left out. QwenrtError at the second one in a
+        row."""
+        now, usual = self.progress, 0.0
+        if len(now.norms) >= _LEAST_NORMS:
+            usual = statistics.median(now.norms)
+        if usual and norm > max(_SPIKE * usual, self.settings.max_grad_norm):
+            if now.spikes:
+                raise QwenrtError(
+                    f"training step {now.step + 1}",
+                    f"the gradient is {norm:.3g} after one left out before, {usual:.3g} is usual",
+                    "Use a smaller learning_rate, or look for entries that are unlike the others.",
+                )
+            now.spikes = 1
+            logger.warning(
+                "step %d is left out: its gradient is %.3g, %.3g is usual", now.step + 1, norm, usual
+            )
+            self.optimizer.forget()
+            return True
+        now.spikes = 0
+        now.norms = [*now.norms[1 - _NORMS :], norm]
+        return False
+
+    def _first_bad(self, samples: list[int]) -> str:
+        """Where in the network numbers stop being finite."""
+        for micro in self.corpus.split(sorted(samples, key=self.corpus.length), self._micro_tokens):
+            ids, _, lengths = self.corpus.take(micro)
+            where = self.network.first_not_finite(ids, lengths)
+            if where is not None:
+                return f", from {where} on"
+        return ""
+
     def remaining(self) -> Iterator[list[int]]:
-        """The batches from this step to the end."""
+        """The samples of each step from this one to the end."""
         batches = [batch for epoch in self.schedule for batch in epoch]
-        yield from batches[self.step : self.total_steps]
+        yield from batches[self.progress.step : self.total_steps]
 
     def run(self, target: Path, save_every: int | None, progress: bool | None) -> None:
-        """All remaining steps, with a bar, keeping the state every ``save_every`` steps."""
+        """All remaining steps, with a bar, keeping the state every ``save_every`` steps; then the best step's weights
+        are put in place."""
         from tqdm import tqdm
 
-        every = max(1, self.total_steps // 200)
-        pending: list[float] = []
+        now, every = self.progress, max(1, self.total_steps // 200)
         disable = None if progress is None else not progress
-        began, before = time.monotonic(), self.seconds
-        bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=disable)
+        began, before = time.monotonic(), now.seconds
+        bar = tqdm(total=self.total_steps, initial=now.step, desc="training", unit="step", disable=disable)
         with bar, held_interrupt() as interrupt:
-            for batch in self.remaining():
-                pending.append(self.train_step(batch))
-                self.seconds = before + time.monotonic() - began
+            for samples in self.remaining():
+                now.pending.append(self.train_step(samples))
+                now.seconds = before + time.monotonic() - began
                 bar.update()
-                if self.step % every == 0 or self.step == self.total_steps:
-                    self.losses.append((self.step, sum(pending) / len(pending)))
-                    pending.clear()
-                    speed = self.tokens / max(self.seconds, 1e-9)
-                    bar.set_postfix_str(f"loss {self.losses[-1][1]:.3f}, {speed:.0f} tokens/s")
-                keep = interrupt.pressed or (save_every and self.step % save_every == 0)
-                if keep and self.step < self.total_steps:
-                    self.save_state(target / STATE_FILE)
-                    self.save_curve(target)
-                    if interrupt.pressed:
+                if now.step % every == 0 or now.step == self.total_steps:
+                    now.losses.append((now.step, sum(now.pending) / len(now.pending)))
+                    now.pending.clear()
+                    speed = now.tokens / max(now.seconds, 1e-9)
+                    bar.set_postfix_str(f"loss {now.losses[-1][1]:.3f}, {speed:.0f} tokens/s")
+                self._look_at_held_out(target)
+                pressed = self.group.any(interrupt.pressed, self.network.backend.device)
+                keep = pressed or (save_every and now.step % save_every == 0)
+                if keep and now.step < self.total_steps:
+                    self._keep(target)
+                    if pressed:
                         raise KeyboardInterrupt(
-                            f"stopped after step {self.step} of {self.total_steps}; they are kept in "
+                            f"stopped after step {now.step} of {self.total_steps}; they are kept in "
                             f"{target / STATE_FILE}, and the same call goes on from there"
                         )
+        self._take_best(target)
+
+    def _keep(self, target: Path) -> None:
+        if self.group.rank == 0:
+            self.save_state(target / STATE_FILE)
+            self.save_curve(target)
+        self.group.wait()
+
+    # ---- what is held out
+
+    @property
+    def eval_every(self) -> int:
+        return self.settings.eval_every or max(1, self.total_steps // 10)
+
+    def _look_at_held_out(self, target: Path) -> None:
+        now = self.progress
+        if self.held_out is None or (now.step % self.eval_every and now.step != self.total_steps):
+            return
+        now.held_out.append((now.step, self._measure(self.held_out, list(range(len(self.held_out))))))
+        logger.info("step %d: loss %.4f on what is held out", *now.held_out[-1])
+        if self.settings.keep == "best" and now.best == now.held_out[-1] and now.step < self.total_steps:
+            if self.group.rank > 0:
+                return
+            weights = {k: t for k, t in self.optimizer.tensors().items() if k.startswith("weight.")}
+            write_state(target / BEST_FILE, weights, self.identity(), {"step": now.step})
+
+    def _take_best(self, target: Path) -> None:
+        best = self.progress.best
+        if best is None or self.settings.keep == "last" or best[0] == self.progress.step:
+            return
+        self.group.wait()
+        tensors, about = read_state(target / BEST_FILE, self.identity())
+        assert about["step"] == best[0]
+        for name in self.optimizer.masters:
+            self.optimizer.set_master(name, tensors[f"weight.{name}"])
 
     def save_curve(self, target: Path) -> None:
         """The losses so far, for a plot."""
+        now = self.progress
         curve = {
-            "steps": self.step,
+            "steps": now.step,
             "total_steps": self.total_steps,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 1),
+            "tokens": now.tokens,
+            "seconds": round(now.seconds, 1),
             "settings": asdict(self.settings),
-            "loss": [[step, round(loss, 5)] for step, loss in self.losses],
+            "loss": [[step, round(loss, 5)] for step, loss in now.losses],
+            "held_out": [[step, round(loss, 5)] for step, loss in now.held_out],
         }
         partial = target / f"{CURVE_FILE}.partial"
         partial.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
@@ -268,89 +305,34 @@ class Trainer:
 
     def identity(self) -> dict[str, object]:
         """Everything that decides the result, by name: what must be the same for a run to be continued."""
-        return {
-            **asdict(self.settings),
-            "threads": self.threads,
-            "data": self.corpus.digest(),
-            "model": self._origin,
-        }
-
-    def _digest(self) -> str:
-        """Of the weights and the configuration that training begins with."""
-        digest = hashlib.sha256(repr(self.model.config).encode())
-        for name, parameter in self.parameters.items():
-            digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().numpy().data)
-        return digest.hexdigest()
+        return self._identity
 
     def save_state(self, path: Path) -> None:
-        """Weights, both moments and the position, in one file that is replaced whole."""
-        tensors = {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
-        about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "losses": self.losses}
-        save_atomically(tensors, path, {"identity": json.dumps(self.identity()), "state": json.dumps(about)})
+        """What is trained, both moments and the position."""
+        about = {"progress": asdict(self.progress), "optimizer": self.optimizer.about()}
+        write_state(path, self.optimizer.tensors(), self.identity(), about)
 
     def load_state(self, path: Path) -> None:
         """Go on from what save_state wrote. CheckpointError where it belongs to another run or is damaged."""
+        tensors, about = read_state(path, self.identity())
         try:
-            read_shard(path)  # a regular file whose header holds what it says
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about, identity = json.loads(metadata["state"]), dict(json.loads(metadata["identity"]))
-        except Exception as error:  # the library has no base class of its own
-            raise CheckpointError(
-                f"resuming from {path}", f"not readable ({str(error)[:80]})", "Delete it to begin anew."
-            ) from error
-        other = [
-            f"another {name}" if name in ("data", "model") else f"{name}={shown(identity.get(name))}"
-            for name, value in self.identity().items()
-            if identity.get(name) != value
-        ]
-        if other:
-            raise CheckpointError(
-                f"resuming from {path}",
-                f"it belongs to a run with {', '.join(other)}",
-                "Use the same, another output directory, or resume=False (--no-resume).",
-            )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weight.{name}"])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(about["step"])),
-                    "exp_avg": tensors[f"exp_avg.{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-                }
-        self.step, self.tokens, self.seconds = about["step"], about["tokens"], about["seconds"]
-        self.losses = [(int(step), float(loss)) for step, loss in about["losses"]]
+            self.optimizer.restore(tensors, about["optimizer"])
+            self.progress = Progress(**about["progress"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            found = f"not readable ({str(error)[:80]})"
+            raise CheckpointError(f"resuming from {path}", found, "Delete it to begin anew.") from error
+        for name in ("losses", "held_out"):
+            pairs = [(int(step), float(loss)) for step, loss in getattr(self.progress, name)]
+            setattr(self.progress, name, pairs)
+        best = self.progress.best
+        if best and self.settings.keep == "best" and best[0] < self.progress.step:
+            is_there(path.with_name(BEST_FILE), CheckpointError)
 
 
-def initialise(model: Qwen, seed: int, spread: float = 0.02) -> None:
-    """Random weights: normal with deviation ``spread``, less where a residual is fed; norms 1, biases 0. Queries and
-    keys begin at 1 / sqrt(hidden_size), so that attention is not flat, and the head begins as a copy of the embedding,
-    so that what is read can be said: a small model then learns to copy in a fraction of the steps."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(shape: tuple[int, ...], deviation: float) -> torch.Tensor:
-        return torch.empty(shape).normal_(0.0, deviation, generator=generator)
-
-    for name, shape in model.tensor_specs.items():
-        model.set_tensor(name, normal(shape, spread) if len(shape) > 1 else torch.ones(shape))
-    for name, spec in model.linear_specs.items():
-        deviation = spread
-        if name.endswith(("o_proj", "down_proj")):
-            deviation = spread / math.sqrt(2 * model.config.num_layers)
-        elif name.endswith("qkv_proj"):
-            deviation = spec.in_features**-0.5
-        weight = normal((spec.out_features, spec.in_features), deviation)
-        if name == "lm_head":
-            weight = model.embed_tokens.clone()
-        bias = torch.zeros(spec.out_features) if spec.bias else None
-        model.set_linear(name, Packed("dense", spec.out_features, spec.in_features, {"weight": weight}, bias))
-
-
-def _initializer_range(source: Path) -> float:
-    value = read_json(source / "config.json").get("initializer_range", 0.02)
-    return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else 0.02
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Within the block chance, as what is dropped out, is that of a seed; outside it goes on as before."""
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -164,6 +164,25 @@ class Qwen:
         return total
 
     @property
+    def guess_cost(self) -> float:
+        """What a guess by the head for them costs, as a share of a step of one token, as far as bytes of weights tell:
+        that head and the output layer, and the experts that a step reads for one token more that it checks."""
+        assert self.mtp is not None
+        own = sum(self.weights.packed(spec.name).nbytes for spec in mtp_linears(self.config))
+        experts = of_guess = 0
+        for layer in (*self.layers, self.mtp.layer):
+            mlp = layer.weights.mlp
+            if isinstance(mlp, Experts):
+                every = sum(packed.nbytes for packed in (*mlp.gate_up, *mlp.down))
+                chosen = every * mlp.top_k // len(mlp.down)
+                if layer is self.mtp.layer:
+                    of_guess = chosen - every
+                else:
+                    experts += chosen
+        plain = self.weight_bytes_per_token - own - of_guess
+        return (own + of_guess + self.lm_head.nbytes + experts) / plain
+
+    @property
     def _head_is_embedding(self) -> bool:
         weight = self.lm_head.data.get("weight")
         return isinstance(weight, torch.Tensor) and weight.data_ptr() == self.embed_tokens.data_ptr()

@@ -177,11 +177,22 @@ def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return codes, scale, low
 
 
+def signed_codes(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What quantize_kv gives, in the form of int8 codes: x ≈ scale * (code + zero); a constant row has the scale 1."""
+    step = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (codes.to(torch.int16) - 128).to(torch.int8), step, zero / step + 128
+
+
 def dequantize_kv(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The inverse: codes [..., hd], scale and zero [...] -> [..., hd] in ``dtype``."""
-    return (codes.float() * scale.unsqueeze(-1) + zero.unsqueeze(-1)).to(dtype)
+    """The inverse: codes [..., hd] of either form, scale and zero [...] -> [..., hd] in ``dtype``."""
+    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    if codes.dtype == torch.int8:
+        return ((codes.float() + zero) * scale).to(dtype)
+    return (codes.float() * scale + zero).to(dtype)
 
 
 def fit_to_codes(q: torch.Tensor, k: torch.Tensor, kv: LayerKV | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,16 +214,22 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, kv: LayerKV, slots: torch.Tensor)
     if kv.quantized:
         for x, codes, scale, zero in ((k, kv.k, kv.k_scale, kv.k_zero), (v, kv.v, kv.v_scale, kv.v_zero)):
             assert scale is not None and zero is not None
-            for target, value in zip((codes, scale, zero), quantize_kv(x), strict=True):
-                _by_slot(target).index_copy_(0, slots, value)
+            made = quantize_kv(x)
+            if codes.dtype == torch.int8:
+                made = signed_codes(*made)
+            for target, value in zip((codes, scale, zero), made, strict=True):
+                _put(target, slots, value)
     else:
-        _by_slot(kv.k).index_copy_(0, slots, k)
-        _by_slot(kv.v).index_copy_(0, slots, v)
+        _put(kv.k, slots, k)
+        _put(kv.v, slots, v)
 
 
-def _by_slot(cache: torch.Tensor) -> torch.Tensor:
-    """[num_blocks, block_size, ...] -> [slots, ...], the same memory."""
-    return cache.view(-1, *cache.shape[2:])
+def _put(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values [T, ...] to their slots of [num_blocks, block_size, ...], which may lie transposed."""
+    if cache.is_contiguous():
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, values)
+    else:
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = values
 
 
 def load_kv(

@@ -274,7 +274,8 @@ class LayerKV:
 
     ``k``, ``v`` [num_blocks, block_size, num_kv_heads, head_dim] in the activation dtype, or uint8 codes with
     ``k_scale``, ``k_zero``, ``v_scale``, ``v_zero`` float32 [num_blocks, block_size, num_kv_heads]:
-    x = scale * code + zero (zero is the smallest value of that token and head).
+    x = scale * code + zero (zero is the smallest value of that token and head). Or the same codes less 128, int8, with
+    zero in steps: x = scale * (code + zero), where a device computes it so; scales and zeros may then lie transposed.
     ``k_offset``, ``k_factor`` float32 [num_kv_heads, head_dim], beside codes only: x then is (k - k_offset) / k_factor
     of a rotated key k, and the query that reads it is multiplied by k_factor (reference.fit_to_codes).
     """
@@ -297,19 +298,15 @@ class LayerKV:
         return int(self.k.shape[1])
 
     @property
+    def paged(self) -> list[torch.Tensor]:
+        """What is kept of each block: [num_blocks, ...] contiguous."""
+        every = (self.k, self.v, self.k_scale, self.k_zero, self.v_scale, self.v_zero)
+        return [x if x.is_contiguous() else x.transpose(1, 2) for x in every if x is not None]
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """All that it consists of."""
-        every = (
-            self.k,
-            self.v,
-            self.k_scale,
-            self.k_zero,
-            self.v_scale,
-            self.v_zero,
-            self.k_offset,
-            self.k_factor,
-        )
-        return [tensor for tensor in every if tensor is not None]
+        return self.paged + [x for x in (self.k_offset, self.k_factor) if x is not None]
 
 
 @dataclass

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-import qwenrt
 from qwenrt.config import ModelConfig, read_model_config
 from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import ConfigError, RequestError
@@ -79,7 +79,9 @@ def quantize(
         quantizer = _quantizer(model, reader, options, calibrating, held_out)
         linears = _run(quantizer, finished, progress)
         effect = quantizer.effect()
-        nbytes = write_directory(source, target, reader, finished, quantized, options, qwenrt.__version__)
+        nbytes = write_directory(
+            source, target, reader, finished, quantized, options, sys.modules["qwenrt"].__version__
+        )
     names = ("source", "rounded", "result")
     report = QuantizeReport(
         output_dir=target,

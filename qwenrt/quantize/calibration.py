@@ -27,7 +27,17 @@ def texts_for(
     settings: QuantizeSettings,
     progress: bool | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(texts that calibrate, texts that measure) as token ids, ``settings.samples`` in all where there are so many.
+    """(texts that calibrate, texts that measure): what `all_texts` gives, divided."""
+    return divided(all_texts(source, calibration, settings, progress))
+
+
+def all_texts(
+    source: Path,
+    calibration: str | Path | Sequence[Any],
+    settings: QuantizeSettings,
+    progress: bool | None = None,
+) -> list[list[int]]:
+    """Texts as token ids, ``settings.samples`` where there are so many.
 
     ``calibration``: a file of entries (JSON or JSON lines) or of plain text, entries, texts or token ids, or "self".
     Raises RequestError where there are too few.
@@ -43,8 +53,13 @@ def texts_for(
             f"{len(texts)} texts of at least {_LEAST} tokens",
             f"Give more than {_LEAST_HELD_OUT}; 128 of 512 tokens each are usual.",
         )
+    return texts
+
+
+def divided(texts: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """(texts that calibrate, texts that measure)"""
     every = max(2, min(_HELD_OUT, len(texts) // _LEAST_HELD_OUT))
-    held_out = texts[every - 1 :: every]
+    held_out = list(texts[every - 1 :: every])
     return [text for number, text in enumerate(texts) if number % every != every - 1], held_out
 
 

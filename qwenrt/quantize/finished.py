@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from qwenrt.config import ModelConfig, QuantConfig, read_json
 from qwenrt.config.layers import LinearSpec, file_rows
 from qwenrt.errors import CheckpointError
-from qwenrt.files import is_there, opened
+from qwenrt.files import is_there
+from qwenrt.loader.checkpoint.header import read_metadata
 from qwenrt.loader.checkpoint.inventory import Inventory, parts_of
 from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import WeightReader
@@ -82,9 +83,7 @@ class FinishedLayers:
             return None
         try:
             tensors = load_file(path)
-            with opened(path, CheckpointError) as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            told = {name: json.loads(text) for name, text in header["__metadata__"].items()}
+            told = {name: json.loads(text) for name, text in read_metadata(path).items()}
             reports = [LinearReport(**fields) for fields in told["report"]]
             made = {spec.name: self._whole(spec, tensors) for spec in specs}
             return FinishedLayer(made, reports, {name: tensors[name] for name in told["changed"]})

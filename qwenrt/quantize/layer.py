@@ -90,6 +90,16 @@ def with_changed(reader: WeightReader, changed: Mapping[str, torch.Tensor]) -> W
     return WeightReader(tensors, reader.inventory, reader.config, reader.backend, reader.dtype)
 
 
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """int64 [T]: what follows each token in its text, -1 where nothing does."""
+    following = torch.full_like(batch.ids, -1)
+    at = 0
+    for length in batch.plan.q_lens:
+        following[at : at + length - 1] = batch.ids[at + 1 : at + length]
+        at += length
+    return following
+
+
 class Layer:
     """Layer ``index`` of a model whose other layers have no weights."""
 

@@ -16,7 +16,7 @@ from qwenrt.ops.weights import dequantize
 from qwenrt.quantize.awq import Scaling, folds_of, search
 from qwenrt.quantize.finished import FinishedLayer, FinishedLayers
 from qwenrt.quantize.hessian import Hessian
-from qwenrt.quantize.layer import Batch, Layer, batches_of, with_changed
+from qwenrt.quantize.layer import Batch, Layer, batches_of, next_tokens, with_changed
 from qwenrt.quantize.report import Effect, LinearReport
 from qwenrt.quantize.settings import QuantizeSettings
 from qwenrt.quantize.solver import relative_error, rounded, solve
@@ -198,7 +198,7 @@ class Quantizer:
         head = reader.linear(model.linear_specs["lm_head"], tied).data["weight"].float()
         effect = Effect()
         for row, batch in enumerate(self._measured["source"].batches):
-            targets = _next_tokens(batch)
+            targets = next_tokens(batch)
             for start in range(0, len(targets), _HEAD_TOKENS):
                 part = slice(start, start + _HEAD_TOKENS)
                 logits = [
@@ -214,13 +214,3 @@ class Quantizer:
                 ]
                 effect.add(logits, targets[part])
         return effect
-
-
-def _next_tokens(batch: Batch) -> torch.Tensor:
-    """int64 [T]: what follows each token in its text, -1 where nothing does."""
-    following = torch.full_like(batch.ids, -1)
-    at = 0
-    for length in batch.plan.q_lens:
-        following[at : at + length - 1] = batch.ids[at + 1 : at + length]
-        at += length
-    return following

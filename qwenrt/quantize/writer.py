@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from qwenrt.config import read_json
 from qwenrt.config.layers import LinearSpec
-from qwenrt.errors import CheckpointError
-from qwenrt.files import opened
+from qwenrt.loader.checkpoint.checkpoint import Checkpoint, TensorReader
+from qwenrt.loader.checkpoint.directory import Planned, copy_files, write_json, write_shards
 from qwenrt.loader.checkpoint.header import read_shard
-from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import WeightReader
 from qwenrt.quantize.finished import FinishedLayers
 from qwenrt.quantize.settings import QuantizeSettings
 
-_SHARD = 5 * 10**9  # bytes of a file
-_LARGEST_COPIED = 256 * 2**20  # bytes of a file beside the weights
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)(\.index\.json)?")
 _OURS = ("config.json", "quantize_config.json")
 _AGAIN = "give the same call again, which goes on"
 
@@ -40,8 +30,8 @@ def write_directory(
     producer: str,
 ) -> int:
     """All that ``source`` has, its ``quantized`` linears as ``finished`` holds them -> bytes of the weights."""
-    shards = _shards(_tensors(reader, finished, quantized))
-    total = _write_shards(shards, target)
+    tensors = list(_tensors(reader, finished, quantized))
+    write_shards(tensors, target, _AGAIN)
     dense, patterns = map(sorted, _left_dense(reader, quantized))
     config = read_json(source / "config.json")
     about = _of_awq(settings, dense) if settings.method == "awq" else _of_gptq(settings, patterns, producer)
@@ -49,20 +39,14 @@ def write_directory(
     if settings.method != "awq":
         contents["quantize_config.json"] = about
     for name, content in contents.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (target / name).write_text(text, encoding="utf-8")
-    for file in sorted(source.iterdir()):
-        taken = _WEIGHTS.fullmatch(file.name) or file.name.startswith(".") or file.name in _OURS
-        if taken or os.path.isdir(file) or os.path.getsize(file) > _LARGEST_COPIED:
-            continue
-        with opened(file, CheckpointError) as given, (target / file.name).open("wb") as copy:
-            shutil.copyfileobj(given, copy)
-    return total
+        write_json(target / name, content)
+    copy_files(source, target, _OURS)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _tensors(
     reader: WeightReader, finished: FinishedLayers, quantized: Sequence[LinearSpec]
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[Planned]:
     """Every tensor of the new checkpoint: those of the source that are not quantised, as they are, then the layers."""
     replaced = {
         name
@@ -71,50 +55,16 @@ def _tensors(
         if kind != "bias"
     }
     kept = {name for slots in reader.inventory.slots.values() for name in slots.values()}
-    layers = [finished.path(index) for index in sorted({int(spec.name.split(".")[1]) for spec in quantized})]
-    for path in layers:
-        replaced |= {entry.name for entry in read_shard(path).tensors}
-    for name in sorted({*kept, *reader.inventory.ignored} - replaced):
-        yield name, reader.reader.tensor(name)
-        reader.reader.release(name)
-    for path in layers:
-        yield from load_file(path).items()
-
-
-def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors:
-        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > _SHARD:
-            yield shard
-            shard = {}
-        shard[name] = tensor.contiguous()
-    yield shard
-
-
-def _write_shards(shards: Iterator[dict[str, torch.Tensor]], target: Path) -> int:
-    """One file, or several with an index -> bytes of the tensors."""
-    weight_map: dict[int, list[str]] = {}
-    total = 0
-    for number, shard in enumerate(shards, 1):
-        save_atomically(shard, target / f"model-{number:05d}.partial.safetensors", {"format": "pt"}, _AGAIN)
-        weight_map[number] = list(shard)
-        total += sum(tensor.nbytes for tensor in shard.values())
-    count = len(weight_map)
-    names = {
-        number: "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        for number in weight_map
-    }
-    for left in target.glob("*.safetensors*"):  # of another model, where overwriting was asked for
-        if not left.name.endswith(".partial.safetensors"):
-            left.unlink()
-    for number, name in names.items():
-        (target / f"model-{number:05d}.partial.safetensors").replace(target / name)
-    if count > 1:
-        places = {tensor: names[number] for number, tensors in weight_map.items() for tensor in tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        (target / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return total
+    shards = [
+        read_shard(finished.path(index))
+        for index in sorted({int(spec.name.split(".")[1]) for spec in quantized})
+    ]
+    made = {entry.name: entry for shard in shards for entry in shard.tensors}
+    for name in sorted({*kept, *reader.inventory.ignored} - replaced - made.keys()):
+        yield Planned.stored(name, reader.reader)
+    layers = TensorReader(Checkpoint(finished.directory, tuple(shards), made))
+    for name in made:
+        yield Planned.stored(name, layers)
 
 
 def _left_dense(reader: WeightReader, quantized: Sequence[LinearSpec]) -> tuple[set[str], set[str]]:

@@ -68,7 +68,7 @@ class _Routes:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> ASGIApp:
-        return Json(document())
+        return Json(document(self._service.settings.adapter_directory is not None))
 
 
 def _page(request: Request) -> ASGIApp:
@@ -102,6 +102,7 @@ def _server_info(service: Service) -> dict[str, Any]:
         "version": qwenrt.__version__,
         "model": service.names[0],
         "served_model_names": list(service.names),
+        "adapters": list(service.adapters),
         "model_type": llm.config.model_type,
         "built_in": llm.name == "demo",
         "thinking": llm.thinking,

@@ -19,6 +19,7 @@ from qwenrt.errors import ConfigError, QwenrtError
 from qwenrt.files import expanded
 from qwenrt.server import (
     about,
+    adapter_routes,
     agent_routes,
     dashscope_routes,
     ollama_routes,
@@ -114,6 +115,7 @@ class Server:
             *retrieval_routes.routes(self._parts),
             *dashscope_routes.routes(self._parts),
             *ollama_routes.routes(self._parts),
+            *adapter_routes.routes(self._parts),
         ]
         handlers: Any = {
             Problem: _problem,

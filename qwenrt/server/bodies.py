@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwenrt.server.adapter_routes import LoadAdapter, UnloadAdapter
 from qwenrt.server.openai_routes import Control
 from qwenrt.text.dialects import (
     anthropic,
@@ -44,6 +45,11 @@ POSTS: dict[str, tuple[str, Any]] = {
         "An answer in a conversation, as DashScope's clients ask for it",
         dashscope.GenerationRequest,
     ),
+}
+# Those that a server has if it was started with --adapter-directory.
+ADMINISTRATORS: dict[str, tuple[str, Any]] = {
+    "/v1/load_lora_adapter": ("Load an adapter", LoadAdapter),
+    "/v1/unload_lora_adapter": ("Unload an adapter", UnloadAdapter),
 }
 GETS = {
     "/": "The page for a browser; without it, a line that says what is served",

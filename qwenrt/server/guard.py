@@ -61,9 +61,9 @@ class Guard:
 
     What passes has, in ``scope["state"]``: ``request_id``; ``caller``, a name for the key that was presented ("" where
     there are none), for salts, turns and what is kept for somebody; ``max_priority``, the highest that its requests
-    may have. ``render`` writes a Problem in the dialect of a path, for the request of
-    an id -> (status, headers, body). ``denied`` is told the
-    status of each request that ends here.
+    may have; ``administers``, whether it may load and unload adapters. ``render`` writes a Problem in the dialect of a
+    path, for the request of an id -> (status, headers, body). ``denied`` is told the status of each request that ends
+    here.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id(headers)
         state["caller"], state["max_priority"] = "", self._settings.max_priority
+        state["administers"] = not self._keyring
         cors = self._origins.headers(headers)
         exchange = _Exchange(scope, receive, send, self._settings.max_body, cors, self._bodies)
         began = self._clock()
@@ -173,7 +174,7 @@ class Guard:
             self._denials.add(scope.get("client"))
             return False
         state = scope["state"]
-        state["caller"] = key.caller
+        state["caller"], state["administers"] = key.caller, key.admin
         state["max_priority"] = min(key.priority, state["max_priority"], HIGHEST_PRIORITY)
         return True
 

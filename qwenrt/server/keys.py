@@ -1,7 +1,7 @@
 """API keys: hashed when they are read, compared in constant time, from a file that nobody else may read.
 
 A key file has one key a line. Empty lines and those that begin with # say nothing; `priority=N` after a key is the
-highest priority that requests with it may have.
+highest priority that requests with it may have, `admin` lets it load and unload adapters.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from qwenrt.files import expanded, opened
 HIGHEST_PRIORITY = 9
 _LONGEST_KEY = 4096  # bytes; nobody's key is longer, and hashing what is would be work for strangers
 _LARGEST_FILE = 1 << 20  # bytes
-_FOR_A_FILE = "Write one key a line, without spaces; `# ...` is a comment, `KEY priority=3` limits a key."
+_FOR_A_FILE = (
+    "Write one key a line, without spaces; `# ...` is a comment, `KEY priority=3` limits a key, `KEY admin` may load "
+    "adapters."
+)
 
 
 @dataclass(frozen=True)
 class Key:
     """One key, as its SHA-256 digest. ``caller`` names who holds it where the key itself may not be said: in salts,
-    turns and logs. ``priority``: the highest that its requests may have."""
+    turns and logs. ``priority``: the highest that its requests may have. ``admin``: whether it may load and unload
+    adapters."""
 
     digest: bytes
     priority: int = HIGHEST_PRIORITY
+    admin: bool = False
 
     @property
     def caller(self) -> str:
@@ -41,7 +46,7 @@ class Key:
         return f"<key of {self.caller}>"
 
     @classmethod
-    def of(cls, text: str, priority: int = HIGHEST_PRIORITY) -> Key:
+    def of(cls, text: str, priority: int = HIGHEST_PRIORITY, admin: bool = False) -> Key:
         """The key that a text is. Raises ConfigError, which does not show it."""
         if (
             not isinstance(text, str)
@@ -54,7 +59,7 @@ class Key:
             raise ConfigError("an API key", found, "Use letters, digits and punctuation of ASCII.")
         if len(text) > _LONGEST_KEY:
             raise ConfigError("an API key", f"{len(text)} characters", f"Use at most {_LONGEST_KEY}.")
-        return cls(digest_of(text.encode()), priority)
+        return cls(digest_of(text.encode()), priority, admin)
 
 
 def digest_of(presented: bytes) -> bytes:
@@ -92,15 +97,16 @@ def _forbidden(owner: int) -> int:
 
 
 def _key(asked: str, number: int, line: str) -> Key:
-    text, *limits = line.split()
-    priority = HIGHEST_PRIORITY
-    if limits:
-        name, _, value = limits[0].partition("=")
-        if len(limits) > 1 or name != "priority" or value not in list("0123456789"):
+    text, *words = line.split()
+    said: dict[str, int] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        known = value in list("0123456789") if name == "priority" else word == "admin"
+        if not known or name in said:
             raise ConfigError(asked, f"line {number} has more than a key", _FOR_A_FILE)
-        priority = int(value)
+        said[name] = int(value or 1)
     try:
-        return Key.of(text, priority)
+        return Key.of(text, said.get("priority", HIGHEST_PRIORITY), "admin" in said)
     except ConfigError as error:
         raise ConfigError(asked, f"line {number}: {error.found}", _FOR_A_FILE) from None
 

@@ -83,8 +83,10 @@ class _Routes:
 
     async def show(self, request: Request) -> ASGIApp:
         asked = await read(request, ollama.decode_show)
-        self._service.check_name(asked.model or asked.name)
-        return Json(ollama_models.show(self._cards()[0]))
+        name = asked.model or asked.name
+        self._service.check_name(name)
+        wanted, cards = self._service.adapter_of(name), self._cards()
+        return Json(ollama_models.show(next((card for card in cards if card.name == wanted), cards[0])))
 
     async def tags(self, request: Request) -> ASGIApp:
         return Json(ollama_models.tags(self._cards()))
@@ -134,7 +136,7 @@ class _Routes:
                 modified=service.created,
                 info=ollama_models.architecture_info(llm.config),
             )
-            for name in service.names
+            for name in (*service.names, *service.adapters)
         ]
 
 

@@ -155,18 +155,19 @@ class _Routes:
         service = self._service
         return Json(
             openai_models.models_body(
-                service.names, service.created, service.llm.max_model_len, service.own_name
+                service.names, service.created, service.llm.max_model_len, service.own_name, service.adapters
             )
         )
 
     async def model(self, request: Request) -> ASGIApp:
         service, name = self._service, request.path_params["name"]
-        if name not in service.names:
-            found = f"The model {name[:120]!r} is not served here. Served: {', '.join(service.names)}."
+        adapter = name in service.adapters
+        if name not in service.names and not adapter:
+            served = ", ".join((*service.names, *service.adapters))
+            found = f"The model {name[:120]!r} is not served here. Served: {served}."
             raise Problem("not_found", found, param="model")
-        return Json(
-            openai_models.model_body(name, service.created, service.llm.max_model_len, service.own_name)
-        )
+        parent, longest = service.names[0] if adapter else None, service.llm.max_model_len
+        return Json(openai_models.model_body(name, service.created, longest, service.own_name, parent))
 
     # ---- streams that outlive their connections
 

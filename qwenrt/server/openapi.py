@@ -13,13 +13,15 @@ from qwenrt.server import bodies
 
 
 @cache
-def document() -> dict[str, Any]:
-    """/openapi.json. Bodies are described as they are read; what else they may hold is passed over."""
-    types = list(dict.fromkeys(body for _, body in bodies.POSTS.values()))
+def document(administrators: bool = False) -> dict[str, Any]:
+    """/openapi.json. Bodies are described as they are read; what else they may hold is passed over.
+    ``administrators``: whether their routes are there."""
+    posts = bodies.POSTS | (bodies.ADMINISTRATORS if administrators else {})
+    types = list(dict.fromkeys(body for _, body in posts.values()))
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     by_type = dict(zip(types, schemas, strict=True))
     paths: dict[str, Any] = {}
-    for path, (about, body) in bodies.POSTS.items():
+    for path, (about, body) in posts.items():
         content = {"application/json": {"schema": by_type[body]}}
         paths[path] = {
             "post": {

@@ -74,6 +74,11 @@ class Made:
         return sum(one.params.n for one in self.prepared)
 
     @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that it asks for."""
+        return self.prepared[0].adapter
+
+    @property
     def told(self) -> int:
         """What is told of one token: itself, and its alternatives."""
         return 1 + (self.prepared[0].params.logprobs or 0)
@@ -107,6 +112,19 @@ class Service:
         return self.settings.served_model_names or (self.own_name,)
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Those that are loaded and can be asked for, as a request names its model."""
+        try:
+            return tuple(name for name in self.llm.adapters if name not in self.names)
+        except QwenrtError:  # it was closed
+            return ()
+
+    def adapter_of(self, asked: str) -> str | None:
+        """The adapter that a request asks for as its model; None for the model itself. Ollama's clients may put a tag
+        behind the name."""
+        return next((n for n in (asked, asked.removesuffix(":latest")) if n in self.adapters), None)
+
+    @property
     def tokenizer(self) -> ChatTokenizer:
         """Raises Problem where the model has none."""
         if not self.llm.has_tokenizer:
@@ -129,8 +147,9 @@ class Service:
 
     def check_name(self, asked: str) -> None:
         """Raises Problem for another model's name, where only this one's are served."""
-        if self.settings.strict_model and asked not in self.names:
-            found = f"The model {asked[:120]!r} is not served here. Served: {', '.join(self.names)}."
+        if self.settings.strict_model and asked not in self.names and self.adapter_of(asked) is None:
+            served = ", ".join((*self.names, *self.adapters))
+            found = f"The model {asked[:120]!r} is not served here. Served: {served}."
             raise Problem("not_found", found, param="model")
 
     def check_room(self, dialect: str) -> None:
@@ -280,7 +299,8 @@ class Service:
             most = min(room, max(1, MOST_ENTRIES // (made.told * made.choices)))
         limit = most if asked is None else min(asked, most)
         params = self._limited(prepared[0].params, limit)
-        limited = tuple(replace(one, params=params) for one in prepared)
+        adapter = self.adapter_of(ask.model)
+        limited = tuple(replace(one, params=params, adapter=adapter) for one in prepared)
         return Made(limited, limit if limit < (room if asked is None else asked) else None)
 
     def _prepared(self, ask: Ask, sampling: dict[str, Any]) -> list[Prepared]:

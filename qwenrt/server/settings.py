@@ -43,6 +43,9 @@ ABOUT: dict[str, str] = {
     "log_prompts": "write prompts and answers into the log",
     "metrics": "serve /metrics",
     "page": "serve the page for a browser at /",
+    "adapter_directory": "let adapters in this directory, each a directory of its own, be loaded and unloaded at "
+    "/v1/load_lora_adapter and /v1/unload_lora_adapter: by keys whose line says admin, or without keys by everybody on "
+    "this machine (default: no such routes)",
 }
 # setting -> (least, most), for those that are whole numbers and those that may be parts of one
 _WHOLE = {
@@ -98,6 +101,7 @@ class ServeSettings:
     log_prompts: bool = False
     metrics: bool = True
     page: bool = True
+    adapter_directory: Path | None = None
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -107,6 +111,13 @@ class ServeSettings:
                 f"listening at {self.host}",
                 "other machines reach it, and there is no API key",
                 "Name a file of keys with --api-key-file, listen at 127.0.0.1, or say --i-know-this-is-open.",
+            )
+
+        if self.adapter_directory is not None and not (self.loopback or self.has_keys):
+            raise ConfigError(
+                f"adapter_directory={str(self.adapter_directory)!r:.120}",
+                "other machines reach the server, and there is no API key: anybody could load and unload",
+                "Name a file of keys with --api-key-file, one of them with `admin` behind it.",
             )
 
     @property
@@ -171,7 +182,7 @@ def _checked(name: str, value: Any) -> Any:
         return _host(value)
     if name == "api_keys":
         return as_keys(value)
-    if name == "api_key_file":
+    if name in ("api_key_file", "adapter_directory"):
         return as_path(name, value)
     if name in _FLAGS:
         return flag(name, value, ConfigError)

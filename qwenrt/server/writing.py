@@ -102,11 +102,13 @@ class Writing:
 
     def served(self, made: Made | None, request: Request, **told: Any) -> Served:
         """What a writer knows of the server and of a request."""
+        model = self.service.names[0]
         if made is not None:
+            model = made.adapter or model
             told.setdefault("prompt_tokens", made.prompt_tokens)
             told.setdefault("prompt_token_ids", made.prepared[0].prompt_token_ids)
         return Served(
-            self.service.names[0],
+            model,
             request.scope["state"]["request_id"],
             token_text=self.service.token_text,
             fingerprint=self.service.fingerprint,

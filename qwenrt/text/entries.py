@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,29 @@ def read_entries(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
+def read_all_entries(data: str | Path | Sequence[Any]) -> list[Any]:
+    """The entries of a file, of all .json and .jsonl files of a directory in the order of their names, of several of
+    these, or given as they are. RequestError names the file."""
+    if isinstance(data, (str, Path)):
+        files = [Path(data)]
+        if files[0].is_dir():
+            files = sorted(file for file in files[0].iterdir() if file.suffix in (".json", ".jsonl"))
+            if not files:
+                raise RequestError(
+                    f"training data {data}", "no .json or .jsonl file in it", "Put some there."
+                )
+        return [entry for file in files for entry in read_entries(file)]
+    if not data or not all(isinstance(value, (str, Path)) for value in data):
+        return list(data)
+    return [entry for value in data for entry in read_all_entries(value)]
+
+
+def unknown_keys(entries: Iterable[object]) -> list[str]:
+    """Keys of entries that mean nothing here, each once."""
+    found = {str(key) for entry in entries if isinstance(entry, dict) for key in entry if key not in _KEYS}
+    return sorted(found)
+
+
 def _parse_list(path: Path, text: str) -> list[dict[str, Any]]:
     try:
         entries = json.loads(text)
@@ -67,6 +91,10 @@ class Entry:
     text: str | None = None
 
 
+_KEYS = {
+    *("id", "text", "conversations", "messages", "system", "tools", "instruction", "input", "output"),
+    "history",
+}
 _SHAPES = (
     'Give {"messages": [{"role": "user", "content": "..."}, ...]}, '
     '{"conversations": [{"from": "user", "value": "..."}, ...]}, '

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from qwenrt.backends.cpu import CPUBackend, activations
 from qwenrt.config import Environment
 from qwenrt.demo.corpus import held_out_samples
-from qwenrt.finetune.data import encode_entry
 from qwenrt.llm import LLM
 from qwenrt.load_options import CHOICES, LoadOptions
 from qwenrt.loader.hub.resolve import DEMO
@@ -29,6 +28,7 @@ from qwenrt.loading import load_tokenizer, load_with
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import LayerKV
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.text.chat.training_form import training_samples
 from tests.kernel_sets import needs_kernels
 from tests.steps import run_step
 
@@ -106,7 +106,7 @@ def conversations(count: int = 40) -> list[tuple[list[int], torch.Tensor]]:
     what all share counts once."""
     tokenizer, seen, found = load_tokenizer("demo"), set(), []
     for sample in held_out_samples(count, seed=5):
-        ids = encode_entry(tokenizer, sample.entry())[0][:200]
+        ids = training_samples(tokenizer, sample.entry())[0].ids[:200]
         beginnings = [tuple(ids[: i + 1]) for i in range(len(ids))]
         found.append(
             (ids, torch.tensor([i for i, start in enumerate(beginnings) if start not in seen]).long())

@@ -197,6 +197,34 @@ def test_a_query_that_is_not_finite_says_so_and_scores_may_be_huge(cpu: CPUBacke
 
 
 @needs_kernels
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("heads", [(4, 1, 256), (6, 1, 128), (7, 1, 64), (3, 3, 32), (2, 1, 40), (2, 1, 16)])
+def test_codes_are_multiplied_as_defined(cpu: CPUBackend, isa: str, heads: tuple[int, int, int]) -> None:
+    """In integers where a head is whole vectors; queries and weights have 16 bits then, which one key whose weight is
+    all but 1 beside many that are nearly 0 shows best."""
+    cpu.configure(isa)
+    step = Step(cpu, [(1, 700), (3, 40), (16, 257)], heads, quantized=True)
+    for size in (1.0, 8.0):
+        step.q = torch.randn_like(step.q) * size
+        for window in (0, 77):
+            wanted = reference.attention(*step.args, 0.1, window)
+            assert_close(
+                cpu.attention(*step.args, 0.1, window), wanted, atol=4e-4 * float(wanted.abs().max())
+            )
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", SETS)
+def test_a_coded_token_that_is_not_finite_spoils_those_that_see_it(cpu: CPUBackend, isa: str) -> None:
+    cpu.configure(isa)
+    for side in ("k_scale", "k_zero", "v_scale", "v_zero"):
+        step = Step(cpu, [(1, 20), (1, 40)], (4, 2, 32), quantized=True)
+        getattr(step.kv, side).view(-1, 2)[step.plan.block_table[0][0] * 16 + 3] = float("nan")
+        got = cpu.attention(*step.args, 0.2)
+        assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())
+
+
+@needs_kernels
 def test_training_and_what_has_no_cache_keep_the_definition(cpu: CPUBackend) -> None:
     q, k, v = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(5, 2, 16)
     q.requires_grad_()

@@ -287,22 +287,41 @@ def test_what_is_not_finite_is_computed_as_by_the_seams_and_left_to_its_own_sequ
             assert torch.equal(got[here], wanted[here])
 
 
-def test_weights_that_the_kernels_know_nothing_of_go_by_the_seams(cpu: CPUBackend) -> None:
-    for form in ("float32", "int4"):
-        model = Qwen(DENSE, cpu, torch.float32)
-        for name, shape in model.tensor_specs.items():
-            model.set_tensor(name, torch.ones(shape))
-        for name, spec in model.linear_specs.items():
-            plain = form == "float32" and name == "layers.1.o_proj"
-            shape = (spec.out_features, spec.in_features)
-            bias = torch.zeros(spec.out_features) if spec.bias else None
-            model.set_linear(
-                name, cpu.pack_linear(weight(*shape, "float32" if plain else "int4", bias), torch.float32)
-            )
-        model.bind()
-        assert len(cpu.stacks(Cache(model, [1]).parts)) == (1 if form == "float32" else 2)
+def test_what_demotes_an_op_demotes_the_one_call(cpu: CPUBackend) -> None:
+    model = build(cpu, DENSE)
+    assert len(cpu.stacks(Cache(model, [1]).parts)) == 2
     model.backend.demoted["rms_norm"] = "it was wrong"
     assert len(cpu.stacks(Cache(model, [1]).parts)) == 1
+
+
+@pytest.mark.parametrize("plain", [{"layers.1.o_proj"}, {"layers.0.qkv_proj", "layers.1.down_proj"}, set()])
+def test_weights_that_the_kernels_know_nothing_of_are_asked_for_within_the_call(
+    cpu: CPUBackend, plain: set[str]
+) -> None:
+    """Some linears in float32, one of them in parts; without names, all of them."""
+    model = build(cpu, DENSE)
+    for name, spec in model.linear_specs.items():
+        if plain and name not in plain:
+            continue
+        shape = (spec.out_features, spec.in_features)
+        bias = torch.randn(spec.out_features) if spec.bias else None
+        packed = cpu.pack_linear(weight(*shape, "float32", bias), torch.float32)
+        if name == "layers.0.qkv_proj":
+            rows = [shape[0] - 16, 16]
+            forms = [
+                weight(n, shape[1], form, None if bias is None else torch.randn(n))
+                for n, form in zip(rows, ("int4", "float32"))
+            ]
+            made = [cpu.pack_linear(w, torch.float32) for w in forms]
+            packed = Packed("parts", shape[0], shape[1], {"parts": made})
+        model.set_linear(name, packed)
+    model.bind()
+    whole, seams = Cache(model, [9, 3]), Cache(model, [9, 3])
+    seams.tokens = whole.tokens
+    for lens, rows in (([(0, 9), (0, 3)], [8, 11]), ([(8, 9), (2, 3)], [0, 1])):
+        logits = whole.step(lens, rows)
+        assert whole.served_by == "one call"
+        assert torch.equal(logits, seams.step(lens, rows, seams=True))
 
 
 Q, KV = DENSE.num_heads * DENSE.head_dim, DENSE.num_kv_heads * DENSE.head_dim

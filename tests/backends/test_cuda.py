@@ -179,6 +179,23 @@ def test_a_body_on_a_device_touches_nothing_of_the_host(name: str, monkeypatch: 
             stack.body(rows, 4, width)
 
 
+def test_a_bandwidth_is_never_that_of_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Triton half of the memory is copied, which moves as many bytes."""
+    install(monkeypatch, FakeCuda())
+    backend, ran, waited = OnCPU(CPU), list[str](), list[str]()
+    monkeypatch.setattr(backend, "synchronize", lambda: waited.append("yes"))
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    memory = torch.ones(64, dtype=torch.int64)
+    with Names():
+        backend.read(memory)
+    assert "aten::copy_" in ran and not any("sum" in name for name in ran) and waited
+
+
 def test_a_machine_without_a_gpu_imports_nothing_for_one() -> None:
     """But what tells Hygon's packages by their versions, which imports nothing itself."""
     gpus = r"^\s*(?:from|import) (qwenrt\.backends\.cuda|qwenrt\.backends\.dcu(?! import software)|triton)"

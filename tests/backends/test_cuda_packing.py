@@ -37,7 +37,7 @@ def test_codes_come_back_as_they_were(form: Form) -> None:
     assert packing.why_not_restored(packed) is None
 
 
-def test_a_word_has_eight_inputs_of_one_output_the_first_one_lowest() -> None:
+def test_a_word_has_eight_inputs_of_one_output_neighbours_in_its_halves() -> None:
     codes = torch.arange(16, dtype=torch.uint8).view(16, 1).repeat(1, 2)
     codes[:, 1] = 15 - codes[:, 1]
     scales, zeros = torch.ones(2, 2), torch.full((2, 2), 8, dtype=torch.int16)
@@ -45,7 +45,7 @@ def test_a_word_has_eight_inputs_of_one_output_the_first_one_lowest() -> None:
     packed = packing.pack(weight, torch.float32, CPU)
     assert packed is not None
     words = [[int(word) & 0xFFFFFFFF for word in row] for row in packed.data["words"]]
-    assert words == [[0x76543210, 0xFEDCBA98], [0x89ABCDEF, 0x01234567]]
+    assert words == [[0x75316420, 0xFDB9ECA8], [0x8ACE9BDF, 0x02461357]]
     assert packed.data["zero"] == 8 and "zeros" not in packed.data
 
 

@@ -287,3 +287,30 @@ def test_a_device_that_captures_nothing_still_waits_for_nothing() -> None:
     assert check(Eager(CPU), MODELS["experts"]) == {}
     assert Backend(CPU).graphs() is None and isinstance(Backend(torch.device("meta")).graphs(), EagerGraphs)
     assert (Backend(CPU).depth, Backend(torch.device("meta")).depth) == (0, 1)
+
+
+class AtOnce(GraphBackend):
+    """Layers at once, of one row."""
+
+    calls = 0
+
+    def decode_layers(self, network: Any) -> Any:
+        def logits(x: torch.Tensor, rotary: Any, plan: Any, cache: Any) -> torch.Tensor:
+            AtOnce.calls += 1
+            result: torch.Tensor = network.logits(
+                network.final_norm(network.run_layers(x, rotary, plan, cache))
+            )
+            return result
+
+        return SimpleNamespace(most=1, logits=logits)
+
+
+def test_layers_that_a_backend_computes_at_once_serve_the_rows_they_are_for() -> None:
+    (captured, seams, _), calls = small_stack(AtOnce(CPU)), AtOnce.calls
+    for step, served in (
+        (step_of([3, 4], [1] * 2, [1] * 2, [[4], [5]]), False),
+        (step_of([3], [1], [1], [[4]]), True),
+    ):
+        outcome = captured.run(step)
+        assert torch.equal(outcome.logits, seams.run(step).logits)
+        assert (AtOnce.calls > calls) == served

@@ -104,7 +104,9 @@ class FakeLLM:
             self.closed_streams += 1
 
     @as_the_real(LLM.prepare)
-    def prepare(self, *, prompt: str, sampling_params: SamplingParams) -> tuple[str, SamplingParams]:
+    def prepare(
+        self, *, prompt: str, sampling_params: SamplingParams, adapter: str | None = None
+    ) -> tuple[str, SamplingParams]:
         return prompt, sampling_params
 
     @as_the_real(LLM.submit)
@@ -114,13 +116,20 @@ class FakeLLM:
         return iter([Delta(f"{prompt} and "), Delta("so on", finish_reason="length")])
 
     @as_the_real(LLM.chat)
-    def chat(self, *, messages: list[dict[str, str]], sampling_params: SamplingParams) -> Generation:
+    def chat(
+        self, *, messages: list[dict[str, str]], sampling_params: SamplingParams, adapter: str | None = None
+    ) -> Generation:
         text = f"reply to {messages[-1]['content']}"
         return Generation(text, [1], "stop", Usage(3, 1), message={"role": "assistant", "content": text})
 
     @as_the_real(LLM.generate)
     def generate(
-        self, prompt: Any = None, sampling_params: Any = None, *, prompt_token_ids: Any = None
+        self,
+        prompt: Any = None,
+        sampling_params: Any = None,
+        *,
+        prompt_token_ids: Any = None,
+        adapter: str | None = None,
     ) -> Any:
         self.calls.append({"prompt": prompt, "prompt_token_ids": prompt_token_ids, "params": sampling_params})
         if prompt_token_ids is not None:

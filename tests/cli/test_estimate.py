@@ -15,11 +15,11 @@ from qwenrt.config import read_model_config
 from qwenrt.config.layers import num_parameters, num_snapshots, state_bytes
 from qwenrt.config.released import released_config
 from qwenrt.loader.memory import device as device_memory
-from qwenrt.loader.memory.footprint import Storage, memory_need, weight_bytes
+from qwenrt.loader.memory.fit import device_layout
+from qwenrt.loader.memory.footprint import GIB, Storage, memory_need, weight_bytes
 from tests.conftest import write_tiny_checkpoint
 
 Qwenrt = Callable[..., Any]
-GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_the_states_of_all_that_may_run_are_counted_as_loading_counts_them(qwenr
         assert report["state_bytes"] == states and report["max_num_seqs"] == sequences
         tokens = report["users"] * report["context"] * report["kv_bytes_per_token"]
         assert report["cache_bytes"] == tokens + states
-        layout = Storage(4, 2, 2, kernels=True, on_host=True)
+        layout = device_layout(config, "cpu", "auto", 24 * GIB).storage
         need = memory_need(config, layout, report["context"], users=report["users"], sequences=sequences)
         assert report["total_bytes"] == need.total + report["runtime_bytes"]
         asked = next(o for o in report["options"] if (o["quantize"], o["kv_cache_dtype"]) == (None, "auto"))

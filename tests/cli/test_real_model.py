@@ -120,11 +120,10 @@ def test_ctrl_c_stops_the_real_engine(tiny_chat: Path) -> None:
 
 
 def test_finetune_then_run(tiny_chat: Path, qwenrt: Qwenrt, tmp_path: Path) -> None:
-    talk = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yes"}]
-    data = tmp_path / "talks.jsonl"
-    data.write_text(json.dumps({"conversations": talk}), encoding="utf-8")
+    data = tmp_path / "texts.jsonl"
+    data.write_text(json.dumps({"text": "hi, yes"}), encoding="utf-8")
     out = tmp_path / "trained"
-    options = "--epochs 2 --learning-rate 0.001 --batch-tokens 64 --max-length 64 --threads 1"
+    options = "--epochs 2 --learning-rate 0.001 --batch-tokens 64 --max-length 32 --threads 1"
     done = qwenrt("finetune", str(tiny_chat), str(data), str(out), *options.split(), "--json")
     assert done.code == 0
     report = json.loads(done.out)

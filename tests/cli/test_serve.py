@@ -121,8 +121,10 @@ def test_what_is_said_at_the_start(context: int, warned: bool) -> None:
         name="demo",
         tokenizer=load_tokenizer("demo"),
         has_tokenizer=True,
+        adapters={"law": None},
     )
     said = serve._greeting(llm, ServeSettings(), "http://127.0.0.1:8000", "demo")
+    assert "Adapters, asked for as the model: law." in said
     assert "Serving demo at http://127.0.0.1:8000" in said and "one line" in said and "toy" in said
     assert f"context of {context} tokens; 4 answers at once at full length, 16 shorter ones" in said
     assert ("they need a longer context" in said) is warned and "Other machines" not in said

@@ -4,15 +4,18 @@ not measured."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from qwenrt.backends.cuda.tables import TILES
 from qwenrt.backends.graphs import EagerGraphs
 from qwenrt.conformance.gpu import __main__ as command
-from qwenrt.conformance.gpu import driver, phases, report, timing
+from qwenrt.conformance.gpu import driver, peers, phases, report, timing
 from qwenrt.conformance.gpu.driver import PHASES, Phase
 from qwenrt.conformance.gpu.report import Notes
 from tests.capture import GraphBackend
@@ -82,7 +85,10 @@ def test_on_a_cpu_what_needs_a_gpu_is_not_measured(tmp_path: Path) -> None:
 def test_correctness_comes_before_speed() -> None:
     names = [phase.name for phase in PHASES]
     assert set(names) == set(phases.WORK)
-    assert max(map(names.index, ("ops", "replays", "models"))) < min(map(names.index, ("engine", "linears")))
+    correct = ("ops", "replays", "models", "sanitizer")
+    fast = ("engine", "tuning", "linears", "peers", "profile")
+    assert max(map(names.index, correct)) < min(map(names.index, fast))
+    assert names[:2] == ["limits", "compile"], "what all others hang on, and what they would wait for"
     assert sum(phase.seconds for phase in PHASES) <= 500
 
 
@@ -160,3 +166,71 @@ def test_without_a_triton_the_rest_is_measured(tmp_path: Path) -> None:
     notes = Notes(tmp_path / "notes.json")
     if timing._kernels(notes) is None:
         assert notes.detail["triton"].startswith("ModuleNotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("said", "figure", "wrong"),
+    [("0 hazards displayed", 0, 0), ("2 hazards displayed (2 errors, 0 warnings)", 2, 1), (None, None, 0)],
+)
+def test_hazards_of_a_sanitizer_are_counted(
+    said: str | None, figure: int | None, wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program that stands in for it."""
+    program = tmp_path / "compute-sanitizer"
+    line = "Error: it does not run here" if said is None else f"========= RACECHECK SUMMARY: {said}"
+    program.write_text(f"#!/bin/sh\necho '{line}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    notes = Notes(tmp_path / "notes.json")
+    phases.sanitizer(notes, "cuda", 10, tmp_path)
+    assert notes.figures.get("hazards") == figure and len(notes.findings) == wrong
+    assert line in (tmp_path / "sanitizer.txt").read_text()
+
+
+def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without Gluon or Triton, a machine without the programs and libraries beside which is measured."""
+    monkeypatch.setattr(phases.shutil, "which", lambda _: None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    notes = Notes(tmp_path / "notes.json")
+    for phase in (phases.sanitizer, phases.compile_all, phases.tune, phases.profile):
+        phase(notes, "cpu", 10, tmp_path)
+    peers.transformers(notes, CPU, 0.0)
+    phases.early(notes, Playing(CPU))
+    assert set(notes.detail) == {
+        "compute-sanitizer",
+        "triton",
+        "tuning",
+        "ncu",
+        "transformers",
+        "early launches",
+    }
+    assert not notes.findings and not notes.figures
+
+
+def test_another_library_is_measured_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    model = SimpleNamespace(
+        eval=lambda: model, generate=lambda ids, max_new_tokens, **_: asked.append(max_new_tokens)
+    )
+    maker = SimpleNamespace(from_config=lambda config, dtype: model)
+    library = SimpleNamespace(Qwen2Config=lambda **_: None, AutoModelForCausalLM=maker, __version__="5.0")
+    monkeypatch.setitem(sys.modules, "transformers", library)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = iter([0.0, 9.0, 10.0, 11.0, 12.0, 17.0])
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: next(times))
+    notes = Notes(tmp_path / "notes.json")
+    peers.transformers(notes, CPU, 16.0)
+    assert asked == [33, 1, 33] and notes.figures["qwenrt's tokens beside transformers'"] == 2.0
+
+
+def test_early_launches_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Playing(CPU)
+    backend.gluon, backend.profile, backend.tiles = True, SimpleNamespace(pdl=True), TILES
+    monkeypatch.setattr(phases, "_REPLAYS", 20)
+    notes = Notes(tmp_path / "notes.json")
+    phases.early(notes, backend)
+    assert notes.figures == {"replays with early launches": 6} and not notes.findings
+    assert backend.tiles is TILES
+    monkeypatch.setattr(torch, "equal", lambda a, b: False)
+    phases.early(notes, backend)
+    assert notes.findings == ["6 of 6 replays with early launches give other bits"]

@@ -145,7 +145,7 @@ def test_another_ntk_factor_shares_nothing_in_spite_of_the_salt() -> None:
         factors[length] = running.open[0].seq.root
         usage = last(run(engine)[str(length)]).usage
         assert usage is not None and usage.cached_tokens == 0
-    assert factors[40] != factors[200] and {salt for _, salt in factors.values()} == {"a"}
+    assert factors[40] != factors[200] and {salt for _, salt, _ in factors.values()} == {"a"}
 
 
 def test_a_thought_is_cut_at_its_budget_and_the_answer_goes_on_as_if_it_had_been_written() -> None:

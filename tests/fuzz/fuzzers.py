@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 import qwenrt
 from qwenrt.config import Environment, GenerationConfig, parse_model_config, read_json, read_model_config
 from qwenrt.config.layers import num_active_parameters, num_parameters
 from qwenrt.errors import QwenrtError
-from qwenrt.finetune.trainer import TrainingSettings
+from qwenrt.finetune.settings import TrainingSettings
+from qwenrt.loader.adapters import open_adapter, read_adapter, write_adapter
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.hub.resolve import resolve
@@ -322,8 +324,50 @@ def load(rng: random.Random, scratch: Path) -> None:
         llm.generate(prompt_token_ids=[1, 2], max_tokens=1)
 
 
+_MOE_ADAPTER = ("self_attn.q_proj", 64, 64), ("mlp.experts.3.up_proj", 32, 64), ("mlp.gate", 8, 64)
+_ADAPTER_CONFIG: dict[str, Any] = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"], "bias": "none",
+    "modules_to_save": ["lm_head"], "rank_pattern": {"layers.1.mlp": 3}, "alpha_pattern": {"(a|b)*c": 1.5},
+    "exclude_modules": "(x+)*y", "layers_to_transform": [0, 1], "trainable_token_indices": {"embed_tokens": [1, 2]},
+    "use_rslora": True, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.1,
+}  # fmt: skip
+
+
+def adapter(rng: random.Random, scratch: Path) -> None:
+    """A LoRA adapter: its config, and names, shapes, dtypes and values of its tensors."""
+    shape = {**_LATER, **_EXPERTS, "model_type": "qwen3_moe", "tie_word_embeddings": rng.random() < 0.1}
+    model = parse_model_config(shape, None)
+    shapes: dict[str, list[int]] = {"lm_head.weight": [512, 64], "model.layers.0.mlp.experts.lora_A.weight": [16, 32],
+                                    "model.layers.0.mlp.experts.lora_B.weight": [64, 16],
+                                    "model.embed_tokens.token_adapter.trainable_tokens_delta": [2, 64]}  # fmt: skip
+    for module, rows, columns in _MOE_ADAPTER:
+        shapes[f"model.layers.0.{module}.lora_A.weight"] = [2, columns]
+        shapes[f"model.layers.0.{module}.lora_B.weight"] = [rows, 2]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        sizes = [max(0, size + rng.choice((-1, 1))) if rng.random() < 0.01 else size for size in shape]
+        tensor = torch.full(sizes, rng.choice((0.5, 0.5, 0.5, float("nan"))) if rng.random() < 0.05 else 0.5)
+        words = name.split(".")
+        if rng.random() < 0.03:
+            words[rng.randrange(len(words))] = rng.choice(
+                ("base_layer", "default", "7", "", "weight", "lora_A")
+            )
+        if rng.random() < 0.98:
+            prefix = rng.choice(("base_model.model.", "base_model.model.", ""))
+            tensors[prefix + ".".join(words)] = tensor if rng.random() < 0.99 else tensor.to(torch.int32)
+    save_file(tensors, scratch / "adapter_model.safetensors")
+    said = changed(rng, _ADAPTER_CONFIG) if rng.random() < 0.5 else _ADAPTER_CONFIG
+    (scratch / "adapter_config.json").write_bytes(as_bytes(rng, said))
+    with _refusals_are_right():
+        made = open_adapter(scratch, model)
+        assert all(bool(t.isfinite().all()) for t in made.weights.tensors) and made.info.rank <= 3
+        write_adapter(scratch / "again", model, made.weights)
+        read_adapter(scratch / "again", model)
+
+
 FUZZERS: dict[str, Callable[[random.Random, Path], None]] = {
     "config": config, "header": header, "gguf": gguf, "tokenizer": tokenizer, "arguments": arguments, "load": load,
+    "adapter": adapter,
 }  # fmt: skip
 
 

@@ -36,6 +36,12 @@ def test_nothing_but_typed_errors_from_a_gguf_file(seed: int) -> None:
     run("gguf", seed)
 
 
+@settings(max_examples=60, **_PLAIN)
+@given(seed=SEEDS)
+def test_nothing_but_typed_errors_from_an_adapter(seed: int) -> None:
+    run("adapter", seed)
+
+
 @settings(max_examples=8, **_PLAIN)
 @given(seed=SEEDS)
 def test_nothing_but_typed_errors_from_a_load(seed: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 __all__ = ["Code", "Launch", "compiled", "launches", "replace", "triton"]
 
@@ -48,6 +49,7 @@ class Launch:
     args: tuple[Any, ...]
     warps: int
     constants: dict[str, Any]
+    pdl: bool = False
 
     @property
     def name(self) -> str:
@@ -58,10 +60,12 @@ def launches(call: Callable[[], Any], monkeypatch: Any) -> list[Launch]:
     """What ``call`` launches; nothing is computed, so its tensors may be torch's "meta"."""
     found: list[Launch] = []
 
-    def note(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
-        found.append(Launch(kernel, grid, args, warps, constants))
+    def note(
+        kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, pdl: bool = False, **constants: Any
+    ) -> None:
+        found.append(Launch(kernel, grid, args, warps, constants, pdl))
 
-    for name in ("portable", "between", "attention", "choose"):
+    for name in ("portable", "between", "attention", "choose", "read", "stream", "attend"):
         module = __import__(f"qwenrt.backends.cuda.kernels.{name}", fromlist=["launch"])
         monkeypatch.setattr(module, "launch", note)
     call()
@@ -78,6 +82,26 @@ class Code:
     barriers: int
     loads: Counter[int] = field(default_factory=Counter)
     text: str = ""
+
+    @property
+    def order(self) -> list[str]:
+        """NVIDIA's instructions by name, as they stand."""
+        return [name for _, name, _ in self._instructions()]
+
+    @property
+    def loop(self) -> list[str]:
+        """Those between a tensor product's loop's first one and its branch back."""
+        every = self._instructions()
+        products = [at for at, name, _ in every if name.startswith("HMMA")]
+        for end, name, rest in every:
+            target = re.search(r"0x([0-9a-f]+)", rest)
+            if name.startswith("BRA") and target and (first := int(target.group(1), 16)) <= products[0] < end:
+                return [name for at, name, _ in every if first <= at <= end]
+        raise AssertionError("no loop")
+
+    def _instructions(self) -> list[tuple[int, str, str]]:
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", self.text)
+        return [(int(at, 16), name, rest) for at, name, rest in found if name != "NOP"]
 
     def __str__(self) -> str:
         loads = ", ".join(f"{n} of {bits}" for bits, n in sorted(self.loads.items()))
@@ -105,8 +129,10 @@ def compiled(launch: Launch, target: str) -> Code:
             signature[name] = "i32"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.warps})
+    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = kind(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.warps} | ({"launch_pdl": True} if launch.pdl else {})
+    made = triton.compile(source, target=TARGETS[target], options=options)
     return _amd(made) if target.startswith("gfx") else _nvidia(made)
 
 

@@ -45,8 +45,9 @@ def _between(
 MUTANTS = [
     *_linears(
         {
-            "the nibbles of a byte swapped": ("quads, quads >> 4", "quads >> 4, quads"),
-            "the bytes of a word swapped": ("pairs, pairs >> 8", "pairs >> 8, pairs"),
+            "the nibbles of a byte swapped": ("eights, eights >> 4", "eights >> 4, eights"),
+            "the halves of a word swapped": ("fours, fours >> 16", "fours >> 16, fours"),
+            "the bytes of a half swapped": ("words, words >> 8", "words >> 8, words"),
             "zeros one too large": ("(zeros + 8388608.0)", "(zeros + 8388609.0)"),
             "the scale of the next group": (
                 "at, inside = rows[:, None] * groups + g[None, :]",
@@ -188,5 +189,63 @@ MUTANTS = [
         "mask=chosen, other=1) <= 1",
         "choose",
         having(gaps=True),
+    ),
+]
+
+
+def _stream(name: str, right: str, wrong: str, op: str = "linear") -> Mutant:
+    return Mutant(name, "stream", right, wrong, op)
+
+
+GLUON = [
+    # of layouts: numbers that meet others than they should
+    _stream("halves of a word swapped", "gl.join(low.to", "gl.join(high.to"),
+    _stream("inputs of neighbouring steps", ".permute(0, 2, 4, 5, 3, 6, 1)", ".permute(0, 2, 5, 4, 3, 6, 1)"),
+    _stream(
+        "weights of neighbouring steps",
+        ".permute(0, 1, 2, 3, 4, 6, 7, 5, 8)",
+        ".permute(0, 1, 2, 3, 4, 7, 6, 5, 8)",
+    ),
+    _stream(
+        "codes of neighbouring steps",
+        "(words, words >> 8), gl.join(words >> 4",
+        "(words, words >> 4), gl.join(words >> 8",
+    ),
+    _stream("a row too far", "+ r) * 8 + g, half - 1)", "+ r) * 8 + g + 1, half - 1)"),
+    _stream("halves of rows swapped", "row = in_half + h * half", "row = in_half + (1 - h) * half"),
+    _stream(
+        "the scale of another row", "+ sr // 16 * 8 + sr % 8, half", "+ sr // 16 * 8 + (sr + 1) % 8, half"
+    ),
+    _stream(
+        "the scale of the next group",
+        "at_group, here = s_at + unit,",
+        "at_group, here = s_at - sk + gl.minimum(unit + sk + 1, units - 1),",
+    ),
+    _stream("zeros one too large", "halves = (base + part,", "halves = (base + part + 1,"),
+    _stream("zeros of groups added", "moved = -scale * moved", "moved = scale * moved"),
+    _stream("high and low bits swapped", "product += 16.0 * high", "product = 16.0 * product + high"),
+    _stream("offsets forgotten", "product += moved[:, :, None]", "product += 0.0 * moved[:, :, None]"),
+    _stream("the last unit twice", "x = gl.where(unit + xk < units, x, 0.0)", "x = x"),
+    _stream("units late by one", "w0, w1 = w1, w2", "w0, w1 = w2, w1"),
+    _stream(
+        "the first token for all",
+        "token = gl.minimum(gl.program_id(1) * C + c, T - 1)",
+        "token = gl.minimum(0 * c, T - 1)",
+    ),
+    _stream(
+        "the last row of a tile",
+        "inside = (in_half < N // 2)[:, None]",
+        "inside = (in_half < N // 2 - 1)[:, None]",
+    ),
+    _stream("the bias of the other half", "gl.load(bias_ptr + row,", "gl.load(bias_ptr + in_half,"),
+    _stream("the warps' sums not added", "y = gl.sum(total, 0)", "y = gl.sum(total[:1], 0)"),
+    _stream("gate and up swapped", "gate, up = gl.split", "up, gate = gl.split", "norm_gate_up_silu"),
+    _stream("the sum of squares of one part", "range(0, parts, BLOCK)", "range(0, 0, BLOCK)", "norm_linear"),
+    _stream("headroom forgotten", "/ width + eps) * headroom", "/ width + eps)", "norm_linear"),
+    _stream(
+        "the residual of the first token",
+        "gl.load(residual_ptr + to,",
+        "gl.load(residual_ptr + row[:, None],",
+        "linear_add",
     ),
 ]

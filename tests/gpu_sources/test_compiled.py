@@ -13,6 +13,7 @@ import torch
 from qwenrt.backends.cuda import packing
 from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.backends.cuda.tables import TILES
+from qwenrt.conformance.gpu import compiling
 from qwenrt.ops.steps import DecodePlan, LayerKV
 from qwenrt.ops.types import Packed
 
@@ -66,6 +67,12 @@ def rotate(b: TritonBackend, dtype: torch.dtype, heads: tuple[int, int, int], in
     return b.rotary_store_kv(qkv, heads, norms, turn, turn, log_n, cache(*heads[1:], dtype, int8), plan(2))
 
 
+def reading(b: TritonBackend, dtype: torch.dtype) -> Any:
+    from qwenrt.backends.cuda.kernels import read
+
+    return read.read(empty(1 << 20, dtype=torch.int32))
+
+
 Call = Callable[[TritonBackend, torch.dtype], Any]
 # The shapes of 7B and of Qwen3-8B; the number of 128-bit loads that weights, codes or keys alone need.
 CASES: dict[str, tuple[int, Call]] = {
@@ -113,6 +120,7 @@ CASES: dict[str, tuple[int, Call]] = {
             empty(1, 151936, dtype=torch.float32), None, 0, empty(3, dtype=torch.int64)
         ),
     ),
+    "reading": (4, reading),
 }
 
 
@@ -161,4 +169,23 @@ def test_a_kernel_compiles_and_spills_nothing(
             f"{launch.name}: {code}"
         )  # scales, zeros, biases, act-order: not one for each weight
     first = compiled.compiled(found[0], target)
+    if found[0].name == "codes_matrix":  # 16 codes are all that a thread has
+        wide = min(wide, first.loads[64])
     assert first.loads[128] + first.loads[64] // 2 >= wide, f"{found[0].name}: {first}"
+
+
+@pytest.mark.parametrize("gluon", [False, True])
+def test_what_a_borrowed_gpu_compiles_first_is_launched(
+    gluon: bool, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of `make gpu-check`'s phase; linears of few tokens are in Gluon where there is one."""
+    backend = TritonBackend(META)
+    backend.gluon, backend.dtype = gluon, BF16
+    for name, call in compiling.calls(backend).items():
+        found = compiled.launches(call, monkeypatch)
+        dense = "16 bits, 8 rows" in name or "8 rows: head" in name
+        assert found or (dense and not gluon), name
+        if gluon and "cache" not in name and "choice" not in name:
+            assert found[-1].name == "stream", name
+        if gluon and "cache" in name:
+            assert found[-1].name == "attend_split", name

@@ -25,12 +25,12 @@ LINEARS = ("linear", "pack_linear", "norm_linear", "linear_add", "norm_gate_up_s
 EXPERTS = ("norm_moe_add", "norm_moe_add_each")  # a program for each expert of each token: slow here
 OPS = (*LINEARS, "rms_norm", "silu_and_mul", "rotary_store_kv", "decode_attention", "choose")
 # A program costs a fiftieth of a second whatever it does: one to three for most shapes, the last one not full.
-_LARGE = Tile(384, 1024)
+_LARGE = Tile(512, 1024)
 _TILES = Tiles(
     dense=_LARGE,
     codes={4: _LARGE, 8: _LARGE},
     product={16: _LARGE, 32: _LARGE, 64: _LARGE},
-    matrix=Tile(384, 512),
+    matrix=Tile(512, 512),
     rows=1 << 15,
     keys=64,
     per_split=256,
@@ -107,6 +107,14 @@ def test_the_self_check_at_load(
     linears = [(48, 64, 16, 0), (40, 64, 4, 32)]
     found = selfcheck.check(backend, torch.float32, (4, 2, 64), linears)
     assert set(found) == ({"linear", "norm_linear", "linear_add"} if spoilt else set()), found
+
+
+@pytest.mark.parametrize("more", [0, 100])
+def test_every_number_is_read(more: int, subject: Subject) -> None:
+    from qwenrt.backends.cuda.kernels import read
+
+    x = torch.arange((1 << 17) + more, dtype=torch.int32) - (1 << 16)
+    assert (int(read.read(x).sum()) - int(x.sum())) % (1 << 32) == 0, "sums wrap"
 
 
 def mutated(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

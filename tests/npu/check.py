@@ -1,86 +1,101 @@
-"""`make npu-check`: torch_npu's real wheel over a stand-in for CANN, in an environment of its own, for each processor.
+"""`make npu-check`: torch_npu's real wheel over a stand-in for CANN, for each processor.
 
-`python -m tests.npu.check DIRECTORY`: the environment, the wheel and the libraries are kept there. Needs an index of
-packages the first time (torch and torch_npu, some 250 MB), and a C compiler. Minutes on two cores.
+`python -m tests.npu.check DIRECTORY [--releases 2.9.0 ...] [--optional]`: by default the torch_npu that fits the torch
+that is installed. Wheels and libraries are kept in the directory. Needs an index of packages the first time (torch_npu:
+45 MB; each other release's torch: up to 900 MB), a C compiler and nm.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
-import zipfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 from tests.npu.cann import libraries
+from tests.npu.wheels import Missing, other_torch, unpacked
 
-RELEASE = "2.13.0"  # of torch, and of torch_npu, which fits one torch
-PACKAGES = ("numpy", "safetensors", "tiktoken", "huggingface-hub", "jinja2", "pyyaml", "pytest", "hypothesis")
 # What is tried on each: all of it on one, what differs on the others.
 PROCESSORS = {
     "Ascend910B1": "",
     "Ascend910_9391": "layer or schemas or launches",
-    "Ascend310P3": "layer or gptq_int4 and not order or demo",
+    "Ascend310P3": "layer or nz or gptq_int4 and not order or demo",
     "Ascend910A": "layer or gptq_int4 and not order or missing",
 }
 ROOT = Path(__file__).parents[2]
+_AT_ONCE = 2  # processes, of one thread each
 
 
-def main(directory: Path) -> int:
-    python = _environment(directory)
-    wheel = _wheel(directory, python)
-    libraries.build(directory / "cann", wheel)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--releases", nargs="+", default=[_installed()], metavar="2.13.0")
+    parser.add_argument("--optional", action="store_true", help="a wheel that no index has is no failure")
+    chosen = parser.parse_args(arguments)
+    chosen.directory.mkdir(parents=True, exist_ok=True)
     bad = []
-    for processor, chosen in PROCESSORS.items():
-        environment = os.environ | {
-            "LD_LIBRARY_PATH": str(directory / "cann"),
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{wheel}",
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-            "STAND_IN_DEVICES": "1",
-            "STAND_IN_SOC": processor,
-        }
-        print(f"== {processor}", flush=True)
+    for release in chosen.releases:
+        try:
+            bad += [
+                f"{processor} with {release}" for processor in _check(chosen.directory.resolve(), release)
+            ]
+        except Missing as error:
+            print(f"torch_npu {release} was not tried: {error}", flush=True)
+            if not chosen.optional:
+                bad.append(release)
+    print(f"wrong: {', '.join(bad)}" if bad else "all that was tried is as it should be")
+    return int(bool(bad))
+
+
+def _installed() -> str:
+    return metadata.version("torch").partition("+")[0]
+
+
+def _check(directory: Path, release: str) -> list[str]:
+    """The processors for which something is wrong."""
+    wheel = unpacked(directory, "torch-npu", release)
+    libraries.build(directory / f"cann-{release}", wheel)
+    paths, preloaded = [ROOT, wheel], ""
+    if release != _installed():
+        torch, preloaded = other_torch(directory, release)
+        paths.insert(1, torch)
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(directory / f"cann-{release}"),
+        "LD_PRELOAD": preloaded,
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "OMP_NUM_THREADS": "1",
+        "STAND_IN_DEVICES": "1",
+    }
+
+    def right(processor: str) -> bool:
         command = [
-            str(python),
+            sys.executable,
             "-m",
             "pytest",
-            "-q",
             "-m",
             "npu",
             "-p",
             "no:cacheprovider",
             "tests/npu/wheel",
         ]
-        if subprocess.run(command + (["-k", chosen] if chosen else []), cwd=ROOT, env=environment).returncode:
-            bad.append(processor)
-    print(f"wrong on {', '.join(bad)}" if bad else f"all of {', '.join(PROCESSORS)} is as it should be")
-    return int(bool(bad))
-
-
-def _environment(directory: Path) -> Path:
-    python = directory / "venv" / "bin" / "python"
-    if not (directory / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(directory / "venv")], check=True)
-        packages = [f"torch=={RELEASE}", *PACKAGES]
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
-        (directory / "complete").touch()
-    return python
-
-
-def _wheel(directory: Path, python: Path) -> Path:
-    """The unpacked wheel, beside the environment: installed in it, it would take part in every import of torch."""
-    unpacked = directory / f"torch_npu-{RELEASE}"
-    if not unpacked.exists():
-        options = ["--no-deps", "--only-binary", ":all:", "-d", str(directory)]
-        subprocess.run(
-            [str(python), "-m", "pip", "download", "-q", *options, f"torch-npu=={RELEASE}"], check=True
+        command += ["-k", PROCESSORS[processor]] if PROCESSORS[processor] else []
+        began = time.monotonic()
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment | {"STAND_IN_SOC": processor}, capture_output=True, text=True
         )
-        (found,) = directory.glob(f"torch_npu-{RELEASE}-*.whl")
-        with zipfile.ZipFile(found) as archive:
-            archive.extractall(unpacked)
-        found.unlink()
-    return unpacked
+        took = f"{time.monotonic() - began:.0f} s"
+        print(f"== {processor}, torch_npu {release}, {took}\n{done.stdout}{done.stderr}", flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        answers = dict(zip(PROCESSORS, pool.map(right, PROCESSORS), strict=True))
+    return [processor for processor, fine in answers.items() if not fine]
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/npu-check").resolve()))
+    sys.exit(main(sys.argv[1:]))

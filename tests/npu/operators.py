@@ -113,6 +113,8 @@ def grouped_matmul(
     x: list[torch.Tensor],
     weight: list[torch.Tensor],
     *,
+    antiquant_scale: list[torch.Tensor] | None = None,
+    antiquant_offset: list[torch.Tensor] | None = None,
     group_list: torch.Tensor | None = None,
     split_item: int = 0,
     group_type: int = -1,
@@ -123,8 +125,31 @@ def grouped_matmul(
     require((split_item, group_type, group_list_type) == (2, 0, 1), "modes")
     require(group_list is not None and group_list.dtype == torch.int64, "counts int64")
     counts = group_list.tolist()
+    require(1 < len(counts) <= 1024, f"{len(counts)} groups")
     require(sum(counts) == len(x[0]) and len(counts) == len(weight[0]), "counts are not of all rows")
-    parts = [part.float() @ w.float() for part, w in zip(x[0].split(counts), weight[0], strict=True)]
+    matrices = weight[0]
+    if matrices.dtype == torch.int32:
+        words = matrices.long()
+        nibbles = torch.stack([words >> 4 * i & 15 for i in range(8)], -1).flatten(2)
+        codes = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
+        experts, inputs, outputs = codes.shape
+        require(antiquant_scale is not None and antiquant_offset is not None, "scales and offsets of codes")
+        (scale,), (offset,) = antiquant_scale, antiquant_offset
+        require(scale.dtype == offset.dtype == x[0].dtype and scale.shape == offset.shape, "scales")
+        groups = scale.shape[1] if scale.dim() == 3 else 1
+        require(
+            scale.shape in ((experts, outputs), (experts, groups, outputs)), f"scales {list(scale.shape)}"
+        )
+        require(inputs % groups == 0, f"{groups} groups of {inputs} inputs")
+        scale, offset = (
+            side.float().view(experts, groups, outputs).repeat_interleave(inputs // groups, 1)
+            for side in (scale, offset)
+        )
+        matrices = ((codes + offset) * scale).to(x[0].dtype)
+    else:
+        require(matrices.dtype == x[0].dtype and antiquant_scale is antiquant_offset is None, "dtypes")
+    require(x[0].is_contiguous(), "x is not contiguous")
+    parts = [part.float() @ w.float() for part, w in zip(x[0].split(counts), matrices, strict=True)]
     return [torch.cat(parts).to(x[0].dtype)]
 
 
@@ -139,38 +164,29 @@ def fused_infer_attention_score(
     block_table: torch.Tensor | None = None,
     num_heads: int = 1,
     scale: float = 1.0,
-    pre_tokens: int = 2147483647,
-    next_tokens: int = 2147483647,
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,
     sparse_mode: int = 0,
-    inner_precise: int = 0,
     block_size: int = 0,
-    softmax_lse_flag: bool = False,
+    key_antiquant_mode: int = 0,
+    value_antiquant_mode: int = 0,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Layout BSND over pages, sparse_mode 3; everything else has been reported wrong or is not simulated."""
-    require(
-        not any(value is not None and value is not False and value != 0 for value in others.values()),
-        "others",
-    )
+    """Layout BSND, sparse_mode 3, keys and values whole or in pages, these of int8 as well; everything else has been
+    reported wrong or is not simulated."""
+    antiquant = {name: others.pop(name) for name in list(others) if name.split("_")[0] in ("key", "value")}
+    antiquant = {name: x for name, x in antiquant.items() if x is not None}
+    open_ended = {name: others.pop(name, 2147483647) for name in ("pre_tokens", "next_tokens")}
+    require(set(open_ended.values()) == {2147483647} and not any(others.values()), "others")
     require(input_layout == "BSND" and query.dim() == 4 and query.is_contiguous(), f"layout {input_layout}")
-    require(query.dtype in HALF and key.dtype == value.dtype == query.dtype, f"query {query.dtype}")
     batch, tokens, heads, dim = query.shape
     kv_heads = num_key_value_heads or num_heads
     require(heads == num_heads and heads % kv_heads == 0 and heads // kv_heads <= 64, "heads")
     require(dim <= 512 and dim % 8 == 0 and heads * dim < 65535, f"head size {dim}")
-    require(block_size % 128 == 0 and 128 <= block_size <= 512, f"blocks of {block_size}")
-    require(
-        key.shape == value.shape and key.shape[1:] == (block_size, kv_heads * dim), f"pages {list(key.shape)}"
-    )
-    require(
-        block_table is not None and block_table.dtype == torch.int32 and len(block_table) == batch, "table"
-    )
-    require(
-        actual_seq_lengths_kv is not None and len(actual_seq_lengths_kv) >= batch,
-        "a length for each sequence",
-    )
+    require(key.dtype == value.dtype and key.shape == value.shape, "keys and values")
+    require(query.dtype in HALF and key.dtype in (query.dtype, torch.int8), f"{query.dtype} over {key.dtype}")
+    lengths = actual_seq_lengths_kv
+    require(lengths is not None and len(lengths) >= batch, "a length for each sequence")
     mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
     require(
         sparse_mode == 3 and atten_mask is not None, "without sparse_mode 3 long prompts were reported wrong"
@@ -179,12 +195,33 @@ def fused_infer_attention_score(
         atten_mask.shape == mask.shape and torch.equal(atten_mask.bool(), mask), "1 hides: above the diagonal"
     )
     require(actual_seq_lengths in (None, [tokens] * batch), "lengths of queries")
+    modes = key_antiquant_mode, value_antiquant_mode
+    if block_table is None:
+        require(block_size == 0 and key.dtype == query.dtype and modes == (0, 0), "codes are in pages")
+        require(
+            key.shape[0] == batch and key.shape[2:] == (kv_heads, dim) and key.is_contiguous(), "layout BSND"
+        )
+        longest = key.shape[1]
+    else:
+        require(block_size % 128 == 0 and 128 <= block_size <= 512, f"blocks of {block_size}")
+        require(key.shape[1:] == (block_size, kv_heads * dim), f"pages {list(key.shape)}")
+        require(block_table.dtype == torch.int32 and len(block_table) == batch, "table")
+        longest = block_table.shape[1] * block_size
+        require((key.dtype == torch.int8) == bool(antiquant), "scales are of codes")
+        if antiquant:
+            require(
+                tokens == 1 and dim % 32 == 0, "codes in pages are for one query, and heads of 32 channels"
+            )
+            key, value = _codes(key, value, modes, antiquant, kv_heads)
     out = torch.empty_like(query)
-    for b, length in enumerate(actual_seq_lengths_kv[:batch]):
-        require(tokens <= length <= block_table.shape[1] * block_size, f"length {length}")
-        pages = block_table[b, : -(-length // block_size)].long()
+    for b, length in enumerate(lengths[:batch]):
+        require(tokens <= length <= longest, f"length {length}")
+        pages = None if block_table is None else block_table[b, : -(-length // block_size)].long()
         k, v = (
-            side[pages].view(-1, kv_heads, dim)[:length].float().repeat_interleave(heads // kv_heads, 1)
+            (side[b] if pages is None else side[pages])
+            .reshape(-1, kv_heads, dim)[:length]
+            .float()
+            .repeat_interleave(heads // kv_heads, 1)
             for side in (key, value)
         )
         scores = torch.einsum("shd,thd->hst", query[b].float() * scale, k)
@@ -194,6 +231,36 @@ def fused_infer_attention_score(
     return out, query.new_empty(0)
 
 
+def _codes(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    modes: tuple[int, int],
+    antiquant: dict[str, torch.Tensor],
+    kv_heads: int,
+) -> list[torch.Tensor]:
+    """Mode 5: scales and offsets of each token and head, in pages as well. The offset is added first."""
+    require(modes == (5, 5), f"modes {modes}")
+    blocks, block_size, _ = key.shape
+    made = []
+    for name, codes in (("key", key), ("value", value)):
+        scale, offset = (antiquant.pop(f"{name}_antiquant_{part}") for part in ("scale", "offset"))
+        for side in (scale, offset):
+            require(side.shape == (blocks, kv_heads, block_size), f"scales {list(side.shape)}")
+            require(side.dtype == torch.float32 and side.is_contiguous(), "scales float32")
+        by_head = codes.view(blocks, block_size, kv_heads, -1).float()
+        values = (by_head + offset.transpose(1, 2).unsqueeze(-1)) * scale.transpose(1, 2).unsqueeze(-1)
+        made.append(values.flatten(2))
+    require(not antiquant, "others of keys or values")
+    return made
+
+
+def format_cast(x: torch.Tensor, acl_format: int) -> torch.Tensor:
+    """To NZ (29), in whole tiles, or back to ND (2). What lies where is the device's affair."""
+    require(acl_format in (2, 29) and x.dim() == 2 and x.dtype in HALF, f"format {acl_format}")
+    require(acl_format == 2 or all(size % 16 == 0 for size in x.shape), "tiles that are not whole")
+    return x.clone()
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": rms_norm,
     "npu_rotary_mul": rotary_mul,
@@ -201,5 +268,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_scatter_nd_update_": scatter_nd_update_,
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
     "npu_grouped_matmul": grouped_matmul,
+    "npu_format_cast": format_cast,
     "npu_fused_infer_attention_score": fused_infer_attention_score,
 }

@@ -9,6 +9,7 @@ import torch
 
 from qwenrt.backends.ascend import packing
 from qwenrt.backends.ascend.backend import A2Backend
+from qwenrt.backends.ascend.older import A910Backend, P310Backend
 from qwenrt.ops import reference
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import dequantize
@@ -110,3 +111,32 @@ def test_a_file_of_packed_weights_is_looked_at() -> None:
     packed = packing.pack(weight(4, 128), HALF, CPU, 4)
     packed.data["weight"] = packed.data["weight"][1:]
     assert "weight of a weight of kind npu_int4" in (packing.restore(packed) or "")
+
+
+@pytest.mark.parametrize(
+    ("family", "kernels", "kind"),
+    [
+        *(("310P", "auto", packing.NZ), ("310P", "plain", "dense"), ("310P", "off", "dense")),
+        *(
+            ("A2", "auto", "dense"),
+            ("A2", "nz", packing.NZ),
+            ("910A", "nz", "dense"),
+            ("A2", "avx2", "dense"),
+        ),
+    ],
+)
+def test_dense_weights_are_in_nz_where_it_helps_or_is_asked_for(family: str, kernels: str, kind: str) -> None:
+    backend = declared.backend({"A2": A2Backend, "310P": P310Backend, "910A": A910Backend}[family], family)
+    backend.configure(kernels)
+    dense = CanonicalWeight(dense=torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+    packed = backend.pack_linear(dense, HALF)
+    assert packed.kind == kind and backend.restore_packed(packed) is None
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(HALF)
+    wanted = reference.linear(x, reference.pack(dense, HALF, CPU))
+    assert torch.equal(backend.linear(x, packed), wanted)
+    x.requires_grad_()
+    backend.linear(x, packed).sum().backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all())
+    for other in (dataclasses.replace(dense, shared=True), CanonicalWeight(dense=torch.ones(24, 64))):
+        assert backend.pack_linear(other, HALF).kind == "dense"  # tied to the embedding; no whole tiles
+    assert backend.overrides("linear") is False or (kernels == "off") == ("linear" in backend.demoted)

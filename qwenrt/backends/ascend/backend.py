@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
-from qwenrt.backends.ascend import calls, fused, packing, soc
+from qwenrt.backends.ascend import calls, errors, fused, int8_cache, packing, soc
 from qwenrt.backends.ascend.graphs import GreedyGraphStack, NPUGraphs, why_no_graphs
 from qwenrt.backends.base import Backend
-from qwenrt.backends.binding import OpSpec, native
+from qwenrt.backends.binding import PRIMITIVES, SEAMS, WHOLES, Binding, OpSpec, native
 from qwenrt.backends.graphs import Graphs
 from qwenrt.backends.stack import SeamStack, Stack, StackParts
+from qwenrt.errors import QwenrtError
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import CanonicalWeight, Experts, Packed
+from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
 from qwenrt.ops.weights import dequantize, with_codes
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -41,8 +43,22 @@ class AscendBackend(Backend):
     layout_id: ClassVar[str] = "npu-nd-v1"
     code_bits: ClassVar[dict[int, int]] = {}  # of a file's codes -> of those the operator multiplies
     uncoded: ClassVar[bool] = False  # codes that the operator does not multiply become a matrix at load
+    nz: bool = (
+        False  # whether dense weights are kept in NZ; where it is not the default, QWENRT_KERNELS=nz sets it
+    )
 
     # ---- which code serves
+
+    def configure(
+        self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
+    ) -> None:
+        """``kernels``: "off" for the definitions alone, "nz" or "plain" for the format of dense weights; others are for
+        other devices."""
+        if kernels in ("nz", "plain"):
+            self.nz = kernels == "nz"
+        for op in (*PRIMITIVES, *SEAMS, *WHOLES) if kernels == "off" else ():
+            if self.overrides(op):
+                self.demote(op, "fused operators are switched off (QWENRT_KERNELS=off)")
 
     def provides(self, need: str) -> str | None:
         return self.misfits.get(need) if need in calls.CALLS else super().provides(need)
@@ -58,7 +74,8 @@ class AscendBackend(Backend):
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; codes in the operator's layout where it computes exactly what they stand for."""
         if weight.dense is not None:
-            return super().pack_linear(weight, dtype)
+            packed = super().pack_linear(weight, dtype)
+            return packing.in_nz(packed) if self._wants_nz(weight, dtype) else packed
         weight = with_codes(weight)
         why, bits = "no operator multiplies codes here", self.code_bits.get(weight.bits, 0)
         if bits:
@@ -71,14 +88,24 @@ class AscendBackend(Backend):
             weight = CanonicalWeight(dense=dequantize(weight, dtype), bias=weight.bias)
         return super().pack_linear(weight, dtype)
 
+    def _wants_nz(self, weight: CanonicalWeight, dtype: torch.dtype) -> bool:
+        spec = OpSpec("linear", "", dtype, kind=packing.NZ)
+        fits = self.nz and self.overrides("linear") and packing.fits_nz(weight, dtype)
+        return fits and (self.why_not("linear", spec) or self.provides("npu_format_cast")) is None
+
     def restore_packed(self, packed: Packed) -> str | None:
+        if packed.kind == packing.NZ:
+            why = super().restore_packed(dataclasses.replace(packed, kind="dense"))
+            if why is None:
+                packed.data["weight"] = packing.in_nz(packed).data["weight"]
+            return why
         if packed.kind in packing.KINDS.values():
             return packing.restore(packed)
         return super().restore_packed(packed)
 
     def packing_id(self) -> str:
         """As Backend.packing_id; families have layouts of their own."""
-        return f"{super().packing_id()} {self.family.name}"
+        return f"{super().packing_id()} {self.family.name}{' nz' if self.nz else ''}"
 
     @property
     def dense_codes(self) -> bool:
@@ -107,6 +134,9 @@ class AscendBackend(Backend):
     def graphs(self) -> Graphs | None:
         return None
 
+    def meaning(self, said: str) -> tuple[type[QwenrtError], str] | None:
+        return errors.meaning(said)
+
     def describe(self) -> str:
         """The family, and whether fused operators serve."""
         lacking = f", without {', '.join(sorted(self.misfits))}" if self.misfits else ""
@@ -120,7 +150,14 @@ class A2Backend(AscendBackend):
     """Atlas A2 and A3 (910B1 to 910B4, 910C)."""
 
     _lengths: fused.HostLengths = field(default_factory=fused.HostLengths, init=False, repr=False)
+    _codes: dict[tuple[int, int, torch.dtype], str | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
     code_bits: ClassVar[dict[int, int]] = {4: 4, 8: 8}
+    stackable: ClassVar[tuple[str, ...]] = (
+        *PLAIN,
+        packing.KINDS[4],
+    )  # int8: grouped for one scale an output alone
 
     def __post_init__(self) -> None:
         self.block_size, self._mask = fused.PAGE, fused.causal_mask(self.device)
@@ -152,7 +189,7 @@ class A2Backend(AscendBackend):
 
     @native(
         dtypes=_HALF,
-        kinds=("dense", "parts", "npu_int4", "npu_int8"),
+        kinds=("dense", "parts", packing.NZ, *packing.KINDS.values()),
         needs=("npu_weight_quant_batchmatmul",),
     )
     def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -160,7 +197,7 @@ class A2Backend(AscendBackend):
             y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
             return y if w.bias is None else y + w.bias
         if w.kind not in packing.KINDS.values():
-            return reference.linear(x, w)
+            return (fused.nz_linear if w.kind == packing.NZ else reference.linear)(x, w)
         return fused.linear(x, w) if x.numel() else x.new_empty(len(x), w.out_features)
 
     @native(dtypes=_HALF, head_dim=tuple(range(16, 513, 16)), needs=("npu_fused_infer_attention_score",))
@@ -186,19 +223,67 @@ class A2Backend(AscendBackend):
             return reference.decode_attention(q, kv, plan, scale, window)
         return fused.decode_attention(q, kv, plan, scale, self._mask, self._lengths)
 
-    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    def why_not(self, op: str, spec: OpSpec) -> str | None:
+        why = super().why_not(op, spec)
+        if why is None and op in ("norm_moe_add", "norm_moe_add_each") and spec.kind == packing.KINDS[4]:
+            return self.provides(calls.INT4_EXPERTS)
+        return why
+
+    @native(dtypes=_HALF, kinds=("dense", packing.KINDS[4]), needs=("npu_grouped_matmul",))
     def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
-        if w.stacked is None or w.stacked[0].bias is not None or not x.numel() or x.requires_grad:
+        if not fused.takes_grouped(w) or not x.numel() or x.requires_grad:
             return super().norm_moe_add(x, norm, eps, w)
         return self._grouped_experts(x, norm, eps, w)
 
-    @native(dtypes=_HALF, kinds=("dense",), needs=("npu_grouped_matmul",))
+    @native(dtypes=_HALF, kinds=("dense", packing.KINDS[4]), needs=("npu_grouped_matmul",))
     def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        if not fused.takes_grouped(w) or not x.numel():
+            return super().norm_moe_add_each(x, norm, eps, w)
         return self._grouped_experts(x, norm, eps, w)
+
+    def linear_of_each(self, x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+        if w.kind == packing.KINDS[4]:
+            return packing.linear_of_each(x, w, which)
+        return super().linear_of_each(x, w, which)
 
     def _grouped_experts(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
         normed = self.rms_norm(x, norm, eps)
         return x + self.shared_expert(normed, w, fused.experts(normed, w, x.dtype, self.silu_and_mul))
+
+    def alloc_kv(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        quantized: bool,
+    ) -> list[LayerKV]:
+        """As Backend.alloc_kv; codes in the form that attention reads, where it reads them rightly here."""
+        if not quantized or self._no_codes(num_kv_heads, head_dim, dtype) is not None:
+            return super().alloc_kv(
+                num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, quantized
+            )
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return [int8_cache.signed_cache(shape, self.empty_kv) for _ in range(num_layers)]
+
+    def _no_codes(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> str | None:
+        """Why attention over codes is the definition's, None where it is the operator's: looked at once for each shape,
+        apart from attention over numbers, which must not fall with it."""
+        key = num_kv_heads, head_dim, dtype
+        if key not in self._codes:
+            why = self.why_not("decode_attention", OpSpec("decode_attention", "", dtype, head_dim))
+            why = why or self.provides(calls.INT8_CACHE)
+            if why is None and head_dim % 32:
+                why = f"head_dim {head_dim} is no multiple of 32"
+            self._codes[key] = why or int8_cache.complaint_of(self._mask, *key)
+            self.bindings.append(
+                Binding(
+                    "decode_attention", "int8 cache", "", self._codes[key] is None, self._codes[key] or ""
+                )
+            )
+        return self._codes[key]
 
     def stacks(self, parts: StackParts) -> list[Stack]:
         if self.draws_here or "stacks" in self.demoted:

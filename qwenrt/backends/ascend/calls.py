@@ -28,6 +28,30 @@ class Call:
     results: int
 
 
+_ATTENTION = {
+    "atten_mask": "Tensor",
+    "actual_seq_lengths": "List[int]",
+    "actual_seq_lengths_kv": "List[int]",
+    "block_table": "Tensor",
+    "num_heads": "int",
+    "scale": "float",
+    "pre_tokens": "int",
+    "next_tokens": "int",
+    "input_layout": "str",
+    "num_key_value_heads": "int",
+    "sparse_mode": "int",
+    "inner_precise": "int",
+    "block_size": "int",
+}
+_CODES = {
+    f"{side}_antiquant_{part}": "int" if part == "mode" else "Tensor"
+    for side in ("key", "value")
+    for part in ("scale", "offset", "mode")
+}
+_GROUPED = {"group_list": "Tensor", "split_item": "int", "group_type": "int", "group_list_type": "int"}
+# The operator, and after a space what it is called for.
+INT8_CACHE = "npu_fused_infer_attention_score of int8 keys"
+INT4_EXPERTS = "npu_grouped_matmul of int4 weights"
 CALLS = {
     "npu_rms_norm": Call(("Tensor", "Tensor"), {"epsilon": "float"}, 2),
     "npu_rotary_mul": Call(("Tensor",) * 3, {"rotary_mode": "str"}, 1),
@@ -43,36 +67,21 @@ CALLS = {
         },
         1,
     ),
-    "npu_grouped_matmul": Call(
+    "npu_format_cast": Call(("Tensor", "int"), {}, 1),
+    "npu_grouped_matmul": Call(("List[Tensor]",) * 2, _GROUPED, 1),
+    INT4_EXPERTS: Call(
         ("List[Tensor]",) * 2,
-        {"group_list": "Tensor", "split_item": "int", "group_type": "int", "group_list_type": "int"},
+        _GROUPED | {"antiquant_scale": "List[Tensor]", "antiquant_offset": "List[Tensor]"},
         1,
     ),
-    "npu_fused_infer_attention_score": Call(
-        ("Tensor",) * 3,
-        {
-            "atten_mask": "Tensor",
-            "actual_seq_lengths": "List[int]",
-            "actual_seq_lengths_kv": "List[int]",
-            "block_table": "Tensor",
-            "num_heads": "int",
-            "scale": "float",
-            "pre_tokens": "int",
-            "next_tokens": "int",
-            "input_layout": "str",
-            "num_key_value_heads": "int",
-            "sparse_mode": "int",
-            "inner_precise": "int",
-            "block_size": "int",
-        },
-        2,
-    ),
+    "npu_fused_infer_attention_score": Call(("Tensor",) * 3, _ATTENTION, 2),
+    INT8_CACHE: Call(("Tensor",) * 3, _ATTENTION | _CODES, 2),
 }
 
 
 def installed(op: str) -> Any | None:
-    """The schema of an operator in this process's torch, None where it has none."""
-    packet = getattr(torch.ops.npu, op, None)
+    """The schema of one of CALLS in this process's torch, None where it has none."""
+    packet = getattr(torch.ops.npu, operator(op), None)
     return None if packet is None else packet.default._schema
 
 
@@ -80,11 +89,16 @@ def misfits(schema_of: Callable[[str], Any | None] = installed) -> dict[str, str
     """Operator -> why it cannot be called as it is here; those that can be are not named."""
     found = {}
     for op, call in CALLS.items():
-        schema = schema_of(op)
-        why = f"torch_npu has no {op}" if schema is None else _misfit(call, schema)
+        schema = schema_of(operator(op))
+        why = f"torch_npu has no {operator(op)}" if schema is None else _misfit(call, schema)
         if why is not None:
-            found[op] = why if schema is None else f"{op} of this torch_npu {why}"
+            found[op] = why if schema is None else f"{operator(op)} of this torch_npu {why}"
     return found
+
+
+def operator(op: str) -> str:
+    """The name in torch of what CALLS calls ``op``."""
+    return op.partition(" ")[0]
 
 
 def _misfit(call: Call, schema: Any) -> str | None:
@@ -124,6 +138,6 @@ def releases_with(op: str, schema: Any) -> tuple[str, ...]:
     """The known releases of torch_npu in which an operator has this schema; none where it has not been seen."""
     found: list[str] = []
     for name, releases, text in known_schemas():
-        if name == op and torch._C.parse_schema(f"npu::{text}") == schema:
+        if name == operator(op) and torch._C.parse_schema(f"npu::{text}") == schema:
             found += releases
     return tuple(found)

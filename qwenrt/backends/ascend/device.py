@@ -27,6 +27,8 @@ def backend_of(device: torch.device) -> AscendBackend:
     try:
         npu.set_compile_mode(jit_compile=False)
         npu.config.allow_internal_format = False
+        if device.index is None:  # torch_npu 2.9 does not say how much memory "npu" has, only "npu:0"
+            device = torch.device("npu", npu.current_device())
         family = soc.family_of(npu.get_soc_version())
         draws_here = _sums_float64(device)
     except RuntimeError as error:

@@ -66,16 +66,19 @@ class P310Backend(A910Backend):
     """Atlas inference cards (310P, 300I Duo): as A910Backend, but codes are multiplied, those of 4 bits as 8."""
 
     code_bits: ClassVar[dict[int, int]] = {4: 8, 8: 8}
+    nz: bool = True  # plain weights would be turned into it for every product
 
     @native(
-        dtypes=(torch.float16,), kinds=("dense", "parts", "npu_int8"), needs=("npu_weight_quant_batchmatmul",)
+        dtypes=(torch.float16,),
+        kinds=("dense", "parts", packing.NZ, "npu_int8"),
+        needs=("npu_weight_quant_batchmatmul",),
     )
     def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
         if w.kind == "parts":
             y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
             return y if w.bias is None else y + w.bias
         if w.kind not in packing.KINDS.values():
-            return reference.linear(x, w)
+            return (fused.nz_linear if w.kind == packing.NZ else reference.linear)(x, w)
         return fused.linear(x, w) if x.numel() else x.new_empty(len(x), w.out_features)
 
 

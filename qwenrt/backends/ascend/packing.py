@@ -1,12 +1,18 @@
-"""Integer codes as npu_weight_quant_batchmatmul multiplies them: exactly, or not at all."""
+"""Integer codes as npu_weight_quant_batchmatmul multiplies them: exactly, or not at all; and dense weights in NZ."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import torch
 
 from qwenrt.ops.types import CanonicalWeight, Packed
 
 KINDS = {4: "npu_int4", 8: "npu_int8"}
+NZ = "npu_nz"  # dense, in the format that the matrix unit reads
+_FORMATS = {"ND": 2, "NZ": 29}  # aclFormat
+_TILE = 16  # rows and columns of a tile of NZ
 _MOST = 65535  # rows and columns of a matrix that the operator takes
 _WIDE = 65528  # the most columns of a part: whole words of int4
 
@@ -83,27 +89,70 @@ def _words(signed: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(w: Packed, dtype: torch.dtype) -> torch.Tensor:
-    """What ``pack`` made -> W [K, N] in ``dtype``, rows in the order of the codes."""
-    weight, scale, offset = w.data["weight"], w.data["scale"], w.data["offset"]
+    """What ``pack`` made -> W [K, N] in ``dtype``, rows in the order of the codes; of several that are stacked
+    [E, K, N]."""
+    return _dequantize(w, w.data, dtype)
+
+
+def linear_of_each(x: torch.Tensor, w: Packed, which: torch.Tensor) -> torch.Tensor:
+    """As reference.linear_of_each of linears that ``pack`` made and types.stacked put together."""
+    data = {name: None if value is None else value[which] for name, value in w.data.items()}
+    if data["perm"] is not None:
+        x = x.gather(1, data["perm"])
+    y = torch.einsum("tk,tkn->tn", x, _dequantize(w, data, x.dtype))
+    return y if data["bias"] is None else y + data["bias"].to(y.dtype)
+
+
+def _dequantize(w: Packed, data: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    weight, scale, offset = data["weight"], data["scale"], data["offset"]
     if w.kind == KINDS[4]:
         pairs = weight.view(torch.uint8)
-        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
         signed = (codes ^ 8).to(torch.int16) - 8
     else:
         signed = weight.to(torch.int16)
     values = signed.float()
-    if w.group_size:
+
+    def rows(side: torch.Tensor) -> torch.Tensor:
+        if not w.group_size:
+            return side.float().unsqueeze(-2)
         group = torch.arange(w.in_features, device=weight.device) // w.group_size
-        scale = scale.index_select(0, group)
-        offset = None if offset is None else offset.index_select(0, group)
+        return side.float().index_select(-2, group)
+
     if offset is not None:
-        values = values + offset.float()
-    dense: torch.Tensor = (values * scale.float()).to(dtype)
+        values = values + rows(offset)
+    dense: torch.Tensor = (values * rows(scale)).to(dtype)
     return dense
 
 
+def fits_nz(weight: CanonicalWeight, dtype: torch.dtype) -> bool:
+    """Whether a dense weight may be kept in NZ: in whole tiles, and used by nothing that would look into it."""
+    whole = weight.out_features % _TILE == 0 == weight.in_features % _TILE
+    return whole and not weight.shared and dtype in (torch.float16, torch.bfloat16)
+
+
+def in_nz(packed: Packed) -> Packed:
+    """A packed dense weight in NZ. torch_npu gives that only where internal formats are allowed, else plainly the same
+    again; they are allowed for this alone, as results would come in them too, which no view may touch."""
+    config = getattr(getattr(torch, "npu", None), "config", None)
+    if config is not None:
+        config.allow_internal_format = True
+    try:
+        weight = torch.ops.npu.npu_format_cast(packed.data["weight"], _FORMATS["NZ"])
+    finally:
+        if config is not None:
+            config.allow_internal_format = False
+    return dataclasses.replace(packed, kind=NZ, data={"weight": weight})
+
+
+def as_nd(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in NZ as a plain one."""
+    plain: torch.Tensor = torch.ops.npu.npu_format_cast(weight, _FORMATS["ND"])
+    return plain
+
+
 def restore(packed: Packed) -> str | None:
-    """Why a packed weight that comes from a file cannot be used, or None."""
+    """Why a packed weight with codes that comes from a file cannot be used, or None."""
     inputs, outputs = packed.in_features, packed.out_features
     words = packed.kind == KINDS[4]
     groups = -(-inputs // packed.group_size) if packed.group_size > 0 else 0

@@ -41,14 +41,16 @@ class Cache(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("k_offset", ctypes.c_void_p),
         ("k_factor", ctypes.c_void_p),
+        ("rounded", ctypes.c_int64),
     )
 
 
 Attend = Callable[[Sequences, Cache, torch.Tensor, torch.Tensor, float, int], None]
 
 
-def cache_struct(kv: LayerKV) -> Cache:
-    """Where a layer's cache lies, as the kernels are told."""
+def cache_struct(kv: LayerKV, rounded: bool = False) -> Cache:
+    """Where a layer's cache lies, as the kernels are told; ``rounded``: queries of 16 tokens or fewer, and their
+    weights, may be rounded to 16 bits beside its codes."""
     _, block_size, num_kv_heads, head_dim = kv.k.shape
     sides = (kv.k_scale, kv.k_zero, kv.v_scale, kv.v_zero)
     sizes = (block_size, num_kv_heads, head_dim)
@@ -58,6 +60,7 @@ def cache_struct(kv: LayerKV) -> Cache:
         *map(address, sides),
         *sizes,
         *map(address, (kv.k_offset, kv.k_factor)),
+        rounded,
     )
 
 
@@ -82,13 +85,14 @@ def attention(
     plan: StepPlan,
     scale: float,
     window: int,
+    rounded: bool,
 ) -> torch.Tensor:
-    """As reference.attention; ``attend`` is the kernel."""
+    """As reference.attention; ``attend`` is the kernel, ``rounded`` as of cache_struct."""
     wanted = q.dtype if kv is None or not kv.quantized else torch.uint8
     if kv is None or q.requires_grad or kv.k.dtype != wanted or plan.slots is None:
         return reference.attention(q, k, v, kv, plan, scale, window)
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     out = torch.empty(q.shape)
-    attend(sequences_struct(plan), cache_struct(kv), q, out, scale, window)
+    attend(sequences_struct(plan), cache_struct(kv, rounded), q, out, scale, window)
     return out

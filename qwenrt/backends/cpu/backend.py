@@ -42,6 +42,9 @@ logger = logging.getLogger("qwenrt")
 KERNEL_CHOICES = ("auto", "off", "amx", "avx512vnni", "avx2", "neondot", "neon", "scalar")
 # Largest errors seen are a third of these, relative to the largest value of a linear's result.
 _ROUNDING = {"exact": 0.0, "int16": 2e-4, "auto": 2e-4, "int8": 3e-2}
+_ROUNDING_OF_QUERIES = (
+    3e-4  # likewise of attention's over an int8 cache, beside whose codes they have 16 bits
+)
 # Activations below are never too large for the kernels to sum, whatever the group's size.
 _SURELY_SUMMED = 1e29
 _DENSE16 = "dense16"  # data["weight"] bfloat16 or float16 [N, K], multiplied in float32
@@ -145,7 +148,14 @@ class CPUBackend(Backend):
         return super().why_not(op, spec)
 
     def rounding(self, op: str) -> float:
+        if op == "attention":
+            return _ROUNDING_OF_QUERIES if self._rounds_queries else 0.0
         return _ROUNDING[self.activations] if op == "linear" else 0.0
+
+    @property
+    def _rounds_queries(self) -> bool:
+        """Whether attention over an int8 cache multiplies in 16 bits."""
+        return self.activations != "exact"
 
     # ---- linear
 
@@ -285,7 +295,7 @@ class CPUBackend(Backend):
         window: int = 0,
     ) -> torch.Tensor:
         assert self.kernels is not None
-        return paged.attention(self.kernels.attend, q, k, v, kv, plan, scale, window)
+        return paged.attention(self.kernels.attend, q, k, v, kv, plan, scale, window, self._rounds_queries)
 
     @native(dtypes=(torch.float32,), needs=("csrc",))
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -355,7 +365,8 @@ class CPUBackend(Backend):
         if self.kernels is None or self.seams_because:
             return stacks
         try:
-            return [DecoderStack(self, parts, self._linear_struct, self.kernels.forward), *stacks]
+            forward = self.kernels.forward
+            return [DecoderStack(self, parts, self._linear_struct, forward, self._rounds_queries), *stacks]
         except Unserved as reason:
             self.seams_because = str(reason)
             return stacks

@@ -14,7 +14,7 @@ import torch
 from qwenrt.backends.cpu import delta_net
 from qwenrt.backends.cpu.attention import Cache, address, cache_struct, sequences_struct
 from qwenrt.backends.cpu.delta_net import DeltaNet
-from qwenrt.backends.cpu.linear import Linear, of_parts
+from qwenrt.backends.cpu.linear import Linear, elsewhere, of_parts
 from qwenrt.backends.stack import (
     Device,
     Outcome,
@@ -228,9 +228,7 @@ class _Structs:
             parts = w.data["parts"]
             linear = of_parts(self._array(parts), len(parts), w.out_features, w.in_features)
         if linear is None:
-            raise Unserved(
-                f"no kernel for a linear of kind {w.kind} (its weights are not of 4, 8 or 16 bits)"
-            )
+            linear = elsewhere(self._kept(ctypes.c_byte()), w.out_features, w.in_features)
         self.weights[linear.matrix] = w
         return linear
 
@@ -248,7 +246,7 @@ class _Structs:
             _floats(w.router), self._array(gate_up), self._array(down), _floats(gate), *counts
         )
 
-    def _kept(self, struct: ctypes.Structure | ctypes.Array[Linear]) -> int:
+    def _kept(self, struct: ctypes.Structure | ctypes.Array[Linear] | ctypes.c_byte) -> int:
         self.memory.append(struct)
         return ctypes.addressof(struct)
 
@@ -256,22 +254,31 @@ class _Structs:
 class DecoderStack:
     """Steps of a float32 model on the CPU in one call, ``forward`` of the kernels. Keeps what they point at alive.
 
-    A linear that refuses its inputs as not finite is computed as the seams compute it, which keep one sequence's away
-    from the others. A head that the kernels know nothing of follows by the seams.
+    A linear that the kernels know nothing of is computed as the seams compute it: float32 weights, for which torch has
+    products of its own. So is one that refuses its inputs as not finite: the seams keep one sequence's away from the
+    others. A head in parts follows by the seams.
     """
 
     name = "one call"
 
     def __init__(
-        self, backend: LinearDevice, parts: StackParts, linear_of: LinearOf, forward: Forward
+        self,
+        backend: LinearDevice,
+        parts: StackParts,
+        linear_of: LinearOf,
+        forward: Forward,
+        rounds_queries: bool,
     ) -> None:
-        """Raises Unserved where a part is of a kind that the kernels know nothing of."""
+        """``rounds_queries``: as ``rounded`` of cache_struct. Raises Unserved where a part is of a kind that the
+        kernels know nothing of."""
         self._backend, self._parts, self._forward = backend, parts, forward
         structs, head = _Structs(linear_of), parts.network.head
         weights = list(parts.network.layer_weights)
         layers = [structs.layer(w, kv) for w, kv in zip(weights, parts.cache, strict=True)]
         self._layers, self._head = (Layer * len(layers))(*layers), structs.head(head)
-        caches = [cache_struct(kv) if isinstance(kv, LayerKV) else Cache() for kv in parts.cache]
+        caches = [
+            cache_struct(kv, rounds_queries) if isinstance(kv, LayerKV) else Cache() for kv in parts.cache
+        ]
         self._caches = (Cache * len(caches))(*caches)
         self._failures: list[BaseException] = []
         instead = _instead(backend.linear, structs.weights, self._failures)

@@ -10,7 +10,7 @@ from qwenrt.backends.cpu.activations import EXACT, INT16, Activations
 from qwenrt.ops.types import Packed
 
 # The numbers of csrc/abi/qwenrt_cpu.h.
-DENSE_BFLOAT16, DENSE_FLOAT16, DENSE12, QUANTIZED, PARTS = range(5)
+DENSE_BFLOAT16, DENSE_FLOAT16, DENSE12, QUANTIZED, PARTS, ELSEWHERE = range(6)
 
 
 class Linear(ctypes.Structure):
@@ -50,3 +50,8 @@ def dense16(weight: torch.Tensor, bias: torch.Tensor | None, rounded: bool) -> L
 def of_parts(parts: int, count: int, out_features: int, in_features: int) -> Linear:
     """Of ``count`` linears at the address ``parts``, whose outputs follow each other."""
     return Linear(PARTS, 0, parts, None, count, out_features, in_features, EXACT)
+
+
+def elsewhere(name: int, out_features: int, in_features: int) -> Linear:
+    """Of a matrix that the library does not read; ``name``: an address that nothing else has."""
+    return Linear(ELSEWHERE, 0, name, None, 0, out_features, in_features, EXACT)

@@ -14,8 +14,9 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
-from qwenrt.backends.cuda import packing
+from qwenrt.backends.cuda import body, packing, streaming
 from qwenrt.backends.cuda.tables import TILES, Tiles
+from qwenrt.backends.stack import DecodeLayers, Network
 from qwenrt.ops import reference
 from qwenrt.ops.steps import DecodePlan, DrawTensors, LayerKV, StepPlan
 from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
@@ -24,6 +25,11 @@ from qwenrt.ops.weights import with_codes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW = (
     64  # tokens up to which codes are multiplied as they are; beyond, the matrix is dequantised once for all
+)
+# what body.py's launches stand for
+_OF_LAYERS = (
+    *("linear", "rms_norm", "silu_and_mul", "norm_linear", "linear_add", "norm_gate_up_silu"),
+    *("rotary_store_kv", "decode_attention"),
 )
 _AT_ONCE = 1 << 27  # weights of a dequantised matrix that exist at once
 
@@ -50,6 +56,11 @@ class TritonBackend(Backend):
         """How much the programs of each kernel do at once."""
         return TILES
 
+    @cached_property
+    def gluon(self) -> bool:
+        """Whether linears of few tokens go by kernels in Gluon."""
+        return False
+
     def configure(
         self, kernels: str = "auto", num_threads: int | None = None, activations: str = "auto"
     ) -> None:
@@ -74,6 +85,11 @@ class TritonBackend(Backend):
         if w.kind == "parts":
             y = torch.cat([self.linear(x, part) for part in w.data["parts"]], dim=-1)
             return y if w.bias is None else y + w.bias
+        if self._streams(x, w, x.dtype):
+            from qwenrt.backends.cuda.kernels import stream
+
+            how = streaming.warps(w, self.tiles)
+            return stream.linear(streaming.in_order(x, w), w, how, x.dtype, pdl=self.tiles.pdl)
         if self._alone(x, w):
             return self._token(x, w, x.dtype)
         if w.kind not in packing.KINDS.values():
@@ -86,6 +102,12 @@ class TritonBackend(Backend):
             tile = self.tiles.product[next(size for size in self.tiles.product if size >= len(x))]
             return portable.tokens(x.contiguous(), w, tile)
         return self._many(x, w)
+
+    def _streams(self, x: torch.Tensor, w: Packed, dtype: torch.dtype) -> bool:
+        """Whether tokens x, in ``dtype`` where they meet the weight, are multiplied by kernels in Gluon."""
+        most = self.tiles.dense_tokens if w.kind == "dense" else FEW
+        few = self.gluon and 0 < len(x) <= most and not x.requires_grad
+        return few and streaming.why_not(w, dtype) is None
 
     def _alone(self, x: torch.Tensor, w: Packed) -> bool:
         """Whether x is one token, of which sums are made by a kernel."""
@@ -130,18 +152,43 @@ class TritonBackend(Backend):
 
     @native(dtypes=DTYPES, needs=("triton",))
     def norm_linear(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        dtype = self.dtype or norm.dtype
+        if self._streams(x, w, dtype):
+            return self._stream_normed(x, norm, eps, w, dtype)
         if not self._alone(x, w):
             return self.linear(self.rms_norm(x, norm, eps), w)
-        return self._token(x, w, self.dtype or norm.dtype, (norm, eps))
+        return self._token(x, w, dtype, (norm, eps))
+
+    def _stream_normed(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        w: Packed,
+        dtype: torch.dtype,
+        pair: bool = False,
+    ) -> torch.Tensor:
+        from qwenrt.backends.cuda.kernels import stream
+
+        half = streaming.normed(x, norm, eps, w, dtype, self.tiles)
+        return stream.linear(half, w, streaming.warps(w, self.tiles), dtype, pair=pair, pdl=self.tiles.pdl)
 
     @native(dtypes=DTYPES, needs=("triton",))
     def norm_gate_up_silu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed) -> torch.Tensor:
+        dtype = self.dtype or norm.dtype
+        if self._streams(x, w, dtype):
+            return self._stream_normed(x, norm, eps, w, dtype, pair=True)
         if not self._alone(x, w):
             return self.silu_and_mul(self.linear(self.rms_norm(x, norm, eps), w))
-        return self._token(x, w, self.dtype or norm.dtype, (norm, eps), pair=True)
+        return self._token(x, w, dtype, (norm, eps), pair=True)
 
     @native(dtypes=DTYPES, needs=("triton",))
     def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:
+        if self._streams(x, w, x.dtype):
+            from qwenrt.backends.cuda.kernels import stream
+
+            tokens, how = streaming.in_order(x, w), streaming.warps(w, self.tiles)
+            return stream.linear_add(tokens, w, how, residual.contiguous(), pdl=self.tiles.pdl)[0]
         if not self._alone(x, w):
             return residual + self.wide_linear(x, w, residual.dtype)
         return self._token(x, w, residual.dtype, residual=residual)
@@ -182,7 +229,7 @@ class TritonBackend(Backend):
 
     def packing_id(self) -> str:
         """As Backend.packing_id; without Triton codes lie as plain torch wants them."""
-        return f"{super().packing_id()} {'rows32-v1' if self.packs_codes() else 'torch'}"
+        return f"{super().packing_id()} {'rows32-v2' if self.packs_codes() else 'torch'}"
 
     def restore_packed(self, packed: Packed) -> str | None:
         if packed.kind in packing.KINDS.values() and self.packs_codes():
@@ -236,6 +283,12 @@ class TritonBackend(Backend):
         return attention.decode_attention(q, kv, plan, scale, window, self.tiles)
 
     # ---- whole steps
+
+    def decode_layers(self, network: Network) -> DecodeLayers | None:
+        distrusted = {*_OF_LAYERS} & self.demoted.keys()
+        if not self.gluon or distrusted or body.why_not(network) is not None:
+            return None
+        return body.Body(network, self.tiles, FEW)
 
     def choose_rows(
         self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None

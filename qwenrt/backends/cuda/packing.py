@@ -1,8 +1,9 @@
 """Codes as the kernels read them: an output's row lies in one piece, 32 bits at a time.
 
-Word j of a row holds inputs 8j to 8j + 7 (int4) or 4j to 4j + 3 (int8), the first one in the lowest bits. A group of
-``GROUPS`` inputs shares a scale; a file's larger groups are repeated. Behind the last input stand codes 0 up to the end
-of its group, which the kernels multiply by 0.
+Word j of a row holds inputs 8j to 8j + 7 (int4) or 4j to 4j + 3 (int8): those with even numbers in its lower half, the
+others beside them in the upper, both rising from the lowest bits. So one mask takes two neighbours out of a word, as
+tensor cores want them. A group of ``GROUPS`` inputs shares a scale; a file's larger groups are repeated. Behind the
+last input stand codes 0 up to the end of its group, which the kernels multiply by 0.
 """
 
 from __future__ import annotations
@@ -40,15 +41,14 @@ def pack(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device) -> P
         return None
     count = -(-inputs // group)
     rows = F.pad(codes.to(device), (0, 0, 0, count * group - inputs)).t().contiguous()
-    if weight.bits == 4:
-        rows = rows[:, 0::2] | (rows[:, 1::2] << 4)
+    rows = in_words(rows, weight.bits)
     shared = torch.arange(count, device=device) * group // weight.group_size
 
     def by_row(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device).index_select(0, shared).t().contiguous()
 
     data: dict[str, object] = {
-        "words": rows.flatten().view(torch.int32).view(outputs, -1),
+        "words": rows,
         "scales": by_row(scales),
         "perm": None if weight.perm is None else weight.perm.to(device, torch.int32),
     }
@@ -62,12 +62,25 @@ def pack(weight: CanonicalWeight, dtype: torch.dtype, device: torch.device) -> P
     return Packed(KINDS[weight.bits], outputs, inputs, data, bias, bits=weight.bits, group_size=group)
 
 
+def in_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [N, K], K in whole words -> int32 [N, K * bits / 32]."""
+    halves = codes.view(len(codes), -1, 16 // bits, 2).transpose(2, 3)  # [N, words, half, place]
+    if bits == 4:
+        halves = halves[..., 0::2] | (halves[..., 1::2] << 4)
+    return halves.flatten(1).contiguous().view(torch.int32)
+
+
+def of_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of in_words."""
+    halves = words.contiguous().view(torch.uint8).view(len(words), -1, 2, 2)
+    if bits == 4:
+        halves = torch.stack((halves & 15, halves >> 4), -1).flatten(3)
+    return halves.transpose(2, 3).flatten(1)
+
+
 def unpack(w: Packed) -> CanonicalWeight:
     """The inverse, on the device: the same codes, scales and zeros, in groups of ``w.group_size``."""
-    words, scales = w.data["words"], w.data["scales"]
-    rows = words.view(torch.uint8)
-    if w.bits == 4:
-        rows = torch.stack((rows & 15, rows >> 4), -1).flatten(1)
+    rows, scales = of_words(w.data["words"], w.bits), w.data["scales"]
     zeros = w.data.get("zeros")
     if zeros is None and "zero" in w.data:
         zeros = torch.full_like(scales, w.data["zero"], dtype=torch.int16)
@@ -121,7 +134,7 @@ def in_rows(w: Packed, most: int) -> list[Packed]:
     for first in range(0, w.out_features, most):
         here = slice(first, min(first + most, w.out_features))
         data = {
-            name: value[here] if isinstance(value, torch.Tensor) and name != "perm" else value
+            name: value[here] if isinstance(value, torch.Tensor) and name not in ("perm", "place") else value
             for name, value in w.data.items()
         }
         bias = None if w.bias is None else w.bias[here]

@@ -15,12 +15,24 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Warps:
+    """Of a program of stream.py: so many with other ``rows``, 16 each, and so many with other ``inputs``."""
+
+    rows: int
+    inputs: int
+
+
+@dataclass(frozen=True)
 class Tiles:
     """Of each kernel. ``rows``: elements that a program of an op between the linears computes; ``keys``: of a sequence
     that attention looks at at once, ``per_split``: that a program of it looks at before another one is started.
 
     ``matrix_units``: whether small matrices are multiplied by units for them, without which such a kernel has far too
     few registers: then sums serve, and torch's product.
+
+    Of linears in Gluon ``wide`` and ``narrow``: with at least, and with less than ``wide_from`` outputs; ``own``: of
+    single ones, by bits, outputs and inputs. ``dense_tokens``: up to which they multiply dense weights; torch does
+    beyond. ``pdl``: whether they begin before the launch before them has ended.
 
     All are a first guess from how many bytes each thread loads at once, and were measured on no device. Four warps are
     as many threads as a DCU's kernels may have.
@@ -38,6 +50,17 @@ class Tiles:
     heads: int = 1  # whose splits a program merges
     vocabulary: int = 4096  # logits that a program looks at
     matrix_units: bool = True
+    wide: Warps = Warps(4, 1)
+    narrow: Warps = Warps(1, 8)
+    wide_from: int = 8192
+    own: dict[tuple[int, int, int], Warps] = field(default_factory=dict)
+    dense_tokens: int = 8
+    pdl: bool = False
+
+    def warps(self, bits: int, outputs: int, inputs: int) -> Warps:
+        """Of one linear in Gluon."""
+        usual = self.wide if outputs >= self.wide_from else self.narrow
+        return self.own.get((bits, outputs, inputs), usual)
 
 
 TILES = Tiles()

@@ -26,15 +26,20 @@ class Phase:
     needs_gpu: bool = True
 
 
-# Correctness before speed, and before all of it the two numbers that every fraction hangs on.
+# Correctness before speed, and before all of it the numbers that every fraction hangs on, and what all others would
+# compile one by one.
 PHASES = (
     Phase("limits", 25),
-    Phase("ops", 90, needs_gpu=False),
-    Phase("replays", 30),
-    Phase("models", 60, needs_gpu=False),
-    Phase("engine", 150),
-    Phase("linears", 60),
-    Phase("profile", 40),
+    Phase("compile", 40),
+    Phase("ops", 75, needs_gpu=False),
+    Phase("replays", 25),
+    Phase("models", 45, needs_gpu=False),
+    Phase("sanitizer", 20),
+    Phase("engine", 105),
+    Phase("tuning", 50),
+    Phase("linears", 35),
+    Phase("peers", 55),
+    Phase("profile", 25),
 )
 
 

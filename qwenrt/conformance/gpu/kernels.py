@@ -6,16 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK, _STEPS = 4096, 16  # numbers that a program reads at once, and how often it does
+from qwenrt.backends.cuda.kernels.read import read
 
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _read(x, out, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    first = tl.program_id(0).to(tl.int64) * BLOCK * STEPS
-    total = tl.zeros((BLOCK,), tl.int32)
-    for i in range(STEPS):
-        total += tl.load(x + first + i * BLOCK + tl.arange(0, BLOCK))
-    tl.store(out + tl.program_id(0), tl.sum(total, 0))
+__all__ = ["dependent", "empty", "has_pdl", "read"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -35,15 +28,6 @@ def _dependent(x, BLOCK: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr): 
     for i in range(STEPS):
         total += tl.load(x + first + i * BLOCK + tl.arange(0, BLOCK))
     tl.store(x + first, tl.sum(total, 0))
-
-
-def read(x: torch.Tensor) -> torch.Tensor:
-    """int32 ``x`` read once -> a sum for each program. Its size is a multiple of 65536: a mask makes loads narrow."""
-    programs, rest = divmod(x.numel(), _BLOCK * _STEPS)
-    assert rest == 0
-    out = torch.empty(programs, dtype=torch.int32, device=x.device)
-    _read[(programs,)](x, out, BLOCK=_BLOCK, STEPS=_STEPS, num_warps=8)
-    return out
 
 
 def empty(x: torch.Tensor, pdl: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +17,11 @@ import torch
 from qwenrt.backends import registry
 from qwenrt.backends.graphs import EagerGraphs, GraphStack
 from qwenrt.conformance import selftest
-from qwenrt.conformance.gpu import timing
-from qwenrt.conformance.gpu.report import Notes
+from qwenrt.conformance.gpu import compiling, driver, peers, report, timing, tuning
+from qwenrt.conformance.gpu.report import Notes, write
 from qwenrt.conformance.run import chosen, run
 from qwenrt.conformance.subjects import at_hand
+from qwenrt.errors import QwenrtError
 from qwenrt.llm import LLM
 from qwenrt.loading import load_random
 from qwenrt.model import trial
@@ -32,6 +35,7 @@ _SHAPES = {  # (outputs, inputs) of a layer's linears and the head
     "1.8B": ((6144, 2048), (2048, 2048), (11008, 2048), (2048, 5504), (151936, 2048)),
     "7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (151936, 4096)),
 }
+_HEAD = 100_000  # outputs of a head, which stays dense
 # Of what a user feels most to what is nice to know.
 _MODELS = (
     *(("Qwen-1_8B", quantize, 1, 1024) for quantize in (None, "int4", "int8")),
@@ -49,6 +53,25 @@ def limits(notes: Notes, device: str, seconds: float, out: Path) -> None:
     timing.bandwidth(notes, here)
     timing.products(notes, here)
     timing.launches(notes, here)
+
+
+def compile_all(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """Every kernel of a decoding step, for the phases behind this one; compile.json has what the compiler said."""
+    del seconds
+    backend = registry.create(device)
+    if (why := backend.provides("triton")) is not None:
+        notes.detail["triton"] = why
+        return
+    made: list[compiling.Made] = []
+    for kernel in compiling.every(device):
+        made.append(kernel)
+        if kernel.why or kernel.spilt:
+            notes.wrong(f"{kernel.kernel}: {kernel.why or f'{kernel.spilt} bytes are spilt'}")
+        if len(made) % 20 == 0:
+            notes.figure("launches compiled", len(made))
+    notes.figure("launches compiled", len(made))
+    notes.figure("most registers", max((kernel.registers for kernel in made), default=0))
+    write(out / "compile.json", [vars(kernel) for kernel in made])
 
 
 def ops(notes: Notes, device: str, seconds: float, out: Path) -> None:
@@ -93,6 +116,33 @@ def replays(notes: Notes, device: str, seconds: float, out: Path) -> None:
         if apart:
             notes.wrong(f"{name}: {apart} of {count} replays give other bits than the body")
     notes.detail["captured"] = captured.note()
+    early(notes, backend)
+
+
+def early(notes: Notes, backend: Any) -> None:
+    """Where launches may begin before the one before them has ended: the same bits as where they may not."""
+    if not getattr(backend, "gluon", False) or not backend.profile.pdl:
+        notes.detail["early launches"] = "not on this device"
+        return
+    waiting, stacks = backend.tiles, []
+    for pdl in (False, True):
+        backend.tiles = dataclasses.replace(waiting, pdl=pdl)
+        stacks.append(_small(backend, torch.bfloat16))
+    backend.tiles = waiting
+    steps = [_step(position) for position in (1, 2, 3)]
+    wanted = [stacks[0].run(step).logits.clone() for step in steps]
+    apart = count = 0
+    for _ in range(_REPLAYS // 10):
+        for step, right in zip(steps, wanted, strict=True):
+            outcome = stacks[1].run(step)
+            if outcome.served_by is not stacks[1]:
+                notes.wrong(f"early launches: {stacks[1].note()}")
+                return
+            apart += not torch.equal(outcome.logits, right)
+            count += 1
+    notes.figure("replays with early launches", count)
+    if apart:
+        notes.wrong(f"{apart} of {count} replays with early launches give other bits")
 
 
 def _small(backend: Any, dtype: torch.dtype) -> GraphStack:
@@ -116,6 +166,33 @@ def models(notes: Notes, device: str, seconds: float, out: Path) -> None:
             notes.figure(name, max(finding.error, notes.figures.get(name, 0.0)))
             if finding.wrong:
                 notes.wrong(f"{dtype}, {finding.way}, text {finding.text}: {finding.wrong}")
+
+
+def sanitizer(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """NVIDIA's compute-sanitizer over one step of one layer, where it is on the path: two threads that meet in shared
+    memory without a barrier. Its page goes to sanitizer.txt."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        notes.detail["compute-sanitizer"] = "not on the path"
+        return
+    page = _under([program, "--tool", "racecheck"], device, seconds, out / "sanitizer.txt")
+    hazards = re.search(r"RACECHECK SUMMARY: (\d+) hazards?", page)
+    if hazards is None:
+        notes.detail["compute-sanitizer"] = "no summary in sanitizer.txt"
+        return
+    notes.figure("hazards", int(hazards.group(1)))
+    if int(hazards.group(1)):
+        notes.wrong(f"{hazards.group(1)} hazards in one step: see sanitizer.txt")
+
+
+def _under(command: list[str], device: str, seconds: float, page: Path) -> str:
+    """One step under another program -> what that said, which is kept in ``page`` as well."""
+    step = f"from qwenrt.conformance.gpu import phases; phases.one_step({device!r})"
+    with page.open("w", encoding="utf-8") as said:
+        subprocess.run(
+            [*command, sys.executable, "-c", step], stdout=said, timeout=max(1.0, seconds - _SPARE_S)
+        )
+    return page.read_text(encoding="utf-8", errors="replace")
 
 
 def engine(notes: Notes, device: str, seconds: float, out: Path) -> None:
@@ -156,14 +233,62 @@ def _speeds(notes: Notes, llm: LLM, name: str, rows: int, prompt: int, bandwidth
         notes.figure(f"{name}: weights read, of the bandwidth", share)
 
 
+def tune(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """What `qwenrt tune` does for both models, in 16 and 4 bits, into tuned.json."""
+    backend, end = registry.create(device), time.monotonic() + seconds - _SPARE_S
+    try:
+        clock = tuning.clock_of(backend)
+    except QwenrtError as error:
+        notes.detail["tuning"] = error.found
+        return
+
+    def note(choice: tuning.Choice) -> None:
+        bits, rows, columns = choice.shape
+        notes.figure(
+            f"{bits} bits, {rows} x {columns}: time beside that of no table", choice.best_s / choice.usual_s
+        )
+
+    shapes = [
+        (bits, rows, columns)
+        for bits in (4, 16)
+        for rows, columns in _SHAPES["7B"] + _SHAPES["1.8B"]
+        if bits == 16 or rows < _HEAD
+    ]
+    in_time = (shape for shape in shapes if time.monotonic() < end)
+    result, _ = tuning.keep(backend, in_time, clock, out, out / "tuned.json", note)
+    notes.figure("early launches, of the time without", result.early)
+
+
 def linears(notes: Notes, device: str, seconds: float, out: Path) -> None:
-    """torch's own products of one token, shape by shape: what kernels of ours have to pass."""
+    """One token by the kernels of ours, and by torch's own product, which they have to pass, shape by shape."""
     end = time.monotonic() + seconds - _SPARE_S
-    here, bandwidth = torch.device(registry.create(device).device), timing.measured_bandwidth(out)
+    backend: Any = registry.create(device)
+    here, bandwidth = torch.device(backend.device), timing.measured_bandwidth(out)
+    clock = tuning.DeviceClock(here) if getattr(backend, "gluon", False) else None
     for model, shapes in _SHAPES.items():
         for rows, columns in shapes:
-            if time.monotonic() < end:
-                timing.linear(notes, here, f"{model} {rows} x {columns}", (rows, columns), bandwidth)
+            if time.monotonic() > end:
+                return
+            name = f"{model} {rows} x {columns}"
+            timing.linear(notes, here, name, (rows, columns), bandwidth)
+            for bits in (16, 8, 4) if rows < _HEAD else (16,):
+                shape = (bits, rows, columns)
+                taken = None if clock is None else clock(shape, backend.tiles.warps(*shape), False)
+                if taken is not None and bandwidth:
+                    share = rows * columns * bits / 8 / taken / bandwidth
+                    notes.figure(f"{name}, {bits} bits, of the bandwidth", share)
+
+
+def beside(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """The same work by what else is installed here."""
+    del seconds
+    here, bandwidth = torch.device(registry.create(device).device), timing.measured_bandwidth(out)
+    for rows, columns in _SHAPES["7B"][:-1]:
+        peers.int4(notes, here, f"7B {rows} x {columns}", (rows, columns), bandwidth)
+    for tokens in (1024, 8192):
+        peers.attention(notes, here, tokens)
+    measured = report.kept(driver.notes_of(out, "engine")).get("figures", {})
+    peers.transformers(notes, here, measured.get("Qwen-1_8B bfloat16, 1 at 1024 tokens: tokens/s", 0.0))
 
 
 def profile(notes: Notes, device: str, seconds: float, out: Path) -> None:
@@ -172,12 +297,8 @@ def profile(notes: Notes, device: str, seconds: float, out: Path) -> None:
     if program is None:
         notes.detail["ncu"] = "not on the path"
         return
-    step = f"from qwenrt.conformance.gpu import phases; phases.one_step({device!r})"
     command = [program, "--set", "full", "--clock-control", "none", "--launch-count", "60", "--page", "raw"]
-    with (out / "ncu.txt").open("w", encoding="utf-8") as page:
-        subprocess.run(
-            [*command, sys.executable, "-c", step], stdout=page, timeout=max(1.0, seconds - _SPARE_S)
-        )
+    _under(command, device, seconds, out / "ncu.txt")
     notes.detail["ncu"] = "ncu.txt"
 
 
@@ -190,10 +311,14 @@ def one_step(device: str) -> None:
 
 WORK: dict[str, Callable[[Notes, str, float, Path], None]] = {
     "limits": limits,
+    "compile": compile_all,
     "ops": ops,
     "replays": replays,
     "models": models,
+    "sanitizer": sanitizer,
     "engine": engine,
+    "tuning": tune,
     "linears": linears,
+    "peers": beside,
     "profile": profile,
 }

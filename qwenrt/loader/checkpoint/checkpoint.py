@@ -59,7 +59,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         return Checkpoint(directory, *noted)
     names, index = _find_files(directory)
     for name in names:
-        _check_link(directory, name)
+        check_link(directory, name)
     if index is not None:
         _check_extra(directory, names)
     shards = tuple(read_shard(directory / name) for name in names)
@@ -341,7 +341,9 @@ def _no_checkpoint(directory: Path, listing: list[str], files: list[str]) -> Che
     asked = f"no checkpoint in {directory}"
     if files and "adapter_config.json" in listing:
         return CheckpointError(
-            asked, "it holds a LoRA adapter, not a model", "Load the base model and add the adapter to it."
+            asked,
+            "it holds a LoRA adapter, not a model",
+            "Load its base model and give the adapter beside it (--adapter), or merge it (qwenrt merge).",
         )
     if files:
         return CheckpointError(
@@ -380,7 +382,7 @@ def _some(names: list[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _check_link(directory: Path, name: str) -> None:
+def check_link(directory: Path, name: str) -> None:
     """A shard may be a link only within the directory, or into the store of a download client's cache."""
     path = directory / name
     if not os.path.islink(path):

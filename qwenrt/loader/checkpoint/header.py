@@ -70,7 +70,10 @@ _FOREIGN = (
 def sniff(head: bytes) -> tuple[str, str] | None:
     """(found, remedy) where the first bytes show that a file is something else than safetensors; else None."""
     for start, what, remedy in _FOREIGN:
-        if head.startswith(start):
+        as_length = (
+            start[:1] == b"\x80" and head[8:9] == b"{"
+        )  # 640 or 1152 bytes of header begin like a pickle
+        if head.startswith(start) and not as_length:
             return what, remedy
     return not_the_file(head)
 
@@ -138,6 +141,12 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorEntry, ...]:
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_layout(path, entries, start, size)
     return tuple(entries)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The free texts of a file that read_shard accepted."""
+    with opened(path, CheckpointError) as file:
+        return metadata_of(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def metadata_of(raw: bytes) -> dict[str, Any]:

@@ -39,6 +39,25 @@ def save_atomically(
             partial.unlink()
 
 
+def write_atomically(path: Path, content: bytes, then: str = "train again") -> None:
+    """The same for a small file."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        remedy = f"See that the disk has room and the directory can be written to, then {then}."
+        raise CheckpointError(
+            f"writing {path}", f"{str(error)[:120]} ({len(content)} bytes)", remedy
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
 def claim_directory(target: Path, overwrite: bool, is_ours: Callable[[Collection[str]], bool]) -> None:
     """Create the directory of a new checkpoint. RequestError where it cannot be written to, or holds other files than
     those of a run that was cut, which ``is_ours`` tells by their names, unless they may be overwritten."""

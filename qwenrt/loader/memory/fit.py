@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ MOST_USERS = 4096
 # What a process takes before it holds a model: Python and torch on the host, the driver's context on a device.
 _RUNTIME = {"cpu": 256 * 2**20}
 _CONTEXT = GIB // 2
+_X86 = ("x86_64", "amd64")  # whose kernels keep bfloat16 in 12 bits
 _FILLS_MEMORY = (
     0.7  # dense float32 models above this share of the free memory are computed in bfloat16 on a CPU
 )
@@ -75,7 +77,8 @@ def device_layout(
         dtype = "float32" if coded or quantize or small else "bfloat16"
     itemsize = DTYPE_BYTES[dtype]
     dense = stored_bytes if dtype == "float32" else itemsize
-    storage = Storage(itemsize, dense, stored_bytes, kernels=True, on_host=True)
+    twelve = stored == "bfloat16" and dtype == "float32" and platform.machine().lower() in _X86
+    storage = Storage(itemsize, dense, stored_bytes, kernels=True, on_host=True, twelve=twelve)
     return DeviceLayout(dtype, storage, _RUNTIME["cpu"])
 
 

@@ -31,6 +31,10 @@ from qwenrt.ops.stored import WORD_BITS, num_groups
 GIB = 2**30
 BATCH_TOKENS = 512  # computed in one step, unless the user says otherwise
 _ROWS = 8  # output rows the kernels' layout stores together
+_CHUNK, _WORTH_TWELVE = (
+    64,
+    1 << 20,
+)  # inputs whose 12 bits lie together; weights from which on they are kept so
 _PADDING_WORTH = 1.25  # groups that fill their words worse than this stay in plain torch's layout
 _UNPACKING = (
     14  # bytes an element of plain torch's dequantisation at its peak: int16, and three times float32
@@ -49,7 +53,8 @@ class Storage:
     kernels and multiplied as they are; elsewhere plain torch makes a matrix of a linear's codes for every product.
     ``dense_codes``: no code is kept, each becomes an element of a dense matrix. ``least_bits``: what a code takes at
     least. ``on_host``: what reading and rounding the file takes comes out of the same memory. ``captured``: steps that
-    decode work in memory of their own, which they keep.
+    decode work in memory of their own, which they keep. ``twelve``: dense linears of many bfloat16 weights take 12 bits
+    each, as the CPU's kernels keep all but the few whose exponents are far from the others'.
     """
 
     activation: int
@@ -60,6 +65,7 @@ class Storage:
     dense_codes: bool = False
     least_bits: int = 4
     captured: bool = False
+    twelve: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,22 @@ def forms_of(config: ModelConfig) -> list[tuple[int, int]]:
     return [form for form, count in weights.most_common() if count > 0]
 
 
+def dense_bytes(rows: int, columns: int, storage: Storage) -> int:
+    """A matrix without codes once it is packed."""
+    if not _in_twelve_bits(rows, columns, storage):
+        return rows * columns * storage.dense
+    return rows * -(-columns // _CHUNK) * _CHUNK * 12 // 8 + 4 * (rows + 1)
+
+
+def _in_twelve_bits(rows: int, columns: int, storage: Storage) -> bool:
+    return storage.twelve and rows * columns >= _WORTH_TWELVE
+
+
 def linear_bytes(linear: Linear, storage: Storage, quant: QuantConfig | None) -> int:
     """One of these linears once it is packed, its bias included."""
     _, rows, columns, has_bias, _, quantizable = linear
     if quant is None or not quantizable:
-        return rows * columns * storage.dense + has_bias * rows * storage.activation
+        return dense_bytes(rows, columns, storage) + has_bias * rows * storage.activation
     group = columns if quant.group_size == -1 else min(quant.group_size, columns)
     groups = num_groups(columns, quant.group_size)
     words = -(-group * quant.bits // WORD_BITS)  # the kernels' layout starts every group of codes at a word
@@ -186,8 +203,8 @@ def weight_bytes(config: ModelConfig, storage: Storage, quantize: str | None = N
             form = replace(quant, bits=bits, group_size=group_size, group_bytes=group_bytes)
         layers += number * linear_bytes(Linear(number, rows, columns, False, 0), storage, form)
     vocabulary = config.vocab_size * config.hidden_size * storage.dense
-    copies = 1 if config.tie_word_embeddings else 2
-    return layers + copies * vocabulary + other_bytes(config, storage.activation)
+    head = 0 if config.tie_word_embeddings else dense_bytes(config.vocab_size, config.hidden_size, storage)
+    return layers + vocabulary + head + other_bytes(config, storage.activation)
 
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype_bytes: int, kv_cache_dtype: str = "auto") -> int:
@@ -325,8 +342,10 @@ def _captured(config: ModelConfig, context: int, users: int, sequences: int) -> 
 def _load_peak(config: ModelConfig, storage: Storage, quantize: str | None) -> int:
     """The most that loading holds beside all weights. The head comes last: its bytes are still free before that."""
     vocabulary = config.vocab_size * config.hidden_size
-    head = 0 if config.tie_word_embeddings else vocabulary * storage.dense
-    converted = storage.dense != storage.stored and not config.tie_word_embeddings
+    shape = config.vocab_size, config.hidden_size
+    head = 0 if config.tie_word_embeddings else dense_bytes(*shape, storage)
+    made_anew = storage.dense != storage.stored or _in_twelve_bits(*shape, storage)
+    converted = made_anew and not config.tie_word_embeddings
     layers = max(_packing(linear, config, storage, quantize) for linear in linears(config))
     return max(layers - head, vocabulary * storage.stored if converted else 0)
 
@@ -336,14 +355,15 @@ def _packing(linear: Linear, config: ModelConfig, storage: Storage, quantize: st
     each code."""
     whole, part = linear.rows * linear.columns, linear.part * linear.columns
     stored = storage.stored
+    made_anew = storage.dense != stored or _in_twelve_bits(linear.rows, linear.columns, storage)
     if not linear.quantizable:
-        return stored * (part if storage.dense == stored else max(part, whole))
+        return stored * (max(part, whole) if made_anew else part)
     if config.quant is not None and config.quant.has_codes:
         return whole * (2 * 8 + config.quant.bits) // 8  # the codes of the parts, and merged
     if config.quant is None:
         if quantize is not None:
             return max(stored * (whole + part), (stored + 1) * whole)
-        return stored * (part if storage.dense == stored else max(part, whole))
+        return stored * (max(part, whole) if made_anew else part)
     if quantize == "int8":
         return 2 * whole
     wide = 4 if quantize is not None else storage.dense  # what a part of FP8 becomes

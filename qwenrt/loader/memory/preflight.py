@@ -71,15 +71,17 @@ def preflight(
 
 def storage_of(backend: Backend, dtype: torch.dtype, stored: str | None) -> Storage:
     """How a backend keeps a model with activations in ``dtype`` whose file is ``stored`` in a dtype of that name."""
+    kernels, kept = getattr(backend, "kernels", None), backend.weight_dtype(stored, dtype)
     return Storage(
         activation=dtype.itemsize,
-        dense=backend.weight_dtype(stored, dtype).itemsize,
+        dense=kept.itemsize,
         stored=4 if stored == "float32" else 2,
-        kernels=getattr(backend, "kernels", None) is not None and "linear" not in backend.demoted,
+        kernels=kernels is not None and "linear" not in backend.demoted,
         on_host=backend.device.type == "cpu",
         dense_codes=bool(getattr(backend, "dense_codes", False)),
         least_bits=int(getattr(backend, "least_bits", 4)),
         captured=backend.graphs() is not None,
+        twelve=stored == "bfloat16" and kept != dtype and kernels is not None and kernels.serves12,
     )
 
 

@@ -20,17 +20,15 @@ import torch
 
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig
-from qwenrt.errors import CheckpointError, QwenrtError
-from qwenrt.files import opened
+from qwenrt.errors import QwenrtError
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, TensorReader
+from qwenrt.loader.checkpoint.digest import add_shard
 from qwenrt.loader.checkpoint.inventory import Loadable
 from qwenrt.loader.packed_cache import file as packed_file
 from qwenrt.loader.packed_cache.file import Damaged
 from qwenrt.ops.types import Packed
 
 FORMAT = 1
-_SAMPLES = 16  # places of each shard that are looked at
-_SAMPLE = 64 * 1024  # bytes at each
 _PLAIN = (int, float, str, bool)
 logger = logging.getLogger("qwenrt")
 
@@ -112,12 +110,7 @@ def _content(checkpoint: Checkpoint, config: ModelConfig) -> str:
     digest = hashlib.sha256(repr(config).encode())
     for shard in checkpoint.shards:
         digest.update(f"{shard.path.name} {shard.size} {shard.mtime_ns}\n".encode())
-        for entry in shard.tensors:
-            digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.begin} {entry.end}\n".encode())
-        with opened(shard.path, CheckpointError) as file:
-            for i in range(_SAMPLES):
-                file.seek(max(0, shard.size - _SAMPLE) * i // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
+        add_shard(digest, shard)
     return digest.hexdigest()
 
 

@@ -38,7 +38,32 @@ _HERMES_TOOLS = r"""
 {%- endmacro -%}
 """
 
-_XML_TOOLS = r"""
+_XML_CALLS = r"""
+{%- macro rules() -%}
+  {{ '\n</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n' }}
+  {{- '<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n' }}
+  {{- '<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n' }}
+  {{- 'multiple lines\n</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n' }}
+  {{- '- Function calls MUST follow the specified format: an inner <function=...></function> block must be ' }}
+  {{- 'nested within <tool_call></tool_call> XML tags\n- Required parameters MUST be specified\n' }}
+  {{- '- You may provide optional reasoning for your function call in natural language BEFORE the function ' }}
+  {{- 'call, but NOT after\n- If there is no function call available, answer the question like normal with ' }}
+  {{- 'your current knowledge and do not tell the user about function calls\n</IMPORTANT>' }}
+{%- endmacro -%}
+{%- macro call_block(call) -%}
+  {%- set call = call.function if call.function is defined else call -%}
+  {{ '<tool_call>\n<function=' ~ call.name ~ '>\n' }}
+  {%- for name, value in call.arguments | items -%}
+    {%- set plain = value is string or not (value is mapping or value is sequence) -%}
+    {{ '<parameter=' ~ name ~ '>\n' ~ (value if plain else value | tojson) ~ '\n</parameter>\n' }}
+  {%- endfor -%}
+  {{ '</function>\n</tool_call>' }}
+{%- endmacro -%}
+"""
+
+_XML_TOOLS = (
+    _XML_CALLS
+    + r"""
 {%- macro others(fields, known) -%}
   {%- if fields is mapping -%}
     {%- for key in fields if key not in known -%}
@@ -70,26 +95,10 @@ _XML_TOOLS = r"""
     {{ others(tool.parameters, ['type', 'properties']) ~ '\n</parameters>' }}
     {{- others(tool, ['type', 'name', 'description', 'parameters']) ~ '\n</function>' }}
   {%- endfor -%}
-  {{ '\n</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n' }}
-  {{- '<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n' }}
-  {{- '<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n' }}
-  {{- 'multiple lines\n</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n' }}
-  {{- '- Function calls MUST follow the specified format: an inner <function=...></function> block must be ' }}
-  {{- 'nested within <tool_call></tool_call> XML tags\n- Required parameters MUST be specified\n' }}
-  {{- '- You may provide optional reasoning for your function call in natural language BEFORE the function ' }}
-  {{- 'call, but NOT after\n- If there is no function call available, answer the question like normal with ' }}
-  {{- 'your current knowledge and do not tell the user about function calls\n</IMPORTANT>' }}
-{%- endmacro -%}
-{%- macro call_block(call) -%}
-  {%- set call = call.function if call.function is defined else call -%}
-  {{ '<tool_call>\n<function=' ~ call.name ~ '>\n' }}
-  {%- for name, value in call.arguments | items -%}
-    {%- set plain = value is string or not (value is mapping or value is sequence) -%}
-    {{ '<parameter=' ~ name ~ '>\n' ~ (value if plain else value | tojson) ~ '\n</parameter>\n' }}
-  {%- endfor -%}
-  {{ '</function>\n</tool_call>' }}
+  {{ rules() }}
 {%- endmacro -%}
 """
+)
 
 # default: the system text where none is given, none for no system turn; beside_tools: the one that goes with tools.
 _CONVERSATION = r"""
@@ -160,6 +169,64 @@ _NO_THOUGHT = r"{%- if enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' 
 _OPEN_THOUGHT = r"{{- '<think>\n' }}"
 
 
+# Qwen3.5 and 3.6: every text is trimmed (not the end of one that is continued), tools come before the system text, and
+# it refuses what it never was shown.
+_HYBRID = (
+    _TURN
+    + _XML_CALLS
+    + r"""
+{%- set ns = namespace(last_query=-1) -%}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}{%- set ns.last_query = loop.index0 -%}
+  {%- elif message.role == 'system' and not loop.first -%}
+    {{ raise_exception('System message must be at the beginning.') }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if ns.last_query < 0 -%}{{ raise_exception('No user query found in messages.') }}{%- endif -%}
+{%- set given = messages[0].role == 'system' -%}
+{%- set system = messages[0].content | trim if given else '' -%}
+{%- if tools -%}
+  {{ '<|im_start|>system\n# Tools\n\nYou have access to the following functions:\n\n<tools>' }}
+  {%- for tool in tools -%}{{ '\n' ~ tool | tojson }}{%- endfor -%}
+  {{ rules() ~ ('\n\n' if system else '') ~ system ~ '<|im_end|>\n' }}
+{%- elif given -%}
+  {{ turn('system', system) }}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- set content = message.content | trim -%}
+  {%- if loop.last and message.role == 'assistant' -%}{%- set content = message.content.lstrip() -%}{%- endif -%}
+  {%- if message.role == 'tool' -%}
+    {%- if loop.first or loop.previtem.role != 'tool' -%}{{ '<|im_start|>user' }}{%- endif -%}
+    {{ '\n<tool_response>\n' ~ content ~ '\n</tool_response>' }}
+    {%- if loop.last or loop.nextitem.role != 'tool' -%}{{ '<|im_end|>\n' }}{%- endif -%}
+  {%- elif message.role == 'assistant' -%}
+    {%- set reasoning = '' -%}
+    {%- if message.reasoning_content is string -%}
+      {%- set reasoning = message.reasoning_content -%}
+    {%- elif '</think>' in content -%}
+      {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] -%}
+      {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
+    {%- endif -%}
+    {{ '<|im_start|>assistant\n' }}
+    {%- if loop.index0 > ns.last_query -%}
+      {{ '<think>\n' ~ reasoning | trim ~ '\n</think>\n\n' }}
+    {%- endif -%}
+    {{ content }}
+    {%- for call in message.tool_calls -%}
+      {{ ('\n\n' if loop.first and content else '' if loop.first else '\n') ~ call_block(call) }}
+    {%- endfor -%}
+    {{ '<|im_end|>\n' }}
+  {%- elif message.role != 'system' -%}
+    {{ turn(message.role, content) }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ '<|im_start|>assistant\n' ~ ('<think>\n' if THINKS else '<think>\n\n</think>\n\n') }}
+{%- endif -%}
+"""
+)
+
+
 def _with_tools(
     tools: str,
     default: str = "none",
@@ -198,12 +265,16 @@ TEMPLATES = {
         before_calls=r"\n\n",
         after_results=r"\n",
     ),
+    "qwen3.5": _HYBRID.replace("THINKS", "enable_thinking is not false"),
+    "qwen3.5-small": _HYBRID.replace("THINKS", "enable_thinking is true"),
 }
 
 
 def family(directory: Path, model_type: str) -> str:
     """Which of TEMPLATES fits a directory without a template of its own.
 
+    Qwen3.5 and later (model_type qwen3_5, qwen3_5_moe): dense models of up to 24 layers think only where they are told
+    to. That of 3.8, which writes an effort and keeps old thoughts, is not known apart and gets 3.5's.
     Qwen3 (model_type qwen3, qwen3_moe): a position limit above 200 000 means the releases of 2507 and Coder; of
     these, Coder is known by the parser it ships or by its repetition penalty, Thinking by its sampling
     temperature of 0.6. All others switch between thinking and not. Before Qwen3: with <think> among the added
@@ -213,6 +284,11 @@ def family(directory: Path, model_type: str) -> str:
     """
     name = directory.resolve().as_posix().lower().rsplit("/snapshots/", 1)[0].rsplit("/", 1)[-1]
     config, generation = (_read(directory / f"{file}.json") for file in ("config", "generation_config"))
+    if model_type.startswith("qwen3_5"):
+        text = config.get("text_config", config)
+        layers = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
+        small = "moe" not in model_type and isinstance(layers, int) and layers <= 24
+        return "qwen3.5-small" if small else "qwen3.5"
     if model_type.startswith("qwen3"):
         positions = config.get("max_position_embeddings")
         late = isinstance(positions, int) and positions > 200_000

@@ -34,7 +34,6 @@ class _Request:
     template: JinjaTemplate
     variables: Mapping[str, Any]  # of the template, without the messages
     answer: bool  # whether an answer is to follow
-    most: int | None = None  # tokens
 
 
 class TemplateFormat:
@@ -87,6 +86,43 @@ class TemplateFormat:
         in this order.
         """
         window = check_window(max_window_size)
+        request, checked = self._request(
+            tokenizer, messages, tools, enable_thinking, reasoning_effort, add_generation_prompt
+        )
+        if window is None:
+            return self._prompt(request, checked, most)
+        remaining = _truncations(checked)
+        dropped = bisect_left(
+            range(len(remaining) - 1),
+            True,
+            key=lambda k: len(self._prompt(request, remaining[k]).token_ids) <= window,
+        )
+        return self._prompt(request, remaining[dropped])
+
+    def rendered(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text of the prompt, a TemplateText: what `prompt` makes ids of. Errors as there."""
+        return self._rendered(
+            *self._request(tokenizer, messages, tools, enable_thinking, None, add_generation_prompt)
+        )
+
+    def _request(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        enable_thinking: bool | None,
+        reasoning_effort: str | None,
+        add_generation_prompt: bool,
+    ) -> tuple[_Request, list[Message]]:
+        """What is asked of the template, and the messages, both checked."""
         template = self._for_tools if tools else self._default
         if tools:
             check_tools(tools)
@@ -108,21 +144,10 @@ class TemplateFormat:
             **switch,
             "tools": untrusted(list(tools), "tools") if tools else None,
         }
-        request = _Request(
-            tokenizer, template, variables, add_generation_prompt, most if window is None else None
-        )
-        if window is None:
-            return self._prompt(request, checked)
-        remaining = _truncations(checked)
-        dropped = bisect_left(
-            range(len(remaining) - 1),
-            True,
-            key=lambda k: len(self._prompt(request, remaining[k]).token_ids) <= window,
-        )
-        return self._prompt(request, remaining[dropped])
+        return _Request(tokenizer, template, variables, add_generation_prompt), checked
 
-    def _prompt(self, request: _Request, messages: Sequence[Message]) -> Prompt:
-        tokenizer = request.tokenizer
+    def _rendered(self, request: _Request, messages: Sequence[Message]) -> str:
+        """The text; where an answer goes on, without the end of its turn."""
         continues = request.answer and messages[-1].role == "assistant"
         variables = {
             **request.variables,
@@ -136,11 +161,14 @@ class TemplateFormat:
                 raise
             found = f"none of {len(messages)} has role 'user', and the model's chat template asks for one"
             raise RequestError("messages", found, "Add the user's message.") from error
-        if continues:
-            rendered = _without_end(rendered, _end_of_turn(tokenizer))
-        ids = _token_ids(request, rendered)
+        return _without_end(rendered, end_of_turn(request.tokenizer)) if continues else rendered
+
+    def _prompt(self, request: _Request, messages: Sequence[Message], most: int | None = None) -> Prompt:
+        rendered = self._rendered(request, messages)
+        ids = encode_rendered(request.tokenizer, rendered, most)
         turn = own_text(rendered).rpartition(IM_START)[2]
         in_thought = request.answer and turn.rfind(OPEN) > turn.rfind(CLOSE)
+        continues = request.answer and messages[-1].role == "assistant"
         thought_over = continues or (CLOSE in turn and not turn.rpartition(CLOSE)[2].strip())
         return Prompt(ids, in_thought=in_thought, thought_over=thought_over and not in_thought)
 
@@ -204,8 +232,9 @@ def _system_first(messages: Sequence[Message]) -> list[Message]:
     return list(messages)
 
 
-def _token_ids(request: _Request, rendered: str) -> list[int]:
-    tokenizer, most, ids, read = request.tokenizer, request.most, list[int](), 0
+def encode_rendered(tokenizer: Tokenizer, rendered: str, most: int | None = None) -> list[int]:
+    """Ids of a rendered text: control tokens are those that the template wrote. ``most``: see `Tokenizer.encode`."""
+    ids, read = list[int](), 0
     for text, token_id in split_at_control_tokens(rendered, tokenizer.control_tokens):
         try:
             ids += tokenizer.encode(text, most=None if most is None else most - len(ids))
@@ -217,7 +246,7 @@ def _token_ids(request: _Request, rendered: str) -> list[int]:
     return ids
 
 
-def _end_of_turn(tokenizer: Tokenizer) -> str:
+def end_of_turn(tokenizer: Tokenizer) -> str:
     """The token that ends turns: <|im_end|>, or the end of text of a model with other control tokens."""
     if tokenizer.im_end_id is not None:
         return IM_END

@@ -20,15 +20,18 @@ from qwenrt.text.dialects.openai_fields import Flag, Text
 OWNER = "qwenrt"
 
 
-def model_body(name: str, created: int, max_model_len: int, root: str) -> dict[str, Any]:
-    """One model as OpenAI, vLLM and Anthropic tell it. root: the checkpoint's name; created: seconds of the epoch."""
+def model_body(
+    name: str, created: int, max_model_len: int, root: str, parent: str | None = None
+) -> dict[str, Any]:
+    """One model as OpenAI, vLLM and Anthropic tell it. root: the checkpoint's name; created: seconds of the epoch;
+    parent: of an adapter, the model that it changes."""
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": OWNER,
         "root": root,
-        "parent": None,
+        "parent": parent,
         "max_model_len": max_model_len,
         "context_length": max_model_len,
         "type": "model",
@@ -37,11 +40,17 @@ def model_body(name: str, created: int, max_model_len: int, root: str) -> dict[s
     }
 
 
-def models_body(names: Sequence[str], created: int, max_model_len: int, root: str) -> dict[str, Any]:
-    """GET /v1/models: what `model_body` has of each name, and beside it the lists of Anthropic's and Ollama's shape."""
+def models_body(
+    names: Sequence[str], created: int, max_model_len: int, root: str, adapters: Sequence[str] = ()
+) -> dict[str, Any]:
+    """GET /v1/models: what `model_body` has of each name and each adapter, and beside it the lists of Anthropic's and
+    Ollama's shape."""
+    models = [model_body(name, created, max_model_len, root) for name in names]
+    models += [model_body(name, created, max_model_len, root, names[0]) for name in adapters]
+    names = [*names, *adapters]
     return {
         "object": "list",
-        "data": [model_body(name, created, max_model_len, root) for name in names],
+        "data": models,
         "first_id": names[0] if names else None,
         "last_id": names[-1] if names else None,
         "has_more": False,

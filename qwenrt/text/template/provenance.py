@@ -14,7 +14,9 @@ from typing import Any, SupportsIndex
 
 _OWN, _OUTSIDE = b"\1", b"\0"
 _MOST_STRETCHED = 2**16  # characters that are looked at one by one when a text grows as its case changes
-MASK = "\ud800"  # replaces untrusted characters in `own_text`: no token contains a lone surrogate
+MASK = (
+    "\ud800"  # replaces untrusted characters in `masked` and `own_text`: no token contains a lone surrogate
+)
 
 
 class TemplateText(str):
@@ -161,6 +163,15 @@ def own_runs(text: str) -> Iterator[tuple[int, int]]:
         end = own.find(_OUTSIDE, start)
         end = len(own) if end < 0 else end
         yield start, end
+
+
+def masked(text: str) -> str:
+    """The text, in its length, with a lone surrogate in place of every untrusted character."""
+    view, end, bare = [], 0, plain(text)
+    for start, stop in own_runs(text):
+        view += [MASK * (start - end), bare[start:stop]]
+        end = stop
+    return "".join(view) + MASK * (len(bare) - end)
 
 
 def own_text(text: str) -> str:

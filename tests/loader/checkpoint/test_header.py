@@ -166,6 +166,14 @@ def test_other_files_are_recognised(tmp_path: Path, content: bytes, found: str, 
     assert found in error.value.found and remedy in error.value.remedy
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0480])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(tmp_path: Path, length: int) -> None:
+    raw = json.dumps(GOOD).encode().ljust(length)  # writers pad with spaces
+    path = write(tmp_path / "m.safetensors", raw)
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04")
+    assert len(read_shard(path).tensors) == len(GOOD)
+
+
 def test_not_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")  # opening it would wait for ever
     with pytest.raises(CheckpointError, match="not a regular file"):

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import parse_model_config
-from qwenrt.loader.memory.footprint import Storage, memory_need
+from qwenrt.loader.memory.footprint import memory_need
+from qwenrt.loader.memory.preflight import storage_of
 
 CONTEXT = 2048
 DENSE = {
@@ -162,8 +164,7 @@ def test_within_a_tenth(
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
-    kept = stored.itemsize
-    storage = Storage(4, kept, kept, kernels=True, on_host=True)
+    storage = storage_of(CPUBackend(torch.device("cpu")), torch.float32, str(stored).removeprefix("torch."))
     need = memory_need(parse_model_config(config), storage, context, users=users, **settings)  # type: ignore[arg-type]
     print(f"{need.total / 2**20:.1f} MiB estimated {need}, {measured['peak'] / 2**20:.1f} measured")
     assert need.weights == pytest.approx(measured["weights"], rel=0.001)

@@ -1,17 +1,19 @@
 """The shared libraries that torch_npu's wheel wants, made of stand_in.c and of the names in the wheel itself.
 
-`python libraries.py DIRECTORY WHEEL`, WHEEL being the unpacked wheel's directory; needs a C compiler.
+`python -m tests.npu.cann.libraries DIRECTORY WHEEL`, WHEEL being the unpacked wheel's directory;
+needs a C compiler and nm.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+from tests.npu.wheels import compiled, undefined
+
 WITH_CODE = ("libascendcl", "libacl_op_compiler")
-EMPTY = ("libhccl", "libge_runner", "libgraph", "libacl_tdt_channel")
+EMPTY = ("libge_runner", "libgraph", "libacl_tdt_channel")
 # Operators are found by name when they are first called: each tells its name to a hook that a test may set.
 _OPAPI = """#include <stdlib.h>
 static void (*hook)(const char *) = 0;
@@ -25,14 +27,21 @@ def build(directory: Path, wheel: Path) -> None:
     """Write the libraries into ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).with_name("stand_in.c").read_text(encoding="utf-8")
-    library = (wheel / "torch_npu" / "lib" / "libtorch_npu.so").read_bytes()
+    library = wheel / "torch_npu" / "lib" / "libtorch_npu.so"
     for name in WITH_CODE:
-        _compile(directory, name, source)
+        compiled(directory / f"{name}.so", source, "c")
     for name in EMPTY:
-        _compile(directory, name, f"int {name}_is_a_stand_in;")
-    _compile(directory, "libopapi", _opapi(library))
+        compiled(directory / f"{name}.so", f"int {name}_is_a_stand_in;", "c")
+    compiled(directory / "libhccl.so", _hccl(library), "c")
+    compiled(directory / "libopapi.so", _opapi(library.read_bytes()), "c")
     wanted = sorted({symbol.decode() for symbol in re.findall(rb"_ZN3atb[A-Za-z0-9_]+", _other(wheel))})
-    _compile(directory, "libatb", "\n".join(f"int {name}(void) {{ return 1; }}" for name in wanted))
+    compiled(directory / "libatb.so", "\n".join(f"int {name}(void) {{ return 1; }}" for name in wanted), "c")
+
+
+def _hccl(library: Path) -> str:
+    """What is between ranks, of which releases link some by name: not supported (5)."""
+    names = sorted(name for name in undefined(library) if name.startswith("Hccl"))
+    return "\n".join(["int libhccl_is_a_stand_in;", *(f"int {name}(void) {{ return 5; }}" for name in names)])
 
 
 def _other(wheel: Path) -> bytes:
@@ -52,11 +61,6 @@ def _opapi(library: bytes) -> str:
         lines.append(f"void *aclCreate{kind}(void) {{ return malloc(8); }}")
         lines.append(f"int aclDestroy{kind}(void *p) {{ free(p); return 0; }}")
     return "\n".join(lines)
-
-
-def _compile(directory: Path, name: str, source: str) -> None:
-    flags = ["-O1", "-w", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}.so"]
-    subprocess.run(["cc", *flags, "-o", str(directory / f"{name}.so")], input=source, text=True, check=True)
 
 
 if __name__ == "__main__":

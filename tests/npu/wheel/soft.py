@@ -101,7 +101,17 @@ def fusion_attention(
     return (out.to(query.dtype), *([nothing] * 5))
 
 
-_OPERATORS = OPERATORS | {"npu_fusion_attention_v3": fusion_attention}
+def older_fusion_attention(*given: Any, **named: Any) -> tuple[Any, ...]:
+    """The same as torch_npu 2.9 calls it: what training would need of the random numbers are plain ones."""
+    return (*fusion_attention(*given, **named)[:4], 0, 0, 0)
+
+
+_OPERATORS = OPERATORS | {
+    "npu_fusion_attention_v3": fusion_attention,
+    "npu_fusion_attention": older_fusion_attention,
+}
+# What torch_npu 2.9 makes of ops of torch before they are dispatched.
+_OF_TORCH = {"npu::_npu_dtype_cast": "aten::_to_copy", "npu::npu_dtype_cast": "aten::_to_copy"}
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,6 +141,7 @@ class Soft(TorchDispatchMode):
     log: ClassVar[list[str]] = []
     recording: ClassVar[list[Recorded] | None] = None
     broken: ClassVar[dict[str, Callable[..., Any]]] = {}
+    kept: ClassVar[TorchDispatchMode | None] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -140,6 +151,7 @@ class Soft(TorchDispatchMode):
         to_npu = wanted is not None and torch.device(wanted).type == "npu"
         if not (here or to_npu) or name in _LEFT_TO_TORCH_NPU or name.startswith("prim"):
             return func(*args, **kwargs)
+        name = _OF_TORCH.get(name, name)
         Soft.log.append(name)
         if Soft.recording is not None:
             if name in _ASKS_THE_DEVICE or (name == "aten::_to_copy" and not to_npu and wanted is not None):
@@ -157,7 +169,8 @@ def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "aten::_to_copy":
         source = args[0]
         target = torch.device(kwargs.get("device") or source.device)
-        moved = on_cpu(source).to(dtype=kwargs.get("dtype") or source.dtype, copy=True)
+        dtype = kwargs.get("dtype") or (args[1] if len(args) > 1 else source.dtype)
+        moved = on_cpu(source).to(dtype=dtype, copy=True)
         return on_npu(moved) if target.type == "npu" else moved
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
@@ -192,7 +205,8 @@ class SoftGraph:
 
     def replay(self) -> None:
         for func, args, kwargs, before in self.calls:
-            after = _compute(func, func._schema.name, args, dict(kwargs))
+            name = func._schema.name
+            after = _compute(func, _OF_TORCH.get(name, name), args, dict(kwargs))
             for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
                 if isinstance(old, torch.Tensor) and old is not new:
                     on_cpu(old).copy_(on_cpu(new))
@@ -246,4 +260,6 @@ def install() -> None:
     threading.Thread.run = softly  # type: ignore[method-assign]
     npu = torch.get_device_module("npu")
     npu.NPUGraph, npu.graph, npu.graph_pool_handle = SoftGraph, _Graph, object
-    Soft().__enter__()
+    mode = Soft()
+    mode.__enter__()
+    Soft.kept = mode  # torch 2.9 does not hold the mode that it is told to enter again

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 import qwenrt
 from qwenrt import assembly
 from qwenrt.backends import registry
-from qwenrt.backends.ascend import calls
+from qwenrt.backends.ascend import calls, fused
 from qwenrt.backends.ascend.graphs import _Captured
+from qwenrt.engine.failures import typed
 from qwenrt.errors import BackendError, CapacityError, QwenrtError
 from qwenrt.loading import load_random
-from qwenrt.ops.steps import StepPlan
+from qwenrt.ops.steps import LayerKV, StepPlan
 from tests.npu.operators import OPERATORS
 from tests.npu.wheel.soft import Soft, SoftGraph
 
@@ -62,6 +67,24 @@ def test_recorded_models_give_the_tokens_of_the_cpu(model: str, unchecked: None,
             assert float((logits.amax(1) - chosen).max()) < 0.02  # the likeliest, or as likely within float16
     assert ("captured in" in told) == (family in ("A2", "A3"))
     assert not [line for line in told.splitlines() if line.startswith("attention") and "plain" in line]
+
+
+def test_an_int8_cache_is_read_by_fused_attention(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Its own check at load and the self-check included; graphs are told lengths as over numbers."""
+    if family not in ("A2", "A3"):
+        pytest.skip("the definition reads it there")
+    before, dtypes, attend = len(Soft.log), set(), fused.decode_attention
+
+    def noted(q: torch.Tensor, kv: LayerKV, *others: Any) -> torch.Tensor:
+        dtypes.add(kv.k.dtype)
+        return attend(q, kv, *others)
+
+    monkeypatch.setattr(fused, "decode_attention", noted)
+    with qwenrt.load("demo", device="npu", kv_cache_dtype="int8", max_model_len=512, progress=False) as llm:
+        answer, _ = llm.chat("What is the capital of France?", temperature=0)
+        told = " ".join(llm.explain().split())
+    assert "Paris" in answer and "self-check" not in told and torch.int8 in dtypes
+    assert "npu::npu_fused_infer_attention_score" in Soft.log[before:]
 
 
 def test_the_demo_is_loaded_with_every_check_and_answers(family: str) -> None:
@@ -143,18 +166,92 @@ def test_an_operator_that_answers_wrongly_is_not_used(monkeypatch: pytest.Monkey
         assert "self-check: differs" in " ".join(llm.explain().split())
 
 
-def test_an_operator_that_fails_in_an_answer_ends_in_an_error_that_says_so(
-    unchecked: None, monkeypatch: pytest.MonkeyPatch, family: str
+@pytest.mark.parametrize(
+    ("said", "kind", "what"),
+    [
+        (
+            "ERR02200 DIST call hccl api failed: 507015 aicore exception",
+            BackendError,
+            "ASCEND_LAUNCH_BLOCKING=1",
+        ),
+        (
+            "ACL stream synchronize failed, error code:507054 HBM MULTI BIT ECC ERROR",
+            BackendError,
+            "npu-smi info",
+        ),
+        ("synchronize failed, error code:507010 lost heartbeat", BackendError, "ASCEND_RT_VISIBLE_DEVICES"),
+        (
+            "NPU out of memory. Tried to allocate 4.00 GiB (NPU 0; 64 GiB total)",
+            CapacityError,
+            "share the card",
+        ),
+        ("ERR02005 DIST internal error, HCCL function error: HcclGetRootInfo", BackendError, "between cards"),
+        ("of this nothing is known", BackendError, 'load with device="cpu"'),
+    ],
+)
+def test_what_fails_in_an_answer_ends_in_an_error_that_says_what_to_do(
+    said: str,
+    kind: type[QwenrtError],
+    what: str,
+    unchecked: None,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
 ) -> None:
     def dies(*given: Any, **named: Any) -> Any:
-        raise RuntimeError("ERR02200 DIST call hccl api failed: 507015 aicore exception")
+        raise RuntimeError(said)
 
     with qwenrt.load(
         str(GOLDEN / "plain"), device="npu", dtype="float16", max_model_len=256, progress=False
     ) as llm:
         monkeypatch.setitem(Soft.broken, "npu_rms_norm", dies)
-        with pytest.raises(QwenrtError, match="507015"):
+        with pytest.raises(kind) as raised:
             llm.generate(prompt_token_ids=[5, 6], sampling_params=GREEDY)
+        assert said[:40] in raised.value.found and what in raised.value.remedy
+        monkeypatch.delitem(Soft.broken, "npu_rms_norm")  # as a device that came back
+        assert len(llm.generate(prompt_token_ids=[5, 6], sampling_params=GREEDY).token_ids) == 10
+
+
+def test_torch_npu_says_itself_that_memory_is_out(family: str) -> None:
+    """Its own words, for an allocation beyond what the card has."""
+    with _disable_current_modes(), pytest.raises(RuntimeError) as raised:
+        torch.empty(8 << 30, dtype=torch.uint8, device="npu")
+    error = typed(raised.value, "a large tensor", registry.create("npu"))
+    assert isinstance(error, CapacityError) and "npu-smi info" in error.remedy
+
+
+def test_a_card_that_dies_while_it_is_waited_for_is_an_error(family: str) -> None:
+    """torch_npu's words for a code of CANN's, in a process of its own: there is no going on after it."""
+    code = (
+        "import torch, torch_npu\nfrom qwenrt.backends.ascend.errors import meaning\n"
+        "x = torch.empty(4, device='npu')\nimport os\nos.environ['STAND_IN_FAILS'] = '507054'\n"
+        "import ctypes\nctypes.CDLL(None).setenv(b'STAND_IN_FAILS', b'507054', 1)\n"
+        "try:\n    torch.npu.synchronize()\nexcept RuntimeError as error:\n"
+        "    print(meaning(str(error))[1])\n    os._exit(0)\nos._exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "The card itself has failed" in done.stdout, done.stderr[-600:]
+
+
+def test_without_hccl_doctor_says_what_is_missing_and_loading_ends_in_an_error(
+    tmp_path: Path, family: str
+) -> None:
+    """A half-installed CANN: all libraries but one. Nothing crashes, and the way out is named."""
+    here = Path(os.environ["LD_LIBRARY_PATH"])
+    for library in here.glob("*.so"):
+        if library.name != "libhccl.so":
+            (tmp_path / library.name).symlink_to(library)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    load = (
+        "import qwenrt\ntry:\n    qwenrt.load('demo', device='npu')\n"
+        "except qwenrt.errors.BackendError as error:\n    print(error)\n"
+    )
+    for command in (["-m", "qwenrt", "doctor", "--device", "npu"], ["-c", load]):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=150, env=environment
+        )
+        said = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode == (1 if "doctor" in command else 0), said[-800:]
+        assert "libhccl.so" in said and ("set_env.sh" in said or "qwenrt doctor" in said)
 
 
 def test_too_little_memory_is_said_before_any_is_taken(unchecked: None) -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qwenrt.errors import RequestError
 from qwenrt.text.chat.builtin_templates import TEMPLATES, family
 from qwenrt.text.chat.template_format import TemplateFormat
 from qwenrt.text.replies.reply_format import ReplyFormat
@@ -19,6 +20,7 @@ DEFAULT_SYSTEM = {
     "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "qwen2.5-math": "Please reason step by step, and put your final answer within \\boxed{}.",
 }
+HYBRID = ("qwen3.5", "qwen3.5-small")
 OPENING = {"qwq": "<think>\n", "qwen3-thinking": "<think>\n"}
 WEATHER = {
     "type": "function",
@@ -126,7 +128,7 @@ def opening(name):
     return "<|im_start|>assistant\n" + OPENING.get(name, "")
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in HYBRID])
 def test_system_turns(written, name):
     default = turn("system", DEFAULT_SYSTEM[name]) if name in DEFAULT_SYSTEM else ""
     asked = turn("user", "你好 ")
@@ -241,6 +243,44 @@ def test_the_switch(written):
     assert written("qwen3", [user("a")], enable_thinking=True) == begun
 
 
+def test_hybrid_models(written):
+    """Every text trimmed, tools as JSON before the system text, calls as XML, and thoughts after the last query, always
+    with their tags."""
+    rules = XML_BLOCK.partition("</tools>")[2]
+    listed = json.dumps(WEATHER, ensure_ascii=False)
+    block = f"# Tools\n\nYou have access to the following functions:\n\n<tools>\n{listed}\n</tools>{rules}"
+    begun = "<|im_start|>assistant\n"
+    system, asked = {"role": "system", "content": " S "}, turn("user", "q")
+    for name, thinks in (("qwen3.5", True), ("qwen3.5-small", False)):
+        prompt = turn("system", "S") + asked + begun
+        closed, opened = "<think>\n\n</think>\n\n", "<think>\n"
+        assert written(name, [system, user(" q\n")]) == prompt + (opened if thinks else closed)
+        assert written(name, [user("q")], enable_thinking=False) == asked + begun + closed
+        assert written(name, [user("q")], enable_thinking=True) == asked + begun + opened
+        assert written(name, [user("q")], [WEATHER]).startswith(turn("system", block) + asked)
+        given = written(name, [system, user("q")], [WEATHER])
+        assert given.startswith(turn("system", f"{block}\n\nS") + asked)
+    results = [{"role": "tool", "content": "sunny"}, {"role": "tool", "content": " 雨"}]
+    calls = [call(city="Rome"), call(days=[1])]
+    said = (
+        "I look.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n"
+        "</tool_call>\n"
+        "<tool_call>\n<function=get_weather>\n<parameter=days>\n[1]\n</parameter>\n</function>\n</tool_call>"
+    )
+    answered = turn("user", "<tool_response>\nsunny\n</tool_response>\n<tool_response>\n雨\n</tool_response>")
+    old = [user("a"), assistant("<think>\nhm\n</think>\n\nb"), user("q")]
+    now = assistant("I look.", reasoning_content=" so ", tool_calls=calls)
+    before = turn("user", "a") + turn("assistant", "b") + asked
+    assert written("qwen3.5", [*old, now, *results]) == (
+        before + turn("assistant", f"<think>\nso\n</think>\n\n{said}") + answered + begun + "<think>\n"
+    )
+    plain = written("qwen3.5", [user("q"), assistant("b")], add_generation_prompt=False)
+    assert plain == asked + turn("assistant", "<think>\n\n</think>\n\nb")
+    for refused in ([user("a"), system, user("b")], [system, assistant("b")]):
+        with pytest.raises(RequestError):
+            written("qwen3.5", refused)
+
+
 def test_styles():
     none, hermes = ReplyFormat("none", "none"), ReplyFormat("hermes", "none")
     assert {name: made.reply_format for name, made in COMPILED.items()} == {
@@ -252,6 +292,8 @@ def test_styles():
         "qwen3-instruct": hermes,
         "qwen3-thinking": ReplyFormat("hermes", "open"),
         "qwen3-coder": ReplyFormat("xml", "none"),
+        "qwen3.5": ReplyFormat("xml", "open"),
+        "qwen3.5-small": ReplyFormat("xml", "hybrid"),
     }
 
 
@@ -278,6 +320,10 @@ LATE = {"config": {"max_position_embeddings": 262144}}
         ("qwen3_moe", "m", {**LATE, "generation_config": {"repetition_penalty": 1.05}}, "qwen3-coder"),
         ("qwen3_moe", "Qwen3-Coder-30B-A3B-Instruct", {}, "qwen3-coder"),
         ("qwen3", "Qwen3-4B-Thinking-2507", {}, "qwen3-thinking"),
+        ("qwen3_next", "m", {**LATE, "generation_config": {"temperature": 0.6}}, "qwen3-thinking"),
+        ("qwen3_5", "m", {"config": {"text_config": {"num_hidden_layers": 24}}}, "qwen3.5-small"),
+        ("qwen3_5_text", "m", {"config": {"num_hidden_layers": 32}}, "qwen3.5"),
+        ("qwen3_5_moe", "m", {"config": {"text_config": {"num_hidden_layers": 4}}}, "qwen3.5"),
         ("qwen3", "models--Qwen--Qwen3-4B-Instruct-2507/snapshots/abc", {}, "qwen3-instruct"),
     ],
 )  # fmt: skip

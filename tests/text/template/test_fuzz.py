@@ -11,9 +11,9 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template  # noqa: TID251
 
 from qwenrt.errors import QwenrtError
+from qwenrt.text.template.provenance import masked
 from qwenrt.text.template.sandbox import JinjaTemplate
 from tests.text.template.fuzz import Writer
-from tests.text.template.masked import masked
 
 OWN_LETTERS = re.compile("[\U0001d400-\U0001d433]")  # mathematical letters: no template here writes them
 

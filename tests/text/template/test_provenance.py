@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenrt.text.template.provenance import MASK, TemplateText, joined, own_text, ownership, plain
-from tests.text.template.masked import masked
+from qwenrt.text.template.provenance import MASK, TemplateText, joined, masked, own_text, ownership, plain
 
 # The template writes in capitals, the outside in small letters; both have blanks, lines and letters that grow.
 OWN, OUTSIDE = "ABß <|>\n", "xyŉ <|>\n"

@@ -37,6 +37,54 @@ def rms_norm(
 
 
 @triton.jit
+def scale_rows(
+    x_ptr,
+    weight_ptr,
+    place_ptr,
+    y_ptr,
+    squares_ptr,
+    rows,
+    width,
+    headroom,
+    PLACE: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Half of a norm, for linears that have the other: x times the weight over headroom, and the sum of x's squares."""
+    row, d = tl.program_id(0) * BR + tl.arange(0, BR)[:, None], tl.arange(0, BD)[None, :]
+    at, inside = row.to(tl.int64) * width, (row < rows) & (d < width)
+    x = tl.load(x_ptr + at + d, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+    if PLACE:
+        place = tl.load(place_ptr + d, mask=d < width, other=0)
+    else:
+        place = d
+    tl.store(y_ptr + at + place, (x * weight / headroom).to(y_ptr.dtype.element_ty), mask=inside)
+    of_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    tl.store(squares_ptr + of_row, tl.sum(x * x, 1), mask=of_row < rows)
+
+
+def scaled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    headroom: float,
+    place: torch.Tensor | None,
+    elements: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, D] -> x * weight / headroom in ``dtype``, channel i at ``place[i]``, and sums of squares float32 [1, T]."""
+    (rows, width), x = x.shape, x.contiguous()
+    y = torch.empty(rows, width, dtype=dtype, device=x.device)
+    squares = torch.empty(1, rows, device=x.device)
+    block = power(width)
+    count = min(max(1, elements // block), power(rows))
+    at = y if place is None else place
+    args = (x, weight, at, y, squares, rows, width, headroom)
+    launch(scale_rows, (cdiv(rows, count),), *args, PLACE=place is not None, BR=count, BD=block)
+    return y, squares
+
+
+@triton.jit
 def silu_rows(gate_up_ptr, y_ptr, total, width, BLOCK: tl.constexpr):
     """silu is rounded to the dtype, and its product with up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -8,10 +8,15 @@ import torch
 import triton
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Run ``kernel`` over a grid on the device of its first tensor. ``constants``: what it is compiled for."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, pdl: int = False, **constants: Any
+) -> None:
+    """Run ``kernel`` over a grid on the device of its first tensor. ``constants``: what it is compiled for. ``pdl``: it
+    may begin while the one before ends, for which it waits by itself."""
     if not all(grid):
         return
+    if pdl:
+        constants["launch_pdl"] = True
     first = next(arg for arg in args if isinstance(arg, torch.Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):

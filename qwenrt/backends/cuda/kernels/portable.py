@@ -123,12 +123,12 @@ def zeros_of(zeros_ptr, at, inside, zero: tl.constexpr, MODE: tl.constexpr):
 def values_of(words, zeros, BITS: tl.constexpr, GROUP: tl.constexpr):
     """Words [rows, BG, GROUP * BITS / 32] -> their codes less zeros [rows, BG], exact float32 [rows, BG, GROUP], in the
     order of inputs."""
-    pairs = tl.join(words, words >> 16)
-    quads = tl.join(pairs, pairs >> 8)
+    eights = tl.join(words, words >> 8)
     if BITS == 4:
-        codes = tl.join(quads, quads >> 4) & 15
+        fours = tl.join(eights, eights >> 4)
+        codes = tl.join(fours, fours >> 16) & 15
     else:
-        codes = quads & 255
+        codes = tl.join(eights, eights >> 16) & 255
     # 2^23 + code is a float32 whose last bits are the code
     floats = tl.reshape(
         (codes | 0x4B000000).to(tl.float32, bitcast=True), (words.shape[0], words.shape[1], GROUP)

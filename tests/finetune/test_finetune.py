@@ -18,11 +18,15 @@ from safetensors.torch import load_file
 from qwenrt.config import read_model_config
 from qwenrt.errors import CheckpointError, ConfigError, RequestError
 from qwenrt.finetune import finetune
-from qwenrt.finetune.data import IGNORE, Corpus, encode_entry
-from qwenrt.finetune.trainer import STATE_FILE, Trainer, TrainingSettings
+from qwenrt.finetune.building import Base, build
+from qwenrt.finetune.data import Corpus
+from qwenrt.finetune.settings import TrainingSettings
+from qwenrt.finetune.state import STATE_FILE
+from qwenrt.finetune.trainer import Trainer
 from qwenrt.loader.checkpoint.writing import save_atomically
+from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
+from qwenrt.text.chat.training_form import IGNORE, training_samples
 from qwenrt.text.entries import read_entries
-from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 CONFIG = {
     "model_type": "qwen",
@@ -32,7 +36,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "kv_channels": 16,
     "intermediate_size": 96,
-    "seq_length": 64,
+    "seq_length": 128,
     "max_position_embeddings": 256,
     "no_bias": True,
     "layer_norm_epsilon": 1e-06,
@@ -50,6 +54,11 @@ QUICK = {
     "threads": 1,
     "progress": False,
 }
+
+
+def encode_entry(tokenizer, entry):
+    (sample,) = training_samples(tokenizer, entry)
+    return sample.ids, sample.labels
 
 
 @pytest.fixture
@@ -76,7 +85,7 @@ def same(a, b):
 
 
 def test_labels_are_what_the_assistant_says_and_the_frame_of_every_turn(base):
-    tokenizer = Tokenizer.from_dir(base)
+    tokenizer = ChatTokenizer.from_dir(base)
     start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.encode("\n")[0]
 
     def part(role, text, spoken):
@@ -106,7 +115,7 @@ def test_labels_are_what_the_assistant_says_and_the_frame_of_every_turn(base):
 
 
 def test_conversations_in_openais_shape_are_the_same_ones(base):
-    tokenizer = Tokenizer.from_dir(base)
+    tokenizer = ChatTokenizer.from_dir(base)
     said = [("user", "hi"), ("assistant", "Hello!"), ("user", "more"), ("assistant", "no")]
     ours = {"conversations": [{"from": role, "value": text} for role, text in said]}
     theirs = {"messages": [{"role": role, "content": text} for role, text in said]}
@@ -118,41 +127,65 @@ def test_conversations_in_openais_shape_are_the_same_ones(base):
 
 
 def test_control_tokens_typed_by_a_user_stay_text(base):
-    tokenizer = Tokenizer.from_dir(base)
+    tokenizer = ChatTokenizer.from_dir(base)
     turns = [{"from": "user", "value": "<|im_end|>"}, {"from": "assistant", "value": "<|endoftext|>"}]
     ids, _ = encode_entry(tokenizer, {"conversations": turns})
     assert ids.count(tokenizer.im_end_id) == 3 and tokenizer.eod_id not in ids
 
 
 def test_plain_text_carries_loss_everywhere_and_ends(base):
-    tokenizer = Tokenizer.from_dir(base)
+    tokenizer = ChatTokenizer.from_dir(base)
     ids, labels = encode_entry(tokenizer, {"text": "ab"})
     assert ids == labels == [97, 98, tokenizer.eod_id]
 
 
 def test_batches_take_every_entry_once_and_keep_to_the_budget(base):
-    tokenizer = Tokenizer.from_dir(base)
+    tokenizer = ChatTokenizer.from_dir(base)
     entries = [{"text": "x" * (1 + 7 * i % 60)} for i in range(300)]
     corpus = Corpus.encode(tokenizer, entries, 64)
     batches = corpus.batches(3, 0, 256)
     assert sorted(e for b in batches for e in b) == list(range(300))
     for batch in batches:
-        ids, labels = corpus.take(batch, pad_id=tokenizer.eod_id)
-        assert ids.numel() <= 256 and ids.shape == labels.shape
-        assert (labels != IGNORE).sum() == sum(corpus.length(e) for e in batch)
+        ids, targets, lengths = corpus.take(batch)
+        assert sum(lengths) == len(ids) == len(targets) <= 256
+        assert (targets != IGNORE).sum() == sum(map(corpus.learned, batch)) == len(ids) - len(batch)
     assert corpus.batches(3, 0, 256) == batches != corpus.batches(3, 1, 256)
 
 
-def test_padding_and_batching_do_not_change_the_loss(base):
-    corpus = Corpus.encode(Tokenizer.from_dir(base), ENTRIES, 96)
-    settings = {k: v for k, v in QUICK.items() if k not in ("threads", "progress")}
-    from qwenrt.finetune.trainer import TrainingSettings
+def run_of(source, entries=ENTRIES, config=None, held_out=None, identity=None, **settings):
+    options = TrainingSettings(**{"batch_tokens": 256, "max_length": 96, "method": "full", **settings})
+    corpus = Corpus.encode(ChatTokenizer.from_dir(source), entries, options.max_length)
+    found = Base.open(source, config or read_model_config(source), options)
+    return build(found, corpus, options, identity=identity, held_out=held_out)
 
-    trainer = Trainer(base, read_model_config(base), corpus, TrainingSettings(**settings), pad_id=256)
-    counts = [int((corpus.take([e], 256)[1][:, 1:] != IGNORE).sum()) for e in range(len(corpus))]
-    alone = sum(float(trainer.loss([e])[0].detach()) * n for e, n in enumerate(counts)) / sum(counts)
-    together = float(trainer.loss(list(range(len(corpus))))[0].detach())
-    assert together == pytest.approx(alone, rel=1e-5)
+
+def gradients(trainer, samples):
+    value = trainer.gradients(samples)
+    found = {name: p.grad.clone() for name, p in trainer.optimizer.masters.items()}
+    trainer.optimizer.forget()
+    return value, found
+
+
+def test_however_a_step_is_cut_its_gradients_are_the_sum_over_its_samples(base):
+    """Packed in one pass, one by one, and with recomputation: nothing crosses from sample to sample, and each learned
+    token counts the same."""
+    whole = run_of(base, from_scratch=True)
+    value, wanted = gradients(whole, list(range(6)))
+    learned = [whole.corpus.learned(s) for s in range(6)]
+    assert len(set(learned)) > 1
+    summed = {name: torch.zeros_like(gradient) for name, gradient in wanted.items()}
+    for sample in range(6):
+        _, alone = gradients(whole, [sample])
+        for name, gradient in alone.items():
+            summed[name] += gradient * learned[sample] / sum(learned)
+    for name, gradient in wanted.items():
+        assert torch.allclose(summed[name], gradient, atol=1e-6, rtol=1e-5), name
+    for how in ({"micro_tokens": 1}, {"micro_tokens": 150}, {"recompute": "all"}):
+        other, found = gradients(run_of(base, from_scratch=True, **how), list(range(6)))
+        assert other == pytest.approx(value, rel=1e-6)
+        for name, gradient in wanted.items():
+            assert torch.allclose(found[name], gradient, atol=1e-6, rtol=1e-5), (how, name)
+    assert whole.loss([0, 1]) == pytest.approx(gradients(whole, [0, 1])[0], rel=1e-6)
 
 
 # ---- a run
@@ -192,7 +225,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(base, tmp_path, monkeypa
     step = Trainer.train_step
 
     def cut(self, batch):
-        if self.step == 5:
+        if self.progress.step == 5:
             raise KeyboardInterrupt
         return step(self, batch)
 
@@ -212,15 +245,15 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(base, tmp_path, monkeypa
 
 def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(base, tmp_path, monkeypatch, capsys):
     whole = finetune(base, ENTRIES, tmp_path / "whole", epochs=8, **QUICK)
-    loss = Trainer.loss
+    loss = Trainer.gradients
 
     def press(self, batch):
-        if self.step == 2:
+        if self.progress.step == 2:
             signal.raise_signal(signal.SIGINT)
         return loss(self, batch)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(Trainer, "loss", press)
+    monkeypatch.setattr(Trainer, "gradients", press)
     with pytest.raises(KeyboardInterrupt, match=rf"after step 3 of {whole.steps}; they are kept.*goes on"):
         finetune(base, ENTRIES, tmp_path / "cut", epochs=8, **QUICK)
     assert "Ctrl-C again stops at once" in capsys.readouterr().err
@@ -234,7 +267,7 @@ def test_the_second_ctrl_c_stops_within_the_step(base, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Trainer, "loss", press)
+    monkeypatch.setattr(Trainer, "gradients", press)
     with pytest.raises(KeyboardInterrupt) as stopped:
         finetune(base, ENTRIES, tmp_path / "out", **QUICK)
     assert stopped.value.args == () and not (tmp_path / "out" / STATE_FILE).exists()
@@ -244,12 +277,11 @@ def test_a_run_goes_on_only_with_all_that_decides_its_result(base, tmp_path):
     """Each setting, the data, and the weights and configuration it began with."""
     finetune(base, ENTRIES, tmp_path / "first", epochs=1, **QUICK)
     finetune(base, ENTRIES, tmp_path / "second", epochs=1, **{**QUICK, "seed": 1})
-    config, tokenizer = read_model_config(base), Tokenizer.from_dir(base)
+    config = read_model_config(base)
 
-    def trainer(source="first", entries=ENTRIES, config=config, threads=None, **settings):
-        options = TrainingSettings(**{"epochs": 2, "batch_tokens": 256, "max_length": 96, **settings})
-        corpus = Corpus.encode(tokenizer, entries, options.max_length)
-        return Trainer(tmp_path / source, config, corpus, options, tokenizer.eod_id, threads)
+    def trainer(source="first", threads=None, **how):
+        how = {"epochs": 2, **how}
+        return run_of(tmp_path / source, identity={"threads": threads}, **how)
 
     state = tmp_path / STATE_FILE
     begun = trainer()
@@ -270,8 +302,15 @@ def test_a_run_goes_on_only_with_all_that_decides_its_result(base, tmp_path):
         "max_grad_norm": 2.0,
         "seed": 5,
         "from_scratch": True,
+        "micro_tokens": 32,
+        "precision": "bfloat16",
+        "recompute": "all",
+        "router": "frozen",
+        "eval_every": 3,
+        "keep": "last",
+        "max_dropped": 0.5,
     }
-    assert others.keys() == {field.name for field in fields(TrainingSettings)}
+    assert {"method", *others} == {field.name for field in fields(TrainingSettings)}
     for name, value in others.items():
         with pytest.raises(CheckpointError, match=f"a run with.* {name}="):
             trainer(**{name: value}).load_state(state)
@@ -356,8 +395,10 @@ def test_a_run_too_short_to_change_anything_says_so(base, tmp_path, caplog):
         (said,) = caplog.messages
         assert said.startswith("With a learning_rate of 1e-05 all the steps (6) change a weight by about")
         assert "steps in an epoch now: 2" in said
-        finetune(base, ENTRIES, tmp_path / "long", epochs=3, **QUICK)
-    assert len(caplog.messages) == 1
+        finetune(base, ENTRIES, tmp_path / "few", epochs=3, **QUICK)
+        assert caplog.messages[1].startswith("6 steps are few to learn from. Use more epochs")
+        finetune(base, ENTRIES, tmp_path / "enough", epochs=25, **QUICK)
+    assert len(caplog.messages) == 2
 
 
 # ---- bad input
@@ -446,7 +487,9 @@ def test_a_file_that_is_not_there_nothing_to_learn_and_a_vocabulary_too_large(ba
 
 
 def test_entries_with_nothing_to_learn_are_counted(base, tmp_path, caplog):
-    finetune(base, [*ENTRIES, {"text": ""}], tmp_path / "out", epochs=1, **QUICK)
+    with pytest.raises(RequestError, match=r"1 of 7 entries have nothing.*larger max_dropped"):
+        finetune(base, [*ENTRIES, {"text": ""}], tmp_path / "out", epochs=1, **QUICK)
+    finetune(base, [*ENTRIES, {"text": ""}], tmp_path / "out", epochs=1, max_dropped=0.2, **QUICK)
     assert "1 of 7 entries have nothing to learn in their first 96 tokens" in caplog.text
 
 
@@ -454,13 +497,13 @@ def test_quantised_weights_are_refused(base, tmp_path):
     quantised = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     (base / "config.json").write_text(json.dumps(quantised))
     with pytest.raises(ConfigError, match=r"quantised \(gptq int4\)"):
-        finetune(base, ENTRIES, tmp_path / "out", **QUICK)
+        finetune(base, ENTRIES, tmp_path / "out", method="full", **QUICK)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(base, tmp_path):
     from qwenrt.errors import QwenrtError
 
-    with pytest.raises(QwenrtError, match=r"the loss is .*smaller learning_rate"):
+    with pytest.raises(QwenrtError, match=r"the (loss|gradient) is .*smaller learning_rate"):
         finetune(
             base,
             ENTRIES,
