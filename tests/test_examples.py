@@ -22,7 +22,7 @@ SAYS = {
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SAYS, "fastapi_app.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SAYS, "fastapi_app.py", "finetune_capitals.py"}
 
 
 @pytest.mark.parametrize("name", sorted(SAYS))
@@ -33,6 +33,14 @@ def test_example(name: str) -> None:
     assert done.returncode == 0, done.stderr
     for words in SAYS[name]:
         assert words in done.stdout, f"{words!r} is not in:\n{done.stdout}"
+
+
+def test_capitals_in_another_form(tmp_path: Path) -> None:
+    words = [sys.executable, str(EXAMPLES / "finetune_capitals.py"), str(tmp_path / "data"), "--form", "json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert "train.jsonl: 105 conversations" in done.stdout, done.stderr
+    held_out = (tmp_path / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(held_out) == 36 and "capital" in json.loads(held_out[0])["messages"][1]["content"]
 
 
 def test_the_app_streams_and_refuses() -> None:

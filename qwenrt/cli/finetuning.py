@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt.cli.options import MODEL_HELP, add_source_options, example
+from qwenrt.cli.plots import check_can_draw, draw_training
 from qwenrt.cli.terminal import Terminal
+from qwenrt.config import read_json
 
 EXAMPLES = """example:
   qwenrt finetune Qwen-1_8B-Chat talks.jsonl ./my-model --epochs 3
@@ -126,6 +128,9 @@ def add_parser(subparsers: Any) -> None:
     )
     group.add_argument("--allow-special", action="store_true", help="read control tokens in contents as such")
     group.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the losses: .svg, .png or .pdf, with the extra plot"
+    )
+    group.add_argument(
         "--plan",
         action="store_true",
         help="say what memory and time it takes, and stop; 1 where it does not fit",
@@ -144,6 +149,7 @@ def add_parser(subparsers: Any) -> None:
 
 def finetune(args: argparse.Namespace) -> int:
     from qwenrt.finetune import finetune as train
+    from qwenrt.finetune.processes import speaks
     from qwenrt.loader.hub.resolve import resolve
 
     given = {name: getattr(args, name) for name in (*_SETTINGS, *_LORA, *_SWITCHES, "preset")}
@@ -153,6 +159,8 @@ def finetune(args: argparse.Namespace) -> int:
     directory = resolve(args.model, source=args.source, revision=args.revision, offline=args.offline)
     if args.plan:
         return _plan(args, directory, settings)
+    if args.plot is not None:
+        check_can_draw(args.plot)
     report = train(
         directory,
         args.data,
@@ -165,6 +173,10 @@ def finetune(args: argparse.Namespace) -> int:
         say=None if args.json else print_to_stderr,
         **settings,
     )
+    if not speaks():
+        return 0
+    if args.plot is not None:
+        draw_training(args.plot, read_json(report.output_dir / "loss_curve.json"))
     terminal = Terminal()
     if args.json:
         terminal.result(dataclasses.asdict(report))

@@ -67,6 +67,20 @@ def draw_profile(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None
     _keep(figure, path)
 
 
+def draw_training(path: Path, curve: dict[str, Any]) -> None:
+    """The losses of a training run, as loss_curve.json has them: of what is learned, and on what is held out."""
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*curve["loss"], strict=True), label="learned", linewidth=1)
+    if curve["held_out"]:
+        axes.plot(*zip(*curve["held_out"], strict=True), label="held out", marker="o", markersize=4)
+    low = min(loss for _, loss in (*curve["loss"], *curve["held_out"]))
+    axes.set(xlabel="step", ylabel="loss", yscale="log" if low > 0 else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.suptitle(f"{curve['tokens']} tokens in {curve['seconds']:.0f} s")
+    _keep(figure, path)
+
+
 def pyplot() -> Any:
     """matplotlib's, set so that the same results give the same picture. Raises ConfigError without it."""
     try:

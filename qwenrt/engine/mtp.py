@@ -19,9 +19,9 @@ _CHECK = (
     0.15  # what a step takes longer for each guess that it checks, beside what it reads more, of one token's
 )
 _SURE = 0.9  # a share of right guesses that is worth any cost
-_HOPE = 0.2  # how much better than worth their cost a sequence's guesses are taken to be at first
+_HOPE = 0.1  # how much better than worth their cost a sequence's guesses are taken to be at first
 _MEMORY = 8  # checks that say how often guesses are right
-_REST = (16, 256)  # tokens of a rest after too few right ones, at first and at most
+_REST = (32, 256)  # tokens of a rest after too few right ones, at first and at most
 _ENOUGH = 32  # tokens that are read although nothing is guessed, so that states do not pile up
 
 logger = logging.getLogger("qwenrt")

@@ -11,7 +11,8 @@ import torch
 
 from qwenrt.config import GenerationConfig, ModelConfig
 from qwenrt.config.layers import is_wide
-from qwenrt.errors import ConfigError, RequestError, shown
+from qwenrt.errors import CheckpointError, ConfigError, RequestError, shown
+from qwenrt.files import is_there
 from qwenrt.finetune.data import Corpus
 from qwenrt.finetune.lora import LoraSettings, TrainedAdapter, never_learned
 from qwenrt.finetune.network import (
@@ -32,6 +33,7 @@ from qwenrt.finetune.trainer import Trainer
 from qwenrt.loader.adapters import BaseWeights
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qwenrt.loader.checkpoint.gguf.directory import NOTE
 from qwenrt.loader.weights import load_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
@@ -62,6 +64,9 @@ class Base:
             raise ConfigError(
                 f"fine-tuning {source}", "it embeds texts only", "Train a model that generates them."
             )
+        if is_there(source / NOTE, CheckpointError):
+            remedy = "Train the checkpoint in safetensors that it was made of."
+            raise ConfigError(f"fine-tuning {source}", "its weights are in a GGUF file", remedy)
         if settings.from_scratch:
             checkpoint, stored = None, config
         else:

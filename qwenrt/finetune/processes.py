@@ -67,6 +67,11 @@ def group_of(device: torch.device) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
+def speaks() -> bool:
+    """Whether this process is the one of torchrun's on a machine that speaks to the user."""
+    return not (dist.is_available() and dist.is_torchelastic_launched()) or dist.get_node_local_rank(0) == 0
+
+
 def device_of(device: torch.device, rank: int) -> torch.device:
     """A device for each process of a machine."""
     if device.type == "cpu" or device.index is not None:

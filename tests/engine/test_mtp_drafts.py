@@ -65,11 +65,18 @@ def alone(key: str, rule: str) -> list[tuple[list[int], Any]]:
 
 
 def guessing(share: float, most: int = 2, seed: int = 0, **settings: Any) -> Engine:
-    """An engine whose guesses are right as often as ``share`` says. Its requests are named by key and rule."""
+    """An engine whose guesses are right as often as ``share`` says, and never rest. Its requests are named by key and
+    rule."""
     engine = make_engine(NAME, draft_tokens=most, **settings)
+    never_resting(engine.drafts.head)
     assert engine.drafts.head is not None
     engine.drafts.head = Knowing(engine.drafts.head, text_of, share, seed)
     return engine
+
+
+def never_resting(head: Any) -> None:
+    """Any share of right guesses is worth them."""
+    head._worth = 0.0
 
 
 def text_of(seq: Sequence) -> list[int]:
@@ -114,6 +121,17 @@ def test_right_guesses_save_steps_and_are_counted() -> None:
     assert engine.stats()["steps"] < LONG / 2
 
 
+@pytest.mark.parametrize(
+    ("share", "worth", "least", "most"), [(0, 0.5, 1, 2), (1, 0.5, 8, 20), (0, 0, 10, 20)]
+)
+def test_guesses_rest_where_they_are_not_worth_it(share: float, worth: float, least: int, most: int) -> None:
+    engine = guessing(share, most=1)
+    engine.drafts.head._head._worth = worth  # type: ignore[union-attr]
+    ask(engine, "2", "greedy")
+    run(engine)
+    assert least <= engine.drafts.num_guessed <= most
+
+
 def play(seed: int) -> Engine:
     """Requests that come, are cancelled, and lack blocks."""
     rng = random.Random(seed)
@@ -156,6 +174,7 @@ def test_a_chat_that_grows_finds_what_could_be_found() -> None:
     """Also where a block of an answer ended at a guess."""
     plain, engine = make_engine(NAME, max_model_len=512), make_engine(NAME, max_model_len=512, draft_tokens=2)
     texts: dict[str, list[int]] = {}
+    never_resting(engine.drafts.head)
     assert engine.drafts.head is not None
     engine.drafts.head = Knowing(engine.drafts.head, lambda seq: texts[seq.request_id], 0.7)
     source = torch.Generator().manual_seed(3)

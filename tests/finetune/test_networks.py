@@ -256,5 +256,8 @@ def test_networks_that_cannot_be_trained_are_refused(source):
     options, config = TrainingSettings(method="full", from_scratch=True), read_model_config(source)
     with pytest.raises(ConfigError, match="embeds texts only"):
         Base.open(source, replace(config, has_head=False), options)
+    (source / "gguf.json").write_text("{}")
+    with pytest.raises(ConfigError, match="in a GGUF file"):
+        Base.open(source, config, options)
     with pytest.raises(RequestError, match=r"context is 10 tokens.*at most as many"):
         build(Base(source, replace(config, max_position_embeddings=10), None), corpus_of(150), options)

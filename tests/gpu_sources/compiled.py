@@ -65,7 +65,7 @@ def launches(call: Callable[[], Any], monkeypatch: Any) -> list[Launch]:
     ) -> None:
         found.append(Launch(kernel, grid, args, warps, constants, pdl))
 
-    for name in ("portable", "between", "attention", "choose", "read", "stream"):
+    for name in ("portable", "between", "attention", "choose", "read", "stream", "attend"):
         module = __import__(f"qwenrt.backends.cuda.kernels.{name}", fromlist=["launch"])
         monkeypatch.setattr(module, "launch", note)
     call()

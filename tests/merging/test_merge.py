@@ -21,6 +21,7 @@ from qwenrt.merging import RequantizedReport, merge
 from tests.conftest import GOLDEN
 from tests.loader.adapters.peft_models import ADAPTERS, RECORDED
 from tests.loader.adapters.test_reader import loaded, logits_of, pair_for, recorded_logits, written
+from tests.ops.quantised_checkpoints import awq_config, awq_state, fp8_config, fp8_state
 
 
 def near(made: list[torch.Tensor], wanted: list[torch.Tensor], relative: float) -> bool:
@@ -106,6 +107,33 @@ def test_qwen1_and_quantised_bases(base: str, tmp_path: Path) -> None:
     assert given <= {file.name for file in (tmp_path / "out").iterdir()}
     names = load_file(tmp_path / "out" / "model.safetensors")
     assert not any(name.endswith(("qweight", "scales", "c_proj.bias")) for name in names)
+
+
+@pytest.mark.parametrize("form", ["awq", "fp8"])
+def test_other_quantised_forms_beside_dense_parts(form: str, tmp_path: Path) -> None:
+    """Parts of one linear that are codes and dense: all become dense weights under their names."""
+    source = tmp_path / "base"
+    shutil.copytree(GOLDEN / "plain", source)
+    tensors = load_file(source / "model.safetensors")
+    names = [
+        n.removesuffix(".weight") for n in tensors if n.endswith(("attn.c_attn.weight", "mlp.w1.weight"))
+    ]
+    state, _ = awq_state(tensors, names, 32) if form == "awq" else fp8_state(tensors, names, (16, 32))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = awq_config(32) if form == "awq" else fp8_config((16, 32))
+    (source / "config.json").write_text(json.dumps(config))
+    pairs: dict[str, torch.Tensor] = {}
+    for module in ("attn.c_attn", "mlp.w1", "mlp.w2"):
+        pairs |= pair_for(f"transformer.h.1.{module}", *tensors[f"transformer.h.1.{module}.weight"].shape)
+    path = written(tmp_path / "adapter", {name: tensor * 0.2 for name, tensor in pairs.items()})
+    model = loaded(source)
+    adapter, _ = read_adapter(path, model.config)
+    report = merge(source, path, tmp_path / "out", dtype="float32")
+    assert near(logits_of(loaded(tmp_path / "out")), logits_of(model, adapter), 1e-4)
+    assert report.was_quantised == ("awq int4" if form == "awq" else "fp8")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made.keys() == tensors.keys() and report.changed == 3
 
 
 @pytest.mark.parametrize("base", ["qwen3_next", "qwen3_5"])

@@ -1,4 +1,4 @@
-"""The layers of a step that decodes, by kernels/stream.py: of a layer four linears, attention between the first two.
+"""The layers of a step that decodes, in five launches each: linears by kernels/stream.py, attention by attend.py.
 
 A norm is no launch of its own: who writes the residual stream multiplies it by the next norm's weight as well, in the
 order in which the next linear reads, and leaves sums of its squares; that linear divides by their root.
@@ -7,7 +7,7 @@ order in which the next linear reads, and leaves sums of its squares; that linea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,32 +19,6 @@ from qwenrt.ops.types import AttentionWeights, LayerWeights, Packed
 
 if TYPE_CHECKING:
     from qwenrt.backends.cuda.kernels.stream import Next, Normed
-
-Heads = tuple[int, int, int]
-QKNorms = tuple[torch.Tensor, torch.Tensor, float]
-
-
-class Attends(Protocol):
-    """What is asked of the backend between the linears; qwenrt.backends.base.Backend says what each is."""
-
-    @property
-    def tiles(self) -> Tiles: ...
-
-    def rotary_store_kv(
-        self,
-        qkv: torch.Tensor,
-        heads: Heads,
-        qk_norms: QKNorms | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        q_scale: torch.Tensor | None,
-        kv: LayerKV | None,
-        plan: DecodePlan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-    def decode_attention(
-        self, q: torch.Tensor, kv: LayerKV, plan: DecodePlan, scale: float, window: int = 0
-    ) -> torch.Tensor: ...
 
 
 def why_not(network: Network) -> str | None:
@@ -60,10 +34,11 @@ def why_not(network: Network) -> str | None:
 
 
 class Body:
-    """Of one model. ``most``: rows that it serves; torch multiplies more tokens by dense weights."""
+    """Of one model, of ``few`` rows at most. ``most``: rows that it serves; torch multiplies more by dense weights."""
 
-    def __init__(self, backend: Attends, network: Network, few: int) -> None:
-        self._backend, self._network, self._tiles = backend, network, backend.tiles
+    def __init__(self, network: Network, tiles: Tiles, few: int) -> None:
+        self._network, self._tiles, self._rows = network, tiles, few
+        self._counts: torch.Tensor | None = None  # of splits that have arrived: all 0 between launches
         self._layers: list[tuple[LayerWeights, AttentionWeights, Packed, Packed]] = []
         for layer in network.layer_weights:
             assert isinstance(layer.mixer, AttentionWeights) and isinstance(layer.mlp, tuple)
@@ -83,11 +58,7 @@ class Body:
         for i, (layer, mixer, gate_up, down) in enumerate(self._layers):
             kv = cache[i]
             assert half is not None and isinstance(kv, LayerKV)
-            qkv = self._linear(half, mixer.qkv_proj)
-            turns = rotary.cos, rotary.sin, rotary.q_scale
-            q, _, _ = self._backend.rotary_store_kv(qkv, mixer.heads, mixer.qk_norms, *turns, kv, plan)
-            attended = self._backend.decode_attention(q, kv, plan, mixer.scale, mixer.window).flatten(1)
-            attended = streaming.in_order(attended, mixer.o_proj)
+            attended = self._attend(self._linear(half, mixer.qkv_proj), mixer, rotary, plan, kv)
             x, half = self._add(attended, mixer.o_proj, x, self._next(layer.post_norm, layer.eps, gate_up))
             assert half is not None
             inner = self._linear(half, gate_up, pair=True, place=streaming.place(down))
@@ -96,6 +67,17 @@ class Body:
         if half is None:
             return self._network.logits(self._network.final_norm(x))
         return self._linear(half, head.linear).float()
+
+    def _attend(
+        self, qkv: torch.Tensor, w: AttentionWeights, rotary: RotaryRows, plan: DecodePlan, kv: LayerKV
+    ) -> torch.Tensor:
+        """[T, (H + 2 KVH) hd] -> [T, H hd] as o_proj reads it."""
+        from qwenrt.backends.cuda.kernels.attend import attend
+
+        if self._counts is None:
+            self._counts = torch.zeros(self._rows * w.heads[0], dtype=torch.int32, device=qkv.device)
+        args = (qkv, w.heads, w.qk_norms, rotary, kv, plan, w.scale, w.window)
+        return streaming.in_order(attend(*args, self._counts, self._tiles).flatten(1), w.o_proj)
 
     def _after(self, i: int, rows: int) -> Next | None:
         """What reads a layer's result: the next layer, or the head where it is computed here."""

@@ -288,7 +288,7 @@ class TritonBackend(Backend):
         distrusted = {*_OF_LAYERS} & self.demoted.keys()
         if not self.gluon or distrusted or body.why_not(network) is not None:
             return None
-        return body.Body(self, network, FEW)
+        return body.Body(network, self.tiles, FEW)
 
     def choose_rows(
         self, logits: torch.Tensor, draw: DrawTensors | None, width: int, unused: torch.Tensor | None

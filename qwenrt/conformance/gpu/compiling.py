@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from qwenrt.backends import registry
-from qwenrt.backends.cuda import packing
+from qwenrt.backends.cuda import packing, streaming
 from qwenrt.backends.cuda.overrides import TritonBackend
-from qwenrt.ops.steps import DecodePlan, LayerKV
+from qwenrt.ops.steps import DecodePlan, LayerKV, RotaryRows
 from qwenrt.ops.types import Packed
 
-MODULES = ("portable", "between", "attention", "choose", "read", "stream")  # that launch kernels
+MODULES = ("portable", "between", "attention", "choose", "read", "stream", "attend")  # that launch kernels
 _META = torch.device("meta")
 _SHAPES = {
     "1.8B": (2048, 5504, 16, 128),
@@ -77,9 +77,9 @@ def calls(backend: TritonBackend) -> dict[str, Callable[[], Any]]:
                 name = f"{model}, {bits} bits, {rows} rows"
                 found |= {
                     f"{name}: qkv": partial(backend.norm_linear, x, norm, 1e-6, qkv),
-                    f"{name}: o": partial(backend.linear_add, x, weight(hidden, hidden), x),
+                    f"{name}: o": partial(_added, backend, x, weight(hidden, hidden), norm),
                     f"{name}: gate and up": partial(backend.norm_gate_up_silu, x, norm, 1e-6, gate_up),
-                    f"{name}: down": partial(backend.linear_add, middle, weight(hidden, inner), x),
+                    f"{name}: down": partial(_added, backend, middle, weight(hidden, inner), norm),
                 }
             head = _weight(_VOCABULARY, hidden, 16)
             found[f"{model}, {rows} rows: head"] = partial(backend.linear, x, head)
@@ -89,6 +89,18 @@ def calls(backend: TritonBackend) -> dict[str, Callable[[], Any]]:
                 name = f"{model}, {rows} rows, {'int8' if int8 else 'float'} cache"
                 found |= _between(backend, name, rows, (heads, heads, head_dim), int8)
     return found
+
+
+def _added(backend: TritonBackend, x: torch.Tensor, w: Packed, norm: torch.Tensor) -> None:
+    """As a captured step has it, with what the next norm takes, or else as the seam has it."""
+    residual = _empty(len(x), w.out_features)
+    if not backend.gluon:
+        backend.linear_add(x, w, residual)
+        return
+    from qwenrt.backends.cuda.kernels import stream
+
+    following = stream.Next(norm, 1e-6, torch.bfloat16)
+    stream.linear_add(x, w, streaming.warps(w, backend.tiles), residual, following)
 
 
 def _between(
@@ -101,6 +113,12 @@ def _between(
     )
     plan, qkv = DecodePlan(position, table, slots), _empty(rows, 3 * heads[0] * heads[2])
     q = _empty(rows, heads[0], heads[2])
+    if backend.gluon:
+        from qwenrt.backends.cuda.kernels.attend import attend
+
+        counts, turns = _empty(rows * heads[0], dtype=torch.int32), RotaryRows(turn, turn, None)
+        at_once = partial(attend, qkv, heads, None, turns, kv, plan, 0.1, 0, counts, backend.tiles)
+        return {f"{name}: attention in one launch": at_once}
     return {
         f"{name}: rotation": partial(backend.rotary_store_kv, qkv, heads, None, turn, turn, None, kv, plan),
         f"{name}: attention": partial(backend.decode_attention, q, kv, plan, 0.1),

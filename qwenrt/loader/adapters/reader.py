@@ -13,10 +13,10 @@ import torch
 
 from qwenrt.config import ModelConfig
 from qwenrt.config.adapter import FILE, AdapterConfig, read_adapter_config
-from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.errors import CheckpointError, RequestError, shown
 from qwenrt.files import is_there
 from qwenrt.loader.adapters.names import PICKLED, WEIGHTS
-from qwenrt.loader.adapters.placing import IN_OUT, Placing, Target
+from qwenrt.loader.adapters.placing import IN_OUT, LAYOUTS, Placing, Target
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, TensorReader, check_link
 from qwenrt.loader.checkpoint.digest import add_shard
 from qwenrt.loader.checkpoint.header import read_metadata, read_shard
@@ -107,6 +107,9 @@ def open_adapter(
 ) -> Adapter:
     """As read_adapter, with what cannot be served."""
     path = Path(directory)
+    if moe_layout not in (None, *LAYOUTS):
+        found = f"moe_layout={shown(moe_layout)}"
+        raise RequestError(f"reading the adapter in {path}", found, f"Give one of {', '.join(LAYOUTS)}.")
     said = read_adapter_config(_file(path, FILE))
     shard = read_shard(_file(path, WEIGHTS))
     entries = {entry.name: entry for entry in shard.tensors}

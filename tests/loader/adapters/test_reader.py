@@ -166,6 +166,8 @@ def test_experts_one_by_one_and_all_in_one(tmp_path: Path) -> None:
     tensors = {f"{stem}.lora_A.weight": torch.randn(8, 16), f"{stem}.lora_B.weight": torch.randn(16, 8)}
     with pytest.raises(CheckpointError, match=r'moe_layout="out_in"'):
         read_adapter(written(tmp_path / "b", tensors), square)
+    with pytest.raises(RequestError, match="one of out_in, in_out"):
+        read_adapter(tmp_path / "b", square, moe_layout="fused")
     ways = [read_adapter(tmp_path / "b", square, moe_layout=way)[0] for way in ("out_in", "in_out")]
     (one,), (two,) = (adapter.linears["layers.1.experts.3.down_proj"] for adapter in ways)
     assert torch.allclose(one.b @ one.a, (two.b @ two.a).t())

@@ -153,6 +153,12 @@ def merge_splits(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside & (tl.arange(0, BD)[None, :] < D))
 
 
+def splits_of(keys: int, window: int, tiles: Tiles) -> int:
+    """Programs that share a sequence's keys, of which a query sees up to so many."""
+    seen = min(keys, window) if window else keys
+    return min(_MOST_SPLITS, power(cdiv(seen, tiles.per_split)))
+
+
 def decode_attention(
     q: torch.Tensor, kv: LayerKV, plan: DecodePlan, scale: float, window: int, tiles: Tiles
 ) -> torch.Tensor:
@@ -160,9 +166,7 @@ def decode_attention(
     (rows, heads, head_dim), kv_heads = q.shape, kv.k.shape[2]
     q, y = q.contiguous(), q.new_empty(q.shape)
     table = plan.table if plan.table.stride(-1) == 1 else plan.table.contiguous()
-    group, keys = heads // kv_heads, table.shape[1] * kv.block_size
-    seen = min(keys, window) if window else keys
-    splits = min(_MOST_SPLITS, power(cdiv(seen, tiles.per_split)))
+    group, splits = heads // kv_heads, splits_of(table.shape[1] * kv.block_size, window, tiles)
     by_product = group > 1 and tiles.matrix_units
     queries = group if by_product else 1
     alone = splits == 1
