@@ -270,13 +270,15 @@ class LLM(Asynchronous, Retrieval, Adaptable):
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         adapter: str | None = None,
+        most_prompt_tokens: int | None = None,
         sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Prepared:
         """What `stream` asks of the engine with these arguments: rendered, tokenised and checked, for `submit` or
         `asubmit`. ``prompt``: a text to continue, as `generate` does, instead of a conversation.
 
-        Asks nothing of the engine, so it may run in any thread while that computes. Raises RequestError.
+        Asks nothing of the engine, so it may run in any thread while that computes. Raises RequestError; Overlong
+        where texts have clearly more than ``most_prompt_tokens``, without reading all of them.
         """
         params, tools = self._params(sampling_params, sampling), given_tools(tools)
         if prompt is None and prompt_token_ids is None:
@@ -289,6 +291,7 @@ class LLM(Asynchronous, Retrieval, Adaptable):
                 ThoughtWish(enable_thinking, thinking_budget, reasoning_effort),
                 tool_choice,
                 parallel_tool_calls,
+                most_prompt_tokens,
             )
             budget = checked_budget(budget, reader)
             self._compile(params)  # by itself, so that an error tells its place
@@ -301,7 +304,7 @@ class LLM(Asynchronous, Retrieval, Adaptable):
             prompt_token_ids = as_token_ids(prompt_token_ids)
         elif not isinstance(prompt, str):
             raise RequestError("prompt", f"got {type(prompt).__name__}", "Pass a string.")
-        [ids], _ = self._alive().prompter.completion_prompts(prompt, prompt_token_ids)
+        [ids], _ = self._alive().prompter.completion_prompts(prompt, prompt_token_ids, most_prompt_tokens)
         self._compile(params)
         budget = checked_budget(thinking_budget, COMPLETION)
         return Prepared(ids, params, thinking_budget=budget, adapter=adapter)

@@ -116,9 +116,10 @@ class Prompter:
         thought: ThoughtWish = NO_WISH,
         tool_choice: object = None,
         parallel_tool_calls: bool = True,
+        most: int | None = None,
     ) -> tuple[Prompt, ReplyReader, int | None]:
         """The prompt of one turn, as LLM.chat takes its parts, how its answers are read, and the budget of their
-        thoughts."""
+        thoughts. ``most``: as `Tokenizer.encode` has it."""
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
             raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
@@ -135,7 +136,7 @@ class Prompter:
             assert query is not None
             if is_qwen1 and not tools and not thought.enable:
                 system = DEFAULT_SYSTEM if system is None else system
-                prompt = Prompt(build_chat(tokenizer, query, history, system, window))
+                prompt = Prompt(build_chat(tokenizer, query, history, system, window, most=most))
                 return prompt, ReplyReader(), thought.budget
             messages = _as_messages(query, history, system)
         prompt = chat_format.prompt(
@@ -145,6 +146,7 @@ class Prompter:
             enable_thinking=thought.enable,
             reasoning_effort=thought.effort,
             max_window_size=window,
+            most=most,
         )
         return prompt, self._reader(chat_format.reply_format, prompt, choice, single_call), thought.budget
 
@@ -177,8 +179,11 @@ class Prompter:
         )
         return replace(reader, grammar=grammar)
 
-    def completion_prompts(self, prompt: object, prompt_token_ids: object) -> tuple[list[list[int]], bool]:
-        """Texts, or token ids, to be continued -> the token ids of each, and whether a single one was given."""
+    def completion_prompts(
+        self, prompt: object, prompt_token_ids: object, most: int | None = None
+    ) -> tuple[list[list[int]], bool]:
+        """Texts, or token ids, to be continued -> the token ids of each, and whether a single one was given. ``most``:
+        as `Tokenizer.encode` has it, of each."""
         if (prompt is None) == (prompt_token_ids is None):
             found = "neither" if prompt is None else "both"
             raise RequestError("generate", f"{found} of prompt and prompt_token_ids", "Pass one of the two.")
@@ -194,7 +199,8 @@ class Prompter:
                 raise RequestError(
                     "prompt", f"got {type(text).__name__}", "Pass a string or a list of strings."
                 )
-        return [[*tokenizer.prefix_ids, *tokenizer.encode(text)] for text in texts], isinstance(prompt, str)
+        ids = [[*tokenizer.prefix_ids, *tokenizer.encode(text, most=most)] for text in texts]
+        return ids, isinstance(prompt, str)
 
     def seeing_control_tokens(self, params: SamplingParams) -> SamplingParams:
         """``params`` in which a stop string that is a control token, which is left out of every text, ends one by its

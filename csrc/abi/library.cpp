@@ -16,7 +16,7 @@ int64_t qwenrt_size_of(const char* name) {
       QWENRT_STRUCT(QwenrtLinear),      QWENRT_STRUCT(QwenrtRounding),    QWENRT_STRUCT(QwenrtSequences),
       QWENRT_STRUCT(QwenrtCache),       QWENRT_STRUCT(QwenrtRotary),      QWENRT_STRUCT(QwenrtExperts),
       QWENRT_STRUCT(QwenrtLayer),       QWENRT_STRUCT(QwenrtStep),        QWENRT_STRUCT(QwenrtHead),
-      QWENRT_STRUCT(QwenrtDeltaNet),    QWENRT_STRUCT(QwenrtDeltaLayer),
+      QWENRT_STRUCT(QwenrtDeltaNet),    QWENRT_STRUCT(QwenrtDeltaLayer),  QWENRT_STRUCT(QwenrtLora),
   };
 #undef QWENRT_STRUCT
   for (const auto& one : structs)

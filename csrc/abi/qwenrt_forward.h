@@ -58,6 +58,8 @@ typedef struct {
   const int64_t* state_slots;  // as of QwenrtDeltaNet; NULL where no layer has one
   const int64_t* state_trail;  // its trail, or NULL
   QwenrtInstead instead;       // or NULL: the step then ends where a linear refuses, states moved on or not
+  const QwenrtLora* loras;     // [lora_count], sorted by matrix: of the layers' linears but those of experts
+  int64_t lora_count;
 } QwenrtStep;
 
 // What follows the layers.

@@ -73,6 +73,26 @@ typedef struct {
 QWENRT_API int qwenrt_rotary_store(const QwenrtHandle* with, const QwenrtRotary* a, const QwenrtCache* cache,
                                    int64_t tokens);
 
+#define QWENRT_LORA_RANK 512
+
+// What an adapter makes of one part of a linear for some of a step's tokens, `lora` of the Python package being the
+// definition: y = row_scale * (W x + scale * B (A x)) + bias + added.
+typedef struct {
+  const void* matrix;      // that of the QwenrtLinear
+  const float* a;          // [rank][in_features]
+  const float* b;          // [rank][rows]: B, transposed
+  const float* row_scale;  // [rows] or NULL
+  const float* bias;       // [rows] of the linear, for row_scale to leave alone; NULL: none
+  const float* added;      // [rows] or NULL
+  int64_t rank;            // up to QWENRT_LORA_RANK; 0: only `added` is new
+  int64_t rows;
+  int64_t first_row;       // of the linear
+  int64_t first_token;     // of the step
+  int64_t last_token;      // behind the last
+  float scale;
+  float reserved;
+} QwenrtLora;
+
 // One layer of linear attention (a gated delta net) in one step, as `delta_net` of the Python package defines it.
 // Value head h reads key head h / (value_heads / key_heads), or h % key_heads where they are tiled.
 typedef struct {

@@ -60,6 +60,8 @@ struct LayerKernels {
   void (*delta_head)(const QwenrtDeltaNet& a, int64_t head, int64_t token, int64_t count, float* state);
   // The sum of exp((x - largest) / temperature) over x [count].
   double (*sum_exponentials)(const float* x, int64_t count, float largest, float temperature);
+  // What one pair adds to the linear's outputs y [rows] for one token's x [inputs].
+  void (*lora)(const QwenrtLora& l, const float* x, int64_t inputs, float* y);
 };
 
 const LayerKernels* scalar_layer_kernels();

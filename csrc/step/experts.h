@@ -1,17 +1,21 @@
 // What the units of a decoder layer share: a gated MLP, and a mixture of experts. For callers that hold a PoolLock.
 #pragma once
 #include "abi/qwenrt_forward.h"
+#include "step/lora.h"
 
 // The linears of a step: those that are elsewhere, and whose inputs the kernels refuse, are left to `instead`, where
-// there is one.
+// there is one; then come the adapters.
 struct Linears {
   const QwenrtHandle* with;
   QwenrtInstead instead;
+  const QwenrtLora* loras;
+  int64_t lora_count;
 
   int operator()(const QwenrtLinear& w, const float* x, float* y, int64_t tokens) const {
-    const int status = qwenrt_linear(with, &w, x, y, tokens);
+    int status = qwenrt_linear(with, &w, x, y, tokens);
     const bool left = status == QWENRT_NOT_FINITE || status == QWENRT_NOT_SERVED;
-    return left && instead ? instead(&w, x, y, tokens) : status;
+    if (left && instead) status = instead(&w, x, y, tokens);
+    return status || !lora_count ? status : add_loras(with, loras, lora_count, w, x, y, tokens);
   }
 };
 

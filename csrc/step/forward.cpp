@@ -147,11 +147,12 @@ int qwenrt_forward(const QwenrtHandle* with, const QwenrtLayer* layers, const Qw
   PoolLock lock(with->threads);
   Buffers buffers;
   if (!make_room(layers, count, step->tokens, buffers)) return QWENRT_NO_MEMORY;
-  const Linears linear{with, step->instead};
+  const Linears linear{with, step->instead, step->loras, step->lora_count};
   for (int64_t i = 0; i < count; ++i) {
     if (layers[i].delta && !step->state_slots) return QWENRT_BAD_ARGUMENT;
     if (const int status = mixer_block(linear, layers[i], *step, caches[i], buffers, x)) return status;
     if (const int status = mlp_block(linear, layers[i], step->tokens, buffers, x)) return status;
   }
-  return step->logit_row_count ? logits_of(linear, *head, *step, buffers, x, logits) : QWENRT_OK;
+  const Linears plain{with, step->instead, nullptr, 0};  // an adapter's tokens are not the head's rows
+  return step->logit_row_count ? logits_of(plain, *head, *step, buffers, x, logits) : QWENRT_OK;
 }

@@ -19,12 +19,31 @@ from qwenrt.ops.types import Experts, LoraSpan, Packed, StepAdapters
 Spans = Sequence[LoraSpan]
 
 
+def whole_bias(w: Packed) -> torch.Tensor | None:
+    """A linear's bias [N], also where its parts have their own."""
+    parts = w.data.get("parts")
+    if not parts or w.bias is not None:
+        return w.bias
+    biases = [whole_bias(part) for part in parts]
+    if all(bias is None for bias in biases):
+        return None
+    like = next(bias for bias in biases if bias is not None)
+    pairs = zip(parts, biases, strict=True)
+    return torch.cat([like.new_zeros(p.out_features) if b is None else b for p, b in pairs])
+
+
+def _bias_for(w: Packed, spans: Spans) -> torch.Tensor | None:
+    """What ``add_lora`` asks of a linear's bias: only factors of rows must leave it alone."""
+    scaled = any(pair.row_scale is not None for span in spans for pair in span.pairs)
+    return whole_bias(w) if scaled else None
+
+
 def norm_linear(
     ops: Backend, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Packed, spans: Spans
 ) -> torch.Tensor:
     """Backend.norm_linear, and what ``spans`` add."""
     normed = ops.rms_norm(x, norm, eps)
-    return add_lora(ops.linear(normed, w), normed, spans, w.bias)
+    return add_lora(ops.linear(normed, w), normed, spans, _bias_for(w, spans))
 
 
 def linear_add(
@@ -75,9 +94,10 @@ def _mlp(
     adapters: StepAdapters,
 ) -> torch.Tensor:
     gate_up, down = linears
-    inner = add_lora(ops.linear(x, gate_up), x, adapters.of(f"{name}.gate_up_proj"), gate_up.bias)
+    spans = adapters.of(f"{name}.gate_up_proj")
+    inner = add_lora(ops.linear(x, gate_up), x, spans, _bias_for(gate_up, spans))
     return _wide(ops, ops.silu_and_mul(inner), down, dtype, adapters.of(f"{name}.down_proj"))
 
 
 def _wide(ops: Backend, x: torch.Tensor, w: Packed, dtype: torch.dtype, spans: Spans) -> torch.Tensor:
-    return add_lora(ops.wide_linear(x, w, dtype), x, spans, w.bias)
+    return add_lora(ops.wide_linear(x, w, dtype), x, spans, _bias_for(w, spans))

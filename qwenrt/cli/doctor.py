@@ -11,12 +11,12 @@ from typing import Any
 
 from qwenrt import __version__
 from qwenrt.backends.dcu import software
-from qwenrt.cli import imports, machine
+from qwenrt.cli import imports, machine, report
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, counted, readable_bytes
 from qwenrt.config import Environment
 from qwenrt.config.environment import of_process
-from qwenrt.errors import QwenrtError
+from qwenrt.errors import QwenrtError, RequestError
 
 REQUIRED = ("torch", "numpy", "safetensors", "tiktoken", "huggingface-hub", "jinja2")
 EXTRAS = {  # extra -> (its packages, what it is for)
@@ -35,24 +35,39 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--device", default="auto", help="the device to examine (default: auto)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="prove all that can be proven on the device (minutes to an hour) and write it to a file to send in",
+    )
     parser.set_defaults(command=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """0 where the device can serve, 1 where it cannot."""
-    report = examine(args.device)
+    """0 where the device can serve, 1 where it cannot; with --report, where something is not as it should be."""
     terminal = Terminal()
+    if args.report is not None:
+        try:
+            fine = report.write(args.device, args.report, terminal.say)
+        except OSError as error:
+            raise RequestError(
+                f"--report {args.report}", str(error), "Name a file that can be written."
+            ) from error
+        terminal.say(f"written to {args.report}: send it with an issue, or look at it")
+        return int(not fine)
+    found = examine(args.device)
     if args.json:
-        terminal.result(report)
+        terminal.result(found)
     else:
-        _show(report, terminal)
-    return 0 if report["backend"]["name"] else 1
+        _show(found, terminal)
+    return 0 if found["backend"]["name"] else 1
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
     """All findings, ready for JSON. Nothing here raises: a failure is a finding."""
     problems: list[dict[str, str]] = []  # each: what, fix
-    report: dict[str, Any] = {
+    found: dict[str, Any] = {
         "qwenrt": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "packages": {name: _version(name) for name in REQUIRED},
@@ -61,23 +76,23 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "torch": _torch(problems),
         "ascend": _ascend(device, problems),
     }
-    for name, version in report["packages"].items():
+    for name, version in found["packages"].items():
         if version is None:
             problems.append({"what": f"{name} is not installed", "fix": f"pip install {name}"})
     _dcu_packages(problems)
     environment = _environment(problems)
-    report["environment"] = _settings(environment)
-    usable = report["torch"]["error"] is None and not _npu_is_deadly(problems)
-    report["backends"] = _backends(problems) if usable else []
-    report["cpu_kernels"] = _cpu_kernels(environment, problems) if usable else None
-    report["backend"] = (
+    found["environment"] = _settings(environment)
+    usable = found["torch"]["error"] is None and not _npu_is_deadly(problems)
+    found["backends"] = _backends(problems) if usable else []
+    found["cpu_kernels"] = _cpu_kernels(environment, problems) if usable else None
+    found["backend"] = (
         _chosen(device, environment, problems)
         if usable
-        else {"name": None, "why": "no torch" if report["torch"]["error"] else "a broken torch_npu"}
+        else {"name": None, "why": "no torch" if found["torch"]["error"] else "a broken torch_npu"}
     )
-    report["operators"] = _operators(report["backend"]["name"], problems)
-    report["problems"] = problems
-    return report
+    found["operators"] = _operators(found["backend"]["name"], problems)
+    found["problems"] = problems
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qwenrt.config.layers import BLOCK_SIZE
 from qwenrt.conformance import cases
 from qwenrt.conformance.case import Case, Checker
 from qwenrt.conformance.compare import Finding, named
@@ -30,15 +31,24 @@ class Outcome:
 def chosen(
     subjects: Sequence[Subject], *, full: bool = False, ops: Sequence[str] = ()
 ) -> Iterator[tuple[Case, list[Subject]]]:
-    """The cases to run and on whom: ``full``, each on every subject; else those in which any two values meet."""
+    """The cases to run and on whom: ``full``, each on every subject; else those in which any two values meet. Where a
+    case has blocks of the usual size, a backend gets those of its own, which it has code for."""
     if full:
         for case, linear in cases.table(ops):
-            yield case, [subject for subject in subjects if linear or not subject.linears_only]
+            here = [subject for subject in subjects if linear or not subject.linears_only]
+            for size in dict.fromkeys(subject.backend.block_size for subject in here):
+                yield _in_blocks(case, size), [s for s in here if s.backend.block_size == size]
         return
     by_name = {subject.name: subject for subject in subjects}
     every = [subject.name for subject in subjects if not subject.linears_only]
     for case, name in cases.selection(every, [s.name for s in subjects if s.linears_only], ops):
-        yield case, [by_name[name]]
+        yield _in_blocks(case, by_name[name].backend.block_size), [by_name[name]]
+
+
+def _in_blocks(case: Case, size: int) -> Case:
+    if getattr(case, "block_size", None) != BLOCK_SIZE or size == BLOCK_SIZE:
+        return case
+    return dataclasses.replace(case, block_size=size)  # type: ignore[call-arg]
 
 
 def run(todo: Iterable[tuple[Case, list[Subject]]]) -> Iterator[Outcome]:

@@ -185,6 +185,7 @@ class Adapters:
         def pair(p: LoraPair) -> LoraPair:
             a, b, row_scale, bias = map(placed, (p.a, p.b, p.row_scale, p.bias))
             assert a is not None and b is not None
+            b = b.t().contiguous().t()  # as kernels read it; the same numbers
             return LoraPair(a, b, p.scale, p.first, row_scale, bias)
 
         def rows(changes: TokenRows | None) -> TokenRows | None:

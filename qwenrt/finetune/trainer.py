@@ -284,6 +284,7 @@ class Trainer:
         assert about["step"] == best[0]
         for name in self.optimizer.masters:
             self.optimizer.set_master(name, tensors[f"weight.{name}"])
+        self.group.wait()  # the first one removes the file
 
     def save_curve(self, target: Path) -> None:
         """The losses so far, for a plot."""

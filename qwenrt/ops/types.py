@@ -264,9 +264,9 @@ class TokenRows:
         return [self.rows] if self.ids is None else [self.rows, self.ids]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterWeights:
-    """All that one adapter changes, on the model's device.
+    """All that one adapter changes, on the model's device. Two are equal if they are one and the same.
 
     ``linears``: by the model's own names ("layers.0.qkv_proj", "layers.0.experts.3.down_proj", "lm_head"; see
     Qwen.linear_specs), the pairs of a linear's parts, which rise and do not overlap. ``embed``, ``head``: rows in place
@@ -322,6 +322,11 @@ class StepAdapters:
         """What they add to a linear; empty where that stays the model's own."""
         found = ((span.adapter.linears.get(name), span) for span in self.spans)
         return tuple(LoraSpan(pairs, span.first, span.last) for pairs, span in found if pairs)
+
+    @property
+    def in_head(self) -> bool:
+        """Whether any of them changes the logits of a hidden state."""
+        return any(span.adapter.head is not None or "lm_head" in span.adapter.linears for span in self.spans)
 
     def in_experts(self, layer: str) -> bool:
         """Whether any of them changes the experts of a layer, by what its linears' names begin with."""

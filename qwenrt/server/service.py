@@ -23,6 +23,7 @@ from qwenrt.server.running import Running
 from qwenrt.text.dialects.answers import summed
 from qwenrt.text.dialects.ask import Ask
 from qwenrt.text.dialects.problem import Problem
+from qwenrt.text.tokenizer.overlong import Overlong
 
 if TYPE_CHECKING:
     from qwenrt.answering import Prepared
@@ -282,7 +283,13 @@ class Service:
         if caller.name and not self.settings.share_prefixes:
             own = str(sampling.get("cache_salt") or "").encode("utf-8", "surrogatepass")
             sampling["cache_salt"] = f"{caller.name}/{hashlib.sha256(own).hexdigest() if own else ''}"
-        prepared = self._prepared(ask, sampling)
+        sampling["most_prompt_tokens"] = (
+            2 * self.llm.max_model_len
+        )  # up to there, how many it has is told exactly
+        try:
+            prepared = self._prepared(ask, sampling)
+        except Overlong as error:
+            raise Problem.context_length(error.tokens, self.llm.max_model_len, about=True) from error
         longest = max(len(one.prompt_token_ids) for one in prepared)
         room = self.llm.max_model_len - longest
         if room < 1:
@@ -329,7 +336,7 @@ class Service:
             else:
                 self._check_ids(prompt, "prompt")
                 prepared.append(self.llm.prepare(prompt_token_ids=prompt, **asked))
-            asked = {"sampling_params": prepared[0].params}
+            asked = {"sampling_params": prepared[0].params, "most_prompt_tokens": asked["most_prompt_tokens"]}
         return prepared
 
     def _check_ids(self, token_ids: Sequence[int], param: str) -> None:

@@ -151,10 +151,24 @@ def _openai(turns: list[Any], number: int) -> list[dict[str, Any]]:
             raise bad_entry(
                 number, f"{where} is from 'tool', and no call is before it", "Put the call before it."
             )
+        turn = {**turn, "content": _text_parts(turn.get("content"), number, where)}
         if not turn.get("tool_calls"):
-            _string(turn.get("content"), number, f"{where} content")
-        messages.append(dict(turn))
+            _string(turn["content"], number, f"{where} content")
+        messages.append(turn)
     return messages
+
+
+def _text_parts(content: Any, number: int, where: str) -> Any:
+    """Contents that are a list of text parts, joined; others as they are."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise bad_entry(
+                number, f"{where} has a part of type {kind!r:.40}", "Only texts are read: remove it."
+            )
+    return "".join(part["text"] for part in content)
 
 
 def _conversation(turns: list[Any], number: int) -> list[dict[str, Any]]:

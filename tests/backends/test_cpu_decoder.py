@@ -21,7 +21,8 @@ from qwenrt.backends.stack import StackParts
 from qwenrt.config.model import ModelConfig
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import Vocabulary
-from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.types import AdapterWeights, CanonicalWeight, Packed
+from tests.adapters import random_adapter
 from tests.conftest import write_tiny_checkpoint
 from tests.kernel_sets import SETS, needs_kernels
 from tests.steps import run_step, step_of
@@ -428,3 +429,46 @@ def test_pieces_of_more_than_16_tokens_change_no_bit(
         cache.tokens = [tokens]
         pieces = [cache.step([(a, b)]) for a, b in itertools.pairwise(cut)]
         assert torch.equal(torch.cat(pieces), wanted), cut
+
+
+# ---- adapters
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("form", ["mixed", "int4"])
+@pytest.mark.parametrize("full", [False, True], ids=["pairs", "full"])
+@torch.no_grad()
+def test_adapters_are_added_in_the_call(cpu: CPUBackend, form: str, full: bool, isa: str) -> None:
+    """By their definition up to the order of sums; who has none keeps his bits."""
+    cpu.configure(isa, 2, "exact")
+    model = build(cpu, dataclasses.replace(DENSE, qkv_bias=True), form)
+    adapters = {seed: random_adapter(model, seed, rank=5 * seed, full=full) for seed in (1, 2)}
+
+    def logits(q: list[int], own: list[int], seams: bool = False) -> torch.Tensor:
+        torch.manual_seed(5)
+        cache = Cache(model, q)
+        parts = dataclasses.replace(cache.parts, adapters=adapters)
+        step = dataclasses.replace(
+            step_of(torch.cat(cache.tokens).tolist(), q, q, cache.tables), adapters=own
+        )
+        stack = cpu.stacks(parts)[-1 if seams else 0]
+        assert stack.why_not(step) is None and stack.name == ("seams" if seams else "one call")
+        return stack.run(step).logits
+
+    q, own = [17, 18, 20, 19], [1, 0, 2, 1]
+    whole, seams = logits(q, own), logits(q, own, seams=True)
+    assert float((whole - seams).abs().max()) <= 2e-4 * float(seams.abs().max())
+    plain = logits(q, [0, 0, 0, 0])
+    assert torch.equal(whole[17:35], plain[17:35]) and not torch.allclose(whole[:17], plain[:17], atol=0.01)
+
+
+@torch.no_grad()
+def test_adapters_for_experts_go_by_the_seams(cpu: CPUBackend) -> None:
+    cpu.configure("auto", 1)
+    model = build(cpu, DENSE)
+    some = AdapterWeights({"layers.0.experts.3.down_proj": ()})
+    parts = dataclasses.replace(Cache(model, [4]).parts, adapters={1: some, 2: AdapterWeights()})
+    step = dataclasses.replace(step_of([1, 2], [2], [2], [[0]]), adapters=[1])
+    stack = cpu.stacks(parts)[0]
+    assert "experts" in (stack.why_not(step) or "")
+    assert stack.why_not(dataclasses.replace(step, adapters=[2])) is None

@@ -13,7 +13,7 @@ import pytest
 
 from tests.server.asking import CHAT, ask, chat, serve
 from tests.server.scripted import scripted_llm
-from tests.server.wire import Serving
+from tests.server.wire import STARTS, Serving
 
 ROOT = Path(__file__).parents[2]
 KEYS = tuple("sk-" + "k" * (length - 3) for length in (4, 32, 33, 64, 1000, 4096))
@@ -25,7 +25,7 @@ def test_the_command_opens_no_port_to_other_machines_without_a_key(host: str) ->
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         command = [sys.executable, "-m", "qwenrt", "serve", "demo", "--host", host, "--port", str(port)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=STARTS)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert (
         done.stderr.startswith("qwenrt: error: ") and "there is no API key" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -558,6 +559,11 @@ def test_a_prompt_fits_exactly_or_is_refused_with_both_numbers(served: Serving) 
     assert headers["x-qwenrt-max-tokens"] == "1" and answer["usage"]["total_tokens"] == 8192
     status, _, told = ask(served, CHAT, chat(words))
     assert status == 400 and "maximum context length is 8192 tokens" in told["error"]["message"]
+    for path in (CHAT, "/v1/messages", "/api/chat"):  # clearly too much is not counted to its end
+        status, _, told = ask(served, path, chat(" a" * 400_000, max_tokens=2))
+        assert status == 400, told
+        about = int(re.findall("about ([0-9]+)|([0-9]{5,}) tokens", str(told))[0][path == "/v1/messages"])
+        assert abs(about - 4000 * per_word) < 0.05 * 4000 * per_word
 
 
 def test_a_text_that_ends_nowhere_ends_with_the_context(served: Serving) -> None:

@@ -36,7 +36,7 @@ from tests.server.asking import (
     serve,
 )
 from tests.server.scripted import scripted_llm
-from tests.server.wire import PATIENCE, Serving, Wire, request, until
+from tests.server.wire import PATIENCE, STARTS, Serving, Wire, request, until
 
 ROOT = Path(__file__).parents[2]
 PATHS = (
@@ -370,7 +370,12 @@ class Program:
         self.popen = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
-        until(lambda: any("127.0.0.1:" in line for line in self.said) or self.popen.poll() is not None)
+
+    def started(self) -> None:
+        """Wait until it says where it is."""
+        until(
+            lambda: any("127.0.0.1:" in line for line in self.said) or self.popen.poll() is not None, STARTS
+        )
         [line] = [line for line in self.said if "Serving" in line]
         self.port = int(line.split("http://127.0.0.1:")[1].split()[0])
 
@@ -383,11 +388,14 @@ class Program:
 @pytest.fixture
 def program() -> Iterator[Program]:
     running = Program()
-    yield running
-    running.popen.kill()
-    running.popen.wait(PATIENCE)
-    assert running.popen.stderr is not None
-    running.popen.stderr.close()
+    try:
+        running.started()
+        yield running
+    finally:
+        running.popen.kill()
+        running.popen.wait(STARTS)
+        assert running.popen.stderr is not None
+        running.popen.stderr.close()
 
 
 def test_a_signal_ends_streams_in_their_words_and_the_process_with_0(program: Program) -> None:
@@ -400,7 +408,7 @@ def test_a_signal_ends_streams_in_their_words_and_the_process_with_0(program: Pr
         program.popen.send_signal(signal.SIGTERM)
         came = wire.rest()
     assert b"data: [DONE]\n\n" in came and came.endswith(b"0\r\n\r\n") and b'"finish_reason":"length"' in came
-    assert program.popen.wait(PATIENCE) == 0
+    assert program.popen.wait(STARTS) == 0
     with pytest.raises(ConnectionRefusedError):
         Wire(program.port)
     until(lambda: any(f"the-last-one POST '{CHAT}' 200" in line for line in program.said))

@@ -17,7 +17,7 @@ import pytest
 from qwenrt.errors import ConfigError
 from qwenrt.server.lifecycle import Hooks, bind
 from qwenrt.server.settings import ServeSettings
-from tests.server.wire import PATIENCE, Wire, request, serving, until
+from tests.server.wire import PATIENCE, STARTS, Wire, request, serving, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +92,10 @@ class Process:
         self.said: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
-        until(lambda: self.said or self.popen.poll() is not None)
+
+    def started(self) -> None:
+        """Wait until it says its port."""
+        until(lambda: self.said or self.popen.poll() is not None, STARTS)
         self.port = int(self.said[0].split()[1])
 
     def _read(self) -> None:
@@ -110,7 +113,7 @@ class Process:
 
     def ended(self) -> list[str]:
         """What it said, once it has ended with 0 and no thread was left."""
-        assert self.popen.wait(PATIENCE) == 0
+        assert self.popen.wait(STARTS) == 0
         self.reader.join(PATIENCE)
         assert self.said[-1] == "threads []"
         return self.said[1:-1]
@@ -120,6 +123,7 @@ class Process:
 def process(drain: float, parser: str, *more: str) -> Iterator[Process]:
     running = Process(drain, parser, *more)
     try:
+        running.started()
         yield running
     finally:
         running.popen.kill()

@@ -15,11 +15,12 @@ from qwenrt.server.settings import ServeSettings
 from tests.server.conftest import SERVER_THREAD
 
 PATIENCE = 30.0  # seconds until a test gives up; what it waits for takes milliseconds
+STARTS = 200.0  # the same for the start and the end of a process that imports torch
 
 
-def until(condition: Callable[[], object]) -> Any:
+def until(condition: Callable[[], object], patience: float = PATIENCE) -> Any:
     """Wait until something is so, and return it."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while not (value := condition()):
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)

@@ -118,3 +118,12 @@ def test_files_with_marks_blank_lines_and_carriage_returns(tmp_path: Path) -> No
     file = tmp_path / "talks.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
     assert [entry_of(value).text for value in read_entries(file)] == ["a", "b"]
+
+
+def test_parts_of_text_are_joined_and_others_are_named():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
+    assert [message["content"] for message in entry_of({"messages": talk}).messages] == ["ab", "c"]
+    talk[0]["content"] = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(RequestError, match=r"entry 3: messages\[0\] has a part of type 'image_url'"):
+        entry_of({"messages": talk}, 3)

@@ -15,10 +15,12 @@ from qwenrt.backends.cpu import delta_net
 from qwenrt.backends.cpu.attention import Cache, address, cache_struct, sequences_struct
 from qwenrt.backends.cpu.delta_net import DeltaNet
 from qwenrt.backends.cpu.linear import Linear, elsewhere, of_parts
+from qwenrt.backends.cpu.lora import Loras
 from qwenrt.backends.stack import (
     Device,
     Outcome,
     StackParts,
+    adapters_of,
     chosen_from,
     copy_states,
     plan_of,
@@ -88,6 +90,8 @@ class StepStruct(ctypes.Structure):
         ("state_slots", ctypes.c_void_p),
         ("state_trail", ctypes.c_void_p),
         ("instead", ctypes.c_void_p),
+        ("loras", ctypes.c_void_p),
+        ("lora_count", ctypes.c_int64),
     )
 
 
@@ -284,10 +288,11 @@ class DecoderStack:
         instead = _instead(backend.linear, structs.weights, self._failures)
         self._instead = ctypes.cast(instead, ctypes.c_void_p).value
         self._pointed_at = structs.memory, weights, head, instead
+        self._loras = Loras(_linears_of(layers, structs.weights))
 
     def why_not(self, step: Step) -> str | None:
-        if step.adapters:
-            return "a sequence has an adapter"
+        if any(self._parts.adapters[number].experts_of for number in step.adapters if number):
+            return "a sequence has an adapter for experts"
         return None if step.num_tokens else "a step without tokens"
 
     def note(self) -> str:
@@ -296,14 +301,17 @@ class DecoderStack:
     def run(self, step: Step, before: Outcome | None = None) -> Outcome:
         network, backend, cache = self._parts.network, self._backend, self._parts.cache
         plan = plan_of(backend, step, self._parts.block_size)
+        plan.adapters = adapters = adapters_of(step, self._parts.adapters)
         copy_states(cache, step.state_copies)
-        x = network.embed(token_ids(backend, step, before)).contiguous()
+        x = network.embed(token_ids(backend, step, before), adapters).contiguous()
         rotary, rows = network.rotary(plan, step.ntk_alphas), step.logit_rows
-        logits = torch.empty(len(rows), network.vocab_size) if rows and self._head is not None else None
+        of_rows = None if adapters is None or not adapters.in_head else adapters.at(rows)
+        here = rows and self._head is not None and of_rows is None
+        logits = torch.empty(len(rows), network.vocab_size) if here else None
         self._compute(x, rotary, plan, rows, logits)
         copy_states(cache, step.states_kept)
         if rows and logits is None:
-            logits = network.logits(network.final_norm(x[rows]))
+            logits = network.logits(network.final_norm(x[rows]), of_rows)
         outcome = chosen_from(
             self, backend, x[:0] if logits is None else logits, step.draws, self._parts.vocabulary
         )
@@ -323,6 +331,7 @@ class DecoderStack:
         sequences, wanted = sequences_struct(plan), (ctypes.c_int64 * len(rows))(*rows)
         cos, sin, states = rotary.cos.contiguous(), rotary.sin.contiguous(), array("q", plan.state_slots)
         trail = _trail(plan)
+        loras = None if plan.adapters is None else self._loras.of(plan.adapters)
         struct = StepStruct(
             ctypes.addressof(sequences),
             cos.data_ptr(),
@@ -336,9 +345,26 @@ class DecoderStack:
             states.buffer_info()[0] if states else None,
             trail.buffer_info()[0] if trail else None,
             self._instead,
+            None if loras is None else loras.ctypes.data,
+            0 if loras is None else len(loras),
         )
         if not self._forward(self._layers, self._caches, self._head, struct, x, logits):
             raise self._failures.pop()
+
+
+def _linears_of(layers: list[Layer], weights: dict[int, Packed]) -> dict[str, tuple[int, Packed]]:
+    """Where the matrices of the layers' linears lie, by the names that adapters have for them; ``weights``: by where
+    they lie."""
+    found: dict[str, int] = {}
+    for i, layer in enumerate(layers):
+        linears = {"qkv_proj": layer.qkv, "o_proj": layer.o}
+        if layer.delta:
+            rates = DeltaLayer.from_address(layer.delta).rates
+            linears = {"in_proj": layer.qkv, "out_proj": layer.o, "rates_proj": rates}
+        if not layer.experts:
+            linears |= {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
+        found |= {f"layers.{i}.{name}": linear.matrix for name, linear in linears.items()}
+    return {name: (matrix, weights[matrix]) for name, matrix in found.items()}
 
 
 def _trail(plan: StepPlan) -> array[int]:

@@ -20,6 +20,7 @@ from qwenrt.backends.cpu.dense12 import Dense12
 from qwenrt.backends.cpu.elementwise import Rotary
 from qwenrt.backends.cpu.huge_pages import huge_buffer
 from qwenrt.backends.cpu.library import LIBRARY, KernelsUnavailable, check, finite, load, served
+from qwenrt.backends.cpu.lora import Lora
 from qwenrt.backends.cpu.rounding import Rounding
 from qwenrt.ops.quantization import zeros_in_scales
 from qwenrt.ops.types import CanonicalWeight, Packed
@@ -65,6 +66,7 @@ STRUCTS = (  # that csrc shares with Python
     Layer,
     StepStruct,
     HeadStruct,
+    Lora,
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwenrt.errors import BackendError
 
-ABI = 20
+ABI = 21
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",

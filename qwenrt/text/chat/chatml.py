@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qwenrt.errors import RequestError
 from qwenrt.text.chat.conversations import as_history
 from qwenrt.text.chat.prompt import Prompt, check_window
 from qwenrt.text.chat.react import DEFAULT_SYSTEM, Turns, parse_messages
+from qwenrt.text.tokenizer.overlong import Overlong
 
 if TYPE_CHECKING:
     from qwenrt.text.tokenizer.tokenizer import Tokenizer
@@ -25,17 +27,17 @@ def build_chat(
     system: str = DEFAULT_SYSTEM,
     max_window_size: int | None = None,
     add_generation_prompt: bool = True,
+    most: int | None = None,
 ) -> list[int]:
     """The ids of one chat prompt. Texts go in as they are: not stripped, never parsed for control tokens.
 
     ``history``: (user, assistant) pairs or alternating messages, oldest first. The newest turns are kept, as
     many as have, with the system block, fewer than ``max_window_size`` tokens (None keeps all); the query is
-    not counted.
+    not counted. ``most``: as `Tokenizer.encode` has it, of each text that is kept.
     """
     _require_text("query", query)
-    return _render(
-        tokenizer, Turns(system, as_history(history), query), max_window_size, add_generation_prompt
-    ).token_ids
+    turns = Turns(system, as_history(history), query)
+    return _render(tokenizer, turns, max_window_size, add_generation_prompt, most).token_ids
 
 
 def build_messages(
@@ -44,6 +46,7 @@ def build_messages(
     tools: Sequence[Mapping[str, Any]] | None = None,
     max_window_size: int | None = None,
     add_generation_prompt: bool = True,
+    most: int | None = None,
 ) -> Prompt:
     """The prompt for OpenAI-shaped messages, with ``tools`` in the ReAct form that Qwen-1 was trained on.
 
@@ -52,7 +55,7 @@ def build_messages(
     an answer like any other. Raises RequestError for anything a chat cannot be built from.
     """
     turns = parse_messages(messages, tools)
-    prompt = _render(tokenizer, turns, max_window_size, add_generation_prompt)
+    prompt = _render(tokenizer, turns, max_window_size, add_generation_prompt, most)
     continued = turns.query is None and add_generation_prompt
     return replace(
         prompt,
@@ -62,11 +65,15 @@ def build_messages(
 
 
 def _render(
-    tokenizer: Tokenizer, turns: Turns, max_window_size: int | None, add_generation_prompt: bool
+    tokenizer: Tokenizer,
+    turns: Turns,
+    max_window_size: int | None,
+    add_generation_prompt: bool,
+    most: int | None,
 ) -> Prompt:
     """Each piece is encoded by itself: a newline of the template never merges with one of the content."""
     window = check_window(max_window_size)
-    encode, newline = tokenizer.encode, tokenizer.encode("\n")
+    encode, newline = partial(tokenizer.encode, most=most and max(most, window or 0)), tokenizer.encode("\n")
     start, end = ([token_id] for token_id in tokenizer.turn_ids())
     user = [*newline, *start, *encode("user"), *newline]
     assistant = [*newline, *start, *encode("assistant"), *newline]
@@ -88,7 +95,12 @@ def _render(
     kept: list[list[int]] = []
     size = len(head)
     for pair in reversed(pairs):
-        ids = turn(pair)
+        try:
+            ids = turn(pair)
+        except Overlong:
+            if window is None:
+                raise
+            break
         if window is not None and size + len(ids) >= window:
             break
         kept.append(ids)

@@ -51,8 +51,10 @@ class ChatFormat(Protocol):
         reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
+        most: int | None = None,
     ) -> Prompt:
-        """The prompt for OpenAI-shaped messages; RequestError for those that it cannot be built from."""
+        """The prompt for OpenAI-shaped messages; RequestError for those that it cannot be built from, among them
+        Overlong (see Tokenizer.encode)."""
         ...
 
 
@@ -73,11 +75,12 @@ class ReactFormat:
         reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
+        most: int | None = None,
     ) -> Prompt:
         """The prompt. RequestError for thinking, which Qwen-1 was not trained for."""
         if enable_thinking:
             raise RequestError("enable_thinking=True", "Qwen-1 does not think", "Leave it out.")
-        return build_messages(tokenizer, messages, tools, max_window_size, add_generation_prompt)
+        return build_messages(tokenizer, messages, tools, max_window_size, add_generation_prompt, most)
 
 
 class RawFormat:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwenrt.errors import RequestError
 from qwenrt.text.template.budget import MAX_DEPTH
-from qwenrt.text.template.provenance import masked, plain, with_ownership
+from qwenrt.text.template.provenance import own_runs, plain, with_ownership
 from qwenrt.text.tokenizer.added_tokens import AddedTokenFinder
 
 _THOUGHT_TAG = re.compile("</?think>")
@@ -48,7 +48,8 @@ def assistant_text(value: str) -> str:
 def split_at_control_tokens(rendered: str, control: AddedTokenFinder) -> Iterator[tuple[str, int | None]]:
     """(text, id of the control token that the template wrote behind it) until (the rest, None)."""
     text, end = plain(rendered), 0
-    for found in control.find(masked(rendered)):
-        yield text[end : found.start], found.id
-        end = found.end
+    for first, last in own_runs(rendered):
+        for found in control.find(text[first:last]):
+            yield text[end : first + found.start], found.id
+            end = first + found.end
     yield text[end:], None

@@ -15,8 +15,9 @@ from qwenrt.text.chat.outside_text import split_at_control_tokens, untrusted
 from qwenrt.text.chat.prompt import Prompt, check_window
 from qwenrt.text.chat.template_messages import merged_system, prepared, template_messages
 from qwenrt.text.replies.reply_format import ReplyFormat
-from qwenrt.text.template.provenance import TemplateText, masked, plain
+from qwenrt.text.template.provenance import TemplateText, own_runs, own_text, plain
 from qwenrt.text.template.sandbox import JinjaTemplate
+from qwenrt.text.tokenizer.overlong import Overlong
 from qwenrt.text.tokenizer.vocabulary import IM_END, IM_START
 
 if TYPE_CHECKING:
@@ -72,13 +73,15 @@ class TemplateFormat:
         reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         max_window_size: int | None = None,
+        most: int | None = None,
     ) -> Prompt:
         """The prompt for OpenAI-shaped messages.
 
         Messages that end with the assistant's are continued (with ``add_generation_prompt`` off: closed).
         ``max_window_size``: the oldest exchanges, each a user message with all that answers it, are left out
         until the prompt has at most that many tokens; the last one and system messages stay whatever their size.
-        ``reasoning_effort``: one of ``efforts``, for the template.
+        ``reasoning_effort``: one of ``efforts``, for the template. ``most``: as `Tokenizer.encode` has it, of all that
+        would be left.
         Raises RequestError for what the model's template does not support: tools, a switch for thinking, a conversation
         in this order.
         """
@@ -87,7 +90,7 @@ class TemplateFormat:
             tokenizer, messages, tools, enable_thinking, reasoning_effort, add_generation_prompt
         )
         if window is None:
-            return self._prompt(request, checked)
+            return self._prompt(request, checked, most)
         remaining = _truncations(checked)
         dropped = bisect_left(
             range(len(remaining) - 1),
@@ -160,10 +163,10 @@ class TemplateFormat:
             raise RequestError("messages", found, "Add the user's message.") from error
         return _without_end(rendered, end_of_turn(request.tokenizer)) if continues else rendered
 
-    def _prompt(self, request: _Request, messages: Sequence[Message]) -> Prompt:
+    def _prompt(self, request: _Request, messages: Sequence[Message], most: int | None = None) -> Prompt:
         rendered = self._rendered(request, messages)
-        ids = encode_rendered(request.tokenizer, rendered)
-        turn = masked(rendered).rpartition(IM_START)[2]
+        ids = encode_rendered(request.tokenizer, rendered, most)
+        turn = own_text(rendered).rpartition(IM_START)[2]
         in_thought = request.answer and turn.rfind(OPEN) > turn.rfind(CLOSE)
         continues = request.answer and messages[-1].role == "assistant"
         thought_over = continues or (CLOSE in turn and not turn.rpartition(CLOSE)[2].strip())
@@ -229,13 +232,17 @@ def _system_first(messages: Sequence[Message]) -> list[Message]:
     return list(messages)
 
 
-def encode_rendered(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Ids of a rendered text: control tokens are those that the template wrote."""
-    ids: list[int] = []
+def encode_rendered(tokenizer: Tokenizer, rendered: str, most: int | None = None) -> list[int]:
+    """Ids of a rendered text: control tokens are those that the template wrote. ``most``: see `Tokenizer.encode`."""
+    ids, read = list[int](), 0
     for text, token_id in split_at_control_tokens(rendered, tokenizer.control_tokens):
-        ids += tokenizer.encode(text)
+        try:
+            ids += tokenizer.encode(text, most=None if most is None else most - len(ids))
+        except Overlong as error:
+            raise error.within(len(rendered), len(ids), read) from None
         if token_id is not None:
             ids.append(token_id)
+        read += len(text)
     return ids
 
 
@@ -248,7 +255,8 @@ def end_of_turn(tokenizer: Tokenizer) -> str:
 
 def _without_end(rendered: str, end: str) -> str:
     """A conversation without the end of its last turn, so that the answer goes on from there."""
-    at = masked(rendered).rfind(end)
+    places = (plain(rendered).rfind(end, *run) for run in reversed([*own_runs(rendered)]))
+    at = next((at for at in places if at >= 0), -1)
     rest = plain(rendered[at + len(end) :] if at >= 0 else rendered)
     if at <= 0 or rest.strip():
         raise RequestError(

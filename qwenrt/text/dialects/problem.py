@@ -71,12 +71,13 @@ class Problem(Exception):
         return STATUS[self.kind]
 
     @classmethod
-    def context_length(cls, prompt_tokens: int, max_tokens: int) -> Problem:
-        """A prompt that leaves no room for an answer; dialects say it in the words that their clients look for."""
+    def context_length(cls, prompt_tokens: int, max_tokens: int, about: bool = False) -> Problem:
+        """A prompt that leaves no room for an answer; dialects say it in the words that their clients look for.
+        ``about``: its tokens are an estimate."""
         return cls(
             "context_length",
-            f"This model's maximum context length is {max_tokens} tokens, and the prompt has {prompt_tokens}. "
-            "Shorten it, or start the server with a larger --max-model-len.",
+            f"This model's maximum context length is {max_tokens} tokens, and the prompt has "
+            f"{'about ' * about}{prompt_tokens}. Shorten it, or start the server with a larger --max-model-len.",
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )

@@ -9,14 +9,14 @@ return a plain str, which is untrusted: a bug here can turn a control token into
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, SupportsIndex
 
 _OWN, _OUTSIDE = b"\1", b"\0"
-_OWN_RUN = re.compile(rb"\x01+")
 _MOST_STRETCHED = 2**16  # characters that are looked at one by one when a text grows as its case changes
-MASK = "\ud800"  # replaces an untrusted character in `masked`: no token contains a lone surrogate
+MASK = (
+    "\ud800"  # replaces untrusted characters in `masked` and `own_text`: no token contains a lone surrogate
+)
 
 
 class TemplateText(str):
@@ -156,14 +156,31 @@ def joined(texts: Iterable[Any], separator: str = "") -> str:
     return with_ownership(text, ownership(separator).join(map(ownership, parts)))
 
 
+def own_runs(text: str) -> Iterator[tuple[int, int]]:
+    """Where each stretch of the template's own characters begins and ends."""
+    own, end = ownership(text), 0
+    while (start := own.find(_OWN, end)) >= 0:
+        end = own.find(_OUTSIDE, start)
+        end = len(own) if end < 0 else end
+        yield start, end
+
+
 def masked(text: str) -> str:
     """The text, in its length, with a lone surrogate in place of every untrusted character."""
-    own = ownership(text)
-    view, end = [], 0
-    for run in _OWN_RUN.finditer(own):
-        view += [MASK * (run.start() - end), plain(text[run.start() : run.end()])]
-        end = run.end()
-    return "".join(view) + MASK * (len(text) - end)
+    view, end, bare = [], 0, plain(text)
+    for start, stop in own_runs(text):
+        view += [MASK * (start - end), bare[start:stop]]
+        end = stop
+    return "".join(view) + MASK * (len(bare) - end)
+
+
+def own_text(text: str) -> str:
+    """The template's own characters, with one lone surrogate in place of each stretch of untrusted ones."""
+    parts, end, bare = [], 0, plain(text)
+    for start, stop in own_runs(text):
+        parts += [MASK * (start > end), bare[start:stop]]
+        end = stop
+    return "".join(parts) + MASK * (len(bare) > end)
 
 
 def _all(own: bytes) -> bool:

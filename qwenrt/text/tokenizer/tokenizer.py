@@ -14,6 +14,7 @@ from qwenrt.errors import CheckpointError, RequestError, shown
 from qwenrt.files import is_there
 from qwenrt.text.tokenizer.added_tokens import AddedTokenFinder
 from qwenrt.text.tokenizer.bpe_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE, read_bpe
+from qwenrt.text.tokenizer.overlong import Overlong
 from qwenrt.text.tokenizer.qwen1 import QWEN1_FILE, SPECIAL_TOKENS, read_qwen1, with_control_tokens
 from qwenrt.text.tokenizer.slices import AT_ONCE, SPLIT_PLACE, slices
 from qwenrt.text.tokenizer.unicode import nfc, without_surrogates
@@ -31,7 +32,7 @@ TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, QWEN1_FILE)
 _BLANK = "[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _BLANKS, _EIGHT_BLANKS = re.compile(f"{_BLANK}+"), re.compile(f"{_BLANK}{{8}}")
 _LONG_BLANKS = 4096
-
+_A_TOKEN = 4  # characters, in the texts of most languages no more than that
 
 _Kind = TypeVar("_Kind", bound="Tokenizer")
 
@@ -108,16 +109,20 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, eod_id={self.eod_id})"
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, allow_special: bool = False, most: int | None = None) -> list[int]:
         """The token ids of the text (of its NFC form, where the vocabulary asks for it). Linear in its length, and a
         piece at a time: other threads go on meanwhile.
 
         Words added to the vocabulary are found in every text. Control tokens spelled in it stay ordinary text unless
         ``allow_special``: only for text that no user wrote. Nothing is put before or after the text. Lone surrogates
         count as U+FFFD.
+
+        most: raises Overlong for a text of clearly more tokens, and does not read it all for that.
         """
         if not isinstance(text, str):
             raise RequestError("encoding text", f"got {type(text).__name__}", "Pass a str.")
+        if most is not None and len(text) > _A_TOKEN * most:
+            self._check_room(text, most)
         text = without_surrogates(text)
         allow_special = flag("allow_special", allow_special)
         ids: list[int] = []
@@ -191,6 +196,15 @@ class Tokenizer:
     def unused_ids(self) -> list[int]:
         """The ids below vocab_size that have no token."""
         return [i for i, token in enumerate(self._bytes) if token is None]
+
+    def _check_room(self, text: str, most: int) -> None:
+        """Raises Overlong where the text's slices, each by itself, have more than ``most`` tokens together."""
+        tokens = 0
+        for start in range(0, len(text), AT_ONCE):
+            piece = text[start : start + AT_ONCE]
+            tokens += len(self._encode_piece(self._nfc(without_surrogates(piece))))
+            if tokens > most:
+                raise Overlong(tokens * len(text) // (start + len(piece)), len(text))
 
     def _add_ordinary(self, ids: list[int], text: str) -> None:
         """Put the ids of a composed text without added tokens behind ``ids``."""

@@ -58,6 +58,7 @@ _ASKS_THE_DEVICE = {
 }
 
 
+_PRODUCTS = {"aten::linear", "aten::matmul", "aten::mm", "aten::addmm", "aten::bmm"}
 Recorded = tuple[
     Callable[..., Any], tuple[Any, ...], dict[str, Any], Any
 ]  # an op, its arguments, what it gave
@@ -99,6 +100,14 @@ def fusion_attention(
     out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value.float()
     nothing = query.new_empty(0)
     return (out.to(query.dtype), *([nothing] * 5))
+
+
+def _matmul_backward(
+    grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mask: list[bool]
+) -> tuple[Any, ...]:
+    """Of the product of two matrices."""
+    require(grad.dim() == x.dim() == y.dim() == 2, "gradients of matrices alone")
+    return grad @ y.t() if mask[0] else None, x.t() @ grad if mask[1] else None
 
 
 def older_fusion_attention(*given: Any, **named: Any) -> tuple[Any, ...]:
@@ -175,15 +184,22 @@ def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    own = name.removeprefix("npu::")
+    schema, own = func._schema, name.removeprefix("npu::")
+    if name == "aten::matmul_backward":  # which torch_npu has, and no CPU kernel
+        func = _matmul_backward
     compute = Soft.broken.get(own) or (_OPERATORS[own] if name.startswith("npu::") else func)
     given, named = tree_map_only(torch.Tensor, on_cpu, (args, kwargs))
+    narrow = name in _PRODUCTS and given[0].dtype == torch.bfloat16
+    if narrow:  # some CPUs read past the end of a row there
+        given = tree_map_only(torch.Tensor, torch.Tensor.float, given)
     out = compute(*given, **named)
+    if narrow:
+        out = out.to(torch.bfloat16)
     changed = [
-        i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     ]
     if changed:  # in place, and over the same bytes
-        first = func._schema.arguments[changed[0]].name
+        first = schema.arguments[changed[0]].name
         return args[changed[0]] if changed[0] < len(args) else kwargs[first]
     return tree_map_only(torch.Tensor, on_npu, out)
 

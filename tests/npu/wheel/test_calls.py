@@ -198,4 +198,5 @@ def test_weights_in_nz_are_really_that_and_results_are_not(family: str) -> None:
     with _disable_current_modes():
         formats = [int(torch.ops.npu.get_npu_format(one)) for one in (weight, y, packing.as_nd(weight))]
     assert formats == [29, 2, 2] and weight.shape == (64, 128)
-    assert names == (["aclnnMatmulWeightNz"] if family == "A2" else [])
+    if family == "A2":  # on 310P releases differ in whether they have that kernel
+        assert names == ["aclnnMatmulWeightNz"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenrt.text.template.provenance import MASK, TemplateText, joined, masked, ownership, plain
+from qwenrt.text.template.provenance import MASK, TemplateText, joined, masked, own_text, ownership, plain
 
 # The template writes in capitals, the outside in small letters; both have blanks, lines and letters that grow.
 OWN, OUTSIDE = "ABß <|>\n", "xyŉ <|>\n"
@@ -71,6 +71,8 @@ def test_every_operation_gives_what_str_gives_and_keeps_apart(
 def test_what_was_written_stays_the_templates_own() -> None:
     text = joined(["u<", TemplateText("<|END|> "), "x"])
     assert masked(text) == MASK * 2 + "<|END|> " + MASK
+    assert own_text(text) == MASK + "<|END|> " + MASK and own_text(text[2:]) == "<|END|> " + MASK
+    assert own_text("") == own_text(TemplateText("")) == "" and own_text("x") == MASK
     assert masked(text.lower()) == MASK * 2 + "<|end|> " + MASK
     assert masked(text.split("|")[1]) == "END"
     assert masked(text[2:].strip()) == "<|END|> " + MASK
