@@ -3,6 +3,10 @@
 #pragma once
 #include "isa/vector.h"
 
+#if defined(QWENRT_VNNI)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(QWENRT_VNNI)

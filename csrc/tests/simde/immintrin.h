@@ -18,6 +18,13 @@ inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
   for (int i = 0; i < 16; ++i) out[i] = in[i];
   return _mm512_loadu_si512(out);
 }
+inline __m512i _mm512_cvtepu8_epi16(__m256i a) {
+  uint8_t in[32];
+  uint16_t out[32];
+  memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 32; ++i) out[i] = in[i];
+  return _mm512_loadu_si512(out);
+}
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
   int32_t in[16];
   float out[16];
