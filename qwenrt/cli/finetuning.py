@@ -15,7 +15,7 @@ from qwenrt.config import read_json
 
 EXAMPLES = """example:
   qwenrt finetune Qwen-1_8B-Chat talks.jsonl ./my-model --epochs 3
-  qwenrt finetune Qwen-7B-Chat-Int4 talks.jsonl ./my-adapter --rank 64 --alpha 16
+  qwenrt finetune Qwen-7B-Chat-Int4 talks.jsonl ./my-adapter --rank 64
 
 Each line of talks.jsonl is one conversation:
   {"conversations": [{"from": "user", "value": "Hi"},
@@ -41,7 +41,8 @@ _SETTINGS: dict[str, tuple[type, tuple[str, ...] | None, str, str]] = {
         str,
         ("auto", "float32", "bfloat16", "bfloat16-pure", "float16"),
         "auto",
-        "what is computed in; auto: float32 on a CPU, else bfloat16; updates are made in float32, pure: in bfloat16",
+        "what is computed in: float32, bfloat16, float16, or auto, which is float32 on a CPU, else bfloat16; "
+        "updates are made in float32, of bfloat16-pure in bfloat16",
     ),
     "recompute": (str, ("auto", "all", "none"), "auto", "compute activations again, which saves memory"),
     "router": (str, ("auto", "trained", "frozen"), "auto", "what chooses experts"),
@@ -114,6 +115,8 @@ def add_parser(subparsers: Any) -> None:
     for there, settings in ((group, _SETTINGS), (lora, _LORA)):
         for name, (kind, choices, default, text) in settings.items():
             metavar = {} if choices else {"metavar": "NAME" if kind is str else "N"}
+            if name == "precision":  # its choices fill a line
+                metavar = {"metavar": "DTYPE"}
             about = f"{text} ({default})" if default else text
             there.add_argument(
                 "--" + name.replace("_", "-"), type=kind, choices=choices, help=about, **metavar

@@ -9,7 +9,8 @@ from typing import Any
 
 from qwenrt.cli.options import MODEL_HELP, add_source_options, example
 from qwenrt.cli.terminal import Terminal
-from qwenrt.errors import RequestError
+from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.files import is_there
 
 EXAMPLES = """examples:
   qwenrt merge Qwen3-4B ./my-adapter -o ./my-model
@@ -100,7 +101,7 @@ def merge(args: argparse.Namespace) -> int:
 def _with_weight(text: str) -> tuple[str, float]:
     """("./law", 0.7) of "./law:0.7"; a directory whose own name has a colon is taken as it is."""
     path, colon, share = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or is_there(Path(text), CheckpointError):
         return text, 1.0
     try:
         return path, float(share)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt import __version__
+from qwenrt.errors import QwenrtError
+from qwenrt.files import is_there, opened
 
 # name -> (arguments of Python, seconds); {device} and {json} are put in, the latter where the command writes a file.
 PARTS: dict[str, tuple[tuple[str, ...], float]] = {
@@ -65,7 +67,9 @@ def _run(arguments: Sequence[str], limit_s: float, device: str) -> dict[str, Any
         ended = f"exit status {done.returncode}" if done.returncode >= 0 else f"signal {-done.returncode}"
         found = {"ended": ended, "seconds": time.monotonic() - began, "said": done.stderr[-_SAID:]}
         try:
-            text = file.read_text(encoding="utf-8") if file.exists() else done.stdout
-            return found | {"found": json.loads(text)}
-        except (OSError, ValueError):
+            if is_there(file, QwenrtError):
+                with opened(file, QwenrtError) as written:
+                    return found | {"found": json.load(written)}
+            return found | {"found": json.loads(done.stdout)}
+        except (OSError, ValueError, QwenrtError):
             return found | {"said": (done.stdout + done.stderr)[-_SAID:]}
