@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qwenrt.errors import (
         RequestError as RequestError,
     )
+    from qwenrt.finetune import finetune as finetune
     from qwenrt.llm import LLM as LLM
     from qwenrt.load_options import Activations as Activations
     from qwenrt.load_options import DType as DType
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from qwenrt.outputs import FinishReason as FinishReason
     from qwenrt.outputs import Generation as Generation
     from qwenrt.outputs import Usage as Usage
+    from qwenrt.quantize import quantize as quantize
     from qwenrt.sampling_params import SamplingParams as SamplingParams
     from qwenrt.structure import Grammar as Grammar
     from qwenrt.text.tokenizer.tokenizer import Tokenizer as Tokenizer
@@ -69,14 +71,16 @@ _LAZY = {
     ),
     "FinishReason": "qwenrt.outputs",
 }
-__all__ = ["__version__", *_LAZY]
+# packages, which are called as the functions of their names (qwenrt/called.py)
+_CALLED = ("finetune", "quantize")
+__all__ = ["__version__", *_LAZY, *_CALLED]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "server":  # so that qwenrt.server.app(llm) needs no import of its own
-        return importlib.import_module("qwenrt.server")
+    if name in (*_CALLED, "server"):  # so that qwenrt.server.app(llm) needs no import of its own
+        return importlib.import_module(f"qwenrt.{name}")
     from qwenrt.other_names import unknown_attribute
 
     raise unknown_attribute("module 'qwenrt'", name)

@@ -49,6 +49,12 @@ def test_text_and_config_import_no_torch() -> None:
 
 def test_every_public_name_resolves() -> None:
     assert in_fresh_python("import qwenrt\nfor n in qwenrt.__all__: getattr(qwenrt, n)\nprint('ok')") == "ok"
+    called = (
+        "import qwenrt\nprint(*(callable(getattr(qwenrt, n)) for n in ('finetune', 'merge', 'quantize')))"
+    )
+    assert in_fresh_python(called) == "True True True"
+    within = "from qwenrt.finetune import finetune\nimport inspect, qwenrt\nprint(inspect.signature(qwenrt.finetune)"
+    assert in_fresh_python(f"{within} == inspect.signature(finetune))") == "True"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -62,9 +62,10 @@ _SETTINGS: dict[str, tuple[type, tuple[str, ...] | None, str, str]] = {
     "keep": (str, ("best", "last"), "best", "which step on what is held out is written"),
     "method": (
         str,
-        ("auto", "full", "lora"),
+        ("auto", "full", "lora", "qlora"),
         "auto",
-        "train all parameters, or an adapter; auto: an adapter where its settings are given, or the model has codes",
+        "train all parameters, or an adapter; qlora: one beside a model in codes; auto: an adapter where its settings "
+        "are given, or the model has codes",
     ),
     "seed": (int, None, "0", "the same seed and threads give the same weights"),
     "device": (str, None, "auto", "cpu, cuda, npu, ..."),

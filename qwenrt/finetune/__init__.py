@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qwenrt.called import as_function
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import num_parameters
 from qwenrt.errors import CheckpointError, RequestError
@@ -27,8 +28,10 @@ from qwenrt.finetune.state import BEST_FILE, OUR_FILES, STATE_FILE
 from qwenrt.finetune.trainer import Trainer
 from qwenrt.loader.adapters import BaseWeights, write_adapter
 from qwenrt.loader.checkpoint.writing import check_room, claim_directory
+from qwenrt.loader.hub.resolve import source_of
 
 logger = logging.getLogger("qwenrt")
+as_function(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class FinetuneReport:
 
 
 def finetune(
-    model_dir: str | Path,
+    model: str | Path,
     data: Data,
     output_dir: str | Path,
     *,
@@ -83,12 +86,14 @@ def finetune(
     overwrite: bool = False,
     **settings: Any,
 ) -> FinetuneReport:
-    """Train the checkpoint in ``model_dir`` and write a new one, or an adapter for it, to ``output_dir``.
+    """Train ``model``, a directory or a name as of `load`, and write a new one, or an adapter for it, to
+    ``output_dir``.
 
     ``method``: "full" trains all parameters; "lora" an adapter, which is written as peft writes it and may be served
-    beside the model or merged into it; "auto": an adapter where settings of one are given, or the model's weights are
-    codes. ``preset`` "seed": the settings of the first Qwen's own scripts for adapters. ``base_name``: what the adapter
-    calls its base, a hub's name or a directory of which the last word is kept (None: ``model_dir``).
+    beside the model or merged into it; "qlora" one beside a base in codes, which a dense base becomes at load (int4);
+    "auto": an adapter where settings of one are given, or the model's weights are codes. ``preset`` "seed": the
+    settings of the first Qwen's own scripts for adapters. ``base_name``: what the adapter calls its base, a hub's name
+    or a directory of which the last word is kept (None: ``model``).
 
     ``data``: a JSON file (a list) or JSON-lines file of entries, several, a directory of them, or the entries
     themselves: conversations in the shapes of OpenAI, ShareGPT, Alpaca or the first Qwen, or ``{"text": str}``.
@@ -116,7 +121,7 @@ def finetune(
         progress,
         say,
     )
-    asked = (model_dir, data, eval_data, preset, device, settings)
+    asked = (source_of(model), data, eval_data, preset, device, settings)
     if whole_number("processes", processes, 1) == 1:
         return _train(how, asked)
     job = prepare(*asked)  # what is wrong with it is said here, once

@@ -137,6 +137,10 @@ def chosen_settings(
         chosen("preset", preset, ("seed",))
         targets = {"targets": SEED_TARGETS} if config.model_type == "qwen" else {}
         given = {**SEED_PRESET, **targets, **given}
+    if given.get("method") == "qlora":  # an adapter, as people call it where the base is in codes
+        given["method"] = "lora"
+        if config.quant is None:
+            given.setdefault("quantize", "int4")
     form = {field.name: given.pop(field.name) for field in fields(FormSettings) if field.name in given}
     of_lora = {field.name: given.pop(field.name) for field in fields(LoraSettings) if field.name in given}
     options, lora = TrainingSettings(**given), LoraSettings(**of_lora)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt.errors import RequestError
-from qwenrt.merging.dense import AdapterPath, MergeReport, merge_dense, source_of
+from qwenrt.loader.hub.resolve import source_of
+from qwenrt.merging.dense import AdapterPath, MergeReport, merge_dense
 from qwenrt.merging.requantized import RequantizedReport, merge_and_quantize
 from qwenrt.quantize.settings import SELF
 

@@ -18,7 +18,6 @@ from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.directory import Planned, copy_files, write_json, write_shards
 from qwenrt.loader.checkpoint.writing import check_room, claim_directory
-from qwenrt.loader.hub.resolve import resolve
 from qwenrt.loader.progress import ByteBar
 from qwenrt.merging.changes import Changes
 from qwenrt.merging.plan import MergePlan
@@ -64,11 +63,6 @@ class MergeReport:
         if self.untied:
             lines.append("head and embedding are two matrices now (tie_word_embeddings is false)")
         return "\n".join(lines)
-
-
-def source_of(model: str | Path) -> Path:
-    """The directory of a model, fetched if it is a name."""
-    return Path(model) if Path(model).is_dir() else resolve(model)
 
 
 def base_of(directory: Path) -> BaseWeights:

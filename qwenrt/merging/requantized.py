@@ -14,7 +14,8 @@ import torch
 from qwenrt.config.layers import layer_linears, layer_tensors
 from qwenrt.errors import RequestError
 from qwenrt.loader.checkpoint.writing import claim_directory
-from qwenrt.merging.dense import AdapterPath, MergeReport, base_of, check_target, merge_dense, source_of
+from qwenrt.loader.hub.resolve import source_of
+from qwenrt.merging.dense import AdapterPath, MergeReport, base_of, check_target, merge_dense
 from qwenrt.ops.types import Packed
 from qwenrt.quantize import QuantizeReport, QuantizeSettings, quantize
 from qwenrt.quantize.calibration import all_texts, divided

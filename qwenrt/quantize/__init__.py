@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from qwenrt.called import as_function
 from qwenrt.config import ModelConfig, read_model_config
 from qwenrt.config.layers import LinearSpec
 from qwenrt.errors import ConfigError, RequestError
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.loader.checkpoint.writing import check_room, claim_directory
+from qwenrt.loader.hub.resolve import source_of
 from qwenrt.loader.weights import WeightReader, open_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.quantize.calibration import texts_for, warn_if_few
@@ -33,10 +35,11 @@ from qwenrt.quantize.writer import write_directory
 __all__ = ["QuantizeReport", "QuantizeSettings", "quantize"]
 REPORT = "quantize_report.json"
 logger = logging.getLogger("qwenrt")
+as_function(__name__)
 
 
 def quantize(
-    model_dir: str | Path,
+    model: str | Path,
     output_dir: str | Path,
     *,
     calibration: str | Path | Sequence[Any] = SELF,
@@ -45,8 +48,8 @@ def quantize(
     progress: bool | None = None,
     **settings: Any,
 ) -> QuantizeReport:
-    """Quantise the dense checkpoint in ``model_dir`` and write a complete new one to ``output_dir``, in GPTQ's or
-    AWQ's format.
+    """Quantise the dense checkpoint ``model``, a directory or a name as of `load`, and write a complete new one to
+    ``output_dir``, in GPTQ's or AWQ's format.
 
     ``calibration``: a JSON or JSON-lines file of conversations or texts, a file of plain text, a list of entries, of
     texts or of token ids, or "self": the model writes them. Keyword settings: see QuantizeSettings (``method``,
@@ -58,15 +61,15 @@ def quantize(
     """
     began = time.monotonic()
     options = QuantizeSettings(**settings)
-    source, target = Path(model_dir), Path(output_dir)
+    source, target = source_of(model), Path(output_dir)
     config = read_model_config(source)
     checkpoint = open_checkpoint(source)
     config = as_stored(config, checkpoint)
     _check_source(source, config)
     backend = Recorder(torch.device("cpu"))
-    model = Qwen(config, backend, torch.float32)
-    reader = open_weights(model, checkpoint, config, backend, torch.float32)
-    quantized = [spec for spec in model.linear_specs.values() if is_quantized(spec, options)]
+    network = Qwen(config, backend, torch.float32)
+    reader = open_weights(network, checkpoint, config, backend, torch.float32)
+    quantized = [spec for spec in network.linear_specs.values() if is_quantized(spec, options)]
     _claim(target, source, overwrite)
     with claimed(target) as parts, torch.no_grad():
         check_room(target, _room(config, quantized, options, checkpoint.nbytes))
@@ -76,7 +79,7 @@ def quantize(
             warn_if_few(calibrating, max(spec.in_features for spec in quantized))
         check_fingerprint(parts, fingerprint(reader, options, [*calibrating, *held_out]), resume)
         finished = FinishedLayers(parts, options, config, reader.inventory)
-        quantizer = _quantizer(model, reader, options, calibrating, held_out)
+        quantizer = _quantizer(network, reader, options, calibrating, held_out)
         linears = _run(quantizer, finished, progress)
         effect = quantizer.effect()
         nbytes = write_directory(

@@ -204,7 +204,11 @@ def test_presets_and_what_implies_an_adapter():
     assert chosen_settings({}, config)[0].method == "full"
     assert chosen_settings({}, config)[0].peak_rate == 1e-5
     assert chosen_settings({"rank": 4}, config)[0].peak_rate == 2e-4
-    assert chosen_settings({}, read_model_config(GOLDEN / "gptq_int4"))[0].method == "lora"
+    in_codes = read_model_config(GOLDEN / "gptq_int4")
+    assert chosen_settings({}, in_codes)[0].method == "lora"
+    for base, codes in ((config, "int4"), (in_codes, None)):
+        options, _, lora = chosen_settings({"method": "qlora"}, base)
+        assert (options.method, lora.quantize) == ("lora", codes)
 
 
 def test_tokens_that_the_base_never_said_are_found_and_named(tmp_path, caplog):

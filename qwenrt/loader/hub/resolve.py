@@ -30,6 +30,11 @@ DEMO = Path(__file__).parents[2] / "demo"
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
 
 
+def source_of(model: str | os.PathLike[str]) -> Path:
+    """The directory ``model``, or that of a model of this name, as `resolve` finds it."""
+    return Path(model) if Path(model).is_dir() else resolve(model)
+
+
 def resolve(
     name: str | os.PathLike[str],
     source: str = "auto",
