@@ -146,9 +146,13 @@ class Service:
         return raw.decode("utf-8", "replace"), raw
 
     def check_name(self, asked: str) -> None:
-        """Raises Problem for another model's name, where only this one's are served."""
-        if self.settings.strict_model and asked not in self.names and self.adapter_of(asked) is None:
-            served = ", ".join((*self.names, *self.adapters))
+        """Raises Problem for another model's name, where only this one's are served: so it is where there are adapters,
+        as whoever misspells one would take the model's answers for its."""
+        adapters = self.adapters
+        strict = self.settings.strict_model or adapters or self.settings.adapter_directory is not None
+        known = {asked, asked.removesuffix(":latest")} & {*self.names, *adapters}
+        if strict and not known:
+            served = ", ".join((*self.names, *adapters))
             found = f"The model {asked[:120]!r} is not served here. Served: {served}."
             raise Problem("not_found", found, param="model")
 
