@@ -20,7 +20,7 @@ ABOUT: dict[str, str] = {
     "host": "the address to listen at; outside this machine's own (127.0.0.1, ::1, localhost) a key is needed",
     "port": "the port to listen at; 0 takes a free one, Ollama's clients look at 11434",
     "served_model_names": "names that the model goes by in replies and lists (default: its own)",
-    "strict_model": "answer 404 to requests for other names, as where there are adapters; they are otherwise served as well",
+    "strict_model": "answer 404 to requests for other names, which are served as well where there are no adapters",
     "api_key_file": "a file of keys, one a line, that only its owner may read; SIGHUP reads it again",
     "allow_origins": "a web page's origin, such as https://chat.example.com, whose scripts may use the server",
     "allow_hosts": "a name, beside this machine's own, that clients may know the server by",
