@@ -26,7 +26,7 @@ _PROCESSES = 2
 
 
 class NoIndexError(Exception):
-    """No package index is reached, or it has no Triton for this Python."""
+    """No package index is reached, it has no Triton for this Python, or its wheel could not be fetched."""
 
 
 def triton(version: str) -> Path:
@@ -37,10 +37,9 @@ def triton(version: str) -> Path:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
         command += ["--retries", "2", "--target", str(folder), f"triton=={version}"]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if "(from versions: none)" in done.stderr:
-            raise NoIndexError(f"no package index gives a Triton for this Python: {done.stderr.strip()}")
         print(done.stderr, end="", file=sys.stderr)
-        done.check_returncode()
+        if done.returncode:
+            raise NoIndexError(f"no package index gave Triton {version}; pip ended with {done.returncode}")
         (folder / "complete").touch()
     return folder
 
