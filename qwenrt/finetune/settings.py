@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from qwenrt.arguments import as_integer, as_number, flag
 from qwenrt.errors import RequestError, shown
 
-Method = Literal["auto", "full", "lora"]
+Method = Literal["auto", "full", "lora", "qlora"]  # the last is turned into the one before (job.py)
 Precision = Literal["auto", "float32", "bfloat16", "bfloat16-pure", "float16"]
 Recompute = Literal["auto", "all", "none"]
 Keep = Literal["best", "last"]
@@ -75,7 +75,7 @@ class TrainingSettings:
         for name, (low, high) in limits.items():
             object.__setattr__(self, name, number_between(name, getattr(self, name), low, high))
         choices = {
-            "method": ("auto", "full", "lora"),
+            "method": get_args(Method),
             "precision": ("auto", "float32", "bfloat16", "bfloat16-pure", "float16"),
             "recompute": ("auto", "all", "none"),
             "router": ("auto", "trained", "frozen"),
