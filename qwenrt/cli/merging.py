@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenrt.cli.options import MODEL_HELP, add_source_options, example
+from qwenrt.cli.quantizing import add_settings
 from qwenrt.cli.terminal import Terminal
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.files import is_there
@@ -23,6 +24,9 @@ An adapter is a directory: adapter_config.json and adapter_model.safetensors,
 as qwenrt finetune and peft write them. A weight is a factor of what it changes.
 A quantised model becomes a dense one, unless --requantize is given.
 """
+
+
+_QUANTIZING = ("bits", "group_size", "samples")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,11 +56,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--calibration", metavar="FILE", help="texts or conversations; else the model writes them"
     )
-    group.add_argument("--bits", type=int, choices=(4, 8), help="bits of a weight (4)")
-    group.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128, -1), help="inputs that share a scale (128)"
-    )
-    group.add_argument("--samples", type=int, metavar="N", help="how many texts (128)")
+    add_settings(group, _QUANTIZING)
     parser.add_argument(
         "--strict", action="store_true", help="refuse adapters that lack what their config lists"
     )
@@ -75,7 +75,7 @@ def merge(args: argparse.Namespace) -> int:
     from qwenrt.loader.hub.resolve import resolve
     from qwenrt.merging import merge as run
 
-    settings = {name: getattr(args, name) for name in ("calibration", "bits", "group_size", "samples")}
+    settings = {name: getattr(args, name) for name in ("calibration", *_QUANTIZING)}
     directory = resolve(
         args.base or args.model, source=args.source, revision=args.revision, offline=args.offline
     )

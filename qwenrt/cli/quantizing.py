@@ -35,6 +35,14 @@ _SETTINGS: dict[str, tuple[type, tuple[Any, ...] | None, str]] = {
 }  # fmt: skip
 
 
+def add_settings(group: Any, names: tuple[str, ...]) -> None:
+    """Options for some of the settings of qwenrt.quantize."""
+    for name in names:
+        kind, choices, text = _SETTINGS[name]
+        metavar = {} if choices else {"metavar": "N"}
+        group.add_argument("--" + name.replace("_", "-"), type=kind, choices=choices, help=text, **metavar)
+
+
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "quantize",
@@ -52,9 +60,7 @@ def add_parser(subparsers: Any) -> None:
         help="texts or conversations; self: the model writes them",
     )
     group = parser.add_argument_group("settings")
-    for name, (kind, choices, text) in _SETTINGS.items():
-        metavar = {} if choices else {"metavar": "N"}
-        group.add_argument("--" + name.replace("_", "-"), type=kind, choices=choices, help=text, **metavar)
+    add_settings(group, tuple(_SETTINGS))
     group.add_argument(
         "--asym", action="store_true", help="zeros that are not in the middle: a little more exact"
     )

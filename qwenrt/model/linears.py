@@ -22,43 +22,35 @@ def norm_linear(
     backend: Backend, name: str, dtype: torch.dtype, head_dim: int, w: Packed, norm: torch.Tensor, eps: float
 ) -> BehindNorm:
     """From the residual stream [T, D] to the outputs [T, N] of the linear ``name`` behind a norm."""
-    spec = OpSpec("norm_linear", name.rpartition(".")[0], dtype, head_dim, w.kind)
-    seam, ops = backend.resolve(spec), backend.bound(spec)
-
-    def outputs(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        if spans := plan.spans_of(name):
-            return adapted.norm_linear(ops, x, norm, eps, w, spans)
-        y: torch.Tensor = seam(x, norm, eps, w)
-        return y
-
-    return outputs
+    run = _seam("norm_linear", backend, name, dtype, head_dim, w)
+    return lambda x, plan: run(plan, x, norm, eps, w)
 
 
 def norm_gate_up_silu(
     backend: Backend, name: str, dtype: torch.dtype, head_dim: int, w: Packed, norm: torch.Tensor, eps: float
 ) -> BehindNorm:
     """From the residual stream [T, D] to what the MLP's second linear reads [T, I], by the linear ``name``."""
-    spec = OpSpec("norm_gate_up_silu", name.rpartition(".")[0], dtype, head_dim, w.kind)
-    seam, ops = backend.resolve(spec), backend.bound(spec)
-
-    def inner(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        if spans := plan.spans_of(name):
-            return adapted.norm_gate_up_silu(ops, x, norm, eps, w, spans)
-        y: torch.Tensor = seam(x, norm, eps, w)
-        return y
-
-    return inner
+    run = _seam("norm_gate_up_silu", backend, name, dtype, head_dim, w)
+    return lambda x, plan: run(plan, x, norm, eps, w)
 
 
 def linear_add(backend: Backend, name: str, dtype: torch.dtype, head_dim: int, w: Packed) -> OntoStream:
     """From the inputs [T, K] of the linear ``name`` and the residual stream [T, D] to their sum."""
-    spec = OpSpec("linear_add", name.rpartition(".")[0], dtype, head_dim, w.kind)
-    seam, ops = backend.resolve(spec), backend.bound(spec)
+    run = _seam("linear_add", backend, name, dtype, head_dim, w)
+    return lambda x, residual, plan: run(plan, x, w, residual)
 
-    def added(x: torch.Tensor, residual: torch.Tensor, plan: Plan) -> torch.Tensor:
-        if spans := plan.spans_of(name):
-            return adapted.linear_add(ops, x, w, residual, spans)
-        y: torch.Tensor = seam(x, w, residual)
+
+def _seam(
+    op: str, backend: Backend, name: str, dtype: torch.dtype, head_dim: int, w: Packed
+) -> Callable[..., torch.Tensor]:
+    """The seam ``op`` of the linear ``name``, called with a step's plan before its own arguments; where the plan has
+    adapters for the linear, the function of that name in backends/adapted.py."""
+    spec = OpSpec(op, name.rpartition(".")[0], dtype, head_dim, w.kind)
+    seam, ops, with_adapters = backend.resolve(spec), backend.bound(spec), getattr(adapted, op)
+
+    def run(plan: Plan, *arguments: object) -> torch.Tensor:
+        spans = plan.spans_of(name)
+        y: torch.Tensor = with_adapters(ops, *arguments, spans) if spans else seam(*arguments)
         return y
 
-    return added
+    return run

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwenrt.backends.cuda.kernels.attention import splits_of, weighted
+from qwenrt.backends.cuda.kernels.attention import over_keys, splits_of
 from qwenrt.backends.cuda.kernels.between import coded, turned
 from qwenrt.backends.cuda.kernels.launch import launch, power
 from qwenrt.backends.cuda.tables import Tiles
@@ -138,8 +138,6 @@ def attend_split(
         qkv_ptr, q_norm_ptr, cos_ptr, sin_ptr, q_scale_ptr, factor_ptr, row, head, has_query & real, kv_head, stride,
         eps, D, ROTATED, NORMS, SCALED, FITTED, BD,
     )  # fmt: skip
-    q_sum = tl.sum(q.to(tl.float32), 1)[:, None]
-
     position = tl.load(position_ptr + row).to(tl.int32)
     own = tl.load(table_ptr + row * blocks + position // SLOTS)
     place = (own * SLOTS + position % SLOTS) * KVH + kv_head
@@ -158,28 +156,10 @@ def attend_split(
     per_split = tl.cdiv(tl.cdiv(position - first, SPLITS), BK) * BK
     low = first + share * per_split
     high = tl.minimum(low + per_split, position)
-    for start in range(low, high, BK):
-        at = start + tl.arange(0, BK)
-        seen = at < high
-        block = tl.load(table_ptr + row * blocks + at // SLOTS, mask=seen, other=0)
-        slot = (block * SLOTS + at % SLOTS) * KVH + kv_head
-        where, loaded = slot[:, None] * D + d, seen[:, None] & real
-        k = tl.load(k_ptr + where, mask=loaded, other=0).to(dtype)
-        v = tl.load(v_ptr + where, mask=loaded, other=0)
-        if DOT:
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        else:
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
-        if CODES:
-            scores *= tl.load(k_scale_ptr + slot, mask=seen, other=0.0)[None, :]
-            scores += q_sum * tl.load(k_zero_ptr + slot, mask=seen, other=0.0)[None, :]
-        scores = tl.where(seen[None, :], scores * scale, -float("inf"))
-        now = tl.maximum(most, tl.max(scores, 1))
-        before, weights = tl.exp(most - now), tl.exp(scores - now[:, None])
-        total = total * before + tl.sum(weights, 1)
-        out *= before[:, None]
-        out += weighted(weights, v, v_scale_ptr, v_zero_ptr, slot, seen, dtype, CODES, DOT)
-        most = now
+    most, total, out = over_keys(
+        q, most, total, out, low, high, row, kv_head, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
+        table_ptr, scale, blocks, KVH, D, SLOTS, CODES, DOT, BK, BD,
+    )  # fmt: skip
     if SPLITS == 1:
         y = (out / total[:, None]).to(dtype)
         tl.store(y_ptr + (row * H + head) * D + d, y, mask=has_query & real)

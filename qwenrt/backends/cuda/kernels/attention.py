@@ -49,6 +49,43 @@ def weighted(
 
 
 @triton.jit
+def over_keys(
+    q, most, total, out, low, high, row, kv_head,
+    k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, table_ptr, scale, blocks,
+    KVH: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, CODES: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The softmax of queries q [BQ, BD] goes on over a row's keys from ``low`` to ``high`` - 1: its maximum and sum
+    [BQ], and the values so far [BQ, BD]."""
+    d = tl.arange(0, BD)[None, :]
+    real = d < D
+    q_sum = tl.sum(q.to(tl.float32), 1)[:, None]
+    for start in range(low, high, BK):
+        at = start + tl.arange(0, BK)
+        seen = at < high
+        block = tl.load(table_ptr + row * blocks + at // SLOTS, mask=seen, other=0)
+        slot = (block * SLOTS + at % SLOTS) * KVH + kv_head
+        where, loaded = slot[:, None] * D + d, seen[:, None] & real
+        k = tl.load(k_ptr + where, mask=loaded, other=0).to(q.dtype)
+        v = tl.load(v_ptr + where, mask=loaded, other=0)
+        if DOT:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+        if CODES:
+            scores *= tl.load(k_scale_ptr + slot, mask=seen, other=0.0)[None, :]
+            scores += q_sum * tl.load(k_zero_ptr + slot, mask=seen, other=0.0)[None, :]
+        scores = tl.where(seen[None, :], scores * scale, -float("inf"))
+        now = tl.maximum(most, tl.max(scores, 1))
+        before, weights = tl.exp(most - now), tl.exp(scores - now[:, None])
+        total = total * before + tl.sum(weights, 1)
+        out *= before[:, None]
+        out += weighted(weights, v, v_scale_ptr, v_zero_ptr, slot, seen, q.dtype, CODES, DOT)
+        most = now
+    return most, total, out
+
+
+@triton.jit
 def split_keys(
     q_ptr,
     k_ptr,
@@ -89,32 +126,13 @@ def split_keys(
     of_group, d = tl.arange(0, BQ)[:, None], tl.arange(0, BD)[None, :]
     head, has_query, real = first_head + of_group, of_group < QUERIES, d < D
     q = tl.load(q_ptr + (row * H + head) * D + d, mask=has_query & real, other=0.0)
-    q_sum = tl.sum(q.to(tl.float32), 1)[:, None]
     most = tl.full((BQ,), -float("inf"), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     out = tl.zeros((BQ, BD), tl.float32)
-    for start in range(low, high, BK):
-        at = start + tl.arange(0, BK)
-        seen = at < high
-        block = tl.load(table_ptr + row * blocks + at // SLOTS, mask=seen, other=0)
-        slot = (block * SLOTS + at % SLOTS) * KVH + kv_head
-        where, loaded = slot[:, None] * D + d, seen[:, None] & real
-        k = tl.load(k_ptr + where, mask=loaded, other=0).to(q.dtype)
-        v = tl.load(v_ptr + where, mask=loaded, other=0)
-        if DOT:
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        else:
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
-        if CODES:
-            scores *= tl.load(k_scale_ptr + slot, mask=seen, other=0.0)[None, :]
-            scores += q_sum * tl.load(k_zero_ptr + slot, mask=seen, other=0.0)[None, :]
-        scores = tl.where(seen[None, :], scores * scale, -float("inf"))
-        now = tl.maximum(most, tl.max(scores, 1))
-        before, weights = tl.exp(most - now), tl.exp(scores - now[:, None])
-        total = total * before + tl.sum(weights, 1)
-        out *= before[:, None]
-        out += weighted(weights, v, v_scale_ptr, v_zero_ptr, slot, seen, q.dtype, CODES, DOT)
-        most = now
+    most, total, out = over_keys(
+        q, most, total, out, low, high, row, kv_head, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
+        table_ptr, scale, blocks, KVH, D, SLOTS, CODES, DOT, BK, BD,
+    )  # fmt: skip
     if SPLITS == 1:
         result = (out / total[:, None]).to(parts_ptr.dtype.element_ty)
         tl.store(parts_ptr + (row * H + head) * D + d, result, mask=has_query & real)
