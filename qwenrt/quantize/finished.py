@@ -20,12 +20,13 @@ from qwenrt.config import ModelConfig, QuantConfig, read_json
 from qwenrt.config.layers import LinearSpec, file_rows
 from qwenrt.errors import CheckpointError
 from qwenrt.files import is_there
+from qwenrt.loader.checkpoint.formats import Awq, Gptq, ReadOptions, StoredLinear
 from qwenrt.loader.checkpoint.header import read_metadata
 from qwenrt.loader.checkpoint.inventory import Inventory, parts_of
 from qwenrt.loader.checkpoint.writing import save_atomically
 from qwenrt.loader.weights import WeightReader
-from qwenrt.ops.awq import pack_awq, unpack_awq
-from qwenrt.ops.gptq import pack_gptq, unpack_gptq
+from qwenrt.ops.awq import pack_awq
+from qwenrt.ops.gptq import pack_gptq
 from qwenrt.ops.types import CanonicalWeight
 from qwenrt.ops.weights import merge, take_rows
 from qwenrt.quantize.report import LinearReport
@@ -51,14 +52,16 @@ class FinishedLayers:
         self, directory: Path, settings: QuantizeSettings, config: ModelConfig, inventory: Inventory
     ) -> None:
         self.directory, self._config, self._inventory = directory, config, inventory
-        self._awq = settings.method == "awq"
-        self._quant = QuantConfig(
-            settings.bits,
-            settings.group_size,
-            settings.act_order == "full",
-            bool(settings.sym),
-            zero_offset=1,
-        )
+        self._format: Gptq | Awq = Awq(settings.group_size)
+        if settings.method != "awq":
+            quant = QuantConfig(
+                settings.bits,
+                settings.group_size,
+                settings.act_order == "full",
+                bool(settings.sym),
+                zero_offset=1,
+            )
+            self._format = Gptq(quant)
 
     def path(self, index: int) -> Path:
         return self.directory / f"layer-{index:05d}.safetensors"
@@ -67,7 +70,7 @@ class FinishedLayers:
         tensors = dict(layer.changed)
         for spec in specs:
             for module, weight in self._modules(spec, layer.made[spec.name]):
-                packed = pack_awq(weight) if self._awq else pack_gptq(weight)
+                packed = (pack_awq if isinstance(self._format, Awq) else pack_gptq)(weight)
                 packed.pop("bias", None)  # it stays the source's own
                 tensors |= {f"{module}.{kind}": tensor.contiguous() for kind, tensor in packed.items()}
         told = {
@@ -117,8 +120,10 @@ class FinishedLayers:
     def _whole(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> CanonicalWeight:
         """The linear whose modules `_modules` wrote."""
         made = []
+        options = ReadOptions(keep_words=False, fp8_dtype=None)
         for module, rows, order in self.modules(spec):
-            weight = self._unpacked(module, tensors, spec.in_features, rows)
+            linear = StoredLinear(module, rows, spec.in_features, {})
+            weight = self._format.read(linear, lambda kind, m=module: tensors[f"{m}.{kind}"], None, options)  # type: ignore[misc]
             made.append(weight if order is None else take_rows(weight, order))
         merged = merge(made)
         if merged is None:
@@ -128,37 +133,6 @@ class FinishedLayers:
                 "Delete its layer's file.",
             )
         return merged
-
-    def _unpacked(
-        self, module: str, tensors: Mapping[str, torch.Tensor], columns: int, rows: int
-    ) -> CanonicalWeight:
-        def part(kind: str) -> torch.Tensor:
-            return tensors[f"{module}.{kind}"]
-
-        size = self._quant.group_size
-        qweight, qzeros, scales = map(part, ("qweight", "qzeros", "scales"))
-        if self._awq:
-            return unpack_awq(
-                qweight,
-                qzeros,
-                scales,
-                None,
-                group_size=size,
-                in_features=columns,
-                out_features=rows,
-                name=module,
-            )
-        return unpack_gptq(
-            qweight,
-            qzeros,
-            scales,
-            part("g_idx"),
-            None,
-            quant=self._quant,
-            in_features=columns,
-            out_features=rows,
-            name=module,
-        )
 
 
 @contextmanager
