@@ -171,8 +171,8 @@ _NO_THOUGHT = r"{%- if enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' 
 _OPEN_THOUGHT = r"{{- '<think>\n' }}"
 
 
-# Qwen3.5 and later: every text is trimmed (not the end of one that is continued), tools come before the system text, and
-# it refuses what it never was shown. `effort`: what the system turn begins with.
+# Qwen3.5 and later: every text is trimmed (not the end of one that is continued), tools come before the system text,
+# and it refuses what it never was shown. `effort`: what the system turn begins with.
 _HYBRID = (
     _TURN
     + _XML_CALLS

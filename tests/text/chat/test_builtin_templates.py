@@ -303,12 +303,19 @@ def test_what_changed_with_3_6_and_3_8(written):
         tools = written("qwen3.8", [system, user("q")], [WEATHER], **given)
         assert tools.startswith(f"<|im_start|>system\n{told}\n\n# Tools\n\n") and "\n\nS<|im_end|>" in tools
     assert written("qwen3.8", [user("q")], reasoning_effort="medium") == asked + begun
-    assert written("qwen3.8", [{**system, "content": " "}, user("q")], reasoning_effort="medium") == asked + begun
+    assert (
+        written("qwen3.8", [{**system, "content": " "}, user("q")], reasoning_effort="medium")
+        == asked + begun
+    )
     silent = written("qwen3.8", [system, user("q")], enable_thinking=False)
     assert silent == turn("system", "S") + asked + begun + "\n</think>\n\n"
     old = [user("a"), assistant("b", reasoning_content=" hm\n"), user("q")]
     kept, gone = (turn("assistant", f"{thought}b") for thought in ("<think>\nhm\n</think>\n\n", ""))
-    assert kept in written("qwen3.8", old) and gone in written("qwen3.6", old) and kept not in written("qwen3.6", old)
+    assert (
+        kept in written("qwen3.8", old)
+        and gone in written("qwen3.6", old)
+        and kept not in written("qwen3.6", old)
+    )
     assert COMPILED["qwen3.8"].efforts == ("low", "medium", "xhigh") and not COMPILED["qwen3.6"].efforts
 
 
