@@ -37,7 +37,7 @@ from tests.engine.test_linear_attention import assert_nothing_is_lost
 
 NAME = "qwen3_5_vl"
 LONG = 20  # tokens of an answer
-RULES: dict[str, SamplingParams] = {  # fmt: skip
+RULES: dict[str, SamplingParams] = {
     "greedy": SamplingParams(temperature=0, max_tokens=LONG),
     "sampled": SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=7, max_tokens=LONG),
     "several": SamplingParams(temperature=1.1, seed=8, n=2, max_tokens=LONG),
