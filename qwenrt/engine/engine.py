@@ -37,6 +37,7 @@ from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import Vocabulary
+from qwenrt.outputs import TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
@@ -96,7 +97,7 @@ class Engine:
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
         self.sampler = Sampler(vocabulary, backend)
-        self.drafts = self._drafts(model, cache, vocabulary, options)
+        self.drafts = self._drafts(model, cache, options)
         # Without a trail of states (`States`) a wrong guess could not be taken back out of one.
         if self.runner.depth == 0 and (states is None or options.draft_tokens):
             self.scheduler.drafts = self.drafts
@@ -110,15 +111,14 @@ class Engine:
         self._ids = itertools.count()
         self._launched: deque[Launched] = deque()
 
-    def _drafts(self, model: Qwen, cache: KVCache, vocabulary: Vocabulary, options: EngineOptions) -> Drafts:
-        drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
+    def _drafts(self, model: Qwen, cache: KVCache, options: EngineOptions) -> Drafts:
+        drafts = Drafts()
         if options.draft_tokens:
             drafts.head = MtpDrafts(
                 model,
                 cache.of_mtp,
                 options.draft_tokens,
-                vocabulary=vocabulary,
-                draw_of=self.sampler.draw_of,
+                choose=self.sampler.guess,
                 reach=self.scheduler.reach,
             )
         return drafts
@@ -322,10 +322,13 @@ class Engine:
         self._give_out(done, sampled)
 
     def _give_out(self, done: Launched, sampled: Sampled) -> None:
-        """Each sequence its next token, and those after its guesses as long as these were right."""
+        """Each sequence its next token, and those after its guesses as long as these were right. Where the host
+        chooses, what follows a guess is chosen now, since it may depend on the tokens before it."""
         checked: dict[Sequence, list[bool]] = {}  # of each guess of a sequence, whether it was right
         holds = True
-        for row, token, logprob in zip(done.rows, sampled.token_ids, sampled.logprobs, strict=True):
+        for at, (row, token, logprob) in enumerate(
+            zip(done.rows, sampled.token_ids, sampled.logprobs, strict=True)
+        ):
             seq = row.seq
             if row.guess is None:
                 holds = row.is_wanted
@@ -337,6 +340,8 @@ class Engine:
             if row.guess is not None:  # its key and value are in the cache
                 seq.marks.right += 1
                 self.scheduler.collect_guess(seq, len(checked[seq]) - 1)
+                if done.draws[at] is None:
+                    token, logprob = self._chosen(done, at)
             if token is None:
                 self._give_up(seq)
                 continue
@@ -351,10 +356,20 @@ class Engine:
         if not seq.is_finished:
             self.completions.end(seq.request_id, "error", self._non_finite(seq), discard_cache=True)
 
+    def _chosen(self, done: Launched, row: int) -> tuple[int | None, TokenLogprob | None]:
+        """The token of one row that the host chooses, and what is said of it. None where it failed: its sequence ends
+        as where its logits are not finite."""
+        try:
+            found = self.sampler.sample(done.outcome.logits[[row]], [done.rows[row].seq])
+        except Exception as error:
+            self._fail([(done.rows[row].seq, 1)], error)
+            return None, None
+        return found.token_ids[0], found.logprobs[0]
+
     def _sampled(self, done: Launched) -> Sampled:
-        """What a step chose, and what the host chooses from its logits."""
+        """What a step chose, and what the host chooses from its logits: not of rows behind a guess."""
         ours = [row for row, draw in enumerate(done.draws) if draw is None]
-        ours = [row for row in ours if done.rows[row].is_wanted]
+        ours = [row for row in ours if done.rows[row].guess is None and done.rows[row].is_wanted]
         for row in ours:  # while a device computes
             if (constraint := done.rows[row].seq.constraint) is not None:
                 constraint.allowed()
