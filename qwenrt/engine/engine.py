@@ -68,18 +68,7 @@ class Engine:
         self.grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
         states = _states_of(model, options)
-        cache = KVCache(
-            model.config,
-            backend,
-            model.dtype,
-            kv_cache_dtype=options.kv_cache_dtype,
-            block_size=options.block_size,
-            num_blocks=options.blocks,
-            num_spare=0 if backend.graphs() is None else rows,
-            num_states=0 if states is None else states.num_slots,
-        )
-        if options.kv_cache_dtype == "int8":
-            model.fit_key_codes(cache.layers, cache.of_mtp)
+        cache = _cache_of(model, options, states, rows)
         size = min(vocab_limit or model.config.vocab_size, model.config.vocab_size)
         vocabulary = Vocabulary(size, frozenset(_unused_ids(tokenizer, size)))
         self._bounds = Bounds(
@@ -118,13 +107,7 @@ class Engine:
             model.config, tokenizer, self.scheduler, self.sampler, self.drafts, self.accounts, self.adapters
         )
         self.prefills = Prefills(self.runner, self._bounds)
-        self.store: PrefixStore | None = None
-        if options.prefix_store is not None and options.prefix_caching:
-            how = getattr(backend, "activations", "")
-            self.store = open_store(
-                options.prefix_store, options.prefix_store_bytes, model, cache, activations=how
-            )
-            self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
+        self.store = self._store(model, cache, options)
         self._ids = itertools.count()
         self._launched: deque[Launched] = deque()
 
@@ -139,6 +122,14 @@ class Engine:
                 reach=self.scheduler.reach,
             )
         return drafts
+
+    def _store(self, model: Qwen, cache: KVCache, options: EngineOptions) -> PrefixStore | None:
+        if options.prefix_store is None or not options.prefix_caching:
+            return None
+        how = getattr(model.backend, "activations", "")
+        store = open_store(options.prefix_store, options.prefix_store_bytes, model, cache, activations=how)
+        self.scheduler.on_admit = partial(store.admitted, blocks=self.blocks)
+        return store
 
     @property
     def max_model_len(self) -> int:
@@ -412,6 +403,23 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
+
+
+def _cache_of(model: Qwen, options: EngineOptions, states: States | None, rows: int) -> KVCache:
+    """``rows``: sequences of a step, of which a captured one stores even those that are not there."""
+    cache = KVCache(
+        model.config,
+        model.backend,
+        model.dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
+        block_size=options.block_size,
+        num_blocks=options.blocks,
+        num_spare=0 if model.backend.graphs() is None else rows,
+        num_states=0 if states is None else states.num_slots,
+    )
+    if options.kv_cache_dtype == "int8":
+        model.fit_key_codes(cache.layers, cache.of_mtp)
+    return cache
 
 
 def _states_of(model: Qwen, options: EngineOptions) -> States | None:
