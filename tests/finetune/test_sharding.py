@@ -1,4 +1,4 @@
-"""Weights that two processes share out are trained as one process trains them, and a run goes on with another number."""
+"""Weights that two processes share out are trained as in one process, and a run goes on with another number of them."""
 
 from __future__ import annotations
 
