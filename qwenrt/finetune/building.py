@@ -113,7 +113,7 @@ def build(
         found = "gradients, which are scaled up there, would be kept in 16 bits"
         raise RequestError(f'moments="{settings.moments}" with precision="float16"', found, 'Use "bfloat16".')
     weight = balance_weight(base.source, config, settings.router != "frozen")
-    backend = TrainingBackend(device, balancing=weight > 0)
+    backend = TrainingBackend(device)
     sharding: Sharding | None = None
     if is_shared_out(settings, group):
         assert group is not None
@@ -245,10 +245,10 @@ def build_adapter(
     device = device or torch.device("cpu")
     config, precision = base.config, resolved_precision(settings, device)
     check_length(config, max(map(corpus.length, range(len(corpus)))))
-    if precision == "bfloat16-pure" or settings.router == "trained" or base.checkpoint is None:
-        asked = (
-            "from_scratch" if base.checkpoint is None else f"precision={precision}, router={settings.router}"
-        )
+    routes = settings.router == "trained"
+    if precision == "bfloat16-pure" or base.checkpoint is None or (routes and config.moe is None):
+        asked = "from_scratch" if base.checkpoint is None else f"precision={precision}"
+        asked = asked if not routes else "router=trained, and no experts in the model"
         raise RequestError(
             f"training an adapter with {asked}", "adapters have no use for it", "Leave it out."
         )
@@ -266,7 +266,7 @@ def build_adapter(
         shared = sharding = Sharding(group, device, settings.shard, None)
         model, origin = _layer_by_layer(
             base, backend, compute, compute, settings, lora.quantize,
-            lambda model, index: shared.add(model, index, (), ()),
+            lambda model, index: shared.add(model, index, (), routers_of(model) if routes else ()),
         )  # fmt: skip
     else:
         model = read_weights(base, backend, compute, compute, settings, lora.quantize, own=False)
@@ -278,16 +278,23 @@ def build_adapter(
         found: torch.Tensor = torch.linalg.vector_norm(weights.weight(param), dim=1)
         return found
 
-    adapter = TrainedAdapter(model, lora, settings.seed, tokens, whole, norms)
+    routers = routers_of(model) if routes else ()
+    adapter = TrainedAdapter(model, lora, settings.seed, tokens, whole, norms, routers)
     if sharding is not None:
         sharding.add(model, None, (), ())
     model.bind()
     optimizer = Optimizer(adapter.parameters, settings, scaled=compute == torch.float16, rates=adapter.rates)
     recompute = settings.recompute == "all" if recompute is None else recompute
-    network = Network(model, backend, recompute=recompute, balance=0.0, rebinds=False, sharding=sharding)
+    balance = balance_weight(base.source, config, routes) / max(1, config.num_moe_layers)
+    network = Network(model, backend, recompute=recompute, balance=balance, rebinds=False, sharding=sharding)
     network.adapter = adapter.weights
     about = {**asdict(lora), "model": origin, "computed_in": precision, **(identity or {})}
     return Trainer(network, optimizer, corpus, settings, about, held_out, group), adapter
+
+
+def routers_of(model: Qwen) -> tuple[str, ...]:
+    """What chooses experts, by the model's names."""
+    return tuple(name for name in model.tensor_specs if name.endswith(".router"))
 
 
 def rows_to_train(

@@ -26,13 +26,7 @@ from qwenrt.text.chat.training_form import IGNORE
 
 
 class TrainingBackend(Backend):
-    """The definitions, on any device. ``balances``: where ``balancing``, what a layer with experts adds to the loss
-    so that its router uses all of them, taken by who runs the layer."""
-
-    def __init__(self, device: torch.device, balancing: bool = False) -> None:
-        super().__init__(device)
-        self.balancing = balancing
-        self.balances: list[torch.Tensor] = []
+    """The definitions, on any device."""
 
     def attention(
         self,
@@ -53,16 +47,12 @@ class TrainingBackend(Backend):
             parts.append(reference.attention(q[here], k[here], v[here], kv, alike, scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
-        if self.balancing:
-            self.balances.append(balance(self.rms_norm(x, norm, eps), w))
-        return super().norm_moe_add(x, norm, eps, w)
 
-
-def balance(normed: torch.Tensor, w: Experts) -> torch.Tensor:
-    """normed [T, D] -> E · Σ f_e P_e: f_e the share of tokens that went to expert e, P_e its mean probability."""
-    scores = F.linear(normed, w.router.to(normed.dtype)).float().softmax(-1)
-    chosen = scores.detach().topk(w.top_k, dim=-1).indices
+def balance(normed: torch.Tensor, router: torch.Tensor, top_k: int) -> torch.Tensor:
+    """normed [T, D], router [E, D] -> E · Σ f_e P_e: f_e the share of tokens that went to expert e, P_e its mean
+    probability."""
+    scores = F.linear(normed, router.to(normed.dtype)).float().softmax(-1)
+    chosen = scores.detach().topk(top_k, dim=-1).indices
     share = torch.zeros_like(scores).scatter_(1, chosen, 1.0).mean(0)
     return scores.shape[1] * (share * scores.mean(0)).sum()
 
@@ -175,12 +165,14 @@ class Network:
         if self._rebinds:
             self.backend.bindings.clear()
             layer.bind(self.backend, self.model.dtype, self.model.weights)
-        self.backend.balances.clear()
-        y = layer.forward(x, rotary, plan, None)
-        share = x.new_zeros((), dtype=torch.float32)
-        for one in self.backend.balances:
-            share = share + one
-        return y, share
+        x = layer.mixer.add(x, rotary, plan, None)
+        share, weights = x.new_zeros((), dtype=torch.float32), layer.weights
+        if self.balance and isinstance(weights.mlp, Experts):
+            adapted = {} if plan.adapters is None else plan.adapters.spans[0].adapter.routers
+            router = adapted.get(f"{layer.prefix}.router", weights.mlp.router)
+            normed = self.backend.rms_norm(x, weights.post_norm, weights.eps)
+            share = balance(normed, router, weights.mlp.top_k)
+        return layer.add_mlp(x, plan), share
 
     def _head_loss(self, hidden: torch.Tensor, targets: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         """The sum of cross-entropies, of so many rows at a time that their logits and what becomes of these fit."""
