@@ -34,6 +34,10 @@ from qwenrt.loader.hub.resolve import source_of
 logger = logging.getLogger("qwenrt")
 as_function(__name__)
 
+Asked = tuple[
+    Path, Data, Data | float | None, str | None, str, dict[str, Any]
+]  # the first arguments of `prepare`
+
 
 @dataclass(frozen=True)
 class FinetuneReport:
@@ -125,7 +129,7 @@ def finetune(
     asked = (source_of(model), data, eval_data, preset, device, settings)
     if whole_number("processes", processes, 1) == 1:
         return _train(how, asked)
-    job = prepare(*asked, processes=processes)  # what is wrong with it is said here, once
+    job = prepare(*asked, processes)  # what is wrong with it is said here, once
     if say is not None:
         say(job.about_data())
     work = {"how": replace(how, say=None), "asked": asked}
@@ -147,14 +151,14 @@ class Where:
     say: Callable[[str], None] | None
 
 
-def _train(how: Where, asked: tuple[Any, ...]) -> FinetuneReport:
+def _train(how: Where, asked: Asked) -> FinetuneReport:
     """The run, in this process or its share of it."""
     device = create(asked[4]).device
     with group_of(device) as group:
         threads = how.threads
         if threads is None and group.size > 1 and device.type == "cpu":
             threads = max(1, torch.get_num_threads() // group.size)
-        job = prepare(*asked, processes=group.size)
+        job = prepare(*asked, group.size)
         with _threads(threads):
             return _trained(how, job, group)
 

@@ -137,8 +137,8 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = rate * group["factor"]
         if isinstance(self._adamw, RoundedAdamW):
-            group = Group() if self.sharding is None else self.sharding.group
-            self._adamw.seed = (self.settings.seed * 2**31 + self.updates) * group.size + group.rank
+            among = Group() if self.sharding is None else self.sharding.group
+            self._adamw.seed = (self.settings.seed * 2**31 + self.updates) * among.size + among.rank
             self._adamw.share = min(1.0, share)
             self._adamw.gradients = {master: self._graded[name].grad for name, master in self.masters.items()}
         self._adamw.step()
@@ -216,10 +216,11 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     if not gradients:
         return torch.zeros(())
     if all(gradient.dtype == torch.float32 for gradient in gradients):
-        norms = torch._foreach_norm(gradients)
+        norms = list(torch._foreach_norm(gradients))
     else:
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return torch.stack(norms).norm().cpu()
+    whole: torch.Tensor = torch.stack(norms).norm()
+    return whole.cpu()
 
 
 class RoundedAdamW(torch.optim.Optimizer):

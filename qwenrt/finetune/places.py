@@ -25,7 +25,8 @@ class Place:
 
     @property
     def tensor(self) -> torch.Tensor:
-        found: torch.Tensor = self.owner.bias if isinstance(self.owner, Packed) else self.owner[self.key]
+        found = self.owner.bias if isinstance(self.owner, Packed) else self.owner[self.key]
+        assert isinstance(found, torch.Tensor)
         return found
 
     def put(self, tensor: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -32,7 +32,7 @@ class _Stored(Mapping[str, torch.Tensor]):
     """The tensors of a file, each read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
+        self._file = cast(Any, safe_open(path, framework="pt"))
         self.metadata, self._names = self._file.metadata() or {}, frozenset(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:

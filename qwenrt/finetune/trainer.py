@@ -348,8 +348,8 @@ class Trainer:
             setattr(self.progress, name, pairs)
         best = self.progress.best
         kept = path.with_name(BEST_FILE)
-        needs = best is not None and self.settings.keep == "best"
-        if needs and best[0] < self.total_steps and not is_there(kept, CheckpointError):
+        needed = best is not None and self.settings.keep == "best" and best[0] < self.total_steps
+        if best is not None and needed and not is_there(kept, CheckpointError):
             found = f"{kept} is not there, which holds the weights of step {best[0]}, the best so far"
             remedy = f'Put it back, use keep="last" with resume=False, or delete {path.name} to begin anew.'
             raise CheckpointError(f"resuming from {path}", found, remedy)
