@@ -21,7 +21,17 @@ from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.ops.steps import DecodePlan, LayerKV, RotaryRows
 from qwenrt.ops.types import Packed
 
-MODULES = ("portable", "between", "attention", "choose", "read", "stream", "attend")  # that launch kernels
+MODULES = (
+    "portable",
+    "between",
+    "attention",
+    "choose",
+    "read",
+    "stream",
+    "attend",
+    "delta",
+    "experts",
+)  # that launch kernels
 _META = torch.device("meta")
 _SHAPES = {
     "1.8B": (2048, 5504, 16, 128),
