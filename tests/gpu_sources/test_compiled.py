@@ -3,7 +3,6 @@ and keys are loaded 128 bits at a time. What no compiler shows is how fast they 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,8 @@ from qwenrt.backends.cuda import packing
 from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.backends.cuda.tables import TILES
 from qwenrt.conformance.gpu import compiling
-from qwenrt.ops.steps import DecodePlan, LayerKV, LayerState
-from qwenrt.ops.types import DeltaWeights, Experts, Packed
+from qwenrt.ops.steps import DecodePlan, LayerKV
+from qwenrt.ops.types import Packed
 
 pytestmark = pytest.mark.gpu_sources
 META, F16, BF16 = torch.device("meta"), torch.float16, torch.bfloat16
@@ -74,36 +73,9 @@ def reading(b: TritonBackend, dtype: torch.dtype) -> Any:
     return read.read(empty(1 << 20, dtype=torch.int32))
 
 
-def experts(b: TritonBackend, dtype: torch.dtype, tokens: int, bits: int) -> Any:
-    """Qwen3-30B-A3B's, or, where there are no units for products, one token's."""
-    count, hidden, inner = 128, 2048, 768
-    tokens = tokens if b.tiles.matrix_units else 1
-
-    def weight(outputs: int, inputs: int) -> Packed:
-        made = codes(outputs, inputs, bits) if bits < 16 else dense(outputs, inputs, dtype)
-        every = {
-            name: empty(count, *value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-            for name, value in made.data.items()
-        }
-        return dataclasses.replace(made, data=every, bias=None)
-
-    both = weight(2 * inner, hidden), weight(hidden, inner)
-    router, norm = empty(count, hidden, dtype=dtype), empty(hidden, dtype=dtype)
-    w = Experts(router, [both[0]] * count, [both[1]] * count, 8, True, stacked=both)
-    return b.norm_moe_add_each(empty(tokens, hidden, dtype=dtype), norm, 1e-6, w)
-
-
-def delta(b: TritonBackend, dtype: torch.dtype, heads: tuple[int, int, int, int]) -> Any:
-    """Qwen3-Next's."""
-    nk, nv, dk, dv = heads
-    channels, f32 = 2 * nk * dk + nv * dv, torch.float32
-    own = (empty(4, channels, dtype=dtype), *(empty(n, dtype=f32) for n in (nv, nv, dv)))
-    nothing = dense(1, 1, dtype)
-    w = DeltaWeights(nothing, nothing, nothing, *own, heads)
-    state = LayerState(empty(9, 3, channels, dtype=dtype), empty(9, nv, dk, dv, dtype=f32))
-    numbers = [empty(*shape, dtype=torch.int64) for shape in ((1,), (1, 8), (1,), (1,))]
-    inputs = empty(1, channels + nv * dv, dtype=dtype), empty(1, 2 * nv, dtype=dtype)
-    return b.decode_delta_net(*inputs, w, 1e-6, state, DecodePlan(*numbers))
+def experts(b: TritonBackend, tokens: int, bits: int, dtype: torch.dtype) -> None:
+    """Where there are no units for products, one token's."""
+    compiling.experts(b, tokens if b.tiles.matrix_units else 1, bits, dtype)
 
 
 Call = Callable[[TritonBackend, torch.dtype], Any]
@@ -154,10 +126,10 @@ CASES: dict[str, tuple[int, Call]] = {
         ),
     ),
     "reading": (4, reading),
-    "experts, 4096 tokens": (0, lambda b, d: experts(b, d, 4096, 16)),
-    "experts, int4, 512 tokens": (0, lambda b, d: experts(b, d, 512, 4)),
-    "experts, int8, 64 tokens": (0, lambda b, d: experts(b, d, 64, 8)),
-    "delta net": (0, lambda b, d: delta(b, d, (16, 32, 128, 128))),
+    "experts, 4096 tokens": (0, lambda b, d: experts(b, 4096, 16, d)),
+    "experts, int4, 512 tokens": (0, lambda b, d: experts(b, 512, 4, d)),
+    "experts, int8, 64 tokens": (0, lambda b, d: experts(b, 64, 8, d)),
+    "delta net": (0, lambda b, d: compiling.delta_net(b, 1, d)),
 }
 
 
@@ -224,7 +196,7 @@ def test_what_a_borrowed_gpu_compiles_first_is_launched(
         found = compiled.launches(call, monkeypatch)
         dense = "16 bits, 8 rows" in name or "8 rows: head" in name
         assert found or (dense and not gluon), name
-        if gluon and "cache" not in name and "choice" not in name:
+        if gluon and name.startswith(("1.8B", "7B")) and "cache" not in name:
             assert found[-1].name == "stream", name
         if gluon and "cache" in name:
             assert found[-1].name == "attend_split", name
