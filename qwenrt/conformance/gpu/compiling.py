@@ -127,13 +127,14 @@ def delta_net(backend: TritonBackend, rows: int, dtype: torch.dtype = torch.bflo
     """That of a layer of Qwen3-Next."""
     heads = nk, nv, dk, dv = 16, 32, 128, 128
     channels, f32 = 2 * nk * dk + nv * dv, torch.float32
-    own = (_empty(4, channels, dtype=dtype), *(_empty(n, dtype=f32) for n in (nv, nv, dv)))
+    of_heads, out_norm = _empty(nv, dtype=f32), _empty(dv, dtype=f32)
     linear = _weight(1, 1, 16, dtype)  # the kernels lie between them
-    w = DeltaWeights(linear, linear, linear, *own, heads)
+    conv = _empty(4, channels, dtype=dtype)
+    w = DeltaWeights(linear, linear, linear, conv, of_heads, of_heads, out_norm, heads)
     state = LayerState(_empty(9, 3, channels, dtype=dtype), _empty(9, nv, dk, dv, dtype=f32))
-    numbers = [_empty(*shape, dtype=torch.int64) for shape in ((rows,), (rows, 8), (rows,), (rows,))]
+    of_rows, table = _empty(rows, dtype=torch.int64), _empty(rows, 8, dtype=torch.int64)
     inputs = _empty(rows, channels + nv * dv, dtype=dtype), _empty(rows, 2 * nv, dtype=dtype)
-    backend.decode_delta_net(*inputs, w, 1e-6, state, DecodePlan(*numbers))
+    backend.decode_delta_net(*inputs, w, 1e-6, state, DecodePlan(of_rows, table, of_rows, of_rows))
 
 
 def _added(backend: TritonBackend, x: torch.Tensor, w: Packed, norm: torch.Tensor) -> None:

@@ -110,12 +110,13 @@ def decode_delta_net(
     mixed = projected.new_empty(rows, channels)
     y = projected.new_empty(rows, nv * dv)
     block = min(_CHANNELS, power(channels))
-    args = (projected, w.conv, state.conv, plan.states, plan.position, mixed, channels, projected.stride(0))
-    launch(conv_row, (rows, cdiv(channels, block)), *args, TAPS=taps, BLOCK=block)
-    own = (w.log_decay, w.decay_bias, w.out_norm, state.delta, plan.states, plan.position, y)
+    kept = (state.conv, plan.states, plan.position)
+    sizes = {"TAPS": taps, "BLOCK": block}
+    grid = (rows, cdiv(channels, block))
+    launch(conv_row, grid, projected, w.conv, *kept, mixed, channels, projected.stride(0), **sizes)
+    own, kept = (w.log_decay, w.decay_bias, w.out_norm), (state.delta, plan.states, plan.position)
     strides = (projected.stride(0), rates.stride(0))
     sizes = {"NK": nk, "NV": nv, "DK": dk, "DV": dv, "BK": power(dk), "BV": power(dv)}
-    gate = projected[:, channels:]
-    args = (mixed, gate, rates, *own, *strides, eps, dk**-0.5)
+    args = (mixed, projected[:, channels:], rates, *own, *kept, y, *strides, eps, dk**-0.5)
     launch(delta_head, (rows, nv), *args, warps=warps, TILED=w.tiled, **sizes)
     return y
