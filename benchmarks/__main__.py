@@ -91,7 +91,8 @@ def chosen(keys: str, things: Sequence[Any], what: str) -> list[Any]:
 
 def measure(args: argparse.Namespace) -> Path:
     """Everything that was asked for -> the results file, which is written after every row."""
-    from benchmarks.measure import Bandwidth, Plan, Run, machine
+    from benchmarks.bandwidth import Bandwidth
+    from benchmarks.measure import Plan, Run, machine
 
     table = chosen(args.rows, rows.table(), "rows")
     curves = chosen(args.curves, rows.curves(args.longest, args.peer_longest), "curves")
