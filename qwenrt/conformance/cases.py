@@ -341,6 +341,18 @@ OPS = (
         {"dtype": DTYPES, "heads": DELTA_HEADS, "lens": STATE_LENS[-3:], "layout": (CONTIGUOUS, ROWS_APART)},
     ),
     Op(
+        "decode_delta_net",
+        StatesCase,
+        {
+            "dtype": DTYPES,
+            "heads": DELTA_HEADS,
+            "taps": (4, 2, 8),
+            "tiled": (False, True),
+            "lens": (((1, 40), (1, 300), (1, 1), (1, 2)), ((1, 1),), ((1, 7),), ()),
+            "layout": (CONTIGUOUS, ROWS_APART),
+        },
+    ),
+    Op(
         "delta_net",
         StatesCase,
         {
