@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,18 @@ def test_use_after_close_is_an_error(tiny_dir: Path) -> None:
     for use in (lambda: closed.chat("x"), lambda: closed.logits([1]), closed.explain, closed.stats):
         with pytest.raises(RequestError, match=r"closed\. Load it again"):
             use()
+
+
+def test_what_is_closed_is_given_back_at_once(tiny_dir: Path) -> None:
+    gc.disable()  # another process may wait for the memory: the next collection is too late
+    try:
+        llm = qwenrt.load(tiny_dir, progress=False)
+        llm.generate("hello", sampling_params=GREEDY)
+        model = weakref.ref(llm._alive().model)
+        llm.close()
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def resident() -> int:
