@@ -6,6 +6,7 @@ import argparse
 import platform
 import sys
 import textwrap
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def doctor(args: argparse.Namespace) -> int:
             ) from error
         terminal.say(f"written to {args.report}: send it with an issue, or look at it")
         return int(not fine)
-    found = examine(args.device)
+    with redirect_stdout(sys.stderr):  # where torch_npu prints when it is imported
+        found = examine(args.device)
     if args.json:
         terminal.result(found)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ _CURES = (
     ),
     (("Killed", "SIGKILL", "MemoryError"), "there was not enough memory: free some, or raise the limit"),
 )
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 _OTHERWISE = "pip install --force-reinstall {}, or your device vendor's build of it"
 
 
@@ -69,7 +71,9 @@ def failure(package: str, environment: Mapping[str, str], timeout_s: float = _TI
         return f"no process could be started: {error.strerror or error}"
     if done.returncode == 0:
         return None
-    last = (done.stderr.strip().splitlines() or [""])[-1]
+    lines = done.stderr.strip().splitlines()
+    # torch_npu's errors end in a line of numbers, behind the one that says what it is
+    last = next((line for line in reversed(lines) if _ERROR.match(line)), (lines or [""])[-1])
     if done.returncode < 0:
         return f"importing it ends the process by signal {-done.returncode}{': ' if last else ''}{last}"
     return last or f"importing it ends the process with exit status {done.returncode}"

@@ -80,6 +80,15 @@ def test_a_torch_that_only_an_extension_breaks_is_looked_at_without(tmp_path: Pa
     assert "until then TORCH_DEVICE_BACKEND_AUTOLOAD=0 makes torch" in problem["fix"]
 
 
+def test_the_line_that_says_what_it_is_is_told() -> None:
+    code = (
+        "time; raise Exception('ASCEND_HOME_PATH : /x does not exist.\\n[ERROR] 2026 ERR00005 PTA not found')"
+    )
+    said = imports.failure(code, dict(os.environ))
+    assert said == "Exception: ASCEND_HOME_PATH : /x does not exist."
+    assert "set_env.sh" in imports.cure("torch_npu", f"{said} Please run 'source set_env.sh' of CANN.")
+
+
 @pytest.mark.parametrize(
     ("said", "fix"),
     [

@@ -23,7 +23,15 @@ from tests.gpu_sources.mutants import MUTANTS, Mutant
 pytestmark = pytest.mark.gpu_sources
 LINEARS = ("linear", "pack_linear", "norm_linear", "linear_add", "norm_gate_up_silu")
 EXPERTS = ("norm_moe_add", "norm_moe_add_each")  # a program for each expert of each token: slow here
-OPS = (*LINEARS, "rms_norm", "silu_and_mul", "rotary_store_kv", "decode_attention", "choose")
+OPS = (
+    *LINEARS,
+    "rms_norm",
+    "silu_and_mul",
+    "rotary_store_kv",
+    "decode_attention",
+    "choose",
+    "decode_delta_net",
+)
 # A program costs a fiftieth of a second whatever it does: one to three for most shapes, the last one not full.
 _LARGE = Tile(512, 1024)
 TILES = Tiles(
@@ -31,6 +39,7 @@ TILES = Tiles(
     codes={4: _LARGE, 8: _LARGE},
     product={16: _LARGE, 32: _LARGE, 64: _LARGE},
     matrix=Tile(512, 512),
+    experts=_LARGE,
     rows=1 << 15,
     keys=64,
     per_split=256,
