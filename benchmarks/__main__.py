@@ -91,7 +91,8 @@ def chosen(keys: str, things: Sequence[Any], what: str) -> list[Any]:
 
 def measure(args: argparse.Namespace) -> Path:
     """Everything that was asked for -> the results file, which is written after every row."""
-    from benchmarks.measure import Bandwidth, Plan, Run, machine
+    from benchmarks.bandwidth import Bandwidth
+    from benchmarks.measure import Plan, Run, machine
 
     table = chosen(args.rows, rows.table(), "rows")
     curves = chosen(args.curves, rows.curves(args.longest, args.peer_longest), "curves")
@@ -156,7 +157,8 @@ def newest(directory: Path) -> Path:
 
 
 def render(out: Path, docs: Path) -> Path:
-    """performance.md and its pictures in ``docs``, from a results file and the notes of its name, if there are any."""
+    """performance.md and its pictures in ``docs``, from a results file and the notes of its name, if there are any, and
+    what other commands measured of models with linear attention."""
     from benchmarks.plots import draw
 
     results, notes = json.loads(out.read_text()), out.with_suffix(".md")
@@ -170,6 +172,7 @@ def render(out: Path, docs: Path) -> Path:
             {key: f"performance/{name}" for key, name in names.items()},
             notes.read_text() if notes.exists() else "",
             quality,
+            (_RESULTS / "linear_attention.md").read_text(),
         ),
         encoding="utf-8",
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.measure import Bandwidth
+    from benchmarks.bandwidth import Bandwidth
     from qwenrt.ops.types import Packed
 
 FORMATS = {"int4": "int4, activations int8", "int8": "int8, activations int16", "bf16": "bf16"}

@@ -44,20 +44,50 @@ def model_file(shape: str, weights: str, cache: Path, threads: int) -> Path:
 
 
 def tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes [rows, columns] of llama.cpp's "qwen" network."""
+    """Names and shapes [rows, columns] of llama.cpp's network: its "qwen", or its "qwen35"."""
     hidden, inner = config.hidden_size, config.intermediate_size
     yield "token_embd.weight", (config.vocab_size, hidden)
     for n in range(config.num_layers):
+        after = "ffn_norm" if config.linear_attention is None else "post_attention_norm"
         yield f"blk.{n}.attn_norm.weight", (hidden,)
-        yield f"blk.{n}.attn_qkv.weight", (3 * hidden, hidden)
-        yield f"blk.{n}.attn_qkv.bias", (3 * hidden,)
-        yield f"blk.{n}.attn_output.weight", (hidden, hidden)
-        yield f"blk.{n}.ffn_norm.weight", (hidden,)
+        for name, shape in _mixer(config, n):
+            yield f"blk.{n}.{name}", shape
+        yield f"blk.{n}.{after}.weight", (hidden,)
         yield f"blk.{n}.ffn_gate.weight", (inner, hidden)
         yield f"blk.{n}.ffn_up.weight", (inner, hidden)
         yield f"blk.{n}.ffn_down.weight", (hidden, inner)
     yield "output_norm.weight", (hidden,)
-    yield "output.weight", (config.vocab_size, hidden)
+    if not config.tie_word_embeddings:
+        yield "output.weight", (config.vocab_size, hidden)
+
+
+def _mixer(config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What mixes the tokens of a layer."""
+    hidden, delta = config.hidden_size, config.linear_attention
+    width, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if delta is None:
+        yield "attn_qkv.weight", (3 * hidden, hidden)
+        yield "attn_qkv.bias", (3 * hidden,)
+    elif not config.is_linear(layer):
+        yield "attn_q.weight", (2 * width, hidden)  # with its gate
+        yield "attn_k.weight", (kv, hidden)
+        yield "attn_v.weight", (kv, hidden)
+        yield "attn_q_norm.weight", (config.head_dim,)
+        yield "attn_k_norm.weight", (config.head_dim,)
+    else:
+        heads, values = delta.num_value_heads, delta.num_value_heads * delta.value_dim
+        channels = 2 * delta.num_key_heads * delta.key_dim + values
+        yield "attn_qkv.weight", (channels, hidden)
+        yield "attn_gate.weight", (values, hidden)
+        yield "ssm_conv1d.weight", (channels, delta.conv_kernel)
+        yield "ssm_dt.bias", (heads,)
+        yield "ssm_a", (heads,)
+        yield "ssm_beta.weight", (heads, hidden)
+        yield "ssm_alpha.weight", (heads, hidden)
+        yield "ssm_norm.weight", (delta.value_dim,)
+        yield "ssm_out.weight", (hidden, values)
+        return
+    yield "attn_output.weight", (hidden, width)
 
 
 def write_f16(config: ModelConfig, path: Path) -> None:
@@ -65,22 +95,36 @@ def write_f16(config: ModelConfig, path: Path) -> None:
     import gguf
     import numpy
 
-    writer = gguf.GGUFWriter(path, "qwen")
+    delta = config.linear_attention
+    writer = gguf.GGUFWriter(path, "qwen" if delta is None else "qwen35")
     writer.add_name("random weights")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(2 * config.intermediate_size)  # Qwen-1 and llama.cpp count both halves
+    # Qwen-1 and llama.cpp count both halves
+    writer.add_feed_forward_length((2 if delta is None else 1) * config.intermediate_size)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.rotary_dim)
+    if delta is not None:
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
+        writer.add_ssm_conv_kernel(delta.conv_kernel)
+        writer.add_ssm_state_size(delta.key_dim)
+        writer.add_ssm_group_count(delta.num_key_heads)
+        writer.add_ssm_time_step_rank(delta.num_value_heads)
+        writer.add_ssm_inner_size(delta.num_value_heads * delta.value_dim)
+        writer.add_array(
+            "qwen35.attention.recurrent_layers", [*map(config.is_linear, range(config.num_layers))]
+        )
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     for name, shape in tensors(config):
-        dtype = numpy.dtype(numpy.float16 if len(shape) == 2 else numpy.float32)
+        dtype = _dtype(name, shape)
         nbytes = int(numpy.prod(shape)) * dtype.itemsize
         writer.add_tensor_info(name, shape, dtype, nbytes)
     writer.write_header_to_file()
@@ -92,16 +136,22 @@ def write_f16(config: ModelConfig, path: Path) -> None:
     writer.close()
 
 
+def _dtype(name: str, shape: tuple[int, ...]) -> numpy.dtype:
+    import numpy
+
+    return numpy.dtype(numpy.float16 if len(shape) == 2 and "conv1d" not in name else numpy.float32)
+
+
 def _values(name: str, shape: tuple[int, ...], source: numpy.random.Generator) -> numpy.ndarray:
     """Random rows of size 1/sqrt(columns). 512 of them repeat, which makes no difference to a kernel's speed."""
     import numpy
 
     if len(shape) == 1:
-        fill = numpy.zeros if name.endswith("bias") else numpy.ones
-        return fill(shape, dtype=numpy.float32)
+        value = 0 if name.endswith("bias") else -1 if name.endswith("ssm_a") else 1
+        return numpy.full(shape, value, dtype=numpy.float32)
     rows, columns = shape
     block = source.standard_normal((min(rows, 512), columns), dtype=numpy.float32) / columns**0.5
-    return numpy.tile(block.astype(numpy.float16), (-(-rows // 512), 1))[:rows]
+    return numpy.tile(block.astype(_dtype(name, shape)), (-(-rows // 512), 1))[:rows]
 
 
 def _quantize(source: Path, into: Path, weights: str, threads: int) -> None:

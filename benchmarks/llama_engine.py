@@ -24,7 +24,9 @@ class LlamaEngine:
 
     def __init__(self, shape: str, settings: dict[str, Any], threads: int, cache: Path) -> None:
         path = model_file(shape, settings["weights"], cache, threads)
-        self._vocabulary, self._source = config_of(shape).vocab_size, random.Random(0)
+        config = config_of(shape)
+        self._vocabulary, self._source = config.vocab_size, random.Random(0)
+        self._has_states = config.linear_attention is not None
         self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -66,7 +68,8 @@ class LlamaEngine:
         return watch
 
     def decode(self, context: int, new_tokens: int, batch: int) -> Stopwatch:
-        """The prompts are computed once and kept; what earlier steps added to them is taken away."""
+        """The prompts are computed once and kept; what earlier steps added to them is taken away. From the states of
+        linear attention nothing can be taken: with these, prompts are computed every time."""
         if self._filled != (context, batch):
             self._clear()
             for sequence in range(batch):
@@ -78,6 +81,9 @@ class LlamaEngine:
             self._fill_batch(rows)
             with watch:
                 self._compute()
+        if self._has_states:
+            self._clear()
+            return watch
         for sequence in range(batch):
             if not llama_cpp.llama_memory_seq_rm(self._memory, sequence, context, -1):
                 raise SystemExit(f"llama.cpp could not shorten sequence {sequence} to {context} tokens.")

@@ -8,17 +8,16 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from benchmarks import bounds, rows
+from benchmarks.bandwidth import Bandwidth
 from benchmarks.rows import Curve, Engine, Row, Work
 from benchmarks.start import Starter
 from benchmarks.summary import disturbance, undisturbed
 from benchmarks.workers import ROOT, Options, Workers
 
-_READS = 5
 _PATIENCE = 3  # this many times the rounds at most, where others disturb them
 
 
@@ -28,28 +27,6 @@ class Asked(Protocol):
     about: dict[str, Any]
 
     def ask(self, work: Work) -> dict[str, Any]: ...
-
-
-class Bandwidth:
-    """Reads far more memory than any cache holds with qwenrt's own reading loop."""
-
-    def __init__(self, threads: int, nbytes: int) -> None:
-        import torch
-
-        from qwenrt.backends.cpu.kernels import Kernels
-
-        self._kernels = Kernels(threads=threads)
-        self.threads = self._kernels.threads
-        self._buffer = torch.ones(nbytes // 8, dtype=torch.int64)
-
-    def bytes_per_s(self) -> float:
-        """The median of five readings with all threads."""
-        times = []
-        for _ in range(_READS):
-            started = time.perf_counter()
-            self._kernels.read(self._buffer)
-            times.append(time.perf_counter() - started)
-        return self._buffer.nbytes / statistics.median(times)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.shapes import TINY
 
-SMALL, LARGE = "Qwen-1_8B", "Qwen-7B"
+SMALL, LARGE, HYBRID = "Qwen-1_8B", "Qwen-7B", "Qwen3.5-4B"
 # A multiple of the cache's blocks and one: all but the last token of such a prompt come from the prefix cache.
 SHORT = 17
 LONG = 8177
@@ -95,6 +95,7 @@ def table() -> list[Row]:
     long = _int4(SMALL, kv_cache_dtype="int8", max_num_seqs=1, max_model_len=8320)
     long_q4 = llama(SMALL, "Q4_0", cache="Q8_0", context=8320)
     short_step = Work("decode", SHORT, 24)
+    hybrid, hybrid_q4 = _int4(HYBRID, max_model_len=2048), llama(HYBRID, "Q4_0")
     large, large_q4 = _int4(LARGE, max_model_len=2048), llama(LARGE, "Q4_0")
     return [
         Row("decode-int4", "decode, int4", int4, q4, decode, (1.4, 1.7), (0.75, 0.90)),
@@ -125,6 +126,8 @@ def table() -> list[Row]:
             Work("start", 8, 1),
             start=(2.5, 1.5),
         ),
+        Row("decode-4b", "decode, int4", hybrid, hybrid_q4, short_step, (1.2, 1.6)),
+        Row("prefill-4b", "prefill 512, int4", hybrid, hybrid_q4, prefill, (1.5, 2.0)),
         Row("decode-7b", "decode, int4", large, large_q4, short_step, (1.3, 1.7), (0.75, 0.90)),
         Row("prefill-7b", "prefill 512, int4", large, large_q4, prefill, (1.3, 1.7)),
     ]

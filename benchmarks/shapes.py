@@ -20,10 +20,12 @@ _TINY = {
 
 
 def config_of(shape: str) -> ModelConfig:
-    """The config of a Qwen-1 shape. Needs no torch, so that every engine's interpreter can read it."""
+    """The config of a shape that peers are written for. Needs no torch, so that every engine's interpreter can read
+    it."""
     config = parse_model_config(_TINY) if shape == TINY else released_config(shape)
-    if config is None or config.model_type != "qwen":
+    if config is None or config.model_type not in ("qwen", "qwen3_5"):
         raise SystemExit(
-            f"shape {shape!r}: the peers are written for Qwen-1 shapes. Use Qwen-1_8B, Qwen-7B or tiny."
+            f"shape {shape!r}: the peers are written for Qwen-1's and llama.cpp for Qwen3.5's dense shapes. Use "
+            "Qwen-1_8B, Qwen-7B, Qwen3.5-4B or tiny."
         )
     return config

@@ -1,7 +1,7 @@
 """Proves the kernels for GPUs on a machine without one: in Triton's interpreter beside their definitions, and compiled
 for NVIDIA's and AMD's GPUs. Fetches two versions of Triton (1.7 GB) into a cache, never into this environment.
 
-    python scripts/gpu_sources.py [--full] [--optional]
+    python scripts/gpu_sources.py [--full] [--optional] [--reports]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OLDEST, NEWEST = "3.6.0", "3.9.0"
 CACHE = Path(os.environ.get("QWENRT_TRITON_CACHE", Path.home() / ".cache" / "qwenrt-triton"))
 # In this order: in Triton's interpreter, Gluon by a shim, and what is compiled.
 SIMULATED, COMPILED = (
-    ("test_numerics.py", "test_gluon.py", "test_body.py"),
+    ("test_numerics.py", "test_gluon.py", "test_body.py", "test_races.py"),
     ("test_compiled.py", "test_compiled_gluon.py", "test_measuring.py"),
 )
 _PROCESSES = 2
@@ -47,12 +47,7 @@ def triton(version: str) -> Path:
 def tests(version: str, files: tuple[str, ...], marks: str) -> int:
     """Some files of tests in processes of their own: Triton either interprets or compiles."""
     began = time.monotonic()
-    path = os.pathsep.join([str(ROOT), str(triton(version))])
-    env = os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(CACHE / "compiled")}
-    env |= {"TRITON_DEFAULT_FP_FUSION": "1"}  # as it is by default up to 3.9
     command = [
-        sys.executable,
-        "-m",
         "pytest",
         "-rs",
         "-m",
@@ -64,9 +59,17 @@ def tests(version: str, files: tuple[str, ...], marks: str) -> int:
     ]
     command += ["-W", "ignore::RuntimeWarning"]
     command += [f"tests/gpu_sources/{file}" for file in files]
-    code = subprocess.run(command, cwd=ROOT, env=env).returncode
+    code = run(version, command)
     print(f"{', '.join(files)} with Triton {version}: {time.monotonic() - began:.0f} s", flush=True)
     return code
+
+
+def run(version: str, arguments: list[str]) -> int:
+    """A module of Python's with that Triton -> its exit status."""
+    path = os.pathsep.join([str(ROOT), str(triton(version))])
+    env = os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(CACHE / "compiled")}
+    env |= {"TRITON_DEFAULT_FP_FUSION": "1"}  # as it is by default up to 3.9
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env).returncode
 
 
 def main() -> int:
@@ -74,9 +77,13 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every pair of values: most of an hour")
     help = "where no package index has a Triton, say so and end well"
     parser.add_argument("--optional", action="store_true", help=help)
+    help = "write the reports of docs/devices.md that need no GPU anew, and nothing else"
+    parser.add_argument("--reports", action="store_true", help=help)
     options = parser.parse_args()
     marks = "gpu_sources" if options.full else "gpu_sources and not slow"
     try:
+        if options.reports:
+            return run(NEWEST, ["tests.gpu_sources.report"])
         codes = [tests(NEWEST, SIMULATED, marks)]
         codes += [tests(version, COMPILED, marks) for version in (OLDEST, NEWEST)]
     except NoIndexError as error:

@@ -33,8 +33,9 @@ device and op it says:
 
 - **measured**: `python -m qwenrt.conformance --device ...` ran on that hardware, every case was within its bounds
   ([adding_a_backend.md](adding_a_backend.md)), and the device's own code served some of them;
-- **definition**: the same, but plain torch served every case, as the op is defined;
-- **simulated**: the same, with something else in the device's place, which the report names;
+- **simulated**: the device's own code within the same bounds, but with something else in the device's place, which
+  stands below under "on". That shows what the code computes, and neither its speed nor a race;
+- **definition**: plain torch served every case, as the op is defined;
 - **not measured**: there is no report. The op is the definition in plain torch, or code that was never run there.
 
 To add a device, run the command with `--json docs/reports/NAME.json`, then `python scripts/render_devices.py`.
@@ -55,7 +56,7 @@ def of_ops(report: dict[str, Any]) -> dict[str, str]:
         rows = [row for row in report["rows"] if row["op"] == op]
         wrong = sum(len(row["wrong"]) for row in rows)
         own = any(how.startswith("own") for row in rows for how in row["served"])
-        word = "simulated" if report["how"] == "simulated" else "measured" if own else "definition"
+        word = report["how"] if own else "definition"
         said[op] = f"**wrong in {wrong}**" if wrong else word
     return said
 

@@ -15,7 +15,7 @@ from qwenrt.backends.graphs import Graph, GraphStack
 from qwenrt.backends.stack import Stack, StackParts
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import Step
-from qwenrt.ops.types import Packed
+from qwenrt.ops.types import DeltaWeights, Packed
 
 # Ops that wait for the device, whose result has a shape that data decides, or that bring numbers of the host.
 _REFUSED = {
@@ -123,6 +123,8 @@ def memory_of(stack: GraphStack) -> list[torch.Tensor]:
     for layer in model.layer_weights:
         for side in getattr(layer.mlp, "stacked", None) or ():
             found += tensors_of(side)
+        if isinstance(layer.mixer, DeltaWeights):
+            found += _tensors(list(vars(layer.mixer).values()))
     rows = stack._rotary.rows
     found += [rows.cos, rows.sin, *([] if rows.q_scale is None else [rows.q_scale])]
     found += [] if stack._unused is None else [stack._unused]

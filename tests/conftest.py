@@ -45,8 +45,9 @@ hypothesis.register_random(_TORCH_RANDOM)
 # by a second one, and what runs beside (pytest -n) loses the core on which it spins.
 torch.set_num_threads(1)
 # The same examples in every run and on every machine; `--hypothesis-profile=search` looks for others.
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.register_profile("search", derandomize=False)
+UNTIMED = [hypothesis.HealthCheck.too_slow]  # on a machine that others use, small examples take long as well
+hypothesis.settings.register_profile("same", derandomize=True, suppress_health_check=UNTIMED)
+hypothesis.settings.register_profile("search", derandomize=False, suppress_health_check=UNTIMED)
 hypothesis.settings.load_profile("same")
 
 

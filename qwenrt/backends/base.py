@@ -247,14 +247,26 @@ class Backend:
     ) -> torch.Tensor:
         """projected [T, C + nv dv] (queries, keys, values and z) and rates [T, 2 nv] (b and a) -> what the tokens read
         of their sequence's state, normed and gated [T, nv dv]; the state moves on."""
-        nk, nv, dk, dv = w.heads
-        mixed, z = projected.split_with_sizes((2 * nk * dk + nv * dv, nv * dv), dim=-1)
+        mixed, z = delta.split_gate(projected, w.heads)
         mixed = self.causal_conv(mixed, w.conv, state, plan)
-        q, k, v = mixed.split_with_sizes((nk * dk, nk * dk, nv * dv), dim=-1)
-        q, k = q.reshape(-1, nk, dk), k.reshape(-1, nk, dk)
-        v, z = v.reshape(-1, nv, dv), z.reshape(-1, nv, dv)
         beta, g = delta.rates(rates, w.log_decay, w.decay_bias)
-        o = self.gated_delta(q, k, v, beta, g, state, plan, w.tiled)
+        o = self.gated_delta(*delta.split_heads(mixed, w.heads), beta, g, state, plan, w.tiled)
+        return self.gated_norm(o, z, w.out_norm, eps).flatten(1)
+
+    def decode_delta_net(
+        self,
+        projected: torch.Tensor,
+        rates: torch.Tensor,
+        w: DeltaWeights,
+        eps: float,
+        state: LayerState,
+        plan: DecodePlan,
+    ) -> torch.Tensor:
+        """As delta_net of one token of each sequence, whose states' slots the device alone knows."""
+        mixed, z = delta.split_gate(projected, w.heads)
+        mixed = delta.decode_conv(mixed, w.conv, state, plan)
+        beta, g = delta.rates(rates, w.log_decay, w.decay_bias)
+        o = delta.decode_delta(*delta.split_heads(mixed, w.heads), beta, g, state, plan, w.tiled)
         return self.gated_norm(o, z, w.out_norm, eps).flatten(1)
 
     def linear_add(self, x: torch.Tensor, w: Packed, residual: torch.Tensor) -> torch.Tensor:

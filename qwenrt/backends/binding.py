@@ -22,6 +22,7 @@ SEAMS = {
     "norm_linear": ("rms_norm", "linear"),
     "rotary_store_kv": ("rotary", "store_kv"),
     "delta_net": ("causal_conv", "gated_delta", "gated_norm"),
+    "decode_delta_net": ("gated_norm",),
     "linear_add": ("linear",),
     "norm_gate_up_silu": ("rms_norm", "linear", "silu_and_mul"),
     "norm_moe_add": ("rms_norm", "linear", "silu_and_mul"),

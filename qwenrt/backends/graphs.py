@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, token_ids
+from qwenrt.backends.stack import Device, Outcome, SeamStack, StackParts, copy_states, token_ids
 from qwenrt.ops import reference
 from qwenrt.ops.steps import FROM_BEFORE, DecodePlan, DrawTensors, RotaryRows, Step
 
@@ -63,8 +63,8 @@ class StepTensors:
     """A step of up to R rows as the captured body reads it: device memory that is allocated once and never moves.
 
     ``ids`` int64 [R]: each row's input token, ``position`` int64 [R], ``rope`` int64 [R]: the first row of its NTK
-    factor in the rotary table; ``table`` int64 [R, W]: block ids; the draws; then what the body gives: ``tokens``
-    int64 [R] and ``logits`` float32 [R, V].
+    factor in the rotary table; ``states`` int64 [R]: slots of linear attention's states; ``table`` int64 [R, W]: block
+    ids; the draws; then what the body gives: ``tokens`` int64 [R] and ``logits`` float32 [R, V].
     """
 
     def __init__(self, parts: StackParts, device: torch.device) -> None:
@@ -73,12 +73,8 @@ class StepTensors:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.ids, self.position, self.rope, self.table = (
-            zeros(rows),
-            zeros(rows),
-            zeros(rows),
-            zeros(rows, blocks),
-        )
+        self.ids, self.position, self.rope, self.states = (zeros(rows) for _ in range(4))
+        self.table = zeros(rows, blocks)
         floats = (zeros(rows, dtype=torch.float32) for _ in range(3))
         temperature, top_p, min_p = floats
         self.draw = DrawTensors(temperature, zeros(rows), top_p, min_p, zeros(rows, dtype=torch.float64))
@@ -87,24 +83,33 @@ class StepTensors:
     @property
     def all(self) -> list[torch.Tensor]:
         """Every tensor."""
-        return [self.ids, self.position, self.rope, self.table, *self.draw.columns, self.tokens, self.logits]
+        own = [self.ids, self.position, self.rope, self.states, self.table]
+        return [*own, *self.draw.columns, self.tokens, self.logits]
 
 
 class RowTable:
     """What the rows of StepTensors hold, as the host knows it, so that only what changed is sent.
 
     A row is a sequence's place in the step. ``spare``: a block for each row that no sequence owns, which rows without a
-    sequence write to. ``first``: the first row of each NTK factor in the rotary table.
+    sequence write to; they share one state, ``spare_state``, as states are large. ``first``: the first row of each NTK
+    factor in the rotary table.
     """
 
     def __init__(
-        self, backend: Device, tensors: StepTensors, spare: list[int], first: dict[int, int]
+        self,
+        backend: Device,
+        tensors: StepTensors,
+        spare: list[int],
+        first: dict[int, int],
+        spare_state: int = 0,
     ) -> None:
         self._backend, self._tensors, self._first = backend, tensors, first
+        self._spare_state = spare_state
         draw = tensors.draw
         self._sent = {
             "position": tensors.position,
             "rope": tensors.rope,
+            "states": tensors.states,
             "temperature": draw.temperature,
             "top_k": draw.top_k,
             "top_p": draw.top_p,
@@ -125,6 +130,8 @@ class RowTable:
         idle = [at if 0 <= at < self._idle_until else 0 for at in self._held["position"][count:rows].tolist()]
         self._send("position", [n - 1 for n in step.kv_lens] + idle)
         self._send("rope", [self._first[alpha] for alpha in step.ntk_alphas] + padding)
+        states = step.state_slots or [self._spare_state] * count
+        self._send("states", states + [self._spare_state] * len(padding))
         self._send_tables([*step.tables, *(self._spare_table(row) for row in range(count, rows))])
         for name in ("temperature", "top_k", "top_p", "min_p", "uniform"):
             own = [0 if draw is None else getattr(draw, name) for draw in step.draws]
@@ -215,12 +222,14 @@ class GraphStack:
             self._failed = f"a capture failed: {type(error).__name__}: {str(error)[:200]}"
             logger.warning("steps are not captured on %s: %s", self._backend.device, self._failed)
             return self._seams.run(step, before)
+        copy_states(self._parts.cache, step.state_copies)
         table.fill(step, before, rows, before is not None and before is self._last)
         try:
             graph.replay(step)
         except Exception:  # some of the body may have run
             table.lose(rows)
             raise
+        copy_states(self._parts.cache, step.states_kept)
         table.advance(rows)
         count = len(step.q_lens)
         chosen = tensors.tokens[:count].clone()  # the next replay comes before the host has read these
@@ -233,7 +242,8 @@ class GraphStack:
             self.tensors = StepTensors(parts, self._backend.device)
             self._rotary = parts.network.rotary_table(parts.max_model_len)
             self._unused = parts.vocabulary.unused_on(self._backend.device)
-            self._rows = RowTable(self._backend, self.tensors, parts.spare_blocks, self._rotary.first)
+            spare = parts.spare_blocks, self._rotary.first, parts.spare_state
+            self._rows = RowTable(self._backend, self.tensors, *spare)
         return self._rows, self.tensors
 
     def _blocks(self, step: Step) -> int:
@@ -269,7 +279,7 @@ class GraphStack:
         at, every = t.rope[:rows] + position, self._rotary.rows
         q_scale = None if every.q_scale is None else every.q_scale.index_select(0, position)
         rotary = RotaryRows(every.cos.index_select(0, at), every.sin.index_select(0, at), q_scale)
-        x, plan = network.embed(ids), DecodePlan(position, table, slots)
+        x, plan = network.embed(ids), DecodePlan(position, table, slots, t.states[:rows])
         if self._layers is not None and rows <= self._layers.most:
             logits = self._layers.logits(x, rotary, plan, cache)
         else:

@@ -173,8 +173,10 @@ def respond(session: Session, typed: Typed, by_key: bool = False) -> None:
     if isinstance(meant, Mistaken):
         if not session.terminal.interactive:
             raise RequestError(meant.said)
-        session.terminal.remark(f"[INFO] {meant.said}")
-        return
+        if meant.plainly is None:
+            session.terminal.remark(f"[INFO] {meant.said}")
+            return
+        meant = meant.plainly
     asking = session.obey(meant) if isinstance(meant, Order) else Asking(meant.text)
     if asking is None:
         return

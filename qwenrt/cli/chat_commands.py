@@ -45,6 +45,8 @@ _ELSEWHERE |= {"set": "conf", "show": "conf", "parameters": "conf", "regen": "re
 _ELSEWHERE |= {"redo": "retry", "stop": "exit", "forget": "clear-his"}
 _SLASHED = {**_NAMES, **_ELSEWHERE}
 _BARE = {"exit": "exit", "quit": "exit", "exit()": "exit", "quit()": "exit"}
+# Those of them that can mean nothing else and undo nothing: who types one at a terminal need not type it again.
+_PLAIN = {*_BARE, "/exit", "/quit", "/bye", "/help", "/?"}
 
 HELP_END = '''To send a text that looks like a command: ":send TEXT", or a space before it.
 Longer messages: end a line with "\\", or start and end with """.
@@ -77,9 +79,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Mistaken:
-    """What looks like a command and is none. ``said``: what its writer is told."""
+    """What looks like a command and is none. ``said``: what its writer is told. ``plainly``: what it asks for at a
+    terminal all the same; in a pipe, where nobody would notice, it is a mistake like the others."""
 
     said: str
+    plainly: Order | None = None
 
 
 def meaning(typed: Typed) -> Order | Question | Mistaken:
@@ -104,13 +108,11 @@ def meaning(typed: Typed) -> Order | Question | Mistaken:
         if not space:
             word = text.split()[0]
             return Mistaken(_not_sent(word, _nearest(name.lower(), {**_NAMES, **_ELSEWHERE}, 0.6)))
-    elif text.lower() in _BARE:
-        return Mistaken(_not_sent(text, _BARE[text.lower()]))
-    elif text.startswith("/"):
+    elif text.lower() in _BARE or text.startswith("/"):
         word = text.split()[0]
-        meant = _nearest(word[1:].lower(), _SLASHED, 0.8)
+        meant = _BARE.get(text.lower()) or _nearest(word[1:].lower(), _SLASHED, 0.8)
         if meant is not None:
-            return Mistaken(_not_sent(word, meant))
+            return Mistaken(_not_sent(word, meant), Order(meant, "") if text.lower() in _PLAIN else None)
     return Question(text)
 
 

@@ -6,16 +6,17 @@ import argparse
 import platform
 import sys
 import textwrap
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from qwenrt import __version__
 from qwenrt.backends.dcu import software
-from qwenrt.cli import imports, machine, report
+from qwenrt.cli import imports, machine, npu, report
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, counted, readable_bytes
 from qwenrt.config import Environment
-from qwenrt.config.environment import of_process
+from qwenrt.config.environment import of_process, set_for_process
 from qwenrt.errors import QwenrtError, RequestError
 
 REQUIRED = ("torch", "numpy", "safetensors", "tiktoken", "huggingface-hub", "jinja2")
@@ -56,7 +57,8 @@ def doctor(args: argparse.Namespace) -> int:
             ) from error
         terminal.say(f"written to {args.report}: send it with an issue, or look at it")
         return int(not fine)
-    found = examine(args.device)
+    with redirect_stdout(sys.stderr):  # where torch_npu prints when it is imported
+        found = examine(args.device)
     if args.json:
         terminal.result(found)
     else:
@@ -70,19 +72,19 @@ def examine(device: str = "auto") -> dict[str, Any]:
     found: dict[str, Any] = {
         "qwenrt": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
-        "packages": {name: _version(name) for name in REQUIRED},
+        "packages": {name: imports.installed(name) for name in REQUIRED},
         "extras": _extras(problems),
         "machine": machine.describe(),
         "torch": _torch(problems),
-        "ascend": _ascend(device, problems),
     }
+    found["ascend"], missing = npu.installed(device, problems)
     for name, version in found["packages"].items():
         if version is None:
             problems.append({"what": f"{name} is not installed", "fix": f"pip install {name}"})
     _dcu_packages(problems)
     environment = _environment(problems)
     found["environment"] = _settings(environment)
-    usable = found["torch"]["error"] is None and not _npu_is_deadly(problems)
+    usable = found["torch"]["error"] is None and not npu.is_deadly(problems)
     found["backends"] = _backends(problems) if usable else []
     found["cpu_kernels"] = _cpu_kernels(environment, problems) if usable else None
     found["backend"] = (
@@ -90,24 +92,20 @@ def examine(device: str = "auto") -> dict[str, Any]:
         if usable
         else {"name": None, "why": "no torch" if found["torch"]["error"] else "a broken torch_npu"}
     )
-    found["operators"] = _operators(found["backend"]["name"], problems)
+    serves = found["backend"]["name"] == "npu"
+    found["operators"] = npu.operators(problems) if serves else {}
+    if not serves:
+        problems[:0] = missing  # the cause of others, as a rule
+    else:
+        found["ascend"]["card"] = npu.card(found["backend"]["device"], problems)
     found["problems"] = problems
     return found
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _extras(problems: list[dict[str, str]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for extra, (packages, purpose) in EXTRAS.items():
-        versions = {name: _version(name) for name in packages}
+        versions = {name: imports.installed(name) for name in packages}
         missing = [name for name, version in versions.items() if version is None]
         found[extra] = {"packages": versions, "for": purpose, "missing": missing}
         if missing:
@@ -116,29 +114,13 @@ def _extras(problems: list[dict[str, str]]) -> dict[str, Any]:
     return found
 
 
-def _ascend(device: str, problems: list[dict[str, str]]) -> dict[str, Any] | None:
-    """What is installed for Ascend devices, where there are any or one is asked for."""
-    if (
-        _version("torch-npu") is None
-        and "Ascend" not in machine.drivers()
-        and device.partition(":")[0] != "npu"
-    ):
-        return None
-    found = machine.beside("backends/ascend/software.py").look()
-    problems += [{"what": what, "fix": fix} for what, fix in found.problems]
-    return {name: getattr(found, name) for name in ("torch_npu", "driver", "cann")}
-
-
 def _torch(problems: list[dict[str, str]]) -> dict[str, Any]:
     """The torch that is installed; one that cannot be imported is a finding, not a crash."""
     found: dict[str, Any] = dict.fromkeys(("version", "build", "threads", "path", "error"))
     found["devices"] = []
     if "torch" not in sys.modules:  # tried where it can do no harm first
-        environment = of_process()
-        found["error"] = imports.failure("torch", environment)
+        found["error"] = _try_torch(problems)
         if found["error"] is not None:
-            what = f"torch {_version('torch') or ''} cannot be imported ({found['error'][:300]})"
-            problems.append({"what": what, "fix": imports.cure("torch", found["error"], environment)})
             return found
     try:
         import torch
@@ -158,6 +140,25 @@ def _torch(problems: list[dict[str, str]]) -> dict[str, Any]:
         problems.append({"what": what, "fix": "update the device's driver, or take a torch that fits it"})
     _unused_hardware(found, problems)
     return found
+
+
+def _try_torch(problems: list[dict[str, str]]) -> str | None:
+    """What an import of torch says, in a process of its own, None where it works. If only a vendor's extension breaks
+    it, this process goes on without."""
+    environment = of_process()
+    said = imports.failure("torch", environment)
+    if said is None:
+        return None
+    what = f"torch {imports.installed('torch') or ''} cannot be imported ({said[:300]})"
+    fix = imports.cure("torch", said)
+    spoilt = imports.only_an_extension(environment)
+    if spoilt:
+        set_for_process(imports.NO_EXTENSIONS)
+        (variable,) = imports.NO_EXTENSIONS.items()
+        what += ": a vendor's extension that it loads by itself is broken"
+        fix = f"mend that; until then {'='.join(variable)} makes torch, and qwenrt on other devices, start without it"
+    problems.append({"what": what, "fix": fix})
+    return None if spoilt else said
 
 
 def _build(torch: Any) -> str:
@@ -188,7 +189,7 @@ def _unused_hardware(found: dict[str, Any], problems: list[dict[str, str]]) -> N
     known = (
         ("NVIDIA", build.startswith("CUDA"), "the CUDA build of torch"),
         ("AMD or DCU", build.startswith("ROCm"), "the ROCm (or DTK) build of torch"),
-        ("Ascend", _version("torch-npu") is not None, "torch-npu"),
+        ("Ascend", imports.installed("torch-npu") is not None, "torch-npu"),
     )
     here = machine.drivers()
     for vendor, served, remedy in known:
@@ -199,22 +200,10 @@ def _unused_hardware(found: dict[str, Any], problems: list[dict[str, str]]) -> N
 
 def _dcu_packages(problems: list[dict[str, str]]) -> None:
     """On a machine with Hygon's toolkit, packages that are not the vendor's; told by their versions alone."""
-    version = _version("torch") or ""
+    version = imports.installed("torch") or ""
     if software.toolkit(version) is not None:
-        for what, fix in software.problems(version, _version("triton")):
+        for what, fix in software.problems(version, imports.installed("triton")):
             problems.append({"what": what, "fix": fix})
-
-
-def _npu_is_deadly(problems: list[dict[str, str]]) -> bool:
-    """Whether importing torch_npu, which looking for devices does, would end this process."""
-    if _version("torch-npu") is None or "torch_npu" in sys.modules:
-        return False
-    environment = of_process()
-    said = imports.failure("torch_npu", environment)
-    if said is not None:
-        what = f"torch_npu cannot be imported ({said[:300]})"
-        problems.append({"what": what, "fix": imports.cure("torch_npu", said, environment)})
-    return said is not None and "ends the process" in said
 
 
 def _environment(problems: list[dict[str, str]]) -> Environment | None:
@@ -277,7 +266,8 @@ def _chosen(device: str, environment: Environment | None, problems: list[dict[st
         if environment:
             backend.configure(environment.kernels, environment.num_threads, environment.activations)
     except QwenrtError as error:
-        problems.append({"what": f"{error.asked}: {error.found}", "fix": error.remedy})
+        fix = error.remedy.removesuffix(" `qwenrt doctor` says more.")
+        problems.append({"what": f"{error.asked}: {error.found}", "fix": fix})
         return {"name": None, "device": device, "why": error.found, "kernels": None}
     except Exception as error:  # a plugin may raise anything, half a torch too
         why = f"{type(error).__name__}: {error}"
@@ -289,26 +279,6 @@ def _chosen(device: str, environment: Environment | None, problems: list[dict[st
     else:
         why = "QWENRT_BACKEND says so" if preferred else "it is the first usable device above"
     return {"name": backend.name, "device": str(backend.device), "why": why, "kernels": backend.describe()}
-
-
-def _operators(backend: str | None, problems: list[dict[str, str]]) -> dict[str, str]:
-    """Of each fused operator of torch_npu: in which releases it is as here, or why it is not used."""
-    if backend != "npu":
-        return {}
-    from qwenrt.backends.ascend import calls
-
-    found, misfits = {}, calls.misfits()
-    for op in calls.CALLS:
-        schema = calls.installed(op)
-        known = calls.releases_with(op, schema) if schema is not None else ()
-        found[op] = misfits.get(op) or (
-            f"as in torch_npu {', '.join(known)}" if known else "a form not seen before"
-        )
-    for why in misfits.values():
-        problems.append(
-            {"what": f"{why}: its definition serves", "fix": "another torch_npu, or none: it is slower"}
-        )
-    return found
 
 
 # ---- for people
@@ -341,7 +311,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
             f"device {backend['name']}",
             usable + ("" if backend["why"] == "available" else f": {backend['why']}"),
         )
-    _show_ascend(report, row)
+    npu.show(report, row)
     if report["cpu_kernels"]:
         row("CPU kernels", report["cpu_kernels"])
     settings = report["environment"]
@@ -362,14 +332,6 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         row("to do", f"{problem['what']}. Fix: {problem['fix']}", "yellow")
     if not report["problems"]:
         row("to do", "nothing, all is well", "green")
-
-
-def _show_ascend(report: dict[str, Any], row: Any) -> None:
-    if report["ascend"]:
-        here = {name: report["ascend"][name] or "not found" for name in ("torch_npu", "cann", "driver")}
-        row("Ascend", ", ".join(f"{name} {version}" for name, version in here.items()))
-    for op, releases in report["operators"].items():
-        row("operator", f"{op}: {releases}")
 
 
 def _show_machine(found: dict[str, Any], row: Any) -> None:

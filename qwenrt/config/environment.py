@@ -77,6 +77,11 @@ def of_process() -> dict[str, str]:
     return dict(os.environ)
 
 
+def set_for_process(variables: Mapping[str, str]) -> None:
+    """From now on, for this process and those that it starts."""
+    os.environ.update(variables)
+
+
 @dataclass(frozen=True)
 class Console:
     """What the terminal may be sent beside text. Read apart from the Environment, whose errors are told through it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qwenrt.conformance import cases
 from qwenrt.conformance.facts import facts
-from qwenrt.conformance.run import Outcome, chosen, printed, run, summarise
+from qwenrt.conformance.run import Outcome, as_report, chosen, printed, run, summarise
 from qwenrt.conformance.subjects import at_hand
 from qwenrt.errors import QwenrtError
 
@@ -44,15 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = sum(not outcome.finding.ok for outcome in outcomes)
     print(f"{len(outcomes)} cases, {wrong} wrong")
     if options.json is not None:
-        how = {"how": "simulated", "by": options.simulated} if options.simulated else {"how": "measured"}
-        report = {
-            "kind": "conformance",
-            **how,
-            **facts(options.device),
-            "cases": len(outcomes),
-            "wrong": wrong,
-        }
-        report["rows"] = [row.as_json() for row in rows]
+        report = as_report(outcomes, facts(options.device), options.simulated)
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return int(wrong > 0)
 

@@ -275,7 +275,8 @@ class ExpertsChecker:
         kind = experts.gate_up[0].kind
         op, finding.served = subject.resolve(case.op, case.dtype, kind=kind)
         each = case.op == "norm_moe_add_each"
-        if each and (why := experts.stack(subject.backend.stackable)) is not None:
+        why = experts.stack(subject.backend.stackable)  # as a model's are where steps are captured
+        if each and why is not None:
             finding.served = [(case.op, False, why)]
             return finding
         x, norm = laid_out(self.x.to(subject.device), case.layout), self.norm.to(subject.device)

@@ -126,6 +126,16 @@ def summarise(outcomes: Iterable[Outcome]) -> list[Row]:
     return sorted(rows.values(), key=lambda row: order.index(row.op))
 
 
+def as_report(
+    outcomes: Sequence[Outcome], facts: dict[str, Any], simulated_by: str | None = None
+) -> dict[str, Any]:
+    """For JSON: what was found, on the machine of ``facts``. ``simulated_by``: what stood in the device's place."""
+    how = {"how": "measured"} if simulated_by is None else {"how": "simulated", "by": simulated_by}
+    wrong = sum(not outcome.finding.ok for outcome in outcomes)
+    rows = [row.as_json() for row in summarise(outcomes)]
+    return {"kind": "conformance", **how, **facts, "cases": len(outcomes), "wrong": wrong, "rows": rows}
+
+
 def printed(rows: Sequence[Row]) -> Iterator[str]:
     """The table as lines of text; errors and bounds are relative to the largest value of a result."""
     cells = [("op", "kind", "dtype", "cases", "worst", "allowed", "own kernels")]

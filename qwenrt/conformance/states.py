@@ -15,7 +15,7 @@ from qwenrt.conformance.bounds import FLOAT32, Near, sums, unit
 from qwenrt.conformance.case import Case, Checker, generator
 from qwenrt.conformance.compare import CONTIGUOUS, Finding, Inputs, laid_out
 from qwenrt.conformance.subjects import Subject
-from qwenrt.ops.steps import LayerState, StepPlan
+from qwenrt.ops.steps import DecodePlan, LayerState, StepPlan
 from qwenrt.ops.types import DeltaWeights, Packed
 
 _EPS = 1e-6
@@ -71,6 +71,13 @@ class _States:
         if not self.case.kept:
             return StepPlan(*lens)
         return StepPlan(*lens, block_table=[[] for _ in self.slots], state_slots=self.slots)
+
+    def decode_plan(self, device: torch.device) -> DecodePlan:
+        """Of sequences that have one token each; where their keys would be nothing asks."""
+        none = torch.zeros(len(self.slots), 1, dtype=torch.int64, device=device)
+        position = torch.tensor([n - 1 for _, n in self.case.lens], dtype=torch.int64, device=device)
+        states = torch.tensor(self.slots, dtype=torch.int64, device=device)
+        return DecodePlan(position, none, none[:, 0], states)
 
     def on(self, device: torch.device) -> LayerState | None:
         return LayerState(self.conv.to(device), self.delta.to(device)) if self.case.kept else None
@@ -287,7 +294,9 @@ class NetChecker(_Checker):
             in_proj=linear, rates_proj=linear, out_proj=linear, **own, heads=case.heads, tiled=case.tiled
         )
         kept, state = Inputs(projected=projected, rates=rates, **own), self.states.on(device)
-        got = op(projected, rates, weights, _EPS, state, self.states.plan)
+        decodes = case.op == "decode_delta_net"
+        plan = self.states.decode_plan(device) if decodes else self.states.plan
+        got = op(projected, rates, weights, _EPS, state, plan)
         finding.near("the result", got, self.wanted, case.dtype)
         kept.unchanged(finding)
         if state is not None:

@@ -13,14 +13,14 @@ In a model with layers of linear attention the states after each guess are kept 
 They come from two places: from what a sequence already has, where a request asks for it (`LookUp`); else from the head
 that some models have for it, where one was loaded (`MtpDrafts`).
 
-Where a step may be under way when the next one is begun (depth 1), nothing is guessed: what the guesses would follow is
-not known yet. Neither is it for sequences whose choices depend on more than their logits: penalties, bias, a grammar,
-logprobs, the ban on an early end.
+Where the host chooses a token (penalties, bias, logprobs, the ban on an early end), it chooses those behind guesses one
+after the other, as the text grows. Nothing is guessed under a grammar, which changes with each token what the next may
+be; nor where a step may be under way when the next one is begun (depth 1): what the guesses would follow is not known
+yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -110,11 +110,10 @@ class Head(Protocol):
 
 
 class Drafts:
-    """The guesses of all sequences. ``draws``: whether a sequence's next token is chosen by its logits alone. ``head``:
-    guesses for all that ask for nothing else, where there is one."""
+    """The guesses of all sequences. ``head``: guesses for all that ask for nothing else, where there is one."""
 
-    def __init__(self, draws: Callable[[Sequence], bool], head: Head | None = None) -> None:
-        self._draws, self.head = draws, head
+    def __init__(self, head: Head | None = None) -> None:
+        self.head = head
         self._lookups: dict[int, LookUp] = {}
         self.num_guessed = self.num_right = 0
 
@@ -129,7 +128,7 @@ class Drafts:
         for_head: list[tuple[Sequence, int]] = []
         for i, seq in enumerate(asked):
             share = min(room // (len(asked) - i), seq.max_len - len(seq.token_ids) - 1)
-            if share <= 0 or seq.in_flight or seq.params.grammar is not None or not self._draws(seq):
+            if share <= 0 or seq.in_flight or seq.constraint is not None:
                 continue
             if seq.params.draft != "lookup" and self.head is not None:
                 for_head.append((seq, min(share, self.head.most)))

@@ -37,6 +37,7 @@ from qwenrt.engine.thoughts import ThoughtRules
 from qwenrt.errors import BackendError, ConfigError
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import Vocabulary
+from qwenrt.outputs import TokenLogprob
 from qwenrt.sampling_params import SamplingParams
 from qwenrt.text.replies.parser import ReplyStream
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
@@ -67,18 +68,7 @@ class Engine:
         self.grammars = Grammars(tokenizer)
         rows = min(options.max_num_seqs, options.max_num_batched_tokens)
         states = _states_of(model, options)
-        cache = KVCache(
-            model.config,
-            backend,
-            model.dtype,
-            kv_cache_dtype=options.kv_cache_dtype,
-            block_size=options.block_size,
-            num_blocks=options.blocks,
-            num_spare=0 if backend.graphs() is None else rows,
-            num_states=0 if states is None else states.num_slots,
-        )
-        if options.kv_cache_dtype == "int8":
-            model.fit_key_codes(cache.layers, cache.of_mtp)
+        cache = _cache_of(model, options, states, rows)
         size = min(vocab_limit or model.config.vocab_size, model.config.vocab_size)
         vocabulary = Vocabulary(size, frozenset(_unused_ids(tokenizer, size)))
         self._bounds = Bounds(
@@ -107,7 +97,7 @@ class Engine:
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, self.target
         )
         self.sampler = Sampler(vocabulary, backend)
-        self.drafts = self._drafts(model, cache, vocabulary, options)
+        self.drafts = self._drafts(model, cache, options)
         # Without a trail of states (`States`) a wrong guess could not be taken back out of one.
         if self.runner.depth == 0 and (states is None or options.draft_tokens):
             self.scheduler.drafts = self.drafts
@@ -117,28 +107,29 @@ class Engine:
             model.config, tokenizer, self.scheduler, self.sampler, self.drafts, self.accounts, self.adapters
         )
         self.prefills = Prefills(self.runner, self._bounds)
-        self.store: PrefixStore | None = None
-        if options.prefix_store is not None and options.prefix_caching:
-            how = getattr(backend, "activations", "")
-            self.store = open_store(
-                options.prefix_store, options.prefix_store_bytes, model, cache, activations=how
-            )
-            self.scheduler.on_admit = partial(self.store.admitted, blocks=self.blocks)
+        self.store = self._store(model, cache, options)
         self._ids = itertools.count()
         self._launched: deque[Launched] = deque()
 
-    def _drafts(self, model: Qwen, cache: KVCache, vocabulary: Vocabulary, options: EngineOptions) -> Drafts:
-        drafts = Drafts(lambda seq: self.sampler.draw_of(seq) is not None)
+    def _drafts(self, model: Qwen, cache: KVCache, options: EngineOptions) -> Drafts:
+        drafts = Drafts()
         if options.draft_tokens:
             drafts.head = MtpDrafts(
                 model,
                 cache.of_mtp,
                 options.draft_tokens,
-                vocabulary=vocabulary,
-                draw_of=self.sampler.draw_of,
+                choose=self.sampler.guess,
                 reach=self.scheduler.reach,
             )
         return drafts
+
+    def _store(self, model: Qwen, cache: KVCache, options: EngineOptions) -> PrefixStore | None:
+        if options.prefix_store is None or not options.prefix_caching:
+            return None
+        how = getattr(model.backend, "activations", "")
+        store = open_store(options.prefix_store, options.prefix_store_bytes, model, cache, activations=how)
+        self.scheduler.on_admit = partial(store.admitted, blocks=self.blocks)
+        return store
 
     @property
     def max_model_len(self) -> int:
@@ -331,10 +322,13 @@ class Engine:
         self._give_out(done, sampled)
 
     def _give_out(self, done: Launched, sampled: Sampled) -> None:
-        """Each sequence its next token, and those after its guesses as long as these were right."""
+        """Each sequence its next token, and those after its guesses as long as these were right. Where the host
+        chooses, what follows a guess is chosen now, since it may depend on the tokens before it."""
         checked: dict[Sequence, list[bool]] = {}  # of each guess of a sequence, whether it was right
         holds = True
-        for row, token, logprob in zip(done.rows, sampled.token_ids, sampled.logprobs, strict=True):
+        for at, (row, token, logprob) in enumerate(
+            zip(done.rows, sampled.token_ids, sampled.logprobs, strict=True)
+        ):
             seq = row.seq
             if row.guess is None:
                 holds = row.is_wanted
@@ -346,6 +340,8 @@ class Engine:
             if row.guess is not None:  # its key and value are in the cache
                 seq.marks.right += 1
                 self.scheduler.collect_guess(seq, len(checked[seq]) - 1)
+                if done.draws[at] is None:
+                    token, logprob = self._chosen(done, at)
             if token is None:
                 self._give_up(seq)
                 continue
@@ -360,10 +356,20 @@ class Engine:
         if not seq.is_finished:
             self.completions.end(seq.request_id, "error", self._non_finite(seq), discard_cache=True)
 
+    def _chosen(self, done: Launched, row: int) -> tuple[int | None, TokenLogprob | None]:
+        """The token of one row that the host chooses, and what is said of it. None where it failed: its sequence ends
+        as where its logits are not finite."""
+        try:
+            found = self.sampler.sample(done.outcome.logits[[row]], [done.rows[row].seq])
+        except Exception as error:
+            self._fail([(done.rows[row].seq, 1)], error)
+            return None, None
+        return found.token_ids[0], found.logprobs[0]
+
     def _sampled(self, done: Launched) -> Sampled:
-        """What a step chose, and what the host chooses from its logits."""
+        """What a step chose, and what the host chooses from its logits: not of rows behind a guess."""
         ours = [row for row, draw in enumerate(done.draws) if draw is None]
-        ours = [row for row in ours if done.rows[row].is_wanted]
+        ours = [row for row in ours if done.rows[row].guess is None and done.rows[row].is_wanted]
         for row in ours:  # while a device computes
             if (constraint := done.rows[row].seq.constraint) is not None:
                 constraint.allowed()
@@ -397,6 +403,23 @@ class Engine:
             f"non-finite logits; the first such numbers come out of {where}",
             'The numbers overflowed: load with dtype="float32" or "bfloat16", or check the weights.',
         )
+
+
+def _cache_of(model: Qwen, options: EngineOptions, states: States | None, rows: int) -> KVCache:
+    """``rows``: sequences of a step, of which a captured one stores even those that are not there."""
+    cache = KVCache(
+        model.config,
+        model.backend,
+        model.dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
+        block_size=options.block_size,
+        num_blocks=options.blocks,
+        num_spare=0 if model.backend.graphs() is None else rows,
+        num_states=0 if states is None else states.num_slots,
+    )
+    if options.kv_cache_dtype == "int8":
+        model.fit_key_codes(cache.layers, cache.of_mtp)
+    return cache
 
 
 def _states_of(model: Qwen, options: EngineOptions) -> States | None:

@@ -15,8 +15,8 @@ KV_CACHE_DTYPES = ("auto", "int8")
 
 class KVCache:
     """``layers``: for each decoder layer a LayerKV, ``num_blocks`` blocks of ``block_size`` slots each, and behind them
-    ``spare_blocks``, which no sequence owns; or a LayerState of ``num_states`` slots. ``of_mtp``: the pages of the head
-    that guesses, None where there is none.
+    ``spare_blocks``, which no sequence owns; or a LayerState of ``num_states`` slots, and where there are spare blocks
+    of one more, ``spare_state``. ``of_mtp``: the pages of the head that guesses, None where there is none.
 
     ``kv_cache_dtype`` "auto" keeps the activation dtype, "int8" codes each token and head with its own range.
     """
@@ -35,6 +35,8 @@ class KVCache:
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.spare_blocks = list(range(num_blocks, num_blocks + num_spare))
+        self.spare_state = num_states
+        num_states += bool(num_states and num_spare)
         every = num_blocks + num_spare
         self.nbytes = every * block_bytes(config, backend, dtype, kv_cache_dtype, block_size)
         self.nbytes += num_states * state_bytes(config, dtype.itemsize)

@@ -46,6 +46,7 @@ class ModelRunner:
             max_num_seqs,
             max_model_len,
             cache.spare_blocks,
+            cache.spare_state,
             self._adapters,
         )
         self.stacks = backend.stacks(parts)

@@ -13,7 +13,7 @@ from qwenrt.engine.launched import Span
 from qwenrt.engine.sequence import Sequence, Status
 from qwenrt.errors import ConfigError
 from qwenrt.model.qwen import Qwen
-from qwenrt.ops.steps import NOT_FINITE, Draw, LayerKV, Step, Vocabulary
+from qwenrt.ops.steps import NOT_FINITE, LayerKV, Step
 
 _CHECK = (
     0.15  # what a step takes longer for each guess that it checks, beside what it reads more, of one token's
@@ -52,9 +52,9 @@ class MtpDrafts:
 
     Of each token i the head wants the hidden state and token i + 1, and keeps key and value in the slot of token i. It
     reads what a step computed when the next one is scheduled: tokens are known by then. To guess further it goes on
-    from its guess; what it writes then is written over when the tokens are there. ``draw_of``: how the token after a
-    sequence's last, or the one so many ahead, will be chosen: a guess is chosen from the head's logits in the same way
-    and by the same number, so that it is right most often. ``reach``: slots for tokens that may follow. Raises
+    from its guess; what it writes then is written over when the tokens are there. ``choose``: chooses a guess from
+    the head's logits as the token will be chosen from the model's, so that it is right most often
+    (`Sampler.guess`). ``reach``: slots for tokens that may follow. Raises
     ConfigError where the model has no such head.
     """
 
@@ -64,15 +64,14 @@ class MtpDrafts:
         pages: LayerKV | None,
         most: int,
         *,
-        vocabulary: Vocabulary,
-        draw_of: Callable[..., Draw | None],
+        choose: Callable[[torch.Tensor, list[Sequence], list[int]], list[int]],
         reach: Callable[[Sequence, int], int],
     ) -> None:
         if pages is None:
             found = "the model was built without its MTP head"
             raise ConfigError(f"draft_tokens={most}", found, 'Load it with draft="mtp", or set 0.')
-        self._model, self._pages, self.most, self._vocabulary = model, pages, most, vocabulary
-        self._draw_of, self._reach = draw_of, reach
+        self._model, self._pages, self.most = model, pages, most
+        self._choose, self._reach = choose, reach
         self._readers: dict[int, _Reader] = {}
         self._worth = min(_SURE, model.guess_cost + _CHECK)  # the share of right guesses that pays for them
         self._failed = False
@@ -148,8 +147,8 @@ class MtpDrafts:
             if not going:
                 return list(guesses.values())
             hidden, seqs = hidden[going], [seqs[row] for row in going]
-            draws = [self._draw_of(seq, len(guesses[seq.seq_id])) or Draw() for seq in seqs]
-            chosen = self._model.backend.choose(self._model.logits(hidden), draws, self._vocabulary).tolist()
+            aheads = [len(guesses[seq.seq_id]) for seq in seqs]
+            chosen = self._choose(self._model.logits(hidden), seqs, aheads)
             for seq, token in zip(seqs, chosen, strict=True):
                 if token == NOT_FINITE:
                     left[seq.seq_id] = 0

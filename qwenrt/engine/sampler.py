@@ -55,6 +55,19 @@ class Sampler:
         return _draw(seq, ahead)
 
     @torch.no_grad()
+    def guess(self, logits: torch.Tensor, seqs: list[Sequence], aheads: list[int]) -> list[int]:
+        """What each sequence's token, so many ``aheads`` of its next one, would be by other logits than the model's
+        own (float32 [B, V]; they may be changed): by the number that it will be drawn by, and with bias and penalties
+        as far as its text has come. NOT_FINITE as `choose` gives it."""
+        for row, seq in enumerate(seqs):
+            if _edits(seq):
+                self._edit(logits[row, : self._vocabulary.size], seq)
+        if any(_edits(seq) for seq in seqs):
+            logits.clamp_(min=torch.finfo(logits.dtype).min)
+        draws = [_draw(seq, ahead) for seq, ahead in zip(seqs, aheads, strict=True)]
+        return self._backend.choose(logits, draws, self._vocabulary).tolist()
+
+    @torch.no_grad()
     def sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
         """logits float32 [B, V], a row per sequence; they may be changed."""
         logits = logits[:, : self._vocabulary.size]

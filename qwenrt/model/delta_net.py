@@ -47,8 +47,9 @@ class DeltaNet:
         return w
 
     def bind_decode(self, backend: Backend, dtype: torch.dtype) -> str | None:
-        """Why decoding over DecodePlan cannot be had."""
-        return f"{self.prefix}: the state of linear attention is not in a captured step"
+        """Choose the code of decoding over DecodePlan -> why it cannot be had, or None."""
+        self._decode_delta_net = backend.resolve(OpSpec("decode_delta_net", self.prefix, dtype))
+        return None
 
     def add(
         self, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan | DecodePlan, cache: LayerCache | None
@@ -57,9 +58,10 @@ class DeltaNet:
         assert cache is None or isinstance(cache, LayerState)
         w = self.weights
         projected, rates = self._norm_in(x, plan), self._norm_rates(x, plan)
-        trail = plan.trail if isinstance(plan, StepPlan) else []
-        if trail and cache is not None:
-            read = self._read_along(trail, projected, rates, cache)
+        if isinstance(plan, DecodePlan):
+            read = self._decode_delta_net(projected, rates, w, self._eps, cache, plan)
+        elif plan.trail and cache is not None:
+            read = self._read_along(plan.trail, projected, rates, cache)
         else:
             read = self._delta_net(projected, rates, w, self._eps, cache, plan)
         return self._out_add(read, x, plan)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from qwenrt.ops.steps import LayerState, StepPlan
+from qwenrt.ops.steps import DecodePlan, LayerState, StepPlan
 
 _L2_EPS = 1e-6  # of queries and keys, whatever eps the norms have
 CHUNK = 64  # tokens of a sequence, from its first one on, that are computed together in matrix products
@@ -30,6 +30,25 @@ def _sequences(plan: StepPlan) -> Iterator[tuple[slice, int | None, int]]:
         if q_len:
             yield slice(start, start + q_len), slot, kv_len - q_len
         start += q_len
+
+
+def split_gate(
+    projected: torch.Tensor, heads: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, C + nv dv] -> what goes into the convolution [T, C], and the output's gate z [T, nv, dv]. ``heads``: (nk, nv,
+    dk, dv)."""
+    _, nv, _, dv = heads
+    mixed, z = projected.split_with_sizes((projected.shape[-1] - nv * dv, nv * dv), dim=-1)
+    return mixed, z.reshape(-1, nv, dv)
+
+
+def split_heads(
+    mixed: torch.Tensor, heads: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the convolution gives [T, C] -> q, k [T, nk, dk] and v [T, nv, dv]."""
+    nk, nv, dk, dv = heads
+    q, k, v = mixed.split_with_sizes((nk * dk, nk * dk, nv * dv), dim=-1)
+    return q.reshape(-1, nk, dk), k.reshape(-1, nk, dk), v.reshape(-1, nv, dv)
 
 
 def causal_conv(
@@ -54,6 +73,28 @@ def causal_conv(
         if state is not None and slot is not None:
             state.conv[slot].copy_(rows[count:])
     return torch.cat(parts) if parts else x
+
+
+def decode_conv(x: torch.Tensor, weight: torch.Tensor, state: LayerState, plan: DecodePlan) -> torch.Tensor:
+    """As causal_conv, of one token of each sequence: x [B, C] -> [B, C]. Nothing is the host's."""
+    rows = torch.cat((_held(state.conv, plan).to(x.dtype), x[:, None]), dim=1)
+    total = rows[:, 0].float() * weight[0].float()
+    for j in range(1, weight.shape[0]):
+        total = total + rows[:, j].float() * weight[j].float()
+    _hold(state.conv, plan, rows[:, 1:])
+    return F.silu(total).to(x.dtype)
+
+
+def _held(kept: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+    """What each sequence has in ``kept`` [slots, ...] -> [B, ...]; 0 where it begins."""
+    assert plan.states is not None
+    begins = (plan.position == 0).view(-1, *[1] * (kept.dim() - 1))
+    return kept.index_select(0, plan.states).masked_fill(begins, 0)
+
+
+def _hold(kept: torch.Tensor, plan: DecodePlan, values: torch.Tensor) -> None:
+    assert plan.states is not None
+    kept.index_copy_(0, plan.states, values.to(kept.dtype))
 
 
 def rates(
@@ -84,10 +125,7 @@ def gated_delta(
     All of it is float32, and o stays so: it leaves float16's range in long texts. ``state.delta`` holds S. A step's
     bits depend on where it cuts a prompt, unless at multiples of CHUNK tokens.
     """
-    each = v.shape[1] // k.shape[1]
-    q, k = (_unit(x.float()) for x in (q, k))
-    q, k = (x.repeat(1, each, 1) if tiled else x.repeat_interleave(each, dim=1) for x in (q, k))
-    q, v = q * q.shape[-1] ** -0.5, v.float()
+    q, k, v = _of_value_heads(q, k, v, tiled)
     parts = []
     for here, slot, first in _sequences(plan):
         if state is not None and slot is not None and first > 0:
@@ -100,6 +138,34 @@ def gated_delta(
         if state is not None and slot is not None:
             state.delta[slot].copy_(s)
     return torch.cat(parts) if parts else v
+
+
+def decode_delta(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    state: LayerState,
+    plan: DecodePlan,
+    tiled: bool = False,
+) -> torch.Tensor:
+    """As gated_delta, of one token of each sequence, T = B. Nothing is the host's."""
+    q, k, v = _of_value_heads(q, k, v, tiled)
+    kq, both = torch.stack((k, q), dim=2), (k * q).sum(-1, keepdim=True)
+    o, s = _one_token(kq, both, v, beta, g.exp(), _held(state.delta, plan))
+    _hold(state.delta, plan, s)
+    return o
+
+
+def _of_value_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k [T, nk, dk] of unit length for each value head [T, nv, dk], q scaled, and v; all float32."""
+    each = v.shape[1] // k.shape[1]
+    q, k = (_unit(x.float()) for x in (q, k))
+    q, k = (x.repeat(1, each, 1) if tiled else x.repeat_interleave(each, dim=1) for x in (q, k))
+    return q * q.shape[-1] ** -0.5, k, v.float()
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -121,12 +187,26 @@ def by_tokens(
     both = (k * q).sum(-1, keepdim=True)
     out = []
     for t in range(q.shape[0]):
-        forget = decay[t, :, None]
-        predicted, read = (torch.bmm(kq[t], s) * forget[:, :, None]).unbind(1)
-        d = beta[t, :, None] * (v[t] - predicted)
-        out.append(read + both[t] * d)
-        s = s * forget[:, :, None] + k[t, :, :, None] * d[:, None, :]
+        o, s = _one_token(kq[t], both[t], v[t], beta[t], decay[t], s)
+        out.append(o)
     return torch.stack(out), s
+
+
+def _one_token(
+    kq: torch.Tensor,
+    both: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    decay: torch.Tensor,
+    s: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k beside q [..., nv, 2, dk] and their product [..., nv, 1], v [..., nv, dv], beta and e^g [..., nv],
+    S [..., nv, dk, dv] -> o [..., nv, dv], S."""
+    forget = decay[..., None]
+    predicted, read = (torch.matmul(kq, s) * forget[..., None]).unbind(-2)
+    d = beta[..., None] * (v - predicted)
+    moved = s * forget[..., None] + kq[..., 0, :, None] * d[..., None, :]
+    return read + both * d, moved
 
 
 def by_chunks(

@@ -200,13 +200,15 @@ class DecodePlan:
     """One step that computes one token of each of B sequences, as every layer is told. All of it lies on the device.
 
     ``position`` int64 [B]: of the token; its sequence's cache holds position + 1 tokens after the step. ``table`` int64
-    [B, W]: block ids, whatever stands behind those in use. ``slots`` int64 [B]: where keys and values go. ``made``: as
-    of StepPlan.
+    [B, W]: block ids, whatever stands behind those in use. ``slots`` int64 [B]: where keys and values go. ``states``
+    int64 [B]: where layers of linear attention keep each sequence's state; None in a model without such layers.
+    ``made``: as of StepPlan.
     """
 
     position: torch.Tensor
     table: torch.Tensor
     slots: torch.Tensor
+    states: torch.Tensor | None = None
     made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     adapters: ClassVar[None] = None  # no token of a captured step has one
 

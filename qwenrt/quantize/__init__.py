@@ -25,7 +25,16 @@ from qwenrt.loader.hub.resolve import source_of
 from qwenrt.loader.weights import WeightReader, open_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.quantize.calibration import texts_for, warn_if_few
-from qwenrt.quantize.finished import PARTS, FinishedLayers, check_fingerprint, claimed, fingerprint
+from qwenrt.quantize.finished import (
+    PARTS,
+    TEXTS,
+    FinishedLayers,
+    begin_anew,
+    check_fingerprint,
+    claimed,
+    fingerprint,
+    fingerprint_of_texts,
+)
 from qwenrt.quantize.layer import Recorder
 from qwenrt.quantize.report import QuantizeReport
 from qwenrt.quantize.run import Quantizer, is_quantized
@@ -54,10 +63,10 @@ def quantize(
     ``calibration``: a JSON or JSON-lines file of conversations or texts, a file of plain text, a list of entries, of
     texts or of token ids, or "self": the model writes them. Keyword settings: see QuantizeSettings (``method``,
     ``bits``, ``group_size``, ``sym``, ``act_order``, ``samples``, ``sample_length``, ...). One layer is in memory at a
-    time, in float32, and the residual stream of all texts. Each layer is kept when it is done, and the same call goes
-    on after a cut (``resume``) with the same result. An ``output_dir`` that holds anything else is refused unless
-    ``overwrite``. Raises RequestError for settings, texts and ``output_dir``, ConfigError and CheckpointError for the
-    model's files.
+    time, in float32, and the residual stream of all texts. What the model wrote and each layer are kept when they are
+    done, and the same call goes on after a cut (``resume``) with the same result. An ``output_dir`` that holds
+    anything else is refused unless ``overwrite``. Raises RequestError for settings, texts
+    and ``output_dir``, ConfigError and CheckpointError for the model's files.
     """
     began = time.monotonic()
     options = QuantizeSettings(**settings)
@@ -73,11 +82,14 @@ def quantize(
     _claim(target, source, overwrite)
     with claimed(target) as parts, torch.no_grad():
         check_room(target, _room(config, quantized, options, checkpoint.nbytes))
-        calibrating, held_out = texts_for(source, calibration, options, progress)
+        if not resume:
+            begin_anew(parts)
+        check_fingerprint(parts, fingerprint(reader, options))  # before the model writes for hours
+        calibrating, held_out = texts_for(source, calibration, options, progress, parts / TEXTS)
         _check_ids([*calibrating, *held_out], config.vocab_size)
         if options.calibrates:
             warn_if_few(calibrating, max(spec.in_features for spec in quantized))
-        check_fingerprint(parts, fingerprint(reader, options, [*calibrating, *held_out]), resume)
+        check_fingerprint(parts, fingerprint_of_texts([*calibrating, *held_out]))
         finished = FinishedLayers(parts, options, config, reader.inventory)
         quantizer = _quantizer(network, reader, options, calibrating, held_out)
         linears = _run(quantizer, finished, progress)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenrt.arguments import as_token_ids
-from qwenrt.errors import RequestError
-from qwenrt.files import read
+from qwenrt.config import read_json
+from qwenrt.errors import CheckpointError, RequestError
+from qwenrt.files import is_there, read
 from qwenrt.loading import load_tokenizer
 from qwenrt.quantize.self_written import write_texts
 from qwenrt.quantize.settings import SELF, QuantizeSettings
@@ -26,9 +29,10 @@ def texts_for(
     calibration: str | Path | Sequence[Any],
     settings: QuantizeSettings,
     progress: bool | None = None,
+    kept: Path | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(texts that calibrate, texts that measure): what `all_texts` gives, divided."""
-    return divided(all_texts(source, calibration, settings, progress))
+    return divided(all_texts(source, calibration, settings, progress, kept))
 
 
 def all_texts(
@@ -36,14 +40,19 @@ def all_texts(
     calibration: str | Path | Sequence[Any],
     settings: QuantizeSettings,
     progress: bool | None = None,
+    kept: Path | None = None,
 ) -> list[list[int]]:
     """Texts as token ids, ``settings.samples`` where there are so many.
 
     ``calibration``: a file of entries (JSON or JSON lines) or of plain text, entries, texts or token ids, or "self".
+    ``kept``: a file for what the model writes, which takes as long as quantising; where it is there it is read.
     Raises RequestError where there are too few.
     """
     if calibration == SELF:
-        texts = write_texts(source, load_tokenizer(source), settings, progress)
+        texts = _read_kept(kept)
+        if texts is None:
+            texts = write_texts(source, load_tokenizer(source), settings, progress)
+            _keep(texts, kept)
     else:
         made = _texts_in(source, calibration, settings.sample_length)
         texts = [text for text in made if len(text) >= _LEAST][: settings.samples]
@@ -54,6 +63,22 @@ def all_texts(
             f"Give more than {_LEAST_HELD_OUT}; 128 of 512 tokens each are usual.",
         )
     return texts
+
+
+def _read_kept(kept: Path | None) -> list[list[int]] | None:
+    if kept is None or not is_there(kept, CheckpointError):
+        return None
+    texts: list[list[int]] = read_json(kept, CheckpointError)["texts"]
+    logger.info("the texts that the model wrote before are in %s", kept)
+    return texts
+
+
+def _keep(texts: list[list[int]], kept: Path | None) -> None:
+    if kept is None:
+        return
+    partial = kept.with_name(f"{kept.name}.partial")
+    partial.write_text(json.dumps({"texts": texts}), encoding="utf-8")
+    os.replace(partial, kept)
 
 
 def divided(texts: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:

@@ -33,6 +33,7 @@ from qwenrt.quantize.report import LinearReport
 from qwenrt.quantize.settings import QuantizeSettings
 
 PARTS = ".quantizing"
+TEXTS = "texts.json"
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,8 @@ def claimed(directory: Path) -> Iterator[Path]:
         yield parts
 
 
-def fingerprint(
-    reader: WeightReader, settings: QuantizeSettings, texts: Sequence[Sequence[int]]
-) -> dict[str, str]:
-    """What decides the result, by name: a run that was cut goes on only where all of it is the same."""
+def fingerprint(reader: WeightReader, settings: QuantizeSettings) -> dict[str, str]:
+    """What decides the result besides the texts, by name: a run that was cut goes on only where all is the same."""
     tensors = hashlib.sha256()
     for names in reader.inventory.slots.values():
         for name in names.values():
@@ -165,9 +164,13 @@ def fingerprint(
     return {
         "settings": json.dumps(dataclasses.asdict(settings), sort_keys=True),
         "model": tensors.hexdigest(),
-        "calibration texts": hashlib.sha256(repr([list(text) for text in texts]).encode()).hexdigest(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
     }
+
+
+def fingerprint_of_texts(texts: Sequence[Sequence[int]]) -> dict[str, str]:
+    """The rest of what decides it."""
+    return {"calibration texts": hashlib.sha256(repr([list(text) for text in texts]).encode()).hexdigest()}
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -177,22 +180,23 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
     return flat[places].float()
 
 
-def check_fingerprint(parts: Path, now: dict[str, str], resume: bool) -> None:
-    """Note what decides the result. Where layers of another run lie here it is a CheckpointError, or without ``resume``
-    they are deleted."""
+def check_fingerprint(parts: Path, now: dict[str, str]) -> None:
+    """Note some of what decides the result. CheckpointError where layers of another run lie here."""
     path = parts / "run.json"
-    if not resume:
-        for file in parts.glob("layer-*"):
-            file.unlink()
-    elif is_there(path, CheckpointError):
-        before = read_json(path, CheckpointError)
-        other = [name for name, value in now.items() if before.get(name) != value]
-        if other:
-            raise CheckpointError(
-                f"going on with the layers in {parts}",
-                f"they belong to a run with other {', '.join(other)}",
-                "Use the same, another output directory, or resume=False (--no-resume).",
-            )
+    before = read_json(path, CheckpointError) if is_there(path, CheckpointError) else {}
+    other = [name for name, value in now.items() if before.get(name, value) != value]
+    if other:
+        raise CheckpointError(
+            f"going on with the layers in {parts}",
+            f"they belong to a run with other {', '.join(other)}",
+            "Use the same, another output directory, or resume=False (--no-resume).",
+        )
     partial = path.with_name("run.json.partial")
-    partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps({**before, **now}, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def begin_anew(parts: Path) -> None:
+    """Delete what another run has left."""
+    for file in (*parts.glob("layer-*"), parts / TEXTS, parts / "run.json"):
+        file.unlink(missing_ok=True)

@@ -19,8 +19,9 @@ _BYTES = 32
 
 
 def thought_key(directory: Path | None) -> bytes:
-    """The key in this directory, made where there is none: with the prefixes that are kept there, it makes the prompt
-    of a conversation the same after a restart. Without a directory, or where it cannot be written, a new one."""
+    """The key in this directory, made where there is none or a damaged one: with the prefixes that are kept there, it
+    makes the prompt of a conversation the same after a restart. Without a directory, or where it cannot be written, a
+    new one each time."""
     if directory is None:
         return secrets.token_bytes(_BYTES)
     path = directory / NAME
@@ -30,6 +31,7 @@ def thought_key(directory: Path | None) -> bytes:
             return key
     key = secrets.token_bytes(_BYTES)
     try:
+        path.unlink(missing_ok=True)
         with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
             file.write(key)
     except OSError as error:

@@ -22,6 +22,7 @@ import pytest
 from scripts.client_envs import CACHE, cache_directory, made_of
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 270  # seconds for a program: only what hangs takes so long, on a machine with other work too
 ALONE = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 
 
@@ -48,7 +49,9 @@ class Beside:
         self._process = process
         self.address: str = self._read()["address"]
 
-    def run(self, command: Sequence[str | Path], cwd: Path, seconds: int = 60, **env: str | Path) -> Done:
+    def run(
+        self, command: Sequence[str | Path], cwd: Path, seconds: int = PATIENCE, **env: str | Path
+    ) -> Done:
         """Run a program with this environment and no other; {address} in it is the server's."""
         usual = {"HOME": str(cwd), "LANG": "C.UTF-8", "PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1"}
         program = {

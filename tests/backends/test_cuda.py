@@ -31,7 +31,9 @@ CPU = torch.device("cpu")
 ONE, TWO = step_of([3], [1], [1], [[4]]), step_of([3, 4], [1] * 2, [1] * 2, [[4], [5]])
 
 
-@pytest.mark.parametrize("name", ["plain", "codes", "logn", "window", "int8-cache", "experts, int8"])
+@pytest.mark.parametrize(
+    "name", ["plain", "codes", "logn", "window", "int8-cache", "experts, int8", "linear attention"]
+)
 def test_recorded_operations_are_all_that_a_step_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay runs the operations of the capture over their memory, and none of the body's Python."""
     fake = install(monkeypatch, FakeCuda())
@@ -158,7 +160,7 @@ class Elsewhere(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["plain", "codes", "logn", "experts, int8"])
+@pytest.mark.parametrize("name", ["plain", "codes", "logn", "experts, int8", "linear attention"])
 def test_a_body_on_a_device_touches_nothing_of_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that holds nothing, so that no op can wait for what it holds."""
     install(monkeypatch, FakeCuda())

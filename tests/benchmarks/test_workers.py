@@ -72,7 +72,7 @@ def test_a_worker_that_dies_is_quoted(tmp_path: Path, broken_python: str) -> Non
 def test_a_row_that_fails_is_named_and_the_next_one_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("benchmarks.measure.Bandwidth", lambda threads, nbytes: None)
+    monkeypatch.setattr("benchmarks.bandwidth.Bandwidth", lambda threads, nbytes: None)
     monkeypatch.setattr("benchmarks.__main__.check_peers", lambda names, options: None)
 
     def row(run: object, row: Row, workers: Workers) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qwenrt.backends.dcu import software
-from qwenrt.cli import doctor, imports
+from qwenrt.cli import doctor, imports, npu
 
 FAKE = """
 import types
@@ -58,12 +58,6 @@ def examined(tmp_path: Path, source: str, *arguments: str, **variables: str) -> 
         ),
         ("import os; os.abort()", "importing it ends the process by signal 6", "device vendor's build"),
         ("import os; os._exit(3)", "exit status 3", "device vendor's build"),
-        (
-            "import os\nif os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD') != '0':\n"
-            "    raise RuntimeError('Failed to load the backend extension: torch_npu')",
-            "backend extension: torch_npu",
-            "set_env.sh, then try again; TORCH_DEVICE_BACKEND_AUTOLOAD=0 makes torch start",
-        ),
         ("raise ImportError('A module that was compiled using NumPy 1.x')", "NumPy 1.x", "numpy<2"),
     ],
 )
@@ -72,6 +66,41 @@ def test_a_torch_that_does_not_start(tmp_path: Path, source: str, said: str, fix
     assert said in report["torch"]["error"]
     (problem,) = (p for p in report["problems"] if "cannot be imported" in p["what"])
     assert said in problem["what"] and fix in problem["fix"]
+
+
+def test_a_torch_that_only_an_extension_breaks_is_looked_at_without(tmp_path: Path) -> None:
+    broken = (
+        "import os\nif os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD') != '0':\n"
+        "    raise RuntimeError('Failed to load the backend extension: torch_npu')\n"
+    )
+    report = examined(tmp_path, broken + FAKE.format(version="2.11.0+cpu"), "--device", "cuda")
+    assert report["torch"]["error"] is None and report["torch"]["version"] == "2.11.0+cpu"
+    (problem,) = (p for p in report["problems"] if "cannot be imported" in p["what"])
+    assert "backend extension: torch_npu" in problem["what"]
+    assert "until then TORCH_DEVICE_BACKEND_AUTOLOAD=0 makes torch" in problem["fix"]
+
+
+def test_the_line_that_says_what_it_is_is_told() -> None:
+    code = (
+        "time; raise Exception('ASCEND_HOME_PATH : /x does not exist.\\n[ERROR] 2026 ERR00005 PTA not found')"
+    )
+    said = imports.failure(code, dict(os.environ))
+    assert said == "Exception: ASCEND_HOME_PATH : /x does not exist."
+    assert "set_env.sh" in imports.cure("torch_npu", f"{said} Please run 'source set_env.sh' of CANN.")
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("ImportError: libhccl.so: cannot open shared object file", "set_env.sh"),
+        ("ImportError: libascend_hal.so: cannot open shared object file", "the driver's"),
+        ("ImportError: /x/torch_npu/lib/libtorch_npu.so: undefined symbol: _ZN5torch8autograd", "are mixed"),
+        ("ImportError: /x/torch_npu/lib/libtorch_npu.so: undefined symbol: aclrtNew", "belong together"),
+        ("RuntimeError: Two accelerators cannot be used at the same time", "CPU's build of torch"),
+    ],
+)
+def test_each_way_that_torch_npu_is_broken_has_its_own_cure(said: str, fix: str) -> None:
+    assert fix in imports.cure("torch_npu", said)
 
 
 def test_a_driver_that_does_not_fit(tmp_path: Path) -> None:
@@ -87,7 +116,7 @@ def test_an_import_that_hangs() -> None:
 
 def test_a_torch_of_another_vendor_on_a_dcu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "_places", lambda: ["/opt/dtk-26.04"])
-    monkeypatch.setattr(doctor, "_version", {"torch": "2.11.0+cu130", "triton": "3.6.0"}.get)
+    monkeypatch.setattr(imports, "installed", {"torch": "2.11.0+cu130", "triton": "3.6.0"}.get)
     found: list[dict[str, str]] = []
     doctor._dcu_packages(found)
     assert [problem["what"].split(" ")[:2] for problem in found] == [
@@ -107,7 +136,7 @@ def test_a_torch_of_another_vendor_on_a_dcu(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_extension_that_would_end_the_process_is_left_alone(
     said: str | None, deadly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_version", {"torch-npu": "2.13.0"}.get)
+    monkeypatch.setattr(imports, "installed", {"torch-npu": "2.13.0"}.get)
     monkeypatch.setattr(imports, "failure", lambda *_: said)
     found: list[dict[str, str]] = []
-    assert doctor._npu_is_deadly(found) is deadly and len(found) == (said is not None)
+    assert npu.is_deadly(found) is deadly and len(found) == (said is not None)

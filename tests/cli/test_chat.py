@@ -379,6 +379,7 @@ def test_what_a_line_means(typed: str | Typed, meant: Order | Question) -> None:
 def test_what_is_mistaken_for_a_command(text: str) -> None:
     meant = meaning(Typed(text))
     assert isinstance(meant, Mistaken) and f":send {text}" in meant.said
+    assert (meant.plainly is not None) == (text in ("/exit", "/?", "QUIT"))
 
 
 def test_names_are_tidy() -> None:

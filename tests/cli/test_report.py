@@ -14,6 +14,7 @@ def test_each_part_is_in_the_file_however_it_ended(tmp_path: Path) -> None:
     said: list[str] = []
     parts = {
         "prints": (("-c", "import json; print(json.dumps(['{device}']))"), 60.0),
+        "warns": (("-c", "print('Warning: not set.'); print('{{}}')"), 60.0),
         "writes": (("-c", "open('{json}', 'w').write('[1]'); print('a table')"), 60.0),
         "crashes": (
             ("-c", "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()"),
@@ -27,7 +28,9 @@ def test_each_part_is_in_the_file_however_it_ended(tmp_path: Path) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["device"] == "npu" and list(found["parts"]) == list(parts)
     each = found["parts"]
-    assert each["prints"]["found"] == ["npu"] and each["writes"]["found"] == [1]
+    assert (
+        each["prints"]["found"] == ["npu"] and each["warns"]["found"] == {} and each["writes"]["found"] == [1]
+    )
     assert each["crashes"]["ended"] == "signal 6" and "last words" in each["crashes"]["said"]
     assert each["hangs"]["ended"] == "its time was over"
     assert each["fails"]["ended"] == "exit status 2" and "no such device" in each["fails"]["said"]

@@ -256,7 +256,7 @@ def test_a_conversation_is_kept_and_reopened(tmp_path: Path) -> None:
         talk.until("Qwen[0]: echo hello", "Qwen[1]: echo [stopped]", PROMPT)
         talk.type(":clh" + ENTER)
         talk.until("Forgot 2 turns", PROMPT)
-        talk.type(":q" + ENTER)
+        talk.type("/bye" + ENTER)  # as in Ollama
         assert talk.code() == 0
     finally:
         talk.close()

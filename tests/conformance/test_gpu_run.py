@@ -40,7 +40,7 @@ def driven(
 
     def start(phase: Phase, limit: float) -> tuple[int | None, str]:
         started.append((phase.name, limit))
-        notes = Notes(driver.notes_of(out, phase.name))
+        notes = Notes(driver.notes_of(out))
         notes.figure("figure", 1.0)
         kept = json.loads((out / "report.json").read_text(encoding="utf-8"))
         assert [p["state"] for p in kept["phases"]].count("not measured") == len(takes) - len(started) + 1
@@ -65,6 +65,10 @@ def test_phases_have_limits_and_the_report_is_kept_after_each(tmp_path: Path) ->
         ("e", "not measured", "1 of 130 seconds were left"),
     ]
     assert all(result.figures == {"figure": 1.0} for result in results[:4]), "what was found is kept"
+    assert driver.figures_of(tmp_path, "a") == {"figure": 1.0} and driver.figures_of(tmp_path, "e") == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], (
+        "who lends a device gives few files back"
+    )
     kept = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert [phase["name"] for phase in kept["phases"]] == list("abcde") and kept["budget_s"] == 130
 
@@ -85,8 +89,9 @@ def test_on_a_cpu_what_needs_a_gpu_is_not_measured(tmp_path: Path) -> None:
 def test_correctness_comes_before_speed() -> None:
     names = [phase.name for phase in PHASES]
     assert set(names) == set(phases.WORK)
-    correct = ("ops", "replays", "models", "sanitizer")
-    fast = ("engine", "tuning", "linears", "peers", "profile")
+    correct = ("replays", "sanitizer", "ops", "models")
+    fast = ("engine", "tuning", "engine, tuned", "linears", "peers", "profile")
+    assert names[2:] == [*correct, *fast]
     assert max(map(names.index, correct)) < min(map(names.index, fast))
     assert names[:2] == ["limits", "compile"], "what all others hang on, and what they would wait for"
     assert sum(phase.seconds for phase in PHASES) <= 500
@@ -141,25 +146,34 @@ def test_the_built_in_model_is_looked_at_in_every_dtype(
 def test_speeds_are_beside_the_bandwidth_that_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report.write(driver.notes_of(tmp_path, "limits"), {"figures": {"bandwidth, GB/s": 4000.0}})
-    assert timing.measured_bandwidth(tmp_path) == 4e12 and timing.measured_bandwidth(tmp_path / "x") == 0
+    found = {"bandwidth, GB/s": 4000.0, "products of bfloat16, TFLOP/s": 500.0}
+    report.write(tmp_path / "report.json", {"phases": [{"name": "limits", "figures": found}]})
+    assert timing.measured_bandwidth(tmp_path) == 4e12 and timing.measured_products(tmp_path) == 5e14
+    assert timing.measured_bandwidth(tmp_path / "x") == 0
     times = iter(
         [0.0, 1.0, 2.0, 2.5, 3.0, 10.4]
     )  # 1 s with captures, then 0.5 s for one token, 7.4 s with 64 more
     monkeypatch.setattr(phases.time, "perf_counter", lambda: next(times))
+
+    cached = 2 * 24 * 16 * 128 * 2 * (1000 + 32)
 
     class Model:
         def generate(self, **asked: Any) -> None:
             assert len(asked["prompt_token_ids"]) == 1
 
         def stats(self) -> dict[str, Any]:
-            return {"weight_bytes_per_token": 431.25e9 / 1.0}
+            return {"weight_bytes_per_token": 431.25e9 - cached}
 
     notes = Notes(tmp_path / "notes.json")
-    phases._speeds(notes, Model(), "m", 1, 1000, 4e12)  # type: ignore[arg-type]
-    assert notes.figures["m: prompt tokens/s"] == pytest.approx(2000)
-    assert notes.figures["m: tokens/s"] == pytest.approx(64 / 6.9)
-    assert notes.figures["m: weights read, of the bandwidth"] == pytest.approx(1.0)
+    load = phases.Load("Qwen-1_8B", prompt=1000)
+    phases._speeds(notes, Model(), load, 4e12, 5e14)  # type: ignore[arg-type]
+    name = "Qwen-1_8B bfloat16, 1 at 1000 tokens"
+    assert notes.figures[f"{name}: prompt tokens/s"] == pytest.approx(2000)
+    assert notes.figures[f"{name}: tokens/s"] == pytest.approx(64 / 6.9)
+    assert notes.figures[f"{name}: weights and cache read, of the bandwidth"] == pytest.approx(1.0)
+    linears = 24 * (4 * 2048 * 2048 + 3 * 2048 * 5504)
+    share = 2 * linears * 1000 / 0.5 / 5e14
+    assert notes.figures[f"{name}: a prompt's linears, of the rate of products"] == pytest.approx(share)
 
 
 def test_without_a_triton_the_rest_is_measured(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_each_word_has_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = render_devices.render()
     assert "| op | A Card | A Processor (simulated) | CPU | Hygon DCU |" in text
     assert "| `linear` | measured | simulated | not measured | not measured |" in text
-    assert "| `rotary` | definition | simulated | not measured | not measured |" in text
+    assert "| `rotary` | definition | definition | not measured | not measured |" in text
     assert "| `choose` | **wrong in 2** | not measured |" in text
     assert "A Processor (played by an interpreter)" in text and "Not measured on any accelerator" in text
 

@@ -84,7 +84,7 @@ def test_the_tokens_are_those_without(rule: str) -> None:
     assert answers(engine, "lookup", **RULES[rule]) == wanted
     assert engine.blocks.num_free == engine.blocks.num_blocks
     if rule in ("penalties", "logprobs"):
-        assert engine.drafts.num_guessed == 0
+        assert engine.drafts.num_guessed > 0, "what the host chooses is guessed as well"
 
 
 def test_nothing_is_guessed_where_steps_overlap() -> None:

@@ -43,6 +43,18 @@ RULES: dict[str, SamplingParams] = {
     "several": SamplingParams(temperature=1.1, seed=8, n=2, max_tokens=LONG),
     "stopped": SamplingParams(temperature=0, stop_token_ids=[40, 41, 42, 43], max_tokens=LONG),
     "penalties": SamplingParams(temperature=0, presence_penalty=1.5, max_tokens=LONG),
+    "all": SamplingParams(
+        temperature=0.9,
+        top_k=20,
+        seed=9,
+        repetition_penalty=1.3,
+        frequency_penalty=0.4,
+        min_tokens=6,
+        logit_bias={3: 2.0, 5: -9.0},
+        stop_token_ids=[*range(30, 60)],
+        logprobs=2,
+        max_tokens=LONG,
+    ),
     "logprobs": SamplingParams(temperature=0, logprobs=1, max_tokens=LONG),
 }
 
@@ -57,11 +69,15 @@ def answers(outputs: list[RequestOutput]) -> list[tuple[list[int], Any]]:
 
 
 @cache
-def alone(key: str, rule: str) -> list[tuple[list[int], Any]]:
+def outputs_alone(key: str, rule: str) -> list[RequestOutput]:
     """What a request gets where nothing is guessed."""
     engine = make_engine(NAME, depth=0)
     name = engine.add(prompt_of(key), RULES[rule])
-    return answers(run(engine)[name])
+    return run(engine)[name]
+
+
+def alone(key: str, rule: str) -> list[tuple[list[int], Any]]:
+    return answers(outputs_alone(key, rule))
 
 
 def guessing(share: float, most: int = 2, seed: int = 0, **settings: Any) -> Engine:
@@ -107,10 +123,16 @@ def test_together_each_gets_its_tokens(share: float, most: int) -> None:
     assert guessed > 15 and (
         right >= guessed - ends if share == 1 else right == 0 if share == 0 else 5 < right < guessed
     )
-    of_one = last(outputs["1 logprobs "]).timing
-    assert of_one is not None and of_one.drafted_tokens == 0, (
-        "what depends on more than logits is not guessed"
-    )
+    for rule in ("penalties", "all"):  # what the host chooses is guessed as well
+        timing = last(outputs[f"1 {rule} "]).timing
+        assert timing is not None and timing.drafted_tokens > 0
+    for key in ("1", "2"):
+        wanted, found = (
+            [entry for o in answer for entry in o.delta.logprobs or ()]
+            for answer in (outputs_alone(key, "logprobs"), outputs[f"{key} logprobs "])
+        )
+        assert [entry.token_id for entry in found] == [entry.token_id for entry in wanted]
+        assert [e.logprob for e in found] == pytest.approx([e.logprob for e in wanted], abs=1e-4)
 
 
 def test_right_guesses_save_steps_and_are_counted() -> None:
@@ -145,7 +167,7 @@ def play(seed: int) -> Engine:
     outputs: dict[str, list[RequestOutput]] = {}
     wanted = set()
     for number in range(rng.randint(2, 7)):
-        rule = rng.choice(["greedy", "several"])
+        rule = rng.choice(["greedy", "several", "all"])
         name = ask(engine, rng.choice(["1", "2"]), rule, str(number))
         steps = rng.randint(0, 8)
         for output in (output for _ in range(steps) for output in engine.step()):
@@ -295,6 +317,27 @@ def test_answers_go_on_where_the_head_fails(
     assert [record.message for record in caplog.records] == [
         "the MTP head failed: nothing is guessed from here on"
     ]
+
+
+def test_only_its_own_request_ends_where_the_choice_behind_a_guess_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = guessing(1)
+    sample, steps = engine.sampler.sample, [0]
+
+    def fails(logits: torch.Tensor, seqs: list[Sequence]) -> Any:
+        steps.append(engine.stats()["steps"])
+        if steps[-1] == steps[-2]:  # the second time in one step
+            raise RuntimeError("out of something")
+        return sample(logits, seqs)
+
+    monkeypatch.setattr(engine.sampler, "sample", fails)
+    bad, other = ask(engine, "2", "penalties"), ask(engine, "1", "greedy")
+    outputs = run(engine)
+    assert isinstance(outputs[bad][-1].error, BackendError)
+    assert answers(outputs[other]) == alone("1", "greedy")
+    assert_nothing_is_lost(engine)
+    assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
 def test_a_model_without_the_head_is_refused() -> None:

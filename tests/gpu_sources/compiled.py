@@ -65,7 +65,17 @@ def launches(call: Callable[[], Any], monkeypatch: Any) -> list[Launch]:
     ) -> None:
         found.append(Launch(kernel, grid, args, warps, constants, pdl))
 
-    for name in ("portable", "between", "attention", "choose", "read", "stream", "attend"):
+    for name in (
+        "portable",
+        "between",
+        "attention",
+        "choose",
+        "read",
+        "stream",
+        "attend",
+        "delta",
+        "experts",
+    ):
         module = __import__(f"qwenrt.backends.cuda.kernels.{name}", fromlist=["launch"])
         monkeypatch.setattr(module, "launch", note)
     call()
@@ -82,6 +92,7 @@ class Code:
     barriers: int
     loads: Counter[int] = field(default_factory=Counter)
     text: str = ""
+    ptx: str = ""
 
     @property
     def order(self) -> list[str]:
@@ -151,7 +162,8 @@ def _nvidia(made: Any) -> Code:
         width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", name)
         loads[int(width.group(1)) if width else 32] += 1
     registers, stack = map(int, found.groups())
-    return Code(registers, stack, made.metadata.shared, len(re.findall(r"\sBAR\.", text)), loads, text)
+    barriers = len(re.findall(r"\sBAR\.", text))
+    return Code(registers, stack, made.metadata.shared, barriers, loads, text, made.asm["ptx"])
 
 
 def _amd(made: Any) -> Code:

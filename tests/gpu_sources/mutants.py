@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qwenrt.conformance.case import Case
+from qwenrt.conformance.weights import MAIN_FORMS
+
+INT4 = next(form for form in MAIN_FORMS if form.name.startswith("int4"))
 
 
 def _all(case: Case) -> bool:
@@ -190,6 +193,41 @@ MUTANTS = [
         "choose",
         having(gaps=True),
     ),
+]
+MUTANTS += [
+    Mutant(name, "delta", right, wrong, "decode_delta_net", having(heads=(2, 6, 16, 24)))
+    for name, right, wrong in (
+        (
+            "a state of nobody as a beginning",
+            "begun = tl.load(position_ptr + row) + 0 * i > 0",
+            "begun = i >= 0",
+        ),
+        (
+            "another's state",
+            "tl.load(states_ptr + row) * NV + head",
+            "(tl.load(states_ptr + row) ^ 1) * NV + head",
+        ),
+        ("the inputs that were kept in their old places", "kept + (j - 1) * channels", "kept + j * channels"),
+        ("nothing forgotten", "s * forget + k[:, None]", "s + k[:, None]"),
+        ("what was written unread", "+ tl.sum(k * q, 0) * d", "+ 0.0 * d"),
+        ("key heads of neighbours", "head // (NV // NK)", "head % NK"),
+        ("a's place taken for b's", "rates_stride + NV + head", "rates_stride + head"),
+        ("the gate not gated", "weight * tl.div_rn(z, 1.0 + tl.exp(-z))", "weight * z"),
+        ("a norm of padding too", "tl.sum(o * o, 0) / DV", "tl.sum(o * o, 0) / BV"),
+    )
+]
+MUTANTS += [
+    Mutant(name, "experts", right, wrong, "norm_moe_add", having(experts=(6, 2), norm_topk=True, form=INT4))
+    for name, right, wrong in (
+        ("the expert before", "(tile_ends <= tile)", "(tile_ends < tile)"),
+        ("the last token of an expert", "here = i < end", "here = i < end - 1"),
+        ("tokens of the next expert", "here = i < end", "here = i < end + 1"),
+        ("a tile's first token of all", "(tile - first_tile) * BT", "0 * BT"),
+        ("a rank's token", "asked // RANKS", "asked % RANKS"),
+        ("results in the order of experts", "(i if RANKS else asked)", "i"),
+        ("scales of the first expert", "scales_ptr += which * N * groups", "scales_ptr += 0 * N * groups"),
+        ("an expert's gate and up swapped", "gate, up = tl.split", "up, gate = tl.split"),
+    )
 ]
 
 

@@ -5,6 +5,7 @@ takes for granted."""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -157,4 +158,17 @@ def test_attention_in_one_launch_compiles_for_its_registers(
     # Triton 3.6's assembler keeps one number of the prologue aside until the end.
     assert code.spilt <= 8 and code.registers <= 255 and code.shared <= 99 << 10, str(code)
     assert code.loads[128] >= 2 if int8 else 4, str(code)
-    assert "ATOM" in " ".join(code.order), "splits count themselves"
+    counts_between_barriers(code)
+
+
+def counts_between_barriers(code: Any) -> None:
+    """A split says that its part is stored when all threads have passed a barrier behind their stores; by an addition
+    that releases them to the whole device and acquires the others'; and none reads a part before the next barrier. What
+    test_races.py takes for granted of this is here."""
+    (atomic,) = re.findall(r"\batom\.\S+", code.ptx)
+    assert {"acq_rel", "gpu", "add"} <= set(atomic.split(".")), atomic
+    met = [name for name in code.order if name.startswith(("STG", "LDG", "BAR", "ATOM", "MEMBAR", "CCTL"))]
+    (at,) = [i for i, name in enumerate(met) if name.startswith("ATOM")]
+    around = [name.split(".")[0] for name in met[at - 2 : at + 3]]
+    # The first-level cache is emptied behind it, as it may hold what was there before another split stored its part.
+    assert around == ["BAR", "MEMBAR", "ATOMG", "CCTL", "BAR"], around

@@ -23,14 +23,23 @@ from tests.gpu_sources.mutants import MUTANTS, Mutant
 pytestmark = pytest.mark.gpu_sources
 LINEARS = ("linear", "pack_linear", "norm_linear", "linear_add", "norm_gate_up_silu")
 EXPERTS = ("norm_moe_add", "norm_moe_add_each")  # a program for each expert of each token: slow here
-OPS = (*LINEARS, "rms_norm", "silu_and_mul", "rotary_store_kv", "decode_attention", "choose")
+OPS = (
+    *LINEARS,
+    "rms_norm",
+    "silu_and_mul",
+    "rotary_store_kv",
+    "decode_attention",
+    "choose",
+    "decode_delta_net",
+)
 # A program costs a fiftieth of a second whatever it does: one to three for most shapes, the last one not full.
 _LARGE = Tile(512, 1024)
-_TILES = Tiles(
+TILES = Tiles(
     dense=_LARGE,
     codes={4: _LARGE, 8: _LARGE},
     product={16: _LARGE, 32: _LARGE, 64: _LARGE},
     matrix=Tile(512, 512),
+    experts=_LARGE,
     rows=1 << 15,
     keys=64,
     per_split=256,
@@ -46,7 +55,7 @@ def subject() -> Subject:
     from tests.gpu_sources import interpreter  # noqa: F401
 
     backend = TritonBackend(torch.device("cpu"))
-    backend.tiles = _TILES
+    backend.tiles = TILES
     assert backend.provides("triton") is None
     return Subject("interpreted", backend)
 
@@ -103,7 +112,7 @@ def test_the_self_check_at_load(
     if spoilt:
         replace(next(m for m in MUTANTS if m.name == "the last row of a tile"), tmp_path, monkeypatch)
     backend = TritonBackend(torch.device("cpu"))
-    backend.tiles = _TILES
+    backend.tiles = TILES
     linears = [(48, 64, 16, 0), (40, 64, 4, 32)]
     found = selfcheck.check(backend, torch.float32, (4, 2, 64), linears)
     assert set(found) == ({"linear", "norm_linear", "linear_add"} if spoilt else set()), found

@@ -19,6 +19,8 @@ from qwenrt.errors import BackendError, CapacityError
         ("error code is 507056, link error", BackendError, "reset it"),
         ("EL0004: Failed to allocate memory", CapacityError, "npu-smi info"),
         ("NPU out of memory. Tried to allocate 2.00 GiB", CapacityError, 'kv_cache_dtype="int8"'),
+        ("call aclnnAdd failed, error code is 561112", BackendError, "package of operators"),
+        ("call aclnnFusedInferAttentionScoreV2 failed, error code is 161002", BackendError, "--report FILE"),
         ("ERR02200 DIST call hccl api failed", BackendError, "set_env.sh"),
     ],
 )

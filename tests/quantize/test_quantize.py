@@ -252,6 +252,38 @@ def test_the_built_in_model_writes_its_own_texts(tmp_path: Path, capsys: pytest.
         assert llm.chat("What is the capital of France?")[0] == "The capital of France is Paris."
 
 
+def test_what_the_model_wrote_is_kept_when_a_run_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def write(*_: Any) -> list[list[int]]:
+        written.append(1)
+        return [[(number * 31 + place * 7) % 500 for place in range(32)] for number in range(8)]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwenrt.quantize.calibration.write_texts", write)
+    settings: dict[str, Any] = {"method": "rtn", "progress": False}
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenrt.quantize._check_ids", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(DEMO, tmp_path / "out", **settings)
+        with pytest.raises(CheckpointError, match="other settings"):  # said before anything is written anew
+            quantize(DEMO, tmp_path / "out", bits=8, **settings)
+    assert written == [1]
+    kept = quantize(DEMO, tmp_path / "out", **settings)
+    assert written == [1] and kept.held_out_tokens > 0
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenrt.quantize._check_ids", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(DEMO, tmp_path / "out", **settings)
+    quantize(DEMO, tmp_path / "out", resume=False, **settings)
+    assert written == [1, 1, 1]
+
+
 def test_a_file_of_conversations_calibrates(tmp_path: Path) -> None:
     talk = {
         "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello! I am a toy."}]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qwenrt
+from qwenrt.server.thought_key import NAME
 from tests.server.asking import RESPONSES, ask, events, sent, serve
 from tests.server.scripted import scripted_llm
 from tests.server.wire import Serving, until
@@ -25,6 +27,7 @@ NAMESPACE = {
     "tools": [{**FUNCTION, "name": "read"}],
 }
 PROMPTS: list[str] = []
+SEALED = {"tools": [FUNCTION], "include": ["reasoning.encrypted_content"], "store": False}
 
 
 def reply(prompt: str) -> str:
@@ -131,23 +134,44 @@ def test_namespaces_are_joined_and_split_again_and_hosted_tools_are_told(served:
     assert (call["name"], call["namespace"]) == ("read", "files")
 
 
-def test_a_thought_that_returns_unchanged_is_read_and_else_dropped(served: Serving) -> None:
-    asked = body([user("weather")], tools=[FUNCTION], include=["reasoning.encrypted_content"], store=False)
-    output = ask(served, RESPONSES, asked)[2]["output"]
+def thought_and_call(served: Serving) -> tuple[str, Any]:
+    """What a server wrote before it wants a tool's result: the thought as it is sealed, and the call."""
+    output = ask(served, RESPONSES, body([user("weather")], **SEALED))[2]["output"]
     thought = next(item for item in output if item["type"] == "reasoning")
-    call = next(item for item in output if item["type"] == "function_call")
+    return thought["encrypted_content"], next(item for item in output if item["type"] == "function_call")
+
+
+def is_known(served: Serving, sealed: str, call: Any) -> bool:
+    """Whether a thought that comes back is a part of the prompt."""
+    thought = {"type": "reasoning", "summary": [], "encrypted_content": sealed}
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "warm"}
-    sealed = thought["encrypted_content"]
-    flipped = sealed[:-1] + ("A" if sealed[-1] != "A" else "B")
-    middle = (
-        sealed[: len(sealed) // 2]
-        + ("A" if sealed[len(sealed) // 2] != "A" else "B")
-        + sealed[len(sealed) // 2 + 1 :]
-    )
-    for content, kept in ((sealed, True), (middle, False), (flipped, False), ("", False)):
-        item = {"type": "reasoning", "summary": [], "encrypted_content": content}
-        assert ask(served, RESPONSES, {**asked, "input": [user("weather"), item, call, result]})[0] == 200
-        assert ("look there" in PROMPTS[-1]) is kept, content
+    asked = user(f"weather {len(PROMPTS)}")  # a prompt that was read before is not told again
+    assert ask(served, RESPONSES, body([asked, thought, call, result], **SEALED))[0] == 200
+    return "look there" in PROMPTS[-1]
+
+
+def test_a_thought_that_returns_unchanged_is_read_and_else_dropped(served: Serving) -> None:
+    sealed, call = thought_and_call(served)
+    half = len(sealed) // 2
+    for at in (half, len(sealed) - 1):
+        flipped = sealed[:at] + ("A" if sealed[at] != "A" else "B") + sealed[at + 1 :]
+        assert not is_known(served, flipped, call)
+    assert is_known(served, sealed, call) and not is_known(served, "", call)
+
+
+def test_a_thought_is_known_after_a_restart_where_prefixes_are_kept(tmp_path: Path) -> None:
+    def restarted(store: Path | None, *sealed: str) -> tuple[str, list[bool]]:
+        with scripted_llm(reply, max_model_len=8192, prefix_store=store) as llm, serve(llm) as served:
+            own, call = thought_and_call(served)
+            return own, [is_known(served, one, call) for one in sealed]
+
+    first, _ = restarted(tmp_path)
+    assert restarted(tmp_path, first)[1] == [True] and restarted(None, first)[1] == [False]
+    key = tmp_path / NAME
+    assert key.stat().st_mode & 0o077 == 0
+    key.write_bytes(b"torn")
+    second, known = restarted(tmp_path, first)
+    assert known == [False] and restarted(tmp_path, first, second)[1] == [False, True]
 
 
 def test_a_response_goes_on_from_another_of_its_key(llm: qwenrt.LLM) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwenrt.backends.ascend import calls, soc
+from qwenrt.backends.ascend import calls, errors, soc
 from qwenrt.backends.ascend.backend import A2Backend, AscendBackend
 from qwenrt.backends.ascend.older import A910Backend, P310Backend
 from qwenrt.errors import BackendError
@@ -21,7 +21,7 @@ def backend_of(device: torch.device) -> AscendBackend:
     """The backend of an "npu" device; torch_npu is imported already.
 
     Operators are not compiled anew for each shape, and no tensor is in a format that views do not read.
-    Raises BackendError where the device cannot be used at all.
+    Raises BackendError where the device cannot be used at all, CapacityError where none of its memory is free.
     """
     npu = torch.get_device_module("npu")
     try:
@@ -32,9 +32,9 @@ def backend_of(device: torch.device) -> AscendBackend:
         family = soc.family_of(npu.get_soc_version())
         draws_here = _sums_float64(device)
     except RuntimeError as error:
-        raise BackendError(
-            f"device={str(device)!r}", f"the device does not answer ({str(error)[:200]})", _ADVICE
-        ) from error
+        kind, advice = errors.meaning(str(error)) or (BackendError, _ADVICE)
+        found = f"the device does not answer ({errors.in_a_line(error)})"
+        raise kind(f"device={str(device)!r}", found, advice) from error
     cls = _BACKENDS.get(family.name, AscendBackend)
     return cls(device, family=family, misfits=calls.misfits(), draws_here=draws_here)
 

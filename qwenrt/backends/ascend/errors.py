@@ -1,4 +1,5 @@
-"""What CANN's and torch_npu's errors mean, and what to do. Numbers are those of CANN's acl_rt.h."""
+"""What CANN's and torch_npu's errors mean, and what to do. Numbers are those of CANN's acl_rt.h and of aclnn, its
+operators."""
 
 from __future__ import annotations
 
@@ -29,6 +30,19 @@ _KNOWN: tuple[tuple[tuple[str, ...], _Kind, str], ...] = (
         'kv_cache_dtype="int8".',
     ),
     (
+        ("561003", "561107", "561108", "561109", "561112", "561113"),
+        BackendError,
+        "CANN does not find its compiled operators for this processor. Source CANN's set_env.sh, which says where they "
+        "are, and install the package of operators (kernels up to CANN 8.3, ops later) for this processor, of the "
+        "toolkit's version.",
+    ),
+    (
+        ("161001", "161002", "561001", "561002"),
+        BackendError,
+        "An operator of this CANN refuses a call: its shapes, dtypes or formats. QWENRT_KERNELS=off does without fused "
+        "ones; `qwenrt doctor --device npu --report FILE` makes a file that says which, to send in with an issue.",
+    ),
+    (
         ("HCCL", "hccl", "ERR02"),
         BackendError,
         "This is communication between cards, of which qwenrt uses one: choose it with ASCEND_RT_VISIBLE_DEVICES, and "
@@ -41,3 +55,8 @@ def meaning(said: str) -> tuple[_Kind, str] | None:
     """(the kind of error, what to do) of what an exception says; None where nothing is known of it."""
     known = (entry for entry in _KNOWN if any(words in said for words in entry[0]))
     return next(((kind, remedy) for _, kind, remedy in known), None)
+
+
+def in_a_line(error: Exception) -> str:
+    """What an exception says, without the table of versions and the traceback that torch_npu adds."""
+    return " ".join(str(error).split()).partition(" [ERROR] ")[0][:300]

@@ -17,6 +17,8 @@ from qwenrt.backends.cuda.tables import TILES, Tiles
 from qwenrt.backends.graphs import Graphs
 from qwenrt.config import Environment
 
+_THREADS = 256  # of a program: as many as AMD's and Hygon's compilers take for granted
+
 
 class CudaBackend(TritonBackend):
     """Runs on one NVIDIA or AMD GPU."""
@@ -33,7 +35,8 @@ class CudaBackend(TritonBackend):
     def tiles(self) -> Tiles:
         # Triton compiles products for sm_80 and later; on sm_75 they spill as they do where there are no units.
         units = self.profile.matrix and self.profile.bfloat16
-        usual = dataclasses.replace(TILES, matrix_units=units)
+        state_warps = min(TILES.state_warps, _THREADS // self.profile.wave)
+        usual = dataclasses.replace(TILES, matrix_units=units, state_warps=state_warps)
         if not self.gluon:
             return usual
         kept = Environment.read().cache_dir

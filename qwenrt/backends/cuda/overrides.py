@@ -18,8 +18,8 @@ from qwenrt.backends.cuda import body, packing, streaming
 from qwenrt.backends.cuda.tables import TILES, Tiles
 from qwenrt.backends.stack import DecodeLayers, Network
 from qwenrt.ops import reference
-from qwenrt.ops.steps import DecodePlan, DrawTensors, LayerKV, StepPlan
-from qwenrt.ops.types import PLAIN, CanonicalWeight, Experts, Packed
+from qwenrt.ops.steps import DecodePlan, DrawTensors, LayerKV, LayerState, StepPlan
+from qwenrt.ops.types import PLAIN, CanonicalWeight, DeltaWeights, Experts, Packed
 from qwenrt.ops.weights import with_codes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +31,8 @@ _OF_LAYERS = (
     *("linear", "rms_norm", "silu_and_mul", "norm_linear", "linear_add", "norm_gate_up_silu"),
     *("rotary_store_kv", "decode_attention"),
 )
+_MATRIX = 1 << 14  # numbers of a delta net's matrix, of one head, that the registers of a program hold
+_KINDS = ("dense", *packing.KINDS.values())  # of weights that kernels have
 _AT_ONCE = 1 << 27  # weights of a dequantised matrix that exist at once
 
 
@@ -201,12 +203,29 @@ class TritonBackend(Backend):
             return super().linear_of_each(x, w, which)
         return self._token(x, w, x.dtype, which=which.contiguous())
 
-    @native(dtypes=DTYPES, kinds=("dense", *packing.KINDS.values()), needs=("triton",))
+    @native(dtypes=DTYPES, kinds=_KINDS, needs=("triton",))
+    def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
+        """Where there are units for products, as norm_moe_add_each: the host learns nothing of the routes."""
+        few = not self.tiles.matrix_units or x.requires_grad or len(x) == 0
+        if few or w.stack(self.stackable) is not None or not self._stacked(w):
+            return super().norm_moe_add(x, norm, eps, w)
+        return self.norm_moe_add_each(x, norm, eps, w)
+
+    @staticmethod
+    def _stacked(w: Experts) -> bool:
+        """Whether all of a layer's experts are of kinds that kernels have."""
+        return w.stacked is not None and all(side.kind in _KINDS for side in w.stacked)
+
+    @native(dtypes=DTYPES, kinds=_KINDS, needs=("triton",))
     def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
         """All experts of all tokens in two launches. Their results are summed in float32."""
+        if not self._stacked(w):
+            return super().norm_moe_add_each(x, norm, eps, w)
         assert w.stacked is not None
         gate_up, down = w.stacked
         normed = self.rms_norm(x, norm, eps)
+        if len(x) >= self.tiles.grouped_from and self.tiles.matrix_units:
+            return x + self.shared_expert(normed, w, self._grouped(normed, x.dtype, w))
         weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
         chosen, order = chosen.sort(dim=-1)
         which, share = chosen.flatten(), weights.gather(1, order).float().unsqueeze(-1)
@@ -214,6 +233,20 @@ class TritonBackend(Backend):
         y = self._token(inner, down, torch.float32, which=which)
         total = (y.view(*chosen.shape, x.shape[1]) * share).sum(1).to(x.dtype)
         return x + self.shared_expert(normed, w, total)
+
+    def _grouped(self, normed: torch.Tensor, dtype: torch.dtype, w: Experts) -> torch.Tensor:
+        """The weighted sum of each token's experts [T, D] in ``dtype``, the tokens of an expert together."""
+        from qwenrt.backends.cuda.kernels import experts
+
+        assert w.stacked is not None
+        gate_up, down = w.stacked
+        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+        chosen, order = chosen.sort(dim=-1)
+        pairs, tile = experts.by_expert(chosen, len(w.gate_up)), self.tiles.experts
+        inner = experts.linear(normed, gate_up, pairs, tile, normed.dtype, pair=True)
+        y = experts.linear(inner, down, pairs, tile, dtype).view(*chosen.shape, -1)
+        share = weights.gather(1, order).to(dtype).unsqueeze(1)
+        return torch.bmm(share, y).squeeze(1)
 
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; codes by rows, where a kernel has their groups."""
@@ -281,6 +314,23 @@ class TritonBackend(Backend):
         from qwenrt.backends.cuda.kernels import attention
 
         return attention.decode_attention(q, kv, plan, scale, window, self.tiles)
+
+    @native(dtypes=DTYPES, needs=("triton",))
+    def decode_delta_net(
+        self,
+        projected: torch.Tensor,
+        rates: torch.Tensor,
+        w: DeltaWeights,
+        eps: float,
+        state: LayerState,
+        plan: DecodePlan,
+    ) -> torch.Tensor:
+        *_, dk, dv = w.heads
+        if dk * dv > _MATRIX:
+            return super().decode_delta_net(projected, rates, w, eps, state, plan)
+        from qwenrt.backends.cuda.kernels import delta
+
+        return delta.decode_delta_net(projected, rates, w, eps, state, plan, self.tiles.state_warps)
 
     # ---- whole steps
 

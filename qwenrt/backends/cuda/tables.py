@@ -35,7 +35,7 @@ class Tiles:
     beyond. ``pdl``: whether they begin before the launch before them has ended.
 
     All are a first guess from how many bytes each thread loads at once, and were measured on no device. Four warps are
-    as many threads as a DCU's kernels may have.
+    as many threads as a kernel may have where 64 go in step.
     """
 
     dense: Tile = Tile(4, 1024)
@@ -44,10 +44,13 @@ class Tiles:
         default_factory=lambda: {16: Tile(64, 128), 32: Tile(64, 128), 64: Tile(64, 64)}
     )
     matrix: Tile = Tile(32, 128)
+    experts: Tile = Tile(64, 64)
+    grouped_from: int = 8  # tokens from which those of an expert are multiplied together
     rows: int = 1024
     keys: int = 32
     per_split: int = 256
     heads: int = 1  # whose splits a program merges
+    state_warps: int = 8  # of a program that holds a matrix of a delta net
     vocabulary: int = 4096  # logits that a program looks at
     matrix_units: bool = True
     wide: Warps = Warps(4, 1)

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.phase is not None:
-        notes = Notes(driver.notes_of(options.out, options.phase))
+        notes = Notes(driver.notes_of(options.out))
         phases.WORK[options.phase](notes, options.device, options.until - time.time(), options.out)
         notes.keep()
         return 0

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -18,10 +18,20 @@ import torch
 from qwenrt.backends import registry
 from qwenrt.backends.cuda import packing, streaming
 from qwenrt.backends.cuda.overrides import TritonBackend
-from qwenrt.ops.steps import DecodePlan, LayerKV, RotaryRows
-from qwenrt.ops.types import Packed
+from qwenrt.ops.steps import DecodePlan, LayerKV, LayerState, RotaryRows
+from qwenrt.ops.types import DeltaWeights, Experts, Packed
 
-MODULES = ("portable", "between", "attention", "choose", "read", "stream", "attend")  # that launch kernels
+MODULES = (
+    "portable",
+    "between",
+    "attention",
+    "choose",
+    "read",
+    "stream",
+    "attend",
+    "delta",
+    "experts",
+)  # that launch kernels
 _META = torch.device("meta")
 _SHAPES = {
     "1.8B": (2048, 5504, 16, 128),
@@ -47,9 +57,9 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=_META)
 
 
-def _weight(outputs: int, inputs: int, bits: int) -> Packed:
+def _weight(outputs: int, inputs: int, bits: int, dtype: torch.dtype = torch.bfloat16) -> Packed:
     if bits == 16:
-        return Packed("dense", outputs, inputs, {"weight": _empty(outputs, inputs)}, None)
+        return Packed("dense", outputs, inputs, {"weight": _empty(outputs, inputs, dtype=dtype)}, None)
     words = _empty(outputs, inputs * bits // 32, dtype=torch.int32)
     scales = _empty(outputs, inputs // 128, dtype=torch.float16)
     data = {"words": words, "scales": scales, "zero": 1 << (bits - 1), "perm": None}
@@ -88,7 +98,43 @@ def calls(backend: TritonBackend) -> dict[str, Callable[[], Any]]:
             for int8 in (False, True):
                 name = f"{model}, {rows} rows, {'int8' if int8 else 'float'} cache"
                 found |= _between(backend, name, rows, (heads, heads, head_dim), int8)
+    for bits in (16, 4):
+        for tokens in (1, 8, 2048):
+            found[f"experts, {bits} bits, {tokens} tokens"] = partial(experts, backend, tokens, bits)
+    found["delta net"] = partial(delta_net, backend, 1)
     return found
+
+
+def experts(backend: TritonBackend, tokens: int, bits: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Those of a layer of Qwen3-30B-A3B."""
+    count, hidden, inner, top_k = 128, 2048, 768, 8
+
+    def every(outputs: int, inputs: int) -> Packed:
+        one = _weight(outputs, inputs, bits, dtype)
+        data = {
+            name: _empty(count, *value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+            for name, value in one.data.items()
+        }
+        return replace(one, data=data)
+
+    both = every(2 * inner, hidden), every(hidden, inner)
+    router, norm = _empty(count, hidden, dtype=dtype), _empty(hidden, dtype=dtype)
+    w = Experts(router, [both[0]] * count, [both[1]] * count, top_k, True, stacked=both)
+    backend.norm_moe_add_each(_empty(tokens, hidden, dtype=dtype), norm, 1e-6, w)
+
+
+def delta_net(backend: TritonBackend, rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """That of a layer of Qwen3-Next."""
+    heads = nk, nv, dk, dv = 16, 32, 128, 128
+    channels, f32 = 2 * nk * dk + nv * dv, torch.float32
+    of_heads, out_norm = _empty(nv, dtype=f32), _empty(dv, dtype=f32)
+    linear = _weight(1, 1, 16, dtype)  # the kernels lie between them
+    conv = _empty(4, channels, dtype=dtype)
+    w = DeltaWeights(linear, linear, linear, conv, of_heads, of_heads, out_norm, heads)
+    state = LayerState(_empty(9, 3, channels, dtype=dtype), _empty(9, nv, dk, dv, dtype=f32))
+    of_rows, table = _empty(rows, dtype=torch.int64), _empty(rows, 8, dtype=torch.int64)
+    inputs = _empty(rows, channels + nv * dv, dtype=dtype), _empty(rows, 2 * nv, dtype=dtype)
+    backend.decode_delta_net(*inputs, w, 1e-6, state, DecodePlan(of_rows, table, of_rows, of_rows))
 
 
 def _added(backend: TritonBackend, x: torch.Tensor, w: Packed, norm: torch.Tensor) -> None:

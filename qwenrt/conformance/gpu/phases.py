@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 
 from qwenrt.backends import registry
 from qwenrt.backends.graphs import EagerGraphs, GraphStack
+from qwenrt.config import Environment
+from qwenrt.config.layers import kv_bytes_per_token, layer_linears
+from qwenrt.config.released import released_config
 from qwenrt.conformance import selftest
-from qwenrt.conformance.gpu import compiling, driver, peers, report, timing, tuning
+from qwenrt.conformance.gpu import compiling, driver, peers, timing, tuning
 from qwenrt.conformance.gpu.report import Notes, write
 from qwenrt.conformance.run import chosen, run
 from qwenrt.conformance.subjects import at_hand
@@ -36,12 +40,34 @@ _SHAPES = {  # (outputs, inputs) of a layer's linears and the head
     "7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (151936, 4096)),
 }
 _HEAD = 100_000  # outputs of a head, which stays dense
+
+
+@dataclass(frozen=True)
+class Load:
+    """Answers of a model of released shape: so many at once, each behind a prompt of so many tokens."""
+
+    shape: str
+    quantize: str | None = None
+    rows: int = 1
+    prompt: int = 1024
+    cache: str = "auto"
+
+    def __str__(self) -> str:
+        cache = "" if self.cache == "auto" else f", {self.cache} cache"
+        return f"{self.shape} {self.quantize or 'bfloat16'}{cache}, {self.rows} at {self.prompt} tokens"
+
+
+_USUAL = (Load("Qwen-7B"), Load("Qwen-7B", "int4"), Load("Qwen-1_8B"), Load("Qwen-1_8B", "int4"))
 # Of what a user feels most to what is nice to know.
 _MODELS = (
-    *(("Qwen-1_8B", quantize, 1, 1024) for quantize in (None, "int4", "int8")),
-    *(("Qwen-7B", quantize, 1, 1024) for quantize in (None, "int4", "int8")),
-    *(("Qwen-1_8B", None, rows, 256) for rows in (8, 32)),
-    ("Qwen-7B", None, 1, 8192),
+    *_USUAL,
+    Load("Qwen-7B", "int8"),
+    Load("Qwen-7B", prompt=32_000, cache="int8"),
+    Load("Qwen-7B", prompt=4096),
+    Load("Qwen-7B", "int4", prompt=4096),
+    Load("Qwen3.5-4B"),
+    *(Load("Qwen-1_8B", rows=rows, prompt=256) for rows in (8, 32)),
+    Load("Qwen3-30B-A3B"),
 )
 
 
@@ -195,26 +221,32 @@ def _under(command: list[str], device: str, seconds: float, page: Path) -> str:
     return page.read_text(encoding="utf-8", errors="replace")
 
 
-def engine(notes: Notes, device: str, seconds: float, out: Path) -> None:
-    """Answers and prompts of released shapes with random weights, beside the bandwidth of phase "limits"."""
+def engine(notes: Notes, device: str, seconds: float, out: Path, loads: Sequence[Load] = _MODELS) -> None:
+    """Answers and prompts of released shapes with random weights, beside what phase "limits" found."""
     end = time.monotonic() + seconds - _SPARE_S
-    bandwidth = timing.measured_bandwidth(out)
-    for shape, quantize, rows, prompt in _MODELS:
+    for load in loads:
         if time.monotonic() > end:
             return
-        name = f"{shape} {quantize or 'bfloat16'}, {rows} at {prompt} tokens"
         try:
-            options = {"quantize": quantize, "max_num_seqs": rows, "max_model_len": prompt + 256}
-            options |= {"max_num_batched_tokens": _PROMPT_STEP}
-            with load_random(shape, device=device, dtype="bfloat16", progress=False, **options) as llm:
-                _speeds(notes, llm, name, rows, prompt, bandwidth)
-                notes.detail[name] = llm.explain()
+            options = {"quantize": load.quantize, "max_num_seqs": load.rows, "kv_cache_dtype": load.cache}
+            options |= {"max_model_len": load.prompt + 256, "max_num_batched_tokens": _PROMPT_STEP}
+            with load_random(load.shape, device=device, dtype="bfloat16", progress=False, **options) as llm:
+                _speeds(notes, llm, load, timing.measured_bandwidth(out), timing.measured_products(out))
+                notes.detail[str(load)] = llm.explain()
         except Exception as error:  # the other models still count
-            notes.wrong(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+            notes.wrong(f"{load}: {type(error).__name__}: {str(error)[:200]}")
 
 
-def _speeds(notes: Notes, llm: LLM, name: str, rows: int, prompt: int, bandwidth: float) -> None:
-    """After a first answer, which captures: the time to a first token, and that of each of the next ones."""
+def engine_tuned(notes: Notes, device: str, seconds: float, out: Path) -> None:
+    """The usual ones again, with the table that phase "tuning" has kept."""
+    engine(notes, device, seconds, out, _USUAL)
+
+
+def _speeds(notes: Notes, llm: LLM, load: Load, bandwidth: float, products: float) -> None:
+    """After a first answer, which captures: the time to a first token, and that of each of the next ones; the bytes of
+    weights and cache that a step reads, of the bandwidth; the operations of a prompt's linears, of the rate of
+    products."""
+    name, rows, prompt = str(load), load.rows, load.prompt
     few, many = 1, 65
     taken: dict[int, float] = {}
     for tokens in (many, few, many):  # other prompts each time: none is found in the cache
@@ -228,13 +260,26 @@ def _speeds(notes: Notes, llm: LLM, name: str, rows: int, prompt: int, bandwidth
     step = (taken[many] - taken[few]) / (many - few)
     notes.figure(f"{name}: prompt tokens/s", rows * prompt / taken[few])
     notes.figure(f"{name}: tokens/s", rows / step)
+    config = released_config(load.shape)
+    assert config is not None
     if rows == 1 and bandwidth:
-        share = llm.stats()["weight_bytes_per_token"] / step / bandwidth
-        notes.figure(f"{name}: weights read, of the bandwidth", share)
+        sizes = config.num_paged_layers, config.num_kv_heads, config.head_dim
+        cached = (prompt + many // 2) * kv_bytes_per_token(*sizes, 2, load.cache == "int8")
+        share = (llm.stats()["weight_bytes_per_token"] + cached) / step / bandwidth
+        notes.figure(f"{name}: weights and cache read, of the bandwidth", share)
+    if products and config.moe is None:
+        weights = sum(
+            spec.out_features * spec.in_features
+            for i in range(config.num_layers)
+            for spec in layer_linears(config, i)
+        )
+        share = 2 * weights * rows * prompt / taken[few] / products
+        notes.figure(f"{name}: a prompt's linears, of the rate of products", share)
 
 
 def tune(notes: Notes, device: str, seconds: float, out: Path) -> None:
-    """What `qwenrt tune` does for both models, in 16 and 4 bits, into tuned.json."""
+    """What `qwenrt tune` does for both models, in 16 and 4 bits: kept where loads look for it, and in tuned.json."""
+    backend: Any
     backend, end = registry.create(device), time.monotonic() + seconds - _SPARE_S
     try:
         clock = tuning.clock_of(backend)
@@ -255,7 +300,8 @@ def tune(notes: Notes, device: str, seconds: float, out: Path) -> None:
         if bits == 16 or rows < _HEAD
     ]
     in_time = (shape for shape in shapes if time.monotonic() < end)
-    result, _ = tuning.keep(backend, in_time, clock, out, out / "tuned.json", note)
+    result, path = tuning.keep(backend, in_time, clock, Environment.read().cache_dir, None, note)
+    shutil.copyfile(path, out / "tuned.json")
     notes.figure("early launches, of the time without", result.early)
 
 
@@ -287,8 +333,8 @@ def beside(notes: Notes, device: str, seconds: float, out: Path) -> None:
         peers.int4(notes, here, f"7B {rows} x {columns}", (rows, columns), bandwidth)
     for tokens in (1024, 8192):
         peers.attention(notes, here, tokens)
-    measured = report.kept(driver.notes_of(out, "engine")).get("figures", {})
-    peers.transformers(notes, here, measured.get("Qwen-1_8B bfloat16, 1 at 1024 tokens: tokens/s", 0.0))
+    measured = driver.figures_of(out, "engine, tuned") or driver.figures_of(out, "engine")
+    peers.transformers(notes, here, measured.get(f"{Load('Qwen-1_8B')}: tokens/s", 0.0))
 
 
 def profile(notes: Notes, device: str, seconds: float, out: Path) -> None:
@@ -318,6 +364,7 @@ WORK: dict[str, Callable[[Notes, str, float, Path], None]] = {
     "sanitizer": sanitizer,
     "engine": engine,
     "tuning": tune,
+    "engine, tuned": engine_tuned,
     "linears": linears,
     "peers": beside,
     "profile": profile,

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwenrt.conformance.gpu import driver, report
+from qwenrt.conformance.gpu import driver
 from qwenrt.conformance.gpu.report import Notes
 
 _TRIES = 20
 _CHAIN = 200  # kernels of a graph
 _BANDWIDTH = "bandwidth, GB/s"
+_PRODUCTS = "products of bfloat16, TFLOP/s"
 
 
 def seconds_of(work: Callable[[], Any], tries: int = _TRIES) -> float:
@@ -65,14 +66,18 @@ def bandwidth(notes: Notes, device: torch.device) -> None:
 
 def measured_bandwidth(out: Path) -> float:
     """Bytes a second as phase "limits" found them; 0 where it did not."""
-    figures = report.kept(driver.notes_of(out, "limits")).get("figures", {})
-    return float(figures.get(_BANDWIDTH, 0.0)) * 1e9
+    return driver.figures_of(out, "limits").get(_BANDWIDTH, 0.0) * 1e9
+
+
+def measured_products(out: Path) -> float:
+    """Operations a second of products, as phase "limits" found them; 0 where it did not."""
+    return driver.figures_of(out, "limits").get(_PRODUCTS, 0.0) * 1e12
 
 
 def products(notes: Notes, device: torch.device, size: int = 8192) -> None:
     """A square product of random numbers in bfloat16: zeros would take less power, and be faster."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    notes.figure("products of bfloat16, TFLOP/s", 2 * size**3 / seconds_of(lambda: a @ b) / 1e12)
+    notes.figure(_PRODUCTS, 2 * size**3 / seconds_of(lambda: a @ b) / 1e12)
 
 
 def launches(notes: Notes, device: torch.device) -> None:

@@ -83,6 +83,8 @@ def _fetched(pull: Pull) -> Path:
 @contextlib.contextmanager
 def _quiet_client() -> Iterator[None]:
     """Without the client's own lines on stderr, which would go through ours; how it ends is said in our words."""
+    import modelscope_hub  # noqa: F401, because it sets a level of its own when it is imported
+
     log = logging.getLogger("modelscope_hub")
     before = log.level
     log.setLevel(logging.CRITICAL)
@@ -137,8 +139,17 @@ def _explain(pull: Pull, error: Exception) -> NoReturn:
     if 429 in statuses:
         pull.unreachable("too many requests: HTTP 429, after several tries", error)
     if any(map(from_network, causes)) or "NetworkError" in names or statuses & {500, 502, 503, 504}:
-        pull.unreachable(f"{type(main).__name__}: {main}", error)
+        origin = _origin(main)
+        pull.unreachable(f"{type(origin).__name__}: {origin}", error)
     pull.fail(f"{type(main).__name__}: {str(main)[:300]}", "Try again; what was fetched is kept.", error)
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What the system said, beneath the words of three packages; the error itself where the system said nothing."""
+    cause = error
+    for _ in range(10):
+        cause = cause.__cause__ or cause.__context__ or cause
+    return cause if isinstance(cause, OSError) else error
 
 
 def _status(error: BaseException) -> int | None:

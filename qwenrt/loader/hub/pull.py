@@ -22,6 +22,7 @@ WEIGHT_FILES = ("*.safetensors",)
 SUBDIRECTORIES = ("[!a0-9]*/*", "*/*/*", "*/*.safetensors", "*/*.tiktoken", "*/*.txt", "*/*.model")
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "socket", "ssl")
+GOES_ON = "What was fetched is kept: the next try goes on from there."
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ class Pull:
         raise Unreachable(
             self.asked,
             f"the hub{where} cannot be reached ({found[:300]})",
-            f"Check the network and proxy settings, set {mirror} to a mirror, or pass source='{other}'. "
-            "What was fetched is kept: the next try goes on from there.",
+            f"Check the network and proxy settings, set {mirror} to a mirror, or pass source='{other}'. {GOES_ON}",
         ) from cause
 
     def not_cached(self, cause: BaseException | None = None) -> NoReturn:

@@ -18,7 +18,7 @@ from qwenrt.loader.checkpoint.gguf.directory import as_directory, gguf_in
 from qwenrt.loader.hub import huggingface, modelscope
 from qwenrt.loader.hub.gguf_files import chosen
 from qwenrt.loader.hub.names import Meant, did_you_mean, short, understand
-from qwenrt.loader.hub.pull import SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
+from qwenrt.loader.hub.pull import GOES_ON, SMALL_FILES, WEIGHT_FILES, NotCached, Pull, Unreachable
 from qwenrt.loader.hub.stores import Copy, copies, what_lacks
 from qwenrt.loader.progress import tell
 
@@ -186,12 +186,14 @@ class _Wanted:
         """The sentence about other names, where this one is not known to exist."""
         return "" if short(self.meant.repo) != self.meant.repo else did_you_mean(self.asked, self.names())
 
-    def names(self) -> list[str]:
-        """What can be typed for the models on this machine that are computed here."""
+    def names(self, whole: bool = False) -> list[str]:
+        """What can be typed for the models on this machine that are computed here. ``whole``: and that lack nothing."""
         found: dict[str, None] = {}
         for copy in self.all_here:
             directory = copy.directory()
-            if directory is not None and _is_run_here(directory):
+            if directory is None or not _is_run_here(directory):
+                continue
+            if not (whole and what_lacks(directory, weights=True)):
                 found[short(copy.repo)] = None
         return [*found]
 
@@ -240,7 +242,11 @@ def _from_any_source(pull: Callable[[str], Path], source: str, wanted: _Wanted) 
     also = "; ".join(f"{error.asked}: {error.found}" for error in failures[1:])
     if len(hubs) == 2 and len(failures) == 1:
         also = "ModelScope was not tried: pip install 'qwenrt[modelscope]'"
-    raise Unreachable(first.asked, first.found + (f"; {also}" if also else ""), first.remedy) from first
+    remedy = first.remedy
+    if len(failures) == 2:
+        mirrors = "set HF_ENDPOINT or MODELSCOPE_ENDPOINT to a mirror"
+        remedy = f"Check the network and proxy settings, or {mirrors}. {GOES_ON}"
+    raise Unreachable(first.asked, first.found + (f"; {also}" if also else ""), remedy) from first
 
 
 def local_directory(name: str | os.PathLike[str], env: Environment) -> Path | None:
@@ -314,7 +320,7 @@ def _not_here(wanted: _Wanted) -> NotCached:
     """Offline, and no copy is complete: what each lacks, and which models are here."""
     lacks = [f"the copy in {copy.store.label} is not complete: {lack}" for copy, _, lack in wanted.incomplete]
     found = "; ".join(lacks) or "there is no copy of it on this machine"
-    here = [name for name in wanted.names() if name != short(wanted.meant.repo)]
+    here = [name for name in wanted.names(whole=True) if name != short(wanted.meant.repo)]
     some = ", ".join(here[:8]) + (", ..." if len(here) > 8 else "")
     otherwise = "choose one of those" if here else "give the directory of a model that is here"
     return NotCached(

@@ -38,6 +38,8 @@ _HERMES_TOOLS = r"""
 {%- endmacro -%}
 """
 
+# Which arguments are written as Jinja prints them, True among them; the others are JSON.
+_PRINTED = "value is string or not (value is mapping or value is sequence)"
 _XML_CALLS = r"""
 {%- macro rules() -%}
   {{ '\n</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n' }}
@@ -54,7 +56,7 @@ _XML_CALLS = r"""
   {%- set call = call.function if call.function is defined else call -%}
   {{ '<tool_call>\n<function=' ~ call.name ~ '>\n' }}
   {%- for name, value in call.arguments | items -%}
-    {%- set plain = value is string or not (value is mapping or value is sequence) -%}
+    {%- set plain = %(printed)s -%}
     {{ '<parameter=' ~ name ~ '>\n' ~ (value if plain else value | tojson) ~ '\n</parameter>\n' }}
   {%- endfor -%}
   {{ '</function>\n</tool_call>' }}
@@ -62,7 +64,7 @@ _XML_CALLS = r"""
 """
 
 _XML_TOOLS = (
-    _XML_CALLS
+    _XML_CALLS.replace("%(printed)s", _PRINTED)
     + r"""
 {%- macro others(fields, known) -%}
   {%- if fields is mapping -%}
@@ -169,8 +171,8 @@ _NO_THOUGHT = r"{%- if enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' 
 _OPEN_THOUGHT = r"{{- '<think>\n' }}"
 
 
-# Qwen3.5 and 3.6: every text is trimmed (not the end of one that is continued), tools come before the system text, and
-# it refuses what it never was shown.
+# Qwen3.5 and later: every text is trimmed (not the end of one that is continued), tools come before the system text,
+# and it refuses what it never was shown. `effort`: what the system turn begins with.
 _HYBRID = (
     _TURN
     + _XML_CALLS
@@ -183,14 +185,16 @@ _HYBRID = (
   {%- endif -%}
 {%- endfor -%}
 {%- if ns.last_query < 0 -%}{{ raise_exception('No user query found in messages.') }}{%- endif -%}
+%(effort)s
 {%- set given = messages[0].role == 'system' -%}
 {%- set system = messages[0].content | trim if given else '' -%}
 {%- if tools -%}
-  {{ '<|im_start|>system\n# Tools\n\nYou have access to the following functions:\n\n<tools>' }}
+  {{ '<|im_start|>system\n' ~ effort ~ ('\n\n' if effort else '') }}
+  {{- '# Tools\n\nYou have access to the following functions:\n\n<tools>' }}
   {%- for tool in tools -%}{{ '\n' ~ tool | tojson }}{%- endfor -%}
   {{ rules() ~ ('\n\n' if system else '') ~ system ~ '<|im_end|>\n' }}
-{%- elif given -%}
-  {{ turn('system', system) }}
+{%- elif %(has_system)s -%}
+  {{ turn('system', effort ~ ('\n\n' if effort and system else '') ~ system) }}
 {%- endif -%}
 {%- for message in messages -%}
   {%- set content = message.content | trim -%}
@@ -203,12 +207,10 @@ _HYBRID = (
     {%- set reasoning = '' -%}
     {%- if message.reasoning_content is string -%}
       {%- set reasoning = message.reasoning_content -%}
-    {%- elif '</think>' in content -%}
-      {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] -%}
-      {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
+    %(tagged_thought)s
     {%- endif -%}
     {{ '<|im_start|>assistant\n' }}
-    {%- if loop.index0 > ns.last_query -%}
+    {%- if loop.index0 > ns.last_query or preserve_thinking is %(preserved)s -%}
       {{ '<think>\n' ~ reasoning | trim ~ '\n</think>\n\n' }}
     {%- endif -%}
     {{ content }}
@@ -221,10 +223,41 @@ _HYBRID = (
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-  {{ '<|im_start|>assistant\n' ~ ('<think>\n' if THINKS else '<think>\n\n</think>\n\n') }}
+  {{ '<|im_start|>assistant\n' ~ ('<think>\n' if %(thinks)s else '<think>\n\n</think>\n\n') }}
 {%- endif -%}
 """
 )
+_TAGGED_THOUGHT = r"""{%- elif '</think>' in content -%}
+      {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] -%}
+      {%- set content = content.split('</think>')[-1].lstrip('\n') -%}"""
+# What Qwen3.8 is told of how long to think; of the middle way it is told nothing.
+_EFFORT = r"""
+{%- set asked = reasoning_effort | default('xhigh') if enable_thinking is not false else 'medium' -%}
+{%- if asked == 'xhigh' -%}
+  {%- set effort = 'Reasoning effort is set to xhigh. Please think carefully through the task, validate key '
+    ~ 'assumptions, consider plausible alternatives, and prioritize correctness, consistency, and clarity in the '
+    ~ 'final answer.' -%}
+{%- elif asked == 'low' -%}
+  {%- set effort = 'Reasoning effort is set to low. Keep your thinking brief and focused, moving directly to the '
+    ~ 'conclusion without unnecessary elaboration.' -%}
+{%- elif asked == 'medium' -%}
+  {%- set effort = '' -%}
+{%- else -%}
+  {{ raise_exception('Unexpected reasoning effort: known are xhigh, medium and low.') }}
+{%- endif -%}"""
+
+
+def _hybrid(thinks: str = "enable_thinking is not false", **parts: str) -> str:
+    """Of a model that thinks where ``thinks`` is true, a Jinja expression."""
+    own = {
+        "thinks": thinks,
+        "effort": "{%- set effort = '' -%}",
+        "has_system": "given",
+        "tagged_thought": _TAGGED_THOUGHT,
+        "preserved": "true",
+        "printed": _PRINTED,
+    } | parts
+    return re.sub(r"%\((\w+)\)s", lambda found: own[found[1]], _HYBRID)
 
 
 def _with_tools(
@@ -265,8 +298,17 @@ TEMPLATES = {
         before_calls=r"\n\n",
         after_results=r"\n",
     ),
-    "qwen3.5": _HYBRID.replace("THINKS", "enable_thinking is not false"),
-    "qwen3.5-small": _HYBRID.replace("THINKS", "enable_thinking is true"),
+    "qwen3.5": _hybrid(),
+    "qwen3.5-small": _hybrid("enable_thinking is true"),
+    "qwen3.6": _hybrid(printed="value is string"),
+    # 3.8 also keeps old thoughts, and takes them from `reasoning_content` alone.
+    "qwen3.8": _hybrid(
+        effort=_EFFORT,
+        has_system="effort or system",
+        tagged_thought="",
+        preserved="not false",
+        printed="value is string",
+    ),
 }
 
 
@@ -274,7 +316,8 @@ def family(directory: Path, model_type: str) -> str:
     """Which of TEMPLATES fits a directory without a template of its own.
 
     Qwen3.5 and later (model_type qwen3_5, qwen3_5_moe): dense models of up to 24 layers think only where they are told
-    to. That of 3.8, which writes an effort and keeps old thoughts, is not known apart and gets 3.5's.
+    to. 3.6, which writes arguments as JSON, and 3.8, which is also told an effort and keeps old thoughts, are known by
+    their names alone.
     Qwen3 (model_type qwen3, qwen3_moe): a position limit above 200 000 means the releases of 2507 and Coder; of
     these, Coder is known by the parser it ships or by its repetition penalty, Thinking by its sampling
     temperature of 0.6. All others switch between thinking and not. Before Qwen3: with <think> among the added
@@ -287,6 +330,8 @@ def family(directory: Path, model_type: str) -> str:
     if model_type.startswith("qwen3_5"):
         text = config.get("text_config", config)
         layers = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
+        if later := re.search(r"qwen3\.[68]", name):
+            return later[0]
         small = "moe" not in model_type and isinstance(layers, int) and layers <= 24
         return "qwen3.5-small" if small else "qwen3.5"
     if model_type.startswith("qwen3"):

@@ -241,17 +241,33 @@ def test_without_hccl_doctor_says_what_is_missing_and_loading_ends_in_an_error(
         if library.name != "libhccl.so":
             (tmp_path / library.name).symlink_to(library)
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    as_usual = {name: value for name, value in environment.items() if not name.startswith("TORCH_DEVICE_")}
     load = (
         "import qwenrt\ntry:\n    qwenrt.load('demo', device='npu')\n"
         "except qwenrt.errors.BackendError as error:\n    print(error)\n"
     )
     for command in (["-m", "qwenrt", "doctor", "--device", "npu"], ["-c", load]):
         done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, timeout=150, env=environment
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            timeout=150,
+            env=as_usual if "doctor" in command else environment,
         )
         said = " ".join((done.stdout + done.stderr).split())
         assert done.returncode == (1 if "doctor" in command else 0), said[-800:]
         assert "libhccl.so" in said and ("set_env.sh" in said or "qwenrt doctor" in said)
+
+
+def test_doctor_says_what_a_dying_card_is(family: str) -> None:
+    if family != "A2":
+        pytest.skip("looked at there")
+    command = [sys.executable, "-m", "qwenrt", "doctor", "--device", "npu", "--json"]
+    environment = os.environ | {"STAND_IN_FAILS": "507054"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    problems = json.loads(done.stdout)["problems"]
+    (said,) = (problem for problem in problems if "507054" in problem["what"])
+    assert done.returncode == 1 and said["fix"].startswith("The card itself has failed")
 
 
 def test_too_little_memory_is_said_before_any_is_taken(unchecked: None) -> None:

@@ -20,7 +20,7 @@ DEFAULT_SYSTEM = {
     "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "qwen2.5-math": "Please reason step by step, and put your final answer within \\boxed{}.",
 }
-HYBRID = ("qwen3.5", "qwen3.5-small")
+HYBRID = ("qwen3.5", "qwen3.5-small", "qwen3.6", "qwen3.8")
 OPENING = {"qwq": "<think>\n", "qwen3-thinking": "<think>\n"}
 WEATHER = {
     "type": "function",
@@ -281,6 +281,44 @@ def test_hybrid_models(written):
             written("qwen3.5", refused)
 
 
+def test_what_changed_with_3_6_and_3_8(written):
+    """Arguments in JSON; then an effort that the system turn begins with, and old thoughts that stay."""
+    said = [user("q"), assistant("", tool_calls=[call(plain=True, days=3)])]
+    for name, word in (("qwen3.5", "True"), ("qwen3.6", "true"), ("qwen3.8", "true")):
+        assert f"<parameter=plain>\n{word}\n</parameter>\n<parameter=days>\n3\n</p" in written(name, said)
+    xhigh = (
+        "Reasoning effort is set to xhigh. Please think carefully through the task, validate key assumptions, consider "
+        "plausible alternatives, and prioritize correctness, consistency, and clarity in the final answer."
+    )
+    low = (
+        "Reasoning effort is set to low. Keep your thinking brief and focused, moving directly to the conclusion "
+        "without unnecessary elaboration."
+    )
+    asked, begun = turn("user", "q"), "<|im_start|>assistant\n<think>\n"
+    system = {"role": "system", "content": " S "}
+    for effort, told in ((None, xhigh), ("xhigh", xhigh), ("low", low)):
+        given = {} if effort is None else {"reasoning_effort": effort}
+        assert written("qwen3.8", [user("q")], **given) == turn("system", told) + asked + begun
+        assert written("qwen3.8", [system, user("q")], **given).startswith(turn("system", f"{told}\n\nS"))
+        tools = written("qwen3.8", [system, user("q")], [WEATHER], **given)
+        assert tools.startswith(f"<|im_start|>system\n{told}\n\n# Tools\n\n") and "\n\nS<|im_end|>" in tools
+    assert written("qwen3.8", [user("q")], reasoning_effort="medium") == asked + begun
+    assert (
+        written("qwen3.8", [{**system, "content": " "}, user("q")], reasoning_effort="medium")
+        == asked + begun
+    )
+    silent = written("qwen3.8", [system, user("q")], enable_thinking=False)
+    assert silent == turn("system", "S") + asked + begun + "\n</think>\n\n"
+    old = [user("a"), assistant("b", reasoning_content=" hm\n"), user("q")]
+    kept, gone = (turn("assistant", f"{thought}b") for thought in ("<think>\nhm\n</think>\n\n", ""))
+    assert (
+        kept in written("qwen3.8", old)
+        and gone in written("qwen3.6", old)
+        and kept not in written("qwen3.6", old)
+    )
+    assert COMPILED["qwen3.8"].efforts == ("low", "medium", "xhigh") and not COMPILED["qwen3.6"].efforts
+
+
 def test_styles():
     none, hermes = ReplyFormat("none", "none"), ReplyFormat("hermes", "none")
     assert {name: made.reply_format for name, made in COMPILED.items()} == {
@@ -294,6 +332,8 @@ def test_styles():
         "qwen3-coder": ReplyFormat("xml", "none"),
         "qwen3.5": ReplyFormat("xml", "open"),
         "qwen3.5-small": ReplyFormat("xml", "hybrid"),
+        "qwen3.6": ReplyFormat("xml", "open"),
+        "qwen3.8": ReplyFormat("xml", "open"),
     }
 
 
@@ -324,6 +364,8 @@ LATE = {"config": {"max_position_embeddings": 262144}}
         ("qwen3_5", "m", {"config": {"text_config": {"num_hidden_layers": 24}}}, "qwen3.5-small"),
         ("qwen3_5_text", "m", {"config": {"num_hidden_layers": 32}}, "qwen3.5"),
         ("qwen3_5_moe", "m", {"config": {"text_config": {"num_hidden_layers": 4}}}, "qwen3.5"),
+        ("qwen3_5", "Qwen3.6-27B", {}, "qwen3.6"),
+        ("qwen3_5", "models--Qwen--Qwen3.8-27B-FP8/snapshots/abc", {}, "qwen3.8"),
         ("qwen3", "models--Qwen--Qwen3-4B-Instruct-2507/snapshots/abc", {}, "qwen3-instruct"),
     ],
 )  # fmt: skip

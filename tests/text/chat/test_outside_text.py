@@ -90,7 +90,7 @@ def prompt_of(name, tokenizer, messages, tools):
 
 def answerable(name, roles):
     """``roles``, behind a user where a template wants one."""
-    return ["user", *roles] if name.startswith("qwen3.5") else roles
+    return ["user", *roles] if name.startswith("qwen3.") else roles
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -333,7 +333,7 @@ def token(x: torch.Tensor, w: Packed, tile: Tile, dtype: torch.dtype, fused: Fus
         args = (x, _or(fused.norm, y), matrix, *ends, fused.eps)
         launch(dense_token, grid, *args, warps=tile.warps, **sizes, **flags)
     else:
-        codes, perm = _codes(w, y), w.data["perm"]
+        codes, perm = codes_of(w, y), w.data["perm"]
         pointers = (x, _or(fused.norm, y), _or(perm, y), *codes.tensors)
         sizes = {"BN": outputs, "BG": codes.at_once(tile.inputs)}
         constants = {**codes.constants, "PERM": perm is not None}
@@ -357,7 +357,7 @@ def tokens(x: torch.Tensor, w: Packed, tile: Tile) -> torch.Tensor:
     if w.data["perm"] is not None:
         x = x.index_select(-1, w.data["perm"])
     y = torch.empty(len(x), w.out_features, dtype=x.dtype, device=x.device)
-    codes = _codes(w, y)
+    codes = codes_of(w, y)
     args = (x, *codes.tensors, _or(w.bias, y), y, len(x), w.out_features, w.in_features, codes.groups)
     outputs = min(tile.outputs, power(w.out_features, 16))  # 16: the least that a tensor product takes
     groups = max(codes.at_once(tile.inputs), 16 // w.group_size)
@@ -370,7 +370,7 @@ def tokens(x: torch.Tensor, w: Packed, tile: Tile) -> torch.Tensor:
 def matrix(w: Packed, dtype: torch.dtype, tile: Tile) -> torch.Tensor:
     """Codes -> [N, K] in ``dtype``, columns in the order of the codes (see perm)."""
     y = torch.empty(w.out_features, w.in_features, dtype=dtype, device=w.data["words"].device)
-    codes = _codes(w, y)
+    codes = codes_of(w, y)
     groups, outputs = codes.at_once(tile.inputs), min(tile.outputs, power(w.out_features))
     grid = (cdiv(w.out_features, outputs), cdiv(codes.groups, groups))
     args = (*codes.tensors, y, w.out_features, w.in_features, codes.groups)
@@ -380,7 +380,7 @@ def matrix(w: Packed, dtype: torch.dtype, tile: Tile) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Codes:
+class Codes:
     """What the kernels are told of codes: words, scales, zeros or offsets (anything where there are none)."""
 
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -392,12 +392,13 @@ class _Codes:
         return min(max(1, inputs // self.constants["GROUP"]), power(self.groups))
 
 
-def _codes(w: Packed, anything: torch.Tensor) -> _Codes:
+def codes_of(w: Packed, anything: torch.Tensor) -> Codes:
+    """A linear's codes; ``anything``: a tensor for what they do not have."""
     zeros, offsets = w.data.get("zeros"), w.data.get("offsets")
     mode = OFFSETS if offsets is not None else ZEROS if zeros is not None else CONSTANT
     tensors = (w.data["words"], w.data["scales"], _or(offsets if zeros is None else zeros, anything))
     constants = {"zero": w.data.get("zero", 0), "BITS": w.bits, "GROUP": w.group_size, "MODE": mode.value}
-    return _Codes(tensors, w.data["scales"].shape[-1], constants)
+    return Codes(tensors, w.data["scales"].shape[-1], constants)
 
 
 def _or(tensor: torch.Tensor | None, anything: torch.Tensor) -> torch.Tensor:
