@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QWENRT_ABI 21
+#define QWENRT_ABI 22
 #if defined(_WIN32)
 #define QWENRT_API extern "C" __declspec(dllexport)
 #else

@@ -93,6 +93,10 @@ typedef struct {
   float reserved;
 } QwenrtLora;
 
+// y [tokens][outputs], what a linear gave of x [tokens][inputs] -> with what `count` pairs for it make of it, in turn.
+QWENRT_API int qwenrt_lora(const QwenrtHandle* with, const QwenrtLora* loras, int64_t count, const float* x,
+                           int64_t inputs, float* y, int64_t outputs, int64_t tokens);
+
 // One layer of linear attention (a gated delta net) in one step, as `delta_net` of the Python package defines it.
 // Value head h reads key head h / (value_heads / key_heads), or h % key_heads where they are tiled.
 typedef struct {

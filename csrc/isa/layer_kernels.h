@@ -60,8 +60,9 @@ struct LayerKernels {
   void (*delta_head)(const QwenrtDeltaNet& a, int64_t head, int64_t token, int64_t count, float* state);
   // The sum of exp((x - largest) / temperature) over x [count].
   double (*sum_exponentials)(const float* x, int64_t count, float largest, float temperature);
-  // What one pair adds to the linear's outputs y [rows] for one token's x [inputs].
-  void (*lora)(const QwenrtLora& l, const float* x, int64_t inputs, float* y);
+  // What one pair makes of the linear's outputs y for x [tokens][inputs]; y: its rows' of the first token, those of the
+  // next `stride` floats on.
+  void (*lora)(const QwenrtLora& l, const float* x, int64_t inputs, float* y, int64_t stride, int64_t tokens);
 };
 
 const LayerKernels* scalar_layer_kernels();

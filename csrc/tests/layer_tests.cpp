@@ -204,12 +204,99 @@ void test_rotary(bool codes, bool fitted) {
   });
 }
 
+// One pair of one adapter, with its memory: exactly as much as it may read.
+struct Pair {
+  std::vector<float> a, b, row_scale, bias, added;
+  QwenrtLora l{};
+
+  Pair(int64_t inputs, int64_t first_row, int64_t rows, int64_t first_token, int64_t last_token, Random& random)
+      : a(), b() {
+    l.rank = random.below(21), l.rows = rows, l.scale = 0.5f;
+    l.first_row = first_row, l.first_token = first_token, l.last_token = last_token;
+    a = random.floats(l.rank * inputs), b = random.floats(l.rank * rows);
+    row_scale = random.floats(rows, 2), bias = random.floats(rows), added = random.floats(rows);
+    l.a = a.data(), l.b = b.data();
+    if (random.coin()) l.row_scale = row_scale.data();
+    if (random.coin()) l.bias = bias.data();
+    if (random.coin()) l.added = added.data();
+  }
+
+  double changed(const float* x, int64_t inputs, double own, int64_t row) const {
+    double update = 0;
+    for (int64_t r = 0; r < l.rank; ++r) {
+      double inner = 0;
+      for (int64_t i = 0; i < inputs; ++i) inner += double(a[size_t(r * inputs + i)]) * x[i];
+      update += inner * double(l.scale) * b[size_t(r * l.rows + row)];
+    }
+    if (l.row_scale) {
+      const double plain = l.bias ? own - bias[size_t(row)] : own, factor = row_scale[size_t(row)];
+      update = (factor - 1) * plain + factor * update;
+    }
+    return own + update + (l.added ? added[size_t(row)] : 0);
+  }
+};
+
+// Two adapters, each with pairs for two parts of the outputs; tokens and outputs of none keep their bits, and a token
+// has the same alone.
+void test_lora(int count) {
+  Random random(23);
+  for (int n = 0; n < count; ++n) {
+    const int64_t inputs = 1 + random.below(90), tokens = 3 + random.below(40), outputs = 4 + random.below(100);
+    const int64_t cut = 1 + random.below(outputs - 2), gap = random.below(2);
+    const int64_t from = random.below(tokens), to = from + random.below(tokens - from);
+    std::vector<Pair> pairs;
+    pairs.reserve(4);
+    for (const auto& own : {std::pair<int64_t, int64_t>(0, from), std::pair<int64_t, int64_t>(to, tokens)}) {
+      pairs.emplace_back(inputs, 0, cut, own.first, own.second, random);
+      pairs.emplace_back(inputs, cut + gap, outputs - cut - gap, own.first, own.second, random);
+    }
+    std::vector<QwenrtLora> loras;
+    for (const Pair& pair : pairs) loras.push_back(pair.l);
+    const std::vector<float> x = random.floats(tokens * inputs), own = random.floats(tokens * outputs);
+    for_each_isa([&](const char* isa) {
+      std::vector<float> y = own;
+      CHECK(!qwenrt_lora(with, loras.data(), 4, x.data(), inputs, y.data(), outputs, tokens), "%s", isa);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < outputs; ++i) {
+          const size_t at = size_t(t * outputs + i);
+          double wanted = own[at];
+          bool nobodys = true;
+          for (const Pair& pair : pairs)
+            if (t >= pair.l.first_token && t < pair.l.last_token && i >= pair.l.first_row &&
+                i < pair.l.first_row + pair.l.rows) {
+              wanted = pair.changed(x.data() + t * inputs, inputs, wanted, i - pair.l.first_row);
+              nobodys = false;
+            }
+          check_near(y[at], wanted, nobodys ? 0 : 1e-4 + 1e-5 * fabs(wanted), isa, "what an adapter adds");
+        }
+      const int64_t t = random.below(tokens);
+      for (QwenrtLora l : loras) {
+        const bool its = t >= l.first_token && t < l.last_token;
+        l.first_token = 0, l.last_token = 1;
+        std::vector<float> alone(own.begin() + t * outputs, own.begin() + (t + 1) * outputs);
+        if (!its) continue;
+        CHECK(!qwenrt_lora(with, &l, 1, x.data() + t * inputs, inputs, alone.data(), outputs, 1), "%s", isa);
+        const size_t first = size_t(l.first_row), bytes = size_t(l.rows) * sizeof(float);
+        CHECK(!memcmp(alone.data() + first, y.data() + size_t(t * outputs) + first, bytes), "%s: a token alone", isa);
+      }
+    });
+    for (int64_t QwenrtLora::*field : {&QwenrtLora::rank, &QwenrtLora::last_token, &QwenrtLora::first_row}) {
+      std::vector<float> y = own;
+      QwenrtLora l = loras[3];
+      l.*field += QWENRT_LORA_RANK + 1;
+      CHECK(qwenrt_lora(with, &l, 1, x.data(), inputs, y.data(), outputs, tokens) == QWENRT_BAD_ARGUMENT, "refused");
+      CHECK(y == own, "and nothing written");
+    }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   use("auto");
   test_attention(count > 1 ? atoi(arguments[1]) : 12);
   test_norm_and_silu();
+  test_lora(count > 1 ? atoi(arguments[1]) : 12);
   test_rotary(false, false);
   test_rotary(true, false);
   test_rotary(true, true);

@@ -110,6 +110,17 @@ def misplaced(right: Wrong, w: torch.Tensor, into: Any) -> Any:
         ctypes.memset(into.inputs, 0, 4)
 
 
+def fields_of(structs: Any, **fields: Callable[[Any], Any]) -> Any:
+    """Copies of ctypes structs, with values made of each in some fields."""
+    made = [but(one, **{name: value(one) for name, value in fields.items()}) for one in structs]
+    return type(structs)(*made)
+
+
+def pairs(**fields: Callable[[Any], Any]) -> Wrong:
+    """A kernel that misreads what an adapter has for a linear."""
+    return lambda right, loras, x, y: right(fields_of(loras, **fields), x, y)
+
+
 LINEARS = [
     *(
         of_tokens(*tokens, method, model)
@@ -308,6 +319,26 @@ BETWEEN = [
             "sigmoid for silu": lambda right, x: x.chunk(2, 1)[0].sigmoid() * x.chunk(2, 1)[1],
             "silu's last row of many": output(lambda y: y[-1].zero_(), 9),
             "silu's last column": output(lambda y: y[:, -1].zero_()),
+        }
+    ),
+    *mutants("lora", "add_lora")(
+        {
+            "an adapter's scale": pairs(scale=lambda pair: pair.scale * 1.01),
+            "an adapter's last rank ignored": pairs(rank=lambda pair: max(0, pair.rank - 1)),
+            "DoRA ignored": pairs(row_scale=lambda _: None),
+            "DoRA scales the linear's bias": pairs(bias=lambda _: None),
+            "an adapter's bias ignored": pairs(added=lambda _: None),
+            "pairs of the first rows": pairs(first_row=lambda _: 0),
+            "an adapter for the token before": pairs(first_token=lambda pair: max(0, pair.first_token - 1)),
+            "an adapter's last token": pairs(
+                last_token=lambda pair: max(pair.first_token, pair.last_token - 1)
+            ),
+            "tokens beyond a tile": lambda right, loras, x, y: right(
+                fields_of(loras, last_token=lambda pair: min(pair.last_token, pair.first_token + 16)), x, y
+            ),
+            "an adapter sees no last input": lambda right, loras, x, y: right(
+                loras, torch.cat((x[:, :-1], torch.zeros_like(x[:, -1:])), 1), y
+            ),
         }
     ),
     *mutants("gate_output", "gate_output")(

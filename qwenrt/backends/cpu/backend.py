@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +15,16 @@ import torch.nn.functional as F
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
 from qwenrt.backends.cpu import attention as paged
-from qwenrt.backends.cpu import delta_net, dense12, elementwise, linear, resources, sampling, torch_threads
+from qwenrt.backends.cpu import (
+    delta_net,
+    dense12,
+    elementwise,
+    linear,
+    lora,
+    resources,
+    sampling,
+    torch_threads,
+)
 from qwenrt.backends.cpu.activations import ACTIVATIONS, EXACT, rounded_to, rounds_dense, rule_of
 from qwenrt.backends.cpu.decoder import DecoderStack, Unserved
 from qwenrt.backends.cpu.huge_pages import huge_buffer
@@ -34,7 +44,7 @@ from qwenrt.backends.stack import Stack, StackParts
 from qwenrt.errors import BackendError
 from qwenrt.ops import quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, LayerKV, LayerState, StepPlan, Vocabulary
-from qwenrt.ops.types import AttentionWeights, CanonicalWeight, DeltaWeights, Packed
+from qwenrt.ops.types import AttentionWeights, CanonicalWeight, DeltaWeights, LoraSpan, Packed
 from qwenrt.ops.weights import with_codes
 
 logger = logging.getLogger("qwenrt")
@@ -356,6 +366,16 @@ class CPUBackend(Backend):
         assert self.kernels is not None
         return delta_net.delta_net(self.kernels.delta_net, projected, rates, w, eps, state, plan)
 
+    @native(dtypes=(torch.float32,), needs=("csrc",))
+    def add_lora(
+        self, y: torch.Tensor, x: torch.Tensor, spans: Sequence[LoraSpan], bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        own = (t for span in spans for pair in span.pairs for t in pair.tensors)
+        if not elementwise.served(y, x, *own):
+            return super().add_lora(y, x, spans, bias)
+        assert self.kernels is not None
+        return lora.add_lora(self.kernels.lora, y, x, spans, bias)
+
     # ---- whole steps
 
     def stacks(self, parts: StackParts) -> list[Stack]:
@@ -366,7 +386,11 @@ class CPUBackend(Backend):
             return stacks
         try:
             forward = self.kernels.forward
-            return [DecoderStack(self, parts, self._linear_struct, forward, self._rounds_queries), *stacks]
+            no_lora = self.why_not("add_lora", OpSpec("add_lora", "", torch.float32))
+            return [
+                DecoderStack(self, parts, self._linear_struct, forward, self._rounds_queries, no_lora),
+                *stacks,
+            ]
         except Unserved as reason:
             self.seams_because = str(reason)
             return stacks

@@ -272,10 +272,11 @@ class DecoderStack:
         linear_of: LinearOf,
         forward: Forward,
         rounds_queries: bool,
+        no_lora: str | None = None,
     ) -> None:
-        """``rounds_queries``: as ``rounded`` of cache_struct. Raises Unserved where a part is of a kind that the
-        kernels know nothing of."""
-        self._backend, self._parts, self._forward = backend, parts, forward
+        """``rounds_queries``: as ``rounded`` of cache_struct; ``no_lora``: why steps with adapters are not served.
+        Raises Unserved where a part is of a kind that the kernels know nothing of."""
+        self._backend, self._parts, self._forward, self._no_lora = backend, parts, forward, no_lora
         structs, head = _Structs(linear_of), parts.network.head
         weights = list(parts.network.layer_weights)
         layers = [structs.layer(w, kv) for w, kv in zip(weights, parts.cache, strict=True)]
@@ -291,6 +292,8 @@ class DecoderStack:
         self._loras = Loras(_linears_of(layers, structs.weights))
 
     def why_not(self, step: Step) -> str | None:
+        if self._no_lora is not None and any(step.adapters):
+            return f"adapters: {self._no_lora}"
         if any(self._parts.adapters[number].experts_of for number in step.adapters if number):
             return "a sequence has an adapter for experts"
         return None if step.num_tokens else "a step without tokens"

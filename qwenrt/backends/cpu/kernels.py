@@ -251,6 +251,14 @@ class Kernels:
         )
         check(status, "linear attention")
 
+    def lora(self, loras: ctypes.Array[Lora], x: torch.Tensor, y: torch.Tensor) -> None:
+        """x float32 [T, K] contiguous, y float32 [T, N] contiguous -> in y's place what ``loras`` make of it."""
+        status = self._library.qwenrt_lora(
+            self._handle, ctypes.addressof(loras), len(loras), x.data_ptr(), x.shape[1], y.data_ptr(),
+            y.shape[1], y.shape[0],
+        )  # fmt: skip
+        check(status, "what adapters add")
+
     def forward(
         self,
         layers: ctypes.Array[Layer],

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwenrt.errors import BackendError
 
-ABI = 21
+ABI = 22
 LIBRARY = Path(__file__).parent / {
     "win32": "_qwenrt_cpu.dll",
     "darwin": "_qwenrt_cpu.dylib",
@@ -37,6 +37,7 @@ _COMPUTE: dict[str, list[type[Any]]] = {
     "gate_output": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE],
     "rotary_store": [_POINTER, _POINTER, _SIZE],
     "delta_net": [_POINTER, _POINTER],
+    "lora": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE],
     "forward": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
     "topk": [_POINTER, _SIZE, _FLOAT, _FLOAT, _SIZE, _POINTER, _POINTER, _POINTER],
     "read": [_POINTER, _SIZE],

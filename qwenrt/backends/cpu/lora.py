@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from qwenrt.backends.adapted import whole_bias
 from qwenrt.backends.cpu.attention import address
-from qwenrt.ops.types import AdapterWeights, LoraPair, Packed, StepAdapters
+from qwenrt.ops.types import AdapterWeights, LoraPair, LoraSpan, Packed, StepAdapters
 
 
 class Lora(ctypes.Structure):
@@ -83,11 +84,36 @@ class Loras:
 
     def _struct(self, name: str, pair: LoraPair, tensors: list[torch.Tensor | None]) -> Lora:
         matrix, w = self._linears[name]
-        bias = None
-        if pair.row_scale is not None and (whole := whole_bias(w)) is not None:
-            bias = whole[pair.rows].float().contiguous()
-        # B is kept transposed by those who load adapters for this: then nothing is copied
-        here = [pair.a.contiguous(), pair.b.t().contiguous(), pair.row_scale, bias, pair.bias]
-        tensors += here
-        rank, rows = here[1].shape  # type: ignore[union-attr]
-        return Lora(matrix, *map(address, here), rank, rows, pair.first, 0, 0, pair.scale)
+        return _struct(matrix, pair, None if pair.row_scale is None else whole_bias(w), tensors)
+
+
+def _struct(
+    matrix: int, pair: LoraPair, bias: torch.Tensor | None, tensors: list[torch.Tensor | None]
+) -> Lora:
+    """Of no token yet. ``bias``: the linear's; ``tensors`` gets what it points at."""
+    if bias is not None:
+        bias = bias[pair.rows].float().contiguous()
+    # B is kept transposed by those who load adapters for this: then nothing is copied
+    here = [pair.a.contiguous(), pair.b.t().contiguous(), pair.row_scale, bias, pair.bias]
+    tensors += here
+    rank, rows = here[1].shape  # type: ignore[union-attr]
+    return Lora(matrix, *map(address, here), rank, rows, pair.first, 0, 0, pair.scale)
+
+
+Kernel = Callable[["ctypes.Array[Lora]", torch.Tensor, torch.Tensor], None]
+
+
+def add_lora(
+    kernel: Kernel, y: torch.Tensor, x: torch.Tensor, spans: Sequence[LoraSpan], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """As Backend.add_lora, all of it float32."""
+    x, y = x.contiguous(), y.clone(memory_format=torch.contiguous_format)
+    tensors: list[torch.Tensor | None] = []
+    structs = []
+    for span in spans:
+        for pair in span.pairs:
+            struct = _struct(0, pair, bias, tensors)
+            struct.first_token, struct.last_token = span.first, span.last
+            structs.append(struct)
+    kernel((Lora * len(structs))(*structs), x, y)
+    return y
