@@ -148,9 +148,11 @@ def document(
     plots: Mapping[str, str],
     notes: str = "",
     quality: Sequence[Mapping[str, Any]] = (),
+    more: str = "",
 ) -> str:
     """The whole page. ``plots``: key of PLOTS -> path of the picture relative to the page. ``notes``: what was
-    found out about these results, such as figures of a profile. ``quality``: what benchmarks/quality.py found."""
+    found out about these results, such as figures of a profile. ``quality``: what benchmarks/quality.py found.
+    ``more``: sections of other measurements."""
     known = {row.key: row for row in rows.table()}
     found = [(known[key], value) for key, value in results["rows"].items() if key in known]
     found.sort(key=lambda pair: list(known).index(pair[0].key))
@@ -176,7 +178,7 @@ def document(
         parts.append(_bounds(results["bounds"], plots.get("bounds")))
     if notes:
         parts.append(notes)
-    return "\n".join([*parts, _LAUNCHES, _METHOD])
+    return "\n".join([*parts, *([more] if more else []), _LAUNCHES, _METHOD])
 
 
 def _quality(models: Sequence[Mapping[str, Any]]) -> str:

@@ -6,6 +6,7 @@ serves all callers, so any thread may use one LLM.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -390,6 +391,7 @@ class LLM(Asynchronous, Retrieval, Adaptable):
             assembled.engine.close()
             backend = assembled.backend
             del assembled
+            gc.collect()  # layers and what they are bound to hold each other
             backend.empty_cache()
 
     def __enter__(self) -> LLM:

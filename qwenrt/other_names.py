@@ -138,6 +138,7 @@ OPTIONS: dict[str, Here] = _table(
     ("num_beams use_beam_search length_penalty typical_p mirostat tfs_z no_repeat_ngram_size", _NOT_HERE),
     ("tokenizer", Here(why="Leave it out: it belongs to the model, as llm.tokenizer.")),
     ("input_ids", Here("prompt_token_ids")),
+    ("system_prompt system_message", Here("system", why="It is an argument of chat and stream.")),
     # of the server
     ("server_name", Here("host")),
     ("server_port", Here("port")),

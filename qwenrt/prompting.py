@@ -123,6 +123,9 @@ class Prompter:
         if (query is None) == (messages is None):
             found = "both a query and messages" if messages is not None else "neither a query nor messages"
             raise RequestError("chat", found, "Pass chat(query, history=...) or chat(messages=[...]).")
+        if query is not None and not isinstance(query, str):
+            remedy = "Pass a str; messages are passed by name: chat(messages=[...])."
+            raise RequestError("query", f"got {type(query).__name__}", remedy)
         if thought.enable is not None:
             thought = thought._replace(enable=flag("enable_thinking", thought.enable))
         single_call = not flag("parallel_tool_calls", parallel_tool_calls)

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ def test_ids_past_the_vocabulary_are_never_drawn(llm: qwenrt.LLM) -> None:
         (lambda m: m.generate("a", temprature=0), "'temprature': unknown"),
         (lambda m: m.chat(), "neither a query nor messages"),
         (lambda m: m.chat("q", messages=[]), "both a query and messages"),
-        (lambda m: m.chat(3), "query"),
+        (lambda m: m.chat(3), "query: got int"),
+        (lambda m: m.chat([{"role": "user", "content": "a"}]), "passed by name: chat(messages="),
         (lambda m: m.chat("q", history=["a"]), "history"),
         (lambda m: m.chat(messages=[{"role": "assistant", "content": "a"}]), "at least one user message"),
         (lambda m: m.chat(messages="hello"), "messages: got str"),
@@ -357,6 +359,18 @@ def test_use_after_close_is_an_error(tiny_dir: Path) -> None:
     for use in (lambda: closed.chat("x"), lambda: closed.logits([1]), closed.explain, closed.stats):
         with pytest.raises(RequestError, match=r"closed\. Load it again"):
             use()
+
+
+def test_what_is_closed_is_given_back_at_once(tiny_dir: Path) -> None:
+    gc.disable()  # another process may wait for the memory: the next collection is too late
+    try:
+        llm = qwenrt.load(tiny_dir, progress=False)
+        llm.generate("hello", sampling_params=GREEDY)
+        model = weakref.ref(llm._alive().model)
+        llm.close()
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def resident() -> int:

@@ -26,7 +26,7 @@ SERVING = {field.name for field in dataclasses.fields(ServeSettings)}
 
 
 def test_the_table_names_what_there_is() -> None:
-    known = SAMPLING | LOADING | SERVING | {"sampling_params", "prompt_token_ids"}
+    known = SAMPLING | LOADING | SERVING | {"sampling_params", "prompt_token_ids", "system"}
     assert {here.option for here in OPTIONS.values()} - {""} <= known
     for name, here in OPTIONS.items():
         assert here.option != name and here.in_python().endswith("."), name

@@ -70,9 +70,9 @@ def norm_moe_add(
     adapters: StepAdapters,
 ) -> torch.Tensor:
     """Backend.norm_moe_add of the layer whose linears' names begin with ``prefix``, and what ``adapters`` add to its
-    experts. The router is the model's."""
+    experts. Tokens go where the model's router sends them, or their adapter's."""
     normed = ops.rms_norm(x, norm, eps)
-    weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+    weights, chosen = _routed(normed, w, f"{prefix}.router", adapters)
     total = torch.zeros_like(x)
     for expert in sorted(set(chosen.flatten().tolist())):
         token, rank = (chosen == expert).nonzero(as_tuple=True)
@@ -83,6 +83,26 @@ def norm_moe_add(
         gate = torch.sigmoid(F.linear(normed, w.shared_gate.to(normed.dtype)))
         total = total + gate * _mlp(ops, normed, w.shared, x.dtype, f"{prefix}.shared_expert", adapters)
     return x + total
+
+
+def _routed(
+    normed: torch.Tensor, w: Experts, name: str, adapters: StepAdapters
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """reference.route, by the routers that the tokens have."""
+    pieces, at = list[tuple[torch.Tensor, torch.Tensor]](), 0
+    own = [span for span in adapters.spans if name in span.adapter.routers]
+    for first, last, router in (
+        *((span.first, span.last, span.adapter.routers[name]) for span in own),
+        (len(normed), len(normed), w.router),
+    ):
+        for rows, chooses in ((normed[at:first], w.router), (normed[first:last], router)):
+            if len(rows):
+                pieces.append(reference.route(rows, chooses, w.top_k, w.norm_topk_prob))
+        at = last
+    if len(pieces) == 1:
+        return pieces[0]
+    weights, chosen = zip(*pieces, strict=True)
+    return torch.cat(weights), torch.cat(chosen)
 
 
 def _mlp(

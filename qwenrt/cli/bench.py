@@ -43,10 +43,8 @@ def add_parser(subparsers: Any) -> None:
         **example(EXAMPLES),
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help=MODEL_HELP)
-    what.add_argument(
-        "model", nargs="?", default=argparse.SUPPRESS, help="the same, given as to the other commands"
-    )
+    what.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=MODEL_HELP)
+    what.add_argument("--model", help="the same")
     what.add_argument(
         "--shape", help="random weights shaped like a released model: Qwen-1_8B, Qwen2.5-0.5B, Qwen3-4B, ..."
     )

@@ -45,6 +45,12 @@ _SETTINGS: dict[str, tuple[type, tuple[str, ...] | None, str, str]] = {
         "updates are made in float32, of bfloat16-pure in bfloat16",
     ),
     "recompute": (str, ("auto", "all", "none"), "auto", "compute activations again, which saves memory"),
+    "moments": (
+        str,
+        ("float32", "bfloat16"),
+        "float32",
+        "of AdamW; bfloat16: 4 bytes less for each parameter, and 2 more of its gradient where that is in 16 bits",
+    ),
     "router": (str, ("auto", "trained", "frozen"), "auto", "what chooses experts"),
     "train_on": (
         str,
@@ -71,6 +77,12 @@ _SETTINGS: dict[str, tuple[type, tuple[str, ...] | None, str, str]] = {
     "device": (str, None, "auto", "cpu, cuda, npu, ..."),
     "threads": (int, None, "", "of torch, on the CPU"),
     "processes": (int, None, "1", "so many share each step"),
+    "shard": (
+        str,
+        ("no", "optimizer", "all"),
+        "no",
+        "what processes share out: what is trained with its gradients and moments, or all weights as well",
+    ),
     "save_every": (int, None, "", "keep the state every N steps, to go on after a cut"),
 }
 
@@ -192,11 +204,12 @@ def finetune(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, directory: Path, settings: dict[str, Any]) -> int:
     from qwenrt.finetune.job import prepare
 
-    for name in ("threads", "save_every", "processes"):
+    for name in ("threads", "save_every"):
         settings.pop(name, None)
     eval_data, preset = settings.pop("eval_data", None), settings.pop("preset", None)
+    device, processes = settings.pop("device", "auto"), settings.pop("processes", 1)
     settings |= {"from_scratch": args.from_scratch, "allow_special": args.allow_special}
-    job = prepare(directory, args.data, eval_data, preset, settings.pop("device", "auto"), settings)
+    job = prepare(directory, args.data, eval_data, preset, device, settings, processes)
     Terminal().say(job.plan())
     return 0 if job.need(job.recompute).total <= job.memory[0] else 1
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qwenrt.backends.registry import create
 from qwenrt.called import as_function
 from qwenrt.config import ModelConfig
 from qwenrt.config.layers import num_parameters
@@ -22,7 +23,7 @@ from qwenrt.finetune.checkpoint import dtype_of, make_it_chat, write_checkpoint
 from qwenrt.finetune.data import Counts
 from qwenrt.finetune.job import Data, Job, prepare
 from qwenrt.finetune.lora import LoraSettings, TrainedAdapter, num_trained
-from qwenrt.finetune.processes import device_of, group_of, in_processes
+from qwenrt.finetune.processes import Group, device_of, group_of, in_processes
 from qwenrt.finetune.settings import TrainingSettings, whole_number
 from qwenrt.finetune.state import BEST_FILE, OUR_FILES, STATE_FILE
 from qwenrt.finetune.trainer import Trainer
@@ -32,6 +33,10 @@ from qwenrt.loader.hub.resolve import source_of
 
 logger = logging.getLogger("qwenrt")
 as_function(__name__)
+
+Asked = tuple[
+    Path, Data, Data | float | None, str | None, str, dict[str, Any]
+]  # the first arguments of `prepare`
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,9 @@ def finetune(
     asked = (source_of(model), data, eval_data, preset, device, settings)
     if whole_number("processes", processes, 1) == 1:
         return _train(how, asked)
-    job = prepare(*asked)  # what is wrong with it is said here, once
+    job = prepare(*asked, processes)  # what is wrong with it is said here, once
     if say is not None:
         say(job.about_data())
-    if how.threads is None and job.device.type == "cpu":
-        how = replace(how, threads=max(1, torch.get_num_threads() // processes))
     work = {"how": replace(how, say=None), "asked": asked}
     report: FinetuneReport = in_processes(processes, job.device, _train, work)
     return report
@@ -148,37 +151,46 @@ class Where:
     say: Callable[[str], None] | None
 
 
-def _train(how: Where, asked: tuple[Any, ...]) -> FinetuneReport:
+def _train(how: Where, asked: Asked) -> FinetuneReport:
     """The run, in this process or its share of it."""
-    job = prepare(*asked)
+    device = create(asked[4]).device
+    with group_of(device) as group:
+        threads = how.threads
+        if threads is None and group.size > 1 and device.type == "cpu":
+            threads = max(1, torch.get_num_threads() // group.size)
+        job = prepare(*asked, group.size)
+        with _threads(threads):
+            return _trained(how, job, group)
+
+
+def _trained(how: Where, job: Job, group: Group) -> FinetuneReport:
     target = how.target
-    with group_of(job.device) as group, _threads(how.threads):
-        first = group.rank == 0
-        if first:
-            if how.say is not None:
-                how.say(job.about_data())
-            _claim(target, job.base.source, how.overwrite)
-            check_room(target, _room(job.base.config, job.options, job.lora, bool(how.save_every)))
-        recompute = job.check_memory()
-        group.wait()
-        about: dict[str, Any] = {"recompute": recompute, "held_out": job.held_out, "group": group}
-        about["identity"] = {**vars(job.form), "threads": how.threads, "processes": group.size}
-        device, adapter = device_of(job.device, group.rank) if group.size > 1 else job.device, None
-        if job.options.method == "lora":
-            trainer, adapter = build_adapter(
-                job.base, job.corpus, job.options, job.lora, job.tokenizer, device, talks=job.talks, **about
-            )
-        else:
-            trainer = build(job.base, job.corpus, job.options, device, **about)
-        _run(trainer, how)
-        notes: list[str] = []
-        if first and adapter is None:
-            notes = _write(trainer, job, target)
-        elif first and adapter is not None:
-            notes = _write_adapter(adapter, job.base, target, how.base_name or str(job.base.source.resolve()))
-        report = _finished(trainer, target, notes)
-        group.wait()
-        return report
+    if group.rank == 0:
+        if how.say is not None:
+            how.say(job.about_data())
+        _claim(target, job.base.source, how.overwrite)
+        check_room(target, _room(job.base.config, job.options, job.lora, bool(how.save_every)))
+    recompute = job.check_memory()
+    group.wait()
+    about: dict[str, Any] = {"recompute": recompute, "held_out": job.held_out, "group": group}
+    about["identity"] = {**vars(job.form), "threads": how.threads}
+    device, adapter = device_of(job.device, group.rank) if group.size > 1 else job.device, None
+    if job.options.method == "lora":
+        trainer, adapter = build_adapter(
+            job.base, job.corpus, job.options, job.lora, job.tokenizer, device, talks=job.talks, **about
+        )
+    else:
+        trainer = build(job.base, job.corpus, job.options, device, **about)
+    _run(trainer, how)
+    if adapter is None:
+        notes = _write(trainer, job, target)
+    elif group.rank == 0:
+        notes = _write_adapter(adapter, job.base, target, how.base_name or str(job.base.source.resolve()))
+    else:
+        notes = []
+    report = _finished(trainer, target, notes)
+    group.wait()
+    return report
 
 
 def _run(trainer: Trainer, how: Where) -> None:
@@ -192,7 +204,9 @@ def _run(trainer: Trainer, how: Where) -> None:
 
 
 def _write(trainer: Trainer, job: Job, target: Path) -> list[str]:
-    exact = {name: master.detach() for name, master in trainer.optimizer.masters.items()}
+    exact = {name.removeprefix("weight."): tensor for name, tensor in trainer.optimizer.weights().items()}
+    if trainer.group.rank > 0:  # all are asked for them, and one writes
+        return []
     write_checkpoint(trainer.network.model, job.base.source, target, job.base.checkpoint, exact)
     end = job.tokenizer.im_end_id
     note = make_it_chat(target, job.base.config.model_type, end) if job.talks and end is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,15 +26,16 @@ from qwenrt.finetune.network import (
     replace_tensors,
 )
 from qwenrt.finetune.optimizer import Optimizer
+from qwenrt.finetune.places import Fingerprint, fingerprint, names_of, places_of
 from qwenrt.finetune.processes import Group
 from qwenrt.finetune.settings import TrainingSettings
-from qwenrt.finetune.state import fingerprint
+from qwenrt.finetune.sharding import Sharding
 from qwenrt.finetune.trainer import Trainer
 from qwenrt.loader.adapters import BaseWeights
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qwenrt.loader.checkpoint.gguf.directory import NOTE
-from qwenrt.loader.weights import load_weights
+from qwenrt.loader.weights import load_weights, open_weights
 from qwenrt.model.qwen import Qwen
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.training_form import IGNORE
@@ -108,21 +109,21 @@ def build(
     config, precision = base.config, resolved_precision(settings, device)
     check_length(config, max(map(corpus.length, range(len(corpus)))))
     pure, compute = precision == "bfloat16-pure", COMPUTES[precision]
-    routers = settings.router != "frozen"
-    weight = balance_weight(base.source, config, routers)
-    backend = TrainingBackend(device, balancing=weight > 0)
-    model = read_weights(base, backend, compute, torch.float32 if not pure else compute, settings)
-    origin = fingerprint(model)
-    exact = distinct_tensors(model)
-    trained = {name for name in exact if routers or not name.endswith((".router", ".shared_expert_gate"))}
-    if compute != torch.float32 and not pure:
-        rounded = {
-            id(tensor): tensor.to(compute if not is_wide(config, name) else tensor.dtype)
-            for name, tensor in exact.items()
-        }
-        replace_tensors(model, lambda name, tensor: rounded[id(tensor)])
-    parameters = {name: t for name, t in distinct_tensors(model).items() if name in trained}
-    optimizer = Optimizer(parameters, settings, scaled=compute == torch.float16, pure=pure)
+    if compute == torch.float16 and settings.moments != "float32":
+        found = "gradients, which are scaled up there, would be kept in 16 bits"
+        raise RequestError(f'moments="{settings.moments}" with precision="float16"', found, 'Use "bfloat16".')
+    weight = balance_weight(base.source, config, settings.router != "frozen")
+    backend = TrainingBackend(device)
+    sharding: Sharding | None = None
+    if is_shared_out(settings, group):
+        assert group is not None
+        rounds = compute if compute != torch.float32 and not pure else None
+        sharding = Sharding(group, device, settings.shard, rounds)
+        model, origin, parameters = _shared_out(base, backend, compute, pure, settings, sharding)
+        exact = parameters
+    else:
+        model, origin, parameters, exact = _whole(base, backend, compute, pure, settings)
+    optimizer = Optimizer(parameters, settings, scaled=compute == torch.float16, pure=pure, sharding=sharding)
     for name in parameters:
         if optimizer.masters[name] is not parameters[name]:
             optimizer.masters[name].copy_(exact[name])
@@ -133,9 +134,96 @@ def build(
         recompute=settings.recompute == "all" if recompute is None else recompute,
         balance=weight / max(1, config.num_moe_layers),
         rebinds=config.linear_attention is not None,
+        sharding=sharding,
     )
     about = {"model": origin, "computed_in": precision, **(identity or {})}
     return Trainer(network, optimizer, corpus, settings, about, held_out, group)
+
+
+def is_shared_out(settings: TrainingSettings, group: Group | None) -> bool:
+    """Whether the processes share out the weights: one alone has them all."""
+    return settings.shard != "no" and group is not None and group.size > 1
+
+
+def _is_trained(settings: TrainingSettings, name: str) -> bool:
+    return settings.router != "frozen" or not name.endswith((".router", ".shared_expert_gate"))
+
+
+def _whole(
+    base: Base, backend: TrainingBackend, compute: torch.dtype, pure: bool, settings: TrainingSettings
+) -> tuple[Qwen, str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(the network, its fingerprint, what is trained of it, the same in float32)."""
+    model = read_weights(base, backend, compute, torch.float32 if not pure else compute, settings)
+    origin = fingerprint(model)
+    exact = distinct_tensors(model)
+    if compute != torch.float32 and not pure:
+        rounded = {
+            id(tensor): tensor.to(compute if not is_wide(base.config, name) else tensor.dtype)
+            for name, tensor in exact.items()
+        }
+        replace_tensors(model, lambda name, tensor: rounded[id(tensor)])
+    parameters = {name: t for name, t in distinct_tensors(model).items() if _is_trained(settings, name)}
+    return model, origin, parameters, exact
+
+
+def _shared_out(
+    base: Base,
+    backend: TrainingBackend,
+    compute: torch.dtype,
+    pure: bool,
+    settings: TrainingSettings,
+    sharding: Sharding,
+) -> tuple[Qwen, str, dict[str, torch.Tensor]]:
+    """(the network, its fingerprint, this process's parts of what is trained). What is float32 in any case, a few norms
+    of some networks, every process has whole."""
+    config, kept = base.config, torch.float32 if not pure else compute
+    own: dict[str, torch.Tensor] = {}
+
+    def share(model: Qwen, index: int | None) -> None:
+        places = list(places_of(model, names_of(model, index)))
+        trained = {place.name for place in places if _is_trained(settings, place.name)}
+        wide = {place.name for place in places if is_wide(config, place.name)}
+        for place in places:
+            if place.name in wide:
+                place.put(place.tensor.clone())
+                own.update({place.name: place.tensor} if place.name in trained else {})
+        sharding.add(model, index, trained, wide)
+
+    model, origin = _layer_by_layer(base, backend, compute, kept, settings, None, share)
+    share(model, None)
+    return model, origin, {**own, **sharding.parts}
+
+
+def _layer_by_layer(
+    base: Base,
+    backend: TrainingBackend,
+    compute: torch.dtype,
+    kept: torch.dtype,
+    settings: TrainingSettings,
+    quantize: str | None,
+    share: Callable[[Qwen, int], None],
+) -> tuple[Qwen, str]:
+    """(the network, its fingerprint), each layer given to ``share`` as soon as it is read."""
+    origin = Fingerprint(base.config)
+    if base.checkpoint is None:
+        model, reader = read_weights(base, backend, compute, kept, settings), None
+    else:
+        model = Qwen(base.config, backend, compute)
+        reader = open_weights(model, base.checkpoint, base.config, backend, kept, quantize)
+    for index in (*range(base.config.num_layers), None):
+        names = names_of(model, index)
+        for name in names if reader is not None else ():
+            assert reader is not None
+            if name in model.tensor_specs:
+                model.set_tensor(name, reader.tensor(name))
+            else:
+                tied = name == "lm_head" and base.config.tie_word_embeddings
+                head = model.embed_tokens if tied else None
+                model.set_linear(name, reader.linear(model.linear_specs[name], head))
+        origin.add(places_of(model, names))
+        if index is not None:
+            share(model, index)
+    return model, origin.value
 
 
 def build_adapter(
@@ -157,10 +245,10 @@ def build_adapter(
     device = device or torch.device("cpu")
     config, precision = base.config, resolved_precision(settings, device)
     check_length(config, max(map(corpus.length, range(len(corpus)))))
-    if precision == "bfloat16-pure" or settings.router == "trained" or base.checkpoint is None:
-        asked = (
-            "from_scratch" if base.checkpoint is None else f"precision={precision}, router={settings.router}"
-        )
+    routes = settings.router == "trained"
+    if precision == "bfloat16-pure" or base.checkpoint is None or (routes and config.moe is None):
+        asked = "from_scratch" if base.checkpoint is None else f"precision={precision}"
+        asked = asked if not routes else "router=trained, and no experts in the model"
         raise RequestError(
             f"training an adapter with {asked}", "adapters have no use for it", "Leave it out."
         )
@@ -169,8 +257,20 @@ def build_adapter(
         raise RequestError(f"dora with quantize={lora.quantize}", found, "Leave one of the two out.")
     compute = COMPUTES[precision]
     backend = TrainingBackend(device)
-    model = read_weights(base, backend, compute, compute, settings, lora.quantize, own=False)
-    model.bind()
+    sharding: Sharding | None = None
+    if is_shared_out(settings, group):
+        if lora.dora:
+            found = "DoRA's norms are those of whole weights"
+            raise RequestError(f'dora with shard="{settings.shard}"', found, "Leave one of the two out.")
+        assert group is not None
+        shared = sharding = Sharding(group, device, settings.shard, None)
+        model, origin = _layer_by_layer(
+            base, backend, compute, compute, settings, lora.quantize,
+            lambda model, index: shared.add(model, index, (), routers_of(model) if routes else ()),
+        )  # fmt: skip
+    else:
+        model = read_weights(base, backend, compute, compute, settings, lora.quantize, own=False)
+        origin = fingerprint(model)
     tokens, whole = rows_to_train(base, model, corpus, lora, tokenizer, talks)
     weights = BaseWeights(base.checkpoint, config)
 
@@ -178,13 +278,23 @@ def build_adapter(
         found: torch.Tensor = torch.linalg.vector_norm(weights.weight(param), dim=1)
         return found
 
-    adapter = TrainedAdapter(model, lora, settings.seed, tokens, whole, norms)
+    routers = routers_of(model) if routes else ()
+    adapter = TrainedAdapter(model, lora, settings.seed, tokens, whole, norms, routers)
+    if sharding is not None:
+        sharding.add(model, None, (), ())
+    model.bind()
     optimizer = Optimizer(adapter.parameters, settings, scaled=compute == torch.float16, rates=adapter.rates)
     recompute = settings.recompute == "all" if recompute is None else recompute
-    network = Network(model, backend, recompute=recompute, balance=0.0, rebinds=False)
+    balance = balance_weight(base.source, config, routes) / max(1, config.num_moe_layers)
+    network = Network(model, backend, recompute=recompute, balance=balance, rebinds=False, sharding=sharding)
     network.adapter = adapter.weights
-    about = {**asdict(lora), "model": fingerprint(model), "computed_in": precision, **(identity or {})}
+    about = {**asdict(lora), "model": origin, "computed_in": precision, **(identity or {})}
     return Trainer(network, optimizer, corpus, settings, about, held_out, group), adapter
+
+
+def routers_of(model: Qwen) -> tuple[str, ...]:
+    """What chooses experts, by the model's names."""
+    return tuple(name for name in model.tensor_specs if name.endswith(".router"))
 
 
 def rows_to_train(

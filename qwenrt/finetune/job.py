@@ -18,6 +18,7 @@ from qwenrt.finetune.building import COMPUTES, Base, resolved_precision
 from qwenrt.finetune.data import Corpus
 from qwenrt.finetune.lora import SEED_PRESET, SEED_TARGETS, LoraSettings, num_trained
 from qwenrt.finetune.settings import TrainingSettings, chosen, number_between
+from qwenrt.finetune.sharding import check_can_shard
 from qwenrt.loader.memory.training import TrainingNeed, check_fits, gib, training_flops, training_need
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.training_form import FormSettings
@@ -29,7 +30,8 @@ Data = str | Path | Sequence[Any]
 
 @dataclass(frozen=True)
 class Job:
-    """``talks``: whether conversations are in the data. ``memory``: (free, total) bytes of the device."""
+    """``talks``: whether conversations are in the data. ``memory``: (free, total) bytes of the device, of a CPU's those
+    for each of the ``processes``."""
 
     base: Base
     options: TrainingSettings
@@ -41,6 +43,7 @@ class Job:
     talks: bool
     device: torch.device
     memory: tuple[int, int]
+    processes: int = 1
 
     def need(self, recompute: bool) -> TrainingNeed:
         """What the run takes."""
@@ -54,6 +57,9 @@ class Job:
             recompute=recompute,
             quantize=self.lora.quantize if trained is not None else None,
             pure=precision == "bfloat16-pure",
+            moments=2 if options.moments == "bfloat16" else 4,
+            parts=1 if options.shard == "no" else self.processes,
+            shares_weights=options.shard == "all" or trained is not None,
         )
 
     def about_data(self) -> str:
@@ -70,8 +76,14 @@ class Job:
     def check_memory(self) -> bool:
         """`recompute`. CapacityError where there is too little memory either way."""
         (free, total), recompute = self.memory, self.recompute
-        lora = self.options.method == "lora"
-        check_fits(self.need(recompute), free, total, str(self.device), lora=lora, recompute=recompute)
+        options = self.options
+        check_fits(
+            self.need(recompute), free, total, str(self.device),
+            lora=options.method == "lora",
+            recompute=recompute,
+            halves=options.moments == "float32" and options.precision != "float16",
+            shares=self.processes > 1 and options.shard != "all",
+        )  # fmt: skip
         return recompute
 
     def plan(self) -> str:
@@ -83,13 +95,15 @@ class Job:
         steps = min(steps, options.max_steps or steps)
         tokens = min(corpus.starts[-1] * options.epochs, steps * options.batch_tokens)
         length = corpus.starts[-1] // len(corpus)
-        seconds = training_flops(self.base.config, tokens, length, lora, recompute) / self._speed()
+        flops = training_flops(self.base.config, tokens, length, lora, recompute)
+        seconds = flops / self._speed() / (self.processes if self.device.type != "cpu" else 1)
         what = "all parameters"
         if lora:
             what = f"an adapter of {num_trained(self.base.config, self.lora)} numbers"
         fits = "it fits" if need.total <= free else f"{gib(need.total - free)} are missing"
         return (
-            f"{corpus.counts.format()}\n{what}, {steps} steps of {options.batch_tokens} tokens, "
+            f"{corpus.counts.format()}\n{what}, {steps} steps of {options.batch_tokens} tokens"
+            f"{f', memory of each of {self.processes} processes' if self.processes > 1 else ''}, "
             f"{'activations computed again' if recompute else 'all activations kept'}\n{need.format()}\n"
             f"{'memory':<12} {gib(free):>12}   free of {gib(total)} on {self.device}: {fits}\n"
             f"{'time':<12} {seconds:>10.0f} s   at half the speed that a matrix product has here"
@@ -115,6 +129,7 @@ def prepare(
     preset: str | None,
     device: str,
     settings: dict[str, Any],
+    processes: int = 1,
 ) -> Job:
     """Everything read but the weights. Errors as `finetune` has them."""
     source = Path(model_dir)
@@ -124,8 +139,13 @@ def prepare(
     corpus, held_out, talks = _corpora(tokenizer, data, eval_data, options, form)
     base = Base.open(source, config, options)
     backend = create(device)
-    memory = backend.memory()
-    return Job(base, options, form, lora, tokenizer, corpus, held_out, talks, backend.device, memory)
+    free, total = backend.memory()
+    if backend.device.type == "cpu":
+        free //= processes
+    if options.shard != "no" and processes > 1:
+        check_can_shard()
+    parts = (base, options, form, lora, tokenizer, corpus, held_out, talks)
+    return Job(*parts, backend.device, (free, total), processes)
 
 
 def chosen_settings(

@@ -177,7 +177,7 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, LinearSpec, int, int]]:
 
 class TrainedAdapter:
     """``parameters``: all that is trained, float32, by name. ``rates``: by how much learning rates differ. ``norms``:
-    for DoRA, the norms of the rows of a linear, by its name."""
+    for DoRA, the norms of the rows of a linear, by its name. ``routers``: those that are trained, whole."""
 
     def __init__(
         self,
@@ -187,6 +187,7 @@ class TrainedAdapter:
         tokens: Sequence[int] = (),
         whole: Collection[str] = (),
         norms: Callable[[str], torch.Tensor] | None = None,
+        routers: Sequence[str] = (),
     ) -> None:
         self._model, self.settings = model, settings
         self._device = device = model.backend.device
@@ -221,6 +222,10 @@ class TrainedAdapter:
                 chosen = rows if name in whole else rows.index_select(0, self._ids)  # type: ignore[arg-type]
                 self._add(name, chosen.detach().float().clone())
 
+        self._routers = tuple(routers)
+        for name in routers:
+            self._add(name, model.weights.tensor(name).detach().float().clone())
+
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         self.parameters[name] = tensor.requires_grad_()
 
@@ -240,7 +245,9 @@ class TrainedAdapter:
         embed, head = self._rows("embed_tokens"), self._rows("lm_head")
         if self._model.config.tie_word_embeddings:
             head = embed
-        return AdapterWeights({name: tuple(pairs) for name, pairs in linears.items()}, embed, head)
+        routers = {name: self.parameters[name] for name in self._routers}
+        pairs_of = {name: tuple(pairs) for name, pairs in linears.items()}
+        return AdapterWeights(pairs_of, embed, head, routers=routers)
 
     def _rows(self, name: str) -> TokenRows | None:
         rows = self.parameters.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qwenrt.backends.base import Backend
 from qwenrt.config import ModelConfig, read_json
 from qwenrt.errors import RequestError
+from qwenrt.finetune.sharding import Sharding
 from qwenrt.loader.memory.training import LOGIT_BYTES
 from qwenrt.model.layers import DecoderLayer
 from qwenrt.model.qwen import Qwen
@@ -24,13 +26,7 @@ from qwenrt.text.chat.training_form import IGNORE
 
 
 class TrainingBackend(Backend):
-    """The definitions, on any device. ``balances``: where ``balancing``, what a layer with experts adds to the loss
-    so that its router uses all of them, taken by who runs the layer."""
-
-    def __init__(self, device: torch.device, balancing: bool = False) -> None:
-        super().__init__(device)
-        self.balancing = balancing
-        self.balances: list[torch.Tensor] = []
+    """The definitions, on any device."""
 
     def attention(
         self,
@@ -51,16 +47,12 @@ class TrainingBackend(Backend):
             parts.append(reference.attention(q[here], k[here], v[here], kv, alike, scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def norm_moe_add(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
-        if self.balancing:
-            self.balances.append(balance(self.rms_norm(x, norm, eps), w))
-        return super().norm_moe_add(x, norm, eps, w)
 
-
-def balance(normed: torch.Tensor, w: Experts) -> torch.Tensor:
-    """normed [T, D] -> E · Σ f_e P_e: f_e the share of tokens that went to expert e, P_e its mean probability."""
-    scores = F.linear(normed, w.router.to(normed.dtype)).float().softmax(-1)
-    chosen = scores.detach().topk(w.top_k, dim=-1).indices
+def balance(normed: torch.Tensor, router: torch.Tensor, top_k: int) -> torch.Tensor:
+    """normed [T, D], router [E, D] -> E · Σ f_e P_e: f_e the share of tokens that went to expert e, P_e its mean
+    probability."""
+    scores = F.linear(normed, router.to(normed.dtype)).float().softmax(-1)
+    chosen = scores.detach().topk(top_k, dim=-1).indices
     share = torch.zeros_like(scores).scatter_(1, chosen, 1.0).mean(0)
     return scores.shape[1] * (share * scores.mean(0)).sum()
 
@@ -78,13 +70,21 @@ class Network:
     """A model and the loss of a step of samples. ``recompute``: each layer's activations are computed again for its
     gradients, so that one layer's are kept at a time. ``rebinds``: a gated delta net's weights include a copy of a
     parameter, which is made anew in each step where that is trained. ``adapter``: makes the adapter that all tokens of
-    a pass have; None: they have none."""
+    a pass have; None: they have none. ``sharding``: where weights are shared out over processes, which then run as many
+    passes as each other."""
 
     def __init__(
-        self, model: Qwen, backend: TrainingBackend, *, recompute: bool, balance: float, rebinds: bool
+        self,
+        model: Qwen,
+        backend: TrainingBackend,
+        *,
+        recompute: bool,
+        balance: float,
+        rebinds: bool,
+        sharding: Sharding | None = None,
     ) -> None:
         self.model, self.backend, self.recompute, self.balance = model, backend, recompute, balance
-        self._rebinds = rebinds
+        self._rebinds, self.sharding = rebinds or sharding is not None, sharding
         self.adapter: Callable[[], AdapterWeights] | None = None
 
     def loss(
@@ -92,6 +92,14 @@ class Network:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, targets int64 [T] of samples of ``lengths``, on the host -> the sum of the cross-entropies of all tokens
         with a target, and the routers' balance, summed over layers (0 without)."""
+        if self.sharding is None:
+            return self._loss(ids, targets, lengths)
+        made: tuple[torch.Tensor, torch.Tensor] = self.sharding.whole(self._loss, ids, targets, lengths)
+        return made
+
+    def _loss(
+        self, ids: torch.Tensor, targets: torch.Tensor, lengths: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self._plan(lengths)
         x, balance = self._hidden(ids.to(self.backend.device), plan)
         chosen = (targets != IGNORE).nonzero().squeeze(1)
@@ -107,13 +115,19 @@ class Network:
     @torch.no_grad()
     def first_not_finite(self, ids: torch.Tensor, lengths: list[int]) -> str | None:
         """The first part of the network after which a number is not finite."""
+        if self.sharding is None:
+            return self._first_not_finite(ids, lengths)
+        found: str | None = self.sharding.whole(self._first_not_finite, ids, lengths)
+        return found
+
+    def _first_not_finite(self, ids: torch.Tensor, lengths: list[int]) -> str | None:
         plan = self._plan(lengths)
         x = self.model.embed(ids.to(self.backend.device), plan.adapters)
         rotary = self.model.rotary(plan, [1] * len(lengths))
         if not x.isfinite().all():
             return "embed_tokens"
-        for layer in self.model.layers:
-            x, _ = self._layer(layer, x, rotary, plan)
+        for number, layer in enumerate(self.model.layers):
+            x, _ = self._run(number, layer, x, rotary, plan)
             if not x.isfinite().all():
                 return layer.prefix
         return None
@@ -122,13 +136,22 @@ class Network:
         model = self.model
         x, rotary = model.embed(ids, plan.adapters), model.rotary(plan, [1] * len(plan.q_lens))  # without NTK
         balance = torch.zeros((), device=x.device)
-        for layer in model.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x, share = checkpoint(self._layer, layer, x, rotary, plan, use_reentrant=False)
-            else:
-                x, share = self._layer(layer, x, rotary, plan)
+        for number, layer in enumerate(model.layers):
+            x, share = self._run(number, layer, x, rotary, plan)
             balance = balance + share
         return model.final_norm(x), balance
+
+    def _run(
+        self, number: int, layer: DecoderLayer, x: torch.Tensor, rotary: RotaryRows, plan: StepPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer, with its weights gathered and its activations computed again where that is asked for."""
+        work: Callable[..., Any] = self._layer
+        if self.recompute and torch.is_grad_enabled():
+            work = partial(checkpoint, self._layer, use_reentrant=False)
+        if self.sharding is not None:
+            work = partial(self.sharding.layer, number, work)
+        made: tuple[torch.Tensor, torch.Tensor] = work(layer, x, rotary, plan)
+        return made
 
     def _logits(self, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         adapters = plan.adapters
@@ -142,12 +165,14 @@ class Network:
         if self._rebinds:
             self.backend.bindings.clear()
             layer.bind(self.backend, self.model.dtype, self.model.weights)
-        self.backend.balances.clear()
-        y = layer.forward(x, rotary, plan, None)
-        share = x.new_zeros((), dtype=torch.float32)
-        for one in self.backend.balances:
-            share = share + one
-        return y, share
+        x = layer.mixer.add(x, rotary, plan, None)
+        share, weights = x.new_zeros((), dtype=torch.float32), layer.weights
+        if self.balance and isinstance(weights.mlp, Experts):
+            adapted = {} if plan.adapters is None else plan.adapters.spans[0].adapter.routers
+            router = adapted.get(f"{layer.prefix}.router", weights.mlp.router)
+            normed = self.backend.rms_norm(x, weights.post_norm, weights.eps)
+            share = balance(normed, router, weights.mlp.top_k)
+        return layer.add_mlp(x, plan), share
 
     def _head_loss(self, hidden: torch.Tensor, targets: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         """The sum of cross-entropies, of so many rows at a time that their logits and what becomes of these fit."""

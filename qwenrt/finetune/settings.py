@@ -13,6 +13,8 @@ Precision = Literal["auto", "float32", "bfloat16", "bfloat16-pure", "float16"]
 Recompute = Literal["auto", "all", "none"]
 Keep = Literal["best", "last"]
 Router = Literal["auto", "trained", "frozen"]
+Shard = Literal["no", "optimizer", "all"]
+Moments = Literal["float32", "bfloat16"]
 FULL_RATE, LORA_RATE = 1e-5, 2e-4  # learning rates where none is given
 
 
@@ -27,7 +29,10 @@ class TrainingSettings:
     ``adam_beta2`` of AdamW; ``max_grad_norm``; ``seed``; ``from_scratch`` begins with random weights of the shape in
     config.json. ``precision``: "float32"; "bfloat16" or "float16", in which the network computes while updates are
     made in float32; "bfloat16-pure", which keeps nothing in float32 and is less exact; "auto". ``recompute``: "all"
-    keeps one layer's activations at a time, "none" all of them, "auto" all where they fit. ``router`` "frozen" leaves
+    keeps one layer's activations at a time, "none" all of them, "auto" all where they fit. ``moments``: "bfloat16"
+    keeps those of AdamW so, rounded up or down by chance, and gradients in what the network computes in. ``shard``:
+    what the processes of a run share out instead of having it each: "optimizer" what is trained, with its gradients
+    and moments; "all" what a layer computes with too, but while it does; "no" nothing. ``router`` "frozen" leaves
     what chooses experts as it is. ``eval_every`` steps (None: ten times) the loss on what is held out is measured, and
     the ``keep`` "best" step is written, or the "last".
     """
@@ -50,6 +55,8 @@ class TrainingSettings:
     precision: Precision = "auto"
     recompute: Recompute = "auto"
     router: Router = "auto"
+    moments: Moments = "float32"
+    shard: Shard = "no"
     eval_every: int | None = None
     keep: Keep = "best"
     max_dropped: float = 0.1
@@ -80,6 +87,8 @@ class TrainingSettings:
             "recompute": ("auto", "all", "none"),
             "router": ("auto", "trained", "frozen"),
             "keep": ("best", "last"),
+            "moments": get_args(Moments),
+            "shard": get_args(Shard),
         }
         for name, known in choices.items():
             chosen(name, getattr(self, name), known)

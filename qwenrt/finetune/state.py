@@ -1,12 +1,11 @@
-"""The state of a run in a file, from which one that was cut goes on; and fingerprints of what a run begins with."""
+"""The state of a run in a file, from which one that was cut goes on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -14,14 +13,11 @@ from safetensors import safe_open
 from qwenrt.errors import CheckpointError, shown
 from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.checkpoint.writing import save_atomically
-from qwenrt.model.qwen import Qwen
-from qwenrt.ops.types import Packed
 
 STATE_FILE = "training_state.safetensors"  # in the output directory while training goes on
 BEST_FILE = "best_step.safetensors"  # the weights of the best step so far
 CURVE_FILE = "loss_curve.json"
 OUR_FILES = frozenset((STATE_FILE, BEST_FILE, CURVE_FILE))
-_HASHED = 2**18  # numbers of a tensor that are hashed
 
 
 def write_state(
@@ -32,13 +28,34 @@ def write_state(
     save_atomically(on_host, path, {"identity": json.dumps(identity), "state": json.dumps(about)})
 
 
-def read_state(path: Path, identity: Mapping[str, object]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = cast(Any, safe_open(path, framework="pt"))
+        self.metadata, self._names = self._file.metadata() or {}, frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_state(
+    path: Path, identity: Mapping[str, object]
+) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
     """(tensors, about) of what write_state wrote. CheckpointError where it belongs to another run or is damaged."""
     try:
         read_shard(path)  # a regular file whose header holds what it says
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = _Stored(path)
+        metadata = tensors.metadata
         about, theirs = dict(json.loads(metadata["state"])), dict(json.loads(metadata["identity"]))
     except Exception as error:  # the library has no base class of its own
         raise CheckpointError(
@@ -57,32 +74,3 @@ def read_state(path: Path, identity: Mapping[str, object]) -> tuple[dict[str, to
             "Use the same, another output directory, or resume=False (--no-resume).",
         )
     return tensors, about
-
-
-def fingerprint(model: Qwen) -> str:
-    """Of the configuration and the weights that training begins with; of large tensors every n-th number."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, tensor in _tensors(model):
-        flat = tensor.detach().flatten()
-        sampled = flat[:: max(1, flat.numel() // _HASHED)].cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sampled.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _tensors(model: Qwen) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.tensors()
-    for name in model.linear_specs:
-        packed = model.get(name)
-        assert isinstance(packed, Packed)
-        if packed.kind != "dense":
-            yield from _codes(name, packed)
-
-
-def _codes(name: str, packed: Packed) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, value in packed.data.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{name}.{key}", value
-        elif isinstance(value, list):
-            for number, part in enumerate(value):
-                yield from _codes(f"{name}.{number}", part)

@@ -72,8 +72,9 @@ class Trainer:
         self.network, self.optimizer, self.settings = network, optimizer, settings
         self.corpus, self.held_out = corpus, held_out
         held_out_digest = None if held_out is None else held_out.digest()
+        decides = {name: value for name, value in asdict(settings).items() if name != "shard"}
         self._identity = {
-            **asdict(settings),
+            **decides,
             **identity,
             "data": corpus.digest(),
             "held_out": held_out_digest,
@@ -140,22 +141,35 @@ class Trainer:
         learned = sum(map(corpus.learned, samples))
         tokens = sum(map(corpus.length, samples))
         total = torch.zeros((), dtype=torch.float64)
-        own = sorted(samples, key=corpus.length)[self.group.rank :: self.group.size]
         seed = self.settings.seed * 2**31 + self.progress.step * self.group.size + self.group.rank
         with _seeded(network.backend.device, seed):
-            for micro in corpus.split(own, self._micro_tokens):
+            for micro, counts in self._passes(samples):
                 summed, balance = network.loss(*corpus.take(micro))
+                summed, balance = summed * counts, balance * counts
                 objective = summed / learned
                 if network.balance:
                     share = sum(map(corpus.length, micro)) / tokens
                     objective = objective + network.balance * balance * share
                 (objective * self.optimizer.scale).backward()  # type: ignore[no-untyped-call]
                 total += summed.detach().double().cpu()
+        self.optimizer.complete()
         if self.group.size > 1:
-            self.optimizer.complete()
             total = total.float().to(network.backend.device)
-            self.group.sum([*self.optimizer.gradients(), total])
+            self.group.sum([*self.optimizer.gradients(shared=False), total])
         return float(total / learned)
+
+    def _passes(self, samples: list[int]) -> Iterator[tuple[list[int], float]]:
+        """This process's passes of a step, and how much each counts. Where weights are shared out, who has fewer than
+        others makes up for them with passes that count nothing, as layers are gathered by all."""
+        ordered = sorted(samples, key=self.corpus.length)
+        each = [
+            self.corpus.split(ordered[rank :: self.group.size], self._micro_tokens)
+            for rank in range(self.group.size)
+        ]
+        own = each[self.group.rank]
+        yield from ((micro, 1.0) for micro in own)
+        if self.network.sharding is not None:
+            yield from ((ordered[:1], 0.0) for _ in range(max(map(len, each)) - len(own)))
 
     def train_step(self, samples: list[int]) -> float:
         """One update; the loss before it."""
@@ -252,8 +266,8 @@ class Trainer:
         self._take_best(target)
 
     def _keep(self, target: Path) -> None:
+        self.save_state(target / STATE_FILE)
         if self.group.rank == 0:
-            self.save_state(target / STATE_FILE)
             self.save_curve(target)
         self.group.wait()
 
@@ -270,10 +284,9 @@ class Trainer:
         now.held_out.append((now.step, self._measure(self.held_out, list(range(len(self.held_out))))))
         logger.info("step %d: loss %.4f on what is held out", *now.held_out[-1])
         if self.settings.keep == "best" and now.best == now.held_out[-1] and now.step < self.total_steps:
-            if self.group.rank > 0:
-                return
-            weights = {k: t for k, t in self.optimizer.tensors().items() if k.startswith("weight.")}
-            write_state(target / BEST_FILE, weights, self.identity(), {"step": now.step})
+            weights = self.optimizer.weights()
+            if self.group.rank == 0:
+                write_state(target / BEST_FILE, weights, self.identity(), {"step": now.step})
 
     def _take_best(self, target: Path) -> None:
         best = self.progress.best
@@ -309,13 +322,21 @@ class Trainer:
         return self._identity
 
     def save_state(self, path: Path) -> None:
-        """What is trained, both moments and the position."""
+        """What is trained, both moments and the position. All processes call it, and the first one writes."""
         about = {"progress": asdict(self.progress), "optimizer": self.optimizer.about()}
-        write_state(path, self.optimizer.tensors(), self.identity(), about)
+        tensors = self.optimizer.tensors()
+        if self.group.rank == 0:
+            write_state(path, tensors, self.identity(), {**about, "processes": self.group.size})
 
     def load_state(self, path: Path) -> None:
         """Go on from what save_state wrote. CheckpointError where it belongs to another run or is damaged."""
         tensors, about = read_state(path, self.identity())
+        if self.group.rank == 0 and (before := about.get("processes")) != self.group.size:
+            logger.warning(
+                "going on with %d processes, where there were %s before: sums are rounded otherwise in their last bits",
+                self.group.size,
+                before,
+            )
         try:
             self.optimizer.restore(tensors, about["optimizer"])
             self.progress = Progress(**about["progress"])
@@ -326,8 +347,12 @@ class Trainer:
             pairs = [(int(step), float(loss)) for step, loss in getattr(self.progress, name)]
             setattr(self.progress, name, pairs)
         best = self.progress.best
-        if best and self.settings.keep == "best" and best[0] < self.progress.step:
-            is_there(path.with_name(BEST_FILE), CheckpointError)
+        kept = path.with_name(BEST_FILE)
+        needed = best is not None and self.settings.keep == "best" and best[0] < self.total_steps
+        if best is not None and needed and not is_there(kept, CheckpointError):
+            found = f"{kept} is not there, which holds the weights of step {best[0]}, the best so far"
+            remedy = f'Put it back, use keep="last" with resume=False, or delete {path.name} to begin anew.'
+            raise CheckpointError(f"resuming from {path}", found, remedy)
 
 
 @contextmanager

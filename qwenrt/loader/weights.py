@@ -110,7 +110,12 @@ def load_weights(
 
 
 def open_weights(
-    model: Loadable, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, dtype: torch.dtype
+    model: Loadable,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    backend: Backend,
+    dtype: torch.dtype,
+    quantize: str | None = None,
 ) -> WeightReader:
     """The weights of a checkpoint one by one, for who cannot have all at once. Before any is read every tensor is
     accounted for, as in load_weights."""
@@ -118,7 +123,8 @@ def open_weights(
     checkpoint = split_experts(checkpoint, config, table)
     inventory = take_inventory(checkpoint, model, config, table)
     inventory.raise_problems(checkpoint)
-    return WeightReader(TensorReader(checkpoint), inventory, config, backend, dtype)
+    bits = quantize_bits(quantize, config)
+    return WeightReader(TensorReader(checkpoint), inventory, config, backend, dtype, bits)
 
 
 def quantize_bits(quantize: str | None, config: ModelConfig) -> int | None:

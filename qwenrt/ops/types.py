@@ -271,26 +271,29 @@ class AdapterWeights:
     ``linears``: by the model's own names ("layers.0.qkv_proj", "layers.0.experts.3.down_proj", "lm_head"; see
     Qwen.linear_specs), the pairs of a linear's parts, which rise and do not overlap. ``embed``, ``head``: rows in place
     of the model's. ``embed_pair``: a pair for the embedding, ``a`` [r, V], ``b`` [D, r]: token t gains
-    scale * B A[:, t].
+    scale * B A[:, t]. ``routers``: matrices [E, D] in place of the model's, by its names ("layers.0.router").
     """
 
     linears: dict[str, tuple[LoraPair, ...]] = field(default_factory=dict)
     embed: TokenRows | None = None
     head: TokenRows | None = None
     embed_pair: LoraPair | None = None
+    routers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that it consists of."""
         pairs = [pair for pairs in self.linears.values() for pair in pairs]
         others = (self.embed, self.head, self.embed_pair)
-        return [t for part in (*pairs, *others) if part is not None for t in part.tensors]
+        found = [t for part in (*pairs, *others) if part is not None for t in part.tensors]
+        return [*found, *self.routers.values()]
 
     @cached_property
     def experts_of(self) -> frozenset[str]:
-        """The layers, as linears' names begin, whose experts it changes."""
+        """The layers, as linears' names begin, whose experts it changes, or what chooses them."""
         found = (re.match(r"(.*)\.(experts\.\d+|shared_expert)\.", name) for name in self.linears)
-        return frozenset(match[1] for match in found if match)
+        routed = (name.removesuffix(".router") for name in self.routers)
+        return frozenset((*(match[1] for match in found if match), *routed))
 
 
 @dataclass(frozen=True)

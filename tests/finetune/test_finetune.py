@@ -309,8 +309,9 @@ def test_a_run_goes_on_only_with_all_that_decides_its_result(base, tmp_path):
         "eval_every": 3,
         "keep": "last",
         "max_dropped": 0.5,
+        "moments": "bfloat16",
     }
-    assert {"method", *others} == {field.name for field in fields(TrainingSettings)}
+    assert {"method", "shard", *others} == {field.name for field in fields(TrainingSettings)}
     for name, value in others.items():
         with pytest.raises(CheckpointError, match=f"a run with.* {name}="):
             trainer(**{name: value}).load_state(state)
@@ -322,6 +323,18 @@ def test_a_run_goes_on_only_with_all_that_decides_its_result(base, tmp_path):
         trainer(config=replace(config, rms_norm_eps=1e-3)).load_state(state)
     with pytest.raises(CheckpointError, match=r"a run with threads=None\."):
         trainer(threads=1).load_state(state)
+
+
+def test_a_state_without_its_best_step_is_refused(base, tmp_path):
+    run = run_of(
+        base, from_scratch=True, epochs=3, batch_tokens=64, held_out=run_of(base, from_scratch=True).corpus
+    )
+    run.progress.step, run.progress.held_out = 2, [(1, 0.5), (2, 0.7)]
+    run.save_state(tmp_path / STATE_FILE)
+    with pytest.raises(CheckpointError, match=r"best_step\.safetensors is not there.*of step 1, the best"):
+        run.load_state(tmp_path / STATE_FILE)
+    (tmp_path / "best_step.safetensors").touch()
+    run.load_state(tmp_path / STATE_FILE)
 
 
 def test_a_damaged_state_is_named(base, tmp_path):

@@ -23,6 +23,7 @@ from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.finetune.trainer import Trainer
 from qwenrt.loader.adapters import BaseWeights, read_adapter, write_adapter
 from qwenrt.loader.hub.resolve import DEMO
+from qwenrt.merging import merge
 from qwenrt.ops.steps import StepPlan
 from qwenrt.ops.types import AdapterSpan, StepAdapters
 from tests.conftest import GOLDEN
@@ -91,14 +92,19 @@ def logits(run, weights, ids):
         return model.logits(model.forward(ids, plan, [1]), plan.adapters)
 
 
-@pytest.mark.parametrize("kind", ["plain", "dora", "rows", "whole"])
+@pytest.mark.parametrize("kind", ["plain", "dora", "rows", "whole", "routers"])
 def test_what_is_learned_is_written_and_read_again(source, kind, tmp_path):
     lora = {"dora": {"dora": True, "rslora": True}, "rows": {"train_tokens": "two"}}.get(kind, {})
     if kind == "whole":
         lora = {"keep_modules": "all"}
     if (kind != "plain" and source.name == "qwen3_5") or (kind == "whole" and source.name != "base"):
         pytest.skip("the same code serves")
-    base, run, adapter = run_of(source, lora)
+    if kind == "routers" and source.name not in ("base", "qwen3_next"):
+        with pytest.raises(RequestError, match="router=trained, and no experts in the model"):
+            run_of(source, lora, router="trained")
+        return
+    base, run, adapter = run_of(source, lora, **({"router": "trained"} if kind == "routers" else {}))
+    assert run.network.balance == (0.0 if kind != "routers" else pytest.approx(0.05 / 2, rel=1))
     samples = list(range(len(run.corpus)))
     before = run.loss(samples)
     frozen = {name: tensor.clone() for name, tensor in run.network.model.tensors()}
@@ -119,6 +125,17 @@ def test_what_is_learned_is_written_and_read_again(source, kind, tmp_path):
     wanted = logits(run, weights, ids)
     assert torch.allclose(logits(run, read, ids), wanted, atol=1e-4, rtol=1e-4)
     assert info.rank == 4 and info.config.dora is (kind == "dora")
+    if kind == "routers":
+        assert info.config.kept_modules == ("mlp.gate",) and read.routers.keys() == weights.routers.keys()
+        assert all(moved[name] for name in weights.routers)
+        merge(source, tmp_path / "out", tmp_path / "merged", dtype="float32")
+        quiet = {"device": "cpu", "dtype": "float32", "progress": False}
+        with qwenrt.load(tmp_path / "merged", **quiet) as llm:
+            assert torch.allclose(llm.logits(ids.tolist()), wanted, atol=1e-4, rtol=1e-4)
+        with qwenrt.load(source, adapters={"own": tmp_path / "out"}, **quiet) as llm:
+            beside = llm.logits(ids.tolist(), adapter="own")
+            assert torch.allclose(beside, wanted, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(llm.logits(ids.tolist()), wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize("source", ["plain"], indirect=True)

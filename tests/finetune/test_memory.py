@@ -57,6 +57,14 @@ def test_released_models_take_what_is_known():
     lora = training_need(config, 2, lora=lora_numbers(config, 64), tokens=2048, recompute=True)
     assert 15e9 < lora.weights < 16e9 and lora.trained == 16 * 143_130_624
     assert lora.total < 22 * 2**30 < training_need(config, 2, tokens=2048).total
+    whole, halves = (training_need(config, 2, moments=moments, recompute=True) for moments in (4, 2))
+    assert whole.weights + whole.trained == 18 * 7_721_324_544
+    assert halves.weights + halves.trained == 12 * 7_721_324_544 < 95e9
+    shared, layers = (
+        training_need(config, 2, recompute=True, parts=8, shares_weights=every) for every in (False, True)
+    )
+    assert shared.trained == layers.trained == 2 * 7_721_324_544 and shared.weights == whole.weights
+    assert layers.weights < 0.3 * whole.weights and layers.total < 24 * 2**30
     rounded = training_need(config, 2, lora=lora_numbers(config, 64), quantize="int4", recompute=True)
     assert rounded.weights < 0.5 * lora.weights
     for name in ("Qwen3-30B-A3B", "Qwen3-0.6B"):

@@ -18,7 +18,6 @@ from qwenrt.finetune.data import Corpus, Counts
 from qwenrt.finetune.network import balance
 from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.loader.checkpoint.directory import Planned, write_shards
-from qwenrt.ops.types import Experts
 from tests.conftest import GOLDEN, HYBRID_GOLDENS
 
 QWEN2 = {
@@ -128,11 +127,19 @@ def _alone(length):
     return StepPlan([length], [length]), [1]
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-pure", "float16"])
+SIXTEEN = [
+    *({"precision": precision} for precision in ("bfloat16", "bfloat16-pure", "float16")),
+    *({"precision": precision, "moments": "bfloat16"} for precision in ("float32", "bfloat16")),
+]
+
+
+@pytest.mark.parametrize("how", SIXTEEN, ids=lambda how: "-".join(how.values()))
 @pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
-def test_sixteen_bits_learn_too_and_go_on_exactly(source, precision, tmp_path):
+def test_sixteen_bits_learn_too_and_go_on_exactly(source, how, tmp_path):
+    """Also where some experts got no token in some steps."""
+
     def run():
-        return run_of(source, epochs=8, precision=precision, recompute="all", max_grad_norm=5.0)[1]
+        return run_of(source, epochs=8, recompute="all", max_grad_norm=5.0, **how)[1]
 
     whole, cut = run(), run()
     samples = list(range(len(whole.corpus)))
@@ -149,9 +156,25 @@ def test_sixteen_bits_learn_too_and_go_on_exactly(source, precision, tmp_path):
         resumed.train_step(batch)
     wanted, found = whole.optimizer.tensors(), resumed.optimizer.tensors()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    assert {t.dtype for t in wanted.values()} == (
-        {torch.bfloat16} if "pure" in precision else {torch.float32}
-    )
+    for name, tensor in wanted.items():
+        half = "pure" in how["precision"] or ("moments" in how and not name.startswith("weight."))
+        assert tensor.dtype == (torch.bfloat16 if half else torch.float32), name
+
+
+@pytest.mark.parametrize("source", ["qwen2"], indirect=True)
+def test_moments_in_sixteen_bits_keep_gradients_so_and_are_not_for_float16(source):
+    _, run = run_of(source, precision="bfloat16", moments="bfloat16")
+    run.gradients([0, 1])
+    assert {gradient.dtype for gradient in run.optimizer.gradients()} == {torch.bfloat16}
+    exact = run_of(source, precision="bfloat16")[1]
+    exact.gradients([0, 1])
+    assert run.optimizer.norm() == pytest.approx(exact.optimizer.norm(), rel=0.01)
+    before = run.optimizer.masters["norm"].clone()
+    run.optimizer.step(1e-3, 1e-3)
+    moved = (run.optimizer.masters["norm"] - before).abs()
+    assert run.optimizer.masters["norm"].dtype == torch.float32 and 5e-4 < float(moved.max()) < 2e-3
+    with pytest.raises(RequestError, match=r'moments="bfloat16" with precision="float16"'):
+        run_of(source, precision="float16", moments="bfloat16")
 
 
 @pytest.mark.parametrize("source", ["qwen2"], indirect=True)
@@ -213,12 +236,11 @@ def test_the_best_step_on_what_is_held_out_is_kept(source, tmp_path):
 
 @pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
 def test_routers_are_kept_in_balance_or_left_alone(source):
-    experts = Experts(torch.zeros(4, 8), [], [], 2, True)
-    assert float(balance(torch.randn(50, 8), experts)) == pytest.approx(
-        2.0
-    )  # top_k, where all are equally likely
-    experts.router[0] = 5.0
-    assert float(balance(torch.ones(50, 8), experts)) > 3.9
+    router = torch.zeros(4, 8)
+    alike = float(balance(torch.randn(50, 8), router, 2))
+    assert alike == pytest.approx(2.0)  # top_k, where all are equally likely
+    router[0] = 5.0
+    assert float(balance(torch.ones(50, 8), router, 2)) > 3.9
     _, run = run_of(source, router="frozen")
     assert run.network.balance == 0.0 and not any("router" in name for name in run.optimizer.parameters)
     _, run = run_of(source)

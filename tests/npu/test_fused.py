@@ -12,7 +12,7 @@ import torch
 import qwenrt
 from qwenrt import assembly
 from qwenrt.backends import selfcheck
-from qwenrt.backends.ascend import calls, fused
+from qwenrt.backends.ascend import calls, fused, older
 from qwenrt.backends.ascend.backend import A2Backend, AscendBackend
 from qwenrt.backends.ascend.older import A910Backend, P310Backend
 from qwenrt.config import Environment
@@ -21,7 +21,8 @@ from qwenrt.conformance.run import chosen, run
 from qwenrt.conformance.subjects import Subject
 from qwenrt.llm import LLM
 from qwenrt.load_options import LoadOptions
-from qwenrt.ops.steps import DecodePlan
+from qwenrt.ops import reference
+from qwenrt.ops.steps import DecodePlan, LayerKV, StepPlan
 from tests.npu import declared
 from tests.npu.operators import OPERATORS
 
@@ -70,17 +71,37 @@ def test_the_conformance_table_finds_nothing(backend: AscendBackend) -> None:
 
 @pytest.mark.parametrize("family", ["310P", "910A"])
 def test_the_self_check_finds_nothing_on_older_ones(family: str) -> None:
-    older = declared.backend(FAMILIES[family], family)
+    of_family = declared.backend(FAMILIES[family], family)
     linears = [(24, 256, 4, 128), (16, 128, 8, 128)]
-    assert selfcheck.check(older, torch.float16, (4, 2, 128), linears, torch.float16) == {}
+    assert selfcheck.check(of_family, torch.float16, (4, 2, 128), linears, torch.float16) == {}
     assert (
-        older.overrides("attention")
-        and older.graphs() is None
-        and older.default_dtype("bfloat16", 0, False) == torch.float16
+        of_family.overrides("attention")
+        and of_family.graphs() is None
+        and of_family.default_dtype("bfloat16", 0, False) == torch.float16
     )
-    packed = older.pack_linear(selfcheck.random_weight(24, 256, 4, 128), torch.float16)
+    packed = of_family.pack_linear(selfcheck.random_weight(24, 256, 4, 128), torch.float16)
     assert packed.kind == ("npu_int8" if family == "310P" else "dense")
-    assert (older.dense_codes, older.least_bits) == ((False, 8) if family == "310P" else (True, 4))
+    assert (of_family.dense_codes, of_family.least_bits) == ((False, 8) if family == "310P" else (True, 4))
+
+
+def test_older_ones_attend_for_alike_neighbours_at_once() -> None:
+    """And see nothing of what else is in their blocks."""
+    source, half = torch.Generator().manual_seed(0), torch.float16
+    kv = LayerKV(*(torch.full((24, 16, 2, 32), torch.nan, dtype=half) for _ in range(2)))
+    q_lens, kv_lens = [1, 1, 0, 1, 3, 1, 1], [10, 12, 5, 200, 5, 7, 9]
+    blocks = iter(range(1, 24))
+    tables = [[next(blocks) for _ in range(-(-n // 16))] for n in kv_lens]
+    for table, n in zip(tables, kv_lens, strict=True):
+        for side in (kv.k, kv.v):
+            flat = torch.randn(len(table) * 16, 2, 32, generator=source).to(half)
+            flat[n:] = torch.nan
+            side[table] = flat.view(-1, 16, 2, 32)
+    plan = StepPlan(q_lens, kv_lens, None, tables)
+    assert older._runs(plan, kv) == [[0, 1], [3], [4], [5, 6]]
+    q = torch.randn(sum(q_lens), 4, 32, generator=source).to(half)
+    for window in (0, 8):
+        wanted = reference.attention(q, q, q, kv, plan, 0.2, window)
+        assert selfcheck.relative(older.attention(q, kv, plan, 0.2, window), wanted) < 2e-3
 
 
 @pytest.mark.parametrize(

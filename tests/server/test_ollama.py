@@ -144,6 +144,8 @@ def test_a_body_without_a_type_with_a_mark_or_a_charset_is_json(served: Serving)
     assert ask(served, OLLAMA, b"\xef\xbb\xbf" + raw)[0] == 200
     assert ask(served, OLLAMA, raw, content_type="application/json; charset=utf-8")[0] == 200
     assert ask(served, OLLAMA, raw, content_type="text/plain")[0] == 200
+    twice = ask(served, OLLAMA, b'{"stream": true, ' + raw[1:])[2]  # the last counts, as it does elsewhere
+    assert twice["done"] is True
     assert ask(served, OLLAMA, raw.replace(b"Hello", b"\\ud800"))[0] == 400
     assert ask(served, OLLAMA, raw.replace(b"Hello", b"\xff"))[0] == 400
 

@@ -18,6 +18,8 @@ from qwenrt.ops.steps import LayerKV, StepPlan
 from qwenrt.ops.types import Packed
 
 _QUERIES = 1024  # of a prompt that are computed at once: their scores are float32
+_PADDED = 2  # times the keys of sequences that go together, at most, with what fills them up
+_READ = 1 << 26  # elements of keys that are read at once
 _FLOATS = (torch.float16, torch.float32)
 
 
@@ -83,14 +85,69 @@ class P310Backend(A910Backend):
 
 
 def attention(q: torch.Tensor, kv: LayerKV, plan: StepPlan, scale: float, window: int) -> torch.Tensor:
-    """As reference.attention over a cache."""
+    """As reference.attention over a cache. Neighbours that decode go together: each op is launched by the host."""
+    if "runs" not in plan.made:
+        plan.made["runs"] = _runs(plan, kv)
+        plan.made["tables"] = [_table(plan, run, q.device) for run in plan.made["runs"]]
     out, first = [], 0
-    for q_len, kv_len, blocks in zip(plan.q_lens, plan.kv_lens, plan.block_table, strict=True):
-        if q_len:
-            keys, values = reference.load_kv(kv, blocks, kv_len, q.dtype)
-            out.append(_attend(q[first : first + q_len], keys, values, scale, window))
-            first += q_len
-    return torch.cat(out) if out else q.new_empty(q.shape)
+    for run, tables in zip(plan.made["runs"], plan.made["tables"], strict=True):
+        tokens = sum(plan.q_lens[i] for i in run)
+        here = q[first : first + tokens]
+        first += tokens
+        if tables is not None:
+            table, lens = tables
+            out.append(_decode(here, kv, table, lens, scale, window))
+        else:
+            keys, values = reference.load_kv(kv, plan.block_table[run[0]], plan.kv_lens[run[0]], q.dtype)
+            out.append(_attend(here, keys, values, scale, window))
+    if not out:
+        return q.new_empty(q.shape)
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _runs(plan: StepPlan, kv: LayerKV) -> list[list[int]]:
+    """The sequences that have tokens, in lists: neighbours of one token each together, as far as their lengths are
+    alike and what is read of them fits. Codes are read of one sequence at a time."""
+    runs: list[list[int]] = []
+    row = kv.k.shape[2] * kv.k.shape[3]
+    for i, q_len in enumerate(plan.q_lens):
+        lens = [plan.kv_lens[j] for j in (*runs[-1], i)] if runs else []
+        padded = len(lens) * max(lens, default=0)
+        alike = padded <= _PADDED * sum(lens) and padded * row <= _READ and not kv.quantized
+        if q_len == 1 and runs and plan.q_lens[runs[-1][0]] == 1 and alike:
+            runs[-1].append(i)
+        elif q_len:
+            runs.append([i])
+    return runs
+
+
+def _table(plan: StepPlan, run: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of sequences that go together the blocks int64 [B, W] and the lengths int64 [B, 1]; None of a lone one."""
+    if len(run) == 1:
+        return None
+    width = max(len(plan.block_table[i]) for i in run)
+    rows = [plan.block_table[i] + [0] * (width - len(plan.block_table[i])) for i in run]
+    lengths = [[plan.kv_lens[i]] for i in run]
+    table, lens = (torch.tensor(side).to(device, non_blocking=True) for side in (rows, lengths))
+    return table, lens
+
+
+def _decode(
+    q: torch.Tensor, kv: LayerKV, table: torch.Tensor, lens: torch.Tensor, scale: float, window: int
+) -> torch.Tensor:
+    """q [B, H, hd], the last token of each of B sequences -> [B, H, hd]. What else is in their blocks is not seen,
+    whatever it is."""
+    batch, kv_heads = len(q), kv.k.shape[2]
+    keys, values = (side[table].flatten(1, 2).transpose(1, 2) for side in (kv.k, kv.v))  # [B, KVH, M, hd]
+    at = torch.arange(keys.shape[2], device=q.device)
+    unseen = at >= lens
+    if window:
+        unseen = unseen | (at < lens - window)
+    scaled = (q.float() * scale).to(q.dtype).view(batch, kv_heads, -1, q.shape[-1])
+    scores = (scaled @ keys.transpose(-1, -2)).float()
+    weights = scores.masked_fill(unseen[:, None, None], torch.finfo(torch.float32).min).softmax(-1)
+    seen = values.masked_fill(unseen[:, None, :, None], 0)
+    return (weights.to(q.dtype) @ seen).flatten(1, 2)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -86,14 +86,30 @@ def read_adapter(
     ConfigError for its config, CheckpointError for its files, RequestError where it changes what can only be merged.
     """
     adapter = open_adapter(directory, config, base=base, device=device, strict=strict, moe_layout=moe_layout)
-    rest = [*adapter.gates, *(param for param, _ in adapter.replaced)]
+    routers = _routers(adapter, base)
+    rest = [
+        param for param in (*adapter.gates, *(name for name, _ in adapter.replaced)) if param not in routers
+    ]
     if rest:
         raise RequestError(
             f"serving the adapter in {directory}",
             f"it changes {len(rest)} weights that are the same for all requests: {', '.join(rest[:4])}",
             "Merge it: qwenrt merge MODEL ADAPTER -o OUT.",
         )
-    return adapter.weights, adapter.info
+    weights = replace(adapter.weights, routers=routers)
+    return weights, replace(adapter.info, nbytes=sum(tensor.nbytes for tensor in weights.tensors))
+
+
+def _routers(adapter: Adapter, base: Base | None) -> dict[str, torch.Tensor]:
+    """What chooses experts as the adapter has it: whole, or of the ``base``'s and a pair for it."""
+    found = {param: tensor for (param, _), tensor in adapter.replaced.items() if param.endswith(".router")}
+    for param, pairs in adapter.gates.items() if base is not None else ():
+        assert base is not None
+        if param.endswith(".router") and param not in found and all(p.bias is None for p in pairs):
+            (pair,) = pairs
+            own = base.weight(param).to(pair.a.device) + pair.scale * (pair.b @ pair.a)
+            found[param] = own if pair.row_scale is None else pair.row_scale.unsqueeze(1) * own
+    return found
 
 
 def open_adapter(

@@ -98,6 +98,12 @@ class _Writer:
             both = (layer, "gate_up_proj") in stacks and (layer, "down_proj") in stacks
             self._stack(layer, role, each, both)
         self._vocabulary()
+        for param, router in self._adapter.routers.items():
+            module = self._table.source(param).removesuffix(".weight")
+            self._put(f"{module}.weight", router)
+            # peft keeps whole what ends with the name, in all layers: shared_expert_gate must not
+            kept = ".".join(module.split(".")[-2:])
+            self._kept += [kept] if kept not in self._kept else []
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[PREFIX + name] = tensor.detach().to("cpu", torch.float32).contiguous().clone()

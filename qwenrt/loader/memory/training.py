@@ -60,12 +60,20 @@ def training_need(
     recompute: bool = False,
     quantize: str | None = None,
     pure: bool = False,
+    moments: int = 4,
+    parts: int = 1,
+    shares_weights: bool = True,
 ) -> TrainingNeed:
     """``itemsize``: bytes of what the network computes in; ``lora``: numbers of an adapter, None where all parameters
-    are trained; ``tokens``: computed at a time; ``pure``: nothing is kept in float32."""
+    are trained; ``tokens``: computed at a time; ``pure``: nothing is kept in float32; ``moments``: bytes of each of the
+    two, of which 2 leave gradients in what is computed in; ``parts``: in how many processes the network is, each with a
+    part of what is trained and, where ``shares_weights``, of the weights."""
     storage = Storage(activation=itemsize, dense=itemsize, stored=2, kernels=False, on_host=False)
     numbers = num_parameters(config) if lora is None else lora
-    each = 16 if lora is not None else 3 * itemsize if pure else 12 if itemsize == 4 else 16
+    gradient = itemsize if moments == 2 and lora is None and parts == 1 else 4
+    each = gradient + 2 * moments + (4 if itemsize < 4 or lora is not None or parts > 1 else 0)
+    if pure:
+        each = 3 * itemsize + (itemsize if parts > 1 else 0)
     layer = tokens * activation_bytes(config, itemsize, lora is not None)
     kept = (
         layer * config.num_layers
@@ -73,7 +81,22 @@ def training_need(
         else layer + tokens * config.num_layers * _stream(config, itemsize)
     )
     logits = min(LOGIT_BYTES, 3 * 4 * tokens * config.vocab_size)
-    return TrainingNeed(weight_bytes(config, storage, quantize), numbers * each, kept, logits)
+    weights, trained = weight_bytes(config, storage, quantize), numbers * each
+    if parts > 1:
+        weights = _gathered(config, itemsize, weights, parts, shares_weights, lora is not None)
+        trained = -(-trained // parts) if lora is None else trained
+    return TrainingNeed(weights, trained, kept, logits)
+
+
+def _gathered(
+    config: ModelConfig, itemsize: int, whole: int, parts: int, shares_weights: bool, adapted: bool
+) -> int:
+    """Bytes of weights as they are computed with where each process has a part: all of them, or embedding, head and two
+    layers (one is gathered while another is computed); and of a frozen base its part."""
+    root = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size * itemsize
+    root = min(root, whole)
+    gathered = root + 2 * (whole - root) // config.num_layers if shares_weights else whole
+    return min(gathered, whole) + (-(-whole // parts) if adapted else 0)
 
 
 def _stream(config: ModelConfig, itemsize: int) -> int:
@@ -107,15 +130,27 @@ def training_flops(config: ModelConfig, tokens: int, length: int, adapted: bool,
 
 
 def check_fits(
-    need: TrainingNeed, free: int, total: int, device: str, *, lora: bool, recompute: bool
+    need: TrainingNeed,
+    free: int,
+    total: int,
+    device: str,
+    *,
+    lora: bool,
+    recompute: bool,
+    halves: bool = False,
+    shares: bool = False,
 ) -> None:
-    """CapacityError where training needs more than there is: nothing has been read then."""
+    """CapacityError where training needs more than there is: nothing has been read then. ``halves``: moments might be
+    of 16 bits; ``shares``: there are several processes, which might share the weights out."""
     if need.total <= free:
         return
     ways = ["a smaller micro_tokens"]
     if not recompute:
         ways.insert(0, 'recompute="all"')
+    if shares:
+        ways.append('shard="all"')
     if not lora:
+        ways += ['moments="bfloat16"'] if halves else []
         ways.append('an adapter (method="lora")')
     else:
         ways.append('quantize="int4"')

@@ -5,6 +5,8 @@
  * STAND_IN_DEVICES  how many devices there are (none)
  * STAND_IN_SOC      what they are called (Ascend910B1)
  * STAND_IN_MEMORY   bytes that each has (4 GiB): more is refused
+ * STAND_IN_SHARED   a file of 8 bytes in which processes on one card count what they use together; what one has not given
+ *                   back when it ends is given back then
  * STAND_IN_FAILS    an error code that waiting for a device then gives, as of one that is dying
  */
 #define _GNU_SOURCE
@@ -12,6 +14,9 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #define OK 0
 #define E_PARAM 107000
 #define E_NODEV 107002
@@ -20,7 +25,16 @@ typedef int aclError; typedef void *vp;
 
 static uint32_t ndev(void){ const char *s=getenv("STAND_IN_DEVICES"); return s?(uint32_t)atoi(s):0; }
 static size_t total(void){ const char *s=getenv("STAND_IN_MEMORY"); return s?strtoull(s,0,10):((size_t)4<<30); }
-static __thread int cur=-1; static __thread vp curctx=0; static size_t used=0;
+static __thread int cur=-1; static __thread vp curctx=0; static size_t own=0;
+static size_t *of_all(void){
+  static size_t *at=0; const char *s=getenv("STAND_IN_SHARED");
+  if(at) return at;
+  int f=s?open(s,O_RDWR):-1;
+  vp p=f<0?MAP_FAILED:mmap(0,sizeof(size_t),PROT_READ|PROT_WRITE,MAP_SHARED,f,0);
+  return at=p==MAP_FAILED?&own:p;
+}
+static void count(size_t n){ size_t*all=of_all(); __atomic_add_fetch(all,n,__ATOMIC_SEQ_CST); if(all!=&own) __atomic_add_fetch(&own,n,__ATOMIC_SEQ_CST); }
+__attribute__((destructor)) static void ends(void){ count(-own); }
 static int ctxs[64];
 
 API aclError aclInit(const char *p){(void)p;return OK;}
@@ -37,16 +51,16 @@ API aclError aclrtDeviceCanAccessPeer(int32_t*r,int32_t a,int32_t b){(void)a;(vo
 API aclError aclrtDeviceEnablePeerAccess(int32_t a,uint32_t f){(void)a;(void)f;return OK;}
 API aclError aclrtDeviceGetBareTgid(int32_t*p){*p=1;return OK;}
 API aclError aclGetDeviceCapability(uint32_t d,int i,int64_t*v){(void)d;(void)i;if(v)*v=0;return OK;}
-API aclError aclrtGetMemInfo(int attr,size_t*f,size_t*t){(void)attr;*t=total();*f=total()>used?total()-used:0;return OK;}
+API aclError aclrtGetMemInfo(int attr,size_t*f,size_t*t){(void)attr;size_t used=*of_all();*t=total();*f=total()>used?total()-used:0;return OK;}
 
 /* The 512 bytes before a block say how large it is. */
 API aclError aclrtMalloc(vp*p,size_t n,int pol){
-  (void)pol; if(used+n>total()) return 207001;
+  (void)pol; if(*of_all()+n>total()) return 207001;
   char*b; if(posix_memalign((vp*)&b,512,n+1024)) return 207001;
-  *(size_t*)b=n; used+=n; *p=b+512; return OK;
+  *(size_t*)b=n; count(n); *p=b+512; return OK;
 }
 API aclError aclrtMallocAlign32(vp*p,size_t n,int pol){return aclrtMalloc(p,n,pol);}
-API aclError aclrtFree(vp p){char*b=(char*)p-512; used-=*(size_t*)b; free(b); return OK;}
+API aclError aclrtFree(vp p){char*b=(char*)p-512; count(-*(size_t*)b); free(b); return OK;}
 
 static int failing(void){const char*s=getenv("STAND_IN_FAILS"); return s?atoi(s):OK;}
 API aclError aclrtMallocHost(vp*p,size_t n){return posix_memalign(p,512,n?n:1)?207000:OK;}
