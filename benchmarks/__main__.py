@@ -157,7 +157,8 @@ def newest(directory: Path) -> Path:
 
 
 def render(out: Path, docs: Path) -> Path:
-    """performance.md and its pictures in ``docs``, from a results file and the notes of its name, if there are any."""
+    """performance.md and its pictures in ``docs``, from a results file and the notes of its name, if there are any, and
+    what other commands measured of models with linear attention."""
     from benchmarks.plots import draw
 
     results, notes = json.loads(out.read_text()), out.with_suffix(".md")
@@ -171,6 +172,7 @@ def render(out: Path, docs: Path) -> Path:
             {key: f"performance/{name}" for key, name in names.items()},
             notes.read_text() if notes.exists() else "",
             quality,
+            (_RESULTS / "linear_attention.md").read_text(),
         ),
         encoding="utf-8",
     )

@@ -40,7 +40,9 @@ AUTO_ROUND = {
 }
 
 
-def quantised(name: str, how: str, directory: Path, mtp_too: bool = False) -> tuple[Path, Path]:
+def quantised(
+    name: str, how: str, directory: Path, mtp_too: bool = False, rates_too: bool = False
+) -> tuple[Path, Path]:
     """(a recorded checkpoint in a quantised form, the same with the matrices that it stands for)."""
     left = ("model.visual.",) if mtp_too else ("mtp.", "model.visual.")
     source = GOLDEN / name
@@ -50,7 +52,8 @@ def quantised(name: str, how: str, directory: Path, mtp_too: bool = False) -> tu
         for key, tensor in dense.items()
         if key.endswith(".weight") and tensor.dim() == 2 and not key.startswith(left)
     ]
-    modules = [m for m in modules if not m.rpartition(".")[2].startswith(LEFT_DENSE) or "gate_proj" in m]
+    left_dense = tuple(n for n in LEFT_DENSE if "in_proj" not in n) if rates_too else LEFT_DENSE
+    modules = [m for m in modules if not m.rpartition(".")[2].startswith(left_dense) or "gate_proj" in m]
     modules = [m for m in modules if dense[f"{m}.weight"].shape[1] % 16 == 0]
     modules = [m for m in modules if dense[f"{m}.weight"].shape[0] % 8 == 0]
     if how == "fp8":
@@ -92,6 +95,13 @@ def logits(directory: Path, **settings: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
 def test_codes_give_what_they_stand_for(name: str, how: str, tmp_path: Path) -> None:
     codes, exact = quantised(name, how, tmp_path)
+    wanted = logits(exact)
+    torch.testing.assert_close(logits(codes), wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
+
+
+def test_rates_in_codes_as_some_quantisers_leave_them(tmp_path: Path) -> None:
+    codes, exact = quantised("qwen3_next", "gptq4", tmp_path, rates_too=True)
+    assert "model.layers.0.linear_attn.in_proj_ba.qweight" in load_file(codes / "model.safetensors")
     wanted = logits(exact)
     torch.testing.assert_close(logits(codes), wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 
