@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qwenrt.cli.deepspeed import instead_of
 from qwenrt.cli.options import MODEL_HELP, add_source_options, example
 from qwenrt.cli.plots import check_can_draw, draw_training
 from qwenrt.cli.terminal import Terminal
@@ -158,12 +159,17 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--overwrite", action="store_true", help="even if OUT holds a model, or is the model's own directory"
     )
+    group.add_argument(
+        "--deepspeed", type=Path, metavar="FILE", help="say which options do what DeepSpeed's file asks for"
+    )
     add_source_options(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(command=finetune)
 
 
 def finetune(args: argparse.Namespace) -> int:
+    if args.deepspeed is not None:
+        raise instead_of(args.deepspeed)
     from qwenrt.finetune import finetune as train
     from qwenrt.finetune.processes import speaks
     from qwenrt.loader.hub.resolve import resolve

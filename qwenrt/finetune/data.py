@@ -13,6 +13,7 @@ import torch
 from qwenrt.errors import RequestError
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.training_form import IGNORE, FormSettings, training_samples
+from qwenrt.text.entries import Entries
 
 _SHOWN_TOKENS = 400  # of the sample that is shown
 
@@ -61,7 +62,13 @@ class Corpus:
         labels: list[torch.Tensor] = []
         cut = left_out = longest = learned = 0
         for number, entry in enumerate(entries, 1):
-            samples = training_samples(tokenizer, entry, number, form)
+            try:
+                samples = training_samples(tokenizer, entry, number, form)
+            except RequestError as error:
+                if not isinstance(entries, Entries):
+                    raise
+                asked = error.asked.replace(f", entry {number}", f" {entries.where(number)}")
+                raise RequestError(asked, error.found, error.remedy) from error
             longest = max(longest, *(len(sample.ids) for sample in samples))
             usable = [sample for sample in (s.cut(max_length) for s in samples) if sample.learned]
             cut += any(len(sample.ids) > max_length for sample in samples)

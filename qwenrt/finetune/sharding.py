@@ -21,9 +21,13 @@ SHARDS = ("no", "optimizer", "all")
 
 def check_can_shard() -> None:
     """RequestError where this torch cannot."""
-    fsdp = getattr(torch.distributed, "fsdp", None)
-    module = getattr(fsdp, "FSDPModule", None)
-    if not hasattr(module, "set_force_sum_reduction_for_comms"):
+    try:
+        from torch.distributed.fsdp import FSDPModule
+
+        can = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    except ImportError:
+        can = False
+    if not can:
         found = f"torch {torch.__version__} has no fully_shard that sums gradients"
         raise RequestError(
             "sharing out the weights (shard)", found, "Use torch 2.9 or later, or leave it out."

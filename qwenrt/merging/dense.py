@@ -92,7 +92,7 @@ def merge_dense(
     began = time.monotonic()
     if dtype not in ("auto", *_DTYPES):
         raise RequestError("merging", f"dtype={shown(dtype)}", f"Give one of auto, {', '.join(_DTYPES)}.")
-    asked = _asked(adapters)
+    asked = asked_for(adapters)
     check_target(source, target)
     base = base_of(source)
     quant = base.config.quant
@@ -122,7 +122,7 @@ def merge_dense(
     )  # fmt: skip
 
 
-def _asked(adapters: AdapterPath | Sequence[AdapterPath]) -> list[tuple[Path, float]]:
+def asked_for(adapters: AdapterPath | Sequence[AdapterPath]) -> list[tuple[Path, float]]:
     given = [adapters] if isinstance(adapters, (str, Path)) or _is_pair(adapters) else list(adapters)  # type: ignore[arg-type]
     if not given:
         raise RequestError("merging", "no adapter is given", "Give a directory, or a list of them.")

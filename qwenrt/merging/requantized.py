@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qwenrt.config import read_json
+from qwenrt.config.adapter import FILE
 from qwenrt.config.layers import layer_linears, layer_tensors
-from qwenrt.errors import RequestError
+from qwenrt.errors import CheckpointError, QwenrtError, RequestError
+from qwenrt.files import is_there, read
+from qwenrt.loader.adapters.names import WEIGHTS
+from qwenrt.loader.checkpoint.digest import add_shard
+from qwenrt.loader.checkpoint.directory import write_json
+from qwenrt.loader.checkpoint.header import read_shard
 from qwenrt.loader.checkpoint.writing import claim_directory
 from qwenrt.loader.hub.resolve import source_of
-from qwenrt.merging.dense import AdapterPath, MergeReport, base_of, check_target, merge_dense
+from qwenrt.merging.dense import AdapterPath, MergeReport, asked_for, base_of, check_target, merge_dense
 from qwenrt.ops.types import Packed
 from qwenrt.quantize import QuantizeReport, QuantizeSettings, quantize
 from qwenrt.quantize.calibration import all_texts, divided
+from qwenrt.quantize.finished import claimed
 from qwenrt.quantize.layer import batches_of, next_tokens
 from qwenrt.quantize.report import Effect
 
 _NEARER = 0.98  # the result has to be nearer to the adapted model by that: else what rounding adds drowns the adapter
 _HEAD_TOKENS = 128  # whose logits are computed at once
+_MERGED, _MAX_CONFIG = "merged.json", 2**24
+logger = logging.getLogger("qwenrt")
 
 
 @dataclass(frozen=True)
@@ -63,16 +77,21 @@ def merge_and_quantize(
     merging: dict[str, Any],
     settings: dict[str, Any],
 ) -> RequantizedReport:
-    """The merged model in codes. RequestError where it is no nearer to the adapted model than to the base."""
+    """The merged model in codes. RequestError where it is no nearer to the adapted model than to the base. What is done
+    lies in a directory beside ``output_dir`` until all is, and the same call goes on from there."""
     target, source = Path(output_dir), source_of(model)
     check_target(source, target)
+    options, asked = QuantizeSettings(**settings), asked_for(adapters)
     claim_directory(target, overwrite, lambda names: False)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-merging-") as place:
-        dense, made = Path(place, "merged"), Path(place, "result")
-        merged = merge_dense(source, adapters, dense, progress=progress, **merging)
-        options = QuantizeSettings(**settings)
-        texts = all_texts(dense, calibration, options, progress)
-        quantized = quantize(dense, made, calibration=texts, progress=progress, **settings)
+    about = {**_digests(source, asked), "merging": merging, "settings": asdict(options)}
+    with _workplace(target.parent / f".{target.name}-merging", about) as place:
+        dense, made = place / "merged", place / "result"
+        merged = _read_report(place / _MERGED)
+        if merged is None:
+            merged = merge_dense(source, adapters, dense, overwrite=True, progress=progress, **merging)
+            write_json(place / _MERGED, json.loads(json.dumps(asdict(merged), default=str)))
+        texts = all_texts(dense, calibration, options, progress, place / "texts.json")
+        quantized = quantize(dense, made, calibration=texts, overwrite=True, progress=progress, **settings)
         (_, from_merged, from_base), perplexities = compare((dense, source, made), divided(texts)[1])
         names = ("merged", "base", "result")
         report = RequantizedReport(
@@ -89,6 +108,45 @@ def merge_and_quantize(
         for file in sorted(made.iterdir()):
             os.replace(file, target / file.name)
     return report
+
+
+def _digests(source: Path, adapters: Sequence[tuple[Path, float]]) -> dict[str, Any]:
+    """What tells this base and these adapters from others."""
+    each = []
+    for path, share in adapters:
+        digest = hashlib.sha256(read(path / FILE, _MAX_CONFIG, CheckpointError))
+        add_shard(digest, read_shard(path / WEIGHTS))
+        each.append([digest.hexdigest(), share])
+    return {"base": base_of(source).digest, "adapters": each}
+
+
+@contextmanager
+def _workplace(place: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """A directory that is there until the work in it is done or refused; what a cut run left of the same work too."""
+    file, about = place / "about.json", json.loads(json.dumps(about))
+    if is_there(place, CheckpointError) and not (
+        is_there(file, CheckpointError) and read_json(file) == about
+    ):
+        logger.info("%s is of other work: it begins anew", place)
+        shutil.rmtree(place)
+    with claimed(place):
+        write_json(file, about)
+        try:
+            yield place
+        except QwenrtError:  # it would fail again
+            shutil.rmtree(place)
+            raise
+    shutil.rmtree(place)
+
+
+def _read_report(path: Path) -> MergeReport | None:
+    """Of the merge that a cut run had done."""
+    if not is_there(path, CheckpointError):
+        return None
+    said = read_json(path)
+    adapters = tuple((Path(where), float(share)) for where, share in said["adapters"])
+    worst = None if said["worst"] is None else (str(said["worst"][0]), float(said["worst"][1]))
+    return MergeReport(**{**said, "output_dir": path.parent, "adapters": adapters, "worst": worst})
 
 
 def compare(

@@ -36,7 +36,7 @@ def add_lora(
         out[rows] = _add_pairs(y[rows].float(), x[rows].float(), span.pairs, bias)
     for adapters in _alike(few.values()).values():
         index = _padded(tuple(tuple((span.first, span.last) for span in own) for own in adapters))
-        x32, y32 = (t.index_select(0, index.flatten()).float().unflatten(0, index.shape) for t in (x, y))
+        x32, y32 = (t.index_select(0, index.flatten()).float().view(*index.shape, t.shape[1]) for t in (x, y))
         every = [own[0].pairs for own in adapters]
         new = _add_each(y32, x32, every) if len(every) > 1 else _add_pairs(y32[0], x32[0], every[0], bias)
         out.index_copy_(0, index.flatten(), new.view(-1, y.shape[1]).to(y.dtype))

@@ -43,6 +43,22 @@ def read_entries(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
+class Entries(list[Any]):
+    """Entries of files. ``files``: (how many entries are before it, file) in turn."""
+
+    def __init__(self, files: Iterable[tuple[Path, list[Any]]]) -> None:
+        super().__init__()
+        self.files: list[tuple[int, Path]] = []
+        for file, entries in files:
+            self.files.append((len(self), file))
+            self += entries
+
+    def where(self, number: int) -> str:
+        """The file of the entry that is the ``number``-th of all, from 1 on, and its number there."""
+        before, file = next(each for each in reversed(self.files) if each[0] < number)
+        return f"{file}, entry {number - before}"
+
+
 def read_all_entries(data: str | Path | Sequence[Any]) -> list[Any]:
     """The entries of a file, of all .json and .jsonl files of a directory in the order of their names, of several of
     these, or given as they are. RequestError names the file."""
@@ -54,10 +70,11 @@ def read_all_entries(data: str | Path | Sequence[Any]) -> list[Any]:
                 raise RequestError(
                     f"training data {data}", "no .json or .jsonl file in it", "Put some there."
                 )
-        return [entry for file in files for entry in read_entries(file)]
+        return Entries((file, read_entries(file)) for file in files)
     if not data or not all(isinstance(value, (str, Path)) for value in data):
         return list(data)
-    return [entry for value in data for entry in read_all_entries(value)]
+    parts = [read_all_entries(value) for value in data]
+    return Entries((Path(value), part) for value, part in zip(data, parts, strict=True))
 
 
 def unknown_keys(entries: Iterable[object]) -> list[str]:

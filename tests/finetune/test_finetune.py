@@ -524,3 +524,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(base, tmp_path):
             epochs=60,
             **{**QUICK, "learning_rate": 10.0, "weight_decay": 10.0, "max_grad_norm": 1e6},
         )
+
+
+def test_an_entry_is_named_with_its_file(base, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_text("\n".join(map(json.dumps, ENTRIES)))
+    (data / "b.json").write_text(json.dumps([ENTRIES[0], {"conversations": []}]))
+    for given in (data, [data / "a.jsonl", data / "b.json"]):
+        with pytest.raises(RequestError, match=r"training data .*b\.json, entry 2: no list of conversations"):
+            finetune(base, given, tmp_path / "out", epochs=1, **QUICK)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qwenrt
 from qwenrt.config import read_model_config
@@ -28,6 +28,7 @@ from qwenrt.ops.steps import StepPlan
 from qwenrt.ops.types import AdapterSpan, StepAdapters
 from tests.conftest import GOLDEN
 from tests.finetune.test_networks import SHAPES, corpus_of
+from tests.ops.quantised_checkpoints import awq_config, awq_state, fp8_config, fp8_state
 
 TALKS = [
     {
@@ -136,6 +137,37 @@ def test_what_is_learned_is_written_and_read_again(source, kind, tmp_path):
             beside = llm.logits(ids.tolist(), adapter="own")
             assert torch.allclose(beside, wanted, atol=1e-4, rtol=1e-4)
             assert not torch.allclose(llm.logits(ids.tolist()), wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["awq", "fp8"])
+def test_codes_of_other_forms_have_the_gradients_of_what_they_stand_for(form, precision, tmp_path):
+    source = tmp_path / "base"
+    shutil.copytree(GOLDEN / "plain", source)
+    tensors = load_file(source / "model.safetensors")
+    names = [
+        name.removesuffix(".weight")
+        for name in tensors
+        if name.endswith(("attn.c_attn.weight", "mlp.w1.weight"))
+    ]
+    state, _ = awq_state(tensors, names, 32) if form == "awq" else fp8_state(tensors, names, (16, 32))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = awq_config(32) if form == "awq" else fp8_config((16, 32))
+    (source / "config.json").write_text(json.dumps(config))
+    base, run, adapter = run_of(source, precision=precision)
+    write_adapter(
+        tmp_path / "none", base.config, adapter.weights()
+    )  # B is zero: the merged model is the base
+    merge(source, tmp_path / "none", tmp_path / "dense", dtype="float32")
+    _, dense, _ = run_of(tmp_path / "dense", precision=precision)
+    found = []
+    for each in (run, dense):
+        each.gradients(list(range(len(each.corpus))))
+        found.append({name: p.grad for name, p in each.optimizer.masters.items()})
+    near = 1e-5 if precision == "float32" else 0.05
+    for name, gradient in found[1].items():
+        assert (found[0][name] - gradient).abs().max() <= near * gradient.abs().max().clamp(min=1e-3), name
 
 
 @pytest.mark.parametrize("source", ["plain"], indirect=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from qwenrt.finetune.building import Base, build, build_adapter
 from qwenrt.finetune.lora import LoraSettings
 from qwenrt.finetune.processes import Group, in_processes
 from qwenrt.finetune.settings import TrainingSettings
+from qwenrt.finetune.state import STATE_FILE
 from tests.conftest import GOLDEN
 from tests.finetune.test_finetune import CONFIG, ENTRIES, QUICK, base, same, weights
 from tests.finetune.test_lora import NoTokens
@@ -78,19 +83,24 @@ def _sample(run):
     return ids, lengths
 
 
-def test_two_processes_with_a_part_each_learn_what_one_learns(tmp_path):
+@pytest.mark.parametrize(
+    "kinds",
+    [("tied", "experts", "codes"), pytest.param(("sixteen", "adapter"), marks=pytest.mark.slow)],
+    ids=",".join,
+)
+def test_two_processes_with_a_part_each_learn_what_one_learns(tmp_path, kinds):
     for name, shape in SHAPES.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(shape))
     wanted = {}
-    for kind in RUNS:
+    for kind in kinds:
         run = built(tmp_path, kind, None)
         losses = train(run, CUT)
         run.save_state(tmp_path / f"{kind}.one")
         losses += train(run, STEPS - CUT)[1:]
         wanted[kind] = losses, run.optimizer.tensors()
         run.optimizer.forget()
-    found = in_processes(2, CPU, in_each, {"root": tmp_path, "kinds": list(RUNS)})
+    found = in_processes(2, CPU, in_each, {"root": tmp_path, "kinds": list(kinds)})
     for kind, (losses, tensors) in wanted.items():
         exact = kind != "sixteen"
         their_losses, held, bad = found[kind]
@@ -110,6 +120,7 @@ def test_two_processes_with_a_part_each_learn_what_one_learns(tmp_path):
                 assert torch.allclose(tensor, tensors[name], atol=2e-6, rtol=1e-5), (kind, name)
 
 
+@pytest.mark.slow
 def test_a_run_that_shares_out_its_weights_writes_the_same_files(base, tmp_path):
     (base / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
     how = {**QUICK, "epochs": 6, "device": "cpu", "learning_rate": 1e-3, "save_every": 3, "eval_data": 0.3}
@@ -120,6 +131,30 @@ def test_a_run_that_shares_out_its_weights_writes_the_same_files(base, tmp_path)
     wanted, found = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(found[name], tensor, atol=2e-6, rtol=1e-5) for name, tensor in wanted.items())
     assert {f.name for f in (tmp_path / "two").iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.slow
+def test_one_goes_on_where_one_of_two_was_killed(base, tmp_path):
+    (base / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
+    how = {**QUICK, "epochs": 100, "device": "cpu", "learning_rate": 1e-3, "shard": "all"}
+    state = tmp_path / "cut" / STATE_FILE
+    run = multiprocessing.get_context("fork").Process(
+        target=finetune,
+        args=(base, ENTRIES, tmp_path / "cut"),
+        kwargs={**how, "save_every": 1, "processes": 2},
+    )
+    run.start()
+    while run.is_alive() and not state.exists():
+        time.sleep(0.01)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    spawned = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(spawned[1], signal.SIGKILL)
+    run.join(60)  # it ends with an error, and does not wait for ever
+    assert run.exitcode == 1 and state.exists() and not (tmp_path / "cut" / "model.safetensors").exists()
+    finetune(base, ENTRIES, tmp_path / "whole", **how)
+    finetune(base, ENTRIES, tmp_path / "cut", **how)
+    wanted, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.allclose(found[name], tensor, atol=5e-6, rtol=1e-5) for name, tensor in wanted.items())
 
 
 def test_one_process_shares_nothing_out_and_what_cannot_be_is_said(base, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,32 @@ def test_what_quantising_does_to_the_adapter_is_measured(tmp_path: Path) -> None
         merge(source, (path, 1e-5), tmp_path / "refused", dtype="float32", **options)
     assert not list((tmp_path / "refused").iterdir())
     assert {file.name for file in tmp_path.iterdir()} == {"adapter", "out", "refused"}
+
+
+def test_a_merge_that_is_cut_while_it_quantises_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = GOLDEN / "plain"
+    path = _adapter_of_qwen1(tmp_path / "adapter", read_model_config(source))
+    texts = torch.randint(0, 128, (20, 12)).tolist()
+    options: dict[str, Any] = {"requantize": "rtn", "calibration": texts, "progress": False, "bits": 8}
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenrt.merging.requantized.quantize", cut)
+        with pytest.raises(KeyboardInterrupt):
+            merge(source, path, tmp_path / "out", **options)
+    assert (tmp_path / ".out-merging" / "merged" / "model.safetensors").exists()
+    whole = merge(source, path, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenrt.merging.requantized.merge_dense", cut)  # it was done
+        report = merge(source, path, tmp_path / "out", **options)
+    assert report.merged == replace(whole.merged, output_dir=tmp_path / "out", seconds=report.merged.seconds)
+    made, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert made.keys() == wanted.keys() and all(torch.equal(made[n], wanted[n]) for n in made)
+    assert not list(tmp_path.glob(".*"))
 
 
 # ---- the command line

@@ -100,7 +100,9 @@ def attention(q: torch.Tensor, kv: LayerKV, plan: StepPlan, scale: float, window
         else:
             keys, values = reference.load_kv(kv, plan.block_table[run[0]], plan.kv_lens[run[0]], q.dtype)
             out.append(_attend(here, keys, values, scale, window))
-    return torch.cat(out) if out else q.new_empty(q.shape)
+    if not out:
+        return q.new_empty(q.shape)
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _runs(plan: StepPlan, kv: LayerKV) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -110,6 +111,9 @@ def test_replays_are_told_the_lengths_of_each_step(
             for ids in ([5, 6, 7], list(range(9, 139)))
         ]
         both = llm.generate(prompt_token_ids=[[5, 6, 7], list(range(9, 139))], sampling_params=GREEDY)
+        assert re.search(
+            r"to tell them lengths takes the host \d+\.\d\d ms a step", " ".join(llm.explain().split())
+        )
     assert [answer.token_ids for answer in both] == alone
     updates = [graph._graph.updates for graph in graphs if isinstance(graph._graph, SoftGraph)]
     of_two = next(lengths for lengths in updates if lengths and len(lengths[0]) == 2)
