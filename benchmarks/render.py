@@ -109,9 +109,11 @@ _METHOD = """## How it is measured
   which are in the prefix cache.
 - **llama.cpp** is `llama_decode` and `llama_synchronize` of the PyPI package `llama-cpp-python` through its low-level
   API, with random token ids: neither sampling nor Python between the steps counts in its time. Its files are random
-  weights of the same shape in its own `qwen` architecture, written with `gguf` in F16 and quantised by
+  weights of the same shape in its own `qwen` or `qwen35` architecture, written with `gguf` in F16 and quantised by
   `llama_model_quantize`, which keeps the head of a Q4_0 file in Q6_K. Weights are repacked by llama.cpp as it sees
   fit (its default), prompts go in batches of 512, flash attention is automatic, and on where the cache is Q8_0.
+  `QWENRT_KERNELS=avx2` measures a machine without AVX-512 where `LLAMA_CPP_LIB_PATH` names a build of llama.cpp for
+  AVX2 alone; a results file says which instruction sets each used.
 - **torch** is the same network in bfloat16: `F.linear`, `scaled_dot_product_attention`, a cache of keys and values.
 - **onnxruntime-genai** runs the same network in Qwen2's format. Its own model builder makes it int4 (output layer
   included, groups of 128, `int4_accuracy_level=4`: inputs of linears in int8), offline, from a random checkpoint. Its

@@ -40,6 +40,10 @@ _CURES = (
         ("libcu", "libnv", "libnccl"),
         "a CUDA library of torch's is missing: pip install --force-reinstall torch, or install the CPU's build",
     ),
+    (
+        ("takes more than",),
+        "it may only be slow (a busy machine, a disk over the network): try again; where it never ends, a driver hangs",
+    ),
     (("Killed", "SIGKILL", "MemoryError"), "there was not enough memory: free some, or raise the limit"),
 )
 _ERROR = re.compile(r"[\w.]*(Error|Exception)\b")

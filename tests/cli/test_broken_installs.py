@@ -111,7 +111,9 @@ def test_a_driver_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_an_import_that_hangs() -> None:
     code = "time; import time; time.sleep(60)"
-    assert imports.failure(code, dict(os.environ), 0.2) == "importing it takes more than 0.2 seconds"
+    said = imports.failure(code, dict(os.environ), 0.2)
+    assert said == "importing it takes more than 0.2 seconds"
+    assert "try again" in imports.cure("torch", said)
 
 
 def test_a_torch_of_another_vendor_on_a_dcu(monkeypatch: pytest.MonkeyPatch) -> None:
