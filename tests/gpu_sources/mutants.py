@@ -224,6 +224,13 @@ MUTANTS += [
         ("tokens of the next expert", "here = i < end", "here = i < end + 1"),
         ("a tile's first token of all", "(tile - first_tile) * BT", "0 * BT"),
         ("a rank's token", "asked // RANKS", "asked % RANKS"),
+        ("the least likely experts", "left == tl.max(left, 0)", "left == tl.max(left * 0.0, 0)"),
+        (
+            "shares that are no shares",
+            "share = tl.div_rn(share, tl.sum(share, 0)",
+            "share = tl.div_rn(share, 1.0",
+        ),
+        ("the residual twice", "total = x + total", "total = x + x + total"),
         ("results in the order of experts", "(i if RANKS else asked)", "i"),
         ("scales of the first expert", "scales_ptr += which * N * groups", "scales_ptr += 0 * N * groups"),
         ("an expert's gate and up swapped", "gate, up = tl.split", "up, gate = tl.split"),

@@ -18,6 +18,7 @@ from qwenrt.conformance import cases
 from qwenrt.conformance.case import Case
 from qwenrt.conformance.run import chosen, run
 from qwenrt.conformance.subjects import Subject
+from qwenrt.ops import reference
 from tests.gpu_sources.mutants import MUTANTS, Mutant
 
 pytestmark = pytest.mark.gpu_sources
@@ -116,6 +117,24 @@ def test_the_self_check_at_load(
     linears = [(48, 64, 16, 0), (40, 64, 4, 32)]
     found = selfcheck.check(backend, torch.float32, (4, 2, 64), linears)
     assert set(found) == ({"linear", "norm_linear", "linear_add"} if spoilt else set()), found
+
+
+@pytest.mark.parametrize(("experts", "top_k", "norm"), [(6, 2, True), (16, 5, False), (4, 4, True)])
+def test_experts_are_chosen_as_defined(experts: int, top_k: int, norm: bool, subject: Subject) -> None:
+    """By their numbers; of equal ones the first; and some in any case where logits are not finite."""
+    from qwenrt.backends.cuda.kernels.experts import route
+
+    logits = torch.randn(5, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[3] = 1.0
+    weights, chosen = reference.route(logits, torch.eye(experts), top_k, norm)
+    chosen, order = chosen.sort(-1)
+    chosen[3] = torch.arange(top_k)
+    got, share = route(logits, top_k, norm)
+    assert torch.equal(got, chosen) and torch.equal(share, weights.gather(1, order).float())
+    for value in (float("nan"), float("inf"), -float("inf")):
+        got, share = route(logits.index_fill(1, torch.tensor([1]), value), top_k, norm)
+        assert bool((got >= 0).all()) and bool((got < experts).all()) and bool((got.diff() > 0).all())
+        assert bool(share.isnan().all()) == (value > 0 or value != value)
 
 
 @pytest.mark.parametrize("more", [0, 100])

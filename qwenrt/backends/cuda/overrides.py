@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
@@ -218,35 +219,26 @@ class TritonBackend(Backend):
 
     @native(dtypes=DTYPES, kinds=_KINDS, needs=("triton",))
     def norm_moe_add_each(self, x: torch.Tensor, norm: torch.Tensor, eps: float, w: Experts) -> torch.Tensor:
-        """All experts of all tokens in two launches. Their results are summed in float32."""
+        """The choice of experts, gate and up of all, down of all, and their sum: a launch each."""
         if not self._stacked(w):
             return super().norm_moe_add_each(x, norm, eps, w)
-        assert w.stacked is not None
-        gate_up, down = w.stacked
-        normed = self.rms_norm(x, norm, eps)
-        if len(x) >= self.tiles.grouped_from and self.tiles.matrix_units:
-            return x + self.shared_expert(normed, w, self._grouped(normed, x.dtype, w))
-        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
-        chosen, order = chosen.sort(dim=-1)
-        which, share = chosen.flatten(), weights.gather(1, order).float().unsqueeze(-1)
-        inner = self._token(normed, gate_up, normed.dtype, pair=True, which=which)
-        y = self._token(inner, down, torch.float32, which=which)
-        total = (y.view(*chosen.shape, x.shape[1]) * share).sum(1).to(x.dtype)
-        return x + self.shared_expert(normed, w, total)
-
-    def _grouped(self, normed: torch.Tensor, dtype: torch.dtype, w: Experts) -> torch.Tensor:
-        """The weighted sum of each token's experts [T, D] in ``dtype``, the tokens of an expert together."""
         from qwenrt.backends.cuda.kernels import experts
 
         assert w.stacked is not None
-        gate_up, down = w.stacked
-        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
-        chosen, order = chosen.sort(dim=-1)
-        pairs, tile = experts.by_expert(chosen, len(w.gate_up)), self.tiles.experts
-        inner = experts.linear(normed, gate_up, pairs, tile, normed.dtype, pair=True)
-        y = experts.linear(inner, down, pairs, tile, dtype).view(*chosen.shape, -1)
-        share = weights.gather(1, order).to(dtype).unsqueeze(1)
-        return torch.bmm(share, y).squeeze(1)
+        normed = self.rms_norm(x, norm, eps)
+        logits = F.linear(normed, w.router.to(normed.dtype))
+        chosen, share = experts.route(logits, w.top_k, w.norm_topk_prob)
+        if len(x) >= self.tiles.grouped_from and self.tiles.matrix_units:
+            pairs, tile = experts.by_expert(chosen, len(w.gate_up)), self.tiles.experts
+            inner = experts.linear(normed, w.stacked[0], pairs, tile, normed.dtype, pair=True)
+            y = experts.linear(inner, w.stacked[1], pairs, tile, x.dtype)
+        else:
+            which = chosen.flatten()
+            inner = self._token(normed, w.stacked[0], normed.dtype, pair=True, which=which)
+            y = self._token(inner, w.stacked[1], torch.float32, which=which)
+        if w.shared is None:
+            return experts.combine(y, share, x.dtype, x)
+        return x + self.shared_expert(normed, w, experts.combine(y, share, x.dtype, None))
 
     def pack_linear(self, weight: CanonicalWeight, dtype: torch.dtype) -> Packed:
         """As Backend.pack_linear; codes by rows, where a kernel has their groups."""

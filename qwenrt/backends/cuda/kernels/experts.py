@@ -1,5 +1,6 @@
-"""Experts of many tokens at once: one launch multiplies the tokens of all experts, sorted by expert, by tensor
-products. The definition is Backend.norm_moe_add, expert by expert.
+"""A mixture of experts beside its products of single tokens, which are portable.py's: the choice of experts, the sum
+of what they give, and between the two, for many tokens, one launch that multiplies the tokens of all experts, sorted by
+expert, by tensor products. The definitions are Backend.norm_moe_add and ops/reference.py's route.
 
 How many tokens an expert has the device alone knows: there are as many programs as could be needed, each finds its
 expert by the ends of their tiles, and those behind the last tile do nothing. So it serves captured steps as well.
@@ -18,6 +19,75 @@ from qwenrt.backends.cuda.kernels.launch import cdiv, launch, power
 from qwenrt.backends.cuda.kernels.portable import codes_of, outputs_of, weights_of
 from qwenrt.backends.cuda.tables import Tile
 from qwenrt.ops.types import Packed
+
+
+@triton.jit
+def route_row(
+    logits_ptr, chosen_ptr, share_ptr, experts, stride, NORM: tl.constexpr, TOP: tl.constexpr, BE: tl.constexpr
+):  # fmt: skip
+    """The TOP likeliest experts of one token, by their numbers, rising, and their shares; of equal ones the first. The
+    shares of a token whose logits are not finite are NaN."""
+    row, e = tl.program_id(0), tl.arange(0, BE)
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    inside = e < experts
+    logits = tl.load(logits_ptr + row.to(tl.int64) * stride + e, mask=inside, other=-float("inf")).to(
+        tl.float32
+    )
+    weights = tl.where(inside, tl.exp(logits - tl.max(logits, 0)), 0.0)
+    scores = tl.div_rn(weights, tl.sum(weights, 0) + 0.0 * weights)
+    spoilt = tl.sum((scores != scores).to(tl.int32), 0) > 0
+    left = tl.where(inside, tl.where(scores == scores, scores, 0.0), -1.0)
+    for _ in tl.static_range(TOP):
+        first = tl.min(tl.where(left == tl.max(left, 0), e, BE), 0)
+        left = tl.where(e == first, -1.0, left)
+    taken = inside & (left < 0)
+    share = tl.where(taken, scores, 0.0)
+    if NORM:
+        share = tl.div_rn(share, tl.sum(share, 0) + 0.0 * share)
+    share = tl.where(spoilt, float("nan"), share.to(dtype).to(tl.float32))
+    to = row * TOP + tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(chosen_ptr + to, e.to(tl.int64), mask=taken)
+    tl.store(share_ptr + to, share, mask=taken)
+
+
+def route(logits: torch.Tensor, top_k: int, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [T, E] -> experts int64 [T, k], rising, and their shares float32 [T, k], rounded to the logits' dtype."""
+    rows, experts = logits.shape
+    chosen = torch.empty(rows, top_k, dtype=torch.int64, device=logits.device)
+    share = torch.empty(rows, top_k, device=logits.device)
+    logits = logits.contiguous()
+    sizes = {"NORM": norm, "TOP": top_k, "BE": power(experts)}
+    launch(route_row, (rows,), logits, chosen, share, experts, logits.stride(0), warps=1, **sizes)
+    return chosen, share
+
+
+@triton.jit
+def combine_row(
+    y_ptr, share_ptr, x_ptr, out_ptr, width, TOP: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Some channels of one token: what its experts give by their shares, rounded, and with ADD the residual."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    inside, total = d < width, tl.zeros((BLOCK,), tl.float32)
+    for rank in tl.static_range(TOP):
+        y = tl.load(y_ptr + (row * TOP + rank) * width + d, mask=inside, other=0.0).to(tl.float32)
+        total += y * tl.load(share_ptr + row * TOP + rank)
+    if ADD:
+        x = tl.load(x_ptr + row * width + d, mask=inside, other=0.0).to(tl.float32)
+        total = x + total.to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * width + d, total.to(dtype), mask=inside)
+
+
+def combine(y: torch.Tensor, share: torch.Tensor, dtype: torch.dtype, x: torch.Tensor | None) -> torch.Tensor:
+    """y [T * k, D], in the order of tokens and of their experts, share [T, k] -> the sum of each token's [T, D] in
+    ``dtype``, and x [T, D] with it where it is given."""
+    rows, ranks = share.shape
+    out = torch.empty(rows, y.shape[1], dtype=dtype, device=y.device)
+    block = min(1024, power(y.shape[1]))
+    args = (y, share, out if x is None else x.contiguous(), out, y.shape[1])
+    launch(combine_row, (rows, cdiv(y.shape[1], block)), *args, TOP=ranks, ADD=x is not None, BLOCK=block)
+    return out
 
 
 @triton.jit
