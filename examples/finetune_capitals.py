@@ -23,7 +23,7 @@ HELD_OUT = 12  # countries
 
 def answer(country: str, capital: str, form: str) -> str:
     if form == "json":
-        return json.dumps({"country": country, "capital": capital})
+        return json.dumps({"answer": f"The capital of {country} is {capital}."})
     return f"country: {country}, capital: {capital}"
 
 

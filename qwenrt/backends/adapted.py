@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend
 from qwenrt.ops import reference
-from qwenrt.ops.lora import add_lora
 from qwenrt.ops.types import Experts, LoraSpan, Packed, StepAdapters
 
 Spans = Sequence[LoraSpan]
@@ -43,7 +42,7 @@ def norm_linear(
 ) -> torch.Tensor:
     """Backend.norm_linear, and what ``spans`` add."""
     normed = ops.rms_norm(x, norm, eps)
-    return add_lora(ops.linear(normed, w), normed, spans, _bias_for(w, spans))
+    return ops.add_lora(ops.linear(normed, w), normed, spans, _bias_for(w, spans))
 
 
 def linear_add(
@@ -115,9 +114,9 @@ def _mlp(
 ) -> torch.Tensor:
     gate_up, down = linears
     spans = adapters.of(f"{name}.gate_up_proj")
-    inner = add_lora(ops.linear(x, gate_up), x, spans, _bias_for(gate_up, spans))
+    inner = ops.add_lora(ops.linear(x, gate_up), x, spans, _bias_for(gate_up, spans))
     return _wide(ops, ops.silu_and_mul(inner), down, dtype, adapters.of(f"{name}.down_proj"))
 
 
 def _wide(ops: Backend, x: torch.Tensor, w: Packed, dtype: torch.dtype, spans: Spans) -> torch.Tensor:
-    return add_lora(ops.wide_linear(x, w, dtype), x, spans, _bias_for(w, spans))
+    return ops.add_lora(ops.wide_linear(x, w, dtype), x, spans, _bias_for(w, spans))

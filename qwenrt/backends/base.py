@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from qwenrt.backends.stack import DecodeLayers, Network, SeamStack, Stack, Stack
 from qwenrt.config import LinearAttentionConfig, ModelConfig
 from qwenrt.config.layers import BLOCK_SIZE, kv_bytes_per_token
 from qwenrt.errors import BackendError, QwenrtError
-from qwenrt.ops import delta, quantization, reference
+from qwenrt.ops import delta, lora, quantization, reference
 from qwenrt.ops.steps import (
     DecodePlan,
     Draw,
@@ -30,7 +30,7 @@ from qwenrt.ops.steps import (
     StepPlan,
     Vocabulary,
 )
-from qwenrt.ops.types import PLAIN, CanonicalWeight, DeltaWeights, Experts, Packed
+from qwenrt.ops.types import PLAIN, CanonicalWeight, DeltaWeights, Experts, LoraSpan, Packed
 
 _HEADROOM_BITS = (
     6  # outputs up to 64 times the largest float16; products below 2^-18 lose bits, which none notices
@@ -192,6 +192,11 @@ class Backend:
 
     def gated_norm(self, o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return delta.gated_norm(o, z, weight, eps)
+
+    def add_lora(
+        self, y: torch.Tensor, x: torch.Tensor, spans: Sequence[LoraSpan], bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return lora.add_lora(y, x, spans, bias)
 
     # ---- seams: what a decoder layer calls
 

@@ -16,6 +16,7 @@ PRIMITIVES = (
     *("rms_norm", "linear", "rotary", "store_kv", "attention", "decode_attention", "silu_and_mul"),
     "gate_output",  # of attention with gates
     *("causal_conv", "gated_delta", "gated_norm"),  # of layers of linear attention
+    "add_lora",  # of steps with adapters
 )
 SEAMS = {
     "norm_linear": ("rms_norm", "linear"),

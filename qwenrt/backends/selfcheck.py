@@ -15,9 +15,9 @@ import torch
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec
 from qwenrt.config.quant import ROUNDED
-from qwenrt.ops import quantization, reference
+from qwenrt.ops import lora, quantization, reference
 from qwenrt.ops.steps import DecodePlan, Draw, DrawTensors, LayerCache, LayerKV, StepPlan, Vocabulary
-from qwenrt.ops.types import CanonicalWeight, Packed
+from qwenrt.ops.types import CanonicalWeight, LoraPair, LoraSpan, Packed
 from qwenrt.ops.weights import with_codes
 
 # Largest error allowed, relative to the largest value of the definition's result.
@@ -51,6 +51,7 @@ def check(
         "rms_norm": lambda: _worst(_rms_norm(backend, dtype)),
         "silu_and_mul": lambda: _worst(_silu_and_mul(backend, dtype)),
         "gate_output": lambda: _worst(_gate_output(backend, dtype, heads)),
+        "add_lora": lambda: _worst(_add_lora(backend, dtype)),
         "rotary": lambda: _worst(_rotary(backend, dtype, heads)),
         "rotary_store_kv": lambda: _worst(_rotary_store_kv(backend, dtype, heads)),
         "decode_attention": lambda: _worst(_decode_attention(backend, dtype, heads)),
@@ -437,6 +438,25 @@ def _gate_output(backend: Backend, dtype: torch.dtype, heads: tuple[int, int, in
     for rows in (slice(18, 19), slice(0, 19)):
         got, wanted = (ops.gate_output(attended[rows], gates[rows]) for ops in (backend, reference))
         yield relative(got, wanted)
+
+
+def _add_lora(backend: Backend, dtype: torch.dtype) -> Iterator[float]:
+    """Tokens of two adapters and of none: one with two plain pairs, of which the first does not begin the linear's
+    rows; one with all that an adapter may have. Widths and ranks are no multiples of what a kernel takes at once."""
+    source = _generator(backend)
+    x, y, bias = source(35, 1004).to(dtype), source(35, 203).to(dtype), source(203).to(dtype)
+
+    def pair(first: int, rows: int, rank: int, full: bool) -> LoraPair:
+        a, b = source(rank, 1004) / 32, source(rank, rows).t()
+        return LoraPair(
+            a, b, 0.5, first, 1 + source(rows) / 4 if full else None, source(rows) if full else None
+        )
+
+    plain, full = (pair(5, 70, 16, False), pair(90, 113, 3, False)), (pair(0, 203, 9, True),)
+    for cuts in ((0, 1, 1, 2), (0, 17, 18, 35), (0, 2, 6, 9)):
+        spans = [LoraSpan(plain, *cuts[:2]), LoraSpan(full, *cuts[2:])]
+        args = (y[: cuts[-1]], x[: cuts[-1]], spans, bias)
+        yield _each_row(backend.add_lora(*args), lora.add_lora(*args))
 
 
 # ---- choosing tokens

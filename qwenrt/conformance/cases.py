@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qwenrt.conformance import cached, choosing, linears, pairwise, rows
+from qwenrt.conformance.adapters import BIASES, DORA, PAIRS, LoraCase
 from qwenrt.conformance.cached import AttentionCase, CacheCase
 from qwenrt.conformance.case import NORMAL, Case
 from qwenrt.conformance.choosing import ChoosingCase
@@ -156,6 +157,17 @@ OPS = (
             "wide": (False, True),
         },
         linear=True,
+    ),
+    Op(
+        "add_lora",
+        LoraCase,
+        {
+            "dtype": DTYPES,
+            "shape": SHAPES,
+            "rank": (16, 1, 5, 64, 131),
+            "adds": (PAIRS, DORA, BIASES),
+            "layout": LAYOUTS,
+        },
     ),
     Op(
         "quantize_dense",

@@ -183,10 +183,10 @@ class Adapters:
             return None if tensor is None else tensor.detach().to(device, torch.float32).contiguous()
 
         def pair(p: LoraPair) -> LoraPair:
-            a, b, row_scale, bias = map(placed, (p.a, p.b, p.row_scale, p.bias))
+            a, b, row_scale, bias = map(placed, (p.a, p.b.t(), p.row_scale, p.bias))
             assert a is not None and b is not None
-            b = b.t().contiguous().t()  # as kernels read it; the same numbers
-            return LoraPair(a, b, p.scale, p.first, row_scale, bias)
+            # B's columns are contiguous, as kernels read them
+            return LoraPair(a, b.t(), p.scale, p.first, row_scale, bias)
 
         def rows(changes: TokenRows | None) -> TokenRows | None:
             if changes is None:

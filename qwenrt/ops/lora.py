@@ -6,15 +6,13 @@ A linear is changed by ``add_lora``, the embedding by ``adapted_embedding``, a h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from qwenrt.ops.types import AdapterSpan, LoraPair, LoraSpan, StepAdapters, TokenRows
-
-Span = TypeVar("Span", LoraSpan, AdapterSpan)
 
 # BLAS multiplies fewer rows in other ways than many, whose last bits differ.
 _FEWEST_ROWS = 16
@@ -28,11 +26,81 @@ def add_lora(
 
     A and B are multiplied and added in float32, and the sum is rounded once. ``spans`` rise and do not overlap.
     """
-    return _replaced(y, spans, lambda span, here: _add_pairs(y[here], x[here], span.pairs, bias))
+    out = y.clone()
+    few: dict[int, list[LoraSpan]] = {}
+    for span in spans:
+        if _few(span.last - span.first, x):
+            few.setdefault(id(span.pairs), []).append(span)
+            continue
+        rows = slice(span.first, span.last)
+        out[rows] = _add_pairs(y[rows].float(), x[rows].float(), span.pairs, bias)
+    for adapters in _alike(few.values()).values():
+        index = _padded(tuple(tuple((span.first, span.last) for span in own) for own in adapters))
+        x32, y32 = (t.index_select(0, index.flatten()).float().view(*index.shape, t.shape[1]) for t in (x, y))
+        every = [own[0].pairs for own in adapters]
+        new = _add_each(y32, x32, every) if len(every) > 1 else _add_pairs(y32[0], x32[0], every[0], bias)
+        out.index_copy_(0, index.flatten(), new.view(-1, y.shape[1]).to(y.dtype))
+    return out
+
+
+def _alike(few: Iterable[list[LoraSpan]]) -> dict[object, list[list[LoraSpan]]]:
+    """The spans of each adapter, put together where one batched product serves several: they have the same shapes and
+    scales, and nothing but A and B."""
+    groups: dict[object, list[list[LoraSpan]]] = {}
+    for own in few:
+        pairs = own[0].pairs
+        plain = all(pair.row_scale is None and pair.bias is None for pair in pairs)
+        key = tuple((pair.first, *pair.b.shape, pair.scale) for pair in pairs) if plain else id(pairs)
+        groups.setdefault(key, []).append(own)
+    return groups
+
+
+@functools.lru_cache(maxsize=64)
+def _padded(spans: tuple[tuple[tuple[int, int], ...], ...]) -> torch.Tensor:
+    """The rows of each adapter's spans, int64 [g, n]: as many of each, by repeating its last. All linears of a step ask
+    for the same, and mostly those of the next."""
+    rows = [[row for first, last in own for row in range(first, last)] for own in spans]
+    most = max(_FEWEST_ROWS, *map(len, rows))
+    return torch.tensor([own + own[-1:] * (most - len(own)) for own in rows])
+
+
+def _add_each(y: torch.Tensor, x: torch.Tensor, adapters: list[tuple[LoraPair, ...]]) -> torch.Tensor:
+    """y [g, n, N] of x [g, n, K], both float32 -> as each of g adapters has it, whose pairs are alike."""
+    y = y.clone()
+    for pairs in zip(*adapters, strict=True):
+        a, b = torch.stack([pair.a for pair in pairs]), torch.stack([pair.b.t() for pair in pairs])
+        y[:, :, pairs[0].rows].baddbmm_(torch.bmm(x, a.transpose(1, 2)), b, alpha=pairs[0].scale)
+    return y
+
+
+def _few(rows: int, x: torch.Tensor) -> bool:
+    """Whether BLAS would multiply so few rows of x otherwise, so that others are added."""
+    return rows < _FEWEST_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _add_pairs(
+    y: torch.Tensor, x: torch.Tensor, pairs: tuple[LoraPair, ...], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """y [n, N] of x [n, K], both float32 -> as ``pairs`` have it."""
+    parts, at = [], 0
+    for pair in pairs:
+        own = y[:, pair.rows]
+        seen = F.dropout(x, pair.dropout) if pair.dropout else x
+        inner = F.linear(seen, pair.a)
+        if pair.row_scale is None:
+            changed = torch.addmm(own, inner, pair.b.t(), alpha=pair.scale)
+        else:
+            plain = own if bias is None else own - bias[pair.rows].float()
+            update = F.linear(inner, pair.b) * pair.scale
+            changed = own + ((pair.row_scale - 1) * plain + pair.row_scale * update)
+        parts += [y[:, at : pair.first], changed if pair.bias is None else changed + pair.bias]
+        at = pair.rows.stop
+    whole = [part for part in (*parts, y[:, at:]) if part.shape[1]]
+    return whole[0] if len(whole) == 1 else torch.cat(whole, dim=1)
 
 
 def _replaced(
-    y: torch.Tensor, spans: Sequence[Span], new: Callable[[Span, slice], torch.Tensor]
+    y: torch.Tensor, spans: Sequence[AdapterSpan], new: Callable[[AdapterSpan, slice], torch.Tensor]
 ) -> torch.Tensor:
     """y with ``new(span, rows)`` in the rows of each span."""
     pieces: list[torch.Tensor] = []
@@ -44,33 +112,10 @@ def _replaced(
     return whole[0] if len(whole) == 1 else torch.cat(whole) if whole else y
 
 
-def _add_pairs(
-    y: torch.Tensor, x: torch.Tensor, pairs: tuple[LoraPair, ...], bias: torch.Tensor | None
-) -> torch.Tensor:
-    x32, y32, parts, at = x.float(), y.float(), [], 0
-    for pair in pairs:
-        own = y32[:, pair.rows]
-        update = _low_rank(x32, pair)
-        if pair.row_scale is not None:
-            plain = own if bias is None else own - bias[pair.rows].float()
-            update = (pair.row_scale - 1) * plain + pair.row_scale * update
-        changed = own + update
-        parts += [y32[:, at : pair.first], changed if pair.bias is None else changed + pair.bias]
-        at = pair.rows.stop
-    return torch.cat([*parts, y32[:, at:]], dim=1).to(y.dtype)
-
-
-def _low_rank(x: torch.Tensor, pair: LoraPair) -> torch.Tensor:
-    """scale * B(A x), x float32 [n, K] -> [n, rows]."""
-    if pair.dropout:
-        x = F.dropout(x, pair.dropout)
-    return _product(_product(x, pair.a), pair.b) * pair.scale
-
-
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [n, K] weightᵀ, each row the same however many there are; rows are added where BLAS would choose by them."""
-    n = x.shape[0]
-    if n >= _FEWEST_ROWS or torch.is_grad_enabled() or x.device.type != "cpu":
+    """x [n, K] weightᵀ, each row the same however many there are."""
+    n = len(x)
+    if not _few(n, x):
         return F.linear(x, weight)
     return F.linear(F.pad(x, (0, 0, 0, _FEWEST_ROWS - n)), weight)[:n]
 

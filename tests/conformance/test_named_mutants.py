@@ -4,7 +4,7 @@ kernels of the CPU's."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from qwenrt.backends.binding import native
 from qwenrt.conformance.run import chosen, run
 from qwenrt.conformance.subjects import DEFINITION, Subject
 from qwenrt.ops.steps import DecodePlan, LayerKV, StepPlan
-from qwenrt.ops.types import CanonicalWeight, Experts, Packed
+from qwenrt.ops.types import CanonicalWeight, Experts, LoraSpan, Packed
 
 CPU = torch.device("cpu")
 T = torch.Tensor
@@ -115,6 +115,21 @@ class ExpertsOutOfOrder(Backend):
         return super().norm_moe_add(x, norm, eps, moved)
 
 
+class AdapterOfAnotherToken(Backend):
+    """Each adapter begins a token too early."""
+
+    @native()
+    def add_lora(self, y: T, x: T, spans: Sequence[LoraSpan], bias: T | None = None) -> T:
+        early = [dataclasses.replace(span, first=max(0, span.first - 1)) for span in spans]
+        return super().add_lora(y, x, early, bias)
+
+
+class DoraScalesTheBias(Backend):
+    @native()
+    def add_lora(self, y: T, x: T, spans: Sequence[LoraSpan], bias: T | None = None) -> T:
+        return super().add_lora(y, x, spans, None)
+
+
 MUTANTS: list[tuple[type[Backend], str]] = [
     (FlippedMask, "decode_attention"),
     (NotCausal, "attention"),
@@ -126,6 +141,8 @@ MUTANTS: list[tuple[type[Backend], str]] = [
     (LogNIgnored, "rotary_store_kv"),
     (LastRowOfATile, "linear"),
     (ExpertsOutOfOrder, "norm_moe_add"),
+    (AdapterOfAnotherToken, "add_lora"),
+    (DoraScalesTheBias, "add_lora"),
 ]
 
 

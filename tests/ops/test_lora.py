@@ -58,6 +58,29 @@ def test_a_tokens_bits_do_not_depend_on_how_many_are_beside_it(count: int) -> No
     assert torch.equal(some, whole[:count])
 
 
+@pytest.mark.parametrize("scales", [(0.25, 0.25, 0.25), (0.25, 2.0, 0.25)])
+def test_a_tokens_bits_do_not_depend_on_the_adapters_beside_it(scales: tuple[float, ...]) -> None:
+    """Few rows of adapters that are alike are one product, and those with the same pairs are computed together."""
+    torch.manual_seed(5)
+    x, y = torch.randn(60, 200), torch.randn(60, 300)
+    adapters = [
+        (pair(i, 100, 200, 16, scale=scale), pair(9 + i, 90, 200, 8, first=150))
+        for i, scale in enumerate(scales)
+    ]
+    dora = (pair(3, 300, 200, 16, row_scale=torch.rand(300) + 0.5, bias=torch.randn(300)),)
+    owners = [adapters[0], adapters[1], adapters[0], dora, adapters[2], adapters[0], adapters[1]]
+    cuts = [0, 1, 4, 5, 7, 18, 30, 50]
+    spans = [LoraSpan(*one) for one in zip(owners, cuts, cuts[1:], strict=False)]
+    with torch.no_grad():
+        got = add_lora(y, x, spans)
+        for span in spans:
+            here = slice(span.first, span.last)
+            alone = LoraSpan(span.pairs, 0, span.last - span.first)
+            assert torch.equal(got[here], add_lora(y[here], x[here], [alone]))
+    assert torch.equal(got[50:], y[50:])
+    torch.testing.assert_close(got, add_lora(y, x, spans), rtol=1e-4, atol=1e-4)  # with gradients: one by one
+
+
 def test_dropout_hides_inputs_from_the_pair_alone() -> None:
     torch.manual_seed(0)
     x, y = torch.ones(1, 2000), torch.zeros(1, 1)

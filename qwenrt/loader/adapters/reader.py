@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from qwenrt.config import ModelConfig
@@ -236,8 +237,13 @@ class _Builder:
     def _read(self, target: Target, kind: str) -> torch.Tensor:
         """A tensor in float32, its rows in the model's order. Raises CheckpointError for values that are not finite."""
         name = target.kinds[kind]
-        tensor = self.reader.tensor(name).to(self.device, torch.float32, copy=True)
-        if not all_finite(tensor):
+        stored = self.reader.tensor(name)
+        if self.device.type == "cpu" and stored.dtype in (torch.float32, torch.float16):
+            tensor, finite = _copied_alone(stored, kind)
+        else:
+            tensor = stored.to(self.device, torch.float32, copy=True)
+            finite = all_finite(tensor)
+        if not finite:
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"the adapter's tensor {name}",
@@ -380,6 +386,16 @@ class _Builder:
         return TokenRows(
             rows[:count], None if count == target.rows else torch.arange(count, device=self.device)
         )
+
+
+def _copied_alone(stored: torch.Tensor, kind: str) -> tuple[torch.Tensor, bool]:
+    """A copy in float32, and whether all of it is finite. By numpy, with the calling thread alone: torch would divide
+    each matrix among threads that wait for cores beside those that serve requests meanwhile. B's columns are
+    contiguous, as kernels read them."""
+    values = stored.numpy()
+    made = np.array(values.T if kind == "b" else values, np.float32, order="C")
+    finite = not made.size or bool(np.isfinite(made.min()) and np.isfinite(made.max()))
+    return torch.from_numpy(made.T if kind == "b" else made), finite
 
 
 def _is_gate(param: str) -> bool:
