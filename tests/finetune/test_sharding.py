@@ -135,7 +135,6 @@ def test_a_run_that_shares_out_its_weights_writes_the_same_files(base, tmp_path)
 
 @pytest.mark.slow
 def test_one_goes_on_where_one_of_two_was_killed(base, tmp_path):
-    (base / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
     how = {**QUICK, "epochs": 100, "device": "cpu", "learning_rate": 1e-3, "shard": "all"}
     state = tmp_path / "cut" / STATE_FILE
     run = multiprocessing.get_context("fork").Process(
@@ -149,12 +148,14 @@ def test_one_goes_on_where_one_of_two_was_killed(base, tmp_path):
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     spawned = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(spawned[1], signal.SIGKILL)
-    run.join(60)  # it ends with an error, and does not wait for ever
+    run.join(200)  # it ends with an error, and does not wait for ever
     assert run.exitcode == 1 and state.exists() and not (tmp_path / "cut" / "model.safetensors").exists()
     finetune(base, ENTRIES, tmp_path / "whole", **how)
     finetune(base, ENTRIES, tmp_path / "cut", **how)
-    wanted, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.allclose(found[name], tensor, atol=5e-6, rtol=1e-5) for name, tensor in wanted.items())
+    wanted, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")  # stored in bfloat16
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, atol=5e-6, rtol=2**-7), name  # one step of it
+        assert (found[name] != tensor).sum() <= max(1, tensor.numel() // 100), name
 
 
 def test_one_process_shares_nothing_out_and_what_cannot_be_is_said(base, tmp_path, monkeypatch):
