@@ -4,7 +4,7 @@ The same texts go through the model as its file has it, in float32, and with the
 of several ways; embedding and head stay as they are. For each way: bits a weight with scales and zeros, the mean
 divergence (Kullback-Leibler) of the next token's probabilities from the exact ones with its standard error, the share
 of places where the likeliest token is the same, and the perplexity. The texts are files of this repository, which
-change with it: figures are compared within one run.
+change with it, or what the model writes: figures are compared within one run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from qwenrt.backends.cpu import CPUBackend
 from qwenrt.config import read_model_config
 from qwenrt.engine.model_runner import ntk_alpha
 from qwenrt.loader.weights import load_weights
+from qwenrt.loading import load_tokenizer
 from qwenrt.model.qwen import Qwen
 from qwenrt.ops.steps import StepPlan
 from qwenrt.ops.types import CanonicalWeight
+from qwenrt.quantize import QuantizeSettings
+from qwenrt.quantize.self_written import write_texts
 from qwenrt.text.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ("README.md", "README_zh.md", "qwenrt/engine/scheduler.py", "csrc/pool/thread_pool.cpp")
+WRITTEN = 16
 CPU = torch.device("cpu")
 Rounding = Callable[[torch.Tensor, "torch.Tensor | None", str], CanonicalWeight]
 
@@ -162,16 +166,28 @@ def _perplexity(likelihoods: Sequence[torch.Tensor]) -> float:
     return math.exp(-float(torch.cat(list(likelihoods)).mean()))
 
 
-def measure(directory: Path, ways: dict[str, Way], tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """-> the exact model's perplexity, and a Quality for each way."""
+def our_texts(directory: Path, tokens: int) -> list[list[int]]:
+    """The beginnings of TEXTS."""
     tokenizer = Tokenizer.from_dir(directory)
-    texts = [tokenizer.encode((ROOT / name).read_text(encoding="utf-8"))[:tokens] for name in TEXTS]
+    return [tokenizer.encode((ROOT / name).read_text(encoding="utf-8"))[:tokens] for name in TEXTS]
+
+
+def written_texts(directory: Path, tokens: int, seed: int) -> list[list[int]]:
+    """Conversations that the model writes, as `qwenrt quantize` has them written to calibrate on."""
+    settings = QuantizeSettings(samples=WRITTEN, sample_length=tokens, seed=seed)
+    return write_texts(directory, load_tokenizer(directory), settings, progress=False)
+
+
+def measure(
+    directory: Path, ways: dict[str, Way], texts: Sequence[Sequence[int]], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """-> the exact model's perplexity of ``texts``, and a Quality for each way."""
     model = network(directory, Way())
     exact = [log_probabilities(model, ids) for ids in texts]
     whole = _perplexity([_likelihoods(found, ids) for found, ids in zip(exact, texts, strict=True)])
     say(f"{directory.name}: {sum(map(len, texts))} tokens, perplexity {whole:.3f}")
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found: dict[str, Any] = {"model": directory.name, "tokens": tokens, "when": when}
+    found: dict[str, Any] = {"model": directory.name, "tokens": len(texts[0]), "when": when}
     found |= {"perplexity": whole, "ways": {}}
     for name, way in ways.items():
         del model  # one at a time in memory
@@ -206,6 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="what `qwenrt quantize` made of it",
     )
     parser.add_argument("--tokens", type=int, default=300, help="of each text (default: %(default)s)")
+    parser.add_argument(
+        "--written",
+        type=int,
+        metavar="SEED",
+        help=f"{WRITTEN} conversations that the model writes with this seed, not texts of this repository",
+    )
     parser.add_argument("--json", type=Path, help="a file that the figures go into as well")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.ways.split(",") if name not in WAYS]
@@ -213,7 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--ways {','.join(unknown)}: unknown. There are: {', '.join(WAYS)}.")
     ways = {name: WAYS[name] for name in args.ways.split(",")}
     ways |= {directory.name: Way(directory=directory) for directory in args.quantized}
-    found = measure(args.directory, ways, args.tokens, lambda text: print(text, flush=True))
+    if args.written is None:
+        texts = our_texts(args.directory, args.tokens)
+    else:
+        texts = written_texts(args.directory, args.tokens, args.written)
+    found = measure(args.directory, ways, texts, lambda text: print(text, flush=True))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 

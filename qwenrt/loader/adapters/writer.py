@@ -91,7 +91,7 @@ class _Writer:
                     pairs, self._linears[param].out_features
                 )
                 continue
-            for pair in pairs:
+            for pair in self._one_pair(param, pairs) if self._is_one_module(param) else pairs:
                 for module, own in self._parts(param, pair):
                     self._pair(param, module, own)
         for (layer, role), each in stacks.items():
@@ -108,10 +108,24 @@ class _Writer:
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[PREFIX + name] = tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
+    def _is_one_module(self, param: str) -> bool:
+        """Whether the file has all rows of a linear in one piece, as Qwen-1 has queries, keys and values."""
+        parts = self._table.parts(param)
+        return parts == [""] or len(parts) != len(self._linears[param].parts)
+
+    def _one_pair(self, param: str, pairs: tuple[LoraPair, ...]) -> tuple[LoraPair, ...]:
+        """The pairs of a linear that is one module as one pair for all of its rows."""
+        rows = self._linears[param].out_features
+        if not pairs or (len(pairs) == 1 and len(pairs[0].b) == rows):
+            return pairs
+        if any(pair.row_scale is not None or pair.bias is not None for pair in pairs):
+            found = f"{param} is one module in the file, and some of its rows have magnitudes or biases of their own"
+            raise RequestError("writing an adapter", found, "Merge the adapter instead (qwenrt merge).")
+        return (_joined(pairs, rows),)
+
     def _parts(self, param: str, pair: LoraPair) -> Iterator[tuple[str, LoraPair]]:
         """(module, its pair) for a pair of a linear: one, or one for each part that it spans."""
-        parts = self._table.parts(param)
-        if parts == [""] or len(parts) != len(self._linears[param].parts):  # the file has it in one piece
+        if self._is_one_module(param):
             yield self._table.source(param).removesuffix(".weight"), pair
             return
         first = 0

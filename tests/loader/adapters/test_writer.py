@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import qwenrt
 from qwenrt.config import read_model_config
 from qwenrt.errors import RequestError
 from qwenrt.loader.adapters import read_adapter, write_adapter
@@ -16,6 +17,7 @@ from qwenrt.ops.types import AdapterWeights, LoraPair, TokenRows
 from tests.loader.adapters.peft_models import ADAPTERS, RECORDED, load_in_peft, peft_logits
 from tests.loader.adapters.test_reader import SERVED, base_of, loaded, logits_of, recorded_logits
 
+DEMO = Path(qwenrt.__file__).parent / "demo"
 WRITTEN = [name for name in SERVED if ADAPTERS[name][1].get("bias", "none") == "none" and name != "router"]
 
 
@@ -106,6 +108,25 @@ def test_the_config_follows_the_pairs(tmp_path: Path) -> None:
     for name, pairs in linears.items():
         for one, other in zip(pairs, adapter.linears[name], strict=True):
             assert torch.equal(one.a, other.a) and (one.scale, one.first) == (other.scale, other.first)
+
+
+def test_parts_of_what_the_file_has_in_one_piece_are_one_pair(tmp_path: Path) -> None:
+    """Queries, keys and values of a Qwen-1: of another rank and scale each, and none for the keys."""
+    config, model = read_model_config(DEMO), loaded(DEMO)
+    size = config.hidden_size
+    own = [
+        LoraPair(torch.randn(rank, size) * 0.3, torch.randn(size, rank) * 0.3, scale, first)
+        for rank, scale, first in ((2, 1.0, 0), (3, 0.5, 2 * size))
+    ]
+    adapter = AdapterWeights({"layers.1.qkv_proj": tuple(own)})
+    write_adapter(tmp_path / "a", config, adapter)
+    read, _ = read_adapter(tmp_path / "a", config, strict=True)
+    assert [len(pair.a) for pair in read.linears["layers.1.qkv_proj"]] == [5]
+    for made, wanted in zip(logits_of(model, read), logits_of(model, adapter), strict=True):
+        assert (made - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    scaled = LoraPair(own[0].a, own[0].b, 1.0, 0, torch.ones(size))
+    with pytest.raises(RequestError, match="one module in the file"):
+        write_adapter(tmp_path / "b", config, AdapterWeights({"layers.1.qkv_proj": (scaled, own[1])}))
 
 
 def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
