@@ -107,7 +107,10 @@ def test_a_full_queue_is_waited_for(talk: Talk) -> None:
 
     talk.page.route("**/v1/chat/completions", refuse)
     talk.send("Say: my turn")
-    talk.until("Many are asking at the moment. Trying again in")
+    talk.until("Many are asking. Trying again in")
+    talk.page.focus(".assistant .note button")
+    talk.until("Trying again in 1 s.")
+    assert talk.page.evaluate("document.activeElement.textContent") == "Try now"  # the same button, still
     talk.done()
     assert refused and talk.answers == ["my turn"]
 
@@ -145,4 +148,4 @@ def test_a_full_context_is_told_with_numbers_and_made_room_in(talk: Talk, gate: 
     talk.done()
     talk.click("New chat")
     talk.send("Say: " + "apple pear plum " * 4000)
-    talk.until("This message alone is too long for the model")
+    talk.until("This message alone has")

@@ -119,8 +119,7 @@ class MessageView {
 		this.body.lang = languageOf(message.text)
 		this.thought.hidden = !message.thought
 		this.thought.classList.toggle("live", thinks)
-		const seconds = count(Math.round(message.thinkMs / 100) / 10)
-		setText(this.thought.firstChild, thinks ? say("thinking") : message.thinkMs ? say("thoughtFor", seconds) : say("thought"))
+		setText(this.thought.firstChild, thinks ? say("thinking") : message.thinkMs ? say("thoughtFor", count(Math.round(message.thinkMs / 100) / 10)) : say("thought"))
 		this.drawNote(live, thinks)
 		const shape = [message.state, many, language, thinks].join()
 		if (shape !== this.shape) {
@@ -137,12 +136,14 @@ class MessageView {
 		const shape = JSON.stringify([message.state, note, message.problem, progress, thinks, language])
 		if (shape === this.noted) return
 		this.noted = shape
-		const waits = () => progress ? [say("reading", count(progress.processed), count(progress.total))] : [say("waiting")]
-		const thinking = () => thinks ? [button("answerNow", () => actions.answerNow(live))] : []
-		const parts = note ? this.delay(note, live) : message.state !== "running" ? this.end() : begun ? thinking() : waits()
+		const waiting = () => progress ? say("reading", count(progress.processed), count(progress.total)) : say("waiting")
+		const parts = note ? this.delay(note, live) : message.state !== "running" ? this.end() : !begun ? [waiting()]
+			: thinks ? [button("answerNow", () => actions.answerNow(live))] : []
 		this.note.hidden = !parts.length
 		this.note.classList.toggle("warn", Boolean(note) || ["failed", "lost"].includes(message.state))
-		this.note.replaceChildren(...parts)
+		const [words, way] = parts
+		if (way && this.note.lastChild?.textContent === way.textContent) this.note.firstChild.data = words // its focus stays
+		else this.note.replaceChildren(...parts)
 	}
 
 	// Why an answer does not come.
