@@ -28,6 +28,7 @@ from qwenrt.cli import (
     serve,
     tuning,
 )
+from qwenrt.cli.imports import said_of_torch
 from qwenrt.cli.options import example
 from qwenrt.cli.terminal import Terminal, forgive_encoding, stand_in_for_closed_streams
 from qwenrt.errors import QwenrtError, memory_errors
@@ -114,8 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped.args:  # what became of the work
             Terminal().remark(str(stopped))
         return EXIT_INTERRUPTED
-    except OSError as error:
-        if error.filename is not None:
+    except (ImportError, RuntimeError, OSError) as error:
+        if said := said_of_torch(error):
+            Terminal().fail(said)
+            return EXIT_ERROR
+        if not isinstance(error, OSError) or error.filename is not None:
             raise
         # stdout took no more; what is buffered for it is dropped, so that the interpreter's own flush says nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 
 _TIMEOUT_S = 120.0
-NO_EXTENSIONS = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # torch loads no vendor's extension by itself
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+NO_EXTENSIONS = {_AUTOLOAD: "0"}  # torch loads no vendor's extension by itself
 # What an import says -> how that is mended; the first that fits. Libraries are named as loaders name them.
 _CURES = (
     (("compiled using NumPy 1",), 'this torch was built for NumPy 1: pip install "numpy<2"'),
@@ -87,6 +90,21 @@ def cure(package: str, said: str) -> str:
     """How to mend an import that failed so."""
     known = next((remedy for words, remedy in _CURES if any(word in said for word in words)), None)
     return known or _OTHERWISE.format(package)
+
+
+def said_of_torch(error: BaseException) -> str | None:
+    """What there is to say where ``error`` ended torch's import in this process; None where it did not."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    if "torch" in sys.modules or not any(file.parts[-2:] == ("torch", "__init__.py") for file in files):
+        return None
+    extension = re.search(r"backend extension: (\w+)", str(error))
+    said = str(error if error.__cause__ is None else error.__cause__).strip()
+    package, name = "torch", ""
+    if extension:
+        package = extension[1]
+        name = f", {package}, which torch loads by itself"
+    without = f" Until then {_AUTOLOAD}=0 makes torch start without it." if extension else ""
+    return f"importing torch{name}: {said}. {cure(package, said)}.{without} qwenrt doctor says more."
 
 
 def only_an_extension(environment: Mapping[str, str]) -> bool:

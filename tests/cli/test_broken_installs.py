@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,29 @@ def test_a_torch_that_only_an_extension_breaks_is_looked_at_without(tmp_path: Pa
     (problem,) = (p for p in report["problems"] if "cannot be imported" in p["what"])
     assert "backend extension: torch_npu" in problem["what"]
     assert "until then TORCH_DEVICE_BACKEND_AUTOLOAD=0 makes torch" in problem["fix"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise ImportError('libcudart.so.13: cannot open')", "--force-reinstall torch"),
+        ("raise OSError('libgalaxyhip.so.5: cannot open')", "source /opt/dtk/env.sh"),
+        (
+            "cause = ImportError('libhccl.so: cannot open')\n"
+            "raise RuntimeError('Failed to load the backend extension: torch_npu. You can') from cause",
+            "set_env.sh.*Until then TORCH_DEVICE_BACKEND_AUTOLOAD=0",
+        ),
+    ],
+)
+def test_other_commands_say_it_in_a_line(tmp_path: Path, source: str, said: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(source, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-m", "qwenrt", "run", "demo", "Hello", "--device", "cpu"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert re.search(f"importing torch.*lib.*{said}.*qwenrt doctor", done.stderr), done.stderr
 
 
 def test_the_line_that_says_what_it_is_is_told() -> None:
