@@ -16,7 +16,7 @@ import pytest
 
 from qwenrt import __version__
 from qwenrt.backends.cpu.kernels import LIBRARY
-from qwenrt.cli import COMMANDS, build_parser, doctor
+from qwenrt.cli import COMMANDS, build_parser, imports
 from qwenrt.errors import CheckpointError
 from tests.cli import fake_llm
 
@@ -248,8 +248,8 @@ def test_doctor_names_missing_packages_and_the_command(
     qwenrt: Qwenrt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = ("rich", "modelscope-hub", "tiktoken")
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name in absent else version(name))
+    version = imports.installed
+    monkeypatch.setattr(imports, "installed", lambda name: None if name in absent else version(name))
     text = " ".join(qwenrt("doctor").out.split())
     assert "optional: rich not installed" in text and 'pip install "qwenrt[cli]"' in text
     assert 'pip install "qwenrt[modelscope]"' in text
