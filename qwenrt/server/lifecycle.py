@@ -202,9 +202,13 @@ def _accept_calmly(sockets: Sequence[socket.socket]) -> None:
     """
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        ended = isinstance(error, ValueError) and all(sock.fileno() < 0 for sock in sockets)
         if str(context.get("message")).startswith("socket.accept()"):
-            accepting.warning("a connection waits: it cannot be accepted now (%s)", context.get("exception"))
-        else:
+            accepting.warning("a connection waits: it cannot be accepted now (%s)", error)
+        elif not (
+            ended and "file descriptor: -1" in str(error)
+        ):  # else it would have tried again after the end
             loop.default_exception_handler(context)
 
     accepting.addFilter(_ONCE_A_SECOND)

@@ -17,6 +17,7 @@ from qwenrt.backends.cpu.activations import EXACT
 from qwenrt.backends.cpu.decoder import Layer, StepStruct
 from qwenrt.backends.cpu.delta_net import DeltaNet
 from qwenrt.backends.cpu.elementwise import Rotary
+from qwenrt.backends.cpu.lora import Lora
 from qwenrt.config import Environment
 from qwenrt.errors import BackendError
 from qwenrt.llm import LLM
@@ -121,6 +122,7 @@ def _calls(k: kernels.Kernels) -> dict[str, Callable[[], Any]]:
         "gate_output": lambda: k.gate_output(x.view(2, 4, 16), x.view(2, 4, 16)),
         "rotary_store": lambda: k.rotary_store(Rotary(), None, 2),
         "delta_net": lambda: k.delta_net(DeltaNet(), sequences),
+        "lora": lambda: k.lora((Lora * 1)(), x, torch.zeros(2, 8)),
         "forward": lambda: k.forward(layers, caches, None, StepStruct(), x, None),
         "argmax_finite": lambda: k.argmax_finite(x),
         "topk": lambda: k.topk(x[0], 1.0, 1.0, 3, False),

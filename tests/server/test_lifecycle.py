@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwenrt.errors import ConfigError
-from qwenrt.server.lifecycle import Hooks, bind
+from qwenrt.server.lifecycle import Hooks, _accept_calmly, bind
 from qwenrt.server.settings import ServeSettings
 from tests.server.wire import PATIENCE, STARTS, Wire, request, serving, until
 
@@ -218,6 +220,25 @@ def test_a_server_without_another_file_descriptor_waits_for_one() -> None:
         assert server.popen.stderr is not None
         said = server.popen.stderr.read()
         assert "Traceback" not in said and len(said.splitlines()) < 30  # asyncio alone writes thousands
+
+
+def test_what_would_be_tried_again_after_the_end_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio listens again a second after a descriptor was missing, even to a socket that was closed meanwhile."""
+
+    async def run(closes: bool) -> None:
+        loop: Any = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            _accept_calmly([listening])
+            if closes:
+                listening.close()
+            loop.call_soon(loop._add_reader, -1, print)
+            await asyncio.sleep(0.01)
+
+    for closes in (False, True):
+        caplog.clear()
+        with closing(asyncio.SelectorEventLoop()) as loop:
+            loop.run_until_complete(run(closes))
+        assert ("Invalid file descriptor: -1" in caplog.text) != closes
 
 
 def test_a_server_takes_the_file_descriptors_that_it_may_have() -> None:
