@@ -229,9 +229,10 @@ class TritonBackend(Backend):
         logits = F.linear(normed, w.router.to(normed.dtype))
         chosen, share = experts.route(logits, w.top_k, w.norm_topk_prob)
         if len(x) >= self.tiles.grouped_from and self.tiles.matrix_units:
-            pairs, tile = experts.by_expert(chosen, len(w.gate_up)), self.tiles.experts
-            inner = experts.linear(normed, w.stacked[0], pairs, tile, normed.dtype, pair=True)
-            y = experts.linear(inner, w.stacked[1], pairs, tile, x.dtype)
+            pairs, (inwards, down) = experts.by_expert(chosen, len(w.gate_up)), w.stacked
+            tiles = [self.tiles.experts[16 if one.kind == "dense" else one.bits] for one in w.stacked]
+            inner = experts.linear(normed, inwards, pairs, tiles[0], normed.dtype, pair=True)
+            y = experts.linear(inner, down, pairs, tiles[1], x.dtype)
         else:
             which = chosen.flatten()
             inner = self._token(normed, w.stacked[0], normed.dtype, pair=True, which=which)

@@ -30,6 +30,8 @@ class Tiles:
     ``matrix_units``: whether small matrices are multiplied by units for them, without which such a kernel has far too
     few registers: then sums serve, and torch's product.
 
+    ``experts``: of products of many tokens with all experts, by bits: what unpacks 4 has no registers left for more.
+
     Of linears in Gluon ``wide`` and ``narrow``: with at least, and with less than ``wide_from`` outputs; ``own``: of
     single ones, by bits, outputs and inputs. ``dense_tokens``: up to which they multiply dense weights; torch does
     beyond. ``pdl``: whether they begin before the launch before them has ended.
@@ -44,7 +46,9 @@ class Tiles:
         default_factory=lambda: {16: Tile(64, 128), 32: Tile(64, 128), 64: Tile(64, 64)}
     )
     matrix: Tile = Tile(32, 128)
-    experts: Tile = Tile(64, 64)
+    experts: dict[int, Tile] = field(
+        default_factory=lambda: {16: Tile(64, 64), 8: Tile(64, 64), 4: Tile(32, 64)}
+    )
     grouped_from: int = 8  # tokens from which those of an expert are multiplied together
     rows: int = 1024
     keys: int = 32
