@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend
 from qwenrt.ops import reference
+from qwenrt.ops.lora import with_spans
 from qwenrt.ops.types import Experts, LoraSpan, Packed, StepAdapters
 
 Spans = Sequence[LoraSpan]
@@ -88,20 +89,13 @@ def _routed(
     normed: torch.Tensor, w: Experts, name: str, adapters: StepAdapters
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """reference.route, by the routers that the tokens have."""
-    pieces, at = list[tuple[torch.Tensor, torch.Tensor]](), 0
     own = [span for span in adapters.spans if name in span.adapter.routers]
-    for first, last, router in (
-        *((span.first, span.last, span.adapter.routers[name]) for span in own),
-        (len(normed), len(normed), w.router),
-    ):
-        for rows, chooses in ((normed[at:first], w.router), (normed[first:last], router)):
-            if len(rows):
-                pieces.append(reference.route(rows, chooses, w.top_k, w.norm_topk_prob))
-        at = last
-    if len(pieces) == 1:
-        return pieces[0]
-    weights, chosen = zip(*pieces, strict=True)
-    return torch.cat(weights), torch.cat(chosen)
+    logits = with_spans(
+        reference.router_logits(normed, w.router),
+        own,
+        lambda span, here: reference.router_logits(normed[here], span.adapter.routers[name]),
+    )
+    return reference.route(logits, w.top_k, w.norm_topk_prob)
 
 
 def _mlp(

@@ -283,7 +283,8 @@ class Backend:
         Experts are added in the order of their numbers, so that a token's sum is the same in every batch.
         """
         normed = self.rms_norm(x, norm, eps)
-        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+        logits = reference.router_logits(normed, w.router)
+        weights, chosen = reference.route(logits, w.top_k, w.norm_topk_prob)
         total = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             token, rank = (chosen == expert).nonzero(as_tuple=True)
@@ -307,7 +308,8 @@ class Backend:
         assert w.stacked is not None
         gate_up, down = w.stacked
         normed = self.rms_norm(x, norm, eps)
-        weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+        logits = reference.router_logits(normed, w.router)
+        weights, chosen = reference.route(logits, w.top_k, w.norm_topk_prob)
         chosen, order = chosen.sort(dim=-1)
         weights = weights.gather(1, order).unsqueeze(-1)
         total = torch.zeros_like(x)

@@ -117,9 +117,8 @@ class StackParts:
     max_model_len: int  # tokens of a sequence
     # of the cache, max_rows that no sequence ever owns, or none
     spare_blocks: list[int] = field(default_factory=list)
-    spare_state: int = (
-        0  # a slot of states that no sequence ever owns, where there are spare blocks and states
-    )
+    # a slot of states that no sequence ever owns, where there are spare blocks and states
+    spare_state: int = 0
     # those that are loaded now, by the numbers that steps name them by
     adapters: Mapping[int, AdapterWeights] = field(default_factory=dict)
 

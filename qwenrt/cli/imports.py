@@ -97,14 +97,15 @@ def said_of_torch(error: BaseException) -> str | None:
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     if "torch" in sys.modules or not any(file.parts[-2:] == ("torch", "__init__.py") for file in files):
         return None
+    said = str(error.__cause__ or error).strip()
     extension = re.search(r"backend extension: (\w+)", str(error))
-    said = str(error if error.__cause__ is None else error.__cause__).strip()
-    package, name = "torch", ""
-    if extension:
-        package = extension[1]
-        name = f", {package}, which torch loads by itself"
-    without = f" Until then {_AUTOLOAD}=0 makes torch start without it." if extension else ""
-    return f"importing torch{name}: {said}. {cure(package, said)}.{without} qwenrt doctor says more."
+    if extension is None:
+        return f"importing torch: {said}. {cure('torch', said)}. qwenrt doctor says more."
+    package = extension[1]
+    return (
+        f"importing torch, which loads {package} by itself: {said}. {cure(package, said)}. Until then {_AUTOLOAD}=0 "
+        "makes torch start without it. qwenrt doctor says more."
+    )
 
 
 def only_an_extension(environment: Mapping[str, str]) -> bool:

@@ -73,6 +73,7 @@ def operators(problems: list[dict[str, str]]) -> dict[str, str]:
 
 
 def show(report: dict[str, Any], row: Any) -> None:
+    """Rows of what is installed, of the card and of the operators; ``row`` is told a name and what is said of it."""
     if report["ascend"]:
         here = {name: report["ascend"][name] or "not found" for name in ("torch_npu", "cann", "driver")}
         row("Ascend", ", ".join(f"{name} {version}" for name, version in here.items()))

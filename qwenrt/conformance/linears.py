@@ -249,7 +249,7 @@ class ExpertsChecker:
         scores = logits.value.sort(-1, descending=True).values
         doubt = logits.error.amax(-1)
         apart = scores[:, top_k - 1] - scores[:, top_k] if top_k < scores.shape[1] else doubt + 1
-        weights, chosen = reference.route(normed.value, router, top_k, self.case.norm_topk)
+        weights, chosen = reference.route(normed.value @ router.t(), top_k, self.case.norm_topk)
         total = torch.zeros_like(normed.value)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
             y = self._mlp(normed, gate_up, down, rounding)

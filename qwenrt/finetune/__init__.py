@@ -34,9 +34,8 @@ from qwenrt.loader.hub.resolve import source_of
 logger = logging.getLogger("qwenrt")
 as_function(__name__)
 
-Asked = tuple[
-    Path, Data, Data | float | None, str | None, str, dict[str, Any]
-]  # the first arguments of `prepare`
+# the first arguments of `prepare`
+Asked = tuple[Path, Data, Data | float | None, str | None, str, dict[str, Any]]
 
 
 @dataclass(frozen=True)

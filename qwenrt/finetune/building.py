@@ -245,29 +245,21 @@ def build_adapter(
     device = device or torch.device("cpu")
     config, precision = base.config, resolved_precision(settings, device)
     check_length(config, max(map(corpus.length, range(len(corpus)))))
-    routes = settings.router == "trained"
-    if precision == "bfloat16-pure" or base.checkpoint is None or (routes and config.moe is None):
-        asked = "from_scratch" if base.checkpoint is None else f"precision={precision}"
-        asked = asked if not routes else "router=trained, and no experts in the model"
-        raise RequestError(
-            f"training an adapter with {asked}", "adapters have no use for it", "Leave it out."
-        )
-    if lora.dora and lora.quantize:
-        found = "DoRA's magnitudes are those of the weights in the file"
-        raise RequestError(f"dora with quantize={lora.quantize}", found, "Leave one of the two out.")
+    shared, routes = is_shared_out(settings, group), settings.router == "trained"
+    _check_adapter(base, settings, lora, precision, shared)
+    assert base.checkpoint is not None
     compute = COMPUTES[precision]
     backend = TrainingBackend(device)
     sharding: Sharding | None = None
-    if is_shared_out(settings, group):
-        if lora.dora:
-            found = "DoRA's norms are those of whole weights"
-            raise RequestError(f'dora with shard="{settings.shard}"', found, "Leave one of the two out.")
+    if shared:
         assert group is not None
-        shared = sharding = Sharding(group, device, settings.shard, None)
-        model, origin = _layer_by_layer(
-            base, backend, compute, compute, settings, lora.quantize,
-            lambda model, index: shared.add(model, index, (), routers_of(model) if routes else ()),
-        )  # fmt: skip
+        sharding = Sharding(group, device, settings.shard, None)
+
+        def share(model: Qwen, index: int) -> None:
+            assert sharding is not None
+            sharding.add(model, index, (), routers_of(model) if routes else ())
+
+        model, origin = _layer_by_layer(base, backend, compute, compute, settings, lora.quantize, share)
     else:
         model = read_weights(base, backend, compute, compute, settings, lora.quantize, own=False)
         origin = fingerprint(model)
@@ -290,6 +282,46 @@ def build_adapter(
     network.adapter = adapter.weights
     about = {**asdict(lora), "model": origin, "computed_in": precision, **(identity or {})}
     return Trainer(network, optimizer, corpus, settings, about, held_out, group), adapter
+
+
+def _check_adapter(
+    base: Base, settings: TrainingSettings, lora: LoraSettings, precision: str, shared: bool
+) -> None:
+    """RequestError for what an adapter cannot be trained with."""
+    for wrong, asked, found, remedy in (
+        (
+            base.checkpoint is None,
+            "from_scratch",
+            "there are no weights for it to lie beside",
+            "Leave it out.",
+        ),
+        (
+            precision == "bfloat16-pure",
+            'precision="bfloat16-pure"',
+            "what is trained of an adapter is small, and float32",
+            'Use "bfloat16".',
+        ),
+        (
+            settings.router == "trained" and base.config.moe is None,
+            'router="trained"',
+            "this model has no experts",
+            "Leave it out.",
+        ),
+        (
+            lora.dora and lora.quantize is not None,
+            f'dora and quantize="{lora.quantize}"',
+            "DoRA's magnitudes are those of the weights in the file",
+            "Leave one of the two out.",
+        ),
+        (
+            lora.dora and shared,
+            f'dora and shard="{settings.shard}"',
+            "DoRA's norms are those of whole weights",
+            "Leave one of the two out.",
+        ),
+    ):
+        if wrong:
+            raise RequestError(f"training an adapter with {asked}", found, remedy)
 
 
 def routers_of(model: Qwen) -> tuple[str, ...]:

@@ -62,13 +62,8 @@ class Corpus:
         labels: list[torch.Tensor] = []
         cut = left_out = longest = learned = 0
         for number, entry in enumerate(entries, 1):
-            try:
-                samples = training_samples(tokenizer, entry, number, form)
-            except RequestError as error:
-                if not isinstance(entries, Entries):
-                    raise
-                asked = error.asked.replace(f", entry {number}", f" {entries.where(number)}")
-                raise RequestError(asked, error.found, error.remedy) from error
+            place = entries.where(number) if isinstance(entries, Entries) else number
+            samples = training_samples(tokenizer, entry, place, form)
             longest = max(longest, *(len(sample.ids) for sample in samples))
             usable = [sample for sample in (s.cut(max_length) for s in samples) if sample.learned]
             cut += any(len(sample.ids) > max_length for sample in samples)

@@ -51,7 +51,7 @@ class TrainingBackend(Backend):
 def balance(normed: torch.Tensor, router: torch.Tensor, top_k: int) -> torch.Tensor:
     """normed [T, D], router [E, D] -> E · Σ f_e P_e: f_e the share of tokens that went to expert e, P_e its mean
     probability."""
-    scores = F.linear(normed, router.to(normed.dtype)).float().softmax(-1)
+    scores = reference.router_logits(normed, router).float().softmax(-1)
     chosen = scores.detach().topk(top_k, dim=-1).indices
     share = torch.zeros_like(scores).scatter_(1, chosen, 1.0).mean(0)
     return scores.shape[1] * (share * scores.mean(0)).sum()

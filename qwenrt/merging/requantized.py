@@ -18,7 +18,7 @@ import torch
 from qwenrt.config import read_json
 from qwenrt.config.adapter import FILE
 from qwenrt.config.layers import layer_linears, layer_tensors
-from qwenrt.errors import CheckpointError, QwenrtError, RequestError
+from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.files import is_there, read
 from qwenrt.loader.adapters.names import WEIGHTS
 from qwenrt.loader.checkpoint.digest import add_shard
@@ -124,16 +124,16 @@ def _digests(source: Path, adapters: Sequence[tuple[Path, float]]) -> dict[str, 
 def _workplace(place: Path, about: dict[str, Any]) -> Iterator[Path]:
     """A directory that is there until the work in it is done or refused; what a cut run left of the same work too."""
     file, about = place / "about.json", json.loads(json.dumps(about))
-    if is_there(place, CheckpointError) and not (
-        is_there(file, CheckpointError) and read_json(file) == about
-    ):
-        logger.info("%s is of other work: it begins anew", place)
-        shutil.rmtree(place)
-    with claimed(place):
+    with claimed(place) as lock:
+        if not (is_there(file, CheckpointError) and read_json(file) == about):
+            for other in place.iterdir():
+                if other != lock:
+                    logger.info("%s is of other work: it is done anew", other)
+                    shutil.rmtree(other) if other.is_dir() else other.unlink()
         write_json(file, about)
         try:
             yield place
-        except QwenrtError:  # it would fail again
+        except RequestError:  # it would be refused again
             shutil.rmtree(place)
             raise
     shutil.rmtree(place)

@@ -31,10 +31,8 @@ FormOf = Callable[[LinearSpec], tuple[int, int]]
 
 # Ops by themselves are within the self-check's tolerance; a few layers make more of what is left.
 _LAYERS_ADD = 5.0
-_CAPTURED = (
-    "norm_moe_add_each",
-    "decode_delta_net",
-)  # of captured steps alone, and in no check of ops by themselves
+# of captured steps alone, and in no check of ops by themselves
+_CAPTURED = ("norm_moe_add_each", "decode_delta_net")
 _SAME_KERNELS = 1e-4  # a stack beside the seams in float32
 # A token between two experts, or a value between two codes, may go either way by the last digit of what is before.
 _EITHER_WAY = 0.3

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from qwenrt.ops.steps import DecodePlan, LayerState, StepPlan
 
-_L2_EPS = 1e-6  # of queries and keys, whatever eps the norms have
+L2_EPS = 1e-6  # of queries and keys, whatever eps the norms have
 CHUNK = 64  # tokens of a sequence, from its first one on, that are computed together in matrix products
 _MANY = 8  # tokens of a step from where on that costs less than going through them
 
@@ -169,7 +169,7 @@ def _of_value_heads(
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _L2_EPS)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
 def by_tokens(

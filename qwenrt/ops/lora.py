@@ -99,7 +99,7 @@ def _add_pairs(
     return whole[0] if len(whole) == 1 else torch.cat(whole, dim=1)
 
 
-def _replaced(
+def with_spans(
     y: torch.Tensor, spans: Sequence[AdapterSpan], new: Callable[[AdapterSpan, slice], torch.Tensor]
 ) -> torch.Tensor:
     """y with ``new(span, rows)`` in the rows of each span."""
@@ -132,7 +132,7 @@ def adapted_embedding(x: torch.Tensor, token_ids: torch.Tensor, adapters: StepAd
             own = (own.float() + _product(F.embedding(ids, pair.a.t()), pair.b) * pair.scale).to(x.dtype)
         return own
 
-    return _replaced(x, spans, embedded)
+    return with_spans(x, spans, embedded)
 
 
 def _with_rows(own: torch.Tensor, ids: torch.Tensor, changes: TokenRows) -> torch.Tensor:
@@ -162,7 +162,7 @@ def adapted_logits(
         new = _product(hidden[here].to(changes.rows.dtype), changes.rows)
         return logits[here].index_copy(1, changes.ids, new.float())
 
-    return _replaced(logits, some, with_rows)
+    return with_spans(logits, some, with_rows)
 
 
 def _by_own_heads(

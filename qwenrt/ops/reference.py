@@ -148,19 +148,21 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def route(
-    x: torch.Tensor, router: torch.Tensor, top_k: int, norm_topk_prob: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, D], router [E, D] -> (weights [T, k] in x's dtype, experts int64 [T, k]).
+def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """x [T, D], router [E, D] -> [T, E] in x's dtype: how much each token asks for each expert."""
+    return F.linear(x, router.to(x.dtype))
+
+
+def route(logits: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [T, E] -> (weights [T, k] in their dtype, experts int64 [T, k]).
 
     The softmax is float32 and over all experts; the k largest are kept and, with ``norm_topk_prob``, made to sum
     to 1 before they are rounded.
     """
-    scores = F.linear(x, router.to(x.dtype)).float().softmax(-1)
-    weights, experts = scores.topk(top_k, dim=-1)
+    weights, experts = logits.float().softmax(-1).topk(top_k, dim=-1)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights.to(x.dtype), experts
+    return weights.to(logits.dtype), experts
 
 
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from qwenrt.files import read
 
 MAX_DATA_BYTES = 2**30
 MAX_DATA_VALUES = 16 * 10**6
+Place = int | str  # of an entry: its number, or its file and number
 
 
 def read_entries(path: str | Path) -> list[dict[str, Any]]:
@@ -62,19 +63,19 @@ class Entries(list[Any]):
 def read_all_entries(data: str | Path | Sequence[Any]) -> list[Any]:
     """The entries of a file, of all .json and .jsonl files of a directory in the order of their names, of several of
     these, or given as they are. RequestError names the file."""
-    if isinstance(data, (str, Path)):
-        files = [Path(data)]
-        if files[0].is_dir():
-            files = sorted(file for file in files[0].iterdir() if file.suffix in (".json", ".jsonl"))
-            if not files:
-                raise RequestError(
-                    f"training data {data}", "no .json or .jsonl file in it", "Put some there."
-                )
-        return Entries((file, read_entries(file)) for file in files)
-    if not data or not all(isinstance(value, (str, Path)) for value in data):
-        return list(data)
-    parts = [read_all_entries(value) for value in data]
-    return Entries((Path(value), part) for value, part in zip(data, parts, strict=True))
+    given = [data] if isinstance(data, (str, Path)) else data
+    if not given or not all(isinstance(value, (str, Path)) for value in given):
+        return list(given)
+    return Entries((file, read_entries(file)) for value in given for file in _files_in(Path(value)))
+
+
+def _files_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+    if not files:
+        raise RequestError(f"training data {path}", "no .json or .jsonl file in it", "Put some there.")
+    return files
 
 
 def unknown_keys(entries: Iterable[object]) -> list[str]:
@@ -131,51 +132,52 @@ _FIRST_QWENS = {"user", "assistant"}
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def entry_of(value: object, number: int = 1) -> Entry:
-    """Entry ``number`` of a file, in whichever of these shapes it has: OpenAI's ("messages"), ShareGPT's or the first
-    Qwen's ("conversations"), Alpaca's ("instruction", "output"), or "text". RequestError names the entry."""
+def entry_of(value: object, place: Place = 1) -> Entry:
+    """An entry in whichever of these shapes it has: OpenAI's ("messages"), ShareGPT's or the first Qwen's
+    ("conversations"), Alpaca's ("instruction", "output"), or "text". RequestError names its ``place``."""
     if not isinstance(value, dict):
-        raise bad_entry(number, f"a JSON {type(value).__name__}", "Each entry must be an object.")
+        raise bad_entry(place, f"a JSON {type(value).__name__}", "Each entry must be an object.")
     if "text" in value:
-        return Entry(text=_string(value["text"], number, "text"))
+        return Entry(text=_string(value["text"], place, "text"))
     if isinstance(value.get("conversations"), list) and value["conversations"]:
-        messages = _conversation(value["conversations"], number)
+        messages = _conversation(value["conversations"], place)
         if isinstance(value.get("system"), str) and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": value["system"]})
     elif isinstance(value.get("messages"), list) and value["messages"]:
-        messages = _openai(value["messages"], number)
+        messages = _openai(value["messages"], place)
     elif "output" in value and "instruction" in value:
-        messages = _alpaca(value, number)
+        messages = _alpaca(value, place)
     else:
-        raise bad_entry(number, "no list of conversations", _SHAPES)
+        raise bad_entry(place, "no list of conversations", _SHAPES)
     if not messages:
-        raise bad_entry(number, "nobody says anything in it", "Remove the entry.")
-    return Entry(tuple(messages), tuple(_tools(value.get("tools"), number)))
+        raise bad_entry(place, "nobody says anything in it", "Remove the entry.")
+    return Entry(tuple(messages), tuple(_tools(value.get("tools"), place)))
 
 
-def bad_entry(number: int, found: str, remedy: str) -> RequestError:
-    return RequestError(f"training data, entry {number}", found, remedy)
+def bad_entry(place: Place, found: str, remedy: str) -> RequestError:
+    where = f", entry {place}" if isinstance(place, int) else f" {place}"
+    return RequestError(f"training data{where}", found, remedy)
 
 
-def _openai(turns: list[Any], number: int) -> list[dict[str, Any]]:
+def _openai(turns: list[Any], place: Place) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for index, turn in enumerate(turns):
         where = f"messages[{index}]"
-        role = _object(turn, number, where).get("role")
+        role = _object(turn, place, where).get("role")
         if role not in _ROLES or (role == "system" and index > 0):
-            raise bad_entry(number, f"{where} is from {role!r:.40}", "It must be 'user' or 'assistant'.")
+            raise bad_entry(place, f"{where} is from {role!r:.40}", "It must be 'user' or 'assistant'.")
         if role == "tool" and not any(before.get("tool_calls") for before in messages):
             raise bad_entry(
-                number, f"{where} is from 'tool', and no call is before it", "Put the call before it."
+                place, f"{where} is from 'tool', and no call is before it", "Put the call before it."
             )
-        turn = {**turn, "content": _text_parts(turn.get("content"), number, where)}
+        turn = {**turn, "content": _text_parts(turn.get("content"), place, where)}
         if not turn.get("tool_calls"):
-            _string(turn["content"], number, f"{where} content")
+            _string(turn["content"], place, f"{where} content")
         messages.append(turn)
     return messages
 
 
-def _text_parts(content: Any, number: int, where: str) -> Any:
+def _text_parts(content: Any, place: Place, where: str) -> Any:
     """Contents that are a list of text parts, joined; others as they are."""
     if not isinstance(content, list):
         return content
@@ -183,13 +185,13 @@ def _text_parts(content: Any, number: int, where: str) -> Any:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise bad_entry(
-                number, f"{where} has a part of type {kind!r:.40}", "Only texts are read: remove it."
+                place, f"{where} has a part of type {kind!r:.40}", "Only texts are read: remove it."
             )
     return "".join(part["text"] for part in content)
 
 
-def _conversation(turns: list[Any], number: int) -> list[dict[str, Any]]:
-    objects = [_object(turn, number, f"conversations[{i}]") for i, turn in enumerate(turns)]
+def _conversation(turns: list[Any], place: Place) -> list[dict[str, Any]]:
+    objects = [_object(turn, place, f"conversations[{i}]") for i, turn in enumerate(turns)]
     said = [str(turn.get("from")) for turn in objects]
     # one leading turn of another role is dropped in the first Qwen's shape, as its trainer does
     first = 1 if said[0] not in _FIRST_QWENS and {*said[1:]} <= _FIRST_QWENS and said[1:] else 0
@@ -200,25 +202,25 @@ def _conversation(turns: list[Any], number: int) -> list[dict[str, Any]]:
         where, role = f"conversations[{index}]", _SPEAKERS.get(said[index])
         if role is None or (role == "system" and index > 0):
             raise bad_entry(
-                number, f"{where} is from {turn.get('from')!r:.40}", "It must be 'user' or 'assistant'."
+                place, f"{where} is from {turn.get('from')!r:.40}", "It must be 'user' or 'assistant'."
             )
-        value = _string(turn.get("value"), number, f"{where} value")
-        messages.append(_call(value, number, where) if role == "call" else {"role": role, "content": value})
+        value = _string(turn.get("value"), place, f"{where} value")
+        messages.append(_call(value, place, where) if role == "call" else {"role": role, "content": value})
     return messages
 
 
-def _call(value: str, number: int, where: str) -> dict[str, Any]:
+def _call(value: str, place: Place, where: str) -> dict[str, Any]:
     """ShareGPT's turn of a call, a JSON object or a list of them, as a message of the assistant."""
     try:
         calls = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise bad_entry(
-            number, f"{where} is no JSON ({str(error)[:60]})", "Write the call as JSON."
+            place, f"{where} is no JSON ({str(error)[:60]})", "Write the call as JSON."
         ) from error
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise bad_entry(
-            number, f"{where} is a call without a name", 'Write {"name": "...", "arguments": {...}}.'
+            place, f"{where} is a call without a name", 'Write {"name": "...", "arguments": {...}}.'
         )
     functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
     return {
@@ -228,42 +230,42 @@ def _call(value: str, number: int, where: str) -> dict[str, Any]:
     }
 
 
-def _alpaca(value: dict[str, Any], number: int) -> list[dict[str, Any]]:
+def _alpaca(value: dict[str, Any], place: Place) -> list[dict[str, Any]]:
     messages = []
     if value.get("system"):
-        messages.append({"role": "system", "content": _string(value["system"], number, "system")})
+        messages.append({"role": "system", "content": _string(value["system"], place, "system")})
     for index, pair in enumerate(value.get("history") or ()):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise bad_entry(number, f"history[{index}] is no pair", "Give [question, answer].")
-        asked, answered = (_string(text, number, f"history[{index}]") for text in pair)
+            raise bad_entry(place, f"history[{index}] is no pair", "Give [question, answer].")
+        asked, answered = (_string(text, place, f"history[{index}]") for text in pair)
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    asked, given = _string(value["instruction"], number, "instruction"), value.get("input") or ""
-    prompt = f"{asked}\n{_string(given, number, 'input')}" if given else asked
-    answer = _string(value["output"], number, "output")
+    asked, given = _string(value["instruction"], place, "instruction"), value.get("input") or ""
+    prompt = f"{asked}\n{_string(given, place, 'input')}" if given else asked
+    answer = _string(value["output"], place, "output")
     return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _tools(value: object, number: int) -> list[dict[str, Any]]:
+def _tools(value: object, place: Place) -> list[dict[str, Any]]:
     if isinstance(value, str):  # ShareGPT's files have them as JSON text
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
             found = f"its tools are no JSON ({str(error)[:60]})"
-            raise bad_entry(number, found, "Give a list of functions.") from error
+            raise bad_entry(place, found, "Give a list of functions.") from error
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise bad_entry(number, "its tools are no list of objects", "Give a list of functions.")
+        raise bad_entry(place, "its tools are no list of objects", "Give a list of functions.")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
 
 
-def _object(value: object, number: int, where: str) -> dict[str, Any]:
+def _object(value: object, place: Place, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise bad_entry(number, f"{where} is a JSON {type(value).__name__}", "It must be an object.")
+        raise bad_entry(place, f"{where} is a JSON {type(value).__name__}", "It must be an object.")
     return value
 
 
-def _string(value: object, number: int, what: str) -> str:
+def _string(value: object, place: Place, what: str) -> str:
     if not isinstance(value, str):
-        raise bad_entry(number, f"{what} is {type(value).__name__}, not text", "Give a string.")
+        raise bad_entry(place, f"{what} is {type(value).__name__}, not text", "Give a string.")
     return value

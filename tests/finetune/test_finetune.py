@@ -531,6 +531,6 @@ def test_an_entry_is_named_with_its_file(base, tmp_path):
     data.mkdir()
     (data / "a.jsonl").write_text("\n".join(map(json.dumps, ENTRIES)))
     (data / "b.json").write_text(json.dumps([ENTRIES[0], {"conversations": []}]))
-    for given in (data, [data / "a.jsonl", data / "b.json"]):
+    for given in (data, [data], [data / "a.jsonl", data / "b.json"]):
         with pytest.raises(RequestError, match=r"training data .*b\.json, entry 2: no list of conversations"):
             finetune(base, given, tmp_path / "out", epochs=1, **QUICK)

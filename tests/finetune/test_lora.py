@@ -101,7 +101,7 @@ def test_what_is_learned_is_written_and_read_again(source, kind, tmp_path):
     if (kind != "plain" and source.name == "qwen3_5") or (kind == "whole" and source.name != "base"):
         pytest.skip("the same code serves")
     if kind == "routers" and source.name not in ("base", "qwen3_next"):
-        with pytest.raises(RequestError, match="router=trained, and no experts in the model"):
+        with pytest.raises(RequestError, match='router="trained": this model has no experts'):
             run_of(source, lora, router="trained")
         return
     base, run, adapter = run_of(source, lora, **({"router": "trained"} if kind == "routers" else {}))
@@ -236,7 +236,9 @@ def test_numbers_that_are_trained_by_shape_alone():
         ({"train_tokens": "<|nobody|>"}, "no such token"),
         ({"dora": True, "quantize": "int4"}, "DoRA's magnitudes"),
         ({"method": "full", "rank": 4}, "rank is of adapters"),
-        ({"method": "lora", "from_scratch": True}, "no use for it"),
+        ({"method": "lora", "from_scratch": True}, "no weights for it"),
+        ({"router": "trained"}, 'router="trained": this model has no experts'),
+        ({"precision": "bfloat16-pure"}, 'bfloat16-pure".*float32.*Use "bfloat16"'),
         ({"preset": "other"}, "preset='other'"),
     ],
 )

@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+from qwenrt.conformance.gpu.compiling import MODULES
+
 __all__ = ["Code", "Launch", "compiled", "launches", "replace", "triton"]
 
 TARGETS = {
@@ -65,17 +67,7 @@ def launches(call: Callable[[], Any], monkeypatch: Any) -> list[Launch]:
     ) -> None:
         found.append(Launch(kernel, grid, args, warps, constants, pdl))
 
-    for name in (
-        "portable",
-        "between",
-        "attention",
-        "choose",
-        "read",
-        "stream",
-        "attend",
-        "delta",
-        "experts",
-    ):
+    for name in MODULES:
         module = __import__(f"qwenrt.backends.cuda.kernels.{name}", fromlist=["launch"])
         monkeypatch.setattr(module, "launch", note)
     call()

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from qwenrt.cli import main
 from qwenrt.config import read_model_config
-from qwenrt.errors import QwenrtError, RequestError
+from qwenrt.errors import CheckpointError, QwenrtError, RequestError
 from qwenrt.loader.adapters import BaseWeights, read_adapter
 from qwenrt.loader.checkpoint.as_stored import as_stored
 from qwenrt.loader.checkpoint.checkpoint import open_checkpoint
 from qwenrt.merging import RequantizedReport, merge
+from qwenrt.quantize.finished import claimed
 from tests.conftest import GOLDEN
 from tests.loader.adapters.peft_models import ADAPTERS, RECORDED
 from tests.loader.adapters.test_reader import loaded, logits_of, pair_for, recorded_logits, written
@@ -243,7 +244,21 @@ def test_a_merge_that_is_cut_while_it_quantises_goes_on(
         patched.setattr("qwenrt.merging.requantized.quantize", cut)
         with pytest.raises(KeyboardInterrupt):
             merge(source, path, tmp_path / "out", **options)
-    assert (tmp_path / ".out-merging" / "merged" / "model.safetensors").exists()
+    kept = tmp_path / ".out-merging" / "merged" / "model.safetensors"
+    with claimed(kept.parents[1]), pytest.raises(CheckpointError, match="another process"):
+        merge(
+            source, path, tmp_path / "out", **{**options, "bits": 4}
+        )  # other work, but not while that goes on
+    assert kept.exists()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise CheckpointError("writing", "no space left on device", "Make room.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenrt.merging.requantized.quantize", full)
+        with pytest.raises(CheckpointError, match="Make room"):
+            merge(source, path, tmp_path / "out", **options)
+    assert kept.exists()
     whole = merge(source, path, tmp_path / "whole", **options)
     with monkeypatch.context() as patched:
         patched.setattr("qwenrt.merging.requantized.merge_dense", cut)  # it was done

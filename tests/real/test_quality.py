@@ -18,8 +18,11 @@ TOKENS = 64  # of each of four texts
 @pytest.fixture(scope="module", params=sorted(RELEASES))
 def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     torch.set_num_threads(2)
+    directory = directory_of(request.param)
     ways = {name: quality.WAYS[name] for name in ("int8", "int4", "Q4_0")}
-    figures: dict[str, Any] = quality.measure(directory_of(request.param), ways, TOKENS, print)["ways"]
+    figures: dict[str, Any] = quality.measure(directory, ways, quality.our_texts(directory, TOKENS), print)[
+        "ways"
+    ]
     return figures
 
 

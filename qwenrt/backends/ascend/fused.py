@@ -102,7 +102,8 @@ def experts(
     numbers (`takes_grouped`). Nothing waits for the device, so it can be captured."""
     assert w.stacked is not None
     gate_up, down = w.stacked
-    weights, chosen = reference.route(normed, w.router, w.top_k, w.norm_topk_prob)
+    logits = reference.router_logits(normed, w.router)
+    weights, chosen = reference.route(logits, w.top_k, w.norm_topk_prob)
     ranks = chosen.float().argsort(dim=-1)  # integers are sorted by the host's processor there
     chosen, weights = chosen.gather(1, ranks), weights.gather(1, ranks)
     order = chosen.flatten().float().argsort(stable=True)  # (token, rank) by expert

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from qwenrt.backends.base import Backend
 from qwenrt.backends.binding import OpSpec, native
@@ -226,7 +225,7 @@ class TritonBackend(Backend):
 
         assert w.stacked is not None
         normed = self.rms_norm(x, norm, eps)
-        logits = F.linear(normed, w.router.to(normed.dtype))
+        logits = reference.router_logits(normed, w.router)
         chosen, share = experts.route(logits, w.top_k, w.norm_topk_prob)
         if len(x) >= self.tiles.grouped_from and self.tiles.matrix_units:
             pairs, (inwards, down) = experts.by_expert(chosen, len(w.gate_up)), w.stacked

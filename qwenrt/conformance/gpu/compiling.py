@@ -21,17 +21,8 @@ from qwenrt.backends.cuda.overrides import TritonBackend
 from qwenrt.ops.steps import DecodePlan, LayerKV, LayerState, RotaryRows
 from qwenrt.ops.types import DeltaWeights, Experts, Packed
 
-MODULES = (
-    "portable",
-    "between",
-    "attention",
-    "choose",
-    "read",
-    "stream",
-    "attend",
-    "delta",
-    "experts",
-)  # that launch kernels
+# that launch kernels
+MODULES = ("portable", "between", "attention", "choose", "read", "stream", "attend", "delta", "experts")
 _META = torch.device("meta")
 _SHAPES = {
     "1.8B": (2048, 5504, 16, 128),

@@ -104,8 +104,9 @@ def read_adapter(
 def _routers(adapter: Adapter, base: Base | None) -> dict[str, torch.Tensor]:
     """What chooses experts as the adapter has it: whole, or of the ``base``'s and a pair for it."""
     found = {param: tensor for (param, _), tensor in adapter.replaced.items() if param.endswith(".router")}
-    for param, pairs in adapter.gates.items() if base is not None else ():
-        assert base is not None
+    if base is None:
+        return found
+    for param, pairs in adapter.gates.items():
         if param.endswith(".router") and param not in found and all(p.bias is None for p in pairs):
             (pair,) = pairs
             own = base.weight(param).to(pair.a.device) + pair.scale * (pair.b @ pair.a)

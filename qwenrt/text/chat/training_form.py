@@ -11,7 +11,7 @@ from qwenrt.errors import RequestError, shown
 from qwenrt.text.chat.chat_tokenizer import ChatTokenizer
 from qwenrt.text.chat.formats import RawFormat, ReactFormat
 from qwenrt.text.chat.react import DEFAULT_SYSTEM
-from qwenrt.text.entries import Entry, bad_entry, entry_of
+from qwenrt.text.entries import Entry, Place, bad_entry, entry_of
 
 if TYPE_CHECKING:
     from qwenrt.text.chat.template_format import TemplateFormat
@@ -64,38 +64,38 @@ class Sample:
 
 
 def training_samples(
-    tokenizer: ChatTokenizer, entry: object, number: int = 1, settings: FormSettings | None = None
+    tokenizer: ChatTokenizer, entry: object, place: Place = 1, settings: FormSettings | None = None
 ) -> list[Sample]:
     """The samples of one entry: one, or several where a template writes an answer otherwise once it is history.
 
     The law: for each answer, the prompt that a server would make of what is before it, followed by what is learned of
-    it, are the first ids of a sample. RequestError names entry ``number``.
+    it, are the first ids of a sample. RequestError names the entry's ``place``.
     """
     settings = settings or FormSettings()
-    read = entry_of(entry, number)
+    read = entry_of(entry, place)
     if read.text is not None:
         ids = [*tokenizer.encode(read.text, settings.allow_special), tokenizer.eod_id]
         return [Sample(ids, list(ids))]
     if not any(message["role"] == "assistant" for message in read.messages):
-        raise bad_entry(number, "no turn of the assistant", "There is nothing to learn: remove the entry.")
+        raise bad_entry(place, "no turn of the assistant", "There is nothing to learn: remove the entry.")
     is_first = isinstance(tokenizer.chat_format, (ReactFormat, RawFormat))
     if is_first and settings.train_on != "answers":
-        return [_all_frames(tokenizer, read, number, settings.allow_special)]
+        return [_all_frames(tokenizer, read, place, settings.allow_special)]
     if settings.train_on == "all_frames":
         found = "this model's turns are written by its chat template"
         raise RequestError('train_on="all_frames"', found, 'Use train_on="answers", or leave it out.')
     try:
         answers = _answers(tokenizer, read, settings)
     except RequestError as error:
-        raise bad_entry(number, f"{error.asked}: {error.found}", error.remedy) from error
+        raise bad_entry(place, f"{error.asked}: {error.found}", error.remedy) from error
     if not answers:
         raise bad_entry(
-            number, "the assistant answers nobody", "Put a turn of the user before one of the assistant."
+            place, "the assistant answers nobody", "Put a turn of the user before one of the assistant."
         )
     return answers
 
 
-def _all_frames(tokenizer: ChatTokenizer, entry: Entry, number: int, allow_special: bool) -> Sample:
+def _all_frames(tokenizer: ChatTokenizer, entry: Entry, place: Place, allow_special: bool) -> Sample:
     """The first Qwen's own form: turns of <|im_start|>role\\ncontent<|im_end|>\\n. Learned are im_start, im_end and
     the newline after it for every role, and the content of the assistant."""
     if entry.tools or any(m.get("tool_calls") or m["role"] == "tool" for m in entry.messages):
@@ -103,7 +103,7 @@ def _all_frames(tokenizer: ChatTokenizer, entry: Entry, number: int, allow_speci
         remedy = (
             'Use train_on="answers", or write calls as the text that the model is to say, in the ReAct form.'
         )
-        raise bad_entry(number, found, remedy)
+        raise bad_entry(place, found, remedy)
     turns = [(m["role"], m["content"]) for m in entry.messages if m.get("content") is not None]
     if turns[0][0] != "system":
         turns = [("system", DEFAULT_SYSTEM), *turns]

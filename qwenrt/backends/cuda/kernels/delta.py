@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from qwenrt.backends.cuda.kernels.launch import cdiv, launch, power
+from qwenrt.ops.delta import L2_EPS
 from qwenrt.ops.steps import DecodePlan, LayerState
 from qwenrt.ops.types import DeltaWeights
 
 _CHANNELS = 512  # of a row that a program of the convolution computes
-_L2_EPS = tl.constexpr(1e-6)
+_L2_EPS = tl.constexpr(L2_EPS)
 
 
 @triton.jit
