@@ -40,15 +40,14 @@ class Unit(nn.Module):
 
     def __init__(self, places: Iterable[Place], trained: Collection[str], idle: bool = False) -> None:
         super().__init__()
-        self._shared: dict[int, list[Place]] = {}
+        shared: dict[int, list[Place]] = {}
         for place in places:  # a tensor may have two, as a tied head's
-            self._shared.setdefault(id(place.tensor), []).append(place)
-        self._places = list(self._shared.values())
+            shared.setdefault(id(place.tensor), []).append(place)
+        self._places = list(shared.values())
         for number, (first, *_) in enumerate(self._places):
             tensor, learns = first.tensor, first.name in trained
             self.register_parameter(f"p{number}", nn.Parameter(tensor.detach(), requires_grad=learns))
         self._idle = idle
-        del self._shared
 
     @property
     def named(self) -> dict[str, nn.Parameter]:

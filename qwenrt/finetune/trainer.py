@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +22,7 @@ from qwenrt.finetune.optimizer import Optimizer
 from qwenrt.finetune.processes import Group
 from qwenrt.finetune.settings import TrainingSettings
 from qwenrt.finetune.state import BEST_FILE, CURVE_FILE, STATE_FILE, read_state, write_state
+from qwenrt.loader.checkpoint.directory import write_json
 
 FEW_STEPS = 50
 LEAST_CHANGE = (
@@ -311,9 +310,7 @@ class Trainer:
             "loss": [[step, round(loss, 5)] for step, loss in now.losses],
             "held_out": [[step, round(loss, 5)] for step, loss in now.held_out],
         }
-        partial = target / f"{CURVE_FILE}.partial"
-        partial.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, target / CURVE_FILE)
+        write_json(target / CURVE_FILE, curve)
 
     # ---- the state that is kept, so that little is lost when a run is cut
 

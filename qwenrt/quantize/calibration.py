@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from qwenrt.arguments import as_token_ids
 from qwenrt.config import read_json
 from qwenrt.errors import CheckpointError, RequestError
 from qwenrt.files import is_there, read
+from qwenrt.loader.checkpoint.writing import write_atomically
 from qwenrt.loading import load_tokenizer
 from qwenrt.quantize.self_written import write_texts
 from qwenrt.quantize.settings import SELF, QuantizeSettings
@@ -52,7 +52,8 @@ def all_texts(
         texts = _read_kept(kept)
         if texts is None:
             texts = write_texts(source, load_tokenizer(source), settings, progress)
-            _keep(texts, kept)
+            if kept is not None:
+                write_atomically(kept, json.dumps({"texts": texts}).encode(), "give the same call again")
     else:
         made = _texts_in(source, calibration, settings.sample_length)
         texts = [text for text in made if len(text) >= _LEAST][: settings.samples]
@@ -71,14 +72,6 @@ def _read_kept(kept: Path | None) -> list[list[int]] | None:
     texts: list[list[int]] = read_json(kept, CheckpointError)["texts"]
     logger.info("the texts that the model wrote before are in %s", kept)
     return texts
-
-
-def _keep(texts: list[list[int]], kept: Path | None) -> None:
-    if kept is None:
-        return
-    partial = kept.with_name(f"{kept.name}.partial")
-    partial.write_text(json.dumps({"texts": texts}), encoding="utf-8")
-    os.replace(partial, kept)
 
 
 def divided(texts: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:

@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from qwenrt.config import ModelConfig, QuantConfig, read_json
 from qwenrt.config.layers import LinearSpec, file_rows
 from qwenrt.errors import CheckpointError
 from qwenrt.files import is_there
+from qwenrt.loader.checkpoint.directory import write_json
 from qwenrt.loader.checkpoint.formats import Awq, Gptq, ReadOptions, StoredLinear
 from qwenrt.loader.checkpoint.header import read_metadata
 from qwenrt.loader.checkpoint.inventory import Inventory, parts_of
@@ -34,6 +34,7 @@ from qwenrt.quantize.settings import QuantizeSettings
 
 PARTS = ".quantizing"
 TEXTS = "texts.json"
+AGAIN = "give the same call again, which goes on"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class FinishedLayers:
             "report": json.dumps([dataclasses.asdict(report) for report in layer.reports]),
             "changed": json.dumps(sorted(layer.changed)),
         }
-        save_atomically(tensors, self.path(index), told, "give the same call again, which goes on")
+        save_atomically(tensors, self.path(index), told, AGAIN)
 
     def read(self, index: int, specs: Sequence[LinearSpec]) -> FinishedLayer | None:
         """What `write` kept, or None where that layer is not done."""
@@ -191,9 +192,7 @@ def check_fingerprint(parts: Path, now: dict[str, str]) -> None:
             f"they belong to a run with other {', '.join(other)}",
             "Use the same, another output directory, or resume=False (--no-resume).",
         )
-    partial = path.with_name("run.json.partial")
-    partial.write_text(json.dumps({**before, **now}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, {**before, **now}, AGAIN)
 
 
 def begin_anew(parts: Path) -> None:

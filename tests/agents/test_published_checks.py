@@ -40,7 +40,8 @@ def test_no_request_is_a_server_error(beside: Beside, tmp_path: Path) -> None:
     asked = ["--phases", "fuzzing", "--checks", "not_a_server_error", "--max-examples", "50", "--seed", "1"]
     asked += ["--max-time", "600", "--no-shrink", "--continue-on-failure", "--request-timeout", "120"]
     done = beside.run([program, "run", "{address}/openapi.json", *asked], tmp_path, seconds=800)
-    # 504 answers a request whose own `timeout` was too short, which this program counts as the server's error
-    broken = [request for request in done.requests if request["status"] >= 500 and request["status"] != 504]
+    # This program counts every 5xx; a request that gave itself too little time (`timeout`) is answered with 504.
+    late = [request for request in done.requests if "reached its deadline" in request.get("said", "")]
+    broken = [request for request in done.requests if request["status"] >= 500 and request not in late]
     assert not broken and len(done.requests) > 1000, (broken[:3], len(done.requests))
-    assert done.code == 0 or any(request["status"] == 504 for request in done.requests), done.output
+    assert done.code == 0 or late, done.output

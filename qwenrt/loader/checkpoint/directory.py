@@ -124,6 +124,6 @@ def copy_files(source: Path, target: Path, leave_out: Collection[str] = ()) -> N
             shutil.copyfileobj(given, copy)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaced whole."""
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, content: dict[str, Any], then: str = "train again") -> None:
+    """Replaced whole. ``then``: what to do once there is room, where it cannot be written."""
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), then)
