@@ -16,7 +16,7 @@ def instead_of(path: Path) -> RequestError:
         f"--deepspeed {path}",
         "DeepSpeed is not used here: torch's own FSDP2 does what its ZeRO stages do",
         f"Leave it out, and use {' '.join(_options(read_json(path)))}"
-        " (the number of devices; a step's size is --batch-tokens, whatever their number).",
+        " (N is the number of devices; a step's size is --batch-tokens, whatever their number).",
     )
 
 
