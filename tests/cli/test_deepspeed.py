@@ -27,13 +27,13 @@ LARGE = {
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (SEEDS, "--processes N --shard optimizer --precision bfloat16 (the"),
+        (SEEDS, "--processes N --shard optimizer --precision bfloat16 (N is"),
         (
             LARGE,
             "--processes N --shard all --moments bfloat16 --recompute all --precision float16 "
-            "--learning-rate 2e-05 --weight-decay 0.05 --max-grad-norm 0.5 (the",
+            "--learning-rate 2e-05 --weight-decay 0.05 --max-grad-norm 0.5 (N is",
         ),
-        ({"zero_optimization": [1]}, "--processes N (the"),
+        ({"zero_optimization": [1]}, "--processes N (N is"),
     ],
 )
 def test_its_options_are_named(config, options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
